@@ -1,0 +1,70 @@
+"""What the trainer receives: packed micro-batches and the normaliser of their loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ctpo_megatron.parallel.layout import zigzag_indices
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """N sequences packed into T label-aligned positions; padding is masked out and belongs to the sequence before it.
+
+    `cu_seqlens` always describes the WHOLE sequences, also in a context-parallel shard, whose streams have T / cp positions.
+    """
+
+    input_ids: Tensor  # [T] int64
+    labels: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    loss_mask: Tensor  # [T] bool, True where the policy wrote the label
+    advantages: Tensor  # [T] float32
+    rollout_logp: Tensor  # [T] float32, 0 where masked
+    policy_versions: Tensor  # [T] int32, -1 where masked
+    cu_seqlens: Tensor  # [N+1] int32
+    groups: Tensor  # [N] int64, the prompt's group of each sequence
+    old_logp: Tensor | None = None  # [T] float32, of the trainer's policy before the first step on this batch
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def tokens(self) -> int:
+        """Positions in the whole pack, padding included."""
+        return int(self.cu_seqlens[-1])
+
+    def shard(self, cp_rank: int, cp_size: int) -> MicroBatch:
+        """This rank's zigzag part of every stream."""
+        if cp_size == 1:
+            return self
+        index = zigzag_indices(self.cu_seqlens, cp_rank, cp_size)
+        cut = {name: stream[index] for name, stream in self._streams().items()}
+        return replace(self, **cut)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """A copy on `device`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return MicroBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()})
+
+    def with_old_logp(self, old_logp: Tensor) -> MicroBatch:
+        """A copy that carries the old policy's log-probs [T] (or this shard's part of them)."""
+        return replace(self, old_logp=old_logp)
+
+    def _streams(self) -> dict[str, Tensor]:
+        whole = {"cu_seqlens", "groups"}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in whole}
+        return {name: stream for name, stream in named.items() if stream is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """One optimizer step. Every data-parallel rank gets the same number of micro-batches."""
+
+    micro_batches: list[list[MicroBatch]]  # [dp][n]
+    normalizer: float  # the loss is the sum over all ranks and micro-batches divided by this
+    sequences: int  # sequences that hold at least one token of the policy
+    tokens: int  # tokens of the policy

@@ -1,0 +1,106 @@
+"""How trajectories are made: data, sampling, tools, rewards, inference servers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from ctpo_megatron.config.base import Section
+
+
+class DataConfig(Section):
+    """Prompts. Files are .parquet or .jsonl with the columns `prompt` and `reward_model.ground_truth` (verl's format)."""
+
+    train: str
+    """Prompts to train on."""
+    eval: str | None = None
+    """Held-out prompts. null: no evaluation."""
+    system_prompt: str | None = None
+    """Put before each conversation that has no system message of its own."""
+    max_prompt_tokens: PositiveInt = 2048
+    """A longer prompt is an error that names its row."""
+
+
+class PythonTool(Section):
+    """Runs the model's ```python blocks confined by bubblewrap."""
+
+    type: Literal["python"] = "python"
+    timeout_s: PositiveFloat = 10.0
+    """Wall time of one call."""
+    memory_mb: PositiveInt = 512
+    """Address space of one call."""
+    max_output_chars: PositiveInt = 256
+    """Longer output is cut in the middle."""
+    fallback: Literal["error", "calculator"] = "error"
+    """Where bubblewrap is missing: refuse to start, or use the calculator, which executes nothing."""
+
+
+class CalculatorTool(Section):
+    """Evaluates the arithmetic of a ```python block by parsing it; executes nothing."""
+
+    type: Literal["calculator"] = "calculator"
+    max_output_chars: PositiveInt = 256
+    """Longer output is cut in the middle."""
+
+
+Tool = Annotated[PythonTool | CalculatorTool, Field(discriminator="type")]
+
+
+class MathReward(Section):
+    r"""1.0 where the last \boxed{} equals the answer (math-verify's notion of equality), else 0.0."""
+
+    type: Literal["math"] = "math"
+    timeout_s: PositiveFloat = 5.0
+    """Time to compare one answer; beyond it the reward is 0 and is counted."""
+
+
+class EngineConfig(Section):
+    """SGLang servers."""
+
+    servers: PositiveInt = 1
+    """Number of servers."""
+    tp: PositiveInt = 1
+    """Tensor parallel size of each server."""
+    max_total_tokens: PositiveInt | None = None
+    """Size of the KV cache in tokens. null: SGLang decides (GPU) or 65,536 (CPU)."""
+    start_timeout_s: PositiveFloat = 600.0
+    """How long a server may take to come up."""
+    request_timeout_s: PositiveFloat = 600.0
+    """How long one generation may take before it counts as failed."""
+    extra_args: tuple[str, ...] = ()
+    """Further arguments for `sglang.launch_server`, passed as they are."""
+
+
+class RolloutConfig(Section):
+    """Sampling of trajectories."""
+
+    group_size: PositiveInt = 8
+    """Samples per prompt."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer applies the same to its logits."""
+    max_turns: PositiveInt = 5
+    """Assistant turns per trajectory."""
+    max_response_tokens: PositiveInt = 1024
+    """Tokens after the prompt, tool output included."""
+    concurrency: PositiveInt = 64
+    """Trajectories in flight."""
+    tool: Tool | None = PythonTool()
+    """What executes the model's code. null: single-turn."""
+    reward: MathReward = MathReward()
+    """How an answer is judged."""
+    engine: EngineConfig = EngineConfig()
+    """The inference servers."""
+
+
+class EvalConfig(Section):
+    """Held-out accuracy."""
+
+    every: NonNegativeInt = 0
+    """Evaluate after every so many steps, besides before the first and after the last. 0: only these two."""
+    prompts: PositiveInt | None = None
+    """Use the first so many rows. null: all."""
+    samples: PositiveInt = 1
+    """Samples per prompt; accuracy is their mean."""
+    temperature: NonNegativeFloat = 0.0
+    """0: greedy."""

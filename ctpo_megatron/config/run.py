@@ -1,0 +1,61 @@
+"""The whole configuration of a run, and the rules that reach across its sections."""
+
+from __future__ import annotations
+
+from pydantic import NonNegativeInt, model_validator
+
+from ctpo_megatron.config.algorithm import AlgorithmConfig
+from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.cluster import BroadcastTransport, ClusterConfig, DriftConfig, LogConfig
+from ctpo_megatron.config.model import ModelConfig, ParallelConfig
+from ctpo_megatron.config.rollout import DataConfig, EvalConfig, RolloutConfig
+from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
+
+
+class RunConfig(Section):
+    """One run: `ctpo sft`, `ctpo train` and `ctpo eval` all read this."""
+
+    name: str
+    """Name of the run; its directory is run_dir."""
+    run_dir: str
+    """Everything the run writes. Survives resuming."""
+    seed: NonNegativeInt = 1
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    eval: EvalConfig = EvalConfig()
+    weights: BroadcastTransport = BroadcastTransport()
+    drift: DriftConfig = DriftConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> RunConfig:
+        train, samples = self.train, self.train.prompts_per_step * self.rollout.group_size
+        if train.prompts_per_step % train.optimizer_steps:
+            raise ValueError(
+                f"train.optimizer_steps={train.optimizer_steps} does not divide train.prompts_per_step={train.prompts_per_step}"
+            )
+        per_step = samples // train.optimizer_steps
+        if per_step < self.parallel.dp:
+            raise ValueError(
+                f"parallel.dp={self.parallel.dp} needs at least that many samples per optimizer step; "
+                f"train.prompts_per_step * rollout.group_size / train.optimizer_steps = {per_step}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _longest_sequence_fits(self) -> RunConfig:
+        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
+        if longest > self.train.max_tokens_per_micro_batch * self.parallel.cp:
+            raise ValueError(
+                f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} does not fit into one micro-batch: "
+                f"train.max_tokens_per_micro_batch * parallel.cp = {self.train.max_tokens_per_micro_batch * self.parallel.cp}"
+            )
+        return self

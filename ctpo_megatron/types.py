@@ -1,0 +1,114 @@
+"""The words of the system: what flows from a prompt to a training sample. Plain lists and numbers, no tensors.
+
+    Prompt -> Trajectory (turns, status, reward) -> TrajectoryGroup -> TrainSample
+
+A token id enters a `Turn` exactly once, where it was sampled or where tool text was tokenised, and is copied from there; no
+text is ever tokenised a second time.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Status(enum.StrEnum):
+    """How a trajectory ended."""
+
+    FINISHED = "finished"  # the model ended its own turn and asked for no tool
+    LENGTH = "length"  # the response budget was used up
+    MAX_TURNS = "max_turns"  # the model asked for a tool after its last allowed call
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One task. `index` is its row in the data file; `answer` is what the reward compares with."""
+
+    index: int
+    messages: tuple[dict[str, str], ...]
+    answer: str
+    data_source: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Turn:
+    """A run of tokens from one author.
+
+    For `assistant` turns `logprobs[i]` is the engine's log-prob of `token_ids[i]` at the sampling temperature and
+    `versions[i]` the policy version that sampled it. `tool` turns carry 0.0 and -1 and are masked out of the loss.
+    """
+
+    role: str  # "assistant" or "tool"
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.logprobs), len(self.versions)}
+        if len(lengths) != 1:
+            raise ValueError(f"streams of a {self.role} turn differ in length: {sorted(lengths)}")
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One sampled attempt at a prompt. `text` is the decoded response, for rewards and people only."""
+
+    prompt_index: int
+    prompt_ids: list[int]
+    turns: list[Turn]
+    status: Status
+    text: str = ""
+    reward: float = 0.0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    seconds: float = 0.0
+
+    @property
+    def response_length(self) -> int:
+        """Tokens after the prompt, the tool's included."""
+        return sum(len(turn.token_ids) for turn in self.turns)
+
+    @property
+    def sampled_length(self) -> int:
+        """Tokens that the policy wrote."""
+        return sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
+
+
+@dataclass(slots=True)
+class TrajectoryGroup:
+    """All attempts at one prompt; advantages are computed within it. `step` is the training step it was admitted for."""
+
+    prompt: Prompt
+    trajectories: list[Trajectory]
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One trajectory as the trainer sees it: label-aligned streams of equal length L = tokens - 1.
+
+    Position t predicts `labels[t]` from `input_ids[: t + 1]`. Nobody shifts a stream after this point.
+
+    Example: prompt `[7, 8]`, sampled `[5, 6]`, tool `[9]`, sampled `[4]` gives
+        input_ids     7  8  5  6  9
+        labels        8  5  6  9  4
+        loss_mask     0  1  1  0  1
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    loss_mask: list[bool]  # True where the policy wrote the label
+    rollout_logprobs: list[float]  # engine's log-prob of the label; 0.0 where masked
+    policy_versions: list[int]  # version that sampled the label; -1 where masked
+    advantages: list[float]  # 0.0 where masked
+    group: int = 0  # samples of one prompt share it
+
+    def __post_init__(self) -> None:
+        streams = (self.input_ids, self.labels, self.loss_mask, self.rollout_logprobs, self.policy_versions, self.advantages)
+        if len({len(stream) for stream in streams}) != 1:
+            raise ValueError(f"streams of a sample differ in length: {[len(stream) for stream in streams]}")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
