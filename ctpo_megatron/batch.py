@@ -61,6 +61,14 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class RankBatch:
+    """What one data-parallel rank needs of an optimizer step."""
+
+    micro_batches: list[MicroBatch]
+    normalizer: float
+
+
+@dataclass(frozen=True, slots=True)
 class TrainBatch:
     """One optimizer step. Every data-parallel rank gets the same number of micro-batches."""
 
@@ -68,3 +76,7 @@ class TrainBatch:
     normalizer: float  # the loss is the sum over all ranks and micro-batches divided by this
     sequences: int  # sequences that hold at least one token of the policy
     tokens: int  # tokens of the policy
+
+    def for_rank(self, dp_rank: int) -> RankBatch:
+        """The share of one data-parallel rank."""
+        return RankBatch(self.micro_batches[dp_rank], self.normalizer)

@@ -36,11 +36,11 @@ class ContextParallelScan:
         inclusive, totals = segment_cumsum(to_fixed(channels), bounds)  # [C, T], [C, 2N]
         count, sequences = channels.shape[0], cu_seqlens.numel() - 1
         mine = totals.reshape(count, sequences, 2).contiguous()
-        gathered = mine.new_empty((self.size, *mine.shape))
+        gathered = mine.new_empty((self.size * count, sequences, 2))  # gloo wants the ranks joined along a dimension of `mine`
         dist.all_gather_into_tensor(gathered, mine, group=self.group)
         place = self._place.to(mine.device)
         in_order = mine.new_empty((count, sequences, 2 * self.size))
-        in_order[..., place.reshape(-1)] = gathered.permute(1, 2, 0, 3).reshape(count, sequences, -1)
+        in_order[..., place.reshape(-1)] = gathered.view(self.size, *mine.shape).permute(1, 2, 0, 3).reshape(count, sequences, -1)
         before = torch.cumsum(in_order, dim=-1) - in_order
         offsets = before[..., place[self.rank]].reshape(count, -1)  # [C, 2N]
         lengths = bounds[1:] - bounds[:-1]

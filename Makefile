@@ -1,0 +1,32 @@
+# make install      the environment in .venv (needs git, make, Python 3.11 or newer; no GPU)
+# make quickstart   the whole loop on this machine: data, a tiny model, cold start, reinforcement learning
+# make test         all tests          make test-fast   the unit tests
+# make lint         ruff               make clean       remove .venv and caches; runs/ stays
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+PYTEST := $(VENV)/bin/python -m pytest
+
+.PHONY: install quickstart test test-fast lint clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock setup.py tools/install.sh
+	sh tools/install.sh $(VENV)
+	@touch $@
+
+quickstart: install
+	$(VENV)/bin/python tools/quickstart.py
+
+test: install
+	$(PYTEST)
+
+test-fast: install
+	$(PYTEST) tests/unit
+
+lint: install
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +

@@ -1,0 +1,84 @@
+"""The `ctpo` command. Exit codes: 0 done; 1 the run failed; 2 the input cannot be used; 130 and 143 ended by Ctrl-C or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctpo_megatron.errors import CtpoError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, applied in order", show_default=False)]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of the run directory")] = False,
+) -> None:
+    """Reinforcement learning: rollouts, CTPO, publication of weights, until train.steps."""
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.train import train_job
+
+    _run(train_job(load_config(config, overrides or []), resume=resume))
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None) -> None:
+    """Supervised training on demonstrations (data.train with a `messages` column); writes a Hugging Face model."""
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.sft import sft_job
+
+    _run(sft_job(load_config(config, overrides or [])))
+
+
+@app.command("eval")
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Accuracy of model.path on data.eval, through SGLang."""
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.evaluate import eval_job
+
+    _run(eval_job(load_config(config, overrides or [])))
+
+
+def _run(job: Coroutine[Any, Any, None]) -> None:
+    """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first."""
+    received: list[int] = []
+
+    def cancel(task: asyncio.Task, number: int) -> None:
+        received.append(number)
+        if len(received) == 1:  # a second signal must not interrupt the cleaning up
+            print(f"{signal.Signals(number).name}: ending the run's processes ...", file=sys.stderr, flush=True)
+            task.cancel()
+
+    async def with_signals() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, cancel, asyncio.current_task(), number)
+        await job
+
+    try:
+        asyncio.run(with_signals())
+    except asyncio.CancelledError:
+        raise typer.Exit(128 + received[0]) from None
+
+
+def main() -> None:
+    """Entry point: errors become one message on stderr and an exit code."""
+    try:
+        app()
+    except CtpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Ray: processes, their placement and their supervision."""

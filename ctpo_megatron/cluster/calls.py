@@ -1,0 +1,85 @@
+"""Waiting for calls on several Ray actors: the first failure ends the wait, and the cause is told from its consequences."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+
+from ctpo_megatron.cluster.logs import tail
+from ctpo_megatron.errors import CtpoError, ProcessDied
+
+GRACE_S = 3.0  # after a rank dies its peers fail too, within moments; the death is what we want to report
+
+
+@dataclass(frozen=True)
+class Process:
+    """An actor and what to call it in an error."""
+
+    name: str
+    actor: Any
+    log_path: Path
+
+
+async def call_all(calls: list[tuple[Process, ray.ObjectRef]], timeout_s: float | None) -> list[Any]:
+    """Results in order. Raises the most telling error as soon as one call fails, ProcessDied when time runs out."""
+    if not calls:
+        return []
+    futures = [asyncio.wrap_future(ref.future()) for _, ref in calls]
+    try:
+        _, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
+        failed = any(f.done() and not f.cancelled() and f.exception() for f in futures)
+        if failed and pending:
+            await asyncio.wait(pending, timeout=GRACE_S)
+        errors = [
+            (process, future.exception())
+            for (process, _), future in zip(calls, futures, strict=True)
+            if future.done() and future.exception() is not None
+        ]
+        if errors:
+            raise explain(*max(errors, key=lambda e: _weight(e[1])))
+        if pending:
+            late = [process for (process, _), future in zip(calls, futures, strict=True) if not future.done()]
+            raise ProcessDied(
+                f"no answer from {', '.join(p.name for p in late)} within {timeout_s:.0f} s; "
+                f"logs: {', '.join(str(p.log_path) for p in late)}"
+            )
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def explain(process: Process, error: BaseException) -> CtpoError:
+    """The error of one process as a message for a person, with its log."""
+    where = f"log: {process.log_path}"
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, CtpoError):
+        cause.args = (f"{process.name}: {cause}\n{where}",)
+        return cause
+    if isinstance(error, RayActorError):
+        last = tail(process.log_path)
+        return ProcessDied(f"{process.name} died: {_reason(error)}\n{where}" + (f"\n{last}" if last else ""))
+    return ProcessDied(f"{process.name} failed: {type(cause).__name__}: {cause}\n{where}")
+
+
+def _reason(error: RayActorError) -> str:
+    for line in str(error).splitlines():
+        if "died" in line or "exit" in line or "killed" in line:
+            return line.strip()
+    return str(error).splitlines()[0]
+
+
+def _weight(error: BaseException | None) -> int:
+    """How likely this is the cause and not a consequence: deaths, then our own errors, then peers that lost a connection."""
+    if isinstance(error, (ActorDiedError, ActorUnavailableError)):
+        return 3
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, CtpoError):
+        return 2
+    lost = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out")
+    return 0 if any(word in str(cause).lower() for word in lost) else 1

@@ -1,0 +1,66 @@
+"""What a process group leaves behind, and how to end it. Standard library only: every server process imports this."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+_SHM = "/dev/shm/"
+
+
+def group_members(group: int) -> list[int]:
+    """Process ids in the process group, zombies left out."""
+    members = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            # the name, in parentheses, may hold anything; state, parent and group follow it
+            state, _parent, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == group and state != "Z":
+                members.append(int(entry.name))
+    return members
+
+
+def group_shared_memory(group: int) -> set[str]:
+    """Files in /dev/shm that the group's processes have mapped. A process that is killed does not unlink them itself."""
+    found = set()
+    for pid in group_members(group):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                path = line.partition(_SHM)[2]
+                if path and not path.endswith(" (deleted)"):
+                    found.add(_SHM + path)
+    return found
+
+
+def unlink_shared_memory(paths: set[str]) -> None:
+    """Remove those files; one that is gone already is fine."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def group_rss_bytes(group: int) -> int:
+    """Resident memory of the whole group; pages that processes share are counted once per process that shares them."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = 0
+    for pid in group_members(group):
+        with contextlib.suppress(OSError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
+    return total
+
+
+def end_group(group: int, wait_s: float = 10.0) -> list[int]:
+    """SIGKILL every process of the group, remove its shared memory, and wait. Returns the ids that would not go."""
+    segments = group_shared_memory(group)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+    deadline = time.monotonic() + wait_s
+    while (left := group_members(group)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    unlink_shared_memory(segments)
+    return left

@@ -1,0 +1,80 @@
+"""Joining or starting Ray, and asking it for room."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.errors import CtpoError, InputError
+
+LOCAL_OBJECT_STORE = 2**30  # a CPU run's batches are small, and /dev/shm often is too
+
+
+def connect(config: RunConfig, bundles: int) -> None:
+    """Join the configured cluster, or start one on this host that ends with this process."""
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    if config.cluster.address is not None:
+        try:
+            ray.init(address=config.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(
+                f"cluster.address={config.cluster.address!r}: no Ray cluster answers there ({error}). "
+                "Start one with `ray start --head`, or leave cluster.address out to start one for this run."
+            ) from error
+        return
+    on_cpu = config.cluster.device != "cuda" and not _sees_gpu()
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, bundles),
+        object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
+        _node_ip_address="127.0.0.1",
+        **quiet,
+    )
+
+
+def resolve_device(config: RunConfig) -> RunConfig:
+    """`cluster.device` as `cpu` or `cuda`, by what the cluster offers. Raises InputError when cuda is asked for and missing."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    wanted = config.cluster.device
+    if wanted == "cuda" and not gpus:
+        raise InputError("cluster.device=cuda, but the Ray cluster has no GPU; allowed here: cpu, auto")
+    device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": device})})
+
+
+def bundles_of(config: RunConfig, *, trainer: bool, engines: bool) -> list[dict[str, float]]:
+    """What each process needs: the trainer's ranks first, then the servers."""
+    gpu = config.cluster.device == "cuda"
+    rank = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
+    engine = {"CPU": 1.0} | ({"GPU": float(config.rollout.engine.tp)} if gpu else {})
+    return [rank] * (config.parallel.world_size if trainer else 0) + [engine] * (config.rollout.engine.servers if engines else 0)
+
+
+async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
+    """A placement group for all processes of the run, or an error that says what is missing."""
+    group = placement_group(bundles, strategy="PACK")
+    ready = asyncio.wrap_future(group.ready().future())
+    done, _ = await asyncio.wait([ready], timeout=timeout_s)
+    if not done:
+        ready.cancel()
+        needed = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
+        offered = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+        raise CtpoError(
+            f"no room for the run's processes after {timeout_s:.0f} s: {len(bundles)} processes need {needed}, the cluster has "
+            f"{offered} and {ray.available_resources().get('CPU', 0)} CPUs, {ray.available_resources().get('GPU', 0)} GPUs free"
+        )
+    return group
+
+
+def node_address() -> str:
+    """The address under which Ray knows the node this runs on; the loopback for a cluster started here."""
+    mine = ray.get_runtime_context().get_node_id()
+    return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == mine)
+
+
+def _sees_gpu() -> bool:
+    return os.path.exists("/dev/nvidiactl")

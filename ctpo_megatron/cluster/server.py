@@ -1,0 +1,161 @@
+"""One SGLang server as a child process: its arguments, its start, and an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from ctpo_megatron.cluster.processes import end_group, group_rss_bytes
+from ctpo_megatron.config.rollout import EngineConfig
+from ctpo_megatron.errors import EngineError
+
+CPU_KV_TOKENS = 65_536
+_CPU_ARGUMENTS = (
+    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
+    "--disable-overlap-schedule",
+)
+
+
+def server_args(
+    model_path: str | Path, engine: EngineConfig, *, device: str, dtype: str, port: int, seed: int, host: str = "127.0.0.1"
+) -> list[str]:
+    """Arguments of one server, as `sglang.launch_server` takes them. `engine.extra_args` come last and so win.
+
+    The weights it loads are version 0. It speaks token ids only, so it needs no tokenizer; and no grammar is ever asked for.
+    """
+    arguments = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
+    arguments += ["--device", device, "--dtype", dtype, "--tp-size", str(engine.tp), "--random-seed", str(seed)]
+    arguments += ["--weight-version", "0", "--skip-tokenizer-init", "--grammar-backend", "none", "--skip-server-warmup"]
+    arguments += ["--log-level-http", "warning"]  # not a line per request
+    if device == "cpu":
+        arguments += _CPU_ARGUMENTS
+    kv_tokens = engine.max_total_tokens or (CPU_KV_TOKENS if device == "cpu" else None)
+    if kv_tokens is not None:
+        arguments += ["--max-total-tokens", str(kv_tokens)]
+    return [*arguments, *engine.extra_args]
+
+
+def server_env(engine: EngineConfig, *, device: str) -> dict[str, str]:
+    """Variables that SGLang reads and has no argument for; to be added to the parent's."""
+    if device != "cpu":
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    env = {"OMP_NUM_THREADS": str(max(1, len(cores) // engine.tp))}
+    if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
+        per_rank = max(1, len(cores) // engine.tp)
+        shares = [cores[rank * per_rank : (rank + 1) * per_rank] or [cores[rank % len(cores)]] for rank in range(engine.tp)]
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+    return env
+
+
+def new_api_key() -> str:
+    """A key for one run."""
+    return secrets.token_urlsafe(32)
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind((host, 0))
+        return sock.getsockname()[1]
+
+
+class SGLangServer:
+    """Starts on construction. The process group ends with `stop()`, or when this process ends for whatever reason.
+
+    `arguments` come from `server_args`; `env` is added to this process's environment; `log` receives all output.
+    """
+
+    def __init__(self, arguments: list[str], *, url: str, api_key: str, log: Path, env: dict[str, str] | None = None) -> None:
+        self.url = url
+        self.log = log
+        self._exit_code: int | None = None
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ctpo_megatron.cluster.sglang_entry", *arguments],
+                stdin=subprocess.PIPE,  # carries the key, then stays open as the sign that this process lives
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | (env or {}),
+            )
+        try:
+            self._process.stdin.write(f"{api_key}\n".encode())
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died already; wait_healthy tells with its exit code and log
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is also its process group."""
+        return self._process.pid
+
+    def wait_healthy(self, timeout_s: float) -> None:
+        """Until the server answers a health check, which generates a token.
+
+        Raises EngineError, with the end of the log, when the process ends first or `timeout_s` is over; nothing is left then.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._healthy():
+            if not self.alive():
+                code = self._process.returncode
+                self.stop()
+                raise EngineError(f"SGLang server {self.url} ended with exit code {code} while starting.\n{self._log_tail()}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise EngineError(
+                    f"SGLang server {self.url} was not ready after {timeout_s:.0f} s; "
+                    f"raise rollout.engine.start_timeout_s if it only needs longer.\n{self._log_tail()}"
+                )
+            time.sleep(0.1)
+
+    def alive(self) -> bool:
+        """Whether the server's main process runs; it takes its children down with it, and they it."""
+        return self._process.poll() is None
+
+    def obituary(self) -> str:
+        """What to say of a server that ended on its own."""
+        return f"SGLang server {self.url} ended with exit code {self._process.poll()}.\n{self._log_tail()}"
+
+    def rss_bytes(self) -> int:
+        """Resident memory of all its processes; shared pages count once per process."""
+        return group_rss_bytes(self.pid)
+
+    def stop(self, grace_s: float = 0.0) -> None:
+        """End all its processes and remove their shared memory. Safe to call again.
+
+        `grace_s`: how long SGLang may take to end by itself (on GPUs it then gives memory back in order).
+        Raises EngineError when a process survives SIGKILL.
+        """
+        if grace_s > 0 and self.alive():
+            self._process.terminate()
+            try:
+                self._process.wait(grace_s)
+            except subprocess.TimeoutExpired:
+                pass  # the group is killed below
+        left = end_group(self.pid)
+        self._process.wait(10)
+        self._process.stdin.close()
+        if left:
+            raise EngineError(f"processes {left} of the SGLang server {self.url} survived SIGKILL; its log: {self.log}")
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=10) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, http.client.HTTPException, OSError):
+            return False  # not listening yet, or still loading
+
+    def _log_tail(self, lines: int = 30) -> str:
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([f"The last lines of {self.log}:", *(f"  {line}" for line in text[-lines:])])

@@ -1,0 +1,1 @@
+"""Files of prompts in, training batches out."""

@@ -1,0 +1,130 @@
+"""A task that a tiny model can learn in minutes, and only with the Python tool: word problems about three-digit numbers.
+
+The files have the same format as real ones, so nothing downstream knows that this is a toy.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SMALLEST, LARGEST = 100, 999
+MAX_ROWS = 100_000  # far below the 4.8 million distinct problems, so drawing without repetition stays quick
+
+
+class Operation(NamedTuple):
+    """What the words of a problem ask for. Each template names the numbers in the order the program uses them."""
+
+    symbol: str
+    apply: Callable[[int, int], int]
+    templates: tuple[str, ...]
+
+
+OPERATIONS = (
+    Operation(
+        "*",
+        lambda a, b: a * b,
+        (
+            "A hall has {a} rows of {b} seats. How many seats?",
+            "One box holds {a} pens. How many are in {b} boxes?",
+            "A van drives {a} km a day. How far in {b} days?",
+        ),
+    ),
+    Operation(
+        "+",
+        lambda a, b: a + b,
+        (
+            "Ann has {a} coins and gets {b} more. How many now?",
+            "One shelf has {a} books, one {b}. How many in all?",
+            "A train has {a} riders. {b} get on. How many ride?",
+        ),
+    ),
+    Operation(
+        "%",
+        lambda a, b: a % b,
+        (
+            "Fill {a} eggs into crates of {b}. How many are left?",
+            "Cut {a} m of rope into parts of {b} m. What remains?",
+            "Deal {a} cards to {b} players. How many are left?",
+        ),
+    ),
+)
+
+
+class ToyTask(NamedTuple):
+    """The files of the task."""
+
+    train: Path
+    eval: Path
+    sft: Path
+
+
+class Problem(NamedTuple):
+    """One word problem with its program and answer."""
+
+    question: str
+    program: str
+    answer: str
+
+
+def make_toy_task(directory: str | Path, *, seed: int, train_rows: int, eval_rows: int, sft_rows: int = 4096) -> ToyTask:
+    """Write train.parquet, eval.parquet (prompts) and sft.parquet (demonstrations in a `messages` column) to `directory`.
+
+    No problem (operation and numbers) occurs twice in or across the files; the same arguments write the same rows.
+    """
+    for name, rows in (("train_rows", train_rows), ("eval_rows", eval_rows), ("sft_rows", sft_rows)):
+        if not 1 <= rows <= MAX_ROWS:
+            raise ValueError(f"{name}={rows}; allowed: 1 to {MAX_ROWS}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    problems = _problems(random.Random(seed))
+    task = ToyTask(*(directory / f"{name}.parquet" for name in ToyTask._fields))
+    for path, rows in ((task.train, train_rows), (task.eval, eval_rows)):
+        _write(path, [_prompt_row(next(problems), index, path.stem) for index in range(rows)])
+    _write(task.sft, [{"messages": demonstration(next(problems))} for _ in range(sft_rows)])
+    return task
+
+
+def demonstration(problem: Problem) -> list[dict[str, str]]:
+    """The conversation that solves `problem` with one tool call."""
+    return [
+        {"role": "user", "content": problem.question},
+        {"role": "assistant", "content": f"```python\nprint({problem.program})\n```"},
+        {"role": "tool", "content": problem.answer},
+        {"role": "assistant", "content": f"\\boxed{{{problem.answer}}}"},
+    ]
+
+
+def _problems(rng: random.Random) -> Iterator[Problem]:
+    """Distinct problems without end."""
+    seen: set[tuple[str, int, int]] = set()
+    while True:
+        operation = rng.choice(OPERATIONS)
+        a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
+        if operation.symbol == "%":
+            a, b = max(a, b), min(a, b)  # a remainder that is not just the first number
+        template = rng.choice(operation.templates)
+        key = (operation.symbol, a, b)
+        if key in seen:
+            continue
+        seen.add(key)
+        yield Problem(template.format(a=a, b=b), f"{a}{operation.symbol}{b}", str(operation.apply(a, b)))
+
+
+def _prompt_row(problem: Problem, index: int, split: str) -> dict[str, Any]:
+    return {
+        "data_source": "toy",
+        "prompt": [{"role": "user", "content": problem.question}],
+        "ability": "math",
+        "reward_model": {"ground_truth": problem.answer, "style": "rule"},
+        "extra_info": {"index": index, "split": split},
+    }
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), path)

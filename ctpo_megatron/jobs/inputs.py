@@ -1,0 +1,39 @@
+"""Everything the user gave, checked before a process is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
+from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.mcore.hf_config import check_layout, read_hf_config
+from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.types import Prompt
+
+
+def check_model(config: RunConfig) -> None:
+    """The model can be read and divides over the trainer's and the servers' ranks."""
+    shape = read_hf_config(config.model.path)
+    check_layout(shape, config.parallel)
+    tp = config.rollout.engine.tp
+    if shape.num_heads % tp:
+        raise ConfigError(f"rollout.engine.tp={tp} does not divide the {shape.num_heads} attention heads of {config.model.path}")
+
+
+def load_prompts(path: str, config: RunConfig, chat: ChatTokenizer) -> list[Prompt]:
+    """The prompts of a file, none of them too long."""
+    prompts = read_prompts(path, system_prompt=config.data.system_prompt)
+    check_prompt_lengths(prompts, chat, max_tokens=config.data.max_prompt_tokens, path=path)
+    return prompts
+
+
+def prepare_run_dir(config: RunConfig) -> Path:
+    """Make RUN_DIR with the resolved configuration in it."""
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir={config.run_dir} is a file; give a directory")
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    return run_dir.resolve()

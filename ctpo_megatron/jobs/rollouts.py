@@ -1,0 +1,37 @@
+"""Client, environment and rewards put together over running servers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.rollout.client import EngineClient
+from ctpo_megatron.rollout.environment import ToolEnvironment
+from ctpo_megatron.rollout.protocols import ToolRunner
+from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.rollouter import Rollouter
+
+
+@dataclass(frozen=True)
+class OpenRollouts:
+    """What samples, and the connection to the servers below it."""
+
+    rollouter: Rollouter
+    client: EngineClient
+
+
+@asynccontextmanager
+async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None) -> AsyncIterator[OpenRollouts]:
+    """Sampling from the runtime's servers; connections and judges are closed on leaving."""
+    rollout = runtime.config.rollout
+    reward = MathReward(rollout.reward)
+    try:
+        async with EngineClient(
+            runtime.urls, runtime.api_key, request_timeout_s=rollout.engine.request_timeout_s
+        ) as client:
+            yield OpenRollouts(Rollouter(ToolEnvironment(client, chat, tool, reward), rollout), client)
+    finally:
+        reward.close()

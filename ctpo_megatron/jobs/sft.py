@@ -1,0 +1,32 @@
+"""`ctpo sft`: demonstrations in, a Hugging Face model out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.data.sft import read_demonstrations
+from ctpo_megatron.jobs.inputs import check_model, prepare_run_dir
+from ctpo_megatron.loop.sft import run_sft
+from ctpo_megatron.metrics import Recorder, write_summary
+from ctpo_megatron.rollout.chat import ChatTokenizer
+
+
+async def sft_job(config: RunConfig) -> None:
+    """Train on data.train until sft.steps or sft.stop_loss, then write sft.output."""
+    begun = time.monotonic()
+    check_model(config)
+    chat = ChatTokenizer(config.model.path)
+    samples = read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt)
+    run_dir = prepare_run_dir(config)
+    output = Path(config.sft.output) if config.sft.output else run_dir / "model"
+    async with Runtime(config, run_dir, trainer=True, engines=False, total_steps=config.sft.steps) as runtime:
+        recorder = Recorder(run_dir, config.log)
+        result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder))
+        await runtime.guard(runtime.trainer.save_hf(output))
+        recorder.close()
+    wall = time.monotonic() - begun
+    write_summary(run_dir, {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "wall_s": wall})
+    print(f"sft: {result.steps} steps, loss {result.loss:.3f} per token, {wall:.0f} s; model written to {output}")

@@ -1,0 +1,103 @@
+"""`ctpo train`: the reinforcement-learning run from checked input to summary.json."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.jobs.inputs import check_model, load_prompts, prepare_run_dir
+from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
+from ctpo_megatron.loop.report import RunReport
+from ctpo_megatron.loop.train import TrainLoop, checkpoint_directory
+from ctpo_megatron.metrics import Recorder, write_summary
+from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.rollout.tools import make_tool
+from ctpo_megatron.types import Prompt
+from ctpo_megatron.weights.publisher import Publisher
+
+
+async def train_job(config: RunConfig, *, resume: bool) -> None:
+    """Train to train.steps; with `resume` from the newest checkpoint in the run directory."""
+    begun = time.monotonic()
+    check_model(config)
+    chat = ChatTokenizer(config.model.path)
+    prompts = load_prompts(config.data.train, config, chat)
+    held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
+    tool = make_tool(config.rollout.tool)
+    checkpoint = _newest_checkpoint(Path(config.run_dir)) if resume else None
+    run_dir = prepare_run_dir(config)
+    total = config.train.steps * config.train.optimizer_steps
+    async with (
+        Runtime(config, run_dir, trainer=True, engines=True, total_steps=total) as runtime,
+        open_rollouts(runtime, chat, tool) as rollouts,
+    ):
+        await runtime.guard(runtime.connect_trainer())
+        loop = await runtime.guard(_prepare(runtime, rollouts, run_dir, prompts, held_out, checkpoint))
+        print(f"ready after {time.monotonic() - begun:.0f} s", flush=True)
+        await runtime.guard(loop.run())
+        if config.checkpoint.export:
+            await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
+    summary = _summary(config, loop, time.monotonic() - begun)
+    write_summary(run_dir, summary)
+    loop.report.close()
+    print(f"train: {config.train.steps} steps in {summary['wall_s']:.0f} s; {run_dir / 'summary.json'}")
+
+
+async def _prepare(
+    runtime: Runtime, rollouts: OpenRollouts, run_dir: Path, prompts: list[Prompt], held_out: list[Prompt], checkpoint: Path | None
+) -> TrainLoop:
+    """The loop at its first step; when resuming, with the checkpoint's weights in trainer and servers."""
+    config = runtime.config
+    first_step, sampler = 0, PromptSampler(prompts, config.seed)
+    publisher = Publisher(rollouts.client, runtime.trainer)
+    if checkpoint is not None:
+        state = await runtime.trainer.load(checkpoint)
+        first_step, sampler = state["step"], PromptSampler.restore(prompts, state["sampler"])
+        await publisher.publish(first_step)
+        print(f"resumed from {checkpoint} at step {first_step}", flush=True)
+
+    async def save(step: int) -> None:
+        cursor = PromptSampler(prompts, config.seed)  # what is trained on, not what is already in flight
+        cursor.next(step * config.train.prompts_per_step)
+        await runtime.trainer.save(checkpoint_directory(run_dir, step), {"step": step, "sampler": cursor.state()})
+
+    return TrainLoop(
+        config=config,
+        sampler=sampler,
+        eval_prompts=held_out,
+        rollouts=rollouts.rollouter,
+        trainer=runtime.trainer,
+        publisher=publisher,
+        report=RunReport(run_dir, config.log, Recorder(run_dir, config.log, first_step=first_step)),
+        save_checkpoint=save,
+        first_step=first_step,
+    )
+
+
+def _newest_checkpoint(run_dir: Path) -> Path:
+    from ctpo_megatron.mcore.checkpoint import latest_checkpoint
+
+    found = latest_checkpoint(run_dir / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            f"--resume: no checkpoint in {run_dir / 'checkpoints'}; start without --resume, and set checkpoint.every to save some"
+        )
+    return found
+
+
+def _summary(config: RunConfig, loop: TrainLoop, wall: float) -> dict[str, Any]:
+    accuracies = [evaluation.accuracy for evaluation in loop.evaluations]
+    return {
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy_after": accuracies[-1] if accuracies else None,
+        "steps": config.train.steps,
+        "seed": config.seed,
+        **loop.report.summary(),
+        "wall_s": wall,
+        "weight_version": config.train.steps,
+    }

@@ -1,0 +1,49 @@
+"""Supervised training on demonstrations: teaches a format before reinforcement learning goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.data.packing import build_train_batch
+from ctpo_megatron.loop.protocols import Trainer
+from ctpo_megatron.metrics import Recorder, progress
+from ctpo_megatron.types import TrainSample
+
+SMOOTHING = 0.9  # of the moving average that the stopping rule looks at
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """Where supervised training ended."""
+
+    steps: int
+    loss: float  # smoothed, nats per token
+    tokens: float
+
+
+async def run_sft(config: RunConfig, samples: list[TrainSample], trainer: Trainer, recorder: Recorder) -> SftResult:
+    """Train for sft.steps optimizer steps, or until the smoothed loss falls below sft.stop_loss."""
+    sft = config.sft
+    rng = np.random.default_rng(config.seed)
+    smoothed, tokens, step = float("nan"), 0.0, 0
+    with progress("sft", sft.steps) as show:
+        for step in range(1, sft.steps + 1):
+            chosen = rng.choice(len(samples), size=min(sft.batch_size, len(samples)), replace=False)
+            batch = build_train_batch(
+                [samples[i] for i in chosen],
+                aggregation="token-mean",
+                parallel=config.parallel,
+                max_tokens=config.train.max_tokens_per_micro_batch,
+            )
+            stats = await trainer.supervise(batch)
+            loss = stats["sum/nll"] / stats["sum/tokens"]
+            smoothed = loss if step == 1 else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
+            tokens += stats["sum/tokens"]
+            recorder.step(step, {"sft/loss": loss, "sft/loss_smoothed": smoothed, "train/grad_norm": stats["grad_norm"]})
+            show(step)
+            if sft.stop_loss is not None and smoothed < sft.stop_loss:
+                break
+    return SftResult(step, smoothed, tokens)

@@ -1,0 +1,160 @@
+"""The reinforcement-learning loop: one asyncio controller for synchronous and asynchronous training.
+
+    producer:  admit -> sample a group -> put                    (as many at once as the buffer admits)
+    trainer:   take(step) -> advantages, packing -> update -> publish(version + 1) -> record
+
+Both are tasks of one group, so the first failure of either ends the run with that failure. With `train.staleness` 0 the
+producer sleeps from the last group of a step until the new weights are published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ctpo_megatron.algorithms import group_advantages
+from ctpo_megatron.batch import TrainBatch
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.data.packing import build_train_batch
+from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.data.samples import build_samples
+from ctpo_megatron.loop.buffer import GroupBuffer
+from ctpo_megatron.loop.evaluate import Evaluation, evaluate
+from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
+from ctpo_megatron.loop.report import RunReport
+from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
+from ctpo_megatron.metrics import PhaseTimer
+from ctpo_megatron.types import Prompt, TrajectoryGroup
+
+
+@dataclass
+class TrainLoop:
+    """Everything a run is made of; `run` drives it from `first_step` to the end."""
+
+    config: RunConfig
+    sampler: PromptSampler
+    eval_prompts: list[Prompt]
+    rollouts: Rollouts
+    trainer: Trainer
+    publisher: Publisher
+    report: RunReport
+    save_checkpoint: Callable[[int], asyncio.Future | None] | None = None
+    first_step: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Train to the configured number of steps. Exceptions of any part come out as they are."""
+        train = self.config.train
+        self.buffer = GroupBuffer(
+            groups_per_step=train.prompts_per_step,
+            staleness=train.staleness,
+            first_step=self.first_step,
+            last_step=train.steps,
+        )
+        if self.first_step == 0:
+            await self._evaluate(0)
+        producer = asyncio.ensure_future(self._produce())
+        consumer = asyncio.ensure_future(self._consume())
+        try:
+            await first_failure(producer, consumer)
+        finally:
+            for task in (producer, consumer):
+                task.cancel()
+            await asyncio.gather(producer, consumer, return_exceptions=True)
+
+    async def _produce(self) -> None:
+        rollout = self.config.rollout
+
+        async def one(prompt: Prompt, step: int) -> None:
+            group = await self.rollouts.group(prompt, size=rollout.group_size, temperature=rollout.temperature)
+            group.step = step
+            await self.buffer.put(group)
+
+        async with asyncio.TaskGroup() as running:
+            while (step := await self.buffer.admit()) is not None:
+                (prompt,) = self.sampler.next(1)
+                running.create_task(one(prompt, step))
+
+    async def _consume(self) -> None:
+        for step in range(self.first_step, self.config.train.steps):
+            await self._step(step)
+
+    async def _step(self, step: int) -> None:
+        timer, begun = PhaseTimer(), time.monotonic()
+        with timer("rollout"):
+            groups = await self._take(step)
+        with timer("batch"):
+            batches = make_batches(groups, self.config)
+        with timer("train"):
+            stats = await self.trainer.update(batches, version=step)
+        with timer("publish"):
+            await self.publisher.publish(step + 1)
+        if self._due(self.config.checkpoint.every, step) and self.save_checkpoint is not None:
+            with timer("checkpoint"):
+                await self.save_checkpoint(step + 1)
+        metrics = rollout_metrics(groups, step) | train_metrics(stats)
+        self.report.step(step + 1, groups, metrics, timer.seconds, time.monotonic() - begun)
+        last = step + 1 == self.config.train.steps
+        if last or self._due(self.config.eval.every, step):
+            await self._evaluate(step + 1)
+        await self.buffer.published(step + 1)
+
+    async def _take(self, step: int) -> list[TrajectoryGroup]:
+        """The groups of `step`; meanwhile the progress bar follows how many are in."""
+        taking = asyncio.ensure_future(self.buffer.take(step))
+        with self.report.progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
+            while not taking.done():
+                show(self.buffer.finished(step))
+                await asyncio.wait([taking], timeout=0.2)
+            show(self.config.train.prompts_per_step)
+        return taking.result()
+
+    async def _evaluate(self, step: int) -> None:
+        if not self.eval_prompts:
+            return
+        result = await evaluate(self.rollouts, self.eval_prompts, self.config.eval)
+        self.evaluations.append(result)
+        self.report.evaluation(step, result)
+
+    @staticmethod
+    def _due(every: int, step: int) -> bool:
+        return every > 0 and (step + 1) % every == 0
+
+
+def make_batches(groups: list[TrajectoryGroup], config: RunConfig) -> list[TrainBatch]:
+    """Cut the groups of a step into `optimizer_steps` batches of whole groups, packed for the trainer's layout."""
+    algorithm, parallel, train = config.algorithm, config.parallel, config.train
+    samples = []
+    for index, group in enumerate(groups):
+        rewards = [trajectory.reward for trajectory in group.trajectories]
+        advantages = group_advantages(rewards, normalize_std=algorithm.advantage.normalize_std)
+        samples.append(build_samples(group, advantages, index))
+    per_batch = len(groups) // train.optimizer_steps
+    return [
+        build_train_batch(
+            [sample for group in samples[first : first + per_batch] for sample in group],
+            aggregation=algorithm.aggregation,
+            parallel=parallel,
+            max_tokens=train.max_tokens_per_micro_batch,
+        )
+        for first in range(0, len(groups), per_batch)
+    ]
+
+
+async def first_failure(*tasks: asyncio.Future) -> None:
+    """Wait for all tasks; raise the first exception as soon as one fails, unwrapped from its exception group."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for task in done:
+        error = task.exception()
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if error is not None:
+            raise error
+
+
+def checkpoint_directory(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` training steps lives."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"

@@ -1,0 +1,1 @@
+"""Megatron-Core behind one class; the only package that imports megatron."""

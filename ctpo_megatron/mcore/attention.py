@@ -1,0 +1,178 @@
+"""Causal attention over packed sequences with torch alone: the core attention of the portable layer spec.
+
+The pack is laid out once per micro-batch: sequences of similar length are padded to a common one and go through torch's
+scaled-dot-product attention together, so time grows as the sum of squared lengths, not as the square of the pack. Under
+context parallelism each rank keeps its queries and gathers all keys and values; the mask follows the positions in the whole
+sequence (zigzag layout: rank r holds pieces r and 2*cp-1-r of each sequence).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+
+BUCKET_RATIO = math.sqrt(2.0)  # sequences in one bucket differ in length by at most this factor
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences that go through attention together: n of them, padded to q queries and k keys."""
+
+    shape: tuple[int, int, int]  # n, q, k
+    mask: Tensor | None  # [n, 1, q, k] bool, True where a query may look; None: plain causal, q = k
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """Where each padded row comes from, and where each packed row went."""
+
+    rows: Tensor  # [P] int64: packed row of each padded row; 0 where there is none
+    empty: Tensor  # [P, 1] bool: padded rows without a token
+    home: Tensor  # [R] int64: padded row of each packed row
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """megatron's description of a pack, with what `PackedAttention` needs; every layer of a micro-batch shares it."""
+
+    buckets: list[Bucket] = field(default_factory=list)
+    queries: Padding | None = None
+    keys: Padding | None = None
+
+
+def packed_params(cu_seqlens: Tensor, device: torch.device) -> PackedSeqParams:
+    """megatron's description of the whole sequences `cu_seqlens` [N+1] (int32, on the CPU), on `device`."""
+    return PackedSeqParams(**_thd(cu_seqlens, device))
+
+
+def packed_layout(cu_seqlens: Tensor, device: torch.device, cp_rank: int = 0, cp_size: int = 1) -> PackedLayout:
+    """`packed_params` plus the padding of this rank's queries and of all keys. Lengths are multiples of 2 * cp_size."""
+    lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
+    starts = cu_seqlens[:-1].to(torch.int64) // cp_size
+    local_tokens = int(cu_seqlens[-1]) // cp_size
+    bucket_of = torch.ceil(torch.log(lengths.clamp(min=1).double()) / math.log(BUCKET_RATIO)).to(torch.int64)
+    buckets, query_rows, key_rows = [], [], []
+    for bucket in torch.unique(bucket_of[lengths > 0]).tolist():
+        chosen = (bucket_of == bucket) & (lengths > 0)
+        length, start = lengths[chosen, None], starts[chosen, None]  # [n, 1]
+        key_at = torch.arange(int(length.max()))  # position in the whole sequence
+        query_at = torch.arange(int(length.max()) // cp_size)  # place among this rank's tokens of the sequence
+        query_rows.append(torch.where(query_at < length // cp_size, start + query_at, -1))
+        key_row = _gathered_row(key_at, length, start, cp_size, local_tokens)
+        key_rows.append(torch.where(key_at < length, key_row, -1))
+        mask = None
+        if cp_size > 1:
+            position = _position(query_at, length, cp_rank, cp_size)  # [n, q]
+            mask = (key_at <= position[..., None]).unsqueeze(1).to(device)
+        buckets.append(Bucket((length.numel(), query_at.numel(), key_at.numel()), mask))
+    queries = _padding(query_rows, local_tokens, device)
+    keys = queries if cp_size == 1 else _padding(key_rows, local_tokens * cp_size, device)
+    return PackedLayout(**_thd(cu_seqlens, device), buckets=buckets, queries=queries, keys=keys)
+
+
+def _thd(cu_seqlens: Tensor, device: torch.device) -> dict[str, Any]:
+    longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+    cu = cu_seqlens.to(device=device, dtype=torch.int32, non_blocking=True)
+    return {"qkv_format": "thd", "cu_seqlens_q": cu, "cu_seqlens_kv": cu, "max_seqlen_q": longest, "max_seqlen_kv": longest}
+
+
+def _gathered_row(position: Tensor, length: Tensor, start: Tensor, cp_size: int, local_tokens: int) -> Tensor:
+    """Row, among the tokens of all ranks in rank order, of a position in the whole sequence."""
+    piece_length = (length // (2 * cp_size)).clamp(min=1)
+    piece = position // piece_length
+    second = piece >= cp_size  # of the two pieces that its rank holds
+    rank = torch.where(second, 2 * cp_size - 1 - piece, piece)
+    if cp_size == 1:
+        return start + position
+    return rank * local_tokens + start + second * piece_length + position % piece_length
+
+
+def _position(place: Tensor, length: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+    """Position in the whole sequence of this rank's tokens; padded places count on, so no query is left without a key."""
+    piece_length = length // (2 * cp_size)
+    piece = torch.where(place < piece_length, cp_rank, 2 * cp_size - 1 - cp_rank)
+    return piece * piece_length + place - torch.where(place < piece_length, 0, piece_length)
+
+
+def _padding(bucket_rows: list[Tensor], packed_rows: int, device: torch.device) -> Padding:
+    rows = torch.cat([r.reshape(-1) for r in bucket_rows])
+    empty = rows < 0
+    home = torch.empty(packed_rows, dtype=torch.int64)
+    home[rows[~empty]] = torch.arange(rows.numel())[~empty]
+    return Padding(rows.clamp(min=0).to(device), empty.unsqueeze(1).to(device), home.to(device))
+
+
+class _Pad(torch.autograd.Function):
+    """[R, C] packed rows to [P, C] padded rows. Both directions are plain gathers, which a scatter-add would not be."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, padding: Padding) -> Tensor:
+        ctx.padding = padding
+        return packed.index_select(0, padding.rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.padding.home), None  # what padded rows hold never reaches a token
+
+
+class _Unpad(torch.autograd.Function):
+    """[P, C] padded rows to [R, C] packed rows."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, padding: Padding) -> Tensor:
+        ctx.padding = padding
+        return padded.index_select(0, padding.home)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        padding = ctx.padding
+        return grad.index_select(0, padding.rows).masked_fill_(padding.empty, 0.0), None
+
+
+class PackedAttention(torch.nn.Module):
+    """Core attention for megatron's `SelfAttention`; see this module's docstring. No dropout, no attention bias."""
+
+    def __init__(self, config: Any, pg_collection: Any, softmax_scale: float | None = None, **_options: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale or config.kv_channels**-0.5
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedLayout,
+        **_options: Any,
+    ) -> Tensor:
+        """query [T, heads, d], key and value [T, groups, d] of this rank; returns [T, heads * d]."""
+        layout = packed_seq_params
+        if self.cp_group.size() > 1:
+            both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.cp_group)
+            key, value = both.chunk(2, dim=1)
+        q, k, v = (_Pad.apply(x.flatten(1), p) for x, p in ((query, layout.queries), (key, layout.keys), (value, layout.keys)))
+        heads, groups, outputs, at_q, at_k = query.shape[1], key.shape[1], [], 0, 0
+        for bucket in layout.buckets:
+            n, q_length, k_length = bucket.shape
+            rows_q, rows_k = slice(at_q, at_q + n * q_length), slice(at_k, at_k + n * k_length)
+            at_q, at_k = rows_q.stop, rows_k.stop
+            attended = F.scaled_dot_product_attention(
+                q[rows_q].view(n, q_length, heads, -1).transpose(1, 2),
+                k[rows_k].view(n, k_length, groups, -1).transpose(1, 2),
+                v[rows_k].view(n, k_length, groups, -1).transpose(1, 2),
+                attn_mask=bucket.mask,
+                is_causal=bucket.mask is None,
+                scale=self.scale,
+                enable_gqa=heads != groups,
+            )
+            outputs.append(attended.transpose(1, 2).reshape(n * q_length, -1))
+        return _Unpad.apply(torch.cat(outputs), layout.queries)

@@ -1,0 +1,40 @@
+"""Directories that appear complete or not at all: written under NAME.tmp, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+_REPLACED_SUFFIX = ".replaced"
+
+
+def temporary_directory(target: Path) -> Path:
+    """An empty TARGET.tmp beside `target`; what an earlier, interrupted write left there is removed."""
+    work = target.with_name(target.name + TEMPORARY_SUFFIX)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return work
+
+
+def publish_directory(work: Path, target: Path) -> None:
+    """Give `work` its final name, in place of what `target` may be. Both lie in the same directory."""
+    for file in work.rglob("*"):
+        _flush(file)
+    _flush(work)
+    replaced = target.with_name(target.name + _REPLACED_SUFFIX)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.exists():
+        target.rename(replaced)
+    work.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,220 @@
+"""A Megatron-Core actor's engine: one rank of the trainer, without Ray.
+
+Every method is collective: all ranks of the trainer call it in the same order.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ctpo_megatron.algorithms import Scan
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.errors import ConfigError, NonFiniteError
+from ctpo_megatron.mcore.hf_config import check_layout, read_hf_config
+from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
+
+if TYPE_CHECKING:  # megatron may be imported only after prepare_host
+    from ctpo_megatron.mcore.step import LossFn
+
+TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """Who this process is among the trainer's ranks, and where rank 0 listens."""
+
+    rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    local_rank: int = 0
+
+
+class MegatronEngine:
+    """Model, optimizer and schedule of one rank. `optimizer=None` builds a model that only computes log-probs."""
+
+    def __init__(
+        self,
+        model_path: str,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig | None,
+        rank: RankInfo,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int,
+        recompute: bool = False,
+        total_steps: int | None = None,
+    ) -> None:
+        self.shape = read_hf_config(model_path)
+        check_layout(self.shape, parallel)
+        if parallel.world_size != rank.world_size:
+            raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")
+        self.device = prepare_host(device, rank.local_rank)
+        self.model_path, self.rank, self.parallel = model_path, rank, parallel
+        _init_distributed(rank, self.device)
+        with megatron_region(self.device):
+            self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps)
+
+    def _build(
+        self, optimizer: OptimizerConfig | None, dtype: torch.dtype, seed: int, recompute: bool, total_steps: int | None
+    ) -> None:
+        from ctpo_megatron.mcore import build, hf_load, spec, step
+
+        build.init_parallel_groups(self.parallel, seed, TIMEOUT_MINUTES)
+        self.models = build.build_model(
+            self.shape, self.parallel, dtype, self.device, recompute=recompute, trainable=optimizer is not None
+        )
+        hf_load.load_hf(self.models, self.shape, self.model_path)
+        self.optimizer = self.schedule = None
+        if optimizer is not None:
+            self.optimizer = build.build_optimizer(self.models, optimizer, dtype)
+            self.schedule = build.build_schedule(self.optimizer, optimizer, total_steps)
+        portable = not spec.use_transformer_engine(self.device)
+        self._stepper = step.Stepper(self.models, self.shape.vocab_size, self.device, portable)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of `TrainBatch.micro_batches` is this rank's."""
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel replicas."""
+        return self.parallel.dp
+
+    @property
+    def cp_rank(self) -> int:
+        """This rank's place among those that share a pack."""
+        return self._stepper.cp_group.rank()
+
+    @property
+    def is_sender(self) -> bool:
+        """True on the rank that `export` gives the weights to."""
+        return self.rank.rank == 0
+
+    @property
+    def scan(self) -> Scan:
+        """How prefix sums run over this rank's shards."""
+        return self._stepper.scan
+
+    def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's context-parallel shards of whole packs, on its device; all other methods take these."""
+        return self._stepper.place(micro_batches)
+
+    def reduce(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Statistics with keys sum/, max/, min/ over micro-batches and ranks, the same on every rank.
+
+        `stats` counts only where it comes from: the last pipeline stage.
+        """
+        return self._stepper.reduce(stats)
+
+    def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        """Log-probs of the labels of each placed shard, [T / cp] float32; an empty list before the last pipeline stage."""
+        with megatron_region(self.device):
+            return self._stepper.logp(micro_batches, temperature)
+
+    def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> dict[str, float]:
+        """One optimizer step on placed shards; see `step.LossFn`.
+
+        Returns loss, grad_norm (before clipping), lr and the reduced statistics, the same on every rank. Raises
+        NonFiniteError on every rank, with weights unchanged, when the loss or the gradient is not finite.
+        """
+        if self.optimizer is None or self.schedule is None:
+            raise ConfigError("train_step on an engine that was built without an optimizer.")
+        with megatron_region(self.device):
+            metrics = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
+            _require_finite("loss", metrics["loss"])
+            metrics |= self._optimizer_step()
+        return metrics
+
+    def _optimizer_step(self) -> dict[str, float]:
+        """What ChainedOptimizer.step does, with the check between norm and update."""
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        self.schedule.step(1)
+        self.optimizer.prepare_grads()
+        norm = self.optimizer.get_grad_norm()
+        _require_finite("grad_norm", norm)
+        for optimizer in self.optimizer.chained_optimizers:
+            parameters = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+        self.optimizer.step_with_ready_grads()
+        return {"grad_norm": float(norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
+
+    def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """Full weights under their Hugging Face names, in buckets; all ranks iterate in step, others than rank 0 get []."""
+        from ctpo_megatron.mcore.hf_export import export_hf
+
+        buckets = export_hf(self.models, self.shape, bucket_bytes)
+        while True:
+            with megatron_region(self.device):  # left before the caller goes on
+                bucket = next(buckets, None)
+            if bucket is None:
+                return
+            yield bucket
+
+    def save_hf(self, directory: str | Path) -> None:
+        """Write the weights as a Hugging Face model directory."""
+        from ctpo_megatron.mcore.hf_export import save_hf
+
+        with megatron_region(self.device):
+            save_hf(self.models, self.shape, self.model_path, directory)
+
+    def save(self, directory: str | Path, state: dict[str, Any]) -> None:
+        """Write a checkpoint of weights, optimizer, schedule and `state`."""
+        from ctpo_megatron.mcore.checkpoint import save_checkpoint
+
+        with megatron_region(self.device):
+            save_checkpoint(directory, self.models, self.optimizer, self.schedule, state)
+
+    def load(self, directory: str | Path) -> dict[str, Any]:
+        """Read a checkpoint and return its `state`."""
+        from ctpo_megatron.mcore.checkpoint import load_checkpoint
+
+        with megatron_region(self.device):
+            return load_checkpoint(directory, self.models, self.optimizer, self.schedule)
+
+    def close(self) -> None:
+        """Leave the process groups."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _init_distributed(rank: RankInfo, device: torch.device) -> None:
+    dist.init_process_group(
+        backend_for(device),
+        init_method=f"tcp://{rank.master_addr}:{rank.master_port}",
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES),
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _require_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{name} is {value}; the weights were left as they were before this step.")

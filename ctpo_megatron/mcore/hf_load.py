@@ -1,0 +1,143 @@
+"""Weights from a Hugging Face directory into Megatron's model: each rank reads only the slices it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from megatron.core import parallel_state
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ctpo_megatron.errors import ModelError
+from ctpo_megatron.mcore.hf_config import ModelShape, weight_files
+from ctpo_megatron.mcore.hf_names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where this rank stands on the axes that decide which part of the weights it holds."""
+
+    tp_rank: int
+    tp_size: int
+    ep_rank: int
+    ep_size: int
+
+    @classmethod
+    def current(cls) -> RankPlace:
+        """From megatron's process groups."""
+        return cls(
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_rank(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The GPTModel inside megatron's wrappers (data parallelism, 16-bit)."""
+    while not hasattr(model, "decoder"):
+        model = model.module
+    return model
+
+
+def layer_numbers(model: nn.Module) -> list[int]:
+    """Numbers, from 0 over the whole model, of the layers that this rank's part holds."""
+    return [layer.layer_number - 1 for layer in unwrap(model).decoder.layers]
+
+
+def keyed_parameters(model: nn.Module, shape: ModelShape, place: RankPlace) -> Iterator[tuple[str, nn.Parameter]]:
+    """The rank's parameters under their keys (see hf_names)."""
+    first_layer = next(iter(layer_numbers(model)), 0)
+    first_expert = place.ep_rank * (shape.num_experts // place.ep_size)
+    for name, parameter in unwrap(model).named_parameters():
+        yield parameter_key(name, first_layer, first_expert), parameter
+
+
+@torch.no_grad()
+def load_hf(models: list[nn.Module], shape: ModelShape, path: str | Path) -> None:
+    """Fill the parameters of `models` from the safetensors in `path`, tensor by tensor.
+
+    Megatron's optimizers keep a copy in higher precision: call their `reload_model_params()` when they exist already.
+    Raises ModelError for tensors that the directory lacks, has too many of, or has in another shape.
+    """
+    place = RankPlace.current()
+    by_key: dict[str, list[HfTensor]] = {}
+    for tensor in hf_tensors(shape):
+        by_key.setdefault(tensor.key, []).append(tensor)
+    if shape.tie_embeddings:  # with pipeline parallelism the last stage holds a copy of the embedding
+        by_key[OUTPUT_KEY] = by_key[EMBEDDING_KEY]
+    with HfReader(Path(path)) as reader:
+        reader.check(shape)
+        for model in models:
+            for key, parameter in keyed_parameters(model, shape, place):
+                if key not in by_key:
+                    raise ModelError(f"{path}: megatron's parameter {key} has no counterpart in the {shape.family} format.")
+                sources = by_key[key]
+                pieces = [reader.piece(source, shape, place) for source in sources]
+                local = sources[0].cut.pack(pieces, shape)
+                if local.shape != parameter.shape:
+                    raise ModelError(
+                        f"{path}: {key} is {list(parameter.shape)} in megatron, but the file gives {list(local.shape)}."
+                    )
+                parameter.copy_(local)
+
+
+class HfReader:
+    """Slices of the tensors in a directory of safetensors files; files are mapped, not read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = ExitStack()
+        self.handles: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        for file in weight_files(self.directory):
+            try:
+                handle = self.files.enter_context(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise ModelError(f"{file}: not a readable safetensors file: {error}.") from error
+            self.handles |= dict.fromkeys(handle.keys(), handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.files.close()
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise ModelError unless the files hold exactly the model's tensors, in its shapes."""
+        expected = {tensor.name: tensor.shape for tensor in hf_tensors(shape)}
+        # two things that older exports also wrote: the tied head a second time, and RoPE's frequencies
+        spare = {name for name in self.handles if name.endswith(".rotary_emb.inv_freq")}
+        spare |= {"lm_head.weight"} if shape.tie_embeddings else set()
+        self._refuse("lacks", expected.keys() - self.handles.keys())
+        self._refuse("also holds, and the model has no place for", self.handles.keys() - expected.keys() - spare)
+        for name, wanted in expected.items():
+            found = tuple(self.handles[name].get_slice(name).get_shape())
+            if found != wanted:
+                raise ModelError(f"{self.directory}: {name} has shape {list(found)}; config.json asks for {list(wanted)}.")
+
+    def piece(self, tensor: HfTensor, shape: ModelShape, place: RankPlace) -> Tensor:
+        """The part of `tensor` that the rank at `place` holds."""
+        source = self.handles[tensor.name].get_slice(tensor.name)
+        dim = tensor.cut.dim
+        if dim is None:
+            return source[:]
+        rows = tensor.shape[dim]
+        if tensor.key in (EMBEDDING_KEY, OUTPUT_KEY):
+            rows = shape.padded_vocab_size(place.tp_size)
+        step = rows // place.tp_size
+        first = place.tp_rank * step
+        last = min(first + step, tensor.shape[dim])
+        found = source[first:last] if dim == 0 else source[:, first:last]
+        if last - first < step:  # padding of the vocabulary
+            found = torch.nn.functional.pad(found, (0, 0, 0, step - (last - first)))
+        return found
+
+    def _refuse(self, verb: str, names: set[str]) -> None:
+        if names:
+            some = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ModelError(f"{self.directory}: {verb}: {some}. Do config.json and the weights belong together?")

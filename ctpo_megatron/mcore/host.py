@@ -1,0 +1,158 @@
+"""The device and its communication backend, chosen in one place, and what Megatron-Core needs where there is no CUDA.
+
+Megatron-Core 0.16.1 asks for CUDA by name in many places. On a CPU `prepare_host` bridges them before megatron is imported;
+where CUDA is used it changes nothing. Every bridge has a test in tests/dist/test_host.py that fails once megatron can do
+without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from ctpo_megatron.errors import ConfigError
+
+# Optional imports of megatron that come with SGLang. Without a GPU flash_mla fails with OSError, where megatron catches only
+# ImportError; flashinfer loads, but takes 5 s and is of no use.
+ABSENT_ON_CPU = ("flash_mla", "flashinfer")
+
+
+def prepare_host(device: str = "auto", local_rank: int = 0) -> torch.device:
+    """Make this process ready for megatron on `device` (auto, cpu or cuda) and return the device it shall use.
+
+    Call it before anything imports megatron. Raises ConfigError for `cuda` where torch sees no such GPU.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"cluster.device is {device!r}; allowed are auto, cpu, cuda.")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        _bridge_cpu()
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"cluster.device is cuda, but this process would use GPU {local_rank} of {torch.cuda.device_count()} visible ones; "
+            "set cluster.device to cpu or give the trainer more GPUs."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def backend_for(device: torch.device) -> str:
+    """Communication backend of torch.distributed for `device`."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def megatron_region(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context in which to call megatron: on a CPU, calls that name CUDA are answered with the CPU."""
+    return contextlib.nullcontext() if device.type == "cuda" else CudaMeansCpu()
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Inside it `device="cuda"` makes a CPU tensor, `.cuda()` changes nothing, and `.type()` says `torch.cuda.`.
+
+    The last is for megatron's optimizers, which compare those strings to tell number formats apart.
+    """
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+        return func(*args)
+
+
+class NullStream:
+    """Stands for a CUDA stream or event: on a CPU, work is done when the call returns."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def wait_stream(self, _stream: Any) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self, _event: Any = None) -> Self:
+        """An event that has already happened."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None: ...
+
+
+@functools.cache
+def _bridge_cpu() -> None:
+    """Apply every bridge, once per process."""
+    for name in ABSENT_ON_CPU:
+        sys.modules.setdefault(name, None)  # makes `import name` raise ImportError
+    _bridge_torch_cuda()
+    _import_megatron()
+    _bridge_random_state()
+    _bridge_moe()
+
+
+def _bridge_torch_cuda() -> None:
+    """Functions of torch.cuda that megatron calls, with the meaning they have on a CPU."""
+    cpu, stream, generator = torch.device("cpu"), NullStream(), torch.Generator()
+    torch.cuda.current_device = lambda: cpu
+    torch.cuda.synchronize = lambda _device=None: None
+    torch.cuda.Stream = torch.cuda.Event = NullStream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda _device=None: stream
+    torch.cuda.stream = lambda _stream: stream
+    # megatron's model-parallel random states live in the "CUDA generator", here one more CPU generator
+    torch.cuda.manual_seed = generator.manual_seed
+    torch.cuda.get_rng_state = lambda _device="cuda": generator.get_state()
+    torch.cuda.set_rng_state = lambda state, _device="cuda": generator.set_state(state)
+
+
+def _import_megatron() -> None:
+    """Import megatron without torch.compile: its fusions are meant for GPUs, and the compiler takes seconds to load."""
+    compiler = torch.compile
+    torch.compile = lambda model=None, **_options: model if model is not None else (lambda function: function)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each optional GPU extension that is absent warns once
+            for name in ("models.gpt.gpt_layer_specs", "optimizer", "pipeline_parallel"):
+                importlib.import_module(f"megatron.core.{name}")
+    finally:
+        torch.compile = compiler
+
+
+def _bridge_random_state() -> None:
+    """Two helpers of megatron reach into torch's CUDA generators."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.cuda.get_rng_state()
+    random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.cuda.set_rng_state(new_state)
+
+
+def _bridge_moe() -> None:
+    """What mixtures of experts need: a name that only TransformerEngine defines, and gloo's idea of split sizes."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # tested against None where it is used
+    original = dist.all_to_all_single
+
+    @functools.wraps(original)
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **options):
+        # megatron passes tensors or arrays, gloo takes lists
+        sizes = (None if s is None else [int(n) for n in s] for s in (output_split_sizes, input_split_sizes))
+        return original(output, input, *sizes, **options)
+
+    dist.all_to_all_single = all_to_all_single

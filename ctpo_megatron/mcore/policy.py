@@ -1,0 +1,116 @@
+"""One rollout batch through the engine: old log-probs, the drift alarm, then the optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ctpo_megatron.algorithms import Scan, nll_loss, policy_loss
+from ctpo_megatron.batch import MicroBatch, RankBatch
+from ctpo_megatron.config.algorithm import AlgorithmConfig
+from ctpo_megatron.config.cluster import DriftConfig
+from ctpo_megatron.errors import MismatchError
+from ctpo_megatron.mcore.engine import MegatronEngine
+
+POSITION_BINS = 16  # bin b holds positions 2**b .. 2**(b+1)-1 among a trajectory's policy tokens
+
+
+def update_policy(
+    engine: MegatronEngine,
+    batches: list[RankBatch],
+    *,
+    algorithm: AlgorithmConfig,
+    temperature: float,
+    drift: DriftConfig,
+    version: int,
+) -> dict[str, float]:
+    """One optimizer step per batch; the old policy is the one that stands before the first.
+
+    Returns the merged statistics of all steps (keys sum/, max/, min/ over all ranks; plain keys are means over steps).
+    Raises MismatchError, before anything is changed, when trainer and engine disagree more than `drift` allows.
+    """
+    anchored: list[list[MicroBatch]] = []
+    gaps: list[dict[str, Tensor]] = []
+    for batch in batches:
+        micro_batches = engine.place(batch.micro_batches)
+        old = engine.logp(micro_batches, temperature)
+        if old:  # last pipeline stage; the others never look at log-probs
+            gaps += [drift_stats(mb, logp, engine.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
+            micro_batches = [mb.with_old_logp(logp) for mb, logp in zip(micro_batches, old, strict=True)]
+        anchored.append(micro_batches)
+    measured = engine.reduce(gaps)
+    check_drift(measured, drift, version)
+    steps = []
+    for batch, micro_batches in zip(batches, anchored, strict=True):
+        loss = partial(_policy_share, algorithm=algorithm, normalizer=batch.normalizer)
+        steps.append(engine.train_step(micro_batches, loss, temperature))
+    return merge_stats(steps) | measured
+
+
+def supervise(engine: MegatronEngine, batch: RankBatch) -> dict[str, float]:
+    """One optimizer step of maximum likelihood on the unmasked labels."""
+
+    def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, dict[str, Tensor]]:
+        out = nll_loss(logp=logp, mask=mb.loss_mask, cu_seqlens=mb.cu_seqlens, normalizer=batch.normalizer, scan=scan)
+        return out.loss, out.stats
+
+    return engine.train_step(engine.place(batch.micro_batches), share, 1.0)
+
+
+def _policy_share(
+    logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: AlgorithmConfig, normalizer: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    out = policy_loss(
+        algorithm.objective,
+        logp=logp,
+        old_logp=mb.old_logp,
+        advantages=mb.advantages,
+        mask=mb.loss_mask,
+        cu_seqlens=mb.cu_seqlens,
+        aggregation=algorithm.aggregation,
+        normalizer=normalizer,
+        scan=scan,
+    )
+    return out.loss, out.stats
+
+
+def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> dict[str, Tensor]:
+    """Distance of trainer and engine on the tokens that `version` itself sampled, in all and by position."""
+    counted = mb.loss_mask & (mb.policy_versions == version)
+    gap = torch.where(counted, (logp - mb.rollout_logp).abs(), 0.0)
+    position = scan.prefix_sums(mb.loss_mask.float().unsqueeze(0), mb.cu_seqlens).inclusive[0].clamp(min=1)
+    bins = position.log2().floor().long().clamp(max=POSITION_BINS - 1)
+    by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, gap)
+    count_by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, counted.to(gap.dtype))
+    stats = {"sum/drift_tokens": counted.sum().float(), "sum/drift": gap.sum(), "max/drift": gap.max()}
+    for b in range(POSITION_BINS):
+        stats[f"sum/drift_bin_{b}"] = by_bin[b]
+        stats[f"sum/drift_tokens_bin_{b}"] = count_by_bin[b]
+    return stats
+
+
+def check_drift(measured: dict[str, float], bound: DriftConfig, version: int) -> None:
+    """Raise MismatchError when a bound is passed; a NaN passes every bound."""
+    tokens = max(measured.get("sum/drift_tokens", 0.0), 1.0)
+    found = {"max": measured.get("max/drift", 0.0), "mean": measured.get("sum/drift", 0.0) / tokens}
+    for kind, value in found.items():
+        limit = getattr(bound, kind)
+        if limit is not None and not value <= limit:
+            raise MismatchError(
+                f"trainer and inference engine disagree about the log-probs of policy version {version}: {kind} |difference| is "
+                f"{value:.3g}, drift.{kind} allows {limit:.3g} ({tokens:.0f} tokens). Either the weights did not arrive, or the "
+                f"two compute differently (dtype, kernels); raise drift.{kind} only if you know which."
+            )
+
+
+def merge_stats(steps: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Statistics of several optimizer steps as one: sums add, extremes combine, plain keys average."""
+    gathered: dict[str, list[float]] = {}
+    for stats in steps:
+        for key, value in stats.items():
+            gathered.setdefault(key, []).append(value)
+    rules = {"sum": sum, "max": max, "min": min}
+    return {k: rules.get(k.split("/")[0], lambda v: sum(v) / len(v))(values) for k, values in gathered.items()}

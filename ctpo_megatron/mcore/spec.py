@@ -1,0 +1,68 @@
+"""Of which modules a transformer layer is made: TransformerEngine's on GPUs, plain torch elsewhere.
+
+The two differ in parameter names: TransformerEngine fuses each norm into the linear layer after it
+(`linear_qkv.layer_norm_weight`), and groups experts (`experts.linear_fc1.weight3`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ctpo_megatron.mcore.attention import PackedAttention
+
+
+def use_transformer_engine(device: torch.device) -> bool:
+    """True where the layers are TransformerEngine's."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+def layer_spec(config: TransformerConfig, device: torch.device) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the norm after them."""
+    if use_transformer_engine(device):
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    layers = [_portable(layer, config)] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _portable(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
+    """megatron's local layer with the norm and attention that also do sequence and context parallelism and packing."""
+    attention = layer.submodules.self_attention
+    parts = replace(attention.submodules, core_attention=PackedAttention)
+    if config.qk_layernorm:
+        parts = replace(parts, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    return replace(
+        layer,
+        submodules=replace(
+            layer.submodules,
+            input_layernorm=RMSNorm,
+            self_attention=replace(attention, submodules=parts),
+            pre_mlp_layernorm=RMSNorm,
+        ),
+    )
+
+
+class RMSNorm(torch.nn.Module):
+    """x / rms(x) * weight, whose weight tells megatron that sequence parallelism leaves it with partial gradients."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_options: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] to the same shape."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -1,0 +1,174 @@
+"""One pass over micro-batches: forward only, or forward, backward and gradient reduction.
+
+The only file that knows megatron's scale factors. A loss function returns `share`; the sum of the shares over all
+micro-batches and all data- and context-parallel ranks is the loss. On its way to the gradient megatron (0.16.1, without
+`calculate_per_token_loss`) scales a share three times:
+
+    x cp                pipeline_parallel.schedules.forward_step_calc_loss (loss functions that return two values)
+    / n micro-batches   the same
+    / (dp * cp)         DistributedDataParallel.__init__, gradient_scaling_factor, before it sums over dp * cp ranks
+
+so `share * n * dp` yields the plain sum. The load-balancing loss of experts does not pass through here: the schedule gives it
+the same cp / n (MoEAuxLossAutoScaler.set_loss_scale), DistributedDataParallel the same 1 / (dp * cp), and each context- and
+tensor-parallel rank holds its part of a pack's value (router.TopKRouter._apply_aux_loss), so what is added to the loss is its
+mean over all micro-batches, whatever the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from ctpo_megatron.algorithms.scan import LocalScan, Scan
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.mcore.attention import packed_layout, packed_params
+from ctpo_megatron.parallel import ContextParallelScan, vocab_parallel_logp
+
+LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, dict[str, Tensor]]]
+"""(logp [T_local] float32 with grad, this rank's shard, scan) -> (share, stats).
+
+`stats` are scalars whose keys begin with `sum/`, `max/` or `min/`, the same keys on every call; that is how they are reduced
+over micro-batches and ranks.
+"""
+
+MASKED_LOGIT = -1e6  # finite, so that 0 * logit stays 0 in the entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A shard and megatron's description of the pack it belongs to."""
+
+    shard: MicroBatch
+    packed: PackedSeqParams
+
+
+class Stepper:
+    """Runs the schedule for a model. `portable` says that the layers are those of the portable spec.
+
+    Micro-batches are this rank's shards on its device, as `place` makes them.
+    """
+
+    def __init__(self, models: list[torch.nn.Module], vocab_size: int, device: torch.device, portable: bool) -> None:
+        self.models, self.vocab_size, self.device, self.portable = models, vocab_size, device, portable
+        self.cp_group = parallel_state.get_context_parallel_group()
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.pp_group = parallel_state.get_pipeline_model_parallel_group()
+        self.dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self.dp_size = parallel_state.get_data_parallel_world_size()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.scan: Scan = ContextParallelScan(self.cp_group) if self.cp_group.size() > 1 else LocalScan()
+
+    def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        """Log-probs of the labels of each shard, [T_local] float32; an empty list before the last pipeline stage."""
+
+        def collect(shard: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
+            return self._logp(logits, shard, temperature)[0]
+
+        for model in self.models:
+            model.eval()
+        try:
+            with torch.no_grad():
+                return self._run(micro_batches, collect, forward_only=True)
+        finally:
+            for model in self.models:
+                model.train()
+
+    def forward_backward(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> dict[str, float]:
+        """Gradients of the summed shares, reduced over ranks; returns `loss` and the reduced statistics, on every rank."""
+        factor = len(micro_batches) * self.dp_size
+
+        def loss(shard: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            logp, entropy = self._logp(logits, shard, temperature)
+            share, stats = loss_fn(logp, shard, self.scan)
+            masked_entropy = torch.where(shard.loss_mask, entropy, 0.0).sum()
+            return share * factor, {"sum/loss": share.detach(), "sum/entropy": masked_entropy, **stats}
+
+        for model in self.models:
+            model.zero_grad_buffer()
+        reduced = self.reduce(self._run(micro_batches, loss, forward_only=False))
+        reduced["loss"] = reduced.pop("sum/loss")
+        return reduced
+
+    def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's shards of whole packs, on its device."""
+        return [whole.shard(self.cp_group.rank(), self.cp_group.size()).to(self.device) for whole in micro_batches]
+
+    def _run(self, shards: list[MicroBatch], loss: Callable, forward_only: bool) -> list:
+        described = [Described(shard, self._describe(shard.cu_seqlens.cpu())) for shard in shards]
+        schedule = get_forward_backward_func()
+        return schedule(
+            forward_step_func=partial(_forward_step, loss),
+            data_iterator=iter(described),
+            model=self.models,
+            num_microbatches=len(shards),
+            seq_length=max(shard.input_ids.numel() for shard in shards) * self.cp_group.size(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _describe(self, cu_seqlens: Tensor) -> PackedSeqParams:
+        if self.portable:
+            return packed_layout(cu_seqlens, self.device, self.cp_group.rank(), self.cp_group.size())
+        return packed_params(cu_seqlens, self.device)
+
+    def _logp(self, logits: Tensor, shard: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """[1, T_local, V / tp] to log-probs with grad and entropies without, both [T_local] float32."""
+        logits = logits.squeeze(0)
+        width = logits.shape[-1]
+        excess = width * (self.tp_group.rank() + 1) - self.vocab_size
+        if excess > 0:  # rows of the embedding that only make the vocabulary divisible by tp
+            padding = torch.arange(width, device=logits.device) >= width - excess
+            logits = logits.masked_fill(padding, MASKED_LOGIT)
+        return vocab_parallel_logp(logits, shard.labels, group=self.tp_group, temperature=temperature)
+
+    def reduce(self, per_micro_batch: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Statistics over micro-batches, data- and context-parallel ranks, on every rank.
+
+        Only the last pipeline stage's argument counts; the other stages receive what it found.
+        """
+        reduced: dict[str, float] = {}
+        if self.is_last_stage:
+            reduced = self._reduce_on_last_stage(per_micro_batch)
+        if self.pp_group.size() > 1:
+            box = [reduced]
+            last = dist.get_global_rank(self.pp_group, self.pp_group.size() - 1)
+            dist.broadcast_object_list(box, src=last, group=self.pp_group, device=self.device)
+            reduced = box[0]
+        return reduced
+
+    def _reduce_on_last_stage(self, per_micro_batch: list[dict[str, Tensor]]) -> dict[str, float]:
+        keys = per_micro_batch[0].keys()
+        sums = sorted(key for key in keys if key.startswith("sum/"))
+        extremes = sorted(key for key in keys if key.startswith(("max/", "min/")))
+        if len(sums) + len(extremes) < len(keys):
+            raise ValueError(f"statistics {sorted(keys - {*sums, *extremes})} must begin with sum/, max/ or min/")
+        values = torch.stack([_vector(stats, [*sums, *extremes]) for stats in per_micro_batch])
+        total = values[:, : len(sums)].sum(0)
+        dist.all_reduce(total, group=self.dp_cp_group)
+        if extremes:  # a minimum is the negative of the largest negative
+            sign = torch.tensor([-1.0 if key.startswith("min/") else 1.0 for key in extremes]).to(values)
+            top = (values[:, len(sums) :] * sign).amax(0)
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.dp_cp_group)
+            total = torch.cat([total, top * sign])
+        return dict(zip([*sums, *extremes], total.tolist(), strict=True))  # the one host sync of a step
+
+
+def _vector(stats: dict[str, Tensor], keys: list[str]) -> Tensor:
+    return torch.stack([stats[key].detach().double().reshape(()) for key in keys])
+
+
+def _forward_step(loss: Callable, batches: Iterator[Described], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    """megatron's forward step: the stage's output, and what the last stage makes of it."""
+    described = next(batches)
+    shard = described.shard
+    output = model(shard.input_ids.unsqueeze(0), shard.position_ids.unsqueeze(0), None, packed_seq_params=described.packed)
+    return output, partial(loss, shard)

@@ -1,0 +1,77 @@
+"""Numbers on their way to disk: JSON that survives NaN, crashes and resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def jsonable(value: Any) -> Any:
+    """`value` for strict JSON: non-finite numbers become the strings "NaN", "Infinity" and "-Infinity".
+
+    `float()` of these strings gives the number back. Numbers of numpy become Python's, paths and the like their text.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if hasattr(value, "item"):
+        return jsonable(value.item())
+    if not isinstance(value, float):
+        return str(value)
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def write_summary(run_dir: Path, summary: Mapping[str, Any], name: str = "summary.json") -> None:
+    """Replace the file `name` in `run_dir` by `summary` as JSON."""
+    write_text(run_dir / name, json.dumps(jsonable(summary), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file at `path` in one step: a reader sees the old text or the new one, never a half."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def drop_steps(path: Path, first_step: int) -> None:
+    """Remove from a JSON-lines file what a stopped attempt wrote at `first_step` or later, and a half-written last line."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    if kept != lines:
+        write_text(path, "".join(kept))
+
+
+class MetricsFile:
+    """metrics.jsonl: one object a line, `step` and `time` (seconds since 1970) first; complete after every line.
+
+    Lines of one step belong together: training and evaluation write their own.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        drop_steps(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of `step`."""
+        record = {"step": step, "time": round(time.time(), 3), **jsonable(metrics)}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

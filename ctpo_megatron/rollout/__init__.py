@@ -1,0 +1,1 @@
+"""From a prompt to a judged trajectory: engine client, tools, environment, rewards. No tensors."""

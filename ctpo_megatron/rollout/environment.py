@@ -1,0 +1,109 @@
+"""One trajectory: the model writes, its code runs, it reads the output, until it answers or a budget ends."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.protocols import Chat, Generation, Generator, Reward, Sampling, ToolRunner
+from ctpo_megatron.rollout.tools import extract_code
+from ctpo_megatron.types import Prompt, Status, Trajectory, Turn
+
+
+class ToolEnvironment:
+    """Multi-turn generation with a code tool; single-turn where `tool` is None."""
+
+    def __init__(self, generator: Generator, chat: Chat, tool: ToolRunner | None, reward: Reward) -> None:
+        self._generator = generator
+        self._chat = chat
+        self._tool = tool
+        self._reward = reward
+
+    async def run(self, prompt: Prompt, session: int, sampling: Sampling) -> Trajectory:
+        """One attempt at `prompt`, judged. Only what the assistant itself wrote is judged, not what its programs printed."""
+        begun = time.monotonic()
+        attempt = _Attempt(self._chat.prompt_ids(prompt.messages), sampling.max_response_tokens)
+        status = await self._play(attempt, session, sampling)
+        return Trajectory(
+            prompt_index=prompt.index,
+            prompt_ids=attempt.prompt_ids,
+            turns=attempt.turns,
+            status=status,
+            text=self._chat.decode(attempt.tokens[len(attempt.prompt_ids) :], special=True),
+            reward=await self._reward.score(prompt, "\n".join(attempt.written)),
+            tool_calls=attempt.tool_calls,
+            tool_errors=attempt.tool_errors,
+            seconds=time.monotonic() - begun,
+        )
+
+    async def _play(self, attempt: _Attempt, session: int, sampling: Sampling) -> Status:
+        for turn in range(1, sampling.max_turns + 1):
+            finish = await self._assistant_turn(attempt, session, sampling.temperature)
+            if finish == "length":
+                return Status.LENGTH
+            code = extract_code(attempt.written[-1]) if self._tool is not None else None
+            if code is None:
+                return Status.FINISHED
+            if turn == sampling.max_turns:
+                return Status.MAX_TURNS
+            if not await self._tool_turn(attempt, code):
+                return Status.LENGTH
+        raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
+
+    async def _assistant_turn(self, attempt: _Attempt, session: int, temperature: float) -> str:
+        """Adds a turn of the model; returns why it ended."""
+        stop = self._chat.stop_token_ids
+        generation = await self._generator.generate(
+            attempt.tokens, max_new_tokens=attempt.left, temperature=temperature, stop_token_ids=stop, session=session
+        )
+        _check(generation, attempt.left, stop)
+        attempt.add(Turn("assistant", generation.token_ids, generation.logprobs, generation.versions))
+        attempt.written.append(self._chat.decode(generation.token_ids))
+        return generation.finish
+
+    async def _tool_turn(self, attempt: _Attempt, code: str) -> bool:
+        """Runs `code` and adds its output; False, adding nothing, where no room for an answer would be left."""
+        result = await self._tool.run(code)
+        attempt.tool_calls += 1
+        attempt.tool_errors += not result.ok
+        ids = self._chat.tool_ids(result.output)
+        if len(ids) >= attempt.left:
+            return False
+        attempt.add(Turn("tool", ids, [0.0] * len(ids), [-1] * len(ids)))
+        return True
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A trajectory in the making."""
+
+    prompt_ids: list[int]
+    budget: int  # tokens after the prompt
+    tokens: list[int] = field(init=False)  # prompt and turns
+    turns: list[Turn] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)  # text of each assistant turn
+    tool_calls: int = 0
+    tool_errors: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt_ids)
+
+    @property
+    def left(self) -> int:
+        return self.budget - (len(self.tokens) - len(self.prompt_ids))
+
+    def add(self, turn: Turn) -> None:
+        self.turns.append(turn)
+        self.tokens += turn.token_ids
+
+
+def _check(generation: Generation, allowed: int, stop: list[int]) -> None:
+    """Raise RolloutError where an answer of the engine would make a wrong sample."""
+    ids, finish = generation.token_ids, generation.finish
+    if not 1 <= len(ids) <= allowed:
+        raise RolloutError(f"the engine answered with {len(ids)} tokens; it was asked for 1 to {allowed}")
+    if finish not in ("stop", "length"):
+        raise RolloutError(f"the engine ended a generation with {finish!r}; known: stop, length")
+    if finish == "stop" and ids[-1] not in stop:
+        raise RolloutError(f"the engine ended a generation with 'stop' after token {ids[-1]}; stop tokens are {stop}")

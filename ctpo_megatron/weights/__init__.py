@@ -1,0 +1,1 @@
+"""Publication of the trainer's weights to the inference servers."""

@@ -1,0 +1,87 @@
+"""Runs of the `ctpo` command as a user would start them, with everything they leave behind looked at."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+START_S = 240.0
+END_S = 90.0
+
+
+@dataclass
+class Finished:
+    """A command that ended."""
+
+    code: int
+    output: str
+    run_dir: Path
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.run_dir / "summary.json").read_text())
+
+    @property
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def trajectories(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.run_dir / "rollouts" / name).read_text().splitlines()]
+
+
+class Started:
+    """A command that runs; `text` is what it has printed so far."""
+
+    def __init__(self, command: str, config: str, run_dir: Path, *overrides: str) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir, self._log = run_dir, run_dir / "output.txt"
+        words = [sys.executable, "-m", "ctpo_megatron.cli", command, str(ROOT / "configs" / config), f"run_dir={run_dir}"]
+        with self._log.open("w") as sink:
+            self.process = subprocess.Popen([*words, *overrides], stdout=sink, stderr=subprocess.STDOUT, cwd=run_dir)
+
+    @property
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def wait_for(self, words: str, timeout_s: float = START_S) -> None:
+        """Until `words` are printed; fails when the command ends or time runs out before."""
+        deadline = time.monotonic() + timeout_s
+        while words not in self.text:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.end()
+                raise AssertionError(f"{words!r} was not printed (exit code {self.process.poll()}):\n{self.text}")
+            time.sleep(0.2)
+
+    def descendants(self) -> list[psutil.Process]:
+        """All processes below the command."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def finish(self, timeout_s: float) -> Finished:
+        """Its end; a command that takes longer is killed and fails the test."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"still running after {timeout_s:.0f} s:\n{self.text}") from None
+        return Finished(code, self.text, self.run_dir)
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        if self.process.poll() is None:
+            left = self.descendants()
+            self.process.kill()
+            for process in left:
+                process.kill()
+            self.process.wait(10)
+
+
+def gone(processes: list[psutil.Process], timeout_s: float = 10.0) -> list[psutil.Process]:
+    """Those of `processes` that are still there after `timeout_s`."""
+    return psutil.wait_procs(processes, timeout=timeout_s)[1]

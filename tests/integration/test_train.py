@@ -1,0 +1,114 @@
+"""Whole runs on the real stack: layouts, resuming, crashes, signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctpo_megatron.data.toy_model import make_toy_model
+from ctpo_megatron.data.toy_task import make_toy_task
+from tests.integration.runs import END_S, START_S, Finished, Started, gone
+
+RUN_S = 300.0
+AGREEMENT = 1e-4  # largest difference of a token's log-prob between trainer and engine, float32 on CPUs
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("toy")
+    task = make_toy_task(root / "data", seed=1, train_rows=256, eval_rows=32, sft_rows=64)
+    models = {kind: make_toy_model(root / kind, kind, seed=1, init_std=0.2) for kind in ("qwen3", "qwen3_moe")}
+    return {"train": task.train, "eval": task.eval, **models}
+
+
+def start(toy: dict[str, Path], config: str, run_dir: Path, *overrides: str) -> Started:
+    kind = "qwen3_moe" if config == "moe.yaml" else "qwen3"
+    paths = (f"data.train={toy['train']}", f"data.eval={toy['eval']}", f"model.path={toy[kind]}")
+    return Started("train", config, run_dir, *paths, "eval.temperature=1.0", *overrides)
+
+
+def check_run(run: Finished, steps: int) -> None:
+    """It ended well, its numbers are finite, and trainer and engine agreed after every sync."""
+    assert run.code == 0, run.output
+    rows = [row for row in run.metrics if "train/loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values()), row
+        assert row["train/grad_norm"] >= 0
+        assert row["drift/max"] < AGREEMENT
+    assert run.summary["weight_version"] == steps
+    assert run.summary["mismatch_max"] < AGREEMENT
+
+
+def check_synced_weights(run: Finished, steps: int) -> None:
+    """What the engine sampled at the last version has the log-probs that transformers computes with the exported weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run.run_dir / "model", dtype=torch.float32).eval()
+    compared = 0
+    for trajectory in run.trajectories(f"eval_{steps:08d}.jsonl"):
+        ids, logprobs = list(trajectory["prompt_ids"]), []
+        for turn in trajectory["turns"]:
+            first = len(ids)
+            ids += turn["token_ids"]
+            if turn["role"] == "assistant":
+                assert set(turn["versions"]) == {steps}
+                logprobs += list(zip(range(first, len(ids)), turn["logprobs"], strict=True))
+        with torch.no_grad():
+            expected = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+        for place, logprob in logprobs:
+            assert expected[place - 1, ids[place]].item() == pytest.approx(logprob, abs=AGREEMENT)
+        compared += len(logprobs)
+    assert compared > 100
+
+
+def test_dense_tp2_cp2(toy, tmp_path):
+    run = start(toy, "dense_tp2_cp2.yaml", tmp_path).finish(RUN_S)
+    check_run(run, 2)
+    check_synced_weights(run, 2)
+
+
+def test_moe_ep2_and_resume(toy, tmp_path):
+    """Two steps with a checkpoint after each; a second command goes on to the third."""
+    run = start(toy, "moe.yaml", tmp_path, "checkpoint.every=1", "checkpoint.export=false").finish(RUN_S)
+    check_run(run, 2)
+    before = [row for row in run.metrics if row["step"] <= 2]
+    resumed = start(toy, "moe.yaml", tmp_path, "checkpoint.every=1", "train.steps=3", "--resume").finish(RUN_S)
+    check_run(resumed, 3)
+    assert [row for row in resumed.metrics if row["step"] <= 2] == before
+    check_synced_weights(resumed, 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_leaves_nothing(toy, tmp_path, number):
+    shared_before = set(os.listdir("/dev/shm"))
+    run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
+    run.wait_for("ready after", START_S)
+    below = run.descendants()
+    assert any("sglang" in " ".join(process.cmdline()) for process in below)
+    run.process.send_signal(number)
+    ended = run.finish(END_S)
+    assert ended.code == 128 + number, ended.output
+    assert gone(below) == []
+    assert set(os.listdir("/dev/shm")) <= shared_before
+
+
+def test_death_of_a_process_ends_the_run(toy, tmp_path):
+    run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
+    run.wait_for("ready after", START_S)
+    below = run.descendants()
+    trainer = next(process for process in below if "TrainerActor" in " ".join(process.cmdline()))
+    trainer.kill()
+    ended = run.finish(END_S)
+    assert ended.code == 1
+    first = next(line for line in ended.output.splitlines() if line.startswith("error:"))
+    assert "trainer rank 0" in first
+    assert str(tmp_path / "logs" / "trainer_0.log") in ended.output
+    assert gone(below) == []
