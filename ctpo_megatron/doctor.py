@@ -174,14 +174,13 @@ def host_rows(run_dir: Path) -> list[Row]:
     memory = _available_memory() / GIB
     disk = shutil.disk_usage(_existing(run_dir)).free / GIB
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    rows = [
+    return [
         _at_least("CPUs", cpus, 2, f"{cpus}", "processes will wait for each other; expect time-outs"),
         _at_least("free memory", memory, 8, f"{memory:.1f} GiB", "a trainer and one server need about 8 GiB before the model"),
         _shared_memory_row(),
         _at_least("free disk", disk, 10, f"{disk:.1f} GiB at {run_dir}", "checkpoints may not fit"),
         _at_least("open files", files, 4096, f"limit {files}", "Ray needs many: `ulimit -n 65536`"),
     ]
-    return rows
 
 
 def as_table(diagnosis: Diagnosis) -> Table:
@@ -231,10 +230,10 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _output(command: tuple[str, ...], timeout_s: float = COMMAND_TIMEOUT_S) -> str | None:
+def _output(command: tuple[str, ...], timeout_s: float | None = None) -> str | None:
     """What `command` printed; None when it is missing, fails or takes too long."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s or COMMAND_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -5,36 +5,30 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.cluster.server import SGLangServer, free_port, server_args, server_env
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.errors import EngineError
+from ctpo_megatron.errors import ProcessDied
 
-POLL_S = 0.5
+POLL_S = 0.25
+GPU_GRACE_S = 20.0  # SGLang gives device memory back in order when it may end by itself
 
 
 class EngineActor:
-    """Starts the server on construction and returns at once; `start` waits for it. When the actor dies, the server dies.
-
-    `config.cluster.device` must be resolved. The server listens on this node's address only: the loopback of a local run.
-    """
+    """Server `index` of the run. Its process starts with the actor, and ends with it at the latest."""
 
     def __init__(self, config: RunConfig, index: int, log_path: str, api_key: str) -> None:
-        device = config.cluster.device
-        dtype = config.model.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if device == "cuda" else "float32"
+        redirect_output(Path(log_path))
+        device, engine = config.cluster.device, config.rollout.engine
+        dtype = ("bfloat16" if device == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
         host = node_address()
         port = free_port(host)
-        engine = config.rollout.engine
         self._timeout_s = engine.start_timeout_s
-        self._grace_s = 20.0 if device == "cuda" else 0.0
+        self._grace_s = GPU_GRACE_S if device == "cuda" else 0.0
         self._closed = threading.Event()
-        arguments = server_args(
-            config.model.path, engine, device=device, dtype=dtype, port=port, seed=config.seed + index, host=host
-        )
         self._server = SGLangServer(
-            arguments,
+            server_args(config.model.path, engine, device=device, dtype=dtype, port=port, seed=config.seed + index, host=host),
             url=f"http://{host}:{port}",
             api_key=api_key,
             log=Path(log_path),
@@ -42,17 +36,21 @@ class EngineActor:
         )
 
     def start(self) -> str:
-        """The server's URL, once it answers. Raises EngineError."""
+        """The server's URL, once it answers. Raises EngineError when it does not within rollout.engine.start_timeout_s."""
         self._server.wait_healthy(self._timeout_s)
         return self._server.url
 
     def watch(self) -> None:
-        """Returns when the actor is closed; raises EngineError when the server ends before."""
+        """Returns when the actor is closed; raises ProcessDied as soon as the server has died."""
         while not self._closed.wait(POLL_S):
-            if not self._server.alive():
-                raise EngineError(self._server.obituary())
+            if not self._server.alive() and not self._closed.is_set():
+                raise ProcessDied(f"the SGLang server ended with exit code {self._server.exit_code}\n{self._server.log_tail()}")
+
+    def rss_bytes(self) -> int:
+        """Resident memory of the server's processes."""
+        return self._server.rss_bytes()
 
     def close(self) -> None:
-        """End the server; nothing of it is left afterwards."""
+        """End the server; nothing of it is left afterwards. Safe to call twice."""
         self._closed.set()
         self._server.stop(self._grace_s)

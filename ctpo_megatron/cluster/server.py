@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from ctpo_megatron.cluster.processes import end_group, group_rss_bytes
+from ctpo_megatron.cluster.processes import adopt_orphans, end_group, group_rss_bytes, reap_group
 from ctpo_megatron.config.rollout import EngineConfig
 from ctpo_megatron.errors import EngineError
 
@@ -45,15 +45,18 @@ def server_args(
 
 
 def server_env(engine: EngineConfig, *, device: str) -> dict[str, str]:
-    """Variables that SGLang reads and has no argument for; to be added to the parent's."""
+    """Variables that SGLang and OpenMP read and have no argument for; to be added to the parent's. Empty on GPUs."""
     if device != "cpu":
         return {}
     cores = sorted(os.sched_getaffinity(0))
-    env = {"OMP_NUM_THREADS": str(max(1, len(cores) // engine.tp))}
+    ranks = engine.tp * engine.servers
+    # Half of the cores: the other half is for the trainer. Threads that wait must sleep: spinning on a busy core made
+    # generation twenty times slower.
+    env = {"OMP_NUM_THREADS": str(max(1, len(cores) // ranks // 2)), "OMP_WAIT_POLICY": "passive"}
     if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
-        per_rank = max(1, len(cores) // engine.tp)
-        shares = [cores[rank * per_rank : (rank + 1) * per_rank] or [cores[rank % len(cores)]] for rank in range(engine.tp)]
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, share)) for share in shares)
+        share = max(1, len(cores) // engine.tp)
+        shares = [cores[rank * share : (rank + 1) * share] or [cores[rank % len(cores)]] for rank in range(engine.tp)]
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, each)) for each in shares)
     return env
 
 
@@ -78,7 +81,7 @@ class SGLangServer:
     def __init__(self, arguments: list[str], *, url: str, api_key: str, log: Path, env: dict[str, str] | None = None) -> None:
         self.url = url
         self.log = log
-        self._exit_code: int | None = None
+        adopt_orphans()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -108,14 +111,14 @@ class SGLangServer:
         deadline = time.monotonic() + timeout_s
         while not self._healthy():
             if not self.alive():
-                code = self._process.returncode
+                code = self.exit_code
                 self.stop()
-                raise EngineError(f"SGLang server {self.url} ended with exit code {code} while starting.\n{self._log_tail()}")
+                raise EngineError(f"SGLang server {self.url} ended with exit code {code} while starting.\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise EngineError(
                     f"SGLang server {self.url} was not ready after {timeout_s:.0f} s; "
-                    f"raise rollout.engine.start_timeout_s if it only needs longer.\n{self._log_tail()}"
+                    f"raise rollout.engine.start_timeout_s if it only needs longer.\n{self.log_tail()}"
                 )
             time.sleep(0.1)
 
@@ -126,6 +129,11 @@ class SGLangServer:
     def obituary(self) -> str:
         """What to say of a server that ended on its own."""
         return f"SGLang server {self.url} ended with exit code {self._process.poll()}.\n{self._log_tail()}"
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the main process; negative: the signal that ended it; None: it runs."""
+        return self._process.poll()
 
     def rss_bytes(self) -> int:
         """Resident memory of all its processes; shared pages count once per process."""
@@ -145,9 +153,15 @@ class SGLangServer:
                 pass  # the group is killed below
         left = end_group(self.pid)
         self._process.wait(10)
+        reap_group(self.pid)
         self._process.stdin.close()
         if left:
             raise EngineError(f"processes {left} of the SGLang server {self.url} survived SIGKILL; its log: {self.log}")
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The end of the log, with its path, for an error message."""
+        text = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([f"The last lines of {self.log}:", *(f"  {line}" for line in text[-lines:])])
 
     def _healthy(self) -> bool:
         try:
@@ -155,7 +169,3 @@ class SGLangServer:
                 return answer.status == 200
         except (urllib.error.URLError, http.client.HTTPException, OSError):
             return False  # not listening yet, or still loading
-
-    def _log_tail(self, lines: int = 30) -> str:
-        text = self.log.read_text(errors="replace").splitlines()
-        return "\n".join([f"The last lines of {self.log}:", *(f"  {line}" for line in text[-lines:])])

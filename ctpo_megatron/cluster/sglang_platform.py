@@ -1,13 +1,34 @@
 """The CPU platform that lets an unpatched SGLang serve on hosts without a GPU.
 
-SGLang calls `activate` through the entry-point group `sglang.srt.platforms`; on its own it serves on a CPU only with AMX.
+SGLang finds `activate` through the entry-point group `sglang.srt.platforms`; on its own it serves on a CPU only with AMX.
 """
 
 from __future__ import annotations
 
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
 
 def activate() -> str | None:
     """Dotted name of the platform class where torch sees no CUDA device, None where SGLang's own platform serves."""
-    import torch  # SGLang has imported it already when it asks
+    return None if torch.cuda.is_available() else f"{__name__}.{CpuPlatform.__name__}"
 
-    return None if torch.cuda.is_available() else "ctpo_megatron.cluster.sglang_cpu.CpuPlatform"
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Plain PyTorch operators only: no Triton, no graph capture, no AMX kernels."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_default_attention_backend(self) -> str:
+        """See `SRTPlatform`."""
+        return "torch_native"
+
+    def get_dispatch_key_name(self) -> str:
+        """See `SRTPlatform`: the `forward_native` methods."""
+        return "native"
+
+    def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
+        """Never: there is no device to pin memory for."""
+        return False

@@ -66,6 +66,6 @@ def _nodes(config: RunConfig, options: SlurmOptions) -> int:
     if options.nodes is not None and options.nodes < fewest:
         raise InputError(
             f"--nodes {options.nodes} with {per_node} GPUs each hold {options.nodes * per_node} GPUs; the run needs {needed} "
-            f"(parallel: {config.parallel.world_size}, servers: {needed - config.parallel.world_size}), so at least {fewest} nodes"
+            f"(parallel: {config.parallel.world_size}, servers: {needed - config.parallel.world_size}), at least {fewest} nodes"
         )
     return options.nodes or fewest

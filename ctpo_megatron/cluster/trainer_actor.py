@@ -82,7 +82,7 @@ class TrainerActor:
         if self.engine.is_sender:
             from ctpo_megatron.weights.broadcast import BroadcastSender
 
-            self.sender = BroadcastSender(self.config.weights, device=self.engine.device)
+            self.sender = BroadcastSender(self.config.weights, device=self.engine.device, address=node_address())
             self.sender.connect(urls, api_key, engine_tp)
 
     def publish(self, version: int) -> None:

@@ -30,12 +30,10 @@ class Source:
         """Whether this source sets the value at `path`."""
         node: Any = self.values
         for key in path:
-            if isinstance(node, list) and isinstance(key, int) and key < len(node):
-                node = node[key]
-            elif isinstance(node, dict) and key in node:
-                node = node[key]
-            else:
+            in_list = isinstance(node, list) and isinstance(key, int) and key < len(node)
+            if not in_list and not (isinstance(node, dict) and key in node):
                 return False
+            node = node[key]
         return True
 
 

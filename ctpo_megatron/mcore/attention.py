@@ -85,12 +85,12 @@ def _thd(cu_seqlens: Tensor, device: torch.device) -> dict[str, Any]:
 
 def _gathered_row(position: Tensor, length: Tensor, start: Tensor, cp_size: int, local_tokens: int) -> Tensor:
     """Row, among the tokens of all ranks in rank order, of a position in the whole sequence."""
-    piece_length = (length // (2 * cp_size)).clamp(min=1)
+    if cp_size == 1:
+        return start + position
+    piece_length = length // (2 * cp_size)
     piece = position // piece_length
     second = piece >= cp_size  # of the two pieces that its rank holds
     rank = torch.where(second, 2 * cp_size - 1 - piece, piece)
-    if cp_size == 1:
-        return start + position
     return rank * local_tokens + start + second * piece_length + position % piece_length
 
 

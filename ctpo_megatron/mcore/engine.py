@@ -145,10 +145,10 @@ class MegatronEngine:
         """What ChainedOptimizer.step does, with the check between norm and update."""
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-        self.schedule.step(1)
         self.optimizer.prepare_grads()
         norm = self.optimizer.get_grad_norm()
         _require_finite("grad_norm", norm)
+        self.schedule.step(1)
         for optimizer in self.optimizer.chained_optimizers:
             parameters = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.get_parameters()
             if parameters:

@@ -147,10 +147,11 @@ class SlurmCluster:
             "KillWait=20",
             "ReturnToService=2",
             "SchedulerParameters=batch_sched_delay=1,sched_interval=5",
-            "MaxJobCount=100",
+            f"FirstJobId={os.getpid() * 100 % 1_000_000 + 1}",  # ids name ports and directories: no two clusters share them
         ]
         for index, (name, port) in enumerate(zip(self.names, ports, strict=True), start=2):
-            lines.append(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.{index} Port={port} CPUs={self._cpus} State=UNKNOWN")
+            place = f"NodeHostname={host} NodeAddr=127.0.0.{index} Port={port}"
+            lines.append(f"NodeName={name} {place} CPUs={self._cpus} State=UNKNOWN")
         lines.append(f"PartitionName=all Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE State=UP")
         (directory / "slurm.conf").write_text("\n".join(lines) + "\n")
 

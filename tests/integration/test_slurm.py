@@ -50,7 +50,8 @@ ray.init(address="auto", log_to_driver=False)
 def end(number, frame):
     open(sys.argv[1] + ".signal", "w").close()
     if "ask" in sys.argv:
-        json.dump({"alive": sum(n["Alive"] for n in ray.nodes())}, open(sys.argv[1] + ".term", "w"))
+        json.dump({"alive": sum(n["Alive"] for n in ray.nodes())}, open(sys.argv[1] + ".part", "w"))
+        os.rename(sys.argv[1] + ".part", sys.argv[1] + ".term")
     os._exit(143)
 signal.signal(signal.SIGTERM, end)
 open(sys.argv[1] + ".up" + os.environ.get("SLURM_RESTART_COUNT", "0"), "w").close()

@@ -1,0 +1,40 @@
+"""The trainer's membership in SGLang's weight-update group."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
+
+GROUP_NAME = "ctpo_weights"
+
+
+def join_update_group(store: dist.TCPStore, *, world_size: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    """A process group of rank 0 (this process) and the servers' ranks, beside torch's default group.
+
+    torch's public API only makes groups within the default one; SGLang's `init_custom_process_group`
+    (sglang.srt.utils.common, 0.5.23) goes below it in the same way, and both ends must agree on the store's prefix.
+    """
+    group, _ = _new_process_group_helper(
+        world_size,
+        0,
+        [],
+        Backend(backend),
+        PrefixStore(GROUP_NAME, store),
+        group_name=GROUP_NAME,
+        timeout=timeout,
+    )
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
+    return group
+
+
+def leave_update_group(group: dist.ProcessGroup) -> None:
+    """Forget the group; its connections close."""
+    dist.destroy_process_group(group)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> "bfloat16", as SGLang spells it."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,229 @@
+"""Trajectories: turns, budgets, statuses and rewards, with an engine that answers from a script."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctpo_megatron.config.rollout import RolloutConfig
+from ctpo_megatron.data.samples import build_samples
+from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.calculator import Calculator
+from ctpo_megatron.rollout.environment import ToolEnvironment
+from ctpo_megatron.rollout.protocols import Sampling, ToolResult, ToolRunner
+from ctpo_megatron.rollout.rewards import last_box
+from ctpo_megatron.rollout.rollouter import Rollouter
+from ctpo_megatron.types import Prompt, Status, Trajectory
+
+END = ord("|")
+PROMPT = Prompt(4, ({"role": "user", "content": "question"},), "56")
+CALL = "```python\nprint(7*8)\n```"
+WRONG = "```python\nprint(7/0)\n```"
+
+
+class Letters:
+    """A letter is its code; | ends a turn; a tool says {...}."""
+
+    stop_token_ids = [END]  # noqa: RUF012
+
+    def prompt_ids(self, messages):
+        return [ord(c) for c in messages[-1]["content"]]
+
+    def tool_ids(self, text):
+        return [ord(c) for c in f"{{{text}}}"]
+
+    def decode(self, ids, *, special=False):
+        return "".join(chr(i) for i in ids if special or i != END)
+
+
+@dataclass
+class Answer:
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish: str
+
+
+@dataclass
+class Script:
+    """An engine that says its lines in turn, each cut to the tokens allowed; its version grows with every call."""
+
+    lines: list[str]
+    seen: list[tuple[str, int, int]] = field(default_factory=list)  # input, tokens allowed, session
+
+    async def generate(self, input_ids, *, max_new_tokens, temperature, stop_token_ids, session):
+        assert stop_token_ids == [END]
+        self.seen.append(("".join(map(chr, input_ids)), max_new_tokens, session))
+        ids = [ord(c) for c in self.lines[len(self.seen) - 1]] + [END]
+        finish = "stop" if len(ids) <= max_new_tokens else "length"
+        ids = ids[:max_new_tokens]
+        return Answer(ids, [-0.5] * len(ids), [len(self.seen)] * len(ids), finish)
+
+
+class Boxes:
+    """The real rule for the box, with plain equality."""
+
+    async def score(self, prompt: Prompt, text: str) -> float:
+        return float(last_box(text) == prompt.answer)
+
+
+CALCULATOR = Calculator()
+
+
+def play(*lines: str, budget: int = 1000, turns: int = 5, tool: ToolRunner | None = CALCULATOR) -> tuple[Trajectory, Script]:
+    script = Script(list(lines))
+    environment = ToolEnvironment(script, Letters(), tool, Boxes())
+    return asyncio.run(environment.run(PROMPT, 9, Sampling(1.0, turns, budget))), script
+
+
+def test_a_tool_call_and_an_answer():
+    trajectory, script = play(CALL, r"\boxed{56}")
+    assert trajectory.status is Status.FINISHED
+    assert trajectory.reward == 1.0
+    assert (trajectory.tool_calls, trajectory.tool_errors) == (1, 0)
+    assert [t.role for t in trajectory.turns] == ["assistant", "tool", "assistant"]
+    assert trajectory.text == f"{CALL}|{{56}}\\boxed{{56}}|"
+    assert script.seen[1] == (f"question{CALL}|{{56}}", 1000 - len(f"{CALL}|{{56}}"), 9)
+    assert trajectory.turns[0].versions[0] == 1
+    assert trajectory.turns[2].versions[0] == 2
+    assert set(trajectory.turns[1].logprobs) == {0.0}
+    assert set(trajectory.turns[1].versions) == {-1}
+    (sample,) = build_samples(asyncio.run(group_of(trajectory)), [1.0], 0)
+    assert "".join(map(chr, [sample.input_ids[0], *sample.labels])) == "question" + trajectory.text
+    assert "".join(chr(i) for i, w in zip(sample.labels, sample.loss_mask, strict=True) if w) == f"{CALL}|\\boxed{{56}}|"
+
+
+async def group_of(trajectory: Trajectory):
+    class Same:
+        async def run(self, prompt, session, sampling):
+            return trajectory
+
+    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, size=1, temperature=1.0)
+
+
+def test_an_error_of_the_program_is_told_and_counted():
+    trajectory, _ = play(WRONG, r"\boxed{56}")
+    assert (trajectory.tool_calls, trajectory.tool_errors, trajectory.reward) == (1, 1, 1.0)
+    assert "ZeroDivisionError: division by zero" in trajectory.text
+
+
+def test_what_a_program_prints_is_no_answer():
+    """Only what the model wrote itself is judged."""
+
+    class Boxing:
+        async def run(self, code):
+            return ToolResult("\\boxed{56}", True, 0.0)
+
+    trajectory, _ = play(CALL, "done", tool=Boxing())
+    assert "{\\boxed{56}}" in trajectory.text
+    assert trajectory.reward == 0.0
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "status", "roles"),
+    [
+        (["no idea"], {}, Status.FINISHED, "a"),
+        ([CALL, CALL, CALL], {"turns": 3}, Status.MAX_TURNS, "atata"),
+        ([CALL], {"turns": 1}, Status.MAX_TURNS, "a"),
+        ([CALL], {"tool": None}, Status.FINISHED, "a"),
+        ([CALL], {"budget": len(CALL)}, Status.LENGTH, "a"),
+        ([CALL], {"budget": len(CALL) + 1}, Status.LENGTH, "a"),
+        ([CALL], {"budget": len(CALL) + 1 + len("{56}")}, Status.LENGTH, "a"),  # the tool's turn fits, an answer does not
+        ([CALL, "ab"], {"budget": len(CALL) + 1 + len("{56}") + 1}, Status.LENGTH, "ata"),
+        ([CALL, "ab"], {"budget": len(CALL) + 1 + len("{56}") + 3}, Status.FINISHED, "ata"),
+        ([CALL + r"\boxed{56}"], {}, Status.FINISHED, "a"),
+    ],
+)
+def test_how_it_ends(lines, options, status, roles):
+    trajectory, script = play(*lines, **options)
+    assert trajectory.status is status
+    assert "".join(t.role[0] for t in trajectory.turns) == roles
+    assert len(script.seen) == len(lines)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lines=st.lists(st.sampled_from([CALL, WRONG, r"\boxed{56}", "hm", ""]), min_size=6, max_size=6),
+    budget=st.integers(1, 150),
+    turns=st.integers(1, 5),
+)
+def test_budgets_hold(lines, budget, turns):
+    trajectory, script = play(*lines, budget=budget, turns=turns)
+    assert 1 <= trajectory.response_length <= budget
+    assert 1 <= len(script.seen) <= turns
+    assert trajectory.turns[-1].role == "assistant"
+    assert trajectory.sampled_length == sum(len(t.token_ids) for t in trajectory.turns if t.role == "assistant")
+    for before, after in pairwise(trajectory.turns):
+        assert before.role != after.role
+        assert before.role == "tool" or before.token_ids[-1] == END
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Answer([], [], [], "stop"), "0 tokens; it was asked for 1 to 10"),
+        (Answer([1] * 11, [0.0] * 11, [1] * 11, "length"), "11 tokens"),
+        (Answer([65], [0.0], [1], "abort"), "'abort'; known: stop, length"),
+        (Answer([65], [0.0], [1], "stop"), r"after token 65; stop tokens are \[124\]"),
+    ],
+)
+def test_an_engine_that_breaks_its_promise_is_an_error(answer, words):
+    class Engine:
+        async def generate(self, input_ids, **_):
+            return answer
+
+    environment = ToolEnvironment(Engine(), Letters(), None, Boxes())
+    with pytest.raises(RolloutError, match=words):
+        asyncio.run(environment.run(PROMPT, 0, Sampling(1.0, 1, 10)))
+
+
+class Counting:
+    """An environment that notes how many run at a time and may fail."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.running = self.most = self.ended = 0
+        self.sessions: list[int] = []
+        self.sampling: Sampling | None = None
+        self.fails_at = fails_at
+
+    async def run(self, prompt, session, sampling):
+        self.sessions.append(session)
+        self.sampling = sampling
+        self.running += 1
+        self.most = max(self.most, self.running)
+        try:
+            await asyncio.sleep(0.01 if self.fails_at is None else 30 * (session != self.fails_at))
+            if session == self.fails_at:
+                raise RolloutError("the server is gone")
+        finally:
+            self.running -= 1
+            self.ended += 1
+        return Trajectory(prompt.index, [1], [], Status.FINISHED)
+
+
+def test_groups_share_the_bound_and_each_attempt_has_its_session():
+    environment = Counting()
+    rollouter = Rollouter(environment, RolloutConfig(concurrency=3, max_turns=2, max_response_tokens=7))
+
+    async def two():
+        return await asyncio.gather(*(rollouter.group(PROMPT, size=5, temperature=0.7) for _ in range(2)))
+
+    groups = asyncio.run(two())
+    assert [len(g.trajectories) for g in groups] == [5, 5]
+    assert groups[0].prompt is PROMPT
+    assert environment.most == 3
+    assert len(set(environment.sessions)) == 10
+    assert environment.sampling == Sampling(0.7, 2, 7)
+
+
+def test_a_failure_ends_the_group_and_comes_out_as_itself():
+    environment = Counting(fails_at=2)
+    rollouter = Rollouter(environment, RolloutConfig())
+    with pytest.raises(RolloutError, match="the server is gone"):
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, size=4, temperature=1.0), 10))
+    assert environment.running == 0

@@ -1,0 +1,134 @@
+"""Packing: the invariants that packing.py states, for any samples and layout, and the normaliser."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.data.packing import build_train_batch, pack
+from ctpo_megatron.types import TrainSample
+
+
+def sample(length: int, number: int = 0, *, masked_in: bool = True) -> TrainSample:
+    """Distinct values in every stream, so a mix-up anywhere shows."""
+    mask = [masked_in and t % 3 != 0 for t in range(length)]
+    return TrainSample(
+        input_ids=[1000 * number + t + 1 for t in range(length)],
+        labels=[1000 * number + t + 2 for t in range(length)],
+        loss_mask=mask,
+        rollout_logprobs=[-0.5 - number if wrote else 0.0 for wrote in mask],
+        policy_versions=[number if wrote else -1 for wrote in mask],
+        advantages=[number + 0.25 if wrote else 0.0 for wrote in mask],
+        group=number,
+    )
+
+
+def sequences(micro_batch: MicroBatch) -> list[tuple[int, TrainSample, int]]:
+    """(group, the sequence with its padding, its length) of each sequence."""
+    bounds = micro_batch.cu_seqlens.tolist()
+    found = []
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        cut = slice(start, end)
+        assert micro_batch.position_ids[cut].tolist() == list(range(end - start))
+        streams = (
+            *(micro_batch.input_ids, micro_batch.labels, micro_batch.loss_mask),
+            *(micro_batch.rollout_logp, micro_batch.policy_versions, micro_batch.advantages),
+        )
+        found.append((int(micro_batch.groups[number]), TrainSample(*(s[cut].tolist() for s in streams)), end - start))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
+    dp=st.integers(1, 4),
+    cp=st.sampled_from([1, 2, 3, 4]),
+    tp=st.sampled_from([1, 2, 3, 4, 8]),
+    room=st.integers(0, 200),
+)
+def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
+    step = 2 * cp if cp > 1 else 1
+    max_tokens = max(lengths) + step + math.lcm(step, cp * tp) + room
+    samples = [sample(length, number) for number, length in enumerate(lengths)]
+    packed = pack(samples, dp=dp, max_tokens=max_tokens, cp=cp, tp=tp)
+
+    assert len(packed) == dp
+    assert len({len(rank) for rank in packed}) == 1
+    seen = []
+    for micro_batch in (m for rank in packed for m in rank):
+        assert len(micro_batch) >= 1
+        assert micro_batch.tokens <= max_tokens
+        assert micro_batch.tokens % cp == 0
+        assert micro_batch.tokens // cp % tp == 0
+        assert micro_batch.tokens == micro_batch.input_ids.numel()
+        found = sequences(micro_batch)
+        for place, (group, padded, length) in enumerate(found):
+            assert length % step == 0
+            if group == -1:
+                assert not any(padded.loss_mask)
+                assert len(found) == 1
+                continue
+            seen.append(group)
+            true = samples[group]
+            assert length - len(true) < (step if place < len(found) - 1 else math.lcm(step, cp * tp) + step)
+            padding = length - len(true)
+            for name, filler in (
+                *(("input_ids", 0), ("labels", 0), ("loss_mask", False)),
+                *(("rollout_logprobs", 0.0), ("policy_versions", -1), ("advantages", 0.0)),
+            ):
+                assert getattr(padded, name) == getattr(true, name) + [filler] * padding, name
+    assert sorted(seen) == list(range(len(samples)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=8, max_size=120), dp=st.integers(1, 4))
+def test_ranks_balance(lengths, dp):
+    """Ranks differ by one of the longest samples at most: so do the bins, and what the slots add cancels by turns."""
+    packed = pack([sample(length) for length in lengths], dp=dp, max_tokens=200)
+    loads = [sum(m.tokens for m in rank) for rank in packed]
+    assert max(loads) - min(loads) <= max(lengths)
+    # with one micro-batch less, every bin was more than half full when a sample found no room
+    assert len(packed[0]) <= math.ceil(sum(lengths) / (100 * dp))
+
+
+def test_a_rank_without_samples_gets_a_masked_filler():
+    packed = pack([sample(5)], dp=2, max_tokens=64, cp=2, tp=4)
+    (real,), (filler,) = sorted(packed, key=lambda rank: rank[0].groups.tolist(), reverse=True)
+    assert real.tokens == 8
+    assert filler.tokens == 8
+    assert not filler.loss_mask.any()
+    assert filler.groups.tolist() == [-1]
+
+
+@pytest.mark.parametrize(("max_tokens", "words"), [(9, "sample 1 has 10 tokens"), (3, "at least 4")])
+def test_a_sample_that_does_not_fit_is_named(max_tokens, words):
+    with pytest.raises(ValueError, match=words):
+        pack([sample(3), sample(10)], dp=1, max_tokens=max_tokens, cp=2, tp=2)
+
+
+def test_the_normalizer_counts_the_policys_tokens_or_sequences():
+    samples = [sample(7), sample(4), sample(9, masked_in=False)]
+    parallel = ParallelConfig(dp=2, cp=2, tp=2)
+
+    def batch(aggregation: str):
+        return build_train_batch(samples, aggregation=aggregation, parallel=parallel, max_tokens=32)
+
+    tokens = sum(sum(s.loss_mask) for s in samples)
+    assert batch("token-mean").normalizer == tokens == batch("token-mean").tokens
+    assert batch("sequence-mean").normalizer == 2 == batch("sequence-sum").normalizer == batch("sequence-sum").sequences
+    assert sum(int(m.loss_mask.sum()) for rank in batch("token-mean").micro_batches for m in rank) == tokens
+    with pytest.raises(ValueError, match="allowed: token-mean"):
+        batch("mean")
+    with pytest.raises(ValueError, match="nothing to train on"):
+        build_train_batch([sample(5, masked_in=False)], aggregation="token-mean", parallel=parallel, max_tokens=32)
+
+
+def test_max_tokens_is_per_context_parallel_rank():
+    batch = build_train_batch([sample(40)], aggregation="token-mean", parallel=ParallelConfig(cp=2), max_tokens=20)
+    assert batch.micro_batches[0][0].tokens == 40
