@@ -1,4 +1,4 @@
-"""The `ctpo` command. Exit codes: 0 done; 1 the run failed; 2 the input cannot be used; 130 and 143 ended by Ctrl-C or SIGTERM."""
+"""The `ctpo` command. Exit codes: 0 done; 1 the run failed; 2 the input cannot be used; 130, 143 ended by Ctrl-C, SIGTERM."""
 
 from __future__ import annotations
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
-from ctpo_megatron.cluster.server import SGLangServer, free_port, server_args, server_env
+from ctpo_megatron.cluster.server import SGLangServer, server_args, server_env
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.ports import free_port
 
 POLL_S = 0.25
 GPU_GRACE_S = 20.0  # SGLang gives device memory back in order when it may end by itself

@@ -1,7 +1,7 @@
 """The processes of a run: all are started at once, watched while the run goes on, and ended with it.
 
-    driver (loop) --+-- TrainerActor x world_size   (Megatron ranks)
-                    +-- EngineActor x servers  --- SGLang server process group
+driver (loop) --+-- TrainerActor x world_size   (Megatron ranks)
+                +-- EngineActor x servers  --- SGLang server process group
 """
 
 from __future__ import annotations

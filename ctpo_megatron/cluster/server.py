@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -65,13 +65,6 @@ def new_api_key() -> str:
     return secrets.token_urlsafe(32)
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return sock.getsockname()[1]
-
-
 class SGLangServer:
     """Starts on construction. The process group ends with `stop()`, or when this process ends for whatever reason.
 
@@ -92,11 +85,9 @@ class SGLangServer:
                 start_new_session=True,
                 env=os.environ | (env or {}),
             )
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has died already; wait_healthy tells with its exit code and log
             self._process.stdin.write(f"{api_key}\n".encode())
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has died already; wait_healthy tells with its exit code and log
 
     @property
     def pid(self) -> int:
@@ -147,10 +138,8 @@ class SGLangServer:
         """
         if grace_s > 0 and self.alive():
             self._process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                pass  # the group is killed below
         left = end_group(self.pid)
         self._process.wait(10)
         reap_group(self.pid)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ctpo_megatron.batch import RankBatch
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.ports import free_port
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +31,8 @@ class TrainerActor:
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, where the ranks will meet."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return node_address(), probe.getsockname()[1]
+        host = node_address()
+        return host, free_port(host)
 
     def build(self, master: tuple[str, int], threads: int, total_steps: int) -> int:
         """Join the process group, build and load the model. Returns the data-parallel rank."""

@@ -19,9 +19,13 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment."""
     eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay per step, times the learning rate."""
     clip_grad: PositiveFloat = 1.0
     """Largest norm of the gradient; above it the gradient is scaled down."""
 

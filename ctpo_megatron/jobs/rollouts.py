@@ -29,9 +29,7 @@ async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner 
     rollout = runtime.config.rollout
     reward = MathReward(rollout.reward)
     try:
-        async with EngineClient(
-            runtime.urls, runtime.api_key, request_timeout_s=rollout.engine.request_timeout_s
-        ) as client:
+        async with EngineClient(runtime.urls, runtime.api_key, request_timeout_s=rollout.engine.request_timeout_s) as client:
             yield OpenRollouts(Rollouter(ToolEnvironment(client, chat, tool, reward), rollout), client)
     finally:
         reward.close()

@@ -9,11 +9,12 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
-from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.errors import InputError
 from ctpo_megatron.jobs.inputs import check_model, load_prompts, prepare_run_dir
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.train import TrainLoop, checkpoint_directory
+from ctpo_megatron.mcore.checkpoint_files import latest_checkpoint, prune, read_manifest
 from ctpo_megatron.metrics import Recorder, write_summary
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
@@ -29,7 +30,7 @@ async def train_job(config: RunConfig, *, resume: bool) -> None:
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
     tool = make_tool(config.rollout.tool)
-    checkpoint = _newest_checkpoint(Path(config.run_dir)) if resume else None
+    checkpoint = _newest_checkpoint(Path(config.run_dir), config.train.steps) if resume else None
     run_dir = prepare_run_dir(config)
     total = config.train.steps * config.train.optimizer_steps
     async with (
@@ -42,29 +43,38 @@ async def train_job(config: RunConfig, *, resume: bool) -> None:
         await runtime.guard(loop.run())
         if config.checkpoint.export:
             await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
-    summary = _summary(config, loop, time.monotonic() - begun)
+    summary = _summary(config, loop.report, time.monotonic() - begun)
     write_summary(run_dir, summary)
     loop.report.close()
     print(f"train: {config.train.steps} steps in {summary['wall_s']:.0f} s; {run_dir / 'summary.json'}")
 
 
 async def _prepare(
-    runtime: Runtime, rollouts: OpenRollouts, run_dir: Path, prompts: list[Prompt], held_out: list[Prompt], checkpoint: Path | None
+    runtime: Runtime,
+    rollouts: OpenRollouts,
+    run_dir: Path,
+    prompts: list[Prompt],
+    held_out: list[Prompt],
+    checkpoint: Path | None,
 ) -> TrainLoop:
     """The loop at its first step; when resuming, with the checkpoint's weights in trainer and servers."""
     config = runtime.config
-    first_step, sampler = 0, PromptSampler(prompts, config.seed)
     publisher = Publisher(rollouts.client, runtime.trainer)
+    first_step, sampler, accuracies = 0, PromptSampler(prompts, config.seed), {}
     if checkpoint is not None:
         state = await runtime.trainer.load(checkpoint)
         first_step, sampler = state["step"], PromptSampler.restore(prompts, state["sampler"])
+        accuracies = {int(step): accuracy for step, accuracy in state["accuracies"].items()}
         await publisher.publish(first_step)
         print(f"resumed from {checkpoint} at step {first_step}", flush=True)
+    report = RunReport(run_dir, config.log, Recorder(run_dir, config.log, first_step=first_step), accuracies)
 
     async def save(step: int) -> None:
-        cursor = PromptSampler(prompts, config.seed)  # what is trained on, not what is already in flight
+        cursor = PromptSampler(prompts, config.seed)  # what was trained on, not what is already in flight
         cursor.next(step * config.train.prompts_per_step)
-        await runtime.trainer.save(checkpoint_directory(run_dir, step), {"step": step, "sampler": cursor.state()})
+        state = {"step": step, "sampler": cursor.state(), "accuracies": report.accuracies}
+        await runtime.trainer.save(checkpoint_directory(run_dir, step), state)
+        prune(run_dir / "checkpoints", config.checkpoint.keep)
 
     return TrainLoop(
         config=config,
@@ -73,31 +83,32 @@ async def _prepare(
         rollouts=rollouts.rollouter,
         trainer=runtime.trainer,
         publisher=publisher,
-        report=RunReport(run_dir, config.log, Recorder(run_dir, config.log, first_step=first_step)),
+        report=report,
         save_checkpoint=save,
         first_step=first_step,
     )
 
 
-def _newest_checkpoint(run_dir: Path) -> Path:
-    from ctpo_megatron.mcore.checkpoint import latest_checkpoint
-
+def _newest_checkpoint(run_dir: Path, steps: int) -> Path:
     found = latest_checkpoint(run_dir / "checkpoints")
     if found is None:
-        raise CheckpointError(
+        raise InputError(
             f"--resume: no checkpoint in {run_dir / 'checkpoints'}; start without --resume, and set checkpoint.every to save some"
         )
+    done = read_manifest(found)["state"]["step"]
+    if done >= steps:
+        raise InputError(f"--resume: {found} already has {done} of train.steps={steps} steps; raise train.steps to go on")
     return found
 
 
-def _summary(config: RunConfig, loop: TrainLoop, wall: float) -> dict[str, Any]:
-    accuracies = [evaluation.accuracy for evaluation in loop.evaluations]
+def _summary(config: RunConfig, report: RunReport, wall: float) -> dict[str, Any]:
+    measured = [accuracy for _, accuracy in sorted(report.accuracies.items())]
     return {
-        "accuracy_before": accuracies[0] if accuracies else None,
-        "accuracy_after": accuracies[-1] if accuracies else None,
+        "accuracy_before": measured[0] if measured else None,
+        "accuracy_after": measured[-1] if measured else None,
         "steps": config.train.steps,
         "seed": config.seed,
-        **loop.report.summary(),
+        **report.summary(),
         "wall_s": wall,
         "weight_version": config.train.steps,
     }

@@ -19,9 +19,10 @@ from ctpo_megatron.types import Trajectory, TrajectoryGroup
 class RunReport:
     """Gathers every step's numbers; `summary` is what summary.json holds of them."""
 
-    def __init__(self, run_dir: Path, config: LogConfig, recorder: Recorder) -> None:
+    def __init__(self, run_dir: Path, config: LogConfig, recorder: Recorder, accuracies: dict[int, float]) -> None:
         self._run_dir = run_dir
         self._config = config
+        self.accuracies = dict(accuracies)  # held-out accuracy by the number of training steps before it
         self._recorder = recorder
         self._seconds: dict[str, float] = defaultdict(float)
         self._rollout_tokens = 0
@@ -65,10 +66,15 @@ class RunReport:
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Record a held-out evaluation of the policy after `step` training steps."""
+        self.accuracies[step] = result.accuracy
         self._recorder.step(step, result.metrics())
         self._seconds["eval"] += result.seconds
         if self._config.save_rollouts:
             self._save("eval", step, result.groups)
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Record that the checkpoint after `step` training steps was written."""
+        self._recorder.step(step, {"time/checkpoint": seconds})
 
     def summary(self) -> dict[str, Any]:
         """Means over the run: tokens per second of the phase that makes them, seconds per step by phase, largest drift."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ctpo_megatron.algorithms import group_advantages
@@ -22,7 +22,7 @@ from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.data.prompts import PromptSampler
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.loop.buffer import GroupBuffer
-from ctpo_megatron.loop.evaluate import Evaluation, evaluate
+from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
@@ -41,9 +41,8 @@ class TrainLoop:
     trainer: Trainer
     publisher: Publisher
     report: RunReport
-    save_checkpoint: Callable[[int], asyncio.Future | None] | None = None
+    save_checkpoint: Callable[[int], Awaitable[None]] | None = None
     first_step: int = 0
-    evaluations: list[Evaluation] = field(default_factory=list)
 
     async def run(self) -> None:
         """Train to the configured number of steps. Exceptions of any part come out as they are."""
@@ -92,14 +91,15 @@ class TrainLoop:
             stats = await self.trainer.update(batches, version=step)
         with timer("publish"):
             await self.publisher.publish(step + 1)
-        if self._due(self.config.checkpoint.every, step) and self.save_checkpoint is not None:
-            with timer("checkpoint"):
-                await self.save_checkpoint(step + 1)
         metrics = rollout_metrics(groups, step) | train_metrics(stats)
         self.report.step(step + 1, groups, metrics, timer.seconds, time.monotonic() - begun)
         last = step + 1 == self.config.train.steps
         if last or self._due(self.config.eval.every, step):
             await self._evaluate(step + 1)
+        if self._due(self.config.checkpoint.every, step) and self.save_checkpoint is not None:
+            with timer("checkpoint"):
+                await self.save_checkpoint(step + 1)
+            self.report.checkpoint(step + 1, timer.seconds["checkpoint"])
         await self.buffer.published(step + 1)
 
     async def _take(self, step: int) -> list[TrajectoryGroup]:
@@ -116,7 +116,6 @@ class TrainLoop:
         if not self.eval_prompts:
             return
         result = await evaluate(self.rollouts, self.eval_prompts, self.config.eval)
-        self.evaluations.append(result)
         self.report.evaluation(step, result)
 
     @staticmethod

@@ -23,7 +23,9 @@ def zigzag_indices(cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
     pieces = 2 * cp_size
     if bool((lengths % pieces).any()):
         bad = int((lengths % pieces).nonzero()[0])
-        raise ValueError(f"sequence {bad} has length {int(lengths[bad])}; zigzag over {cp_size} ranks needs multiples of {pieces}")
+        raise ValueError(
+            f"sequence {bad} has length {int(lengths[bad])}; zigzag over {cp_size} ranks needs multiples of {pieces}"
+        )
     piece_lengths = lengths // pieces
     firsts = starts + cp_rank * piece_lengths
     seconds = starts + (pieces - 1 - cp_rank) * piece_lengths

@@ -128,13 +128,13 @@ async def _execute(code: str, config: PythonTool) -> _Call:
     with _side_channels() as (status, for_child), _memory_file() as stdin, _memory_file() as stdout, _memory_file() as stderr:
         stdin.write(code.encode("utf-8", "replace"))
         stdin.seek(0)
-        process = subprocess.Popen(
-            sandbox_command(config, *for_child), stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=for_child
-        )
+        command = sandbox_command(config, *for_child)
+        process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=for_child, process_group=0)
         try:
             ended = await _ended(process.pid, config.timeout_s)
         finally:
-            process.kill()  # pid 1 of the namespace dies with it, and with that every process inside
+            # The program dies with bubblewrap; the group also holds bubblewrap's child before it has arranged for that.
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return _Call(_shown(stdout), _shown(stderr), _exit_code(status) if ended else None, timed_out=not ended)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
@@ -33,8 +32,3 @@ def join_update_group(store: dist.TCPStore, *, world_size: int, backend: str, ti
 def leave_update_group(group: dist.ProcessGroup) -> None:
     """Forget the group; its connections close."""
     dist.destroy_process_group(group)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """torch.bfloat16 -> "bfloat16", as SGLang spells it."""
-    return str(dtype).removeprefix("torch.")

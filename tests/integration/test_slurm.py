@@ -15,11 +15,14 @@ from slurm_cluster import SlurmCluster, missing_programs
 
 from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
 from ctpo_megatron.config.load import load_config
+from ctpo_megatron.data.toy_model import make_toy_model
+from ctpo_megatron.data.toy_task import make_toy_task
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "launch" / "run.sh"
 ADDRESSES = ["127.0.0.2", "127.0.0.3"]
 JOB_TIMEOUT_S = 120.0
+RUN_TIMEOUT_S = 420.0
 PATIENCE_S = 60.0
 
 pytestmark = [
@@ -165,3 +168,21 @@ def test_wrong_configuration_ends_the_job_before_ray_starts(slurm: SlurmCluster,
     assert job["ExitCode"] == "2:0", output.read_text()
     assert "Did you mean 'train'?" in output.read_text()
     assert "Ray at" not in output.read_text()
+
+
+@pytest.mark.timeout(600)
+def test_a_run_spreads_over_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """One CPU on each node: the trainer's rank and the server end up on different ones."""
+    task = make_toy_task(tmp_path / "data", seed=1, train_rows=64, eval_rows=8, sft_rows=8)
+    model = make_toy_model(tmp_path / "model", "qwen3", seed=1, init_std=0.2)
+    run_dir, output = tmp_path / "run", tmp_path / "job.out"
+    overrides = [f"run_dir={run_dir}", f"model.path={model}", f"data.train={task.train}", f"data.eval={task.eval}"]
+    overrides += ["train.steps=1", "train.prompts_per_step=4", "train.optimizer_steps=1", "rollout.group_size=2", "eval.prompts=4"]
+    config_path = ROOT / "configs" / "quickstart.yaml"
+    options = SlurmOptions(nodes=2, gpus_per_node=0)
+    text = render_sbatch(load_config(config_path, overrides), config_path, overrides, options, ROOT / "launch")
+    (tmp_path / "job.sbatch").write_text(text.replace("#SBATCH --exclusive\n", "#SBATCH --cpus-per-task=1\n"))
+    job = slurm.wait(slurm.submit(f"--output={output}", str(tmp_path / "job.sbatch")), RUN_TIMEOUT_S)
+    logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*"))
+    assert job["JobState"] == "COMPLETED", output.read_text() + logs
+    assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 1

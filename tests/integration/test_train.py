@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import END_S, START_S, Finished, Started, gone
 
 from ctpo_megatron.data.toy_model import make_toy_model
 from ctpo_megatron.data.toy_task import make_toy_task
-from tests.integration.runs import END_S, START_S, Finished, Started, gone
 
 RUN_S = 300.0
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between trainer and engine, float32 on CPUs

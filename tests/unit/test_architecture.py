@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from layers import MAX_FILE_LINES, MAX_FUNCTION_LINES, ORDER, offences
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ctpo_megatron"
@@ -36,9 +35,9 @@ def test_every_unit_in_the_order_exists() -> None:
         ("config/a.py", "from torch import Tensor\n", "imports torch; config does without"),
         ("loop/a.py", "from ctpo_megatron.cluster import runtime\n", "loop imports cluster; it may know it by a Protocol only"),
         ("weights/a.py", "from ctpo_megatron.cluster import runtime\n", "weights imports cluster, which is not below it"),
-        ("loop/a.py", "import ray\n", "imports ray, which belongs in cluster, weights"),
-        ("data/a.py", "from megatron.core import parallel_state\n", "imports megatron, which belongs in mcore"),
-        ("cluster/a.py", "import sglang\n", "imports sglang, which belongs in cluster/sglang_entry.py, cluster/sglang_platform.py"),
+        ("loop/a.py", "import ray\n", "imports ray, which belongs in cluster/, weights/"),
+        ("data/a.py", "from megatron.core import parallel_state\n", "imports megatron, which belongs in mcore/"),
+        ("cluster/a.py", "import sglang\n", "imports sglang, which belongs in cluster/sglang_"),
         ("helpers/a.py", "x = 1\n", "'helpers' has no place in the layers"),
         ("data/a.py", "x = 1\n" * (MAX_FILE_LINES + 1), f"401 lines; at most {MAX_FILE_LINES}"),
         ("data/a.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES, f"f has 61 lines; at most {MAX_FUNCTION_LINES}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ MASK = [1, 1, 1, 0, 0, 1, 1, 1, 1, 0]
 
 def run(rows, aggregation="sequence-mean", **objective):
     """rows: (logp, old_logp, mask, advantage) per sequence, packed."""
-    logp = torch.tensor(sum((r[0] for r in rows), []), dtype=torch.float64, requires_grad=True)
-    old = torch.tensor(sum((r[1] for r in rows), []), dtype=torch.float64)
-    mask = torch.tensor(sum((r[2] for r in rows), [])).bool()
+    logp = torch.tensor(list(chain.from_iterable(r[0] for r in rows)), dtype=torch.float64, requires_grad=True)
+    old = torch.tensor(list(chain.from_iterable(r[1] for r in rows)), dtype=torch.float64)
+    mask = torch.tensor(list(chain.from_iterable(r[2] for r in rows))).bool()
     adv = torch.cat([torch.full((len(r[0]),), r[3], dtype=torch.float64) for r in rows])
     cu = torch.tensor([0, *torch.tensor([len(r[0]) for r in rows]).cumsum(0).tolist()], dtype=torch.int32)
     out = policy_loss(
@@ -32,7 +33,18 @@ GOLDEN = [
     (
         1.5,
         -1.5189235450057041,
-        [-0.21861457287286622, -0.21215353580339313, 0, 0, 0, 0, -0.20795261433182322, -0.22527237779486234, -0.18443742351965528, 0],
+        [
+            -0.21861457287286622,
+            -0.21215353580339313,
+            0,
+            0,
+            0,
+            0,
+            -0.20795261433182322,
+            -0.22527237779486234,
+            -0.18443742351965528,
+            0,
+        ],
     ),
     (
         -0.75,
@@ -105,10 +117,8 @@ def test_against_scalar_reading(ratio, dual, power):
             mask = (torch.rand(length, generator=gen) < 0.7).int().tolist()
             rows.append((lp, olp, mask, torch.randn(1, generator=gen).item()))
         out, grad = run(rows, "sequence-sum", ratio=ratio, clip_low=0.025, clip_high=0.06, dual_clip=dual, power=power)
-        expected = [
-            scalar_ctpo(*row, ratio=ratio, lo=0.025, hi=0.06, dual=dual, power=power) for row in rows
-        ]
-        losses = sum((e[0] for e in expected), [])
+        expected = [scalar_ctpo(*row, ratio=ratio, lo=0.025, hi=0.06, dual=dual, power=power) for row in rows]
+        losses = list(chain.from_iterable(e[0] for e in expected))
         counted = sum(any(row[2]) for row in rows)
         assert out.token_loss.tolist() == pytest.approx(losses, abs=1e-8, rel=1e-9)
         assert grad.tolist() == pytest.approx([g / counted for e in expected for g in e[1]], abs=1e-8, rel=1e-9)

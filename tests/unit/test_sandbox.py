@@ -30,22 +30,22 @@ def run(code: str, **options: object) -> ToolResult:
 
 
 def sandboxes() -> set[int]:
-    """Processes of sandboxes that this test process started, inside ones included."""
+    """bubblewrap's processes and the programs in them, of calls with memory_mb=MEMORY_MB."""
     found = set()
+    limit = str(MEMORY_MB * sandbox.MIB)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                command, state = (entry / "cmdline").read_bytes(), (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                words = f"{(entry / 'cmdline').read_text()} {(entry / 'limits').read_text()}"
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            if MARK.encode() in command and state != "Z":
+            if limit in words and state != "Z":
                 found.add(int(entry.name))
     return found
 
 
-# a limit of its own in the command line of bwrap and prlimit tells our processes from those of others
-MARK = f"--as={(600 + os.getpid() % 400) * sandbox.MIB}"
-MEMORY_MB = 600 + os.getpid() % 400
+MEMORY_MB = 600 + os.getpid() % 400  # a limit of its own tells the calls of this test process from those of others
 
 
 @needs_sandbox
@@ -216,7 +216,7 @@ def test_a_cancelled_call_ends_at_once_and_leaves_nothing():
         assert len(done) == 4
         assert not pending
 
-    for delay in (0, 0.002, 0.01, 0.1):
+    for delay in (0, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.1):
         asyncio.run(cancel_after(delay))
     assert_nothing_left()
 
@@ -229,9 +229,10 @@ def test_programs_die_with_the_process_that_runs_them():
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
     deadline = time.monotonic() + 20
-    while not sandboxes() and time.monotonic() < deadline:
+    while len(sandboxes()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert sandboxes()
+    time.sleep(0.2)
+    assert len(sandboxes()) == 2  # bubblewrap and the program
     parent.kill()
     parent.wait()
     assert_nothing_left()

@@ -1,0 +1,25 @@
+"""One SGLang server for all tests that only need one: starting it is most of their time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from engines import RunningServer, start_server
+
+from ctpo_megatron.data.toy_model import make_toy_model
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy model whose logits are far from uniform, so that a wrong one is seen."""
+    return make_toy_model(tmp_path_factory.mktemp("qwen3"), "qwen3", seed=1, init_std=0.2)
+
+
+@pytest.fixture(scope="session")
+def server(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A healthy server of that model; its weights change from test to test."""
+    running = start_server(qwen3, tmp_path_factory.mktemp("server") / "server.log")
+    yield running
+    running.server.stop()

@@ -1,0 +1,280 @@
+"""A real SGLang server on CPUs: what it samples, how its weights are replaced, who may ask it, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import torch
+from engines import HOST, RunningServer, load_reference, reference_logprobs, start_server
+
+from ctpo_megatron.cluster.processes import group_members
+from ctpo_megatron.data.toy_model import make_toy_model
+from ctpo_megatron.errors import EngineError, WeightSyncError
+from ctpo_megatron.rollout.client import EngineClient, Generation
+from ctpo_megatron.weights.broadcast import BroadcastSender
+from ctpo_megatron.weights.publisher import Publisher
+
+AGREEMENT = 1e-4  # largest difference of a token's log-prob between SGLang and transformers, float32
+PROMPT = list(b"What is 12 * 12?")
+END_OF_TURN = 257
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+
+
+class LocalTrainer:
+    """A trainer of one process that holds the model to publish."""
+
+    def __init__(self, sender: BroadcastSender, model: torch.nn.Module, *, bucket_size: int = 7) -> None:
+        self._sender = sender
+        self._model = model
+        self._bucket_size = bucket_size
+
+    async def publish(self, version: int) -> None:
+        named = list(self._model.state_dict().items())
+        buckets = [named[at : at + self._bucket_size] for at in range(0, len(named), self._bucket_size)]
+        await asyncio.to_thread(self._sender.send, buckets, version)
+
+
+@asynccontextmanager
+async def publishing(server: RunningServer, model: torch.nn.Module) -> AsyncIterator[tuple[EngineClient, Publisher]]:
+    sender = await asyncio.to_thread(server.sender)
+    try:
+        async with server.client() as client:
+            yield client, Publisher(client, LocalTrainer(sender, model))
+    finally:
+        await asyncio.to_thread(sender.close)
+
+
+def perturbed(directory: Path, seed: int) -> torch.nn.Module:
+    """The model with every weight a little different."""
+    model = load_reference(directory)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+async def sample(client: EngineClient, temperature: float, *, tokens: int = 48, session: int = 0) -> Generation:
+    return await client.generate(
+        PROMPT, max_new_tokens=tokens, temperature=temperature, stop_token_ids=[END_OF_TURN], session=session
+    )
+
+
+def check_against(model: torch.nn.Module, generation: Generation, temperature: float) -> None:
+    expected = reference_logprobs(model, PROMPT, generation, temperature)
+    assert generation.logprobs == pytest.approx(expected, abs=AGREEMENT)
+
+
+def eventually(condition: Callable[[], bool], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_weights_by_broadcast(server: RunningServer, qwen3: Path) -> None:
+    """Version 0 from disk, then new weights: log-probs agree with transformers before and after, and versions are echoed."""
+
+    async def scenario() -> None:
+        old, new = load_reference(qwen3), perturbed(qwen3, seed=2)
+        async with publishing(server, new) as (client, publisher):
+            assert await client.versions() == ["0"]
+            before = [await sample(client, temperature) for temperature in (1.0, 0.7, 0.7)]
+            for generation, temperature in zip(before, (1.0, 0.7, 0.7), strict=True):
+                assert set(generation.versions) == {0}
+                check_against(old, generation, temperature)
+            assert len({tuple(generation.token_ids) for generation in before}) > 1, "sampling is not random"
+            checksums = await client.checksums()
+            await publisher.publish(3)
+            assert await client.versions() == ["3"]
+            assert await client.checksums() != checksums
+            after = await sample(client, 0.7)
+            assert set(after.versions) == {3}
+            check_against(new, after, 0.7)
+            with pytest.raises(AssertionError):  # the two models differ by far more than the bound
+                check_against(old, after, 0.7)
+
+    asyncio.run(scenario())
+
+
+def test_greedy_and_stop(server: RunningServer, qwen3: Path) -> None:
+    """Temperature 0 takes the likeliest token; the stop token is kept; the limit is the limit."""
+
+    async def scenario() -> None:
+        model = load_reference(qwen3)
+        async with publishing(server, model) as (client, publisher):
+            await publisher.publish(4)
+            greedy = await client.generate(PROMPT, max_new_tokens=16, temperature=0.0, stop_token_ids=[], session=0)
+            assert (len(greedy.token_ids), greedy.finish) == (16, "length")
+            with torch.no_grad():
+                logits = model(torch.tensor([PROMPT + greedy.token_ids])).logits[0, len(PROMPT) - 1 : -1]
+            assert greedy.token_ids == logits.argmax(-1).tolist()
+            check_against(model, greedy, 1.0)
+            stop = greedy.token_ids[9]
+            first = greedy.token_ids.index(stop)
+            stopped = await client.generate(PROMPT, max_new_tokens=16, temperature=0.0, stop_token_ids=[stop], session=0)
+            assert (stopped.token_ids, stopped.finish) == (greedy.token_ids[: first + 1], "stop")
+
+    asyncio.run(scenario())
+
+
+def test_update_while_generating(server: RunningServer, qwen3: Path) -> None:
+    """Generations in flight lose no token: the later ones come from the new weights, given all tokens before them."""
+
+    async def scenario() -> None:
+        old, new = load_reference(qwen3), perturbed(qwen3, seed=5)
+        async with publishing(server, old) as (client, publisher):
+            await publisher.publish(10)
+        async with publishing(server, new) as (client, publisher):
+            running = [
+                asyncio.create_task(
+                    client.generate(PROMPT, max_new_tokens=1500, temperature=1.0, stop_token_ids=[], session=session)
+                )
+                for session in range(4)
+            ]
+            await asyncio.sleep(0.7)
+            await publisher.publish(11)
+            generations = await asyncio.gather(*running)
+        crossed = 0
+        for generation in generations:
+            boundary = generation.versions.count(10)
+            assert generation.versions == [10] * boundary + [11] * (len(generation.versions) - boundary)
+            of_old = reference_logprobs(old, PROMPT, generation, 1.0)
+            of_new = reference_logprobs(new, PROMPT, generation, 1.0)
+            assert generation.logprobs == pytest.approx(of_old[:boundary] + of_new[boundary:], abs=AGREEMENT)
+            crossed += 0 < boundary < len(generation.versions)
+        assert crossed > 0, "no generation was in flight during the update"
+
+    asyncio.run(scenario())
+
+
+def test_aborted_generation_goes_on(server: RunningServer, qwen3: Path) -> None:
+    """SGLang may abort what is in flight; the client asks for the rest."""
+
+    async def scenario() -> None:
+        async with server.client() as client:
+            running = asyncio.create_task(
+                client.generate(PROMPT, max_new_tokens=1500, temperature=1.0, stop_token_ids=[END_OF_TURN], session=0)
+            )
+            await asyncio.sleep(0.5)
+            headers = {"Authorization": f"Bearer {server.api_key}"}
+            abort = {"abort_all": True, "rid": ""}
+            answer = await asyncio.to_thread(requests.post, f"{server.url}/abort_request", json=abort, headers=headers, timeout=10)
+            assert answer.status_code == 200
+            generation = await running
+        assert generation.finish == "stop" or len(generation.token_ids) == 1500
+        assert len(generation.token_ids) == len(generation.logprobs) == len(generation.versions)
+
+    asyncio.run(scenario())
+
+
+def test_refused_update_is_reported(server: RunningServer, qwen3: Path) -> None:
+    """A tensor the model does not have: WeightSyncError with server and bucket, in seconds."""
+    sender = server.sender()
+    try:
+        begin = time.monotonic()
+        with pytest.raises(WeightSyncError, match=rf"bucket 0 \(model\.norm\.weight .*{server.url}"):
+            sender.send([[("model.norm.weight", torch.ones(5))]], 20)
+        assert time.monotonic() - begin < 20
+    finally:
+        requests.post(
+            f"{server.url}/end_weight_update", json={}, headers={"Authorization": f"Bearer {server.api_key}"}, timeout=10
+        )
+        sender.close()
+
+
+@pytest.mark.parametrize("key", ["", "wrong"])
+def test_key_is_asked_for(server: RunningServer, key: str) -> None:
+    async def scenario() -> None:
+        async with EngineClient([server.url], key, request_timeout_s=20) as client:
+            with pytest.raises(EngineError, match="401"):
+                await sample(client, 1.0)
+            with pytest.raises(EngineError, match="401"):
+                await client.pause()
+
+    asyncio.run(scenario())
+
+
+def test_key_is_not_shown(server: RunningServer) -> None:
+    """Neither in the log nor in any argument list."""
+    assert server.api_key not in server.server.log.read_text(errors="replace")
+    for pid in group_members(server.server.pid):
+        assert server.api_key not in " ".join(psutil.Process(pid).cmdline())
+
+
+def test_bad_model_is_explained(tmp_path: Path) -> None:
+    """A server that cannot start says why, at once, and leaves nothing."""
+    with pytest.raises(EngineError, match=r"exit code") as raised:
+        start_server(tmp_path / "missing", tmp_path / "server.log")
+    assert str(tmp_path / "server.log") in str(raised.value)
+    assert "missing" in str(raised.value)
+
+
+def test_moe_and_end(tmp_path: Path) -> None:
+    """Qwen3-MoE from disk and by broadcast; `stop` leaves no process, no zombie and no shared memory."""
+    shared_before = set(os.listdir("/dev/shm"))
+    directory = make_toy_model(tmp_path / "moe", "qwen3_moe", seed=1, init_std=0.2)
+    running = start_server(directory, tmp_path / "server.log")
+    children = [psutil.Process(running.server.pid), *psutil.Process(running.server.pid).children(recursive=True)]
+    assert len(children) > 1
+
+    async def scenario() -> None:
+        new = perturbed(directory, seed=2)
+        async with publishing(running, new) as (client, publisher):
+            check_against(load_reference(directory), await sample(client, 0.7), 0.7)
+            await publisher.publish(1)
+            check_against(new, await sample(client, 0.7), 0.7)
+
+    try:
+        asyncio.run(scenario())
+        mapped = {path for path in os.listdir("/dev/shm")} - shared_before
+        assert mapped, "nothing to clean up: the check below would be void"
+    finally:
+        running.server.stop()
+    assert not any(child.is_running() for child in children)
+    assert not set(os.listdir("/dev/shm")) & {name for name in mapped if name.startswith("sglang")}
+
+
+def test_dies_with_its_parent(qwen3: Path, tmp_path: Path) -> None:
+    """SIGKILL to the process that started it, while it starts."""
+    program = (
+        "import sys; from pathlib import Path; from engines import start_server\n"
+        "running = start_server(Path(sys.argv[1]), Path(sys.argv[2]), wait=False); print(running.server.pid, flush=True)\n"
+        "import time; time.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, str(qwen3), str(tmp_path / "server.log")],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parent,
+    )
+    group = int(parent.stdout.readline())
+    time.sleep(3)
+    assert group_members(group)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait(10)
+    assert eventually(lambda: not group_members(group), within_s=10)
+
+
+def test_unreachable_server_is_an_error() -> None:
+    """A closed port: tried again a few times, then an error that names it."""
+
+    async def scenario() -> None:
+        async with EngineClient([f"http://{HOST}:9"], "key", request_timeout_s=5) as client:
+            with pytest.raises(EngineError, match=rf"http://{HOST}:9/generate"):
+                await sample(client, 1.0)
+
+    asyncio.run(scenario())
