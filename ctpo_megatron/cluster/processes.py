@@ -21,11 +21,12 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
 
 
-def reap_group(group: int) -> None:
-    """Collect the exit status of this process's dead children in `group`."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-group, os.WNOHANG)[0]:
-            pass
+def reap_group(group: int, wait_s: float = 10.0) -> None:
+    """Collect this process's dead children in `group`; one that has threads left to end is waited for."""
+    deadline = time.monotonic() + wait_s
+    with contextlib.suppress(ChildProcessError):  # the sign that none is left
+        while os.waitpid(-group, os.WNOHANG)[0] or time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 def group_members(group: int) -> list[int]:

@@ -19,7 +19,7 @@ from ctpo_megatron.errors import EngineError
 
 CPU_KV_TOKENS = 65_536
 _CPU_ARGUMENTS = (
-    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--attention-backend", "torch_batched", "--sampling-backend", "pytorch"),
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
     "--disable-overlap-schedule",
 )

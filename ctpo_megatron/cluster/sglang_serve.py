@@ -9,6 +9,8 @@ from sglang.srt.entrypoints.http_server import _setup_and_run_http_server
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
+from ctpo_megatron.cluster import sglang_attention
+
 
 class LeanEngine(Engine):
     """Scheduler processes as ever, but no detokenizer: with --skip-tokenizer-init the scheduler answers with token ids."""
@@ -37,6 +39,7 @@ class ForkingEngine(LeanEngine):
 def serve(argv: list[str], api_key: str) -> None:
     """Blocks until the server is told to stop. `argv` as for `sglang.launch_server`."""
     load_plugins()
+    sglang_attention.register()
     server_args = prepare_server_args(argv)
     server_args.api_key = api_key
     engine = ForkingEngine if server_args.device == "cpu" else LeanEngine

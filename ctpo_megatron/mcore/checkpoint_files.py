@@ -57,8 +57,8 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{checkpoint}: the checkpoint {what}.") from error
     except ValueError as error:
         raise CheckpointError(f"{checkpoint / MANIFEST}: not valid JSON: {error}.") from error
-    if manifest["version"] != VERSION:
-        raise CheckpointError(f"{checkpoint}: format version {manifest['version']}; this release reads version {VERSION}.")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{checkpoint}: format version {manifest.get('version')}; this release reads version {VERSION}.")
     for name, size in manifest["files"].items():
         file = checkpoint / name
         found = file.stat().st_size if file.is_file() else None

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
-_REPLACED_SUFFIX = ".replaced"
+_REPLACED_SUFFIX = ".replaced" + TEMPORARY_SUFFIX
 
 
 def temporary_directory(target: Path) -> Path:

@@ -106,7 +106,7 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json") -> Model
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Raise ConfigError when `parallel` cannot divide the model; the message names both numbers and the sizes that can."""
-    tp, pp, ep = parallel.tp, parallel.pp, parallel.ep
+    tp, pp, ep = parallel.tp, parallel.pp, parallel.ep  # that ep divides the ranks, ParallelConfig has checked
     _divides("parallel.tp", tp, "attention heads", shape.num_heads)
     _divides("parallel.tp", tp, "key-value heads", shape.num_kv_heads)
     _divides("parallel.tp", tp, "hidden units", shape.hidden_size)
@@ -117,12 +117,6 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         _divides("parallel.tp", tp, "feed-forward units", shape.ffn_hidden_size)
         if ep > 1:
             raise ConfigError(f"parallel.ep = {ep}, but {shape.family} is a dense model without experts; allowed is 1.")
-    data_ranks = parallel.tp * parallel.cp * parallel.dp
-    if data_ranks % ep:
-        raise ConfigError(
-            f"parallel.ep = {ep} does not divide parallel.tp * parallel.cp * parallel.dp = {data_ranks}; "
-            f"allowed with these are {_divisors(data_ranks)}."
-        )
 
 
 def weight_files(directory: Path) -> list[Path]:

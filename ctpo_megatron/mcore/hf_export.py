@@ -17,7 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ctpo_megatron.mcore.directories import publish_directory, temporary_directory
+from ctpo_megatron.mcore.collective import on_first_rank
+from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, publish_directory, temporary_directory
 from ctpo_megatron.mcore.hf_config import INDEX_FILE, ModelShape
 from ctpo_megatron.mcore.hf_load import RankPlace, keyed_parameters, layer_numbers, unwrap
 from ctpo_megatron.mcore.hf_names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
@@ -70,28 +71,30 @@ def save_hf(
     """Write a complete model directory: weights, index, and config, tokenizer and generation files copied from `source_path`.
 
     Every rank calls it; rank 0 writes under a temporary name and renames, so a half-written model never appears.
+    Raises CheckpointError, on every rank, when the directory cannot be made or finished.
     """
     target, source = Path(directory), Path(source_path)
-    element_size = next(unwrap(models[0]).parameters()).element_size()
-    count = len(make_buckets(hf_tensors(shape), element_size, shard_bytes))
-    writes = dist.get_rank() == 0
-    work = temporary_directory(target) if writes else None
+    like = next(unwrap(models[0]).parameters())
+    count = len(make_buckets(hf_tensors(shape), like.element_size(), shard_bytes))
+    on_first_rank(lambda: temporary_directory(target), f"model directory {target} cannot be begun")
+    work = target.with_name(target.name + TEMPORARY_SUFFIX)
     weight_map: dict[str, str] = {}
     total = 0
     for number, bucket in enumerate(export_hf(models, shape, shard_bytes), start=1):
-        if work is not None:
+        if bucket:  # on rank 0
             name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             save_file({key: tensor.cpu() for key, tensor in bucket}, work / name, metadata={"format": "pt"})
             weight_map |= {key: name for key, _ in bucket}
             total += sum(tensor.nbytes for _, tensor in bucket)
-            dtype = str(bucket[0][1].dtype).removeprefix("torch.")
-    if work is not None:
-        _copy_companions(source, work, dtype)
+
+    def finish() -> None:
+        _copy_companions(source, work, str(like.dtype).removeprefix("torch."))
         if count > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (work / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         publish_directory(work, target)
-    dist.barrier()
+
+    on_first_rank(finish, f"model directory {target} cannot be finished")
 
 
 class _Holders:

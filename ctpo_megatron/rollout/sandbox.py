@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -33,6 +33,7 @@ MAX_FILE_BYTES = 4 * MIB  # each file that a program writes, its output included
 MAX_OPEN_FILES = 64
 NOBODY = "65534"
 PROBE_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 5.0  # for bubblewrap to end after its program was killed
 
 
 class BubblewrapPython:
@@ -132,11 +133,35 @@ async def _execute(code: str, config: PythonTool) -> _Call:
         process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=for_child, process_group=0)
         try:
             ended = await _ended(process.pid, config.timeout_s)
-        finally:
-            # The program dies with bubblewrap; the group also holds bubblewrap's child before it has arranged for that.
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return _Call(_shown(stdout), _shown(stderr), _exit_code(status) if ended else None, timed_out=not ended)
+        except BaseException:
+            _kill(process, status)
+            raise
+        if not ended:
+            _kill(process, status)
+            return _Call(_shown(stdout), _shown(stderr), None, timed_out=True)
+        process.wait()
+        return _Call(_shown(stdout), _shown(stderr), _reported(status, "exit-code"), timed_out=False)
+
+
+def _kill(process: subprocess.Popen[bytes], status: int) -> None:
+    """End a program and its bubblewrap.
+
+    The program dies with bubblewrap, but there are moments of bubblewrap's start when it would not, and it would be left to
+    pid 1 of this host, which in a container may not collect dead processes. So the program is killed by its reported pid,
+    and bubblewrap then collects it and ends. Before it is reported it is still in bubblewrap's process group.
+    """
+    program = _reported(status, "child-pid")
+    if program is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        program = _reported(status, "child-pid")  # in the last moment
+    if program is not None:
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(program, signal.SIGKILL)
+    try:
+        process.wait(timeout=END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 async def _ended(pid: int, timeout_s: float) -> bool:
@@ -183,13 +208,14 @@ def _side_channels() -> Iterator[tuple[int, tuple[int, int]]]:
                 os.close(fd)
 
 
-def _exit_code(status: int) -> int | None:
-    """The program's exit code from bubblewrap's JSON lines, None where it did not run to its end."""
+def _reported(status: int, name: str) -> int | None:
+    """A number from bubblewrap's status report, None where it is not in there."""
     try:
-        lines = os.read(status, 1 << 16).decode().splitlines()
+        report = os.read(status, 1 << 16).decode()
     except BlockingIOError:  # nothing was written
         return None
-    return next((reported["exit-code"] for line in lines if "exit-code" in (reported := json.loads(line))), None)
+    found = re.search(rf'"{name}": (\d+)', report)
+    return int(found[1]) if found else None
 
 
 def _last_words(call: _Call) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from ctpo_megatron.cluster.server import SGLangServer, new_api_key, server_args, server_env
 from ctpo_megatron.config.cluster import BroadcastTransport
@@ -57,6 +59,13 @@ def load_reference(directory: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def checkpoint_tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Its weights as they are named in files; transformers keeps the experts of a layer together in memory."""
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        return list(load_file(Path(directory) / "model.safetensors").items())
 
 
 def reference_logprobs(model: torch.nn.Module, prompt: list[int], generation: Generation, temperature: float) -> list[float]:

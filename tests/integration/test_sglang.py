@@ -16,7 +16,7 @@ import psutil
 import pytest
 import requests
 import torch
-from engines import HOST, RunningServer, load_reference, reference_logprobs, start_server
+from engines import HOST, RunningServer, checkpoint_tensors, load_reference, reference_logprobs, start_server
 
 from ctpo_megatron.cluster.processes import group_members
 from ctpo_megatron.data.toy_model import make_toy_model
@@ -41,7 +41,7 @@ class LocalTrainer:
         self._bucket_size = bucket_size
 
     async def publish(self, version: int) -> None:
-        named = list(self._model.state_dict().items())
+        named = checkpoint_tensors(self._model)
         buckets = [named[at : at + self._bucket_size] for at in range(0, len(named), self._bucket_size)]
         await asyncio.to_thread(self._sender.send, buckets, version)
 
@@ -132,6 +132,28 @@ def test_greedy_and_stop(server: RunningServer, qwen3: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_batch_of_all_lengths(server: RunningServer, qwen3: Path) -> None:
+    """Prompts from 1 to 700 tokens at once, some sharing a prefix: each gets the log-probs it would get alone."""
+
+    async def scenario() -> None:
+        model = load_reference(qwen3)
+        shared = [(7 * i) % 250 for i in range(300)]
+        prompts = [[(3 * i + n) % 250 for i in range(n)] for n in (1, 2, 17, 90, 230, 700)] + [shared + [n] * n for n in range(6)]
+        async with publishing(server, model) as (client, publisher):
+            await publisher.publish(6)
+            generations = await asyncio.gather(
+                *(
+                    client.generate(prompt, max_new_tokens=30, temperature=1.0, stop_token_ids=[], session=index)
+                    for index, prompt in enumerate(prompts)
+                )
+            )
+        for prompt, generation in zip(prompts, generations, strict=True):
+            expected = reference_logprobs(model, prompt, generation, 1.0)
+            assert generation.logprobs == pytest.approx(expected, abs=AGREEMENT)
+
+    asyncio.run(scenario())
+
+
 def test_update_while_generating(server: RunningServer, qwen3: Path) -> None:
     """Generations in flight lose no token: the later ones come from the new weights, given all tokens before them."""
 
@@ -142,11 +164,11 @@ def test_update_while_generating(server: RunningServer, qwen3: Path) -> None:
         async with publishing(server, new) as (client, publisher):
             running = [
                 asyncio.create_task(
-                    client.generate(PROMPT, max_new_tokens=1500, temperature=1.0, stop_token_ids=[], session=session)
+                    client.generate(PROMPT, max_new_tokens=1000, temperature=1.0, stop_token_ids=[], session=session)
                 )
                 for session in range(4)
             ]
-            await asyncio.sleep(0.7)
+            await asyncio.sleep(0.4)
             await publisher.publish(11)
             generations = await asyncio.gather(*running)
         crossed = 0
@@ -168,7 +190,7 @@ def test_aborted_generation_goes_on(server: RunningServer, qwen3: Path) -> None:
     async def scenario() -> None:
         async with server.client() as client:
             running = asyncio.create_task(
-                client.generate(PROMPT, max_new_tokens=1500, temperature=1.0, stop_token_ids=[END_OF_TURN], session=0)
+                client.generate(PROMPT, max_new_tokens=1000, temperature=1.0, stop_token_ids=[END_OF_TURN], session=0)
             )
             await asyncio.sleep(0.5)
             headers = {"Authorization": f"Bearer {server.api_key}"}
@@ -176,7 +198,7 @@ def test_aborted_generation_goes_on(server: RunningServer, qwen3: Path) -> None:
             answer = await asyncio.to_thread(requests.post, f"{server.url}/abort_request", json=abort, headers=headers, timeout=10)
             assert answer.status_code == 200
             generation = await running
-        assert generation.finish == "stop" or len(generation.token_ids) == 1500
+        assert generation.finish == "stop" or len(generation.token_ids) == 1000
         assert len(generation.token_ids) == len(generation.logprobs) == len(generation.versions)
 
     asyncio.run(scenario())
@@ -195,6 +217,29 @@ def test_refused_update_is_reported(server: RunningServer, qwen3: Path) -> None:
             f"{server.url}/end_weight_update", json={}, headers={"Authorization": f"Bearer {server.api_key}"}, timeout=10
         )
         sender.close()
+
+
+def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the parts: every query belongs to one part, looks at itself and all before it, and at nothing else."""
+    from ctpo_megatron.cluster import sglang_attention
+
+    new, total = [3, 1, 40, 1, 7], [3, 60, 40, 2, 50]
+    slots = torch.arange(5)[:, None] * 100 + torch.arange(60)  # slot 100 * i + k holds token k of sequence i
+    for limit in (1, 500, 2**22):
+        monkeypatch.setattr(sglang_attention, "MAX_SCORES", limit)
+        parts = sglang_attention.plan(new, total, slots)
+        assert len(parts) == (5 if limit == 1 else len(parts))
+        seen = {}
+        for part in parts:
+            count, queries = part.shape
+            keys = part.keys.view(count, -1)
+            for row, slot in zip(part.query_rows.tolist(), part.query_slots.tolist(), strict=True):
+                sequence, query = divmod(slot, queries)
+                seen[row] = keys[sequence][part.mask[sequence, 0, query]].tolist()
+        expected = [
+            [100 * i + k for k in range(total[i] - new[i] + query + 1)] for i in range(len(new)) for query in range(new[i])
+        ]
+        assert [seen[row] for row in range(sum(new))] == expected
 
 
 @pytest.mark.parametrize("key", ["", "wrong"])

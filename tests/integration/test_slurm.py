@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import time
@@ -177,7 +178,8 @@ def test_a_run_spreads_over_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> No
     model = make_toy_model(tmp_path / "model", "qwen3", seed=1, init_std=0.2)
     run_dir, output = tmp_path / "run", tmp_path / "job.out"
     overrides = [f"run_dir={run_dir}", f"model.path={model}", f"data.train={task.train}", f"data.eval={task.eval}"]
-    overrides += ["train.steps=1", "train.prompts_per_step=4", "train.optimizer_steps=1", "rollout.group_size=2", "eval.prompts=4"]
+    overrides += ["train.steps=1", "train.prompts_per_step=4", "train.optimizer_steps=1", "rollout.group_size=2"]
+    overrides += ["eval.prompts=4"]
     config_path = ROOT / "configs" / "quickstart.yaml"
     options = SlurmOptions(nodes=2, gpus_per_node=0)
     text = render_sbatch(load_config(config_path, overrides), config_path, overrides, options, ROOT / "launch")
@@ -186,3 +188,5 @@ def test_a_run_spreads_over_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> No
     logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*"))
     assert job["JobState"] == "COMPLETED", output.read_text() + logs
     assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 1
+    # the server's log holds its own address and that of the trainer it receives weights from
+    assert set(re.findall(r"127\.0\.0\.\d+", (run_dir / "logs" / "server_0.log").read_text())) == set(ADDRESSES)

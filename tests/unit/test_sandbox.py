@@ -213,8 +213,8 @@ def test_a_cancelled_call_ends_at_once_and_leaves_nothing():
         for task in tasks:
             task.cancel()
         done, pending = await asyncio.wait(tasks, timeout=5)
-        assert len(done) == 4
         assert not pending
+        assert all(task.cancelled() for task in done)
 
     for delay in (0, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.1):
         asyncio.run(cancel_after(delay))
@@ -228,13 +228,15 @@ def test_programs_die_with_the_process_that_runs_them():
         f"asyncio.run(BubblewrapPython(PythonTool(memory_mb={MEMORY_MB}, timeout_s=60)).run('while True: pass'))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
-    deadline = time.monotonic() + 20
-    while len(sandboxes()) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    assert len(sandboxes()) == 2  # bubblewrap and the program
-    parent.kill()
-    parent.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while len(sandboxes()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        assert len(sandboxes()) == 2  # bubblewrap and the program
+    finally:
+        parent.kill()
+        parent.wait()
     assert_nothing_left()
 
 
