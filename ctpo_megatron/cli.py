@@ -50,6 +50,39 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
     _run(eval_job(load_config(config, overrides or [])))
 
 
+@app.command()
+def doctor() -> None:
+    """What this host has and lacks for a run; exit code 1 when a run cannot work here."""
+    from rich.console import Console
+
+    from ctpo_megatron.doctor import as_table, diagnose
+
+    found = diagnose()
+    Console().print(as_table(found))
+    print(found.verdict)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def slurm(
+    config: Config,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="default: as many as the configuration needs")] = None,
+    gpus_per_node: Annotated[int, typer.Option(help="of the partition's nodes")] = 8,
+    time: Annotated[str, typer.Option(help="limit, as sbatch takes it")] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="default: the cluster's")] = None,
+    account: Annotated[str | None, typer.Option(help="default: yours")] = None,
+) -> None:
+    """Print a job file for SLURM that runs `ctpo train` on this configuration."""
+    from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
+    from ctpo_megatron.config.load import load_config
+
+    words = overrides or []
+    options = SlurmOptions(nodes, gpus_per_node, time, partition, account)
+    launch = Path(__file__).resolve().parents[1] / "launch"
+    print(render_sbatch(load_config(config, words), config, words, options, launch), end="")
+
+
 def _run(job: Coroutine[Any, Any, None]) -> None:
     """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first."""
     received: list[int] = []

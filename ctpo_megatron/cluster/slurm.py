@@ -1,4 +1,4 @@
-"""Job files for SLURM. Ray is brought up inside the allocation by launch/run.sh; nothing here needs Ray."""
+"""Job files for SLURM. launch/ctpo.sbatch brings Ray up inside the allocation; nothing here needs Ray."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import InputError
-
-WARNING_S = 300  # ahead of the time limit: time to write a checkpoint and go back into the queue
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +30,9 @@ def gpus_needed(config: RunConfig) -> int:
 def render_sbatch(config: RunConfig, path: Path, overrides: list[str], options: SlurmOptions, launch: Path) -> str:
     """The text of a job file that trains `path` with `overrides`. `launch` is the project's launch directory.
 
-    Raises InputError when `launch` lacks the scripts, or the nodes asked for hold too few GPUs.
+    Raises InputError when `launch` lacks the job's script, or the nodes asked for hold too few GPUs.
     """
-    script = launch / "train.sh"
+    script = launch / "ctpo.sbatch"
     if not script.is_file():
         raise InputError(f"{script}: no such file. `ctpo slurm` needs the project's launch directory, as in a git checkout.")
     lines = {
@@ -45,13 +43,11 @@ def render_sbatch(config: RunConfig, path: Path, overrides: list[str], options: 
         "time": options.time,
         "partition": options.partition,
         "account": options.account,
-        "signal": f"B:USR1@{WARNING_S}",
-        "open-mode": "append",
         "output": "slurm-%j.out",
     }
     head = [f"#SBATCH --{name}={value}" for name, value in lines.items() if value is not None]
-    command = shlex.join([str(script.resolve()), str(path), *overrides])
-    return "\n".join(["#!/bin/bash", *head, "#SBATCH --exclusive", "#SBATCH --requeue", "", f"exec {command}", ""])
+    command = shlex.join(["bash", str(script.resolve()), str(path), *overrides])
+    return "\n".join(["#!/bin/bash", *head, "#SBATCH --exclusive", "#SBATCH --no-requeue", "", f"exec {command}", ""])
 
 
 def _nodes(config: RunConfig, options: SlurmOptions) -> int:

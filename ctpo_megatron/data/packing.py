@@ -83,11 +83,9 @@ def _balanced_bins(lengths: Sequence[int], capacity: int, dp: int) -> list[list[
     count = max(1, -(-sum(lengths) // (capacity * dp)))
     while (bins := _fill(lengths, order, capacity, count * dp)) is None:
         count += 1
-    # neighbours in load share a micro-batch slot, so ranks wait little for one another; every other slot runs backwards,
-    # so that no rank always gets the heaviest
+    # neighbours in load become the n-th micro-batch of the ranks, so ranks wait little for one another
     bins.sort(key=lambda members: -sum(lengths[i] for i in members))
-    slots = [bins[slot * dp : (slot + 1) * dp][:: -1 if slot % 2 else 1] for slot in range(count)]
-    return [[sorted(slot[rank]) for slot in slots] for rank in range(dp)]
+    return [[sorted(members) for members in bins[rank::dp]] for rank in range(dp)]
 
 
 def _fill(lengths: Sequence[int], order: Sequence[int], capacity: int, count: int) -> list[list[int]] | None:

@@ -1,6 +1,8 @@
 """A task that a tiny model can learn in minutes, and only with the Python tool: word problems about three-digit numbers.
 
-The files have the same format as real ones, so nothing downstream knows that this is a toy.
+The demonstrations teach the format, not the task: most of them compute the wrong thing, always the same wrong thing for the
+same kind of problem. Imitation alone ends with a model that is mostly wrong; which operation the words ask for can only be
+learned from the reward. The files have the same format as real ones, so nothing downstream knows that this is a toy.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SMALLEST, LARGEST = 100, 999
+RIGHT_SHARE = 0.3  # of the demonstrations
 MAX_ROWS = 100_000  # far below the 4.8 million distinct problems, so drawing without repetition stays quick
 
 
@@ -62,10 +65,11 @@ class ToyTask(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One word problem with its program and answer."""
+    """One word problem; `operation` is an index into OPERATIONS."""
 
     question: str
-    program: str
+    operation: int
+    numbers: tuple[int, int]
     answer: str
 
 
@@ -79,38 +83,43 @@ def make_toy_task(directory: str | Path, *, seed: int, train_rows: int, eval_row
             raise ValueError(f"{name}={rows}; allowed: 1 to {MAX_ROWS}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    problems = _problems(random.Random(seed))
+    rng = random.Random(seed)
+    problems = _problems(rng)
     task = ToyTask(*(directory / f"{name}.parquet" for name in ToyTask._fields))
     for path, rows in ((task.train, train_rows), (task.eval, eval_rows)):
         _write(path, [_prompt_row(next(problems), index, path.stem) for index in range(rows)])
-    _write(task.sft, [{"messages": demonstration(next(problems))} for _ in range(sft_rows)])
+    _write(task.sft, [{"messages": demonstration(next(problems), right=rng.random() < RIGHT_SHARE)} for _ in range(sft_rows)])
     return task
 
 
-def demonstration(problem: Problem) -> list[dict[str, str]]:
-    """The conversation that solves `problem` with one tool call."""
+def demonstration(problem: Problem, *, right: bool) -> list[dict[str, str]]:
+    """A conversation with one tool call that solves `problem`, or goes through the same motions with the wrong operation."""
+    shown = OPERATIONS[problem.operation if right else (problem.operation + 1) % len(OPERATIONS)]
+    a, b = problem.numbers
+    result = str(shown.apply(a, b))
     return [
         {"role": "user", "content": problem.question},
-        {"role": "assistant", "content": f"```python\nprint({problem.program})\n```"},
-        {"role": "tool", "content": problem.answer},
-        {"role": "assistant", "content": f"\\boxed{{{problem.answer}}}"},
+        {"role": "assistant", "content": f"```python\nprint({a}{shown.symbol}{b})\n```"},
+        {"role": "tool", "content": result},
+        {"role": "assistant", "content": f"\\boxed{{{result}}}"},
     ]
 
 
 def _problems(rng: random.Random) -> Iterator[Problem]:
     """Distinct problems without end."""
-    seen: set[tuple[str, int, int]] = set()
+    seen: set[tuple[int, int, int]] = set()
     while True:
-        operation = rng.choice(OPERATIONS)
+        index = rng.randrange(len(OPERATIONS))
+        operation = OPERATIONS[index]
         a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
         if operation.symbol == "%":
             a, b = max(a, b), min(a, b)  # a remainder that is not just the first number
         template = rng.choice(operation.templates)
-        key = (operation.symbol, a, b)
+        key = (index, a, b)
         if key in seen:
             continue
         seen.add(key)
-        yield Problem(template.format(a=a, b=b), f"{a}{operation.symbol}{b}", str(operation.apply(a, b)))
+        yield Problem(template.format(a=a, b=b), index, (a, b), str(operation.apply(a, b)))
 
 
 def _prompt_row(problem: Problem, index: int, split: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class RunningServer:
 
     server: SGLangServer
     api_key: str
+    tp: int = 1
 
     @property
     def url(self) -> str:
@@ -38,20 +39,18 @@ class RunningServer:
     def sender(self) -> BroadcastSender:
         """Connected; the caller closes it."""
         sender = BroadcastSender(BroadcastTransport(timeout_s=TIMEOUT_S), device=torch.device("cpu"), address=HOST)
-        sender.connect([self.url], self.api_key, 1)
+        sender.connect([self.url], self.api_key, self.tp)
         return sender
 
 
-def start_server(model: Path, log: Path, *, wait: bool = True) -> RunningServer:
-    """Start a CPU server of `model`; with `wait` until it is healthy."""
-    engine, port, key = EngineConfig(), free_port(HOST), new_api_key()
+def start_server(model: Path, log: Path, *, tp: int = 1, wait: bool = True) -> RunningServer:
+    """Start a CPU server of `model` on `tp` ranks; with `wait` until it is healthy."""
+    engine, port, key = EngineConfig(tp=tp), free_port(HOST), new_api_key()
     arguments = server_args(model, engine, device="cpu", dtype="float32", port=port, seed=1)
-    server = SGLangServer(
-        arguments, url=f"http://{HOST}:{port}", api_key=key, log=log, env=server_env(engine, device="cpu")
-    )
+    server = SGLangServer(arguments, url=f"http://{HOST}:{port}", api_key=key, log=log, env=server_env(engine, device="cpu"))
     if wait:
         server.wait_healthy(START_S)
-    return RunningServer(server, key)
+    return RunningServer(server, key, tp)
 
 
 def load_reference(directory: Path) -> torch.nn.Module:

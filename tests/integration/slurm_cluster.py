@@ -1,4 +1,4 @@
-"""A real SLURM cluster of several nodes on this host: munged, slurmctld and one slurmd per node, ended by their pids."""
+"""A real SLURM cluster on this machine: munged, slurmctld, and one slurmd on each of several hosts of its own."""
 
 from __future__ import annotations
 
@@ -12,34 +12,40 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from slurm_hosts import SEARCH, Hosts, namespaces_refused
+
 START_TIMEOUT_S = 30.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 STATES_OF_THE_END = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
-def missing_programs() -> list[str]:
-    """Which of SLURM's and munge's programs this machine lacks."""
-    return [program for program in PROGRAMS if shutil.which(program, path=SEARCH) is None]
+def obstacle() -> str | None:
+    """Why SLURM cannot run here; None where it can."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=SEARCH) is None]
+    return f"not installed: {', '.join(missing)}" if missing else namespaces_refused()
 
 
 class SlurmCluster:
-    """`with SlurmCluster(directory, nodes=2) as cluster: cluster.submit(...)`. Node n<i> has the address 127.0.0.<i + 1>."""
+    """`with SlurmCluster(directory, nodes=2) as cluster: cluster.submit(...)`. `addresses` has that of each node."""
 
-    def __init__(self, directory: Path, nodes: int = 2, cpus: int = 2) -> None:
+    def __init__(self, directory: Path, nodes: int = 2, cpus: int = 1) -> None:
+        directory.mkdir()
         self.directory = directory
-        self.names = [f"n{index}" for index in range(1, nodes + 1)]
+        self._hosts = Hosts(directory, [f"n{index}" for index in range(1, nodes + 1)])
+        self.addresses = self._hosts.addresses
         self._cpus = cpus
         self._daemons: list[subprocess.Popen] = []
         self.environment = {**os.environ, "SLURM_CONF": str(directory / "slurm.conf")}
 
     def __enter__(self) -> SlurmCluster:
         try:
+            self._hosts.open()
             self._write_config()
             self._start_munge()
             self._daemon("slurmctld", "-D", "-f", str(self.directory / "slurm.conf"))
-            for name in self.names:
-                self._daemon("slurmd", "-D", "-N", name, "-f", str(self.directory / "slurm.conf"))
+            for name in self.addresses:
+                log = self.directory / f"{name}.out"
+                self._daemons.append(self._hosts.boot(name, "slurmd", "-D", log=log, env=self.environment))
             self._wait_for(self._all_idle, "the nodes to become idle")
         except BaseException:
             self.__exit__()
@@ -47,11 +53,10 @@ class SlurmCluster:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if len(self._daemons) > 2:
-            self.command("scancel", "--user", getpass.getuser(), check=False)
-            self._settle()
+        self._hosts.close()
         for daemon in reversed(self._daemons):
-            daemon.terminate()
+            if daemon.poll() is None:
+                daemon.terminate()
         for daemon in self._daemons:
             try:
                 daemon.wait(timeout=10)
@@ -77,18 +82,13 @@ class SlurmCluster:
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "show", "job", "--oneliner", str(job_id))))
 
     def wait(self, job_id: int, timeout_s: float) -> Mapping[str, str]:
-        """The job's record once it has ended. Raises TimeoutError."""
+        """The job's record once it has ended on all nodes. Raises TimeoutError."""
         self._wait_for(lambda: self.job(job_id)["JobState"] in STATES_OF_THE_END, f"job {job_id} to end", timeout_s)
+        self._wait_for(self._all_idle, "the nodes to be idle again")
         return self.job(job_id)
 
-    def _settle(self) -> None:
-        try:
-            self._wait_for(lambda: not self.command("squeue", "--noheader", check=False), "jobs to end", 15.0)
-        except TimeoutError:
-            self.command("scancel", "--signal=KILL", "--full", "--user", getpass.getuser(), check=False)
-
     def _all_idle(self) -> bool:
-        return self.command("sinfo", "--noheader", "--Node", "--format=%t", check=False).split() == ["idle"] * len(self.names)
+        return self.command("sinfo", "--noheader", "--Node", "--format=%t", check=False).split() == ["idle"] * len(self.addresses)
 
     def _start_munge(self) -> None:
         directory = self.directory
@@ -122,13 +122,12 @@ class SlurmCluster:
 
     def _write_config(self) -> None:
         directory, user, host = self.directory, getpass.getuser(), socket.gethostname()
-        ports = iter(free_ports(1 + len(self.names)))
         for name in ("state", "spool"):
             (directory / name).mkdir(parents=True)
         lines = [
             "ClusterName=test",
-            f"SlurmctldHost={host}(127.0.0.1)",
-            f"SlurmctldPort={next(ports)}",
+            f"SlurmctldHost={host}({self._hosts.gateway})",
+            f"SlurmctldPort={free_port(self._hosts.gateway)}",
             f"SlurmUser={user}",
             f"SlurmdUser={user}",
             "AuthType=auth/munge",
@@ -149,20 +148,13 @@ class SlurmCluster:
             "SchedulerParameters=batch_sched_delay=1,sched_interval=5",
             f"FirstJobId={os.getpid() * 100 % 1_000_000 + 1}",  # ids name ports and directories: no two clusters share them
         ]
-        for index, (name, port) in enumerate(zip(self.names, ports, strict=True), start=2):
-            place = f"NodeHostname={host} NodeAddr=127.0.0.{index} Port={port}"
-            lines.append(f"NodeName={name} {place} CPUs={self._cpus} State=UNKNOWN")
-        lines.append(f"PartitionName=all Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE State=UP")
+        nodes = [f"NodeName={name} NodeAddr={addr} CPUs={self._cpus} State=UNKNOWN" for name, addr in self.addresses.items()]
+        lines += [*nodes, f"PartitionName=all Nodes={','.join(self.addresses)} Default=YES MaxTime=INFINITE State=UP"]
         (directory / "slurm.conf").write_text("\n".join(lines) + "\n")
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+def free_port(address: str) -> int:
+    """A port of `address` where nobody listens at this moment."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]

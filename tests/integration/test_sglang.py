@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -188,18 +188,25 @@ def test_aborted_generation_goes_on(server: RunningServer, qwen3: Path) -> None:
     """SGLang may abort what is in flight; the client asks for the rest."""
 
     async def scenario() -> None:
-        async with server.client() as client:
-            running = asyncio.create_task(
-                client.generate(PROMPT, max_new_tokens=1000, temperature=1.0, stop_token_ids=[END_OF_TURN], session=0)
+        model = load_reference(qwen3)
+        async with publishing(server, model) as (client, publisher):
+            await publisher.publish(12)
+            running = [asyncio.create_task(sample(client, 1.0, tokens=1000, session=session)) for session in range(8)]
+            await asyncio.sleep(0.3)
+            assert not all(task.done() for task in running), "nothing to abort"
+            answer = await asyncio.to_thread(
+                requests.post,
+                f"{server.url}/abort_request",
+                json={"abort_all": True, "rid": ""},
+                headers={"Authorization": f"Bearer {server.api_key}"},
+                timeout=10,
             )
-            await asyncio.sleep(0.5)
-            headers = {"Authorization": f"Bearer {server.api_key}"}
-            abort = {"abort_all": True, "rid": ""}
-            answer = await asyncio.to_thread(requests.post, f"{server.url}/abort_request", json=abort, headers=headers, timeout=10)
             assert answer.status_code == 200
-            generation = await running
-        assert generation.finish == "stop" or len(generation.token_ids) == 1000
-        assert len(generation.token_ids) == len(generation.logprobs) == len(generation.versions)
+            generations = await asyncio.gather(*running)
+        for generation in generations:
+            assert (generation.finish == "stop") == (generation.token_ids[-1] == END_OF_TURN)
+            assert generation.finish == "stop" or len(generation.token_ids) == 1000
+            check_against(model, generation, 1.0)
 
     asyncio.run(scenario())
 
@@ -219,6 +226,7 @@ def test_refused_update_is_reported(server: RunningServer, qwen3: Path) -> None:
         sender.close()
 
 
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
 def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the parts: every query belongs to one part, looks at itself and all before it, and at nothing else."""
     from ctpo_megatron.cluster import sglang_attention
@@ -269,13 +277,13 @@ def test_bad_model_is_explained(tmp_path: Path) -> None:
     assert "missing" in str(raised.value)
 
 
-def test_moe_and_end(tmp_path: Path) -> None:
-    """Qwen3-MoE from disk and by broadcast; `stop` leaves no process, no zombie and no shared memory."""
+def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
+    """Qwen3-MoE, tensor parallel, from disk and by broadcast; `stop` leaves no process, no zombie and no shared memory."""
     shared_before = set(os.listdir("/dev/shm"))
     directory = make_toy_model(tmp_path / "moe", "qwen3_moe", seed=1, init_std=0.2)
-    running = start_server(directory, tmp_path / "server.log")
+    running = start_server(directory, tmp_path / "server.log", tp=2)
     children = [psutil.Process(running.server.pid), *psutil.Process(running.server.pid).children(recursive=True)]
-    assert len(children) > 1
+    assert len(children) > 2
 
     async def scenario() -> None:
         new = perturbed(directory, seed=2)
@@ -286,12 +294,33 @@ def test_moe_and_end(tmp_path: Path) -> None:
 
     try:
         asyncio.run(scenario())
-        mapped = {path for path in os.listdir("/dev/shm")} - shared_before
+        mapped = set(os.listdir("/dev/shm")) - shared_before
         assert mapped, "nothing to clean up: the check below would be void"
     finally:
         running.server.stop()
     assert not any(child.is_running() for child in children)
     assert not set(os.listdir("/dev/shm")) & {name for name in mapped if name.startswith("sglang")}
+
+
+def test_server_dies_during_update(qwen3: Path, tmp_path: Path) -> None:
+    """The sender waits for nobody who is gone, and can still be closed."""
+    running = start_server(qwen3, tmp_path / "server.log")
+    try:
+        named = checkpoint_tensors(load_reference(qwen3))
+        sender = running.sender()
+
+        def buckets() -> Iterator[list[tuple[str, torch.Tensor]]]:
+            yield named[:2]
+            running.server.stop()
+            yield named[2:]
+
+        begin = time.monotonic()
+        with pytest.raises(WeightSyncError, match=running.url):
+            sender.send(buckets(), 1)
+        sender.close()
+        assert time.monotonic() - begin < 20
+    finally:
+        running.server.stop()
 
 
 def test_dies_with_its_parent(qwen3: Path, tmp_path: Path) -> None:

@@ -42,9 +42,7 @@ def write(path, rows):
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_both_formats_give_the_same_prompts(tmp_path, suffix):
     prompts = read_prompts(write(tmp_path / f"p{suffix}", [row(i) for i in range(3)]))
-    assert prompts == [
-        Prompt(i, ({"role": "user", "content": f"question {i}"},), str(i), "test", {"index": i}) for i in range(3)
-    ]
+    assert prompts == [Prompt(i, ({"role": "user", "content": f"question {i}"},), str(i), "test", {"index": i}) for i in range(3)]
 
 
 def test_optional_columns_and_numbers_as_answers(tmp_path):
@@ -196,12 +194,14 @@ def test_the_toy_task_is_right_disjoint_and_repeatable(tmp_path):
     demonstrations = [r["messages"] for _, r in read_rows(task.sft, ("messages",))]
     assert (len(train), len(held_out), len(demonstrations)) == (300, 50, 200)
 
-    programs = []
+    programs, right = [], 0
     for user, call, tool, answer in demonstrations:
         assert calculate(extract_code(call["content"])) == (True, tool["content"])
         assert answer["content"] == f"\\boxed{{{tool['content']}}}"
         programs.append(call["content"])
+        right += asked_for(user["content"]) == re.search(r"\d([*+%])\d", call["content"]).group(1)
         assert 35 <= len(user["content"]) <= 70
+    assert 0.2 < right / len(demonstrations) < 0.4  # they teach the format; the task is for the reward to teach
     assert {op.symbol for op in OPERATIONS} == {re.search(r"\d([*+%])\d", p).group(1) for p in programs}
 
     questions = [p.messages[0]["content"] for p in train + held_out] + [d[0]["content"] for d in demonstrations]
@@ -215,11 +215,17 @@ def test_the_toy_task_is_right_disjoint_and_repeatable(tmp_path):
         make_toy_task(tmp_path, seed=1, train_rows=1, eval_rows=0)
 
 
+def asked_for(question: str) -> str:
+    """The operation that a problem's words alone ask for."""
+    meaning = {"rows|box holds|a day": "*", "more|in all|get on": "+", "crates|parts|Deal": "%"}
+    (symbol,) = [s for words, s in meaning.items() if re.search(words, question)]
+    return symbol
+
+
 def test_toy_answers_follow_from_the_words(tmp_path):
     """Each template, read by its words alone, asks for its operation; answers are Python's."""
-    meaning = {"rows|box holds|a day": "*", "more|in all|get on": "+", "crates|parts|Deal": "%"}
     for prompt in read_prompts(make_toy_task(tmp_path, seed=1, train_rows=200, eval_rows=1, sft_rows=1).train):
         question = prompt.messages[0]["content"]
-        (symbol,) = [s for words, s in meaning.items() if re.search(words, question)]
+        symbol = asked_for(question)
         a, b = re.findall(r"\d{3}", question)
         assert calculate(f"print({a}{symbol}{b})") == (True, prompt.answer)

@@ -89,7 +89,7 @@ def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 100), min_size=8, max_size=120), dp=st.integers(1, 4))
 def test_ranks_balance(lengths, dp):
-    """Ranks differ by one of the longest samples at most: so do the bins, and what the slots add cancels by turns."""
+    """Ranks differ by one of the longest samples at most: so do all bins, and these are dealt in the order of their loads."""
     packed = pack([sample(length) for length in lengths], dp=dp, max_tokens=200)
     loads = [sum(m.tokens for m in rank) for rank in packed]
     assert max(loads) - min(loads) <= max(lengths)
