@@ -1,6 +1,6 @@
 """Writes docs/configuration.md: every key of a run's configuration, from the types and docstrings in ctpo_megatron/config.
 
-    .venv/bin/python tools/config_reference.py
+.venv/bin/python tools/config_reference.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes requirements.lock: every package of this environment at its exact version, without the project itself.
 
-    .venv/bin/python tools/lock.py            after upgrading packages in a working environment
+.venv/bin/python tools/lock.py            after upgrading packages in a working environment
 """
 
 from __future__ import annotations

@@ -174,9 +174,7 @@ def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtyp
     return get_megatron_optimizer(settings, models, use_gloo_process_groups=False)
 
 
-def build_schedule(
-    optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int | None
-) -> OptimizerParamScheduler:
+def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int | None) -> OptimizerParamScheduler:
     """Linear warm-up, then a constant rate or a cosine that would reach 0 one step after `total_steps`.
 
     Advance it before each optimizer step: step k of w warm-up steps then runs at lr * k / w.

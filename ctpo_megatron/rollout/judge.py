@@ -35,6 +35,7 @@ def equal(answer: str, given: str) -> bool:
 
 def main() -> None:
     """Serve until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; our caller ends us
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.WARNING)  # math-verify warns at each call without a timer
     equal("1", "2")  # imports sympy, which takes a second

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -44,7 +45,9 @@ class Started:
         self.run_dir, self._log = run_dir, run_dir / "output.txt"
         words = [sys.executable, "-m", "ctpo_megatron.cli", command, str(ROOT / "configs" / config), f"run_dir={run_dir}"]
         with self._log.open("w") as sink:
-            self.process = subprocess.Popen([*words, *overrides], stdout=sink, stderr=subprocess.STDOUT, cwd=run_dir)
+            self.process = subprocess.Popen(
+                [*words, *overrides], stdout=sink, stderr=subprocess.STDOUT, cwd=run_dir, start_new_session=True
+            )
 
     @property
     def text(self) -> str:
@@ -58,6 +61,10 @@ class Started:
                 self.end()
                 raise AssertionError(f"{words!r} was not printed (exit code {self.process.poll()}):\n{self.text}")
             time.sleep(0.2)
+
+    def interrupt(self, number: int) -> None:
+        """A signal to the whole process group, as a terminal sends Ctrl-C."""
+        os.killpg(self.process.pid, number)
 
     def descendants(self) -> list[psutil.Process]:
         """All processes below the command."""

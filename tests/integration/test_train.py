@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
 from pathlib import Path
+from typing import get_args
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from runs import END_S, START_S, Finished, Started, gone
 
-from ctpo_megatron.data.toy_model import make_toy_model
+from ctpo_megatron.data.toy_model import Kind, make_toy_model
 from ctpo_megatron.data.toy_task import make_toy_task
 
 RUN_S = 300.0
@@ -24,12 +27,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 def toy(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("toy")
     task = make_toy_task(root / "data", seed=1, train_rows=256, eval_rows=32, sft_rows=64)
-    models = {kind: make_toy_model(root / kind, kind, seed=1, init_std=0.2) for kind in ("qwen3", "qwen3_moe")}
-    return {"train": task.train, "eval": task.eval, **models}
+    models = {kind: make_toy_model(root / kind, kind, seed=1, init_std=0.2) for kind in get_args(Kind)}
+    lines = root / "data" / "train.jsonl"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in pq.read_table(task.train).to_pylist()))
+    return {"train": task.train, "train.jsonl": lines, "eval": task.eval, **models}
 
 
-def start(toy: dict[str, Path], config: str, run_dir: Path, *overrides: str) -> Started:
-    kind = "qwen3_moe" if config == "moe.yaml" else "qwen3"
+def start(toy: dict[str, Path], config: str, run_dir: Path, *overrides: str, kind: str = "qwen3") -> Started:
     paths = (f"data.train={toy['train']}", f"data.eval={toy['eval']}", f"model.path={toy[kind]}")
     return Started("train", config, run_dir, *paths, "eval.temperature=1.0", *overrides)
 
@@ -77,13 +81,23 @@ def test_dense_tp2_cp2(toy, tmp_path):
 
 def test_moe_ep2_and_resume(toy, tmp_path):
     """Two steps with a checkpoint after each; a second command goes on to the third."""
-    run = start(toy, "moe.yaml", tmp_path, "checkpoint.every=1", "checkpoint.export=false").finish(RUN_S)
+    run = start(toy, "moe.yaml", tmp_path, "checkpoint.every=1", "checkpoint.export=false", kind="qwen3_moe").finish(RUN_S)
     check_run(run, 2)
     before = [row for row in run.metrics if row["step"] <= 2]
-    resumed = start(toy, "moe.yaml", tmp_path, "checkpoint.every=1", "train.steps=3", "--resume").finish(RUN_S)
+    more = ("checkpoint.every=1", "train.steps=3", "--resume")
+    resumed = start(toy, "moe.yaml", tmp_path, *more, kind="qwen3_moe").finish(RUN_S)
     check_run(resumed, 3)
     assert [row for row in resumed.metrics if row["step"] <= 2] == before
     check_synced_weights(resumed, 3)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+def test_other_families_and_json_lines(toy, tmp_path, kind):
+    """The other model families train and sync like Qwen3, on prompts from a .jsonl file."""
+    sizes = ("train.steps=1", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=16")
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes, f"data.train={toy['train.jsonl']}", kind=kind).finish(RUN_S)
+    check_run(run, 1)
+    check_synced_weights(run, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -93,9 +107,13 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     run.wait_for("ready after", START_S)
     below = run.descendants()
     assert any("sglang" in " ".join(process.cmdline()) for process in below)
-    run.process.send_signal(number)
+    if number == signal.SIGINT:
+        run.interrupt(number)
+    else:
+        run.process.send_signal(number)
     ended = run.finish(END_S)
     assert ended.code == 128 + number, ended.output
+    assert "Traceback" not in ended.output
     assert gone(below) == []
     assert set(os.listdir("/dev/shm")) <= shared_before
 
