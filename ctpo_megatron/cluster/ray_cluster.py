@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -16,7 +17,19 @@ LOCAL_OBJECT_STORE = 2**30  # a CPU run's batches are small, and /dev/shm often 
 
 
 def connect(config: RunConfig, bundles: int) -> None:
-    """Join the configured cluster, or start one on this host that ends with this process."""
+    """Join the configured cluster, or start one on this host that ends with this process.
+
+    Called in the main thread. Signal handlers stay the caller's: Ray's own would abort the process three seconds after SIGTERM.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _init(config, bundles)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _init(config: RunConfig, bundles: int) -> None:
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if config.cluster.address is not None:
         try:
