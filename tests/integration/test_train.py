@@ -118,15 +118,18 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     assert set(os.listdir("/dev/shm")) <= shared_before
 
 
-def test_death_of_a_process_ends_the_run(toy, tmp_path):
+@pytest.mark.parametrize(
+    ("victim", "name", "log"),
+    [("TrainerActor", "trainer rank 0", "trainer_0.log"), ("sglang::scheduler", "inference server 0", "server_0.log")],
+)
+def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
     run.wait_for("ready after", START_S)
     below = run.descendants()
-    trainer = next(process for process in below if "TrainerActor" in " ".join(process.cmdline()))
-    trainer.kill()
+    next(process for process in below if victim in " ".join(process.cmdline())).kill()
     ended = run.finish(END_S)
     assert ended.code == 1
     first = next(line for line in ended.output.splitlines() if line.startswith("error:"))
-    assert "trainer rank 0" in first
-    assert str(tmp_path / "logs" / "trainer_0.log") in ended.output
+    assert name in first
+    assert str(tmp_path / "logs" / log) in ended.output
     assert gone(below) == []

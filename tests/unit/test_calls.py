@@ -1,0 +1,63 @@
+"""Which of several failures is reported: the cause, not the peers that lost their connection to it."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.errors import MismatchError, ProcessDied
+
+
+class Call:
+    """What a Ray call gives its caller: a reference with a future."""
+
+    def __init__(self, result=None, error: BaseException | None = None, after_s: float | None = 0.0) -> None:
+        self.outcome = (result, error, after_s)
+
+    def future(self) -> Future:
+        future, (result, error, after_s) = Future(), self.outcome
+        settle = (lambda: future.set_exception(error)) if error else (lambda: future.set_result(result))
+        if after_s is not None:
+            asyncio.get_running_loop().call_later(after_s, settle)
+        return future
+
+
+def wait_for(*calls: Call, timeout_s: float = 5.0):
+    ranks = [Process(f"trainer rank {i}", None, Path(f"logs/trainer_{i}.log")) for i in range(len(calls))]
+
+    async def run():
+        return await call_all(list(zip(ranks, calls, strict=True)), timeout_s)
+
+    return asyncio.run(run())
+
+
+def test_results_keep_their_order():
+    assert wait_for(Call(1, after_s=0.05), Call(2)) == [1, 2]
+    assert wait_for() == []
+
+
+def test_a_death_is_told_before_the_peers_it_took_along():
+    peer = RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+    with pytest.raises(ProcessDied, match=r"trainer rank 1 died(.|\n)*logs/trainer_1.log"):
+        wait_for(Call(error=peer), Call(error=ActorDiedError(), after_s=0.2), Call(after_s=None))
+
+
+def test_our_own_errors_keep_their_type_and_name_the_process():
+    peer = RuntimeError("Connection reset by peer")
+    with pytest.raises(MismatchError, match=r"trainer rank 0: they disagree\nlog: logs/trainer_0.log"):
+        wait_for(Call(error=MismatchError("they disagree")), Call(error=peer))
+
+
+def test_any_other_error_names_process_type_and_log():
+    with pytest.raises(ProcessDied, match=r"trainer rank 0 failed: KeyError: 'x'\nlog: logs/trainer_0.log"):
+        wait_for(Call(error=KeyError("x")))
+
+
+def test_no_answer_in_time_names_who_is_late():
+    with pytest.raises(ProcessDied, match=r"no answer from trainer rank 1 within 0 s; logs: logs/trainer_1.log"):
+        wait_for(Call(1), Call(after_s=None), timeout_s=0.1)

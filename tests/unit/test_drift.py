@@ -1,0 +1,76 @@
+"""The drift alarm: what is measured, when it rings, and how statistics of several steps merge."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ctpo_megatron.algorithms import LocalScan
+from ctpo_megatron.config.cluster import DriftConfig
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.data.packing import pack
+from ctpo_megatron.errors import MismatchError
+from ctpo_megatron.loop.statistics import train_metrics
+from ctpo_megatron.mcore.policy import check_drift, drift_stats, merge_stats
+from ctpo_megatron.types import TrainSample
+
+
+def micro_batch():
+    """One sequence: three tokens of version 4, one of version 3, one of the tool."""
+    sample = TrainSample(
+        input_ids=[1, 2, 3, 4, 5],
+        labels=[2, 3, 4, 5, 6],
+        loss_mask=[True, True, False, True, True],
+        rollout_logprobs=[-1.0, -2.0, 0.0, -3.0, -4.0],
+        policy_versions=[4, 4, -1, 3, 4],
+        advantages=[1.0, 1.0, 0.0, 1.0, 1.0],
+    )
+    return pack([sample], dp=ParallelConfig().dp, max_tokens=16)[0][0]
+
+
+def test_only_tokens_of_this_version_count_by_position():
+    trainer = torch.tensor([-1.5, -2.0, -9.0, -30.0, -4.25])
+    stats = {k: v.item() for k, v in drift_stats(micro_batch(), trainer, LocalScan(), version=4).items()}
+    assert (stats["sum/drift_tokens"], stats["sum/drift"], stats["max/drift"]) == (3, 0.75, 0.5)
+    # positions among the policy's tokens are 1, 2, -, 3, 4: bins 0, 1, 1, 2
+    assert [stats[f"sum/drift_bin_{b}"] for b in range(3)] == [0.5, 0.0, 0.25]
+    assert [stats[f"sum/drift_tokens_bin_{b}"] for b in range(3)] == [1, 1, 1]
+    named = train_metrics(stats | {"sum/tokens": 4.0})
+    assert named["drift/mean"] == 0.25
+    assert named["drift/max"] == 0.5
+    assert (named["drift/from_token_1"], named["drift/from_token_2"], named["drift/from_token_4"]) == (0.5, 0.0, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("bound", "measured"),
+    [
+        (DriftConfig(max=0.4), {"max/drift": 0.5, "sum/drift": 0.5, "sum/drift_tokens": 10.0}),
+        (DriftConfig(mean=0.04), {"max/drift": 0.5, "sum/drift": 0.5, "sum/drift_tokens": 10.0}),
+        (DriftConfig(max=0.4), {"max/drift": math.nan, "sum/drift": 0.0, "sum/drift_tokens": 10.0}),
+    ],
+)
+def test_the_alarm_rings_and_says_which_bound(bound, measured):
+    with pytest.raises(MismatchError, match=r"policy version 7: (max|mean) .* drift\.(max|mean) allows"):
+        check_drift(measured, bound, 7)
+
+
+def test_the_alarm_is_silent_within_bounds():
+    measured = {"max/drift": 0.5, "sum/drift": 0.5, "sum/drift_tokens": 10.0}
+    check_drift(measured, DriftConfig(max=0.5, mean=0.05), 7)
+    check_drift(measured, DriftConfig(), 7)
+
+
+def test_merging_steps():
+    steps = [
+        {"sum/tokens": 3.0, "max/ratio": 2.0, "min/ratio": 0.5, "lr": 1.0},
+        {"sum/tokens": 4.0, "max/ratio": 1.0, "min/ratio": 0.1, "lr": 3.0},
+    ]
+    assert merge_stats(steps) == {"sum/tokens": 7.0, "max/ratio": 2.0, "min/ratio": 0.1, "lr": 2.0}
+
+
+def test_old_logp_is_sharded_with_the_rest():
+    whole = replace(micro_batch(), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
+    assert whole.with_old_logp(torch.arange(5.0)).shard(1, 2).old_logp.tolist() == [1.0, 2.0]
