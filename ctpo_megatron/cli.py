@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import secrets
 import signal
 import sys
 from collections.abc import Coroutine
@@ -11,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -26,28 +29,28 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of the run directory")] = False,
 ) -> None:
     """Reinforcement learning: rollouts, CTPO, publication of weights, until train.steps."""
-    from ctpo_megatron.config.load import load_config
+    loaded = _load(config, overrides)
     from ctpo_megatron.jobs.train import train_job
 
-    _run(train_job(load_config(config, overrides or []), resume=resume))
+    _run(train_job(loaded, resume=resume))
 
 
 @app.command()
 def sft(config: Config, overrides: Overrides = None) -> None:
     """Supervised training on demonstrations (data.train with a `messages` column); writes a Hugging Face model."""
-    from ctpo_megatron.config.load import load_config
+    loaded = _load(config, overrides)
     from ctpo_megatron.jobs.sft import sft_job
 
-    _run(sft_job(load_config(config, overrides or [])))
+    _run(sft_job(loaded))
 
 
 @app.command("eval")
 def evaluate(config: Config, overrides: Overrides = None) -> None:
     """Accuracy of model.path on data.eval, through SGLang."""
-    from ctpo_megatron.config.load import load_config
+    loaded = _load(config, overrides)
     from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(eval_job(load_config(config, overrides or [])))
+    _run(eval_job(loaded))
 
 
 @app.command()
@@ -81,6 +84,17 @@ def slurm(
     options = SlurmOptions(nodes, gpus_per_node, time, partition, account)
     launch = Path(__file__).resolve().parents[1] / "launch"
     print(render_sbatch(load_config(config, words), config, words, options, launch), end="")
+
+
+def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+    """The configuration. Called before Ray is imported, which is when Ray reads who may use a cluster that it starts."""
+    from ctpo_megatron.config.load import load_config
+
+    config = load_config(path, overrides or [])
+    if config.cluster.address is None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    return config
 
 
 def _run(job: Coroutine[Any, Any, None]) -> None:

@@ -23,7 +23,7 @@ class EngineActor:
         redirect_output(Path(log_path))
         device, engine = config.cluster.device, config.rollout.engine
         dtype = ("bfloat16" if device == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
-        host = node_address()
+        host = node_address(config)
         port = free_port(host)
         self._timeout_s = engine.start_timeout_s
         self._grace_s = GPU_GRACE_S if device == "cuda" else 0.0

@@ -44,7 +44,6 @@ def _init(config: RunConfig, bundles: int) -> None:
     ray.init(
         num_cpus=max(os.cpu_count() or 1, bundles),
         object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
-        _node_ip_address="127.0.0.1",
         **quiet,
     )
 
@@ -83,8 +82,10 @@ async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Placemen
     return group
 
 
-def node_address() -> str:
-    """The address under which Ray knows the node this runs on; the loopback for a cluster started here."""
+def node_address(config: RunConfig) -> str:
+    """Where processes on this node shall listen: the loopback in a cluster that was started for the run, else Ray's address."""
+    if config.cluster.address is None:
+        return "127.0.0.1"
     mine = ray.get_runtime_context().get_node_id()
     return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == mine)
 

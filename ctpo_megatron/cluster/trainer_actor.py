@@ -14,8 +14,6 @@ from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.ports import free_port
 
-log = logging.getLogger(__name__)
-
 
 class TrainerActor:
     """Rank `rank` of the trainer. Calls are executed one after another, `watch` beside them."""
@@ -31,7 +29,7 @@ class TrainerActor:
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, where the ranks will meet."""
-        host = node_address()
+        host = node_address(self.config)
         return host, free_port(host)
 
     def build(self, master: tuple[str, int], threads: int, total_steps: int) -> int:
@@ -81,7 +79,7 @@ class TrainerActor:
         if self.engine.is_sender:
             from ctpo_megatron.weights.broadcast import BroadcastSender
 
-            self.sender = BroadcastSender(self.config.weights, device=self.engine.device, address=node_address())
+            self.sender = BroadcastSender(self.config.weights, device=self.engine.device, address=node_address(self.config))
             self.sender.connect(urls, api_key, engine_tp)
 
     def publish(self, version: int) -> None:
