@@ -100,6 +100,17 @@ def test_other_families_and_json_lines(toy, tmp_path, kind):
     check_synced_weights(run, 1)
 
 
+def test_rollouts_one_step_ahead(toy, tmp_path):
+    """Asynchronous training is the same loop: rollouts are at most one version old, and some are."""
+    sizes = ("train.staleness=1", "train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes).finish(RUN_S)
+    check_run(run, 4)
+    oldest = [row["rollout/staleness_max"] for row in run.metrics if "train/loss" in row]
+    assert oldest[0] == 0
+    assert max(oldest) == 1
+    check_synced_weights(run, 4)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_leaves_nothing(toy, tmp_path, number):
     shared_before = set(os.listdir("/dev/shm"))
