@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engine_actor import EngineActor
 from ctpo_megatron.cluster.ray_cluster import bundles_of, connect, reserve, resolve_device
+from ctpo_megatron.cluster.server import new_api_key
 from ctpo_megatron.cluster.trainer_actor import TrainerActor
 from ctpo_megatron.cluster.trainer_group import TrainerGroup
 from ctpo_megatron.config import RunConfig
@@ -33,7 +33,7 @@ class Runtime:
     def __init__(self, config: RunConfig, run_dir: Path, *, trainer: bool, engines: bool, total_steps: int = 0) -> None:
         self.config = config
         self.urls: list[str] = []
-        self.api_key = secrets.token_urlsafe(24)
+        self.api_key = new_api_key()
         self.trainer: TrainerGroup | None = None
         self._run_dir = run_dir
         self._wanted = (trainer, engines)

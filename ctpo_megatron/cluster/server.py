@@ -13,7 +13,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from ctpo_megatron.cluster.processes import adopt_orphans, end_group, group_rss_bytes, reap_group
+from ctpo_megatron.cluster.processes import (
+    adopt_orphans,
+    end_group,
+    group_rss_bytes,
+    group_shared_memory,
+    reap_group,
+    unlink_shared_memory,
+)
 from ctpo_megatron.config.rollout import EngineConfig
 from ctpo_megatron.errors import EngineError
 
@@ -74,6 +81,7 @@ class SGLangServer:
     def __init__(self, arguments: list[str], *, url: str, api_key: str, log: Path, env: dict[str, str] | None = None) -> None:
         self.url = url
         self.log = log
+        self._segments: set[str] = set()
         adopt_orphans()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -112,14 +120,11 @@ class SGLangServer:
                     f"raise rollout.engine.start_timeout_s if it only needs longer.\n{self.log_tail()}"
                 )
             time.sleep(0.1)
+        self._segments = group_shared_memory(self.pid)
 
     def alive(self) -> bool:
         """Whether the server's main process runs; it takes its children down with it, and they it."""
         return self._process.poll() is None
-
-    def obituary(self) -> str:
-        """What to say of a server that ended on its own."""
-        return f"SGLang server {self.url} ended with exit code {self._process.poll()}.\n{self._log_tail()}"
 
     @property
     def exit_code(self) -> int | None:
@@ -141,6 +146,7 @@ class SGLangServer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(grace_s)
         left = end_group(self.pid)
+        unlink_shared_memory(self._segments)  # of those that had died before
         self._process.wait(10)
         reap_group(self.pid)
         self._process.stdin.close()

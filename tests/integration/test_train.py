@@ -134,6 +134,7 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     [("TrainerActor", "trainer rank 0", "trainer_0.log"), ("sglang::scheduler", "inference server 0", "server_0.log")],
 )
 def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
+    shared_before = set(os.listdir("/dev/shm"))
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
     run.wait_for("ready after", START_S)
     below = run.descendants()
@@ -144,3 +145,4 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     assert name in first
     assert str(tmp_path / "logs" / log) in ended.output
     assert gone(below) == []
+    assert set(os.listdir("/dev/shm")) <= shared_before
