@@ -18,6 +18,8 @@ from typing import Annotated
 import psutil
 import typer
 
+from ctpo_megatron.config.load import load_config
+
 POLL_S = 0.5
 
 
@@ -28,7 +30,9 @@ def main(
     """Run `ctpo train` into a temporary run directory and print what it took."""
     with tempfile.TemporaryDirectory() as scratch:
         run_dir, output = Path(scratch) / "run", Path(scratch) / "output"
-        command = [sys.executable, "-m", "ctpo_megatron.cli", "train", str(config), *(overrides or [])]
+        loaded = load_config(config, overrides or [])
+        inputs = [f"model.path={loaded.model.path}", f"data.train={loaded.data.train}", f"data.eval={loaded.data.eval or 'null'}"]
+        command = [sys.executable, "-m", "ctpo_megatron.cli", "train", str(config), *(overrides or []), *inputs]
         begun, first_step = time.monotonic(), None
         with output.open("w") as sink:
             run = subprocess.Popen([*command, f"run_dir={run_dir}"], stdout=sink, stderr=subprocess.STDOUT)
