@@ -8,7 +8,7 @@ import os
 import signal
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError
@@ -80,6 +80,12 @@ async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Placemen
             f"{offered} and {ray.available_resources().get('CPU', 0)} CPUs, {ray.available_resources().get('GPU', 0)} GPUs free"
         )
     return group
+
+
+def by_node(group: PlacementGroup, count: int) -> list[int]:
+    """The first `count` bundles, those of one node together: neighbouring ranks, tensor parallel first, then share a node."""
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    return sorted(range(count), key=lambda bundle: (node_of[bundle], bundle))
 
 
 def node_address(config: RunConfig) -> str:

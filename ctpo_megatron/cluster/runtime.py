@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engine_actor import EngineActor
-from ctpo_megatron.cluster.ray_cluster import bundles_of, connect, reserve, resolve_device
+from ctpo_megatron.cluster.ray_cluster import bundles_of, by_node, connect, reserve, resolve_device
 from ctpo_megatron.cluster.server import new_api_key
 from ctpo_megatron.cluster.trainer_actor import TrainerActor
 from ctpo_megatron.cluster.trainer_group import TrainerGroup
@@ -59,11 +59,12 @@ class Runtime:
         bundles = bundles_of(config, trainer=trainer, engines=engines)
         group = await reserve(bundles, config.cluster.start_timeout_s)
         world = config.parallel.world_size if trainer else 0
-        for index, bundle in enumerate(bundles):
+        order = [*by_node(group, world), *range(world, len(bundles))]
+        for index, bundle in enumerate(order):
             place = {
-                "num_cpus": bundle["CPU"],
-                "num_gpus": bundle.get("GPU", 0),
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+                "num_cpus": bundles[bundle]["CPU"],
+                "num_gpus": bundles[bundle].get("GPU", 0),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
             }
             if index < world:
                 self._ranks.append(self._trainer_process(index, place))
