@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -35,7 +36,9 @@ def toy(tmp_path_factory) -> dict[str, Path]:
 
 def start(toy: dict[str, Path], config: str, run_dir: Path, *overrides: str, kind: str = "qwen3") -> Started:
     paths = (f"data.train={toy['train']}", f"data.eval={toy['eval']}", f"model.path={toy[kind]}")
-    return Started("train", config, run_dir, *paths, "eval.temperature=1.0", *overrides)
+    # an untrained model earns no reward: weight decay changes its weights, so that an update that never arrives shows
+    change = ("optimizer.lr=0.02", "optimizer.weight_decay=1.0")
+    return Started("train", config, run_dir, *paths, *change, "eval.temperature=1.0", *overrides)
 
 
 def check_run(run: Finished, steps: int) -> None:
@@ -51,32 +54,42 @@ def check_run(run: Finished, steps: int) -> None:
     assert run.summary["mismatch_max"] < AGREEMENT
 
 
-def check_synced_weights(run: Finished, steps: int) -> None:
-    """What the engine sampled at the last version has the log-probs that transformers computes with the exported weights."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(run.run_dir / "model", dtype=torch.float32).eval()
-    compared = 0
+def check_synced_weights(run: Finished, steps: int, start: Path) -> None:
+    """What the engine sampled at the last version has the log-probs of the exported weights, and not those of the first."""
+    trained, first = log_probs_by(run.run_dir / "model"), log_probs_by(start)
+    distance = []
     for trajectory in run.trajectories(f"eval_{steps:08d}.jsonl"):
-        ids, logprobs = list(trajectory["prompt_ids"]), []
+        ids, places, logprobs = list(trajectory["prompt_ids"]), [], []
         for turn in trajectory["turns"]:
-            first = len(ids)
-            ids += turn["token_ids"]
             if turn["role"] == "assistant":
                 assert set(turn["versions"]) == {steps}
-                logprobs += list(zip(range(first, len(ids)), turn["logprobs"], strict=True))
-        with torch.no_grad():
-            expected = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
-        for place, logprob in logprobs:
-            assert expected[place - 1, ids[place]].item() == pytest.approx(logprob, abs=AGREEMENT)
-        compared += len(logprobs)
-    assert compared > 100
+                places += range(len(ids), len(ids) + len(turn["token_ids"]))
+                logprobs += turn["logprobs"]
+            ids += turn["token_ids"]
+        assert trained(ids)[places].tolist() == pytest.approx(logprobs, abs=AGREEMENT)
+        distance += (first(ids)[places] - torch.tensor(logprobs)).abs().tolist()
+    assert len(distance) > 100
+    assert sum(distance) / len(distance) > 10 * AGREEMENT
+
+
+def log_probs_by(path: Path) -> Callable[[list[int]], torch.Tensor]:
+    """A function from token ids to the log-prob of each [T] under the model at `path`, by transformers; 0 for the first."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def of(ids: list[int]) -> torch.Tensor:
+        row = torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].float(), -1)
+        return torch.cat([torch.zeros(1), row.gather(-1, torch.tensor(ids[1:]).unsqueeze(-1)).squeeze(-1)])
+
+    return of
 
 
 def test_dense_tp2_cp2(toy, tmp_path):
     run = start(toy, "dense_tp2_cp2.yaml", tmp_path).finish(RUN_S)
     check_run(run, 2)
-    check_synced_weights(run, 2)
+    check_synced_weights(run, 2, toy["qwen3"])
 
 
 def test_moe_ep2_and_resume(toy, tmp_path):
@@ -88,7 +101,7 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     resumed = start(toy, "moe.yaml", tmp_path, *more, kind="qwen3_moe").finish(RUN_S)
     check_run(resumed, 3)
     assert [row for row in resumed.metrics if row["step"] <= 2] == before
-    check_synced_weights(resumed, 3)
+    check_synced_weights(resumed, 3, toy["qwen3_moe"])
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -97,7 +110,7 @@ def test_other_families_and_json_lines(toy, tmp_path, kind):
     sizes = ("train.steps=1", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=16")
     run = start(toy, "quickstart.yaml", tmp_path, *sizes, f"data.train={toy['train.jsonl']}", kind=kind).finish(RUN_S)
     check_run(run, 1)
-    check_synced_weights(run, 1)
+    check_synced_weights(run, 1, toy[kind])
 
 
 def test_rollouts_one_step_ahead(toy, tmp_path):
@@ -108,7 +121,7 @@ def test_rollouts_one_step_ahead(toy, tmp_path):
     oldest = [row["rollout/staleness_max"] for row in run.metrics if "train/loss" in row]
     assert oldest[0] == 0
     assert max(oldest) == 1
-    check_synced_weights(run, 4)
+    check_synced_weights(run, 4, toy["qwen3"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
