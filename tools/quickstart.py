@@ -28,6 +28,9 @@ def main(
     """Run the quickstart; exit code 0 when every step succeeded."""
     begun = time.monotonic()
     if run_dir.exists():
+        if not (run_dir / "data" / "sft.parquet").is_file():
+            print(f"error: {run_dir} exists and is not of an earlier quickstart; give another --run-dir", file=sys.stderr)
+            raise typer.Exit(2)
         shutil.rmtree(run_dir)
     data, base, sft = run_dir / "data", run_dir / "base", run_dir / "sft"
     common = [f"seed={seed}"]

@@ -13,14 +13,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
 from ctpo_megatron.batch import MicroBatch, TrainBatch
+from ctpo_megatron.config.algorithm import Aggregation
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.types import TrainSample
 
-AGGREGATIONS = ("token-mean", "sequence-mean", "sequence-sum")
 FILLER = TrainSample([0], [0], [False], [0.0], [-1], [0.0], group=-1)  # for ranks with fewer samples than micro-batches
 
 
@@ -54,8 +55,8 @@ def build_train_batch(
     sequence-mean and sequence-sum by the sequences that hold at least one of them. Raises ValueError for an unknown
     aggregation, for samples without any token of the policy, and as `pack` does.
     """
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")
+    if aggregation not in get_args(Aggregation):
+        raise ValueError(f"aggregation {aggregation!r}; allowed: {', '.join(get_args(Aggregation))}")
     tokens = sum(sum(sample.loss_mask) for sample in samples)
     sequences = sum(any(sample.loss_mask) for sample in samples)
     if tokens == 0:

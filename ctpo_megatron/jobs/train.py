@@ -30,7 +30,7 @@ async def train_job(config: RunConfig, *, resume: bool) -> None:
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
     tool = make_tool(config.rollout.tool)
-    checkpoint = _newest_checkpoint(Path(config.run_dir), config.train.steps) if resume else None
+    checkpoint = _checkpoint_to_resume(Path(config.run_dir), config.train.steps, resume)
     run_dir = prepare_run_dir(config)
     total = config.train.steps * config.train.optimizer_steps
     async with (
@@ -89,12 +89,19 @@ async def _prepare(
     )
 
 
-def _newest_checkpoint(run_dir: Path, steps: int) -> Path:
-    found = latest_checkpoint(run_dir / "checkpoints")
+def _checkpoint_to_resume(run_dir: Path, steps: int, resume: bool) -> Path | None:
+    """The newest checkpoint, None for a new run; a new run may not mix its checkpoints with those of an earlier one."""
+    root = run_dir / "checkpoints"
+    found = latest_checkpoint(root)
+    if not resume:
+        if found is not None:
+            raise InputError(
+                f"{root} holds checkpoints of an earlier run, up to {found.name}: go on from it with --resume, choose another "
+                "run_dir, or delete that directory"
+            )
+        return None
     if found is None:
-        raise InputError(
-            f"--resume: no checkpoint in {run_dir / 'checkpoints'}; start without --resume, and set checkpoint.every to save some"
-        )
+        raise InputError(f"--resume: no checkpoint in {root}; start without --resume, and set checkpoint.every to save some")
     done = read_manifest(found)["state"]["step"]
     if done >= steps:
         raise InputError(f"--resume: {found} already has {done} of train.steps={steps} steps; raise train.steps to go on")

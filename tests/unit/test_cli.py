@@ -88,5 +88,15 @@ def test_resume_without_a_checkpoint(capsys, monkeypatch, tmp_path, good):
     assert "no checkpoint" in refused(capsys, monkeypatch, tmp_path, good, "--resume")
 
 
+def test_checkpoints_of_two_runs_are_not_mixed(capsys, monkeypatch, tmp_path, good):
+    """Pruning keeps the highest steps: those of the earlier run, in the place of the new one's."""
+    earlier = tmp_path / "earlier" / "checkpoints" / "step_00000009"
+    earlier.mkdir(parents=True)
+    (earlier / "checkpoint.json").write_text('{"version": 1, "files": {}, "state": {"step": 9}}')
+    where = f"run_dir={tmp_path / 'earlier'}"
+    assert "up to step_00000009" in refused(capsys, monkeypatch, tmp_path, good, where)
+    assert "already has 9 of train.steps=9" in refused(capsys, monkeypatch, tmp_path, good, where, "train.steps=9", "--resume")
+
+
 def test_eval_without_a_file(capsys, monkeypatch, tmp_path, good):
     assert "data.eval" in refused(capsys, monkeypatch, tmp_path, good, "data.eval=null", command="eval")
