@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -142,16 +143,26 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     assert set(os.listdir("/dev/shm")) <= shared_before
 
 
+def trainer(below: list[psutil.Process]) -> psutil.Process:
+    return next(process for process in below if "TrainerActor" in " ".join(process.cmdline()))
+
+
+def scheduler(below: list[psutil.Process]) -> psutil.Process:
+    """The server's child; its title says `sglang::scheduler`, but a forked process cannot always set one."""
+    servers = {process.pid for process in below if "sglang_entry" in " ".join(process.cmdline())}
+    return next(process for process in below if process.ppid() in servers)
+
+
 @pytest.mark.parametrize(
     ("victim", "name", "log"),
-    [("TrainerActor", "trainer rank 0", "trainer_0.log"), ("sglang::scheduler", "inference server 0", "server_0.log")],
+    [(trainer, "trainer rank 0", "trainer_0.log"), (scheduler, "inference server 0", "server_0.log")],
 )
 def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     shared_before = set(os.listdir("/dev/shm"))
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
     run.wait_for("ready after", START_S)
     below = run.descendants()
-    next(process for process in below if victim in " ".join(process.cmdline())).kill()
+    victim(below).kill()
     ended = run.finish(END_S)
     assert ended.code == 1
     first = next(line for line in ended.output.splitlines() if line.startswith("error:"))
