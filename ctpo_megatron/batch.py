@@ -1,4 +1,4 @@
-"""What the trainer receives: packed micro-batches and the normaliser of their loss."""
+"""What the trainer receives: packed micro-batches, with the weight of every sequence in the loss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ctpo_megatron.parallel.layout import zigzag_indices
+from ctpo_megatron.parallel.layout import shard_indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,9 @@ class MicroBatch:
     policy_versions: Tensor  # [T] int32, -1 where masked
     cu_seqlens: Tensor  # [N+1] int32
     groups: Tensor  # [N] int64, the prompt's group of each sequence
+    weights: Tensor  # [N] float64, of each token of a sequence in the loss; all ranks' and micro-batches' make up the mean
+    sequence_ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding
+    restarts: Tensor  # [T] bool, True on the first token of each policy version in a sequence
     old_logp: Tensor | None = None  # [T] float32, of the trainer's policy before the first step on this batch
 
     def __len__(self) -> int:
@@ -41,7 +44,7 @@ class MicroBatch:
         """This rank's zigzag part of every stream."""
         if cp_size == 1:
             return self
-        index = zigzag_indices(self.cu_seqlens, cp_rank, cp_size)
+        index = shard_indices(self.cu_seqlens, cp_rank, cp_size)
         cut = {name: stream[index] for name, stream in self._streams().items()}
         return replace(self, **cut)
 
@@ -55,28 +58,19 @@ class MicroBatch:
         return replace(self, old_logp=old_logp)
 
     def _streams(self) -> dict[str, Tensor]:
-        whole = {"cu_seqlens", "groups"}
+        whole = {"cu_seqlens", "groups", "weights", "sequence_ids"}
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in whole}
         return {name: stream for name, stream in named.items() if stream is not None}
 
 
 @dataclass(frozen=True, slots=True)
-class RankBatch:
-    """What one data-parallel rank needs of an optimizer step."""
-
-    micro_batches: list[MicroBatch]
-    normalizer: float
-
-
-@dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """One optimizer step. Every data-parallel rank gets the same number of micro-batches."""
+    """One optimizer step. Every data-parallel rank gets the same number of micro-batches.
+
+    The loss is the sum over all ranks and micro-batches of weighted token losses: the weights, which say how the batch as a
+    whole is averaged, are found before it is cut up.
+    """
 
     micro_batches: list[list[MicroBatch]]  # [dp][n]
-    normalizer: float  # the loss is the sum over all ranks and micro-batches divided by this
     sequences: int  # sequences that hold at least one token of the policy
     tokens: int  # tokens of the policy
-
-    def for_rank(self, dp_rank: int) -> RankBatch:
-        """The share of one data-parallel rank."""
-        return RankBatch(self.micro_batches[dp_rank], self.normalizer)

@@ -1,7 +1,23 @@
-"""Objectives as pure functions of tensors: advantages, prefix ratios, surrogate losses, aggregation."""
+"""Objectives as pure functions of tensors: scans, surrogate losses, aggregation, advantages."""
 
 from ctpo_megatron.algorithms.advantages import group_advantages
-from ctpo_megatron.algorithms.loss import PolicyLoss, nll_loss, policy_loss
-from ctpo_megatron.algorithms.scan import LocalScan, PrefixSums, Scan
+from ctpo_megatron.algorithms.aggregation import sequence_weights
+from ctpo_megatron.algorithms.loss import PolicyLoss, policy_loss
+from ctpo_megatron.algorithms.record import raise_if_nonfinite
+from ctpo_megatron.algorithms.scan import Channel, LocalScan, Scan, Scanned
+from ctpo_megatron.algorithms.supervised import nll_loss
+from ctpo_megatron.algorithms.tokens import Support
 
-__all__ = ["LocalScan", "PolicyLoss", "PrefixSums", "Scan", "group_advantages", "nll_loss", "policy_loss"]
+__all__ = [
+    "Channel",
+    "LocalScan",
+    "PolicyLoss",
+    "Scan",
+    "Scanned",
+    "Support",
+    "group_advantages",
+    "nll_loss",
+    "policy_loss",
+    "raise_if_nonfinite",
+    "sequence_weights",
+]

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
-from ctpo_megatron.algorithms.ctpo import ctpo_loss
-from ctpo_megatron.algorithms.grpo import grpo_loss
+from ctpo_megatron.algorithms.aggregation import sequence_weights
+from ctpo_megatron.algorithms.evaluate import evaluate
+from ctpo_megatron.algorithms.prepare import Streams, prepare
+from ctpo_megatron.algorithms.recipe import make_recipe
+from ctpo_megatron.algorithms.record import Stats, found_in
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
-from ctpo_megatron.algorithms.tokens import Stats, prepare
-from ctpo_megatron.config.algorithm import Aggregation, Objective
-
-OBJECTIVES = {"ctpo": ctpo_loss, "grpo": grpo_loss}
-_objective = TypeAdapter(Objective)
+from ctpo_megatron.algorithms.tokens import Support
+from ctpo_megatron.config.objectives import Aggregation, Correction, Objective
 
 
 class PolicyLoss(NamedTuple):
     """Result of `policy_loss`."""
 
     loss: Tensor  # scalar with grad; under context parallelism this rank's share, to be summed over the group
-    token_loss: Tensor  # [T], before aggregation; zero where masked
+    token_loss: Tensor  # [T] with grad, before aggregation; zero where masked
     stats: Stats  # on the device; keys start with sum/, max/ or min/: how they combine over ranks and micro-batches
 
 
@@ -36,57 +34,47 @@ def policy_loss(
     mask: Tensor,
     cu_seqlens: Tensor,
     rollout_logp: Tensor | None = None,
-    aggregation: Aggregation = "sequence-mean",
+    aggregation: str | Mapping[str, Any] | Aggregation = "sequence-mean",
     normalizer: float | None = None,
+    groups: Tensor | None = None,
+    weights: Tensor | None = None,
+    correction: Mapping[str, Any] | Correction | None = None,
+    restarts: Tensor | None = None,
+    support: Support | None = None,
+    sequence_ids: Tensor | None = None,
     scan: Scan | None = None,
 ) -> PolicyLoss:
-    """The surrogate loss of packed, label-aligned sequences.
+    """The surrogate loss of packed, label-aligned sequences. Never waits for the device.
 
     Args:
         objective: a config or a mapping with its field names, e.g. `{"type": "ctpo"}`.
-        logp, old_logp, advantages, mask: [T] streams; `mask` is True on tokens the policy wrote.
+        logp, old_logp, advantages, mask: [T] streams; `mask` is True on tokens the policy wrote, and nothing else counts.
         cu_seqlens: [N+1] int, borders of the WHOLE sequences, also when the streams are context-parallel shards.
-        rollout_logp: [T], log-probs of the sampling engine; its distance to old_logp is reported.
-        aggregation: token-mean, sequence-mean (mean over sequences of token means), sequence-sum (of token sums).
-        normalizer: divisor of the sum: policy tokens for token-mean, else sequences. None: counted here, where fully masked
-            sequences are left out.
+        rollout_logp: [T], log-probs of the engine that sampled. dppo, cppo, trm and corrections need it; for the others its
+            distance to old_logp is reported.
+        aggregation: token-mean, sequence-mean, sequence-sum, balanced, or {"type": "constant", "tokens": n}; see `aggregation`.
+        normalizer: the aggregation's divisor; None: counted here, where fully masked sequences are left out.
+        groups: [N] int, the prompt of each sequence, for `balanced`.
+        weights: [N], the weight of a token of each sequence, in place of aggregation, normalizer and groups.
+        correction: of the mismatch between old_logp and rollout_logp, e.g. `{"type": "truncate", "level": "prefix"}`.
+        restarts: [T] bool; at these tokens prefix statistics and positions begin anew (a new policy version wrote from here).
+        support: the top-k log-probs that the top-k divergences of dppo, cppo and trm compare.
+        sequence_ids: [N] int, what to call the sequences when a log-prob is not finite; None: 0, 1, 2 ...
         scan: None for whole sequences; a `ContextParallelScan` for shards.
 
-    Raises pydantic.ValidationError for an unknown objective or option.
+    Raises pydantic.ValidationError for an unknown objective or option, ValueError for a missing input. A log-prob that is not
+    finite is found by `raise_if_nonfinite(stats)`.
     """
-    config = objective if not isinstance(objective, Mapping) else _objective.validate_python(objective)
+    recipe = make_recipe(objective, aggregation, correction, has_rollout=rollout_logp is not None)
     scan = scan or LocalScan()
-    tokens, lengths = prepare(logp, old_logp, advantages, mask, cu_seqlens, scan)
-    token_loss, stats = OBJECTIVES[config.type](tokens, **config.model_dump(exclude={"type"}))
-    loss = aggregate(token_loss, tokens.sequence_length, lengths, aggregation, normalizer)
-    if rollout_logp is not None:
-        gap = torch.where(mask, (old_logp - rollout_logp).abs(), 0.0)
-        stats |= {"sum/drift": gap.sum().float(), "max/drift": gap.max().float()}
-    return PolicyLoss(loss, token_loss, stats)
-
-
-def nll_loss(
-    *, logp: Tensor, mask: Tensor, cu_seqlens: Tensor, normalizer: float | None = None, scan: Scan | None = None
-) -> PolicyLoss:
-    """Mean negative log-likelihood of the unmasked tokens, for supervised training. Arguments as in `policy_loss`."""
-    scan = scan or LocalScan()
-    token_loss = torch.where(mask, -logp, 0.0)
-    sums = scan.prefix_sums(mask.to(token_loss.dtype).unsqueeze(0), cu_seqlens)
-    lengths = sums.totals[0]
-    loss = aggregate(token_loss, None, lengths, "token-mean", normalizer)
-    stats = {"sum/tokens": mask.sum().float(), "sum/nll": token_loss.detach().sum().float()}
-    return PolicyLoss(loss, token_loss, stats)
-
-
-def aggregate(
-    token_loss: Tensor, sequence_length: Tensor | None, lengths: Tensor, aggregation: Aggregation, normalizer: float | None
-) -> Tensor:
-    """This rank's share of the loss. `lengths` [N]: policy tokens of each whole sequence; `sequence_length` [T] likewise."""
-    if normalizer is None:
-        counted = lengths.sum() if aggregation == "token-mean" else (lengths > 0).sum()
-        divisor = counted.clamp(min=1).to(token_loss.dtype)
-    else:
-        divisor = normalizer
-    if aggregation == "sequence-mean":
-        token_loss = token_loss / sequence_length
-    return token_loss.sum() / divisor
+    anchor = rollout_logp if recipe.anchor == "rollout" else old_logp
+    streams = Streams(logp, old_logp, rollout_logp, anchor, advantages, mask, cu_seqlens, restarts, support)
+    ready = prepare(recipe, streams, scan)
+    token_loss, stats = evaluate(recipe, ready)
+    stats |= found_in(streams, ready, sequence_ids, scan)
+    if weights is None:
+        weights = sequence_weights(
+            recipe.aggregation, ready.lengths, normalizer=normalizer, constant=recipe.constant, groups=groups, signs=ready.signs
+        )
+    per_token = scan.per_token(weights.to(token_loss), cu_seqlens, token_loss.numel())
+    return PolicyLoss((token_loss * per_token).sum(), token_loss, stats)

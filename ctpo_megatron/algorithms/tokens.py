@@ -1,56 +1,114 @@
-"""What every objective is given about the tokens of a pack, and what it gives back."""
+"""What every objective is given about the tokens of a pack, and what it gives back.
+
+An objective is a `Method`: the statistics of whole sequences that it needs, and a loss that looks at one token at a time.
+Statistics carry no gradient; a token's gradient comes through its own log-prob alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms.scan import MAX_ABS, Scan
+from ctpo_megatron.algorithms.operators import MAX_ABS
+from ctpo_megatron.algorithms.scan import Channel
 
 MAX_LOG_RATIO = 10.0  # of the reference implementation: exp(10) is far outside every clip window
-Stats = dict[str, Tensor]
+
+
+class Support(NamedTuple):
+    """Both policies at the sampling policy's top-k tokens and the sampled one; -inf marks an unused column. No gradient."""
+
+    logp: Tensor  # [T, K], of the current policy
+    rollout_logp: Tensor  # [T, K], of the policy that sampled
+
+
+class Given(NamedTuple):
+    """Per-token inputs [T] that statistics are made of, without gradient. What is read is zero where masked."""
+
+    raw_logp: Tensor
+    raw_anchor: Tensor
+    raw_advantages: Tensor
+    mask: Tensor  # bool
+    log_ratio: Tensor  # clamp(logp - anchor, +-20)
+    support: Support | None
+
+    @property
+    def logp(self) -> Tensor:
+        """Log-prob of the current policy."""
+        return torch.where(self.mask, self.raw_logp, 0.0)
+
+    @property
+    def anchor(self) -> Tensor:
+        """Log-prob of the policy that the ratio is taken against."""
+        return torch.where(self.mask, self.raw_anchor, 0.0)
+
+    @property
+    def advantages(self) -> Tensor:
+        """Advantages."""
+        return torch.where(self.mask, self.raw_advantages, 0.0)
+
+
+class Quantile(NamedTuple):
+    """A statistic: a quantile of the sequence's unmasked values [T]."""
+
+    values: Tensor
+    q: float
+
+
+Statistic = Tensor | Channel | Quantile
+"""Per token [T] as it is, or scanned. A channel of reach `sequence` and a quantile are the same on all tokens of a sequence."""
 
 
 class Tokens(NamedTuple):
-    """Per-token inputs [T] of an objective; masked positions hold zeros, whatever was there before."""
+    """Per-token inputs [T] of a loss; in a `part`, masked positions hold zeros, whatever was there before."""
 
     logp: Tensor  # with grad
+    anchor: Tensor
     advantages: Tensor
     mask: Tensor  # bool
-    log_ratio: Tensor  # clamp(logp - anchor, +-20), detached
-    prefix_sum: Tensor  # of log_ratio over the sequence's unmasked tokens up to and including t
-    position: Tensor  # 1-based index among the sequence's unmasked tokens; at least 1
-    sequence_length: Tensor  # unmasked tokens of the token's whole sequence; at least 1
+    prefix_sum: Tensor  # of log-ratios over the sequence's unmasked tokens up to and including t
+    position: Tensor  # 1-based index among the sequence's unmasked tokens; in a `part` at least 1
+    length: Tensor  # unmasked tokens of the token's whole sequence; at least 1
+    statistics: Mapping[str, Tensor]  # the method's own
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """clamp(logp - anchor, +-20), with grad."""
+        return (self.logp - self.anchor).clamp(-MAX_ABS, MAX_ABS)
+
+    def part(self, part: slice) -> Tokens:
+        """Some of the tokens, whose log-prob is a leaf of its own."""
+        mask, dtype = self.mask[part], self.logp.dtype
+        return Tokens(
+            logp=torch.where(mask, self.logp[part].detach(), 0.0).requires_grad_(),
+            anchor=torch.where(mask, self.anchor[part].detach().to(dtype), 0.0),
+            advantages=torch.where(mask, self.advantages[part].to(dtype), 0.0),
+            mask=mask,
+            prefix_sum=self.prefix_sum[part],
+            position=self.position[part].to(dtype).clamp(min=1),
+            length=self.length[part],
+            statistics={name: stream[part] for name, stream in self.statistics.items()},
+        )
 
 
 class TokenLoss(NamedTuple):
-    """An objective's result: unreduced loss [T] (zero where masked) and its statistics."""
+    """A method's result: unreduced loss [T], and what became of the tokens, for the record."""
 
     loss: Tensor
-    stats: Stats
+    log_ratio: Tensor  # [T], what was clipped or judged
+    high: Tensor  # [T] bool: held back from growing although their advantage is positive
+    low: Tensor  # [T] bool: held back from shrinking further although their advantage is negative
+    dual: Tensor | None = None  # [T] bool: cut by the dual clip
 
 
-def prepare(
-    logp: Tensor, anchor: Tensor, advantages: Tensor, mask: Tensor, cu_seqlens: Tensor, scan: Scan
-) -> tuple[Tokens, Tensor]:
-    """The tokens, and the number of unmasked tokens of each whole sequence [N] float64. One scan, hence one collective."""
-    zero = logp.new_zeros(())
-    logp = torch.where(mask, logp, zero)
-    log_ratio = torch.where(mask, (logp - anchor).detach(), zero).clamp(-MAX_ABS, MAX_ABS)
-    sums = scan.prefix_sums(torch.stack([log_ratio, mask.to(log_ratio.dtype)]), cu_seqlens)
-    lengths = sums.totals[1]
-    tokens = Tokens(
-        logp=logp,
-        advantages=torch.where(mask, advantages.to(logp.dtype), zero),
-        mask=mask,
-        log_ratio=log_ratio,
-        prefix_sum=sums.inclusive[0].to(logp.dtype),
-        position=sums.inclusive[1].to(logp.dtype).clamp(min=1),
-        sequence_length=lengths[scan.sequence_ids(cu_seqlens)].to(logp.dtype).clamp(min=1),
-    )
-    return tokens, lengths
+class Method(NamedTuple):
+    """An objective. `loss` and `statistics` take the options of its config as keywords."""
+
+    loss: Callable[..., TokenLoss]  # (Tokens, **options)
+    statistics: Callable[..., dict[str, Statistic]] = lambda given, **options: {}  # (Given, **options)
 
 
 def carry_gradient(value: Tensor, logp: Tensor) -> Tensor:
@@ -58,23 +116,20 @@ def carry_gradient(value: Tensor, logp: Tensor) -> Tensor:
     return value.detach() + (logp - logp.detach())
 
 
-def ratio_stats(tokens: Tokens, log_ratio: Tensor, *, high: Tensor, low: Tensor, dual: Tensor) -> Stats:
-    """Statistics every clipped objective reports. Keys start with how they add up over ranks: sum, max or min.
+def clipped(tokens: Tokens, log_ratio: Tensor, *, clip_low: float, clip_high: float, dual_clip: float | None = None) -> TokenLoss:
+    """PPO's pessimistic surrogate: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), at most -A dual_clip where A < 0."""
+    ratio, advantages = torch.exp(log_ratio), tokens.advantages
+    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    negative, dual = advantages < 0, None
+    if dual_clip is not None:
+        ceiling = -advantages * dual_clip
+        dual = negative & (loss > ceiling)
+        loss = torch.where(negative, torch.minimum(loss, ceiling), loss)
+    high, low = (ratio > 1 + clip_high) & (advantages > 0), (ratio < 1 - clip_low) & negative
+    return TokenLoss(loss, log_ratio, high, low, dual)
 
-    `high`, `low`, `dual` [T] bool: tokens whose gradient the upper, lower and dual clip removed.
-    """
-    mask = tokens.mask
-    log_ratio = torch.where(mask, log_ratio.detach(), 0.0)
-    ratio = torch.exp(log_ratio)
-    return {
-        "sum/tokens": mask.sum().float(),
-        "sum/clip_high": (high & mask).sum().float(),
-        "sum/clip_low": (low & mask).sum().float(),
-        "sum/clip_dual": (dual & mask).sum().float(),
-        "sum/clip_fraction": ((high | low | dual) & mask).sum().float(),
-        "sum/ratio": torch.where(mask, ratio, 0.0).sum().float(),
-        "sum/kl_old": -tokens.log_ratio.sum().float(),
-        "sum/log_ratio_sq": log_ratio.square().sum().float(),
-        "max/ratio": ratio.max().float() if ratio.numel() else ratio.new_ones((), dtype=torch.float32),
-        "min/ratio": ratio.min().float() if ratio.numel() else ratio.new_ones((), dtype=torch.float32),
-    }
+
+def kept(tokens: Tokens, loss: Tensor, keep: Tensor) -> TokenLoss:
+    """`loss` [T] of the tokens that a mask `keep` [T] lets through."""
+    positive = tokens.advantages > 0
+    return TokenLoss(torch.where(keep, loss, 0.0), tokens.log_ratio, ~keep & positive, ~keep & ~positive)

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.batch import RankBatch
+from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
@@ -54,7 +54,7 @@ class TrainerActor:
         )
         return self.engine.dp_rank
 
-    def update(self, batches: list[RankBatch], version: int) -> dict[str, float]:
+    def update(self, batches: list[list[MicroBatch]], version: int) -> dict[str, float]:
         """See `loop.protocols.Trainer.update`."""
         from ctpo_megatron.mcore.policy import update_policy
 
@@ -68,7 +68,7 @@ class TrainerActor:
             version=version,
         )
 
-    def supervise(self, batch: RankBatch) -> dict[str, float]:
+    def supervise(self, batch: list[MicroBatch]) -> dict[str, float]:
         """See `loop.protocols.Trainer.supervise`."""
         from ctpo_megatron.mcore.policy import supervise
 

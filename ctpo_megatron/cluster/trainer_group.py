@@ -27,12 +27,12 @@ class TrainerGroup:
 
     async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
         """See `loop.protocols.Trainer.update`."""
-        shares = self._shares(lambda dp: [batch.for_rank(dp) for batch in batches])
+        shares = self._shares(lambda dp: [batch.micro_batches[dp] for batch in batches])
         return (await self._calls([rank.actor.update.remote(s, version) for rank, s in zip(self.ranks, shares, strict=True)]))[0]
 
     async def supervise(self, batch: TrainBatch) -> dict[str, float]:
         """See `loop.protocols.Trainer.supervise`."""
-        shares = self._shares(batch.for_rank)
+        shares = self._shares(batch.micro_batches.__getitem__)
         return (await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]))[0]
 
     async def connect(self, urls: list[str], api_key: str, engine_tp: int) -> None:

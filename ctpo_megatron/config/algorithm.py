@@ -2,60 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import model_validator
 
+from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingConfig
 from ctpo_megatron.config.base import Section
-
-Aggregation = Literal["token-mean", "sequence-mean", "sequence-sum"]
-
-
-class CtpoObjective(Section):
-    """Cumulative Token Policy Optimization, arXiv 2605.07331: prefix ratios with bounds that grow as position**power."""
-
-    type: Literal["ctpo"] = "ctpo"
-    ratio: Literal["cumulative", "geomean"] = "cumulative"
-    """`cumulative`: product of token ratios up to t. `geomean`: its t-th root."""
-    clip_low: NonNegativeFloat = 0.025
-    """Lower bound of the log-ratio at the first token; scaled by position**power."""
-    clip_high: NonNegativeFloat = 0.05
-    """Upper bound of the log-ratio at the first token; scaled by position**power."""
-    dual_clip: NonNegativeFloat | None = 0.05
-    """Log-ratio beyond which a negative advantage stops growing; scaled likewise. null: no dual clip."""
-    power: float = 0.5
-    """Growth of the bounds with the position. 0: a fixed window."""
-
-
-class GrpoObjective(Section):
-    """Token-level ratios with PPO clipping (arXiv 2402.03300; clip-higher of DAPO; dual clip of arXiv 1912.09729)."""
-
-    type: Literal["grpo"] = "grpo"
-    clip_low: NonNegativeFloat = 0.2
-    """Ratios below 1 - clip_low are clipped."""
-    clip_high: NonNegativeFloat = 0.2
-    """Ratios above 1 + clip_high are clipped."""
-    dual_clip: PositiveFloat | None = 3.0
-    """Bound of the ratio where the advantage is negative. null: none."""
-
-
-Objective = Annotated[CtpoObjective | GrpoObjective, Field(discriminator="type")]
-
-
-class GroupAdvantage(Section):
-    """Reward minus the mean of its group, optionally divided by the group's standard deviation."""
-
-    type: Literal["group"] = "group"
-    normalize_std: bool = True
-    """Divide by the (unbiased) standard deviation of the group plus 1e-6."""
-
+from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, Objective, SequenceMean
 
 class AlgorithmConfig(Section):
     """The policy-gradient step."""
 
     objective: Objective = CtpoObjective()
     """Which surrogate loss; `type` picks it."""
-    aggregation: Aggregation = "sequence-mean"
-    """How per-token losses become one number. CTPO's paper uses sequence-mean."""
-    advantage: GroupAdvantage = GroupAdvantage()
-    """How rewards become advantages."""
+    aggregation: Aggregation = SequenceMean()
+    """How per-token losses become one number. CTPO's paper uses sequence-mean. `aggregation: token-mean` is short for
+    `aggregation: {type: token-mean}`."""
+    advantage: Advantage = GroupAdvantage()
+    """How rewards become advantages; `type` picks it."""
+    shaping: ShapingConfig = ShapingConfig()
+    """What rewards go through before that."""
+    anchor: Literal["version", "old", "rollout"] = "version"
+    """What a token's ratio is taken against. `version`: the policy version that sampled it, so the trainer's own log-prob where
+    that is the present version, the engine's for tokens of older versions. `old`: the trainer's log-prob before the first
+    optimizer step on the batch, whatever sampled the token. `rollout`: the engine's, as dppo, cppo and trm always do."""
+    restart_at_version: bool = False
+    """Begin prefix statistics and positions anew where a newer policy version went on writing a trajectory."""
+    correction: Correction | None = None
+    """Importance weights for the distance between the anchor and the engine's log-probs; `type` picks the kind. null: none."""
+
+    @model_validator(mode="after")
+    def _runs_know_no_top_k(self) -> AlgorithmConfig:
+        divergence = getattr(self.objective, "divergence", "")
+        if divergence.startswith("topk"):
+            raise ValueError(
+                f"algorithm.objective.divergence={divergence}: runs do not collect the sampling policy's top-k log-probs; "
+                f"`policy_loss` takes them. Use {divergence.replace('topk', 'binary')}, which needs the sampled token alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ratio_is_counted_once(self) -> AlgorithmConfig:
+        if self.correction is not None and "rollout" in (self.objective.anchor, self.anchor):
+            raise ValueError(
+                f"algorithm.correction with objective {self.objective.type!r} and anchor {self.anchor!r}: the ratio is already taken "
+                "against the rollout policy, a correction would count the distance twice. Leave out the correction"
+            )
+        return self

@@ -13,21 +13,31 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 
+from ctpo_megatron.algorithms import sequence_weights
 from ctpo_megatron.batch import MicroBatch, TrainBatch
-from ctpo_megatron.config.algorithm import Aggregation
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.objectives import Aggregation, Constant
 from ctpo_megatron.types import TrainSample
 
 FILLER = TrainSample([0], [0], [False], [0.0], [-1], [0.0], group=-1)  # for ranks with fewer samples than micro-batches
 
 
-def pack(samples: Sequence[TrainSample], *, dp: int, max_tokens: int, cp: int = 1, tp: int = 1) -> list[list[MicroBatch]]:
+def pack(
+    samples: Sequence[TrainSample],
+    *,
+    dp: int,
+    max_tokens: int,
+    cp: int = 1,
+    tp: int = 1,
+    weights: Sequence[float] | None = None,
+    first_id: int = 0,
+) -> list[list[MicroBatch]]:
     """Micro-batches [dp][n] that hold all `samples`; see the module's invariants.
 
+    `weights` are those of the samples in the loss, 1 by default; `first_id` is the number of the first sample.
     `max_tokens` bounds the whole pack that one data-parallel rank's cp ranks share. Raises ValueError where a single sample,
     padded, is longer than that.
     """
@@ -42,29 +52,50 @@ def pack(samples: Sequence[TrainSample], *, dp: int, max_tokens: int, cp: int = 
                 f"sample {index} has {len(samples[index])} tokens, {length} padded to a multiple of {step}; a micro-batch holds "
                 f"{capacity} (max_tokens={max_tokens} in steps of {unit} for cp={cp}, tp={tp})"
             )
+    weighted = [1.0] * len(samples) if weights is None else weights
     bins = _balanced_bins(lengths, capacity, dp)
-    return [[_micro_batch([samples[i] for i in members], step, unit) for members in bins[rank]] for rank in range(dp)]
+
+    def micro_batch(members: Sequence[int]) -> MicroBatch:
+        chosen = [(samples[i], weighted[i], first_id + i) for i in members]
+        return _micro_batch(chosen or [(FILLER, 0.0, -1)], step, unit)
+
+    return [[micro_batch(members) for members in bins[rank]] for rank in range(dp)]
 
 
 def build_train_batch(
-    samples: Sequence[TrainSample], *, aggregation: str, parallel: ParallelConfig, max_tokens: int
+    samples: Sequence[TrainSample],
+    *,
+    aggregation: Aggregation,
+    parallel: ParallelConfig,
+    max_tokens: int,
+    first_id: int = 0,
 ) -> TrainBatch:
-    """One optimizer step over `samples`: packed, with the normaliser of `aggregation` over all ranks and micro-batches.
+    """One optimizer step over `samples`: packed, with each sequence's weight in the loss under `aggregation`.
 
-    `max_tokens` is per rank, so a pack that cp ranks share holds cp times as many. token-mean divides by the policy's tokens;
-    sequence-mean and sequence-sum by the sequences that hold at least one of them. Raises ValueError for an unknown
-    aggregation, for samples without any token of the policy, and as `pack` does.
+    `max_tokens` is per rank, so a pack that cp ranks share holds cp times as many. `first_id` is the number of the first sample,
+    for error messages. Raises ValueError for samples without any token of the policy, and as `pack` does.
     """
-    if aggregation not in get_args(Aggregation):
-        raise ValueError(f"aggregation {aggregation!r}; allowed: {', '.join(get_args(Aggregation))}")
-    tokens = sum(sum(sample.loss_mask) for sample in samples)
-    sequences = sum(any(sample.loss_mask) for sample in samples)
+    lengths = [sum(sample.loss_mask) for sample in samples]
+    tokens, sequences = sum(lengths), sum(length > 0 for length in lengths)
     if tokens == 0:
         raise ValueError(f"none of the {len(samples)} samples holds a token of the policy; there is nothing to train on")
-    normalizer = float(tokens if aggregation == "token-mean" else sequences)
-    cp = parallel.cp
-    micro_batches = pack(samples, dp=parallel.dp, max_tokens=max_tokens * cp, cp=cp, tp=parallel.tp)
-    return TrainBatch(micro_batches, normalizer, sequences, tokens)
+    weights = sequence_weights(
+        aggregation.type,
+        torch.tensor(lengths),
+        constant=aggregation.tokens if isinstance(aggregation, Constant) else 1.0,
+        groups=torch.tensor([sample.group for sample in samples]),
+        signs=torch.tensor([sum((a > 0) - (a < 0) for a in sample.advantages) for sample in samples]),
+    )
+    micro_batches = pack(
+        samples,
+        dp=parallel.dp,
+        max_tokens=max_tokens * parallel.cp,
+        cp=parallel.cp,
+        tp=parallel.tp,
+        weights=weights.tolist(),
+        first_id=first_id,
+    )
+    return TrainBatch(micro_batches, sequences, tokens)
 
 
 def length_steps(cp: int, tp: int) -> tuple[int, int]:
@@ -102,27 +133,42 @@ def _fill(lengths: Sequence[int], order: Sequence[int], capacity: int, count: in
     return bins
 
 
-def _micro_batch(samples: Sequence[TrainSample], step: int, unit: int) -> MicroBatch:
-    """One pack; each sequence padded to `step`, the last one further until the total is a multiple of `unit`."""
-    samples = samples or [FILLER]
+def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, unit: int) -> MicroBatch:
+    """One pack; each sequence padded to `step`, the last one further until the total is a multiple of `unit`.
+
+    `chosen` holds samples with their weights and numbers.
+    """
+    samples, weights, ids = zip(*chosen, strict=True)
     lengths = [round_up(max(len(sample), 1), step) for sample in samples]
     lengths[-1] += round_up(sum(lengths), unit) - sum(lengths)
 
-    def stream(name: str, padding: float, dtype: torch.dtype) -> torch.Tensor:
-        values: list[float] = []
-        for sample, length in zip(samples, lengths, strict=True):
-            values += getattr(sample, name)
-            values += [padding] * (length - len(sample))
-        return torch.tensor(values, dtype=dtype)
+    def stream(values: Sequence[Sequence[float]], padding: float, dtype: torch.dtype) -> torch.Tensor:
+        padded: list[float] = []
+        for row, length in zip(values, lengths, strict=True):
+            padded += row
+            padded += [padding] * (length - len(row))
+        return torch.tensor(padded, dtype=dtype)
 
     return MicroBatch(
-        input_ids=stream("input_ids", 0, torch.int64),
-        labels=stream("labels", 0, torch.int64),
+        input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
+        labels=stream([s.labels for s in samples], 0, torch.int64),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        loss_mask=stream("loss_mask", False, torch.bool),
-        advantages=stream("advantages", 0.0, torch.float32),
-        rollout_logp=stream("rollout_logprobs", 0.0, torch.float32),
-        policy_versions=stream("policy_versions", -1, torch.int32),
+        loss_mask=stream([s.loss_mask for s in samples], False, torch.bool),
+        advantages=stream([s.advantages for s in samples], 0.0, torch.float32),
+        rollout_logp=stream([s.rollout_logprobs for s in samples], 0.0, torch.float32),
+        policy_versions=stream([s.policy_versions for s in samples], -1, torch.int32),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         groups=torch.tensor([sample.group for sample in samples]),
+        weights=torch.tensor(weights, dtype=torch.float64),
+        sequence_ids=torch.tensor(ids),
+        restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
     )
+
+
+def _version_starts(sample: TrainSample) -> list[bool]:
+    """True on the first token that each policy version wrote; what the policy did not write is skipped."""
+    starts, last = [], None
+    for wrote, version in zip(sample.loss_mask, sample.policy_versions, strict=True):
+        starts.append(wrote and version != last)
+        last = version if wrote else last
+    return starts

@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from ctpo_megatron.types import TrainSample, TrajectoryGroup, Turn
 
 
-def build_samples(group: TrajectoryGroup, advantages: Sequence[float], group_id: int) -> list[TrainSample]:
-    """One sample per trajectory of `group`, in order; `advantages[i]` goes to every token the policy wrote in trajectory i."""
+def build_samples(group: TrajectoryGroup, advantages: Sequence[float | Sequence[float]], group_id: int) -> list[TrainSample]:
+    """One sample per trajectory of `group`, in order; `advantages[i]` is that of trajectory i, see `build_sample`."""
     return [
         build_sample(trajectory.prompt_ids, trajectory.turns, advantage, group_id)
         for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
     ]
 
 
-def build_sample(prompt_ids: Sequence[int], turns: Sequence[Turn], advantage: float, group_id: int) -> TrainSample:
+def build_sample(
+    prompt_ids: Sequence[int], turns: Sequence[Turn], advantages: float | Sequence[float], group_id: int
+) -> TrainSample:
     """Label-aligned streams of a prompt and its turns, of length prompt + turns - 1; see `TrainSample` for an example.
 
-    Raises ValueError without prompt tokens, since nothing would predict the first token of the response.
+    `advantages` are those of the tokens that the policy wrote, in order; a single number is that of each of them. Raises
+    ValueError where their count is another, and without prompt tokens, since nothing would predict the first of the response.
     """
     if not prompt_ids:
         raise ValueError("a sample needs at least one prompt token")
@@ -33,12 +36,17 @@ def build_sample(prompt_ids: Sequence[int], turns: Sequence[Turn], advantage: fl
         mask += [wrote] * len(turn.token_ids)
         logprobs += turn.logprobs
         versions += turn.versions
+    written = sum(mask)
+    values = [advantages] * written if isinstance(advantages, int | float) else advantages
+    if len(values) != written:
+        raise ValueError(f"{len(values)} advantages for {written} tokens that the policy wrote; one for each is needed")
+    remaining = iter(values)
     return TrainSample(
         input_ids=tokens[:-1],
         labels=tokens[1:],
         loss_mask=mask,
         rollout_logprobs=logprobs,
         policy_versions=versions,
-        advantages=[advantage if wrote else 0.0 for wrote in mask],
+        advantages=[next(remaining) if wrote else 0.0 for wrote in mask],
         group=group_id,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.objectives import TokenMean
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.metrics import Recorder, progress
@@ -34,7 +35,7 @@ async def run_sft(config: RunConfig, samples: list[TrainSample], trainer: Traine
             chosen = rng.choice(len(samples), size=min(sft.batch_size, len(samples)), replace=False)
             batch = build_train_batch(
                 [samples[i] for i in chosen],
-                aggregation="token-mean",
+                aggregation=TokenMean(),
                 parallel=config.parallel,
                 max_tokens=config.train.max_tokens_per_micro_batch,
             )

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctpo_megatron.algorithms import group_advantages
+from ctpo_megatron.algorithms.advantages import compute_advantages
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.packing import build_train_batch
@@ -126,11 +126,8 @@ class TrainLoop:
 def make_batches(groups: list[TrajectoryGroup], config: RunConfig) -> list[TrainBatch]:
     """Cut the groups of a step into `optimizer_steps` batches of whole groups, packed for the trainer's layout."""
     algorithm, parallel, train = config.algorithm, config.parallel, config.train
-    samples = []
-    for index, group in enumerate(groups):
-        rewards = [trajectory.reward for trajectory in group.trajectories]
-        advantages = group_advantages(rewards, normalize_std=algorithm.advantage.normalize_std)
-        samples.append(build_samples(group, advantages, index))
+    advantages = compute_advantages(groups, algorithm.advantage, algorithm.shaping)
+    samples = [build_samples(group, advantages[index], index) for index, group in enumerate(groups)]
     per_batch = len(groups) // train.optimizer_steps
     return [
         build_train_batch(

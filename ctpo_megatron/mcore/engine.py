@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Scan
+from ctpo_megatron.algorithms import Scan, raise_if_nonfinite
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
@@ -137,6 +137,8 @@ class MegatronEngine:
             raise ConfigError("train_step on an engine that was built without an optimizer.")
         with megatron_region(self.device):
             metrics = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
+            raise_if_nonfinite(metrics)
+            metrics.pop("min/nonfinite", None)
             _require_finite("loss", metrics["loss"])
             metrics |= self._optimizer_step()
         return metrics

@@ -8,19 +8,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Scan, nll_loss, policy_loss
-from ctpo_megatron.batch import MicroBatch, RankBatch
+from ctpo_megatron.algorithms import Channel, Scan, nll_loss, policy_loss, raise_if_nonfinite
+from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
+from ctpo_megatron.algorithms.record import nonfinite_stats
+from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.errors import MismatchError
 from ctpo_megatron.mcore.engine import MegatronEngine
 
-POSITION_BINS = 16  # bin b holds positions 2**b .. 2**(b+1)-1 among a trajectory's policy tokens
-
 
 def update_policy(
     engine: MegatronEngine,
-    batches: list[RankBatch],
+    batches: list[list[MicroBatch]],
     *,
     algorithm: AlgorithmConfig,
     temperature: float,
@@ -29,40 +29,52 @@ def update_policy(
 ) -> dict[str, float]:
     """One optimizer step per batch; the old policy is the one that stands before the first.
 
-    Returns the merged statistics of all steps (keys sum/, max/, min/ over all ranks; plain keys are means over steps).
-    Raises MismatchError, before anything is changed, when trainer and engine disagree more than `drift` allows.
+    `batches` hold this rank's micro-batches of each optimizer step. Returns the merged statistics of all steps (keys sum/, max/,
+    min/ over all ranks; plain keys are means over steps). Raises MismatchError, before anything is changed, when trainer and
+    engine disagree more than `drift` allows, and NonFiniteError, before the step that would use it, for a log-prob that is not
+    finite.
     """
     anchored: list[list[MicroBatch]] = []
     gaps: list[dict[str, Tensor]] = []
     for batch in batches:
-        micro_batches = engine.place(batch.micro_batches)
+        micro_batches = engine.place(batch)
         old = engine.logp(micro_batches, temperature)
         if old:  # last pipeline stage; the others never look at log-probs
             gaps += [drift_stats(mb, logp, engine.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
-            micro_batches = [mb.with_old_logp(logp) for mb, logp in zip(micro_batches, old, strict=True)]
+            anchors = [anchor_logp(mb, logp, algorithm.anchor, version) for mb, logp in zip(micro_batches, old, strict=True)]
+            micro_batches = [mb.with_old_logp(anchor) for mb, anchor in zip(micro_batches, anchors, strict=True)]
         anchored.append(micro_batches)
     measured = engine.reduce(gaps)
+    raise_if_nonfinite(measured)
+    del measured["min/nonfinite"]
     check_drift(measured, drift, version)
     steps = []
-    for batch, micro_batches in zip(batches, anchored, strict=True):
-        loss = partial(_policy_share, algorithm=algorithm, normalizer=batch.normalizer)
+    loss = partial(_policy_share, algorithm=algorithm)
+    for micro_batches in anchored:
         steps.append(engine.train_step(micro_batches, loss, temperature))
     return merge_stats(steps) | measured
 
 
-def supervise(engine: MegatronEngine, batch: RankBatch) -> dict[str, float]:
+def supervise(engine: MegatronEngine, batch: list[MicroBatch]) -> dict[str, float]:
     """One optimizer step of maximum likelihood on the unmasked labels."""
 
     def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, dict[str, Tensor]]:
-        out = nll_loss(logp=logp, mask=mb.loss_mask, cu_seqlens=mb.cu_seqlens, normalizer=batch.normalizer, scan=scan)
+        out = nll_loss(logp=logp, mask=mb.loss_mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
         return out.loss, out.stats
 
-    return engine.train_step(engine.place(batch.micro_batches), share, 1.0)
+    return engine.train_step(engine.place(batch), share, 1.0)
 
 
-def _policy_share(
-    logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: AlgorithmConfig, normalizer: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> Tensor:
+    """Log-probs [T] that ratios are taken against; see `AlgorithmConfig.anchor`. `version` is the trainer's present one."""
+    if anchor == "old":
+        return old_logp
+    if anchor == "rollout":
+        return mb.rollout_logp
+    return torch.where(mb.policy_versions == version, old_logp, mb.rollout_logp)
+
+
+def _policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
     out = policy_loss(
         algorithm.objective,
         logp=logp,
@@ -70,8 +82,11 @@ def _policy_share(
         advantages=mb.advantages,
         mask=mb.loss_mask,
         cu_seqlens=mb.cu_seqlens,
-        aggregation=algorithm.aggregation,
-        normalizer=normalizer,
+        rollout_logp=mb.rollout_logp,
+        weights=mb.weights,
+        correction=algorithm.correction,
+        restarts=mb.restarts if algorithm.restart_at_version else None,
+        sequence_ids=mb.sequence_ids,
         scan=scan,
     )
     return out.loss, out.stats
@@ -81,11 +96,13 @@ def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> dict[
     """Distance of trainer and engine on the tokens that `version` itself sampled, in all and by position."""
     counted = mb.loss_mask & (mb.policy_versions == version)
     gap = torch.where(counted, (logp - mb.rollout_logp).abs(), 0.0)
-    position = scan.prefix_sums(mb.loss_mask.float().unsqueeze(0), mb.cu_seqlens).inclusive[0].clamp(min=1)
-    bins = position.log2().floor().long().clamp(max=POSITION_BINS - 1)
+    (count,) = scan.run([Channel(mb.loss_mask.float())], mb.cu_seqlens)
+    position = count.values.clamp(min=1)
+    bins = position_bin(position)
     by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, gap)
     count_by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, counted.to(gap.dtype))
     stats = {"sum/drift_tokens": counted.sum().float(), "sum/drift": gap.sum(), "max/drift": gap.max()}
+    stats |= nonfinite_stats(~torch.isfinite(logp) & mb.loss_mask, position, mb.sequence_ids, mb.cu_seqlens, scan)
     for b in range(POSITION_BINS):
         stats[f"sum/drift_bin_{b}"] = by_bin[b]
         stats[f"sum/drift_tokens_bin_{b}"] = count_by_bin[b]

@@ -1,58 +1,102 @@
-"""Prefix sums of sequences that context parallelism has cut into pieces: one small all-gather, nothing in the backward."""
+"""Scans of sequences that context parallelism has cut into pieces: one small all-gather, nothing in the backward."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.algorithms.scan import PrefixSums, check_length, from_fixed, segment_cumsum, to_fixed
+from ctpo_megatron.algorithms.operators import Operator, check_length, segment_scan
+from ctpo_megatron.algorithms.scan import Channel, Joined, PieceTotals, Scanned, scan_pieces, segment_quantile
+from ctpo_megatron.parallel.layout import Layout, piece_places
 
 
 class ContextParallelScan:
-    """Scans zigzag shards. Rank r of `group` holds pieces r and 2*cp-1-r of each sequence (see `zigzag_shard`).
+    """Scans the shards of `group`'s ranks, cut as `layout` says (see `parallel.layout`).
 
-    Each rank scans its own pieces, the pieces' totals ([C, N, 2] int64 per rank) are gathered, and an exclusive sum over them
-    in global token order is added to the local result.
+    Each rank scans its own pieces; the pieces' totals are gathered, a few int64 per channel, sequence and piece, whatever the
+    sequences' lengths; an exclusive scan over them in token order is joined to the local result. Every rank of the group must
+    call with the same channels and sequences, also those that hold no token of the policy.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank = group.rank()
-        self.size = group.size()
-        pieces = 2 * self.size
-        # global place of (rank, slot): slot 0 ascends with the rank, slot 1 descends
-        self._place = torch.tensor([[rank, pieces - 1 - rank] for rank in range(self.size)])
+    def __init__(self, group: dist.ProcessGroup, layout: Layout = "zigzag", exact: bool = True) -> None:
+        self.group, self.exact = group, exact
+        self.rank, self.size = group.rank(), group.size()
+        self._places = torch.tensor(piece_places(layout, self.size))  # [cp, pieces per rank]
+        self._per_rank = self._places.shape[1]
 
-    @property
-    def is_first(self) -> bool:
-        """See `Scan.is_first`."""
-        return self.rank == 0
+    def run(self, channels: Sequence[Channel], cu_seqlens: Tensor) -> list[Scanned]:
+        """See `Scan.run`."""
+        check_length(channels[0].values.shape[-1] * self.size)
+        pieces = ((cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64) // self._places.numel()).repeat_interleave(self._per_rank)
+        bounds = torch.nn.functional.pad(torch.cumsum(pieces, 0), (1, 0))
+        return scan_pieces(channels, bounds, self.exact, self._join)
 
-    def prefix_sums(self, channels: Tensor, cu_seqlens: Tensor) -> PrefixSums:
-        """See `Scan.prefix_sums`."""
-        check_length(channels.shape[1] * self.size)
-        bounds = self._piece_bounds(cu_seqlens)
-        inclusive, totals = segment_cumsum(to_fixed(channels), bounds)  # [C, T], [C, 2N]
-        count, sequences = channels.shape[0], cu_seqlens.numel() - 1
-        mine = totals.reshape(count, sequences, 2).contiguous()
-        gathered = mine.new_empty((self.size * count, sequences, 2))  # gloo wants the ranks joined along a dimension of `mine`
-        dist.all_gather_into_tensor(gathered, mine, group=self.group)
-        place = self._place.to(mine.device)
-        in_order = mine.new_empty((count, sequences, 2 * self.size))
-        in_order[..., place.reshape(-1)] = gathered.view(self.size, *mine.shape).permute(1, 2, 0, 3).reshape(count, sequences, -1)
-        before = torch.cumsum(in_order, dim=-1) - in_order
-        offsets = before[..., place[self.rank]].reshape(count, -1)  # [C, 2N]
-        lengths = bounds[1:] - bounds[:-1]
-        inclusive = inclusive + offsets.repeat_interleave(lengths, dim=1, output_size=channels.shape[1])
-        return PrefixSums(from_fixed(inclusive), from_fixed(in_order.sum(-1)))
-
-    def sequence_ids(self, cu_seqlens: Tensor) -> Tensor:
-        """See `Scan.sequence_ids`."""
+    def per_token(self, values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+        """See `Scan.per_token`."""
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64) // self.size
-        return torch.repeat_interleave(torch.arange(lengths.numel(), device=lengths.device), lengths)
+        return values.repeat_interleave(lengths, output_size=tokens)
 
-    def _piece_bounds(self, cu_seqlens: Tensor) -> Tensor:
-        """Borders of this rank's contiguous pieces in its local order: [2N+1] int64."""
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64) // (2 * self.size)
-        return torch.nn.functional.pad(torch.cumsum(lengths.repeat_interleave(2), 0), (1, 0))
+    def quantile(self, values: Tensor, mask: Tensor, cu_seqlens: Tensor, q: float) -> Tensor:
+        """See `Scan.quantile`. An order statistic is no sum of parts: this gathers the values, one per token."""
+        mine = torch.where(mask, values.detach().to(torch.float64), torch.inf)
+        gathered = mine.new_empty(self.size * mine.numel())
+        dist.all_gather_into_tensor(gathered, mine, group=self.group)
+        sequences = cu_seqlens.numel() - 1
+        ids = self.per_token(torch.arange(sequences, device=mine.device), cu_seqlens, mine.numel()).repeat(self.size)
+        return segment_quantile(gathered, torch.isfinite(gathered), ids, sequences, q)
+
+    def _join(self, pieces: list[PieceTotals]) -> list[Joined]:
+        """Gather all channels' totals in one collective and scan them in token order."""
+        rows = [_as_int64(piece.state) for piece in pieces]
+        flags = [piece.closed.to(torch.int64).unsqueeze(0) for piece in pieces if piece.closed is not None]
+        in_order = self._in_token_order(torch.cat(rows + flags))  # [rows, N, pieces of a sequence]
+        sizes = [row.shape[0] for row in rows]
+        states = in_order[: sum(sizes)].split(sizes)
+        closed = iter(in_order[sum(sizes) :])
+        return [
+            self._carry(piece.channel, _from_int64(state, piece.state.dtype), None if piece.closed is None else next(closed))
+            for piece, state in zip(pieces, states, strict=True)
+        ]
+
+    def _in_token_order(self, mine: Tensor) -> Tensor:
+        """All ranks' totals: [rows, M] int64 of every rank to [rows, N, pieces of a sequence]."""
+        rows = mine.shape[0]
+        mine = mine.contiguous()
+        gathered = mine.new_empty((self.size * rows, mine.shape[1]))  # gloo wants the ranks joined along a dimension of `mine`
+        dist.all_gather_into_tensor(gathered, mine, group=self.group)
+        by_rank = gathered.view(self.size, rows, -1, self._per_rank).permute(1, 2, 0, 3)  # [rows, N, cp, pieces per rank]
+        in_order = torch.empty_like(by_rank.reshape(rows, by_rank.shape[1], -1))
+        in_order[..., self._places.reshape(-1).to(mine.device)] = by_rank.reshape(in_order.shape)
+        return in_order
+
+    def _carry(self, channel: Channel, state: Tensor, closed: Tensor | None) -> Joined:
+        """What lies before each of this rank's pieces, from all pieces' states [K, N, pieces] in token order."""
+        operator = channel.operator
+        if channel.backwards:
+            state = state.flip(-1)
+        first = torch.zeros(state.shape[1:], dtype=torch.int64, device=state.device)
+        if closed is not None:  # a piece with a restart begins a new run
+            first = torch.where(closed > 0, torch.arange(state.shape[-1], device=state.device), 0).cummax(-1).values
+        inclusive = segment_scan(operator, state, first)
+        before = _shift(operator, inclusive)
+        if channel.backwards:
+            before = before.flip(-1)
+        mine = before[..., self._places[self.rank].to(state.device)]
+        return Joined(mine.reshape(state.shape[0], -1), inclusive[..., -1])
+
+
+def _as_int64(state: Tensor) -> Tensor:
+    """The bits of fixed point, or of float64, as int64."""
+    return state if state.dtype == torch.int64 else state.to(torch.float64).contiguous().view(torch.int64)
+
+
+def _from_int64(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    return bits.clone() if dtype == torch.int64 else bits.contiguous().view(torch.float64).to(dtype)
+
+
+def _shift(operator: Operator, inclusive: Tensor) -> Tensor:
+    """Exclusive from inclusive states [K, N, pieces]."""
+    return torch.cat([operator.empty_like(inclusive).expand(*inclusive.shape[:-1], 1), inclusive[..., :-1]], dim=-1)

@@ -1,54 +1,80 @@
-"""Context-parallel layouts of packed sequences.
+"""Context-parallel layouts of packed sequences: which contiguous pieces of every sequence a rank holds.
 
-Zigzag cuts every sequence into 2 * cp_size equal pieces and gives rank r the pieces r and 2 * cp_size - 1 - r, in that order,
-sequence after sequence: under causal attention each rank then has the same work.
+    zigzag      2 * cp equal pieces; rank r holds pieces r and 2 * cp - 1 - r, in that order. Under causal attention each
+                rank then has the same work; it is the layout of Megatron's attention, and the default.
+    contiguous  cp equal pieces; rank r holds piece r.
+
+A shard is the rank's pieces of the first sequence, then those of the second, and so on.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+Layout = Literal["zigzag", "contiguous"]
 
-def zigzag_indices(cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+
+def piece_places(layout: Layout, cp_size: int) -> list[list[int]]:
+    """Pieces of each rank, in its local order: [cp][pieces per rank]; numbered in token order."""
+    if layout == "zigzag":
+        return [[rank, 2 * cp_size - 1 - rank] for rank in range(cp_size)]
+    if layout == "contiguous":
+        return [[rank] for rank in range(cp_size)]
+    raise ValueError(f"unknown layout {layout!r}; allowed: zigzag, contiguous")
+
+
+def shard_indices(cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Layout = "zigzag") -> Tensor:
     """Positions in the whole pack that `cp_rank` holds, in its local order: [T / cp_size], int64, on cu_seqlens' device.
 
-    Raises ValueError when a sequence's length is not a multiple of 2 * cp_size.
+    Raises ValueError when a sequence's length is not a multiple of the layout's number of pieces.
     """
     starts = cu_seqlens[:-1].to(torch.int64)
     lengths = cu_seqlens[1:].to(torch.int64) - starts
     total = int(cu_seqlens[-1])
     if cp_size == 1:
         return torch.arange(total, device=cu_seqlens.device)
-    pieces = 2 * cp_size
+    places = piece_places(layout, cp_size)
+    per_rank = len(places[0])
+    pieces = per_rank * cp_size
     if bool((lengths % pieces).any()):
         bad = int((lengths % pieces).nonzero()[0])
         raise ValueError(
-            f"sequence {bad} has length {int(lengths[bad])}; zigzag over {cp_size} ranks needs multiples of {pieces}"
+            f"sequence {bad} has length {int(lengths[bad])}; {layout} over {cp_size} ranks needs multiples of {pieces}"
         )
     piece_lengths = lengths // pieces
-    firsts = starts + cp_rank * piece_lengths
-    seconds = starts + (pieces - 1 - cp_rank) * piece_lengths
-    begins = torch.stack([firsts, seconds], dim=1).reshape(-1)  # [2N], in local order
-    sizes = piece_lengths.repeat_interleave(2)
+    begins = torch.stack([starts + place * piece_lengths for place in places[cp_rank]], dim=1).reshape(-1)  # in local order
+    sizes = piece_lengths.repeat_interleave(per_rank)
     local = torch.arange(total // cp_size, device=cu_seqlens.device)
     offsets = torch.cumsum(sizes, 0) - sizes
     return local + (begins - offsets).repeat_interleave(sizes, output_size=total // cp_size)
 
 
-def zigzag_shard(x: Tensor, cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
-    """The part of `x` [T, ...] that `cp_rank` holds: [T / cp_size, ...]. See `zigzag_indices` for errors."""
+def shard(x: Tensor, cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Layout = "zigzag") -> Tensor:
+    """The part of `x` [T, ...] that `cp_rank` holds: [T / cp_size, ...]. See `shard_indices` for errors."""
     if cp_size == 1:
         return x
-    return x.index_select(0, zigzag_indices(cu_seqlens.to(x.device), cp_rank, cp_size))
+    return x.index_select(0, shard_indices(cu_seqlens.to(x.device), cp_rank, cp_size, layout))
 
 
-def zigzag_unshard(shards: list[Tensor], cu_seqlens: Tensor) -> Tensor:
-    """The whole pack [T, ...] from the shards of all ranks, in rank order; the inverse of `zigzag_shard`."""
+def unshard(shards: list[Tensor], cu_seqlens: Tensor, layout: Layout = "zigzag") -> Tensor:
+    """The whole pack [T, ...] from the shards of all ranks, in rank order; the inverse of `shard`."""
     cp_size = len(shards)
     if cp_size == 1:
         return shards[0]
     cu = cu_seqlens.to(shards[0].device)
-    order = torch.cat([zigzag_indices(cu, rank, cp_size) for rank in range(cp_size)])
-    whole = torch.empty_like(torch.cat(shards))
-    return whole.index_copy(0, order, torch.cat(shards))
+    order = torch.cat([shard_indices(cu, rank, cp_size, layout) for rank in range(cp_size)])
+    joined = torch.cat(shards)
+    return torch.empty_like(joined).index_copy(0, order, joined)
+
+
+def zigzag_shard(x: Tensor, cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
+    """`shard` in the zigzag layout."""
+    return shard(x, cu_seqlens, cp_rank, cp_size, "zigzag")
+
+
+def zigzag_unshard(shards: list[Tensor], cu_seqlens: Tensor) -> Tensor:
+    """`unshard` in the zigzag layout."""
+    return unshard(shards, cu_seqlens, "zigzag")

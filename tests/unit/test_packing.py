@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.objectives import Aggregation, Constant, SequenceMean, SequenceSum, TokenMean
 from ctpo_megatron.data.packing import build_train_batch, pack
 from ctpo_megatron.types import TrainSample
 
@@ -112,23 +113,45 @@ def test_a_sample_that_does_not_fit_is_named(max_tokens, words):
         pack([sample(3), sample(10)], dp=1, max_tokens=max_tokens, cp=2, tp=2)
 
 
-def test_the_normalizer_counts_the_policys_tokens_or_sequences():
+def test_weights_are_those_of_the_whole_batch():
     samples = [sample(7), sample(4), sample(9, masked_in=False)]
     parallel = ParallelConfig(dp=2, cp=2, tp=2)
 
-    def batch(aggregation: str):
-        return build_train_batch(samples, aggregation=aggregation, parallel=parallel, max_tokens=32)
+    def batch(aggregation: Aggregation):
+        return build_train_batch(samples, aggregation=aggregation, parallel=parallel, max_tokens=32, first_id=10)
 
-    tokens = sum(sum(s.loss_mask) for s in samples)
-    assert batch("token-mean").normalizer == tokens == batch("token-mean").tokens
-    assert batch("sequence-mean").normalizer == 2 == batch("sequence-sum").normalizer == batch("sequence-sum").sequences
-    assert sum(int(m.loss_mask.sum()) for rank in batch("token-mean").micro_batches for m in rank) == tokens
-    with pytest.raises(ValueError, match="allowed: token-mean"):
-        batch("mean")
+    def by_sample(aggregation: Aggregation) -> dict[int, float]:
+        packs = [m for rank in batch(aggregation).micro_batches for m in rank]
+        return {int(i): float(w) for m in packs for i, w in zip(m.sequence_ids, m.weights, strict=True)}
+
+    lengths = [sum(s.loss_mask) for s in samples]
+    tokens = sum(lengths)
+    assert (batch(TokenMean()).tokens, batch(TokenMean()).sequences) == (tokens, 2)
+    expected = {
+        TokenMean(): [1 / tokens, 1 / tokens],
+        SequenceMean(): [1 / (2 * lengths[0]), 1 / (2 * lengths[1])],
+        SequenceSum(): [1 / 2, 1 / 2],
+        Constant(tokens=50): [1 / 100, 1 / 100],
+    }
+    for aggregation, weights in expected.items():
+        found = by_sample(aggregation)
+        assert [found[10], found[11]] == pytest.approx(weights)
+        assert found[12] == 0.0
+        assert set(found) <= {10, 11, 12, -1}
+    assert sum(int(m.loss_mask.sum()) for rank in batch(TokenMean()).micro_batches for m in rank) == tokens
     with pytest.raises(ValueError, match="nothing to train on"):
-        build_train_batch([sample(5, masked_in=False)], aggregation="token-mean", parallel=parallel, max_tokens=32)
+        build_train_batch([sample(5, masked_in=False)], aggregation=TokenMean(), parallel=parallel, max_tokens=32)
+
+
+def test_restarts_mark_the_first_token_of_each_version():
+    cut = TrainSample(
+        [1] * 7, [1] * 7, [False, True, True, False, True, True, True], [0.0] * 7, [-1, 3, 3, -1, 3, 5, 5], [0.0] * 7
+    )
+    (micro_batch,) = pack([cut, sample(3)], dp=1, max_tokens=16)[0]
+    starts = micro_batch.restarts[: len(cut)] if micro_batch.sequence_ids[0] == 0 else micro_batch.restarts[3:]
+    assert starts.tolist() == [False, True, False, False, False, True, False]
 
 
 def test_max_tokens_is_per_context_parallel_rank():
-    batch = build_train_batch([sample(40)], aggregation="token-mean", parallel=ParallelConfig(cp=2), max_tokens=20)
+    batch = build_train_batch([sample(40)], aggregation=TokenMean(), parallel=ParallelConfig(cp=2), max_tokens=20)
     assert batch.micro_batches[0][0].tokens == 40

@@ -8,7 +8,8 @@ from itertools import chain
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import LocalScan, group_advantages, policy_loss
+from ctpo_megatron.algorithms import Channel, LocalScan, group_advantages, policy_loss, raise_if_nonfinite
+from ctpo_megatron.errors import NonFiniteError
 
 LP = [-0.10, -0.50, -1.20, -9.0, -3.0, -0.02, -2.00, -0.70, -0.30, -7.0]
 OLP = [-0.12, -0.47, -1.35, -1.0, -5.0, -0.05, -1.80, -0.78, -0.10, -2.0]
@@ -157,12 +158,14 @@ def test_packing_does_not_change_a_bit():
 
 
 def test_local_scan_is_exact_in_any_order():
-    values = torch.randn(1, 300, dtype=torch.float64).clamp(-20, 20)
-    whole = LocalScan().prefix_sums(values, torch.tensor([0, 300]))
-    head = LocalScan().prefix_sums(values[:, :120], torch.tensor([0, 120]))
-    tail = LocalScan().prefix_sums(values[:, 120:], torch.tensor([0, 180]))
-    assert torch.equal(whole.inclusive[:, 120:], tail.inclusive + head.totals)
-    assert (whole.inclusive - values.cumsum(1)).abs().max() < 1e-9
+    values = torch.randn(300, dtype=torch.float64).clamp(-20, 20)
+
+    def scan(part: torch.Tensor):
+        return LocalScan().run([Channel(part)], torch.tensor([0, part.numel()]))[0]
+
+    whole, head, tail = scan(values), scan(values[:120]), scan(values[120:])
+    assert torch.equal(whole.values[120:], tail.values + head.totals)
+    assert (whole.values - values.cumsum(0)).abs().max() < 1e-9
 
 
 def test_group_advantages():
@@ -176,3 +179,33 @@ def test_unknown_objective_is_refused():
     one = torch.zeros(1)
     with pytest.raises(ValueError, match="ctpo"):
         policy_loss({"type": "cptpo"}, logp=one, old_logp=one, advantages=one, mask=one.bool(), cu_seqlens=torch.tensor([0, 1]))
+
+
+def poisoned(place: int, value: float):
+    """Two sequences of four tokens, the second of each masked; `value` stands at `place` of the log-probs."""
+    logp = torch.full((8,), -1.0)
+    logp[place] = value
+    logp.requires_grad_()
+    out = policy_loss(
+        {"type": "ctpo"},
+        logp=logp,
+        old_logp=torch.full((8,), -1.1),
+        advantages=torch.ones(8),
+        mask=torch.tensor([True, False, True, True] * 2),
+        cu_seqlens=torch.tensor([0, 4, 8]),
+        sequence_ids=torch.tensor([7, 8]),
+    )
+    out.loss.backward()
+    return out, logp.grad
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_log_prob_that_is_not_finite_is_named_unless_masked(value):
+    clean, gradient = poisoned(1, -1.0)
+    raise_if_nonfinite(clean.stats)
+    masked, same = poisoned(1, value)
+    raise_if_nonfinite(masked.stats)
+    assert torch.equal(masked.loss, clean.loss)
+    assert torch.equal(same, gradient)
+    with pytest.raises(NonFiniteError, match=r"sequence 8, policy token 2 "):
+        raise_if_nonfinite(poisoned(6, value)[0].stats)

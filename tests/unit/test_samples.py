@@ -62,6 +62,18 @@ def test_each_written_token_is_a_label_with_its_own_streams(prompt, lengths):
     assert written == [(i, -float(i), i, -1.5) for turn in turns if turn.role == "assistant" for i in turn.token_ids]
 
 
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_each_written_token_gets_its_own_advantage_and_others_none(lengths):
+    turns = turns_of(lengths)
+    own = [float(i) for turn in turns if turn.role == "assistant" for i in turn.token_ids]
+    (sample,) = build_samples(TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns, Status.FINISHED)]), [own], 0)
+    masked_in = zip(sample.labels, sample.loss_mask, strict=True)
+    assert sample.advantages == [float(label) if wrote else 0.0 for label, wrote in masked_in]
+    for wrong in (own[1:], [*own, 1.0]):
+        with pytest.raises(ValueError, match=f"{len(wrong)} advantages for {len(own)} tokens"):
+            build_samples(TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns, Status.FINISHED)]), [wrong], 0)
+
+
 def test_one_advantage_per_trajectory():
     group = TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns_of([2]), Status.FINISHED)] * 2)
     assert [max(s.advantages, key=abs) for s in build_samples(group, [1.0, -2.0], 0)] == [1.0, -2.0]

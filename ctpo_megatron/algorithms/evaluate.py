@@ -1,0 +1,82 @@
+"""The per-token loss of a pack, evaluated part by part.
+
+Every method's loss looks at one token at a time once the statistics are scanned. So a part's value and its derivative are found
+by autograd and kept, two numbers per token, and the part's intermediates are freed before the next: memory does not depend on
+the method, and the backward is one product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctpo_megatron.algorithms.correction import correction_factor
+from ctpo_megatron.algorithms.health import health_stats
+from ctpo_megatron.algorithms.prepare import Prepared
+from ctpo_megatron.algorithms.recipe import Recipe
+from ctpo_megatron.algorithms.record import Stats, largest, merge, token_stats
+from ctpo_megatron.algorithms.tokens import Tokens
+
+PART = 2**15  # tokens
+
+
+class _Linearised(torch.autograd.Function):
+    """Values [T] whose derivative by `logp` [T] is known."""
+
+    @staticmethod
+    def forward(ctx: Any, logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None, None
+
+
+def evaluate(recipe: Recipe, ready: Prepared) -> tuple[Tensor, Stats]:
+    """Per-token loss [T] with grad, zero where masked and times the correction's factor, and its statistics."""
+    tokens = ready.tokens
+    value, slope = torch.zeros_like(tokens.logp), torch.zeros_like(tokens.logp)
+    found: Stats = {}
+    for begin in range(0, max(tokens.logp.numel(), 1), PART):
+        part = slice(begin, begin + PART)
+        value[part], slope[part], stats = _part(recipe, tokens.part(part), ready.place[part])
+        if recipe.correction is not None:
+            stats |= _correct(recipe, ready, part, value, slope)
+        found = merge([found, stats])
+    return _Linearised.apply(tokens.logp, value, slope), found
+
+
+def _part(recipe: Recipe, tokens: Tokens, place: Tensor) -> tuple[Tensor, Tensor, Stats]:
+    """Loss, its derivative and statistics of some tokens."""
+    with torch.enable_grad():
+        out = recipe.method.loss(tokens, **recipe.options)
+        loss = torch.where(tokens.mask, out.loss, 0.0)
+        (slope,) = torch.autograd.grad(loss.sum(), tokens.logp)
+    return loss.detach(), slope, token_stats(tokens, out) | health_stats(tokens, out, place)
+
+
+def _correct(recipe: Recipe, ready: Prepared, part: slice, value: Tensor, slope: Tensor) -> Stats:
+    """Multiply a part's loss and derivative by the correction's factor, in place."""
+    correction, gap, scanned = recipe.correction, ready.mismatch[part], ready.scanned_mismatch
+    mask = ready.tokens.mask[part]
+    factor = correction_factor(
+        "truncate" if correction.type == "truncate" else "mask",
+        correction.level,
+        correction.low,
+        correction.high,
+        mismatch=gap,
+        scanned=None if scanned is None else scanned[part],
+        length=ready.tokens.length[part],
+    )
+    value[part] *= factor
+    slope[part] *= factor
+    counted = torch.where(mask, factor, 0.0)
+    return {
+        "sum/correction": counted.sum(dtype=torch.float64),
+        "sum/correction_zero": ((factor == 0) & mask).sum().double(),
+        "max/correction": largest(counted),
+    }

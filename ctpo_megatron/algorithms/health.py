@@ -1,0 +1,49 @@
+"""How log-ratios and clipping depend on a token's position: the sums that `loop.health` makes a run's health panel of.
+
+Each statistic is a vector with one sum per bin, so those of parts, micro-batches and ranks simply add up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctpo_megatron.algorithms.tokens import TokenLoss, Tokens
+
+POSITION_BINS = 16  # bin b holds positions 2**b .. 2**(b+1)-1 among a trajectory's policy tokens, the last one all from 2**15 on
+DECILES = 10  # decile k holds the tokens with k/10 to (k+1)/10 of their trajectory's policy tokens before them
+
+
+def position_bin(position: Tensor) -> Tensor:
+    """floor(log2(position)), exact, of 1-based positions [T] in floating point: [T] int, at most POSITION_BINS - 1."""
+    return (torch.frexp(position).exponent - 1).clamp(max=POSITION_BINS - 1)
+
+
+def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Tensor]:
+    """Sums over a part's unmasked tokens: [POSITION_BINS] and [DECILES] float64.
+
+    `place` [T] counts a trajectory's policy tokens like tokens.position, but not anew at restarts: deciles are of whole
+    trajectories, whereas bins belong to the log-ratio, which begins anew there. The log-ratio is log rho_{1:t}, the sum up to
+    and including the token, whatever ratio the objective itself uses.
+    """
+    mask = tokens.mask
+    position, log_ratio = tokens.position.double(), tokens.prefix_sum.double()
+    rows = torch.stack([torch.ones_like(position), position, log_ratio, log_ratio.square()])
+    by_bin = _sums(rows, position_bin(position), mask, POSITION_BINS)
+    clipped = out.high | out.low if out.dual is None else out.high | out.low | out.dual
+    decile = ((place.double() - 1).clamp(min=0) * DECILES / tokens.length).long()
+    by_decile = _sums(torch.stack([rows[0], clipped.double()]), decile, mask, DECILES)
+    return {
+        "sum/health/tokens": by_bin[0],
+        "sum/health/position": by_bin[1],
+        "sum/health/log_ratio": by_bin[2],
+        "sum/health/log_ratio_sq": by_bin[3],
+        "sum/health/decile_tokens": by_decile[0],
+        "sum/health/decile_clipped": by_decile[1],
+    }
+
+
+def _sums(rows: Tensor, bins: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Sums of each of `rows` [K, T] over the unmasked tokens of each bin: [K, count]. A product, as it adds in a fixed order."""
+    member = torch.where(mask, bins, -1) == torch.arange(count, device=bins.device).unsqueeze(1)
+    return rows @ member.to(rows.dtype).T

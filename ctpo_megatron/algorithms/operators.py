@@ -1,0 +1,104 @@
+"""Associative operators, and their scan over segments of a stream.
+
+An operator works on states: K rows of numbers that summarise a run of tokens. `combine` joins the states of two neighbouring
+runs; its last row is the result. That it is associative is all that a scan over context-parallel pieces needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FRACTION_BITS = 38
+MAX_ABS = 20.0
+BLOCK = 2**15  # elements that a scan by rounds works on at once
+MAX_TOKENS = int(2**63 / (MAX_ABS * 2**FRACTION_BITS))
+
+
+class Operator(NamedTuple):
+    """A monoid on states [K, ...]."""
+
+    identity: tuple[float, ...]  # the state of no tokens
+    combine: Callable[[Tensor, Tensor], Tensor]  # (earlier [K, ...], later [K, ...]) -> [K, ...]
+
+    def empty_like(self, state: Tensor) -> Tensor:
+        """The identity as [K, 1, ...], to be broadcast against `state` [K, ...]."""
+        return torch.tensor(self.identity, dtype=torch.float64).to(state).view(-1, *[1] * (state.dim() - 1))
+
+
+def _affine(earlier: Tensor, later: Tensor) -> Tensor:
+    return torch.stack([earlier[0] * later[0], later[0] * earlier[1] + later[1]])
+
+
+def _ramp(earlier: Tensor, later: Tensor) -> Tensor:
+    (n1, s1, m1), (n2, s2, m2) = earlier, later
+    return torch.stack([n1 + n2, s1 + s2, m1 + m2 + n1 * s2])
+
+
+SUM = Operator((0.0,), torch.add)
+MIN = Operator((float("inf"),), torch.minimum)
+MAX = Operator((-float("inf"),), torch.maximum)
+AFFINE = Operator((1.0, 0.0), _affine)
+"""Composition of y -> a y + b; values [2, T] are a and b, the result is what 0 becomes."""
+RAMP = Operator((0.0, 0.0, 0.0), _ramp)
+"""Sum of k x, where k counts the marked tokens before x; values [2, T] are the marks (0 or 1) and x."""
+
+
+def to_fixed(values: Tensor) -> Tensor:
+    """Fixed-point int64 of `values`, held to +-20; booleans count as 0 and 1."""
+    wide = values.detach().to(torch.float64, copy=True)
+    return wide.clamp_(-MAX_ABS, MAX_ABS).mul_(2.0**FRACTION_BITS).round_().to(torch.int64)
+
+
+def from_fixed(values: Tensor) -> Tensor:
+    """float64 of fixed-point int64 `values`."""
+    return values.to(torch.float64).mul_(2.0**-FRACTION_BITS)
+
+
+def check_length(tokens: int) -> None:
+    """Raise ValueError when sums over so many tokens could overflow."""
+    if tokens > MAX_TOKENS:
+        raise ValueError(f"{tokens} tokens in one pack; exact prefix sums hold up to {MAX_TOKENS}. Use smaller micro-batches.")
+
+
+def lift(operator: Operator, values: Tensor, exact: bool) -> Tensor:
+    """States [K, T] of single tokens: int64 fixed point for exact sums, as they are for extremes, float64 for all else."""
+    if operator is SUM and exact:
+        return to_fixed(values).unsqueeze(0)
+    if operator in (MIN, MAX):
+        return values.detach().unsqueeze(0).clone()
+    state = values.detach().to(torch.float64)
+    if operator is RAMP:
+        return torch.cat([state, torch.zeros_like(state[:1])])
+    return state if state.dim() == 2 else state.unsqueeze(0)
+
+
+def lower(state: Tensor) -> Tensor:
+    """The result in states [K, ...], as floating point [...]."""
+    return from_fixed(state[-1]) if state.dtype == torch.int64 else state[-1]
+
+
+def segment_scan(operator: Operator, state: Tensor, first: Tensor) -> Tensor:
+    """Inclusive scan of `state` [K, ..., T] along its last dimension, anew in each segment. Overwrites `state`.
+
+    `first` [..., T] is where the segment of each element begins. Exact sums are differences of one running sum: it may wrap
+    around, the differences are right all the same. All else takes log2(T) rounds in which every element joins the run that
+    ends before its own (Hillis and Steele 1986), in blocks from the end, so that a round needs no second copy.
+    """
+    if state.dtype == torch.int64 and first.dim() == 1:
+        running = torch.cumsum(state, dim=-1)
+        before = state.neg_().add_(running)
+        return running.sub_(before.index_select(-1, first))
+    length, shift = state.shape[-1], 1
+    while shift < length:
+        for end in range(length, shift, -BLOCK):
+            begin = max(end - BLOCK, shift)
+            here, back = slice(begin, end), slice(begin - shift, end - shift)
+            joined = operator.combine(state[..., back], state[..., here])
+            reaches = torch.arange(begin - shift, end - shift, device=state.device) >= first[..., here]
+            state[..., here] = torch.where(reaches, joined, state[..., here])
+        shift *= 2
+    return state
