@@ -1,0 +1,244 @@
+"""A run that is saved and resumed goes on as if it had never stopped, to the last bit. Real megatron-core on gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import free_port, run_ranks
+from tiny import micro_batches, write_model
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.mcore.checkpoint_files import latest_checkpoint
+from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+
+pytestmark = pytest.mark.dist
+
+OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=3, weight_decay=0.1)
+STATE = {"step": 2, "cursor": {"epoch": 1, "row": 7}, "seen": [1, 2]}
+
+# (family, number format, layout that saves, layouts that go on)
+CASES = [
+    ("qwen3", "float32", {"dp": 2}, [{"dp": 2}, {"tp": 2}, {"pp": 2}]),
+    ("qwen3", "float32", {"tp": 2}, [{"tp": 2}, {"dp": 2}]),
+    ("qwen3", "float32", {"pp": 2}, [{"pp": 2}, {"dp": 2}]),  # tied embeddings: the last stage holds a copy
+    ("qwen3_moe", "float32", {"dp": 2, "ep": 2}, [{"dp": 2, "ep": 2}, {"dp": 2}]),
+    ("qwen3", "bfloat16", {"dp": 2}, [{"dp": 2}]),  # the optimizer keeps the weights in float32
+    ("qwen3_moe", "bfloat16", {"tp": 2, "ep": 2}, [{"tp": 2, "ep": 2}]),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    families = ("qwen3", "qwen2", "qwen3_moe")
+    return {family: write_model(tmp_path_factory.mktemp(family), family) for family in families}
+
+
+def test_resumed_run_equals_uninterrupted_run(models: dict[str, Path], tmp_path: Path) -> None:
+    ports = [free_port() for _ in range(32)]
+    ranks = run_ranks(2, save_and_resume, models, tmp_path, ports)
+    for case in range(len(CASES)):
+        family, dtype, saved, layouts = CASES[case]
+        for number, layout in enumerate(layouts):
+            for rank in ranks:
+                uninterrupted, resumed = rank[case]["uninterrupted"], rank[case]["resumed"][number]
+                where = f"{family} {dtype} {saved} -> {layout}"
+                assert resumed["state"] == STATE, where
+                assert_equal(resumed["loaded"], rank[case]["saved"], where)
+                if layout == saved:
+                    assert resumed["steps"] == uninterrupted["steps"], where
+                    assert resumed["draws"] == uninterrupted["draws"], where
+                    assert_equal(resumed["weights"], uninterrupted["weights"], where)
+                else:
+                    for ours, theirs in zip(resumed["steps"], uninterrupted["steps"], strict=True):
+                        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), where
+        assert ranks[0][case]["moved"] > 1e-3
+
+
+def test_a_checkpoint_that_cannot_be_used_is_named(models: dict[str, Path], tmp_path: Path) -> None:
+    for errors in run_ranks(2, misuse, models, tmp_path, [free_port(), free_port()]):
+        assert "does not exist" in errors["absent"]
+        assert "checkpoint.json" in errors["unfinished"]
+        assert "never finished" in errors["unfinished"]
+        assert "is missing" in errors["cut"]
+        assert "random" in errors["cut"]
+        assert "not JSON serializable" in errors["state"]
+        assert "cannot be read into this model" in errors["other model"]
+        assert errors["survivor"] == "step_00000001"
+
+
+def test_megatron_still_needs_what_optimizer_state_bridges(models: dict[str, Path]) -> None:
+    found = run_ranks(2, unbridged, models["qwen3"])[1]  # the last stage
+    assert found["begin_state"] == "AssertionError"
+    assert found["misplaced without padding_counted"]
+    assert not found["misplaced with padding_counted"]
+    assert found["steps_kept"] == "KeyError"
+    assert found["steps after megatron's load"] == 1
+    assert found["steps after separate_steps"] == found["parameters"] > 1
+
+
+def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], where: str) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=f"{where}, {name}")
+
+
+# ---- what runs in the ranks
+
+
+def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]) -> list[dict[str, Any]]:
+    ports = list(ports)
+
+    def start(family: str, layout: dict[str, int], dtype: str) -> MegatronEngine:
+        return engine_for(replace(rank, master_port=ports.pop()), models[family], layout, dtype)
+
+    results = []
+    for number, (family, dtype, saved, layouts) in enumerate(CASES):
+        directory = root / str(number) / "step_00000002"
+        engine = start(family, saved, dtype)
+        before = weights(engine)
+        train(engine, 2)
+        engine.save(directory, STATE)
+        result: dict[str, Any] = {"saved": weights(engine), "resumed": []}
+        result["uninterrupted"] = {"draws": draws(), "steps": train(engine, 2), "weights": weights(engine)}
+        result["moved"] = max((float(np.abs(result["saved"][name] - before[name]).max()) for name in before), default=1.0)
+        engine.close()
+        for layout in layouts:
+            engine = start(family, layout, dtype)
+            if layout != saved:
+                train(engine, 1)  # what is loaded may also replace something
+            resumed: dict[str, Any] = {"state": engine.load(directory), "draws": draws(), "loaded": weights(engine)}
+            result["resumed"].append(resumed | {"steps": train(engine, 2), "weights": weights(engine)})
+            engine.close()
+        results.append(result)
+    return results
+
+
+def misuse(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]) -> dict[str, str]:
+    import torch.distributed as dist
+
+    engine = engine_for(replace(rank, master_port=ports[0]), models["qwen3"], {"dp": 2})
+    errors = {}
+
+    def refused(name: str, action: Any) -> None:
+        with pytest.raises(CheckpointError) as caught:
+            action()
+        errors[name] = str(caught.value)
+        dist.barrier()
+
+    good = root / "step_00000001"
+    engine.save(good, {})
+    refused("absent", lambda: engine.load(root / "step_00000009"))
+    refused("state", lambda: engine.save(root / "step_00000002", {"tensor": torch.zeros(1)}))
+    if rank.rank == 0:
+        (root / "step_00000003.tmp").mkdir()
+        (root / "step_00000004").mkdir()
+    dist.barrier()
+    refused("unfinished", lambda: engine.load(root / "step_00000004"))
+    errors["survivor"] = latest_checkpoint(root).name
+    engine.close()
+
+    engine = engine_for(replace(rank, master_port=ports[1]), models["qwen2"], {"dp": 2})
+    refused("other model", lambda: engine.load(good))
+    if rank.rank == 0:
+        (good / "random" / "rank_00001.pt").unlink()
+    dist.barrier()
+    refused("cut", lambda: engine.load(good))
+    engine.close()
+    return errors
+
+
+def unbridged(rank: RankInfo, path: Path) -> dict[str, Any]:
+    """What megatron does without each of the bridges. Tied embeddings over two stages make two buckets."""
+    engine = engine_for(rank, path, {"pp": 2})
+    from ctpo_megatron.mcore import optimizer_state
+    from ctpo_megatron.mcore.host import megatron_region
+
+    optimizer = engine.optimizer
+    part = optimizer.chained_optimizers[0]
+    found: dict[str, Any] = {}
+    with megatron_region(engine.device):
+        found["begin_state"] = failure(optimizer.state_dict)
+    train(engine, 1)
+    with megatron_region(engine.device):
+        found["misplaced without padding_counted"] = misplaced(engine, contextlib.nullcontext())
+        found["misplaced with padding_counted"] = misplaced(engine, optimizer_state.padding_counted(optimizer))
+
+        model = {"model0": engine.models[0].module.sharded_state_dict()}
+        described = optimizer_state.optimizer_shards(optimizer, model, {}, loading=False)
+        described["param_state"] = {
+            number: {key: shard.data for key, shard in tensors.items()} for number, tensors in described["param_state"].items()
+        }
+        found["steps_kept"] = failure(lambda: optimizer.load_state_dict(described))
+        with optimizer_state.steps_kept(optimizer):
+            optimizer.load_state_dict(described)
+        states = part.optimizer.state.values()
+        found["parameters"] = len(states)
+        found["steps after megatron's load"] = len({id(state["step"]) for state in states})
+        optimizer_state.separate_steps(optimizer)
+        found["steps after separate_steps"] = len({id(state["step"]) for state in states})
+    engine.close()
+    return found
+
+
+def misplaced(engine: MegatronEngine, context: Any) -> list[str]:
+    """Parameters that the optimizer's description gives other numbers than they have."""
+    from ctpo_megatron.mcore.optimizer_state import SHARDING
+
+    model = {"model0": engine.models[0].module.sharded_state_dict()}
+    with context:
+        described = engine.optimizer.sharded_state_dict(model, metadata=SHARDING)
+    found = []
+    for tensors in described["param_state"].values():
+        stored = tensors["param"]
+        name = stored.key.removeprefix("optimizer.state.param.")
+        same = [
+            shard.data
+            for shard in model["model0"].values()
+            if getattr(shard, "key", None) == name and getattr(shard, "global_offset", 0) == getattr(stored, "global_offset", 0)
+        ]
+        if not any(torch.equal(stored.data, data) for data in same):
+            found.append(name)
+    return found
+
+
+def failure(action: Any) -> str:
+    with pytest.raises(Exception) as caught:
+        action()
+    return caught.type.__name__
+
+
+def engine_for(rank: RankInfo, path: Path, layout: dict[str, int], dtype: str = "float32") -> MegatronEngine:
+    return MegatronEngine(str(path), ParallelConfig(**layout), OPTIMIZER, rank, device="cpu", dtype=dtype, seed=1)
+
+
+def train(engine: MegatronEngine, steps: int) -> list[dict[str, float]]:
+    per_rank = 4 // engine.dp_size
+    mine = engine.place(micro_batches()[engine.dp_rank * per_rank :][:per_rank])
+
+    def share(logp: Any, pack: Any, _scan: Any) -> Any:
+        return -torch.where(pack.loss_mask, logp, 0.0).sum() / 80, {}
+
+    return [engine.train_step(mine, share, 1.0) for _ in range(steps)]
+
+
+def weights(engine: MegatronEngine) -> dict[str, np.ndarray]:
+    """Whole weights on rank 0, nothing elsewhere."""
+    return {name: tensor.float().numpy() for bucket in engine.export(64 * 1024) for name, tensor in bucket}
+
+
+def draws() -> list[float]:
+    """One number from each random state."""
+    from megatron.core import tensor_parallel
+
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        device = torch.cuda.get_rng_state().float().mean().item()
+    return [random.random(), float(np.random.random()), torch.rand(1).item(), device]

@@ -1,0 +1,134 @@
+"""What megatron-core and torch lack on a CPU, each seen failing without its bridge and working with it.
+
+A test here that fails says that a release can do without the bridge: remove it from mcore/host.py (or mcore/spec.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.mcore.engine import RankInfo
+from ctpo_megatron.mcore.host import megatron_region, prepare_host
+
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(torch.cuda.is_available(), reason="the bridges are for hosts without CUDA")]
+
+
+@pytest.fixture(scope="module")
+def bare() -> dict[str, str]:
+    return run_ranks(1, probe_bare)[0]
+
+
+@pytest.fixture(scope="module")
+def bridged() -> dict[str, str]:
+    return run_ranks(1, probe_bridged)[0]
+
+
+def test_a_package_for_gpus_fails_in_a_way_that_megatron_does_not_catch(bare: dict[str, str]) -> None:
+    assert bare["flash_mla"] == "OSError"
+
+
+def test_megatron_still_imports_what_is_slow_and_of_no_use(bare: dict[str, str], bridged: dict[str, str]) -> None:
+    assert bare["loaded"] == "flashinfer torch._inductor"
+    assert bridged["loaded"] == ""
+
+
+@pytest.mark.parametrize(
+    "call", ["current_device", "stream", "random state", "factory", "to cuda", "type name", "expert routing", "split sizes"]
+)
+def test_call_needs_its_bridge(bare: dict[str, str], bridged: dict[str, str], call: str) -> None:
+    assert bare[call] != "fine"
+    assert bridged[call] == "fine"
+
+
+def test_megatron_norm_refuses_sequence_parallelism_and_its_attention_context_parallelism(bridged: dict[str, str]) -> None:
+    assert bridged["norm"] == bridged["attention"] == "AssertionError"
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.device is cuda"):
+        prepare_host("cuda")
+    with pytest.raises(ConfigError, match="allowed are auto, cpu, cuda"):
+        prepare_host("gpu")
+
+
+# ---- what runs in the processes
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    """`fine`, or the class of what it raises."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001 - its class is the result
+        return type(error).__name__
+    return "fine"
+
+
+def probe_bare(rank: RankInfo) -> dict[str, str]:
+    found = {"flash_mla": outcome(lambda: importlib.import_module("flash_mla"))}
+    sys.modules["flash_mla"] = None  # without this one megatron cannot be imported at all
+    return found | probe(rank)
+
+
+def probe_bridged(rank: RankInfo) -> dict[str, str]:
+    with megatron_region(prepare_host("cpu")):
+        return probe(rank) | probe_megatron_modules()
+
+
+def probe(rank: RankInfo) -> dict[str, str]:
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{rank.master_port}", rank=0, world_size=1)
+    pair, sizes = torch.ones(2), torch.tensor([2])
+    tracker = random.CudaRNGStatesTracker()
+
+    def draw() -> None:
+        tracker.add("some", 5)
+        with tracker.fork("some"):
+            pass
+
+    def name_type() -> None:
+        if pair.type() != "torch.cuda.FloatTensor" or pair.bfloat16().type() != "torch.cuda.BFloat16Tensor":
+            raise TypeError(pair.type())
+
+    return {
+        "loaded": " ".join(name for name in ("flashinfer", "torch._inductor") if sys.modules.get(name) is not None),
+        "current_device": outcome(torch.cuda.current_device),
+        "stream": outcome(lambda: torch.cuda.Stream().wait_stream(torch.cuda.current_stream())),
+        "random state": outcome(draw),
+        "factory": outcome(lambda: torch.zeros(1, device="cuda")),
+        "to cuda": outcome(pair.cuda),
+        "type name": outcome(name_type),
+        "expert routing": outcome(lambda: moe_utils.router_gating_linear(pair[None], pair[None], None, torch.float32)),
+        "split sizes": outcome(lambda: dist.all_to_all_single(torch.empty(2), pair, sizes, sizes)),
+    }
+
+
+def probe_megatron_modules() -> dict[str, str]:
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        normalization="RMSNorm",
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        context_parallel_size=2,
+    )
+    local = LocalSpecProvider()
+    return {
+        "norm": outcome(lambda: local.layer_norm(rms_norm=True)(config, 8)),
+        "attention": outcome(lambda: local.core_attention()(config, 1, AttnMaskType.causal, "self")),
+    }
