@@ -120,6 +120,11 @@ def intervals(variance: Tensor) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
+def effective_number(weights: Tensor) -> float:
+    """Of how many equal ones non-negative `weights` [n] are worth: (sum w)^2 / sum w^2 (Kish's effective sample size)."""
+    return float(weights.sum().square() / weights.square().sum())
+
+
 @dataclass(frozen=True)
 class Bin:
     """Positions `first` to `last`, and those of them that are looked at."""

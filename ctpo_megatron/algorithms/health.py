@@ -31,7 +31,7 @@ def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Ten
     rows = torch.stack([torch.ones_like(position), position, log_ratio, log_ratio.square()])
     by_bin = _sums(rows, position_bin(position), mask, POSITION_BINS)
     clipped = out.high | out.low if out.dual is None else out.high | out.low | out.dual
-    decile = ((place.double() - 1).clamp(min=0) * DECILES / tokens.length).long()
+    decile = ((place.double() - 1).clamp(min=0) * DECILES / tokens.length).int()
     by_decile = _sums(torch.stack([rows[0], clipped.double()]), decile, mask, DECILES)
     return {
         "sum/health/tokens": by_bin[0],
@@ -45,5 +45,5 @@ def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Ten
 
 def _sums(rows: Tensor, bins: Tensor, mask: Tensor, count: int) -> Tensor:
     """Sums of each of `rows` [K, T] over the unmasked tokens of each bin: [K, count]. A product, as it adds in a fixed order."""
-    member = torch.where(mask, bins, -1) == torch.arange(count, device=bins.device).unsqueeze(1)
+    member = torch.where(mask, bins, -1) == torch.arange(count, dtype=bins.dtype, device=bins.device).unsqueeze(1)
     return rows @ member.to(rows.dtype).T

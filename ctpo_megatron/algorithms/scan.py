@@ -187,7 +187,7 @@ def segment_quantile(values: Tensor, mask: Tensor, ids: Tensor, segments: int, q
     zeros = torch.zeros(segments, dtype=torch.int64, device=values.device)
     begin = torch.nn.functional.pad(zeros.index_add(0, ids, torch.ones_like(ids)).cumsum(0), (1, 0))[:-1]
     count = zeros.index_add(0, ids, mask.to(torch.int64))
-    place = (count - 1).clamp(min=0) * q
+    place = (count - 1).clamp(min=0).to(torch.float64) * q
     low = place.floor().to(torch.int64)
     high = torch.minimum(low + 1, (count - 1).clamp(min=0))
     below, above = ranked[begin + low], ranked[begin + high]

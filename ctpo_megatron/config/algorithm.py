@@ -10,6 +10,7 @@ from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingCo
 from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, Objective, SequenceMean
 
+
 class AlgorithmConfig(Section):
     """The policy-gradient step."""
 
@@ -45,7 +46,7 @@ class AlgorithmConfig(Section):
     def _ratio_is_counted_once(self) -> AlgorithmConfig:
         if self.correction is not None and "rollout" in (self.objective.anchor, self.anchor):
             raise ValueError(
-                f"algorithm.correction with objective {self.objective.type!r} and anchor {self.anchor!r}: the ratio is already taken "
-                "against the rollout policy, a correction would count the distance twice. Leave out the correction"
+                f"algorithm.correction with objective {self.objective.type!r} and anchor {self.anchor!r}: the ratio is taken "
+                "against the rollout policy already, a correction would count the distance twice. Leave out the correction"
             )
         return self

@@ -12,6 +12,7 @@ from typing import Any
 
 from ctpo_megatron.config.cluster import LogConfig
 from ctpo_megatron.loop.evaluate import Evaluation
+from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.metrics import Recorder, progress
 from ctpo_megatron.types import Trajectory, TrajectoryGroup
 
@@ -59,6 +60,8 @@ class RunReport:
         self._recorder.step(step, metrics)
         self._recorder.histogram("reward", [t.reward for t in trajectories], step)
         self._recorder.histogram("response_tokens", [t.response_length for t in trajectories], step)
+        for name, (edges, heights) in health_histograms(metrics).items():
+            self._recorder.buckets(name, edges, heights, step)
         for index, trajectory in enumerate(trajectories[: self._config.rollouts_per_step]):
             self._recorder.text(f"rollout/{index}", as_markdown(groups[0], trajectory), step)
         if self._config.save_rollouts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 
+from ctpo_megatron.loop.health import health_metrics
 from ctpo_megatron.types import Status, TrajectoryGroup
 
 
@@ -33,13 +34,13 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
 
 
 def train_metrics(stats: dict[str, float]) -> dict[str, float]:
-    """Reduced statistics of the optimizer steps as readable means. See `algorithms.tokens.ratio_stats` for the raw keys."""
+    """Reduced statistics of the optimizer steps as readable means. See `algorithms.record.token_stats` for the raw keys."""
     tokens = max(stats.get("sum/tokens", 0.0), 1.0)
     drift_tokens = max(stats.get("sum/drift_tokens", 0.0), 1.0)
     out: dict[str, float] = {}
     for key, value in stats.items():
         kind, _, name = key.partition("/")
-        if name.startswith("drift_tokens"):
+        if name.startswith(("drift_tokens", "health/")):
             continue
         if name.startswith("drift_bin_"):
             bin_tokens = stats[f"sum/drift_tokens_bin_{name.removeprefix('drift_bin_')}"]
@@ -55,4 +56,4 @@ def train_metrics(stats: dict[str, float]) -> dict[str, float]:
             out[f"train/{name}_{kind}"] = value
         else:
             out[f"train/{key}"] = value
-    return out
+    return out | health_metrics(stats)

@@ -35,8 +35,8 @@ from ctpo_megatron.parallel import ContextParallelScan, vocab_parallel_logp
 LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, dict[str, Tensor]]]
 """(logp [T_local] float32 with grad, this rank's shard, scan) -> (share, stats).
 
-`stats` are scalars whose keys begin with `sum/`, `max/` or `min/`, the same keys on every call; that is how they are reduced
-over micro-batches and ranks.
+`stats` are scalars or vectors whose keys begin with `sum/`, `max/` or `min/`, the same on every call; that is how they are
+reduced over micro-batches and ranks. A vector `sum/x` comes out as `sum/x/0`, `sum/x/1`, ...
 """
 
 MASKED_LOGIT = -1e6  # finite, so that 0 * logit stays 0 in the entropy
@@ -146,24 +146,31 @@ class Stepper:
         return reduced
 
     def _reduce_on_last_stage(self, per_micro_batch: list[dict[str, Tensor]]) -> dict[str, float]:
-        keys = per_micro_batch[0].keys()
+        first = per_micro_batch[0]
+        keys = first.keys()
         sums = sorted(key for key in keys if key.startswith("sum/"))
         extremes = sorted(key for key in keys if key.startswith(("max/", "min/")))
         if len(sums) + len(extremes) < len(keys):
             raise ValueError(f"statistics {sorted(keys - {*sums, *extremes})} must begin with sum/, max/ or min/")
         values = torch.stack([_vector(stats, [*sums, *extremes]) for stats in per_micro_batch])
-        total = values[:, : len(sums)].sum(0)
+        added = [name for key in sums for name in _entries(key, first[key])]
+        extremes = [name for key in extremes for name in _entries(key, first[key])]
+        total = values[:, : len(added)].sum(0)
         dist.all_reduce(total, group=self.dp_cp_group)
         if extremes:  # a minimum is the negative of the largest negative
             sign = torch.tensor([-1.0 if key.startswith("min/") else 1.0 for key in extremes]).to(values)
-            top = (values[:, len(sums) :] * sign).amax(0)
+            top = (values[:, len(added) :] * sign).amax(0)
             dist.all_reduce(top, dist.ReduceOp.MAX, group=self.dp_cp_group)
             total = torch.cat([total, top * sign])
-        return dict(zip([*sums, *extremes], total.tolist(), strict=True))  # the one host sync of a step
+        return dict(zip([*added, *extremes], total.tolist(), strict=True))  # the one host sync of a step
 
 
 def _vector(stats: dict[str, Tensor], keys: list[str]) -> Tensor:
-    return torch.stack([stats[key].detach().double().reshape(()) for key in keys])
+    return torch.cat([stats[key].detach().double().reshape(-1) for key in keys])
+
+
+def _entries(key: str, value: Tensor) -> list[str]:
+    return [key] if value.dim() == 0 else [f"{key}/{i}" for i in range(value.numel())]
 
 
 def _forward_step(loss: Callable, batches: Iterator[Described], model: torch.nn.Module) -> tuple[Tensor, Callable]:

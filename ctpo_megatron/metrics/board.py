@@ -49,6 +49,26 @@ class Board:
         )
         self._add(step, [Summary.Value(tag=name, histo=proto)])
 
+    def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int) -> None:
+        """A histogram of given `heights` [n], none negative, between `edges` [n+1]; nothing where none is positive."""
+        tall = np.flatnonzero(np.asarray(heights) > 0)
+        if not tall.size:
+            return
+        # TensorBoard drops empty buckets at both ends and lets what is left reach from min to max
+        first, end = int(tall[0]), int(tall[-1]) + 1
+        limits, counts = np.asarray(edges[first : end + 1], dtype=np.float64), np.asarray(heights[first:end], dtype=np.float64)
+        centers = (limits[1:] + limits[:-1]) / 2
+        proto = HistogramProto(
+            min=limits[0],
+            max=limits[-1],
+            num=counts.sum(),
+            sum=(counts * centers).sum(),
+            sum_squares=(counts * centers**2).sum(),
+            bucket_limit=limits.tolist(),
+            bucket=[0.0, *counts.tolist()],
+        )
+        self._add(step, [Summary.Value(tag=name, histo=proto)])
+
     def text(self, name: str, text: str, step: int) -> None:
         """Markdown."""
         tensor = TensorProto(

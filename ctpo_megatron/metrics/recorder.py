@@ -53,6 +53,11 @@ class Recorder:
         if self._board is not None:
             self._board.histogram(name, values, step)
 
+    def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int) -> None:
+        """A histogram in TensorBoard whose `heights` [n] between `edges` [n+1] are given."""
+        if self._board is not None:
+            self._board.buckets(name, edges, heights, step)
+
     def text(self, name: str, text: str, step: int) -> None:
         """Markdown in TensorBoard's text panel."""
         if self._board is not None:

@@ -68,12 +68,17 @@ CORRECTIONS: list[Options | None] = [
 ON_ROLLOUT = ("dppo", "cppo", "trm")  # take no correction
 
 CUTS = ((1, "zigzag"), (2, "zigzag"), (2, "contiguous"), (4, "zigzag"), (4, "contiguous"))
-SPREADS = [
-    *(Spread(cp, layout, n, order) for (cp, layout), n, order in product(CUTS, (1, 2, 3), (0, 1, 2))),
-    *(Spread(cp, layout, 2, 1, dtype="float32") for cp, layout in CUTS),
-    *(Spread(cp, layout, 2, 2, exact=False) for cp, layout in CUTS),
-    *(Spread(cp, layout, 1, 2, part=5) for cp, layout in CUTS),
-]
+
+
+def spreads_of(number: int) -> list[Spread]:
+    """The spreads that the objective of this number is tried in; orders and micro-batches meet in changing pairs."""
+    spreads = [Spread(cp, layout, n, (n + number) % 3) for (cp, layout), n in product(CUTS, (1, 2, 3))]
+    spreads += [Spread(cp, layout, 2, number % 3, dtype="float32") for cp, layout in CUTS]
+    spreads += [Spread(cp, layout, 1, number % 3, exact=False) for cp, layout in CUTS[number % 2 :: 2]]
+    spreads += [Spread(1, "zigzag", 1, number % 3, part=5), Spread(2, "zigzag", 1, number % 3, part=5)]
+    if number % 4 == 0:  # every sequence alone: packs without a token, ranks without a policy token
+        spreads += [Spread(cp, layout, len(SEQUENCES), 0) for cp, layout in CUTS]
+    return spreads
 
 
 def shapes(restarts: bool) -> list[Shape]:
@@ -108,59 +113,100 @@ def assert_is_the_definition(case: Case, whole: Found) -> None:
 
 def assert_is_the_whole(case: Case, spread: Spread, found: Found, whole: Found) -> None:
     """A spread batch against the batch in one pack."""
-    where = f"{spread}, {case.objective}, {case.settings}"
-    bound = rounding(case, spread)
+    where, bound = f"{spread}, {case.objective}, {case.settings}", rounding(case, spread)
     for name, got, want in zip(("token_loss", "gradient"), found[1:3], whole[1:3], strict=True):
         torch.testing.assert_close(got, want, rtol=bound, atol=bound, msg=lambda text, name=name: f"{name}, {where}: {text}")
     bound = (1e-12 if spread.dtype == "float64" else 1e-6) * max(1.0, whole.token_loss.abs().max().item())
     assert abs(found.loss - whole.loss) <= bound, f"loss, {where}: {found.loss} is not {whole.loss}"
-    assert_same_stats(spread, found.stats, whole.stats, where)
+    assert found.stats.keys() == whole.stats.keys()
+    for name, got in found.stats.items():
+        bound = 1e-12 if spread.dtype == "float64" else 1e-6
+        bound = bound if name.startswith("sum/") or not spread.exact else 0.0
+        torch.testing.assert_close(got, whole.stats[name], rtol=bound, atol=bound, msg=lambda text, name=name: f"{name}, {where}: {text}")
 
 
 def rounding(case: Case, spread: Spread) -> float:
-    return 0
+    """How far a token's loss and gradient may be off, absolutely and relatively; 0: not by one bit.
+
+    Exact sums, minima and maxima are the same bits everywhere, and so is all that is computed from them token by token, with
+    one exception: torch's sigmoid (SAPO) rounds differently in the last elements of a tensor, which are not vectorised. CPPO's
+    position-weighted sum is float64 also in exact mode, but only decides which tokens are kept.
+    """
+    if case.objective["type"] == "sapo":
+        return 4 * torch.finfo(getattr(torch, spread.dtype)).eps
+    return 0.0 if spread.exact else 1e-12
 
 
-def assert_same_stats(spread: Spread, found: dict[str, Tensor], whole: dict[str, Tensor], where: str) -> None:
-    assert found.keys() == whole.keys()
-    for name, got in found.items():
-        bound = 0.0 if not name.startswith("sum/") and spread.exact else (1e-9 if spread.dtype == "float64" else 1e-4)
-        torch.testing.assert_close(got, whole[name], rtol=bound, atol=bound, msg=lambda text, name=name: f"{name}, {where}: {text}")
+# ---- the ranks
 
 
-# ---- the spreads
-
-
-def on_ranks(info: RankInfo, cases: list[Case]) -> dict[str, Any]:
-    """What each rank finds: in every spread of every case, and with each fault in those of one case."""
+def on_ranks(info: RankInfo, cases: list[Case], broken: Case) -> dict[str, Any]:
+    """What each rank finds: in every spread of every case, in some spreads with each fault, and with a broken log-prob."""
     ranks = Ranks(info, (2, 4))
-    found: dict[str, Any] = {"spreads": [[ranks.shares(case, spread) for spread in SPREADS] for case in cases]}
+    found: dict[str, Any] = {
+        "cases": [[ranks.shares(case, spread) for spread in spreads_of(number)] for number, case in enumerate(cases)],
+        "broken": [ranks.shares(broken, spread) for spread in BROKEN_SPREADS],
+        "faults": {},
+    }
+    for name, fault in ACROSS_RANKS.items():
+        with fault():
+            found["faults"][name] = [ranks.shares(cases[0], spread) for spread in FAULT_SPREADS]
     return found
 
 
-def test_dev():
-    import time, collections
-    t0 = time.time()
-    per_rank = run_ranks(RANKS, on_ranks, CASES)
-    print("ranks", time.time() - t0)
-    t0 = time.time()
-    bad = collections.Counter()
-    first = {}
-    for i, case in enumerate(CASES):
-        try:
-            assert_is_the_definition(case, in_one_pack(case))
-        except AssertionError as e:
-            bad[("def", str(case.objective))] += 1
-            first.setdefault(("def", str(case.objective)), str(e))
-        for j, spread in enumerate(SPREADS):
-            whole = in_one_pack(case, exact=spread.exact, dtype=spread.dtype)
-            found = joined(case, spread, [r["spreads"][i][j] for r in per_rank])
-            try:
-                assert_is_the_whole(case, spread, found, whole)
-            except AssertionError as e:
-                key = (str(e)[:14], str(case.objective), spread.exact, spread.dtype)
-                bad[key] += 1
-                first.setdefault(key, str(e))
-    print("compare", time.time() - t0)
-    for k, n in bad.items():
-        print(k, n, first[k])
+@pytest.fixture(scope="module")
+def per_rank() -> list[dict[str, Any]]:
+    return run_ranks(RANKS, on_ranks, CASES, BROKEN)
+
+
+@pytest.fixture(scope="module")
+def wholes() -> Callable[[int, Spread], Found]:
+    """The batch of a case in one pack, in the numbers that a spread uses."""
+
+    @functools.cache
+    def whole(number: int, exact: bool, dtype: str) -> Found:
+        return in_one_pack(CASES[number], exact=exact, dtype=dtype)
+
+    return lambda number, spread=Spread(): whole(number, spread.exact, spread.dtype)
+
+
+# ---- the tests
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
+def test_one_pack_is_the_definition(wholes, number):
+    assert_is_the_definition(CASES[number], wholes(number))
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
+def test_every_spread_is_one_pack(per_rank, wholes, number):
+    case = CASES[number]
+    for place, spread in enumerate(spreads_of(number)):
+        found = joined(case, spread, [rank["cases"][number][place] for rank in per_rank])
+        assert_is_the_whole(case, spread, found, wholes(number, spread))
+
+
+def test_every_objective_meets_every_cut_order_and_number_of_micro_batches():
+    assert {objective["type"] for objective in OBJECTIVES} == set(ALL_OBJECTIVES)
+    met = {(s.cp, s.layout, s.micro_batches, s.order) for number in range(len(CASES)) for s in spreads_of(number)}
+    assert met >= {(*cut, n, order) for cut, n, order in product(CUTS, (1, 2, 3), range(3))}
+    groups, weights = (next(c.settings["groups"] for c in CASES if "groups" in c.settings)), (1, 2, 3)
+    assert any(len({m for m, pack in enumerate(Spread(micro_batches=n).packs(len(groups))) for i in pack if groups[i] == g}) > 1
+               for n in weights for g in groups)
+
+
+def test_ranks_without_a_policy_token_take_part(per_rank):
+    """Their share is zero, and it has a gradient: zeros, not None."""
+    met = collections.Counter()
+    for number, place in product(range(len(CASES)), range(100)):
+        spreads = spreads_of(number)
+        if place >= len(spreads):
+            continue
+        for rank in per_rank:
+            for share in rank["cases"][number][place].values():
+                if share["policy_tokens"] == 0:
+                    met[spreads[place].cp, spreads[place].layout] += 1
+                    assert share["share"] == 0
+                    assert share["gradient"].shape == share["token_loss"].shape
+                    assert not share["gradient"].any()
+    assert set(met) == set(CUTS)

@@ -110,6 +110,16 @@ def test_rloo_takes_off_the_mean_of_the_others(rewards):
     assert rloo_advantages(rewards) == pytest.approx(slow, abs=1e-13)
 
 
+def test_each_type_of_group_advantage_reaches_the_tokens():
+    groups = [group_of(*(trajectory(reward, [1, 2]) for reward in (1.0, 0.0, 0.0)))]
+    assert flat(compute_advantages(groups, RlooAdvantage())) == pytest.approx([1, 1] + [-0.5] * 4, rel=1e-14)
+    centred = [2 / 3] * 2 + [-1 / 3] * 4
+    assert flat(compute_advantages(groups, GroupAdvantage(normalize_std=False))) == pytest.approx(centred, rel=1e-14)
+    # unbiased variance (4/9 + 1/9 + 1/9) / 2
+    scaled = [value / (math.sqrt(1 / 3) + 1e-6) for value in centred]
+    assert flat(compute_advantages(groups, GroupAdvantage())) == pytest.approx(scaled, rel=1e-14)
+
+
 # REINFORCE++
 
 
