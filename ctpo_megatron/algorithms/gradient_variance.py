@@ -87,14 +87,15 @@ def scatter(kernel: Tensor, scales: Tensor, prompt: Tensor, draws: Tensor) -> tu
     `draws` [B, P] says how often each prompt is taken. The two results add up over positions; their quotient is the trace of the
     gradients' covariance.
     """
-    member = torch.nn.functional.one_hot(prompt, draws.shape[1]).double()
-    count = draws @ member.sum(0)
+    prompts = draws.shape[1]
+    empty = draws.new_zeros(prompts, len(prompt))
+    count = draws @ draws.new_zeros(prompts).index_add_(0, prompt, torch.ones_like(prompt, dtype=draws.dtype))
     found = []
     for scale in scales:
         products = scale[:, None] * kernel * scale
-        squares = draws @ (products.diagonal() @ member)
-        of_the_mean = ((draws @ (member.T @ products @ member)) * draws).sum(-1)
-        found.append(squares - of_the_mean / count.clamp(min=1))
+        within = draws.new_zeros(prompts).index_add_(0, prompt, products.diagonal())  # squared norms, by prompt
+        between = draws.new_zeros(prompts, prompts).index_add_(1, prompt, empty.index_add(0, prompt, products))
+        found.append(draws @ within - ((draws @ between) * draws).sum(-1) / count.clamp(min=1))
     return torch.stack(found), (count - 1).clamp(min=0)
 
 

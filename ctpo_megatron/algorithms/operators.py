@@ -26,7 +26,7 @@ class Operator(NamedTuple):
 
     def empty_like(self, state: Tensor) -> Tensor:
         """The identity as [K, 1, ...], to be broadcast against `state` [K, ...]."""
-        return torch.tensor(self.identity, dtype=torch.float64).to(state).view(-1, *[1] * (state.dim() - 1))
+        return torch.stack([state.new_full([1] * (state.dim() - 1), number) for number in self.identity])
 
 
 def _affine(earlier: Tensor, later: Tensor) -> Tensor:
@@ -39,6 +39,8 @@ def _ramp(earlier: Tensor, later: Tensor) -> Tensor:
 
 
 SUM = Operator((0.0,), torch.add)
+WIDE_SUM = Operator((0.0,), torch.add)
+"""A sum of values of any size, always in float64: the last bits depend on the order."""
 MIN = Operator((float("inf"),), torch.minimum)
 MAX = Operator((-float("inf"),), torch.maximum)
 AFFINE = Operator((1.0, 0.0), _affine)

@@ -46,11 +46,11 @@ def prepare(recipe: Recipe, streams: Streams, scan: Scan) -> Prepared:
     log_ratio = torch.where(streams.mask, logp - anchor, 0.0).clamp_(-MAX_ABS, MAX_ABS)
     given = Given(logp, anchor, streams.advantages, streams.mask, log_ratio, streams.support)
     statistics = recipe.method.statistics(given, **recipe.options)
-    gap, asked = None, _channels(given, statistics, streams.restarts)
+    gap, correcting = None, None
     if recipe.correction is not None:
         gap = mismatch(streams.old_logp, streams.rollout_logp, streams.mask).to(logp.dtype)
-        channel = correction_channel(recipe.correction.level, gap)
-        asked |= {} if channel is None else {"/mismatch": channel}
+        correcting = correction_channel(recipe.correction.level, gap)
+    asked = _channels(given, statistics if correcting is None else {**statistics, "/mismatch": correcting}, streams.restarts)
     if recipe.aggregation == "balanced":
         asked["/signs"] = Channel(torch.sign(given.advantages), reach="sequence")
     asked = dict(sorted(asked.items(), key=lambda item: item[1].reach != "sequence"))  # these keep nothing while others run

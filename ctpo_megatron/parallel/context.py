@@ -24,13 +24,15 @@ class ContextParallelScan:
     def __init__(self, group: dist.ProcessGroup, layout: Layout = "zigzag", exact: bool = True) -> None:
         self.group, self.exact = group, exact
         self.rank, self.size = group.rank(), group.size()
-        self._places = torch.tensor(piece_places(layout, self.size))  # [cp, pieces per rank]
-        self._per_rank = self._places.shape[1]
+        places = piece_places(layout, self.size)
+        self._mine, self._per_rank = places[self.rank], len(places[0])
+        # where piece 0, 1, 2 ... of a sequence is: (place in token order, rank, slot of the rank)
+        self._pieces = sorted((place, rank, slot) for rank, held in enumerate(places) for slot, place in enumerate(held))
 
     def run(self, channels: Sequence[Channel], cu_seqlens: Tensor) -> list[Scanned]:
         """See `Scan.run`."""
         check_length(channels[0].values.shape[-1] * self.size)
-        pieces = ((cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64) // self._places.numel()).repeat_interleave(self._per_rank)
+        pieces = ((cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64) // len(self._pieces)).repeat_interleave(self._per_rank)
         bounds = torch.nn.functional.pad(torch.cumsum(pieces, 0), (1, 0))
         return scan_pieces(channels, bounds, self.exact, self._join)
 
@@ -67,10 +69,8 @@ class ContextParallelScan:
         mine = mine.contiguous()
         gathered = mine.new_empty((self.size * rows, mine.shape[1]))  # gloo wants the ranks joined along a dimension of `mine`
         dist.all_gather_into_tensor(gathered, mine, group=self.group)
-        by_rank = gathered.view(self.size, rows, -1, self._per_rank).permute(1, 2, 0, 3)  # [rows, N, cp, pieces per rank]
-        in_order = torch.empty_like(by_rank.reshape(rows, by_rank.shape[1], -1))
-        in_order[..., self._places.reshape(-1).to(mine.device)] = by_rank.reshape(in_order.shape)
-        return in_order
+        by_rank = gathered.view(self.size, rows, -1, self._per_rank)
+        return torch.stack([by_rank[rank, ..., slot] for _, rank, slot in self._pieces], dim=-1)
 
     def _carry(self, channel: Channel, state: Tensor, closed: Tensor | None) -> Joined:
         """What lies before each of this rank's pieces, from all pieces' states [K, N, pieces] in token order."""
@@ -84,7 +84,7 @@ class ContextParallelScan:
         before = _shift(operator, inclusive)
         if channel.backwards:
             before = before.flip(-1)
-        mine = before[..., self._places[self.rank].to(state.device)]
+        mine = torch.stack([before[..., place] for place in self._mine], dim=-1)
         return Joined(mine.reshape(state.shape[0], -1), inclusive[..., -1])
 
 

@@ -18,10 +18,10 @@ Layout = Literal["zigzag", "contiguous"]
 
 
 def piece_places(layout: Layout, cp_size: int) -> list[list[int]]:
-    """Pieces of each rank, in its local order: [cp][pieces per rank]; numbered in token order."""
-    if layout == "zigzag":
+    """Pieces of each rank, in its local order: [cp][pieces per rank]; numbered in token order. One rank's are not cut."""
+    if layout == "zigzag" and cp_size > 1:
         return [[rank, 2 * cp_size - 1 - rank] for rank in range(cp_size)]
-    if layout == "contiguous":
+    if layout in ("zigzag", "contiguous"):
         return [[rank] for rank in range(cp_size)]
     raise ValueError(f"unknown layout {layout!r}; allowed: zigzag, contiguous")
 

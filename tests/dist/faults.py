@@ -18,7 +18,12 @@ from ctpo_megatron.algorithms.tokens import Given, TokenLoss, Tokens
 from ctpo_megatron.parallel import context
 
 Fault = Callable[[], AbstractContextManager[Any]]
-_channels, _carry, _shift, _piece_places = prepare._channels, context.ContextParallelScan._carry, context._shift, context.piece_places
+_channels, _carry, _shift, _piece_places = (
+    prepare._channels,
+    context.ContextParallelScan._carry,
+    context._shift,
+    context.piece_places,
+)
 
 
 # ---- in what is scanned, wherever it is

@@ -108,7 +108,9 @@ def whole_batch_weights(case: Case) -> Tensor:
     """The weight of each sequence [N], as the trainer finds it before it cuts the batch up."""
     aggregation = case.settings["aggregation"]
     constant = aggregation["tokens"] if isinstance(aggregation, Mapping) else 1.0
-    signs = [sum((a > 0) - (a < 0) for a, is_policy in zip(row.advantage, row.mask, strict=True) if is_policy) for row in case.rows]
+    signs = [
+        sum((a > 0) - (a < 0) for a, is_policy in zip(row.advantage, row.mask, strict=True) if is_policy) for row in case.rows
+    ]
     groups = case.settings.get("groups")
     return sequence_weights(
         aggregation["type"] if isinstance(aggregation, Mapping) else aggregation,
@@ -123,14 +125,11 @@ def _share(case: Case, spread: Spread, members: list[int], weights: Tensor | Non
     rows = [padded(case.rows[i], spread.pieces) for i in members]
     cu = borders([len(row.mask) for row in rows])
 
-    def mine(stream: str) -> Tensor:
-        whole = packed(rows, stream)
-        return shard(whole if whole.dtype == torch.bool else whole.to(getattr(torch, spread.dtype)), cu, cp_rank, spread.cp, spread.layout)
+    def mine(name: str) -> Tensor:
+        stream = packed(rows, name)
+        stream = stream if stream.dtype == torch.bool else stream.to(getattr(torch, spread.dtype))
+        return shard(stream, cu, cp_rank, spread.cp, spread.layout)
 
-    averaging: dict[str, Any] = {"weights": None if weights is None else weights[members]}
-    if weights is None:
-        groups = case.settings.get("groups")
-        averaging = {"aggregation": case.settings["aggregation"], "groups": None if groups is None else torch.tensor(groups)[members]}
     tops = str(case.objective.get("divergence", "")).startswith("topk")
     logp, mask = mine("logp").requires_grad_(), mine("mask")
     out = policy_loss(
@@ -146,7 +145,7 @@ def _share(case: Case, spread: Spread, members: list[int], weights: Tensor | Non
         support=Support(mine("top_logp"), mine("top_rollout")) if tops else None,
         sequence_ids=torch.tensor(members),
         scan=scan,
-        **averaging,
+        **_averaging(case, members, weights),
     )
     out.loss.backward()
     arrays = {"share": out.loss, "token_loss": out.token_loss, "gradient": logp.grad}
@@ -154,6 +153,17 @@ def _share(case: Case, spread: Spread, members: list[int], weights: Tensor | Non
         **{name: value.detach().numpy() for name, value in arrays.items()},
         "stats": {name: value.numpy() for name, value in out.stats.items()},
         "policy_tokens": int(mask.sum()),
+    }
+
+
+def _averaging(case: Case, members: list[int], weights: Tensor | None) -> dict[str, Any]:
+    """How a pack is averaged: by the whole batch's weights, or, where it is the whole batch, by the loss itself."""
+    if weights is not None:
+        return {"weights": weights[members]}
+    groups = case.settings.get("groups")
+    return {
+        "aggregation": case.settings["aggregation"],
+        "groups": None if groups is None else torch.tensor(groups)[members],
     }
 
 

@@ -1,16 +1,17 @@
 """The same loss however a batch is spread: over packs, micro-batches, data-parallel replicas and context-parallel ranks.
 
 One pack on one rank is held against the definitions (the oracles of the unit tests), every other spread against that pack:
-token losses and gradients to the last bit where sums are exact, the loss to 1e-12 (float32: 1e-6). Two exceptions are named
-where they are allowed: CPPO's position-weighted sum and SAPO's sigmoid.
+token losses and gradients to the last bit where sums are exact (`rounding` says where they are not), the loss to 1e-12, in
+float32 to 1e-6. Faults that are planted on purpose must make these comparisons fail.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -20,10 +21,9 @@ from faults import ACROSS_RANKS, EVERYWHERE
 from oracles_batch import Options
 from oracles_cases import Case, Shape, draw_case
 from ranks import run_ranks
-from spread import Found, Ranks, Shares, Spread, in_one_pack, joined, shares
-from torch import Tensor
+from spread import Found, Ranks, Spread, in_one_pack, joined
 
-from ctpo_megatron.algorithms import LocalScan, raise_if_nonfinite
+from ctpo_megatron.algorithms import objectives, raise_if_nonfinite
 from ctpo_megatron.errors import NonFiniteError
 from ctpo_megatron.mcore.engine import RankInfo
 
@@ -95,9 +95,18 @@ def draw_cases() -> list[Case]:
     return cases
 
 
-CASES = draw_cases()
-CTPO, OTHERS = CASES[0], CASES[1:]
-assert CTPO.objective["type"] == "ctpo"
+def draw_broken() -> Case:
+    """The fourth policy token of the third sequence with one has no log-prob."""
+    case = draw_case(random.Random(0), {"type": "ctpo"}, {"aggregation": "token-mean", "correction": None}, shapes(restarts=True))
+    row = case.rows[3]
+    row.logp[row.policy_tokens()[3]] = math.nan
+    return case
+
+
+CASES, BROKEN = draw_cases(), draw_broken()
+NAMES = ["-".join(str(value) for value in objective.values()) for objective in OBJECTIVES]
+BROKEN_SPREADS = [Spread(cp, layout, n, 2) for (cp, layout), n in product(CUTS, (1, 3))]
+FAULT_SPREADS = [Spread(cp, layout) for cp, layout in CUTS if cp > 1]
 
 
 # ---- what is compared
@@ -122,7 +131,9 @@ def assert_is_the_whole(case: Case, spread: Spread, found: Found, whole: Found) 
     for name, got in found.stats.items():
         bound = 1e-12 if spread.dtype == "float64" else 1e-6
         bound = bound if name.startswith("sum/") or not spread.exact else 0.0
-        torch.testing.assert_close(got, whole.stats[name], rtol=bound, atol=bound, msg=lambda text, name=name: f"{name}, {where}: {text}")
+        torch.testing.assert_close(
+            got, whole.stats[name], rtol=bound, atol=bound, msg=lambda text, name=name: f"{name}, {where}: {text}"
+        )
 
 
 def rounding(case: Case, spread: Spread) -> float:
@@ -167,7 +178,7 @@ def wholes() -> Callable[[int, Spread], Found]:
     def whole(number: int, exact: bool, dtype: str) -> Found:
         return in_one_pack(CASES[number], exact=exact, dtype=dtype)
 
-    return lambda number, spread=Spread(): whole(number, spread.exact, spread.dtype)
+    return lambda number, spread: whole(number, spread.exact, spread.dtype)
 
 
 # ---- the tests
@@ -175,7 +186,7 @@ def wholes() -> Callable[[int, Spread], Found]:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
 def test_one_pack_is_the_definition(wholes, number):
-    assert_is_the_definition(CASES[number], wholes(number))
+    assert_is_the_definition(CASES[number], wholes(number, Spread()))
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
@@ -186,27 +197,52 @@ def test_every_spread_is_one_pack(per_rank, wholes, number):
         assert_is_the_whole(case, spread, found, wholes(number, spread))
 
 
-def test_every_objective_meets_every_cut_order_and_number_of_micro_batches():
-    assert {objective["type"] for objective in OBJECTIVES} == set(ALL_OBJECTIVES)
+def test_every_cut_meets_every_order_and_number_of_micro_batches():
+    assert {objective["type"] for objective in OBJECTIVES} == set(objectives.OBJECTIVES)
     met = {(s.cp, s.layout, s.micro_batches, s.order) for number in range(len(CASES)) for s in spreads_of(number)}
     assert met >= {(*cut, n, order) for cut, n, order in product(CUTS, (1, 2, 3), range(3))}
-    groups, weights = (next(c.settings["groups"] for c in CASES if "groups" in c.settings)), (1, 2, 3)
-    assert any(len({m for m, pack in enumerate(Spread(micro_batches=n).packs(len(groups))) for i in pack if groups[i] == g}) > 1
-               for n in weights for g in groups)
+    balanced = [case.settings["groups"] for case in CASES if "groups" in case.settings]
+    packs = Spread(micro_batches=2).packs(len(SEQUENCES))
+    assert all(any({groups[i] for i in packs[0]} & {groups[i] for i in packs[1]}) for groups in balanced)
 
 
 def test_ranks_without_a_policy_token_take_part(per_rank):
     """Their share is zero, and it has a gradient: zeros, not None."""
     met = collections.Counter()
-    for number, place in product(range(len(CASES)), range(100)):
-        spreads = spreads_of(number)
-        if place >= len(spreads):
-            continue
-        for rank in per_rank:
-            for share in rank["cases"][number][place].values():
+    for number in range(len(CASES)):
+        for place, spread in enumerate(spreads_of(number)):
+            for share in (share for rank in per_rank for share in rank["cases"][number][place].values()):
                 if share["policy_tokens"] == 0:
-                    met[spreads[place].cp, spreads[place].layout] += 1
+                    met[spread.cp, spread.layout] += 1
                     assert share["share"] == 0
                     assert share["gradient"].shape == share["token_loss"].shape
                     assert not share["gradient"].any()
     assert set(met) == set(CUTS)
+
+
+def test_a_broken_log_prob_is_found_at_its_place(per_rank):
+    for place, spread in enumerate(BROKEN_SPREADS):
+        stats = joined(BROKEN, spread, [rank["broken"][place] for rank in per_rank]).stats
+        with pytest.raises(NonFiniteError, match=r"sequence 3, policy token 4 \(counted from 1\)"):
+            raise_if_nonfinite(stats)
+
+
+@pytest.mark.parametrize("fault", EVERYWHERE)
+def test_a_fault_in_what_is_scanned_is_found(fault):
+    """By the definition alone: the fault is the same in every spread."""
+    assert_is_the_definition(CASES[0], in_one_pack(CASES[0]))
+    with EVERYWHERE[fault](), pytest.raises(AssertionError, match="definition, "):
+        assert_is_the_definition(CASES[0], in_one_pack(CASES[0]))
+
+
+@pytest.mark.parametrize("place", range(len(FAULT_SPREADS)), ids=[f"{s.cp}-{s.layout}" for s in FAULT_SPREADS])
+@pytest.mark.parametrize("fault", ACROSS_RANKS)
+def test_a_fault_across_ranks_is_found(per_rank, fault, place):
+    """By comparison with one pack, which the fault leaves as it is."""
+    case, spread = CASES[0], FAULT_SPREADS[place]
+    with ACROSS_RANKS[fault]():
+        whole = in_one_pack(case)
+        assert_is_the_definition(case, whole)
+        found = joined(case, spread, [rank["faults"][fault][place] for rank in per_rank])
+        with pytest.raises(AssertionError):
+            assert_is_the_whole(case, spread, found, whole)

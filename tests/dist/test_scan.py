@@ -27,6 +27,7 @@ RANKS, SIZES, LAYOUTS = 4, (2, 4), ("zigzag", "contiguous")
 CUTS = list(product(SIZES, LAYOUTS))
 # multiples of 2 * 4; none, one and many tokens in a piece
 PACKS = {"mixed": (8, 40, 0, 16, 8, 120, 24), "short": (8, 16), "long": (800, 1600), "empty": (0, 0), "alone": (8,)}
+LENGTHS = PACKS | {"odd": (1, 3, 0, 5)}
 ROUNDED = ("mixed", "empty")  # those that float64 sums are tried on
 QUANTILES = (0.0, 0.5, 0.9, 1.0)
 OBJECTIVES = {
@@ -42,7 +43,7 @@ Arrays = dict[str, Any]
 
 def streams(pack: str) -> dict[str, Tensor]:
     """Values beyond +-20 among them, factors in [0, 1], a mask with holes and a sequence without any policy token; restarts."""
-    draw, size = torch.Generator().manual_seed(len(pack)), sum(PACKS[pack])
+    draw, size = torch.Generator().manual_seed(len(pack)), sum(LENGTHS[pack])
     mask = torch.rand(size, generator=draw) < 0.7
     mask[48:64] = False  # all of the fourth sequence of `mixed`
     return {
@@ -55,7 +56,7 @@ def streams(pack: str) -> dict[str, Tensor]:
 
 def streams_of(scan: ContextParallelScan, layout: str, pack: str) -> dict[str, Tensor]:
     """A rank's part of a pack's streams."""
-    return {name: shard(stream, borders(PACKS[pack]), scan.rank, scan.size, layout) for name, stream in streams(pack).items()}
+    return {name: shard(stream, borders(LENGTHS[pack]), scan.rank, scan.size, layout) for name, stream in streams(pack).items()}
 
 
 # ---- on the ranks
@@ -63,8 +64,9 @@ def streams_of(scan: ContextParallelScan, layout: str, pack: str) -> dict[str, T
 
 def on_ranks(info: RankInfo) -> Arrays:
     """What a rank finds in every cut: its scans, with and without faults, and the calls of its process group."""
-    ranks = Ranks(info, SIZES)
+    ranks = Ranks(info, (1, *SIZES))
     found: Arrays = {"counter": counted_collectives(ranks.group[4]), "refused": refusals(ranks.group[2])}
+    found |= {(1, layout): scanned(ContextParallelScan(ranks.group[1], layout), layout, "odd") for layout in LAYOUTS}
     for size, layout in CUTS:
         scan = ContextParallelScan(ranks.group[size], layout)
         for pack in PACKS:
@@ -83,7 +85,7 @@ def on_ranks(info: RankInfo) -> Arrays:
 
 def scanned(scan: ContextParallelScan, layout: str, pack: str) -> Arrays:
     """Every channel in one run, quantiles, and the number of each token's sequence."""
-    cu, mine = borders(PACKS[pack]), streams_of(scan, layout, pack)
+    cu, mine = borders(LENGTHS[pack]), streams_of(scan, layout, pack)
     results = scan.run([asked.channel for asked in every_channel(**mine, exact=scan.exact)], cu)
     return {
         "values": [each.values.numpy() for each in results],
@@ -95,7 +97,7 @@ def scanned(scan: ContextParallelScan, layout: str, pack: str) -> Arrays:
 
 def traffic_of_scan(scan: ContextParallelScan, layout: str, pack: str) -> dict[str, list[Call]]:
     """Calls of a run of every channel, and of a quantile."""
-    cu, mine = borders(PACKS[pack]), streams_of(scan, layout, pack)
+    cu, mine = borders(LENGTHS[pack]), streams_of(scan, layout, pack)
     channels = [asked.channel for asked in every_channel(**mine, exact=scan.exact)]
     with Traffic() as of_run:
         scan.run(channels, cu)
@@ -106,7 +108,7 @@ def traffic_of_scan(scan: ContextParallelScan, layout: str, pack: str) -> dict[s
 
 def traffic_of_loss(scan: ContextParallelScan, layout: str, pack: str, objective: str) -> dict[str, list[Call]]:
     """Calls in the forward and in the backward of a loss."""
-    cu, mine = borders(PACKS[pack]), streams_of(scan, layout, pack)
+    cu, mine = borders(LENGTHS[pack]), streams_of(scan, layout, pack)
     logp = (-mine["x"].abs()).requires_grad_()
     old, options = -mine["other"], OBJECTIVES[objective]
     with Traffic() as forward:
@@ -161,13 +163,13 @@ def per_rank() -> list[Arrays]:
 
 def assert_scans_are_local(replicas: list[list[Arrays]], layout: str, exact: bool, pack: str) -> None:
     """Scans of the ranks of every replica against the scan of whole sequences."""
-    cu, whole = borders(PACKS[pack]), streams(pack)
+    cu, whole = borders(LENGTHS[pack]), streams(pack)
     asked, local = every_channel(**whole, exact=exact), LocalScan(exact)
     bound = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     same = partial(torch.testing.assert_close, rtol=0, atol=0)
     for ranks in replicas:
         for i, (each, want) in enumerate(zip(asked, local.run([each.channel for each in asked], cu), strict=True)):
-            compare = same if each.name.startswith(("exact sum", "min", "max")) else bound
+            compare = same if each.name.startswith(("exact sum", "count", "min", "max")) else bound
             if each.channel.reach == "sequence":
                 assert all(rank["values"][i].size == 0 for rank in ranks)
             else:
@@ -191,6 +193,11 @@ def test_scans_of_shards_are_scans_of_whole_sequences(per_rank, size, layout, ex
     assert_scans_are_local(replicas_of(per_rank, size, layout, exact, pack), layout, exact, pack)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_rank_takes_sequences_of_any_length(per_rank, layout):
+    assert_scans_are_local(replicas_of(per_rank, 1, layout), layout, True, "odd")
+
+
 @pytest.mark.parametrize("fault", OF_SCANS)
 @pytest.mark.parametrize(("size", "layout"), CUTS)
 def test_a_planted_fault_is_found(per_rank, size, layout, fault):
@@ -203,9 +210,9 @@ def test_a_planted_fault_is_found(per_rank, size, layout, fault):
 def test_all_channels_take_one_collective_whatever_the_tokens(per_rank, size, layout, pack):
     asked = every_channel(**streams(pack), exact=True)
     rows = sum(len(each.channel.operator.identity) for each in asked)
-    if sum(PACKS[pack]):
+    if sum(LENGTHS[pack]):
         rows += sum(each.channel.restarts is not None for each in asked)  # one more: whether a piece holds a restart
-    given, tokens = bytes_given(rows, layout, pack), sum(PACKS[pack]) // size
+    given, tokens = bytes_given(rows, layout, pack), sum(LENGTHS[pack]) // size
     for rank in per_rank:
         calls = rank[size, layout, "traffic", pack]
         assert calls["run"] == [("_allgather_base_", (size * given, given))]
@@ -223,7 +230,7 @@ def bytes_given(rows: int, layout: str, pack: str) -> int:
 def test_a_loss_takes_one_collective_and_its_backward_none(per_rank, size, layout, objective):
     for rank, pack in product(per_rank, ("short", "long")):
         calls = rank[size, layout, pack, objective]
-        given, tokens = bytes_given(ROWS[objective], layout, pack), sum(PACKS[pack]) // size
+        given, tokens = bytes_given(ROWS[objective], layout, pack), sum(LENGTHS[pack]) // size
         expected = [("_allgather_base_", (size * given, given))]
         if objective == "adaptive cppo":  # a quantile
             expected.append(("_allgather_base_", (size * tokens * 8, tokens * 8)))

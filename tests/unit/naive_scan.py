@@ -30,6 +30,7 @@ class Loop(NamedTuple):
 LOOPS = {
     "sum": Loop(SUM, 0.0, lambda total, x: total + x),
     "exact sum": Loop(SUM, 0, lambda total, x: total + round(min(max(x, -20.0), 20.0) / UNIT), lambda total: total * UNIT),
+    "count": Loop(SUM, 0, lambda count, counts: count + counts, float),
     "min": Loop(MIN, math.inf, min),
     "max": Loop(MAX, -math.inf, max),
     "affine": Loop(AFFINE, 0.0, lambda y, ab: ab[0] * y + ab[1]),
@@ -75,6 +76,7 @@ def every_channel(x: Tensor, other: Tensor, mask: Tensor, restarts: Tensor, *, e
     held = torch.where(mask, x, 0.0)
     streams = {
         "exact sum" if exact else "sum": held,
+        "count": mask,
         "min": torch.where(mask, x, math.inf),
         "max": torch.where(mask, x, -math.inf),
         "affine": torch.stack([torch.where(mask, other, 1.0), held]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -188,12 +189,22 @@ def test_tables_and_plot_of_everything_that_can_happen(
         for method in ablate.METHODS:
             error = "error: NaN" if (method, seed) == ("sequence", 2) or method == "minpro" else None
             write_run(tmp_path / f"seed-{seed}" / method, [0.4, 0.5], {0: 0.3, 2: 0.5 + seed / 10}, error=error)
-    monkeypatch.setattr(ablate, "python", Starts(0))
+    starts = Starts(0)
+    monkeypatch.setattr(ablate, "python", starts)
     ablate.main(methods=",".join(ablate.METHODS), seeds=2, out=tmp_path)
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 18
     shown = capsys.readouterr().out
     assert "65.0 ± 63.5 (60.0 to 70.0)" in shown
     assert "+0.0 ± 0.0 (+0.0 to +0.0)" in shown
     assert "2 of 2" in shown
-    result = json.loads((tmp_path / "results.json").read_text())
-    assert len(result["runs"]) == 18
+    shutil.rmtree(tmp_path / "seed-2" / "gspo")
+    ablate.main(methods="ctpo,gspo,cppo", seeds=3, out=tmp_path, report_only=True)
+    assert starts == []
+    assert [(run["method"], run["seed"]) for run in json.loads((tmp_path / "results.json").read_text())["runs"]] == [
+        ("ctpo", 1),
+        ("gspo", 1),
+        ("cppo", 1),
+        ("ctpo", 2),
+        ("cppo", 2),
+    ]
     assert (tmp_path / "ablation.png").exists() == (importlib.util.find_spec("matplotlib") is not None)

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import LocalScan
+from ctpo_megatron.algorithms import LocalScan, raise_if_nonfinite
 from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.packing import pack
-from ctpo_megatron.errors import MismatchError
+from ctpo_megatron.errors import MismatchError, NonFiniteError
 from ctpo_megatron.loop.statistics import train_metrics
-from ctpo_megatron.mcore.policy import check_drift, drift_stats, merge_stats
+from ctpo_megatron.mcore.policy import anchor_logp, check_drift, drift_stats, merge_stats
 from ctpo_megatron.types import TrainSample
 
 
@@ -74,3 +74,19 @@ def test_merging_steps():
 def test_old_logp_is_sharded_with_the_rest():
     whole = replace(micro_batch(), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
     assert whole.with_old_logp(torch.arange(5.0)).shard(1, 2).old_logp.tolist() == [1.0, 2.0]
+
+
+def test_a_token_is_compared_with_the_version_that_sampled_it():
+    mb, old = micro_batch(), torch.tensor([-1.5, -2.5, -9.0, -3.5, -4.5])
+    present = anchor_logp(mb, old, "version", version=4)
+    assert present[mb.loss_mask].tolist() == [-1.5, -2.5, -3.0, -4.5]  # the third policy token is of version 3: the engine's
+    assert torch.equal(anchor_logp(mb, old, "old", version=4), old)
+    assert torch.equal(anchor_logp(mb, old, "rollout", version=4), mb.rollout_logp)
+
+
+def test_a_log_prob_that_is_not_finite_is_named_before_drift_is_judged():
+    found = drift_stats(micro_batch(), torch.tensor([-1.5, -2.0, -9.0, math.nan, -4.25]), LocalScan(), version=4)
+    with pytest.raises(NonFiniteError, match="sequence 0, policy token 3 "):
+        raise_if_nonfinite(found)
+    masked = drift_stats(micro_batch(), torch.tensor([-1.5, -2.0, math.nan, -3.0, -4.25]), LocalScan(), version=4)
+    raise_if_nonfinite(masked)

@@ -8,7 +8,7 @@ and device show; and, where there is a GPU, on it, with CUDA's own check.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctpo_megatron.algorithms import LocalScan, Scan, Support, policy_loss
+from ctpo_megatron.algorithms import LocalScan, Support, policy_loss
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
 from ctpo_megatron.parallel import ContextParallelScan
 
@@ -168,7 +168,8 @@ def calls() -> Iterator[dict[str, Any]]:
 
 
 CALLS = list(calls())
-IDS = ["-".join(re.sub(r"\W+", "_", str(value)).strip("_") for value in call.values()) for call in CALLS]
+CASES = [(call, scan) for call in CALLS for scan in ("local", "context_parallel") if scan == "local" or "restarts" in call]
+IDS = ["-".join([scan, *(re.sub(r"\W+", "_", str(x)).strip("_") for x in call.values())]) for call, scan in CASES]
 
 
 class Group:
@@ -186,40 +187,40 @@ def gather_same(gathered: Tensor, mine: Tensor, group: Group) -> None:
     gathered.view(group.size(), *mine.shape).copy_(mine)
 
 
-@pytest.fixture(params=["local", "context_parallel"])
-def scan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Scan:
-    """Whole sequences, or one rank's zigzag shard of them."""
-    if request.param == "local":
-        return LocalScan()
+@pytest.fixture
+def gathered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "all_gather_into_tensor", gather_same)
-    return ContextParallelScan(Group())
 
 
-def inputs(device: str, share: int) -> dict[str, Any]:
-    """Everything a call may need, for one of `share` equal shards of the sequences."""
-    sequences, gen = len(LENGTHS), torch.Generator().manual_seed(3)
+def inputs(device: str, tokens: int, lengths: Sequence[int]) -> dict[str, Any]:
+    """Everything a call may need: `tokens` local ones of sequences of these lengths."""
+    sequences, gen = len(lengths), torch.Generator().manual_seed(3)
 
     def draw(*columns: int) -> Tensor:
-        return -torch.rand(sum(LENGTHS) // share, *columns, generator=gen).to(device)
+        return -torch.rand(tokens, *columns, generator=gen).to(device)
 
+    logp = draw()
     return {
-        "logp": draw().requires_grad_(),
-        "old_logp": draw(),
-        "rollout_logp": draw(),
+        "old_logp": logp + 0.01 * draw(),
+        "rollout_logp": logp + 0.01 * draw(),
+        "logp": logp.requires_grad_(),
         "advantages": draw() + 0.5,
         "mask": draw() > -0.7,
         "restarts": draw() > -0.1,
         "support": Support(draw(4), draw(4)),
-        "cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32).to(device),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device),
         "groups": (torch.arange(sequences) // 2).to(device),
         "sequence_ids": torch.arange(sequences).to(device),
     }
 
 
-def forward_backward(call: dict[str, Any], scan: Scan, device: str) -> Callable[[], Tensor]:
-    """The call and its backward, to be made; returns the gradient. Inputs are on the device before."""
-    given = inputs(device, CP_SIZE if isinstance(scan, ContextParallelScan) else 1)
-    given["restarts"] = given["restarts"] if call.get("restarts") else None
+def step(case: tuple[dict[str, Any], str], device: str, lengths: Sequence[int] = LENGTHS) -> Callable[[], Tensor]:
+    """A call and its backward, to be made; returns the gradient. Inputs and scan are there before."""
+    call, where = case
+    alone = where == "local"
+    given = inputs(device, sum(lengths) // (1 if alone else CP_SIZE), lengths)
+    given["restarts"] = given["restarts"] if "restarts" in call else None
+    scan = LocalScan() if alone else ContextParallelScan(Group())
 
     def run() -> Tensor:
         policy_loss(**(call | given), scan=scan).loss.backward()
@@ -228,28 +229,39 @@ def forward_backward(call: dict[str, Any], scan: Scan, device: str) -> Callable[
     return run
 
 
-@pytest.mark.parametrize("call", CALLS, ids=IDS)
-def test_reads_no_value(call: dict[str, Any], scan: Scan) -> None:
-    run = forward_backward(call, scan, "cpu")
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.usefixtures("gathered_alone")
+def test_reads_no_value(case: tuple[dict[str, Any], str]) -> None:
+    run = step(case, "cpu")
     with NoHostSync():
         grad = run()
     assert torch.isfinite(grad).all()
+    assert grad.any()
 
 
-@pytest.mark.parametrize("call", CALLS, ids=IDS)
-@pytest.mark.usefixtures("fake_device")
-def test_stays_on_the_device(call: dict[str, Any], scan: Scan) -> None:
-    run = forward_backward(call, scan, FAKE_DEVICE)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.usefixtures("gathered_alone", "fake_device")
+def test_stays_on_the_device(case: tuple[dict[str, Any], str]) -> None:
+    run = step(case, FAKE_DEVICE)
     with NoHostSync():
         grad = run()
     assert grad.device == torch.device(FAKE_DEVICE)
 
 
+@pytest.mark.usefixtures("fake_device")
+def test_a_million_tokens_stay_on_the_device() -> None:
+    run = step((CALLS[0], "local"), FAKE_DEVICE, [1000] * 1000)
+    with NoHostSync():
+        grad = run()
+    assert grad.shape == (1_000_000,)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("call", CALLS, ids=IDS)
-def test_cuda_finds_no_synchronisation(call: dict[str, Any], scan: Scan) -> None:
-    forward_backward(call, scan, "cuda")()  # the first call of a kernel may load it
-    run = forward_backward(call, scan, "cuda")
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.usefixtures("gathered_alone")
+def test_cuda_finds_no_synchronisation(case: tuple[dict[str, Any], str]) -> None:
+    step(case, "cuda")()  # the first call of a kernel may load it
+    run = step(case, "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         run()

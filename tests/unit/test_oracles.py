@@ -138,7 +138,7 @@ def test_a_budget_that_binds_over_long_prefixes(divergence: str, adaptive: bool)
     rng = random.Random(4)
     for budget in (0.01, 0.03, 0.06, 0.1) * 4:
         variant = {"type": "cppo", "divergence": divergence, "delta": 2 * budget, "budget": budget, "weight_min": 0.1}
-        shapes = [[(True, False)] * 6 + [(True, rng.random() < 0.5)] + [(True, False)] * 13] * 12
+        shapes = [[(True, False)] * 6 + [(True, rng.random() < 0.5)] + [(True, False)] * 8] * 16
         case = draw_case(rng, {**variant, "adaptive_budget": adaptive}, {"aggregation": "token-mean"}, shapes)
         assert_as_expected(case)
         assert_as_expected(case, exact=True)

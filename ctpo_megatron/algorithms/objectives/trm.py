@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ctpo_megatron.algorithms.divergence import divergence_from_rollout
-from ctpo_megatron.algorithms.operators import MAX
+from ctpo_megatron.algorithms.operators import MAX, SUM, WIDE_SUM
 from ctpo_megatron.algorithms.scan import Channel
 from ctpo_megatron.algorithms.tokens import Given, Method, Statistic, TokenLoss, Tokens, kept
 
@@ -16,7 +16,8 @@ from ctpo_megatron.algorithms.tokens import Given, Method, Statistic, TokenLoss,
 def statistics(given: Given, *, divergence: str, **_: float | None) -> dict[str, Statistic]:
     """The largest divergence of the sequence's policy tokens, and their sum."""
     found = torch.where(given.mask, divergence_from_rollout(divergence, given), 0.0)
-    return {"largest": Channel(found, MAX, "sequence"), "total": Channel(found, reach="sequence")}
+    adding = WIDE_SUM if divergence in ("k2", "k3") else SUM  # exact sums hold values to 20
+    return {"largest": Channel(found, MAX, "sequence"), "total": Channel(found, adding, "sequence")}
 
 
 def loss(tokens: Tokens, *, max_divergence: float | None, mean_divergence: float | None, **_: str) -> TokenLoss:
