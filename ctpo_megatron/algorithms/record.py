@@ -33,8 +33,8 @@ def token_stats(tokens: Tokens, out: TokenLoss) -> Stats:
         "sum/ratio_sq": torch.where(mask, ratio.double().square(), 0.0).sum(),
         "sum/kl_old": -tokens.log_ratio.detach().sum(dtype=torch.float64),
         "sum/log_ratio_sq": log_ratio.double().square().sum(),
-        "max/ratio": largest(ratio),
-        "min/ratio": -largest(-ratio),
+        "max/ratio": largest(torch.where(mask, ratio, -torch.inf)),
+        "min/ratio": -largest(torch.where(mask, -ratio, -torch.inf)),
     }
 
 

@@ -29,6 +29,8 @@ from ctpo_megatron.mcore.engine import RankInfo
 
 pytestmark = pytest.mark.dist
 
+Results = dict[str, Any]  # of a rank
+Wholes = Callable[[int, Spread], Found]  # (number of a case, how it is spread) -> the same in one pack
 RANKS = 4
 # one letter per token: P, p written by the policy, T, t by a tool; capitals: a new policy version begins
 SEQUENCES = ("p", "pppttpptpppptPpptpppp", "tttt", "ttptPpptppTppt", "", "pptppptpPpp", "pPp", "p" * 17)
@@ -151,10 +153,10 @@ def rounding(case: Case, spread: Spread) -> float:
 # ---- the ranks
 
 
-def on_ranks(info: RankInfo, cases: list[Case], broken: Case) -> dict[str, Any]:
+def on_ranks(info: RankInfo, cases: list[Case], broken: Case) -> Results:
     """What each rank finds: in every spread of every case, in some spreads with each fault, and with a broken log-prob."""
     ranks = Ranks(info, (2, 4))
-    found: dict[str, Any] = {
+    found: Results = {
         "cases": [[ranks.shares(case, spread) for spread in spreads_of(number)] for number, case in enumerate(cases)],
         "broken": [ranks.shares(broken, spread) for spread in BROKEN_SPREADS],
         "faults": {},
@@ -166,12 +168,12 @@ def on_ranks(info: RankInfo, cases: list[Case], broken: Case) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def per_rank() -> list[dict[str, Any]]:
+def per_rank() -> list[Results]:
     return run_ranks(RANKS, on_ranks, CASES, BROKEN)
 
 
 @pytest.fixture(scope="module")
-def wholes() -> Callable[[int, Spread], Found]:
+def wholes() -> Wholes:
     """The batch of a case in one pack, in the numbers that a spread uses."""
 
     @functools.cache
@@ -185,19 +187,19 @@ def wholes() -> Callable[[int, Spread], Found]:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
-def test_one_pack_is_the_definition(wholes, number):
+def test_one_pack_is_the_definition(wholes: Wholes, number: int) -> None:
     assert_is_the_definition(CASES[number], wholes(number, Spread()))
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
-def test_every_spread_is_one_pack(per_rank, wholes, number):
+def test_every_spread_is_one_pack(per_rank: list[Results], wholes: Wholes, number: int) -> None:
     case = CASES[number]
     for place, spread in enumerate(spreads_of(number)):
         found = joined(case, spread, [rank["cases"][number][place] for rank in per_rank])
         assert_is_the_whole(case, spread, found, wholes(number, spread))
 
 
-def test_every_cut_meets_every_order_and_number_of_micro_batches():
+def test_every_cut_meets_every_order_and_number_of_micro_batches() -> None:
     assert {objective["type"] for objective in OBJECTIVES} == set(objectives.OBJECTIVES)
     met = {(s.cp, s.layout, s.micro_batches, s.order) for number in range(len(CASES)) for s in spreads_of(number)}
     assert met >= {(*cut, n, order) for cut, n, order in product(CUTS, (1, 2, 3), range(3))}
@@ -206,7 +208,7 @@ def test_every_cut_meets_every_order_and_number_of_micro_batches():
     assert all(any({groups[i] for i in packs[0]} & {groups[i] for i in packs[1]}) for groups in balanced)
 
 
-def test_ranks_without_a_policy_token_take_part(per_rank):
+def test_ranks_without_a_policy_token_take_part(per_rank: list[Results]) -> None:
     """Their share is zero, and it has a gradient: zeros, not None."""
     met = collections.Counter()
     for number in range(len(CASES)):
@@ -220,7 +222,7 @@ def test_ranks_without_a_policy_token_take_part(per_rank):
     assert set(met) == set(CUTS)
 
 
-def test_a_broken_log_prob_is_found_at_its_place(per_rank):
+def test_a_broken_log_prob_is_found_at_its_place(per_rank: list[Results]) -> None:
     for place, spread in enumerate(BROKEN_SPREADS):
         stats = joined(BROKEN, spread, [rank["broken"][place] for rank in per_rank]).stats
         with pytest.raises(NonFiniteError, match=r"sequence 3, policy token 4 \(counted from 1\)"):
@@ -228,7 +230,7 @@ def test_a_broken_log_prob_is_found_at_its_place(per_rank):
 
 
 @pytest.mark.parametrize("fault", EVERYWHERE)
-def test_a_fault_in_what_is_scanned_is_found(fault):
+def test_a_fault_in_what_is_scanned_is_found(fault: str) -> None:
     """By the definition alone: the fault is the same in every spread."""
     assert_is_the_definition(CASES[0], in_one_pack(CASES[0]))
     with EVERYWHERE[fault](), pytest.raises(AssertionError, match="definition, "):
@@ -237,7 +239,7 @@ def test_a_fault_in_what_is_scanned_is_found(fault):
 
 @pytest.mark.parametrize("place", range(len(FAULT_SPREADS)), ids=[f"{s.cp}-{s.layout}" for s in FAULT_SPREADS])
 @pytest.mark.parametrize("fault", ACROSS_RANKS)
-def test_a_fault_across_ranks_is_found(per_rank, fault, place):
+def test_a_fault_across_ranks_is_found(per_rank: list[Results], fault: str, place: int) -> None:
     """By comparison with one pack, which the fault leaves as it is."""
     case, spread = CASES[0], FAULT_SPREADS[place]
     with ACROSS_RANKS[fault]():

@@ -189,25 +189,27 @@ def replicas_of(per_rank: list[Arrays], size: int, *key: Any) -> list[list[Array
 
 @pytest.mark.parametrize(("exact", "pack"), [*((True, pack) for pack in PACKS), *((False, pack) for pack in ROUNDED)])
 @pytest.mark.parametrize(("size", "layout"), CUTS)
-def test_scans_of_shards_are_scans_of_whole_sequences(per_rank, size, layout, exact, pack):
+def test_scans_of_shards_are_scans_of_whole_sequences(
+    per_rank: list[Arrays], size: int, layout: str, exact: bool, pack: str
+) -> None:
     assert_scans_are_local(replicas_of(per_rank, size, layout, exact, pack), layout, exact, pack)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_one_rank_takes_sequences_of_any_length(per_rank, layout):
+def test_one_rank_takes_sequences_of_any_length(per_rank: list[Arrays], layout: str) -> None:
     assert_scans_are_local(replicas_of(per_rank, 1, layout), layout, True, "odd")
 
 
 @pytest.mark.parametrize("fault", OF_SCANS)
 @pytest.mark.parametrize(("size", "layout"), CUTS)
-def test_a_planted_fault_is_found(per_rank, size, layout, fault):
+def test_a_planted_fault_is_found(per_rank: list[Arrays], size: int, layout: str, fault: str) -> None:
     with pytest.raises(AssertionError):
         assert_scans_are_local(replicas_of(per_rank, size, layout, fault), layout, True, "mixed")
 
 
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize(("size", "layout"), CUTS)
-def test_all_channels_take_one_collective_whatever_the_tokens(per_rank, size, layout, pack):
+def test_all_channels_take_one_collective_whatever_the_tokens(per_rank: list[Arrays], size: int, layout: str, pack: str) -> None:
     asked = every_channel(**streams(pack), exact=True)
     rows = sum(len(each.channel.operator.identity) for each in asked)
     if sum(LENGTHS[pack]):
@@ -227,7 +229,9 @@ def bytes_given(rows: int, layout: str, pack: str) -> int:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(("size", "layout"), CUTS)
-def test_a_loss_takes_one_collective_and_its_backward_none(per_rank, size, layout, objective):
+def test_a_loss_takes_one_collective_and_its_backward_none(
+    per_rank: list[Arrays], size: int, layout: str, objective: str
+) -> None:
     for rank, pack in product(per_rank, ("short", "long")):
         calls = rank[size, layout, pack, objective]
         given, tokens = bytes_given(ROWS[objective], layout, pack), sum(LENGTHS[pack]) // size
@@ -237,13 +241,13 @@ def test_a_loss_takes_one_collective_and_its_backward_none(per_rank, size, layou
         assert calls == {"forward": expected, "backward": []}
 
 
-def test_the_counter_sees_every_kind_of_collective(per_rank):
+def test_the_counter_sees_every_kind_of_collective(per_rank: list[Arrays]) -> None:
     names = ["_allgather_base_", "allgather_", "allreduce_", "broadcast_", "alltoall_base_", "all_reduce"]
     for rank in per_rank:
         assert [name for name in rank["counter"] if name not in ("wait_tensor", "_wrap_tensor_autograd")] == names
 
 
-def test_what_every_rank_refuses(per_rank):
+def test_what_every_rank_refuses(per_rank: list[Arrays]) -> None:
     unknown, long, restarted = "unknown layout 'spiral'", f"exact prefix sums hold up to {MAX_TOKENS}", "takes no restarts"
     for rank in per_rank:
         assert [part in message for part, message in zip((unknown, long, restarted), rank["refused"], strict=True)] == [True] * 3
@@ -254,7 +258,7 @@ def test_what_every_rank_refuses(per_rank):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shards_make_up_the_pack(size, layout):
+def test_shards_make_up_the_pack(size: int, layout: str) -> None:
     for lengths in PACKS.values():
         x, cu = torch.arange(2 * sum(lengths)).view(-1, 2), borders(lengths)
         shards = [shard(x, cu, rank, size, layout) for rank in range(size)]
@@ -263,7 +267,7 @@ def test_shards_make_up_the_pack(size, layout):
             assert torch.equal(zigzag_unshard([zigzag_shard(x, cu, rank, size) for rank in range(size)], cu), x)
 
 
-def test_places_of_pieces_and_refusals():
+def test_places_of_pieces_and_refusals() -> None:
     cu = torch.tensor([0, 8, 16])
     assert shard_indices(cu, 1, 2, "zigzag").tolist() == [2, 3, 4, 5, 10, 11, 12, 13]
     assert shard_indices(cu, 0, 4, "zigzag").tolist() == [0, 7, 8, 15]

@@ -196,7 +196,9 @@ def test_tables_and_plot_of_everything_that_can_happen(
     shown = capsys.readouterr().out
     assert "65.0 ± 63.5 (60.0 to 70.0)" in shown
     assert "+0.0 ± 0.0 (+0.0 to +0.0)" in shown
-    assert "2 of 2" in shown
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line[:1] == "|"]
+    assert {row[0]: row[1:] for row in rows}["minpro"] == ["2", "1", "0 of 2", "25.0", "0.69", "0.1"]  # of the second table
+    assert (tmp_path / "results.md").read_text() in shown
     shutil.rmtree(tmp_path / "seed-2" / "gspo")
     ablate.main(methods="ctpo,gspo,cppo", seeds=3, out=tmp_path, report_only=True)
     assert starts == []

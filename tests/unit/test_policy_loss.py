@@ -209,3 +209,10 @@ def test_a_log_prob_that_is_not_finite_is_named_unless_masked(value):
     assert torch.equal(same, gradient)
     with pytest.raises(NonFiniteError, match=r"sequence 8, policy token 2 "):
         raise_if_nonfinite(poisoned(6, value)[0].stats)
+
+
+def test_extremes_of_the_ratio_are_those_of_the_policys_tokens():
+    small, _ = run([([-1.5, -1.0], [-1.0, -1.0], [1, 0], 1.0)])
+    large, _ = run([([-0.5, -1.0], [-1.0, -1.0], [1, 0], 1.0)])
+    assert small.stats["max/ratio"].item() == small.stats["min/ratio"].item() == pytest.approx(math.exp(-0.5))
+    assert large.stats["max/ratio"].item() == large.stats["min/ratio"].item() == pytest.approx(math.exp(0.5))

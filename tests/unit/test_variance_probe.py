@@ -229,6 +229,8 @@ def test_the_command_on_a_run(probe: ModuleType, run_dir: Path, tmp_path: Path, 
         (4, 7, 132),
         (8, 8, 12),
     ]
+    first, point = result["bins"][0]["variance"], result["by_position"][0]["variance"]
+    assert {name: found["value"] for name, found in first.items()} == pytest.approx(point)
     one, last = result["bins"][0]["relative"], result["bins"][3]["relative"]
     assert one["cumulative"] == one["geometric mean"] == {"value": 1.0, "low": 1.0, "high": 1.0}  # one token: the same ratio
     assert last["cumulative"] == last["full sequence"]  # position 8 is the end of all that have one
