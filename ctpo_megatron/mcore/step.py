@@ -39,8 +39,6 @@ LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, dict[str, Tensor]]]
 reduced over micro-batches and ranks. A vector `sum/x` comes out as `sum/x/0`, `sum/x/1`, ...
 """
 
-MASKED_LOGIT = -1e6  # finite, so that 0 * logit stays 0 in the entropy
-
 
 @dataclass(frozen=True, slots=True)
 class Described:
@@ -122,13 +120,9 @@ class Stepper:
 
     def _logp(self, logits: Tensor, shard: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         """[1, T_local, V / tp] to log-probs with grad and entropies without, both [T_local] float32."""
-        logits = logits.squeeze(0)
-        width = logits.shape[-1]
-        excess = width * (self.tp_group.rank() + 1) - self.vocab_size
-        if excess > 0:  # rows of the embedding that only make the vocabulary divisible by tp
-            padding = torch.arange(width, device=logits.device) >= width - excess
-            logits = logits.masked_fill(padding, MASKED_LOGIT)
-        return vocab_parallel_logp(logits, shard.labels, group=self.tp_group, temperature=temperature)
+        return vocab_parallel_logp(
+            logits.squeeze(0), shard.labels, group=self.tp_group, temperature=temperature, vocab_size=self.vocab_size
+        )
 
     def reduce(self, per_micro_batch: list[dict[str, Tensor]]) -> dict[str, float]:
         """Statistics over micro-batches, data- and context-parallel ranks, on every rank.
