@@ -19,7 +19,7 @@ from ctpo_megatron.algorithms.recipe import Recipe
 from ctpo_megatron.algorithms.record import Stats, largest, merge, token_stats
 from ctpo_megatron.algorithms.tokens import Tokens
 
-PART = 2**15  # tokens
+PART = 2**16  # tokens
 
 
 class _Linearised(torch.autograd.Function):
@@ -54,9 +54,9 @@ def _part(recipe: Recipe, tokens: Tokens, place: Tensor) -> tuple[Tensor, Tensor
     """Loss, its derivative and statistics of some tokens."""
     with torch.enable_grad():
         out = recipe.method.loss(tokens, **recipe.options)
-        loss = torch.where(tokens.mask, out.loss, 0.0)
-        (slope,) = torch.autograd.grad(loss.sum(), tokens.logp)
-    return loss.detach(), slope, token_stats(tokens, out) | health_stats(tokens, out, place)
+        (slope,) = torch.autograd.grad(out.loss.sum(), tokens.logp)
+    # masked tokens have advantage 0, so their loss and slope are 0
+    return out.loss.detach(), slope, token_stats(tokens, out) | health_stats(tokens, out, place)
 
 
 def _correct(recipe: Recipe, ready: Prepared, part: slice, value: Tensor, slope: Tensor) -> Stats:

@@ -26,13 +26,14 @@ def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Ten
     trajectories, whereas bins belong to the log-ratio, which begins anew there. The log-ratio is log rho_{1:t}, the sum up to
     and including the token, whatever ratio the objective itself uses.
     """
-    mask = tokens.mask
-    position, log_ratio = tokens.position.double(), tokens.prefix_sum.double()
-    rows = torch.stack([torch.ones_like(position), position, log_ratio, log_ratio.square()])
-    by_bin = _sums(rows, position_bin(position), mask, POSITION_BINS)
+    mask, log_ratio = tokens.mask, tokens.prefix_sum.double()
     clipped = out.high | out.low if out.dual is None else out.high | out.low | out.dual
-    decile = ((place.double() - 1).clamp(min=0) * DECILES / tokens.length).int()
-    by_decile = _sums(torch.stack([rows[0], clipped.double()]), decile, mask, DECILES)
+    decile = ((place - 1).clamp_(min=0) * DECILES / tokens.length).long()
+    ones = torch.ones_like(log_ratio)
+    by_bin = _sums(
+        [ones, tokens.position.double(), log_ratio, log_ratio.square()], position_bin(tokens.position), mask, POSITION_BINS
+    )
+    by_decile = _sums([ones, clipped.double()], decile, mask, DECILES)
     return {
         "sum/health/tokens": by_bin[0],
         "sum/health/position": by_bin[1],
@@ -43,7 +44,7 @@ def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Ten
     }
 
 
-def _sums(rows: Tensor, bins: Tensor, mask: Tensor, count: int) -> Tensor:
-    """Sums of each of `rows` [K, T] over the unmasked tokens of each bin: [K, count]. A product, as it adds in a fixed order."""
-    member = torch.where(mask, bins, -1) == torch.arange(count, dtype=bins.dtype, device=bins.device).unsqueeze(1)
-    return rows @ member.to(rows.dtype).T
+def _sums(rows: list[Tensor], bins: Tensor, mask: Tensor, count: int) -> list[Tensor]:
+    """Sums of each of `rows` [T] over the unmasked tokens of each bin: [count]. Masked ones go to a bin of their own."""
+    chosen = torch.where(mask, bins.clamp(0, count - 1), count).long()
+    return [row.new_zeros(count + 1).index_add_(0, chosen, row)[:count] for row in rows]

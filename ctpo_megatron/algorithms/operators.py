@@ -83,12 +83,26 @@ def lower(state: Tensor) -> Tensor:
     return from_fixed(state[-1]) if state.dtype == torch.int64 else state[-1]
 
 
+def piece_sums(state: Tensor, bounds: Tensor) -> Tensor:
+    """Inclusive sums of int64 `state` [K, T], anew in each piece with borders `bounds` [M+1]. Overwrites `state`.
+
+    A running sum over everything gives what lies before each piece; taken off at the piece's first token, it makes a second
+    running sum begin anew there. The first may wrap around: what counts are differences.
+    """
+    running, starts = torch.cumsum(state, dim=-1), bounds[:-1]
+    before = torch.where(starts > 0, running.index_select(-1, (starts - 1).clamp(min=0)), 0)
+    change = torch.diff(before, dim=-1, prepend=torch.zeros_like(before[:, :1]))
+    last = state.shape[-1] - 1
+    state.index_add_(-1, starts.clamp(max=last), torch.where(starts <= last, -change, 0))  # empty pieces at the end begin nowhere
+    return torch.cumsum(state, dim=-1, out=running)
+
+
 def segment_scan(operator: Operator, state: Tensor, first: Tensor) -> Tensor:
     """Inclusive scan of `state` [K, ..., T] along its last dimension, anew in each segment. Overwrites `state`.
 
-    `first` [..., T] is where the segment of each element begins. Exact sums are differences of one running sum: it may wrap
-    around, the differences are right all the same. All else takes log2(T) rounds in which every element joins the run that
-    ends before its own (Hillis and Steele 1986), in blocks from the end, so that a round needs no second copy.
+    `first` [..., T] is where the segment of each element begins. Exact sums are differences of one running sum, which may wrap
+    around. All else takes log2(T) rounds in which every element joins the run that ends before its own (Hillis and Steele 1986),
+    in blocks from the end, so that a round needs no second copy.
     """
     if state.dtype == torch.int64 and first.dim() == 1:
         running = torch.cumsum(state, dim=-1)

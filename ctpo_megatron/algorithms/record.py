@@ -19,20 +19,20 @@ _POSITIONS = 2**30  # a non-finite token's place is coded as sequence * 2**30 + 
 
 def token_stats(tokens: Tokens, out: TokenLoss) -> Stats:
     """Clip fractions and ratios of some tokens of a pack."""
-    mask = tokens.mask
-    log_ratio = torch.where(mask, out.log_ratio.detach(), 0.0)
-    ratio = torch.exp(log_ratio)
-    dual = torch.zeros_like(mask) if out.dual is None else out.dual
+    mask, log_ratio = tokens.mask, out.log_ratio.detach()
+    ratio = torch.exp(torch.where(mask, log_ratio, -torch.inf))
+    high, low = out.high & mask, out.low & mask
+    dual = torch.zeros_like(mask) if out.dual is None else out.dual & mask
     return {
         "sum/tokens": _count(mask),
-        "sum/clip_high": _count(out.high & mask),
-        "sum/clip_low": _count(out.low & mask),
-        "sum/clip_dual": _count(dual & mask),
-        "sum/clip_fraction": _count((out.high | out.low | dual) & mask),
-        "sum/ratio": torch.where(mask, ratio, 0.0).sum(dtype=torch.float64),
-        "sum/ratio_sq": torch.where(mask, ratio.double().square(), 0.0).sum(),
+        "sum/clip_high": _count(high),
+        "sum/clip_low": _count(low),
+        "sum/clip_dual": _count(dual),
+        "sum/clip_fraction": _count(high | low | dual),
+        "sum/ratio": ratio.sum(dtype=torch.float64),
+        "sum/ratio_sq": ratio.square().sum(dtype=torch.float64),
         "sum/kl_old": -tokens.log_ratio.detach().sum(dtype=torch.float64),
-        "sum/log_ratio_sq": log_ratio.double().square().sum(),
+        "sum/log_ratio_sq": torch.where(mask, log_ratio, 0.0).square_().sum(dtype=torch.float64),
         "max/ratio": largest(torch.where(mask, ratio, -torch.inf)),
         "min/ratio": -largest(torch.where(mask, -ratio, -torch.inf)),
     }
@@ -50,21 +50,25 @@ def merge(parts: Iterable[Stats]) -> Stats:
 def found_in(streams: Streams, ready: Prepared, sequence_ids: Tensor | None, scan: Scan) -> Stats:
     """Statistics of the inputs: the distance of trainer and engine, and where the first log-prob is that is not finite."""
     mask, old, rollout = streams.mask, streams.old_logp, streams.rollout_logp
-    bad = ~torch.isfinite(streams.logp.detach()) | ~torch.isfinite(old)
+    total = streams.logp.detach() + old  # finite only if both are
     stats: Stats = {}
     if rollout is not None:
-        bad |= ~torch.isfinite(rollout)
+        total += rollout
         gap = torch.where(mask, (old - rollout).abs(), 0.0)
         stats = {"sum/drift": gap.sum(dtype=torch.float64), "max/drift": largest(gap)}
     if sequence_ids is None:
         sequence_ids = torch.arange(ready.lengths.numel(), device=mask.device)
-    return stats | nonfinite_stats(bad & mask, ready.place, sequence_ids, streams.cu_seqlens, scan)
+    return stats | nonfinite_stats(~torch.isfinite(total) & mask, ready.place, sequence_ids, streams.cu_seqlens, scan)
 
 
 def nonfinite_stats(bad: Tensor, position: Tensor, sequence_ids: Tensor, cu_seqlens: Tensor, scan: Scan) -> Stats:
     """Where the first of the `bad` tokens [T] is: its sequence's number and its `position` [T] among the policy's tokens."""
-    place = scan.per_token(-_POSITIONS * sequence_ids.double(), cu_seqlens, bad.numel()).sub_(position)
-    return {"min/nonfinite": -largest(place.masked_fill_(~bad, -torch.inf))}
+    if not bad.numel():
+        return {"min/nonfinite": position.new_full((), torch.inf, dtype=torch.float64)}
+    first = bad.to(torch.uint8).argmax().unsqueeze(0)
+    sequence = scan.per_token(sequence_ids.to(torch.int32), cu_seqlens, bad.numel())
+    place = sequence[first].double() * _POSITIONS + position[first]
+    return {"min/nonfinite": torch.where(bad[first], place, torch.inf).squeeze(0)}
 
 
 def raise_if_nonfinite(stats: dict[str, Tensor] | dict[str, float]) -> None:

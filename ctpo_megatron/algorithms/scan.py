@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms.operators import SUM, Operator, check_length, lift, lower, segment_scan
+from ctpo_megatron.algorithms.operators import SUM, Operator, check_length, lift, lower, piece_sums, segment_scan
 
 Reach = Literal["prefix", "before", "suffix", "after", "sequence"]
 """Tokens that count for token t: up to and with it, before it, from it on, after it, all of its sequence."""
@@ -121,8 +121,11 @@ class _Piecewise:
         self.bounds = self.size - bounds.flip(0) if channel.backwards else bounds
         self.lengths = self.bounds[1:] - self.bounds[:-1]
         values = channel.values.flip(-1) if channel.backwards else channel.values
-        first = self._first(channel.restarts)
-        self.state = segment_scan(channel.operator, lift(channel.operator, values, exact), first)
+        state = lift(channel.operator, values, exact)
+        if state.dtype == torch.int64 and channel.restarts is None and self.size:
+            self.state = piece_sums(state, self.bounds)
+        else:
+            self.state = segment_scan(channel.operator, state, self._first(channel.restarts))
 
     def _first(self, restarts: Tensor | None) -> Tensor:
         """Where the run of each token begins: [T]. A restart that is a piece's first token begins a run there, too."""

@@ -130,8 +130,8 @@ class MegatronEngine:
     def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> dict[str, float]:
         """One optimizer step on placed shards; see `step.LossFn`.
 
-        Returns loss, grad_norm (before clipping), lr and the reduced statistics, the same on every rank. Raises
-        NonFiniteError on every rank, with weights unchanged, when the loss or the gradient is not finite.
+        Returns loss, grad_norm (before clipping; also as max/grad_norm), lr and the reduced statistics, the same on every rank.
+        Raises NonFiniteError on every rank, with weights unchanged, when the loss or the gradient is not finite.
         """
         if self.optimizer is None or self.schedule is None:
             raise ConfigError("train_step on an engine that was built without an optimizer.")
@@ -156,7 +156,8 @@ class MegatronEngine:
             if parameters:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
         self.optimizer.step_with_ready_grads()
-        return {"grad_norm": float(norm), "lr": float(self.optimizer.param_groups[0]["lr"])}
+        norm = float(norm)
+        return {"grad_norm": norm, "max/grad_norm": norm, "lr": float(self.optimizer.param_groups[0]["lr"])}
 
     def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Full weights under their Hugging Face names, in buckets; all ranks iterate in step, others than rank 0 get []."""
