@@ -72,9 +72,11 @@ def lift(operator: Operator, values: Tensor, exact: bool) -> Tensor:
         return to_fixed(values).unsqueeze(0)
     if operator in (MIN, MAX):
         return values.detach().unsqueeze(0).clone()
-    state = values.detach().to(torch.float64, copy=True)  # a scan overwrites it
     if operator is RAMP:
-        return torch.cat([state, torch.zeros_like(state[:1])])
+        state = values.new_zeros((3, values.shape[-1]), dtype=torch.float64)
+        state[:2] = values.detach()
+        return state
+    state = values.detach().to(torch.float64, copy=True)  # a scan overwrites it
     return state if state.dim() == 2 else state.unsqueeze(0)
 
 
