@@ -20,18 +20,19 @@ def loss(tokens: Tokens, *, ratio: str, clip_low: float, clip_high: float, dual_
     """
     prefix = tokens.prefix_sum if ratio == "cumulative" else tokens.prefix_sum / tokens.position
     log_ratio = carry_gradient(prefix, tokens.logp).clamp(max=MAX_LOG_RATIO)
-    scale = tokens.position**power
-    low, high = -clip_low * scale, clip_high * scale
-    advantages = tokens.advantages
-    plain = -advantages * torch.exp(log_ratio)
-    within = -advantages * torch.exp(torch.maximum(torch.minimum(log_ratio, high), low))
-    loss = torch.maximum(plain, within)
-    negative, dual = advantages < 0, None
-    if dual_clip is not None:
-        ceiling = -advantages * torch.exp(dual_clip * scale)
-        dual = negative & (loss > ceiling)
-        loss = torch.where(negative, torch.minimum(loss, ceiling), loss)
-    return TokenLoss(loss, log_ratio, (log_ratio > high) & (advantages > 0), (log_ratio < low) & negative, dual)
+    scale, advantages = tokens.position**power, tokens.advantages
+    low, high, negative = -clip_low * scale, clip_high * scale, advantages < 0
+    ceiling = torch.full_like(scale, torch.inf) if dual_clip is None else dual_clip * scale
+    # the larger of the plain and the clipped loss, as one clamp: only the side that the advantage pushes to is bounded
+    bounded = log_ratio.clamp(torch.where(negative, low, -torch.inf), torch.where(negative, ceiling, high))
+    held = log_ratio.detach()
+    return TokenLoss(
+        -advantages * torch.exp(bounded),
+        held,
+        high=(held > high) & (advantages > 0),
+        low=(held < low) & negative,
+        dual=None if dual_clip is None else (held > ceiling) & negative,
+    )
 
 
 CTPO = Method(loss)
