@@ -28,19 +28,20 @@ def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Ten
     """
     mask, log_ratio = tokens.mask, tokens.prefix_sum.double()
     clipped = out.high | out.low if out.dual is None else out.high | out.low | out.dual
-    decile = ((place - 1).clamp_(min=0) * DECILES / tokens.length).long()
+    decile = ((place - 1).clamp_(min=0) * DECILES / tokens.length).long().clamp_(0, DECILES - 1)
     ones = torch.ones_like(log_ratio)
     by_bin = _sums(
         [ones, tokens.position.double(), log_ratio, log_ratio.square()], position_bin(tokens.position), mask, POSITION_BINS
     )
-    by_decile = _sums([ones, clipped.double()], decile, mask, DECILES)
+    (by_fate,) = _sums([ones], decile + DECILES * clipped, mask, 2 * DECILES)
+    unclipped, cut = by_fate.split(DECILES)
     return {
         "sum/health/tokens": by_bin[0],
         "sum/health/position": by_bin[1],
         "sum/health/log_ratio": by_bin[2],
         "sum/health/log_ratio_sq": by_bin[3],
-        "sum/health/decile_tokens": by_decile[0],
-        "sum/health/decile_clipped": by_decile[1],
+        "sum/health/decile_tokens": unclipped + cut,
+        "sum/health/decile_clipped": cut,
     }
 
 
