@@ -81,8 +81,8 @@ def raise_if_nonfinite(stats: dict[str, Tensor] | dict[str, float]) -> None:
         sequence, position = divmod(int(place), _POSITIONS)
         raise NonFiniteError(
             f"the log-prob of a token that the policy wrote is NaN or infinite: sequence {sequence}, policy token {position} "
-            "(counted from 1). Nothing was updated. Usual causes: a learning rate that is too high, a masked-out label, "
-            "overflow in reduced precision."
+            "(sequences of a rollout batch count from 0, tokens from 1). Nothing was updated. Usual causes: a learning rate that "
+            "is too high, a masked-out label, overflow in reduced precision."
         )
 
 

@@ -3,7 +3,7 @@
 Sums of log-ratios are accumulated as int64 fixed point, so they are exact in any order: a token's prefix sum is the same bit
 for every packing, device and context-parallel size. A log-ratio is clamped to +-20 before it enters, so a sequence may hold
 about 1.6 million tokens before int64 could overflow; longer packs are refused. Minima and maxima never round. What is left
-(discounted returns, position-weighted sums) is float64.
+(discounted returns, position-weighted sums, sums of unbounded values) is float64.
 """
 
 from __future__ import annotations

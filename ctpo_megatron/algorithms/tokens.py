@@ -129,6 +129,15 @@ def clipped(tokens: Tokens, log_ratio: Tensor, *, clip_low: float, clip_high: fl
     return TokenLoss(loss, log_ratio, high, low, dual)
 
 
+def weighted(tokens: Tokens, log_ratio: Tensor, *, clip_low: float, clip_high: float) -> TokenLoss:
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp: the clipped ratio is a weight, and no token loses its gradient."""
+    log_ratio, advantages = log_ratio.detach(), tokens.advantages
+    ratio = torch.exp(log_ratio)
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    high, low = (ratio > 1 + clip_high) & (advantages > 0), (ratio < 1 - clip_low) & (advantages < 0)
+    return TokenLoss(-weight * advantages * tokens.logp, log_ratio, high, low)
+
+
 def kept(tokens: Tokens, loss: Tensor, keep: Tensor) -> TokenLoss:
     """`loss` [T] of the tokens that a mask `keep` [T] lets through."""
     positive = tokens.advantages > 0

@@ -135,6 +135,7 @@ def make_batches(groups: list[TrajectoryGroup], config: RunConfig) -> list[Train
             aggregation=algorithm.aggregation,
             parallel=parallel,
             max_tokens=train.max_tokens_per_micro_batch,
+            first_id=sum(len(group) for group in samples[:first]),
         )
         for first in range(0, len(groups), per_batch)
     ]

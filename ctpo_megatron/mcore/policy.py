@@ -96,7 +96,7 @@ def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> dict[
     """Distance of trainer and engine on the tokens that `version` itself sampled, in all and by position."""
     counted = mb.loss_mask & (mb.policy_versions == version)
     gap = torch.where(counted, (logp - mb.rollout_logp).abs(), 0.0)
-    (count,) = scan.run([Channel(mb.loss_mask.float())], mb.cu_seqlens)
+    (count,) = scan.run([Channel(mb.loss_mask)], mb.cu_seqlens)
     position = count.values.clamp(min=1)
     bins = position_bin(position)
     by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, gap)

@@ -84,5 +84,9 @@ def vocab_parallel_logp(
         group = None
     first = 0 if group is None else group.rank() * logits_TV.shape[-1]
     if vocab_size is not None:
+        if first >= vocab_size:
+            raise ValueError(
+                f"all words of tensor-parallel rank {group.rank()} are padding: {vocab_size} words; use a smaller tp"
+            )
         logits_TV = logits_TV[:, : vocab_size - first]
     return _VocabParallelLogp.apply(logits_TV, labels_T, first, group, temperature)

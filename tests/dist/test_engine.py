@@ -132,7 +132,8 @@ def test_what_is_not_finite_raises_on_every_rank_and_leaves_the_weights(two_rank
             "errors": [
                 "loss is nan",
                 "grad_norm is nan",
-                "the log-prob of a token that the policy wrote is NaN or infinite: sequence 0, policy token 3 (counted from 1)",
+                "the log-prob of a token that the policy wrote is NaN or infinite: sequence 0, policy token 3 "
+                "(sequences of a rollout batch count from 0, tokens from 1)",
             ],
             "change": 0.0,
         }

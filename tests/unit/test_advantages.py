@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from trajectories import group_of, trajectory
 
 from ctpo_megatron.algorithms.advantages import compute_advantages, group_advantages
 from ctpo_megatron.algorithms.advantages.group import rloo_advantages
 from ctpo_megatron.algorithms.advantages.reinforce import outcome_returns, whiten
-from ctpo_megatron.algorithms.advantages.shaping import length_rewards, overlong_penalty, shaped_rewards
 from ctpo_megatron.algorithms.advantages.tempo import tempo_advantages, value_steps
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.advantages import (
@@ -29,9 +29,8 @@ from ctpo_megatron.config.advantages import (
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.loop.train import make_batches
-from ctpo_megatron.types import Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from ctpo_megatron.types import TrajectoryGroup
 
-PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "1")
 EVERY_KIND = [
     GroupAdvantage(),
     GroupAdvantage(normalize_std=False),
@@ -41,17 +40,6 @@ EVERY_KIND = [
     TempoAdvantage(),
     TempoAdvantage(normalize_std=False),
 ]
-
-
-def trajectory(reward: float, *turns: list[int]) -> Trajectory:
-    """Turns by their token ids; the policy writes the first, a tool answers, and so on."""
-    roles = ["assistant" if number % 2 == 0 else "tool" for number in range(len(turns))]
-    made = [Turn(role, ids, [0.0] * len(ids), [0] * len(ids)) for role, ids in zip(roles, turns, strict=True)]
-    return Trajectory(0, [9], made, Status.FINISHED, reward=reward)
-
-
-def group_of(*trajectories: Trajectory) -> TrajectoryGroup:
-    return TrajectoryGroup(PROMPT, list(trajectories))
 
 
 def flat(nested) -> list[float]:
@@ -270,87 +258,6 @@ def test_a_tree_deeper_than_python_recurses():
     assert math.fsum(steps[-1].values()) == pytest.approx(1 - 0.5, abs=1e-9)
 
 
-# shaping
-
-
-@pytest.mark.parametrize(
-    ("length", "expected"),
-    [(0, 0.0), (80, 0.0), (81, 0.05), (90, 0.5), (99, 0.95), (100, 1.0), (101, 1.0), (10**6, 1.0)],
-)
-def test_overlong_penalty(length, expected):
-    assert overlong_penalty(length, max_tokens=100, buffer=20) == pytest.approx(expected, abs=1e-15)
-    assert overlong_penalty(length, max_tokens=100, buffer=20, penalty=0.3) == pytest.approx(0.3 * expected, abs=1e-15)
-
-
-def test_overlong_counts_tool_output_and_length_does_not():
-    # 6 tokens, 3 of the policy; of the other, 4 and 4
-    groups = [group_of(trajectory(1.0, [1, 2], [7, 7, 7], [3]), trajectory(1.0, [1, 2, 3, 4]))]
-    assert shaped_rewards(groups, ShapingConfig(overlong=OverlongShaping(max_tokens=8, buffer=4))) == [[0.5, 1.0]]
-    # standard scores of 3 and 4 are -1 and 1
-    low, high = 1 - 0.6 / (1 + math.e), 1 - 0.6 / (1 + 1 / math.e)
-    assert shaped_rewards(groups, ShapingConfig(length=LengthShaping())) == [pytest.approx([low, high], rel=1e-14)]
-    both = ShapingConfig(length=LengthShaping(), overlong=OverlongShaping(max_tokens=8, buffer=4))
-    assert shaped_rewards(groups, both) == [pytest.approx([low - 0.5, high], rel=1e-14)]
-
-
-def test_length_rewards_by_hand():
-    # of five groups the best one counts length: correct answers of 100, 200, 300 tokens, mean 200, variance 20000 / 3;
-    # the long wrong answer takes no part in either and gets nothing
-    rewards = [[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    lengths = [[10, 20, 30, 40], [100, 200, 300, 9000], [10, 20, 30, 40], [10, 20, 30, 40], [10, 20, 30, 40]]
-    score = 100 / math.sqrt(20000 / 3)
-    short, long = 1 - 0.6 / (1 + math.exp(score)), 1 - 0.6 / (1 + math.exp(-score))
-    assert length_rewards(rewards, lengths) == [
-        [1, 0, 0, 0],
-        pytest.approx([short, 0.7, long, 0], rel=1e-14),
-        [1, 1, 0, 0],
-        [0, 0, 0, 0],
-        [1, 0, 0, 0],
-    ]
-
-
-def test_where_lengths_do_not_differ_a_correct_answer_is_of_average_length():
-    assert length_rewards([[1, 0]], [[50, 3]]) == [[0.7, 0.0]]
-    assert length_rewards([[1, 1, 1]], [[50, 50, 50]]) == [[0.7, 0.7, 0.7]]
-    assert length_rewards([[0, 0]], [[50, 3]]) == [[0.0, 0.0]]
-
-
-def test_equally_good_groups_are_ranked_by_length_and_stay_within_the_fraction():
-    shaped = length_rewards([[1.0]] * 4, [[10], [40], [20], [30]], fraction=0.5)
-    assert shaped == [[1.0], [0.7], [1.0], [0.7]]
-    assert length_rewards([[1.0]] * 4, [[10], [40], [20], [30]], fraction=0.01) == [[1.0], [0.7], [1.0], [1.0]]
-    assert length_rewards([[1.0]] * 4, [[10], [40], [20], [30]], fraction=1.0) == [[0.7]] * 4
-
-
-def test_what_counts_as_correct():
-    rewards, lengths = [[1.0, 0.5, -1.0, 1.1]], [[5, 5, 5, 5]]
-    assert length_rewards(rewards, lengths) == [[0.7, 0.0, 0.0, 0.7]]
-    assert length_rewards(rewards, lengths, correct_from=0.5) == [[0.7, 0.7, 0.0, 0.7]]
-
-
-@given(
-    st.lists(
-        st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 1.0]), st.integers(1, 9000)), min_size=1, max_size=8),
-        min_size=1,
-        max_size=9,
-    ),
-    st.floats(0.01, 1),
-    st.floats(0, 1),
-)
-def test_length_rewards_keep_right_above_wrong_and_short_above_long(batch, fraction, alpha):
-    rewards = [[reward for reward, _ in group] for group in batch]
-    lengths = [[length for _, length in group] for group in batch]
-    touched = 0
-    for group, shaped in zip(batch, length_rewards(rewards, lengths, fraction=fraction, alpha=alpha), strict=True):
-        right = sorted((length, value) for (reward, length), value in zip(group, shaped, strict=True) if reward == 1)
-        wrong = [value for (reward, _), value in zip(group, shaped, strict=True) if reward != 1]
-        assert set(wrong) <= {0.0}
-        assert all(1 - alpha <= value <= 1 for _, value in right)
-        assert [value for _, value in right] == sorted((value for _, value in right), reverse=True)
-        touched += any(value < 1 for _, value in right)
-    assert touched <= max(1, round(fraction * len(batch)))
-
-
 # the whole way
 
 
@@ -418,6 +325,13 @@ def test_token_level_advantages_reach_the_micro_batches():
     once = [2 / 3, 0, 1, -1 / 3, 0, -1, 2 / 3, 5 / 6, -1]  # zeros: tool tokens; one prompt token is no label
     assert micro.advantages.tolist() == pytest.approx(once * 2, rel=1e-6)
     assert micro.loss_mask.tolist() == [value != 0 for value in once * 2]
+
+
+def test_sequences_are_numbered_over_the_rollout_batch():
+    groups = [group_of(trajectory(1.0, [1]), trajectory(0.0, [2])), group_of(trajectory(1.0, [3]), trajectory(0.0, [4]))]
+    batches = make_batches(groups, run_config({}, optimizer_steps=2))
+    found = [micro.sequence_ids.tolist() for batch in batches for rank in batch.micro_batches for micro in rank]
+    assert found == [[0, 1], [2, 3]]
 
 
 def test_whitening_is_over_the_rollout_batch_not_over_an_optimizer_step():

@@ -1,8 +1,8 @@
 """CTPO, arXiv 2605.07331: the ratio of a token is the product of all ratios up to it, its bounds grow with the position.
 
-Two departures from the authors' code, neither of which changes a result beyond rounding: masked positions are zeroed before
-anything is computed, so a NaN under the mask is harmless; and the gradient is carried as K + (logp - sg(logp)), which is exact,
-instead of (K + logp) - sg(logp).
+Departures from the authors' code, none of which changes a loss beyond rounding: masked positions are zeroed before anything is
+computed, so a NaN under the mask is harmless; the gradient is carried as K + (logp - sg(logp)), which is exact, instead of
+(K + logp) - sg(logp); and their two minima and a maximum are one clamp, whose gradient exactly at a bound is torch's choice.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 from ctpo_megatron.algorithms.operators import MIN
 from ctpo_megatron.algorithms.scan import Channel
-from ctpo_megatron.algorithms.tokens import Given, Method, Statistic, TokenLoss, Tokens, clipped
+from ctpo_megatron.algorithms.tokens import Given, Method, Statistic, TokenLoss, Tokens, clipped, weighted
 
 
 def statistics(given: Given, **_: float | str) -> dict[str, Statistic]:
@@ -21,13 +21,8 @@ def loss(tokens: Tokens, *, clip_low: float, clip_high: float, form: str) -> Tok
     """Per-token loss [T]: `weight` (the paper): -sg(clip(r')) A logp; `ppo`: PPO's surrogate of r'."""
     smallest = tokens.statistics["smallest"]
     log_ratio = torch.where(torch.isinf(smallest), 0.0, smallest) + tokens.log_ratio
-    if form == "ppo":
-        return clipped(tokens, log_ratio, clip_low=clip_low, clip_high=clip_high)
-    log_ratio, advantages = log_ratio.detach(), tokens.advantages
-    ratio = torch.exp(log_ratio)
-    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
-    high, low = (ratio > 1 + clip_high) & (advantages > 0), (ratio < 1 - clip_low) & (advantages < 0)
-    return TokenLoss(-weight * advantages * tokens.logp, log_ratio, high, low)
+    surrogate = clipped if form == "ppo" else weighted
+    return surrogate(tokens, log_ratio, clip_low=clip_low, clip_high=clip_high)
 
 
 MINPRO = Method(loss, statistics)

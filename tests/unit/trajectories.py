@@ -1,0 +1,18 @@
+"""Trajectories and groups from token ids alone, for the tests of advantages."""
+
+from __future__ import annotations
+
+from ctpo_megatron.types import Prompt, Status, Trajectory, TrajectoryGroup, Turn
+
+PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "1")
+
+
+def trajectory(reward: float, *turns: list[int]) -> Trajectory:
+    """Turns by their token ids; the policy writes the first, a tool answers, and so on."""
+    roles = ["assistant" if number % 2 == 0 else "tool" for number in range(len(turns))]
+    made = [Turn(role, ids, [0.0] * len(ids), [0] * len(ids)) for role, ids in zip(roles, turns, strict=True)]
+    return Trajectory(0, [9], made, Status.FINISHED, reward=reward)
+
+
+def group_of(*trajectories: Trajectory) -> TrajectoryGroup:
+    return TrajectoryGroup(PROMPT, list(trajectories))
