@@ -39,7 +39,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.samples import build_sample
 from ctpo_megatron.errors import CtpoError, DataError, InputError, MismatchError
-from ctpo_megatron.mcore.checkpoint_files import MANIFEST, STEP_NAME
+from ctpo_megatron.mcore.checkpoint.files import MANIFEST, STEP_NAME
 from ctpo_megatron.metrics import write_summary
 from ctpo_megatron.types import TrainSample, Turn
 

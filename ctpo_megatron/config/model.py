@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import Section
 
@@ -25,10 +25,18 @@ class ParallelConfig(Section):
     """Tensor parallel; sequence parallelism comes with it."""
     pp: PositiveInt = 1
     """Pipeline parallel."""
+    vpp: PositiveInt = 1
+    """Model chunks per pipeline stage: more than 1 interleaves them, which shortens the pipeline's bubble."""
+    first_stage_layers: PositiveInt | None = None
+    """Layers of the first pipeline stage, where they shall differ from the others. null: an equal share."""
+    last_stage_layers: PositiveInt | None = None
+    """The same of the last stage."""
     cp: PositiveInt = 1
     """Context parallel, zigzag layout."""
     ep: PositiveInt = 1
-    """Expert parallel; must divide tp * cp * dp."""
+    """Expert parallel; ep * etp must divide tp * cp * dp."""
+    etp: PositiveInt = 1
+    """Tensor parallel of the experts."""
     dp: PositiveInt = 1
     """Data parallel."""
 
@@ -40,6 +48,19 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _experts_divide(self) -> ParallelConfig:
         ranks = self.tp * self.cp * self.dp
-        if ranks % self.ep:
-            raise ValueError(f"ep={self.ep} does not divide tp*cp*dp={ranks}; allowed: divisors of {ranks}")
+        if ranks % (self.ep * self.etp):
+            raise ValueError(f"ep*etp={self.ep * self.etp} does not divide tp*cp*dp={ranks}; allowed: divisors of {ranks}")
         return self
+
+
+class MoeConfig(Section):
+    """Training of mixtures of experts; without effect on dense models."""
+
+    aux_loss_coeff: NonNegativeFloat | None = None
+    """Of the load-balancing loss. null: as the model's config.json says."""
+    z_loss_coeff: NonNegativeFloat = 0.0
+    """Of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """Step of the balancing bias of routers that have one (arXiv 2408.15664). 0: the bias stays as it was loaded."""
+    routing_replay: bool = False
+    """Train through the experts that the inference engine chose when it sampled (arXiv 2510.11370)."""

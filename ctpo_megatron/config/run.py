@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, model_validator
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.cluster import BroadcastTransport, ClusterConfig, DriftConfig, LogConfig
-from ctpo_megatron.config.model import ModelConfig, ParallelConfig
+from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
 
@@ -24,6 +24,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    moe: MoeConfig = MoeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     sft: SftConfig = SftConfig()

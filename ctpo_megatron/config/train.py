@@ -43,8 +43,8 @@ class TrainConfig(Section):
     """Tokens packed into one forward-backward pass per data-parallel rank."""
     staleness: NonNegativeInt = 0
     """How many versions old the policy of a rollout may be when it is trained on. 0: strictly synchronous."""
-    recompute: bool = False
-    """Recompute activations in the backward pass."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in the backward pass. selective: those inside attention; full: of whole layers."""
 
 
 class SftConfig(Section):

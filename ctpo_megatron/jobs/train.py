@@ -14,7 +14,7 @@ from ctpo_megatron.jobs.inputs import check_model, load_prompts, prepare_run_dir
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.train import TrainLoop, checkpoint_directory
-from ctpo_megatron.mcore.checkpoint_files import latest_checkpoint, prune, read_manifest
+from ctpo_megatron.mcore.checkpoint.files import latest_checkpoint, prune, read_manifest
 from ctpo_megatron.metrics import Recorder, write_summary
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool

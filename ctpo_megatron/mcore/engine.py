@@ -21,7 +21,7 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
-from ctpo_megatron.mcore.hf_config import check_layout, read_hf_config
+from ctpo_megatron.mcore.hf.config import check_layout, read_hf_config
 from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
@@ -54,7 +54,7 @@ class MegatronEngine:
         device: str = "auto",
         dtype: str = "auto",
         seed: int,
-        recompute: bool = False,
+        recompute: str = "none",
         total_steps: int | None = None,
     ) -> None:
         self.shape = read_hf_config(model_path)
@@ -68,20 +68,24 @@ class MegatronEngine:
             self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps)
 
     def _build(
-        self, optimizer: OptimizerConfig | None, dtype: torch.dtype, seed: int, recompute: bool, total_steps: int | None
+        self, optimizer: OptimizerConfig | None, dtype: torch.dtype, seed: int, recompute: str, total_steps: int | None
     ) -> None:
-        from ctpo_megatron.mcore import build, hf_load, spec, step
+        from ctpo_megatron.mcore import groups, step
+        from ctpo_megatron.mcore.hf.load import load_hf
+        from ctpo_megatron.mcore.model.build import build_model
+        from ctpo_megatron.mcore.model.spec import use_transformer_engine
+        from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule
 
-        build.init_parallel_groups(self.parallel, seed, TIMEOUT_MINUTES)
-        self.models = build.build_model(
+        groups.init_parallel_groups(self.parallel, seed, TIMEOUT_MINUTES)
+        self.models = build_model(
             self.shape, self.parallel, dtype, self.device, recompute=recompute, trainable=optimizer is not None
         )
-        hf_load.load_hf(self.models, self.shape, self.model_path)
+        load_hf(self.models, self.shape, self.model_path)
         self.optimizer = self.schedule = None
         if optimizer is not None:
-            self.optimizer = build.build_optimizer(self.models, optimizer, dtype)
-            self.schedule = build.build_schedule(self.optimizer, optimizer, total_steps)
-        portable = not spec.use_transformer_engine(self.device)
+            self.optimizer = build_optimizer(self.models, optimizer, dtype)
+            self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
+        portable = not use_transformer_engine(self.device)
         self._stepper = step.Stepper(self.models, self.shape.vocab_size, self.device, portable)
 
     @property
@@ -161,7 +165,7 @@ class MegatronEngine:
 
     def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
         """Full weights under their Hugging Face names, in buckets; all ranks iterate in step, others than rank 0 get []."""
-        from ctpo_megatron.mcore.hf_export import export_hf
+        from ctpo_megatron.mcore.hf.export import export_hf
 
         buckets = export_hf(self.models, self.shape, bucket_bytes)
         while True:
@@ -173,21 +177,21 @@ class MegatronEngine:
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the weights as a Hugging Face model directory."""
-        from ctpo_megatron.mcore.hf_export import save_hf
+        from ctpo_megatron.mcore.hf.export import save_hf
 
         with megatron_region(self.device):
             save_hf(self.models, self.shape, self.model_path, directory)
 
     def save(self, directory: str | Path, state: dict[str, Any]) -> None:
         """Write a checkpoint of weights, optimizer, schedule and `state`."""
-        from ctpo_megatron.mcore.checkpoint import save_checkpoint
+        from ctpo_megatron.mcore.checkpoint.checkpoint import save_checkpoint
 
         with megatron_region(self.device):
             save_checkpoint(directory, self.models, self.optimizer, self.schedule, state)
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Read a checkpoint and return its `state`."""
-        from ctpo_megatron.mcore.checkpoint import load_checkpoint
+        from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint
 
         with megatron_region(self.device):
             return load_checkpoint(directory, self.models, self.optimizer, self.schedule)

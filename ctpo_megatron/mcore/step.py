@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
 from ctpo_megatron.batch import MicroBatch
-from ctpo_megatron.mcore.attention import packed_layout, packed_params
+from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
 from ctpo_megatron.parallel import ContextParallelScan, vocab_parallel_logp
 
 LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, dict[str, Tensor]]]

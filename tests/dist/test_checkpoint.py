@@ -17,7 +17,7 @@ from tiny import micro_batches, write_model
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.mcore.checkpoint_files import latest_checkpoint
+from ctpo_megatron.mcore.checkpoint.files import latest_checkpoint
 from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
 
 pytestmark = pytest.mark.dist
@@ -159,7 +159,7 @@ def misuse(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]
 def unbridged(rank: RankInfo, path: Path) -> dict[str, Any]:
     """What megatron does without each of the bridges. Tied embeddings over two stages make two buckets."""
     engine = engine_for(rank, path, {"pp": 2})
-    from ctpo_megatron.mcore import optimizer_state
+    from ctpo_megatron.mcore.checkpoint import optimizer_state
     from ctpo_megatron.mcore.host import megatron_region
 
     optimizer = engine.optimizer
@@ -191,7 +191,7 @@ def unbridged(rank: RankInfo, path: Path) -> dict[str, Any]:
 
 def misplaced(engine: MegatronEngine, context: Any) -> list[str]:
     """Parameters that the optimizer's description gives other numbers than they have."""
-    from ctpo_megatron.mcore.optimizer_state import SHARDING
+    from ctpo_megatron.mcore.checkpoint.optimizer_state import SHARDING
 
     model = {"model0": engine.models[0].module.sharded_state_dict()}
     with context:

@@ -181,7 +181,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any], case: str) -> None:
 def alone(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
     """Everything that one rank can show, in one process."""
     found: dict[str, Any] = {family: exercise(rank, path, ParallelConfig()) for family, path in models.items()}
-    found["recompute"] = exercise(rank, models["qwen3"], ParallelConfig(), recompute=True)
+    found["recompute"] = exercise(rank, models["qwen3"], ParallelConfig(), recompute="full")
 
     engine = start(rank, models["qwen3"], ParallelConfig(), optimizer=OptimizerConfig(lr=0.0, weight_decay=0.5))
     before = exported(engine)

@@ -18,7 +18,7 @@ from tiny import FAMILIES, VOCAB, write_model
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ModelError
 from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
-from ctpo_megatron.mcore.hf_config import read_hf_config
+from ctpo_megatron.mcore.hf.config import read_hf_config
 
 pytestmark = pytest.mark.dist
 
@@ -171,7 +171,7 @@ def round_trips(
         engine.close()
 
         engine = start(replace(rank, master_port=second), models[family], layout)
-        from ctpo_megatron.mcore.hf_export import save_hf
+        from ctpo_megatron.mcore.hf.export import save_hf
 
         save_hf(engine.models, engine.shape, models[family], root / str(number), SHARD_BYTES)
         engine.close()
@@ -204,7 +204,7 @@ def load_all(rank: RankInfo, directories: dict[str, Path], ports: list[int]) -> 
 
 
 def translate_names(_rank: RankInfo) -> dict[str, str]:
-    from ctpo_megatron.mcore.hf_names import parameter_key
+    from ctpo_megatron.mcore.hf.names import parameter_key
 
     names = (
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",

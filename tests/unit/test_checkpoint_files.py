@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.mcore.checkpoint_files import latest_checkpoint, prune, publish_checkpoint, read_manifest
+from ctpo_megatron.mcore.checkpoint.files import latest_checkpoint, prune, publish_checkpoint, read_manifest
 from ctpo_megatron.mcore.directories import publish_directory, temporary_directory
 
 HEADER = {"version": 1, "world_size": 1, "scheduler_steps": 4, "state": {"step": 2}}

@@ -65,11 +65,11 @@ def test_naming_the_same_type_again_keeps_its_options(tmp_path: Path) -> None:
 
 
 def test_extends_merges_section_by_section(tmp_path: Path) -> None:
-    write(tmp_path, GOOD + "train: {steps: 5, recompute: true}\n", "base.yaml")
+    write(tmp_path, GOOD + "train: {steps: 5, recompute: full}\n", "base.yaml")
     (tmp_path / "sub").mkdir()
     path = write(tmp_path / "sub", "extends: ../base.yaml\nname: u\ntrain: {steps: 7}\n")
     config = load_config(path, ["seed=9"])
-    assert (config.run_dir, config.train.steps, config.train.recompute, config.seed) == ("runs/u", 7, True, 9)
+    assert (config.run_dir, config.train.steps, config.train.recompute, config.seed) == ("runs/u", 7, "full", 9)
 
 
 def test_extends_names_the_file_that_holds_the_mistake(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_directory_and_binary_are_refused(tmp_path: Path) -> None:
         ("optimizer.lr=.nan", "optimizer.lr: found nan; must be a finite number."),
         ("optimizer.lr=.inf", "optimizer.lr: found inf; must be a finite number."),
         ("optimizer.lr=fast", "optimizer.lr: found 'fast'; must be a number."),
-        ("train.recompute=7", "train.recompute: found 7; must be true or false."),
+        ("checkpoint.export=7", "checkpoint.export: found 7; must be true or false."),
         ("name=null", "name: found null; must be text."),
         ("train=null", "train: found null; must be a section of `key: value` lines."),
         ("seed.deep=1", "seed: found a section with deep; must be a whole number."),

@@ -13,7 +13,8 @@ import pytest
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ConfigError, ModelError
-from ctpo_megatron.mcore.hf_config import ModelShape, check_layout, parse_config, read_hf_config
+from ctpo_megatron.mcore.hf.config import check_layout, parse_config, read_hf_config
+from ctpo_megatron.mcore.shape import Experts, HeadAttention, Llama3Scaling, ModelShape, Rope
 
 DENSE = {
     "model_type": "qwen3",
@@ -74,36 +75,32 @@ def test_dense_model(tmp_path: Path) -> None:
         hidden_size=64,
         ffn_hidden_size=96,
         num_heads=8,
-        num_kv_heads=4,
-        head_dim=16,
+        attention=HeadAttention(num_kv_heads=4, head_dim=16, qk_norm=True),
         vocab_size=301,
         max_positions=128,
-        rope_theta=10000.0,
-        rope_scaling=None,
+        rope=Rope(10000.0),
         rms_eps=1e-5,
         tie_embeddings=False,
-        qkv_bias=False,
-        qk_norm=True,
         dtype="bfloat16",
     )
-    assert not shape.is_moe
+    assert shape.num_experts == 0
     assert [shape.padded_vocab_size(tp) for tp in (1, 2, 4, 7)] == [301, 302, 304, 301]
 
 
 def test_families_differ_in_bias_norm_and_head_size() -> None:
     plain = {key: value for key, value in DENSE.items() if key not in ("head_dim", "num_key_value_heads")}
-    qwen2, llama = (parse_config(plain | {"model_type": family}) for family in ("qwen2", "llama"))
-    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.head_dim, qwen2.num_kv_heads) == (True, False, 8, 8)
-    assert (llama.qkv_bias, llama.qk_norm, llama.head_dim, llama.num_kv_heads) == (False, False, 8, 8)
-    assert parse_config(plain).head_dim == 128  # qwen3's own default
+    qwen2, llama = (parse_config(plain | {"model_type": family}).attention for family in ("qwen2", "llama"))
+    assert qwen2 == HeadAttention(num_kv_heads=8, head_dim=8, qkv_bias=True, qk_norm=False)
+    assert llama == HeadAttention(num_kv_heads=8, head_dim=8, qkv_bias=False, qk_norm=False)
+    assert parse_config(plain).attention.head_dim == 128  # qwen3's own default
 
 
 def test_mixture_of_experts_in_both_versions_of_transformers() -> None:
     fifth = {key: value for key, value in MOE.items() if key != "num_experts"} | {"num_local_experts": 6}
     for config in (MOE, fifth):
         shape = parse_config(config)
-        assert (shape.num_experts, shape.experts_top_k, shape.moe_ffn_hidden_size) == (6, 2, 24)
-        assert (shape.norm_topk_prob, shape.moe_aux_loss_coeff, shape.is_moe) == (True, 0.001, True)
+        assert shape.experts == Experts(6, 2, 24, layers=(True,) * 6, normalise=True, aux_loss_coeff=0.001)
+        assert shape.expert_layers == (0, 1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("style", ["transformers 4", "transformers 4 with type", "transformers 5"])
@@ -116,8 +113,7 @@ def test_rope_in_both_versions_of_transformers(style: str) -> None:
             scaling["type"] = scaling.pop("rope_type")
         keys = {"rope_theta": 500000, "rope_scaling": scaling}
     shape = parse_config(DENSE | {"model_type": "llama"} | keys)
-    assert shape.rope_theta == 500000.0
-    assert shape.rope_scaling == {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_type"}
+    assert shape.rope == Rope(500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192))
 
 
 def test_published_configs_are_read() -> None:
@@ -127,12 +123,12 @@ def test_published_configs_are_read() -> None:
         | {"head_dim": 128, "hidden_size": 2048, "num_attention_heads": 32, "rope_scaling": None, "rope_theta": 1000000.0}
         | {"sliding_window": None, "use_sliding_window": False, "attention_bias": False, "torch_dtype": "bfloat16"}
     )
-    assert (moe.head_dim, moe.rope_theta, moe.dtype) == (128, 1000000.0, "bfloat16")
+    assert (moe.attention.head_dim, moe.rope.theta, moe.dtype) == (128, 1000000.0, "bfloat16")
     dense = parse_config(
         {key: value for key, value in DENSE.items() if key != "head_dim"}
         | {"model_type": "qwen2", "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28}
     )
-    assert dense.qkv_bias
+    assert dense.attention.qkv_bias
 
 
 @pytest.mark.parametrize(
@@ -236,6 +232,6 @@ def test_layouts_that_divide() -> None:
 
 
 def test_needs_neither_torch_nor_megatron() -> None:
-    code = "import sys, ctpo_megatron.mcore.hf_config; print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
+    code = "import sys, ctpo_megatron.mcore.hf.config; print(sorted({'torch', 'megatron', 'transformers'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "[]"

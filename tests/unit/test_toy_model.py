@@ -10,7 +10,7 @@ import torch
 
 from ctpo_megatron.data.toy_model import Kind, make_toy_model
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.hf_config import read_hf_config
+from ctpo_megatron.mcore.hf.config import read_hf_config
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ctpo_megatron.errors import ModelError
-from ctpo_megatron.mcore.hf_config import ModelShape, weight_files
-from ctpo_megatron.mcore.hf_names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
+from ctpo_megatron.mcore.hf.files import weight_files
+from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
+from ctpo_megatron.mcore.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def layer_numbers(model: nn.Module) -> list[int]:
 
 
 def keyed_parameters(model: nn.Module, shape: ModelShape, place: RankPlace) -> Iterator[tuple[str, nn.Parameter]]:
-    """The rank's parameters under their keys (see hf_names)."""
+    """The rank's parameters under their keys (see hf.names)."""
     first_layer = next(iter(layer_numbers(model)), 0)
     first_expert = place.ep_rank * (shape.num_experts // place.ep_size)
     for name, parameter in unwrap(model).named_parameters():

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ctpo_megatron.mcore.attention import PackedAttention
+from ctpo_megatron.mcore.model.attention import PackedAttention
 
 
 def use_transformer_engine(device: torch.device) -> bool:

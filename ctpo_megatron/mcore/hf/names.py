@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctpo_megatron.mcore.hf_config import ModelShape
+from ctpo_megatron.mcore.shape import ModelShape
 
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_KEY = "output_layer.weight"
@@ -39,16 +39,17 @@ class Cut:
 
 def _pack_qkv(parts: list[Tensor], shape: ModelShape) -> Tensor:
     """q [G*m*d, ...], k and v [G*d, ...] -> [G*(m+2)*d, ...]: each group of m queries is followed by its key and value."""
-    groups = parts[1].shape[0] // shape.head_dim
+    groups = parts[1].shape[0] // shape.attention.head_dim
     rest = parts[0].shape[1:]
     return torch.cat([part.reshape(groups, -1, *rest) for part in parts], dim=1).reshape(-1, *rest)
 
 
 def _unpack_qkv(local: Tensor, shape: ModelShape) -> list[Tensor]:
     """Inverse of `_pack_qkv`."""
-    queries = shape.num_heads // shape.num_kv_heads
-    rows, rest = (queries + 2) * shape.head_dim, local.shape[1:]
-    pieces = local.reshape(-1, rows, *rest).split([queries * shape.head_dim, shape.head_dim, shape.head_dim], dim=1)
+    dim = shape.attention.head_dim
+    queries = shape.num_heads // shape.attention.num_kv_heads
+    rows, rest = (queries + 2) * dim, local.shape[1:]
+    pieces = local.reshape(-1, rows, *rest).split([queries * dim, dim, dim], dim=1)
     return [piece.reshape(-1, *rest) for piece in pieces]
 
 
@@ -105,7 +106,7 @@ def parameter_key(name: str, first_layer: int, first_expert: int) -> str:
 
 
 def _layer_tensors(shape: ModelShape, layer: int) -> list[HfTensor]:
-    hidden, heads, kv_heads, dim = shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    hidden, heads, kv_heads, dim = shape.hidden_size, shape.num_heads, shape.attention.num_kv_heads, shape.attention.head_dim
     tensors: list[HfTensor] = []
 
     def add(key: str, cut: Cut, *parts: tuple[str, tuple[int, ...]], expert: int | None = None) -> None:
@@ -116,19 +117,19 @@ def _layer_tensors(shape: ModelShape, layer: int) -> list[HfTensor]:
     qkv_rows = (("q", heads * dim), ("k", kv_heads * dim), ("v", kv_heads * dim))
     add("input_layernorm.weight", WHOLE, ("input_layernorm.weight", (hidden,)))
     add("self_attention.linear_qkv.weight", QKV, *((f"self_attn.{x}_proj.weight", (rows, hidden)) for x, rows in qkv_rows))
-    if shape.qkv_bias:
+    if shape.attention.qkv_bias:
         add("self_attention.linear_qkv.bias", QKV, *((f"self_attn.{x}_proj.bias", (rows,)) for x, rows in qkv_rows))
-    if shape.qk_norm:
+    if shape.attention.qk_norm:
         add("self_attention.q_layernorm.weight", WHOLE, ("self_attn.q_norm.weight", (dim,)))
         add("self_attention.k_layernorm.weight", WHOLE, ("self_attn.k_norm.weight", (dim,)))
     add("self_attention.linear_proj.weight", ROW, ("self_attn.o_proj.weight", (hidden, heads * dim)))
     add("pre_mlp_layernorm.weight", WHOLE, ("post_attention_layernorm.weight", (hidden,)))
-    if not shape.is_moe:
+    if layer not in shape.expert_layers:
         ffn = shape.ffn_hidden_size
         add("mlp.linear_fc1.weight", GATE_UP, *((f"mlp.{x}_proj.weight", (ffn, hidden)) for x in ("gate", "up")))
         add("mlp.linear_fc2.weight", ROW, ("mlp.down_proj.weight", (hidden, ffn)))
         return tensors
-    ffn = shape.moe_ffn_hidden_size
+    ffn = shape.experts.ffn_hidden_size
     add("mlp.router.weight", WHOLE, ("mlp.gate.weight", (shape.num_experts, hidden)))
     for expert in range(shape.num_experts):
         key, name = f"mlp.experts.local_experts.{expert}", f"mlp.experts.{expert}"

@@ -1,7 +1,7 @@
 """Checkpoints: weights, optimizer, schedule and random states, in Megatron's distributed format, complete or not at all.
 
 Every rank writes and reads its part. The format describes whole tensors, so a run may go on with other tp, pp, ep and dp. A
-checkpoint's files are described in checkpoint_files.
+checkpoint's files are described in `files`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.mcore.checkpoint_files import VERSION, publish_checkpoint, read_manifest
-from ctpo_megatron.mcore.checkpoint_writer import save_strategy
+from ctpo_megatron.mcore.checkpoint.files import VERSION, publish_checkpoint, read_manifest
+from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer, optimizer_shards
+from ctpo_megatron.mcore.checkpoint.writer import save_strategy
 from ctpo_megatron.mcore.collective import on_first_rank
 from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, temporary_directory
-from ctpo_megatron.mcore.hf_load import unwrap
-from ctpo_megatron.mcore.optimizer_state import load_optimizer, optimizer_shards
+from ctpo_megatron.mcore.hf.load import unwrap
 
 
 def save_checkpoint(

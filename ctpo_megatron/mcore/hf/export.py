@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from ctpo_megatron.mcore.collective import on_first_rank
 from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, publish_directory, temporary_directory
-from ctpo_megatron.mcore.hf_config import INDEX_FILE, ModelShape
-from ctpo_megatron.mcore.hf_load import RankPlace, keyed_parameters, layer_numbers, unwrap
-from ctpo_megatron.mcore.hf_names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
+from ctpo_megatron.mcore.hf.files import INDEX_FILE
+from ctpo_megatron.mcore.hf.load import RankPlace, keyed_parameters, layer_numbers, unwrap
+from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
+from ctpo_megatron.mcore.shape import ModelShape
 
 SHARD_BYTES = 2 << 30
 COPIED_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")  # tokenizer, templates, generation

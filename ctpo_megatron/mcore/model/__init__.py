@@ -1,0 +1,1 @@
+"""The model as Megatron-Core modules."""
