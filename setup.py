@@ -39,5 +39,6 @@ setup(
     entry_points={
         "console_scripts": ["ctpo = ctpo_megatron.cli:main"],
         "sglang.srt.platforms": ["ctpo_cpu = ctpo_megatron.cluster.sglang_platform:activate"],
+        "sglang.srt.plugins": ["ctpo_digest = ctpo_megatron.cluster.sglang_digest:activate"],
     },
 )

@@ -30,6 +30,12 @@ class MicroBatch:
     sequence_ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding
     restarts: Tensor  # [T] bool, True on the first token of each policy version in a sequence
     old_logp: Tensor | None = None  # [T] float32, of the trainer's policy before the first step on this batch
+    reference_logp: Tensor | None = None  # [T] float32, of the reference policy
+    support_ids: Tensor | None = None  # [T, K] int32, the likeliest tokens under the policy that sampled
+    support_logp: Tensor | None = None  # [T, K] float32, their log-probs under it; -inf: an unused place
+    policy_support_logp: Tensor | None = None  # [T, K] float32, those of the policy in training, found in its forward pass
+    routed_experts: Tensor | None = None  # [T, expert layers, k], docs/routing_replay.md; -1: the trainer routes the token itself
+    own_experts: Tensor | None = None  # what the routers of one rank see of that; see `parallel.own_experts`
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -57,8 +63,16 @@ class MicroBatch:
         """A copy that carries the old policy's log-probs [T] (or this shard's part of them)."""
         return replace(self, old_logp=old_logp)
 
+    def with_reference_logp(self, reference_logp: Tensor) -> MicroBatch:
+        """The same for the reference policy's log-probs."""
+        return replace(self, reference_logp=reference_logp)
+
+    def with_policy_support_logp(self, logp: Tensor | None) -> MicroBatch:
+        """A copy that carries the policy's own log-probs [T, K] of the support."""
+        return replace(self, policy_support_logp=logp)
+
     def _streams(self) -> dict[str, Tensor]:
-        whole = {"cu_seqlens", "groups", "weights", "sequence_ids"}
+        whole = {"cu_seqlens", "groups", "weights", "sequence_ids", "own_experts"}
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in whole}
         return {name: stream for name, stream in named.items() if stream is not None}
 

@@ -54,6 +54,66 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpu_gb: Annotated[float, typer.Option(min=1, help="memory of a GPU")] = 80.0,
+    engine_gpu_gb: Annotated[float | None, typer.Option(min=1, help="of the servers' GPUs, where they differ")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="of the cluster's nodes")] = 8,
+    model_config: Annotated[Path | None, typer.Option(help="config.json of the model; default: that of model.path")] = None,
+) -> None:
+    """Memory, batches and groups of a run, from the configuration alone; exit code 2 when it cannot fit."""
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.plan import plan_job
+    from ctpo_megatron.planning.plan import Hardware
+
+    hardware = Hardware(gpu_gb, engine_gpu_gb, gpus_per_node)
+    plan_job(load_config(config, overrides or []), config, model_config, hardware)
+
+
+convert_app = typer.Typer(
+    no_args_is_help=True, help="A model's weights in other formats; every tensor of the output is verified."
+)
+checkpoint_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run.")
+app.add_typer(convert_app, name="convert")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+@convert_app.command("to-megatron")
+def to_megatron(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="checkpoint to write", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="the layout that writes: parallel.tp=2 ...")] = None,
+) -> None:
+    """A checkpoint of weights only (torch_dist), with config.json and tokenizer in it."""
+    from ctpo_megatron.jobs.convert import convert_to_megatron
+
+    convert_to_megatron(model, out, overrides or [])
+
+
+@convert_app.command("to-hf")
+def to_hf(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="of a run (RUN_DIR/checkpoints/step_*), or of weights only", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write", show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="the layout that reads: parallel.tp=2 ...")] = None,
+) -> None:
+    """A Hugging Face model directory of the weights in a checkpoint."""
+    from ctpo_megatron.jobs.convert import convert_to_hf
+
+    convert_to_hf(checkpoint, out, overrides or [])
+
+
+@checkpoint_app.command("verify")
+def verify(directory: Annotated[Path, typer.Argument(help="a checkpoint, or a directory of step_*", show_default=False)]) -> None:
+    """Read every file again and compare its hash; exit code 1 when a checkpoint is damaged."""
+    from ctpo_megatron.jobs.checkpoints import verify_checkpoints
+
+    verify_checkpoints(directory)
+
+
+@app.command()
 def doctor() -> None:
     """What this host has and lacks for a run; exit code 1 when a run cannot work here."""
     from rich.console import Console

@@ -42,8 +42,19 @@ class EngineError(CtpoError, RuntimeError):
     """An inference server could not be started, died, or answered with an error."""
 
 
+class EngineRefused(EngineError):
+    """An inference server understood a request and refused it: asking again, or another server, would not help."""
+
+
 class WeightSyncError(CtpoError, RuntimeError):
-    """Publishing weights to the inference servers failed or could not be proven right."""
+    """Publishing weights to the inference servers failed or could not be proven right.
+
+    `servers` are the URLs of those that failed, where that is known: the others may be connected again without them.
+    """
+
+    def __init__(self, message: str, *, servers: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.servers = tuple(servers)
 
 
 class MismatchError(CtpoError, RuntimeError):
@@ -56,6 +67,10 @@ class NonFiniteError(CtpoError, ArithmeticError):
 
 class CheckpointError(CtpoError, RuntimeError):
     """A checkpoint could not be written, found or read."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not what was written: a file is missing, cut short, or holds other bytes."""
 
 
 class ProcessDied(CtpoError, RuntimeError):

@@ -1,4 +1,4 @@
-"""The words of the system: what flows from a prompt to a training sample. Plain lists and numbers, no tensors.
+"""The words of the system: what flows from a prompt to a training sample. Plain lists, numbers and arrays, no tensors.
 
     Prompt -> Trajectory (turns, status, reward) -> TrajectoryGroup -> TrainSample
 
@@ -11,6 +11,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Status(enum.StrEnum):
@@ -32,6 +35,43 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class RoutingShape:
+    """How a mixture-of-experts model routes: what a record of its choices looks like."""
+
+    num_layers: int  # all of the model
+    expert_layers: tuple[int, ...]  # those with experts, numbered from 0
+    experts: int  # of each such layer
+    top_k: int  # that a token goes to
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest signed integer that holds -1 and every expert's number."""
+        return np.dtype(np.int8 if self.experts <= 128 else np.int16)
+
+    def unknown(self, tokens: int) -> NDArray[np.signedinteger]:
+        """A record of `tokens` tokens about which nothing is known: -1, [tokens, expert layers, top_k]."""
+        return np.full((tokens, len(self.expert_layers), self.top_k), -1, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The likeliest next tokens under the policy that sampled, likeliest first, for each token of a stream."""
+
+    ids: NDArray[np.int32]  # [tokens, K]
+    logprobs: NDArray[np.float32]  # [tokens, K], at the sampling temperature; -inf: an unused place
+
+    @classmethod
+    def unused(cls, tokens: int, k: int) -> TopK:
+        """Of tokens that nobody sampled."""
+        return cls(np.zeros((tokens, k), np.int32), np.full((tokens, k), -np.inf, np.float32))
+
+    @classmethod
+    def joined(cls, parts: list[TopK]) -> TopK:
+        """One stream after the other; at least one is needed."""
+        return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.logprobs for p in parts]))
+
+
 @dataclass(slots=True)
 class Turn:
     """A run of tokens from one author.
@@ -44,16 +84,23 @@ class Turn:
     token_ids: list[int]
     logprobs: list[float]
     versions: list[int]
+    top: TopK | None = None  # of an assistant's tokens, where the run collects it
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.logprobs), len(self.versions)}
+        if self.top is not None:
+            lengths |= {len(self.top.ids), len(self.top.logprobs)}
         if len(lengths) != 1:
             raise ValueError(f"streams of a {self.role} turn differ in length: {sorted(lengths)}")
 
 
 @dataclass(slots=True)
 class Trajectory:
-    """One sampled attempt at a prompt. `text` is the decoded response, for rewards and people only."""
+    """One sampled attempt at a prompt. `text` is the decoded response, for rewards and people only.
+
+    `experts[t]` are the experts that the engine sent token t to, [tokens - 1, expert layers, top_k]; -1 where that is not known
+    (docs/routing_replay.md). The last token has not been read by anybody.
+    """
 
     prompt_index: int
     prompt_ids: list[int]
@@ -64,6 +111,7 @@ class Trajectory:
     tool_calls: int = 0
     tool_errors: int = 0
     seconds: float = 0.0
+    experts: NDArray[np.signedinteger] | None = None
 
     @property
     def response_length(self) -> int:
@@ -104,9 +152,14 @@ class TrainSample:
     policy_versions: list[int]  # version that sampled the label; -1 where masked
     advantages: list[float]  # 0.0 where masked
     group: int = 0  # samples of one prompt share it
+    experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it itself
+    top: TopK | None = None  # of each label, where the run collects it; unused where masked
 
     def __post_init__(self) -> None:
-        streams = (self.input_ids, self.labels, self.loss_mask, self.rollout_logprobs, self.policy_versions, self.advantages)
+        streams: list[Any] = [self.input_ids, self.labels, self.loss_mask, self.rollout_logprobs, self.policy_versions]
+        streams += [self.advantages]
+        streams += [] if self.experts is None else [self.experts]
+        streams += [] if self.top is None else [self.top.ids, self.top.logprobs]
         if len({len(stream) for stream in streams}) != 1:
             raise ValueError(f"streams of a sample differ in length: {[len(stream) for stream in streams]}")
 

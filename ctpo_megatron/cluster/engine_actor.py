@@ -10,6 +10,7 @@ from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.cluster.server import SGLangServer, server_args, server_env
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.mcore.hf.routing import replayed_routing
 from ctpo_megatron.ports import free_port
 
 POLL_S = 0.25
@@ -17,9 +18,9 @@ GPU_GRACE_S = 20.0  # SGLang gives device memory back in order when it may end b
 
 
 class EngineActor:
-    """Server `index` of the run. Its process starts with the actor, and ends with it at the latest."""
+    """One server of the run. Its process starts with the actor, and ends with it at the latest. `seed`: of its sampling."""
 
-    def __init__(self, config: RunConfig, index: int, log_path: str, api_key: str) -> None:
+    def __init__(self, config: RunConfig, seed: int, log_path: str, api_key: str) -> None:
         redirect_output(Path(log_path))
         device, engine = config.cluster.device, config.rollout.engine
         dtype = ("bfloat16" if device == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
@@ -28,8 +29,18 @@ class EngineActor:
         self._timeout_s = engine.start_timeout_s
         self._grace_s = GPU_GRACE_S if device == "cuda" else 0.0
         self._closed = threading.Event()
+        arguments = server_args(
+            config.model.path,
+            engine,
+            device=device,
+            dtype=dtype,
+            port=port,
+            seed=seed,
+            host=host,
+            routed_experts=replayed_routing(config) is not None,
+        )
         self._server = SGLangServer(
-            server_args(config.model.path, engine, device=device, dtype=dtype, port=port, seed=config.seed + index, host=host),
+            arguments,
             url=f"http://{host}:{port}",
             api_key=api_key,
             log=Path(log_path),

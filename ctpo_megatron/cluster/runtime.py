@@ -2,11 +2,14 @@
 
 driver (loop) --+-- TrainerActor x world_size   (Megatron ranks)
                 +-- EngineActor x servers  --- SGLang server process group
+
+The death of a trainer's rank ends the run. A server that is lost is started again (`engines`); losing all for good ends the run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Coroutine
 from pathlib import Path
@@ -16,13 +19,14 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ctpo_megatron.cluster.calls import Process, call_all
-from ctpo_megatron.cluster.engine_actor import EngineActor
+from ctpo_megatron.cluster.engines import EngineGroup
 from ctpo_megatron.cluster.ray_cluster import bundles_of, by_node, connect, reserve, resolve_device
 from ctpo_megatron.cluster.server import new_api_key
 from ctpo_megatron.cluster.trainer_actor import TrainerActor
 from ctpo_megatron.cluster.trainer_group import TrainerGroup
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.rollout.pool import ServerPool
 
 CLOSE_TIMEOUT_S = 30.0
 
@@ -32,13 +36,13 @@ class Runtime:
 
     def __init__(self, config: RunConfig, run_dir: Path, *, trainer: bool, engines: bool, total_steps: int = 0) -> None:
         self.config = config
-        self.urls: list[str] = []
+        self.pool = server_pool(config, trained=trainer)
         self.api_key = new_api_key()
         self.trainer: TrainerGroup | None = None
         self._run_dir = run_dir
         self._wanted = (trainer, engines)
         self._total_steps = total_steps
-        self._engines: list[Process] = []
+        self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
 
     async def __aenter__(self) -> Runtime:
@@ -59,48 +63,36 @@ class Runtime:
         bundles = bundles_of(config, trainer=trainer, engines=engines)
         group = await reserve(bundles, config.cluster.start_timeout_s)
         world = config.parallel.world_size if trainer else 0
-        order = [*by_node(group, world), *range(world, len(bundles))]
-        for index, bundle in enumerate(order):
-            place = {
+        places = [
+            {
                 "num_cpus": bundles[bundle]["CPU"],
                 "num_gpus": bundles[bundle].get("GPU", 0),
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
             }
-            if index < world:
-                self._ranks.append(self._trainer_process(index, place))
-            else:
-                self._engines.append(self._engine_process(index - world, place))
+            for bundle in [*by_node(group, world), *range(world, len(bundles))]
+        ]
+        self._ranks = [self._trainer_process(rank, place) for rank, place in enumerate(places[:world])]
+        if engines:
+            self._engines = EngineGroup(config, self._run_dir, self.api_key, places[world:], self.pool)
         self.trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if trainer else None
         await self.guard(self._come_up())
 
     async def _come_up(self) -> None:
         config, timeout = self.config, self.config.cluster.start_timeout_s
-        starts = call_all([(engine, engine.actor.start.remote()) for engine in self._engines], timeout)
-        if self.trainer is None:
-            self.urls = await starts
-            return
-        threads = max(1, (os.cpu_count() or 1) // len(self._ranks)) if config.cluster.device == "cpu" else 1
-        build = asyncio.wait_for(self.trainer.build(threads, self._total_steps), timeout)
-        self.urls, _ = await asyncio.gather(starts, build)
-
-    async def connect_trainer(self) -> None:
-        """Join trainer and servers in the group that weights travel through."""
-        await self.trainer.connect(self.urls, self.api_key, self.config.rollout.engine.tp)
+        starts = [] if self._engines is None else [self._engines.start()]
+        if self.trainer is not None:
+            threads = max(1, (os.cpu_count() or 1) // len(self._ranks)) if config.cluster.device == "cpu" else 1
+            starts.append(asyncio.wait_for(self.trainer.build(threads, self._total_steps), timeout))
+        await asyncio.gather(*starts)
 
     def _trainer_process(self, rank: int, place: dict[str, Any]) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
-        remote = ray.remote(concurrency_groups={"watch": 1})(TrainerActor)
+        remote = ray.remote(concurrency_groups={"watch": 1, "checkpoint": 1})(TrainerActor)
         actor = remote.options(**place).remote(self.config, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)
 
-    def _engine_process(self, index: int, place: dict[str, Any]) -> Process:
-        log = self._run_dir / "logs" / f"server_{index}.log"
-        remote = ray.remote(concurrency_groups={"watch": 1})(EngineActor)
-        actor = remote.options(**place).remote(self.config, index, str(log), self.api_key)
-        return Process(f"inference server {index}", actor, log)
-
     async def guard(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run `work`; if a process dies meanwhile, cancel it and raise that process's error."""
+        """Run `work`; if a rank of the trainer dies meanwhile, or the last server, cancel it and raise that process's error."""
         task = asyncio.ensure_future(work)
         watch = asyncio.ensure_future(self._watch())
         try:
@@ -116,21 +108,44 @@ class Runtime:
             await asyncio.gather(task, watch, return_exceptions=True)
 
     async def _watch(self) -> None:
-        calls = [(p, p.actor.watch.options(concurrency_group="watch").remote()) for p in [*self._ranks, *self._engines]]
-        await call_all(calls, timeout_s=None)
-        raise ProcessDied("all processes of the run ended before the run did")
+        watches = [] if self._engines is None else [self._engines.watch()]
+        if self._ranks:
+            calls = [(rank, rank.actor.watch.options(concurrency_group="watch").remote()) for rank in self._ranks]
+            watches.append(call_all(calls, timeout_s=None))
+        watching = [asyncio.ensure_future(watch) for watch in watches]
+        try:
+            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            for watch in watching:
+                watch.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+        raise ProcessDied("all ranks of the trainer ended before the run did")
 
     async def close(self) -> None:
         """End what was started, each step bounded; safe to call twice."""
         if not ray.is_initialized():
             return
-        ends = [p.actor.close.remote() for p in [*self._engines, *self._ranks]]
+        ends: list[asyncio.Future] = [asyncio.wrap_future(rank.actor.close.remote().future()) for rank in self._ranks]
+        if self._engines is not None:
+            ends.append(asyncio.ensure_future(self._engines.close()))
         if ends:
-            futures = [asyncio.wrap_future(ref.future()) for ref in ends]
-            await asyncio.wait(futures, timeout=CLOSE_TIMEOUT_S)
-            for future in futures:
-                future.cancel()
-        for process in [*self._engines, *self._ranks]:
-            ray.kill(process.actor)
-        self._engines, self._ranks = [], []
+            await asyncio.wait(ends, timeout=CLOSE_TIMEOUT_S)
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+        for rank in self._ranks:
+            ray.kill(rank.actor)
+        self._engines, self._ranks = None, []
         ray.shutdown()
+
+
+def server_pool(config: RunConfig, *, trained: bool) -> ServerPool:
+    """The servers of a run. Requests wait as long as what may keep one from serving: a start, an update, a training step."""
+    engine, cluster = config.rollout.engine, config.cluster
+    return ServerPool(
+        patience_s=engine.start_timeout_s + config.weights.timeout_s + (cluster.call_timeout_s if trained else 0.0),
+        restarts=engine.restarts,
+        fixed_version=None if trained else 0,
+        say=functools.partial(print, flush=True),
+    )

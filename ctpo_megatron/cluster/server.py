@@ -29,14 +29,24 @@ _CPU_ARGUMENTS = (
     *("--attention-backend", "torch_batched", "--sampling-backend", "pytorch"),
     *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
     "--disable-overlap-schedule",
+    "--sleep-on-idle",  # schedulers that have nothing to do would otherwise poll, on cores that the trainer needs
 )
 
 
 def server_args(
-    model_path: str | Path, engine: EngineConfig, *, device: str, dtype: str, port: int, seed: int, host: str = "127.0.0.1"
+    model_path: str | Path,
+    engine: EngineConfig,
+    *,
+    device: str,
+    dtype: str,
+    port: int,
+    seed: int,
+    host: str = "127.0.0.1",
+    routed_experts: bool = False,
 ) -> list[str]:
     """Arguments of one server, as `sglang.launch_server` takes them. `engine.extra_args` come last and so win.
 
+    `routed_experts`: requests may ask for the experts that each token went to. SGLang refuses to start a dense model with it.
     The weights it loads are version 0. It speaks token ids only, so it needs no tokenizer; and no grammar is ever asked for.
     """
     arguments = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
@@ -45,6 +55,8 @@ def server_args(
     arguments += ["--log-level-http", "warning"]  # not a line per request
     if device == "cpu":
         arguments += _CPU_ARGUMENTS
+    if routed_experts:
+        arguments += ["--enable-return-routed-experts"]
     kv_tokens = engine.max_total_tokens or (CPU_KV_TOKENS if device == "cpu" else None)
     if kv_tokens is not None:
         arguments += ["--max-total-tokens", str(kv_tokens)]
@@ -60,6 +72,7 @@ def server_env(engine: EngineConfig, *, device: str) -> dict[str, str]:
     # Half of the cores: the other half is for the trainer. Threads that wait must sleep: spinning on a busy core made
     # generation twenty times slower.
     env = {"OMP_NUM_THREADS": str(max(1, len(cores) // ranks // 2)), "OMP_WAIT_POLICY": "passive"}
+    env["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's: buckets of weights come in large pages; small ones cost more than the transport
     if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
         share = max(1, len(cores) // engine.tp)
         shares = [cores[rank * share : (rank + 1) * share] or [cores[rank % len(cores)]] for rank in range(engine.tp)]

@@ -9,7 +9,7 @@ from sglang.srt.entrypoints.http_server import _setup_and_run_http_server
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
-from ctpo_megatron.cluster import sglang_attention
+from ctpo_megatron.cluster import sglang_attention, sglang_routed
 
 
 class LeanEngine(Engine):
@@ -38,6 +38,7 @@ class ForkingEngine(LeanEngine):
 
 def serve(argv: list[str], api_key: str) -> None:
     """Blocks until the server is told to stop. `argv` as for `sglang.launch_server`."""
+    sglang_routed.register()
     load_plugins()
     sglang_attention.register()
     server_args = prepare_server_args(argv)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.parallel import Seat
 from ctpo_megatron.ports import free_port
+from ctpo_megatron.weights.transport import Sent, Server, WeightSender
 
 
 class TrainerActor:
-    """Rank `rank` of the trainer. Calls are executed one after another, `watch` beside them."""
+    """Rank `rank` of the trainer. Calls are executed one after another, `watch` and `settle` beside them."""
 
     def __init__(self, config: RunConfig, rank: int, log_path: str) -> None:
         redirect_output(Path(log_path))
@@ -24,7 +29,8 @@ class TrainerActor:
         logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter at INFO
         self.config = config
         self.rank = rank
-        self.sender = None
+        self.sender: WeightSender | None = None
+        self._connected = False
         self._closed = threading.Event()
 
     def address(self) -> tuple[str, int]:
@@ -32,8 +38,8 @@ class TrainerActor:
         host = node_address(self.config)
         return host, free_port(host)
 
-    def build(self, master: tuple[str, int], threads: int, total_steps: int) -> int:
-        """Join the process group, build and load the model. Returns the data-parallel rank."""
+    def build(self, master: tuple[str, int], threads: int, total_steps: int) -> Seat:
+        """Join the process group, build and load the model. Returns where this rank sits."""
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
 
@@ -51,21 +57,29 @@ class TrainerActor:
             seed=config.seed,
             recompute=config.train.recompute,
             total_steps=total_steps,
+            moe=config.moe,
         )
-        return self.engine.dp_rank
+        reference = config.algorithm.reference
+        self.reference = None if reference is None else self.engine.snapshot(reference.path)
+        return self.engine.seat
 
-    def update(self, batches: list[list[MicroBatch]], version: int) -> dict[str, float]:
-        """See `loop.protocols.Trainer.update`."""
+    def update(self, batches: list[list[MicroBatch]], experts: list[list[Tensor | None]], version: int) -> dict[str, float]:
+        """See `loop.protocols.Trainer.update`. `experts`: of each pack what this rank's routers see of its record."""
         from ctpo_megatron.mcore.policy import update_policy
 
         config = self.config
+        with_own = [
+            [replace(mb, own_experts=own) for mb, own in zip(packs, owns, strict=True)]
+            for packs, owns in zip(batches, experts, strict=True)
+        ]
         return update_policy(
             self.engine,
-            batches,
+            with_own,
             algorithm=config.algorithm,
             temperature=config.rollout.temperature,
             drift=config.drift,
             version=version,
+            reference=self.reference,
         )
 
     def supervise(self, batch: list[MicroBatch]) -> dict[str, float]:
@@ -74,26 +88,48 @@ class TrainerActor:
 
         return supervise(self.engine, batch)
 
-    def connect(self, urls: list[str], api_key: str, engine_tp: int) -> None:
-        """Join the servers' update groups; only the sending rank has anything to do."""
-        if self.engine.is_sender:
-            from ctpo_megatron.weights.broadcast import BroadcastSender
+    def canary_logp(self, token_ids: list[int]) -> list[float]:
+        """See `TrainerGroup.canary_logp`: this rank's part of the padded prompt; empty before the last pipeline stage."""
+        from ctpo_megatron.weights.canary import canary_batch
 
-            self.sender = BroadcastSender(self.config.weights, device=self.engine.device, address=node_address(self.config))
-            self.sender.connect(urls, api_key, engine_tp)
+        parallel = self.config.parallel
+        batch = canary_batch(token_ids, multiple=2 * parallel.cp * parallel.tp)
+        count = parallel.pp if parallel.vpp > 1 else 1  # as interleaving wants it
+        logps = self.engine.logp(self.engine.place([batch] * count), temperature=1.0)
+        return logps[0].tolist() if logps else []
 
-    def publish(self, version: int) -> None:
-        """Export the weights in step with the other ranks; the sending rank passes them on."""
-        buckets = self.engine.export(self.config.weights.bucket_mb * 2**20)
+    def connect(self, servers: list[Server], api_key: str) -> None:
+        """Let the sending ranks reach the servers; called again whenever those have changed, and after a failed publication."""
+        from ctpo_megatron.weights.engine_layout import EngineLayout
+        from ctpo_megatron.weights.expected import Expected
+        from ctpo_megatron.weights.senders import make_sender
+        from ctpo_megatron.weights.turns import open_turns
+
+        weights, address, device = self.config.weights, node_address(self.config), self.engine.device
+        if not self._connected:
+            turns = open_turns(self.engine.senders(), address, weights.timeout_s)
+            layout = EngineLayout(self.engine.shape, self.config.rollout.engine.tp, cpu=device.type == "cpu")
+            self.sender = None if turns is None else make_sender(weights, device, address, turns, lambda: Expected(layout))
+            self._connected = True
         if self.sender is not None:
-            self.sender.send(buckets, version)
-        else:
-            for _ in buckets:
-                pass
+            self.sender.connect(servers, api_key)
 
-    def save(self, directory: str, state: dict[str, Any]) -> None:
+    def publish(self, version: int) -> Sent:
+        """Export the weights in step with the other ranks; the sending ranks pass them on. Empty on other ranks."""
+        buckets = self.engine.stream(self.config.weights.bucket_mb * 2**20)
+        if self.sender is not None:
+            return self.sender.send(buckets, version)
+        for _ in buckets:
+            pass
+        return Sent(version)
+
+    def save(self, directory: str, state: dict[str, Any], background: bool) -> None:
         """See `loop.protocols.Trainer.save`."""
-        self.engine.save(Path(directory), state)
+        self.engine.save(Path(directory), state, background=background)
+
+    def settle(self, timeout_s: float) -> None:
+        """See `loop.protocols.Trainer.settle`."""
+        self.engine.settle(timeout_s)
 
     def load(self, directory: str) -> dict[str, Any]:
         """See `loop.protocols.Trainer.load`."""

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import NonNegativeFloat, model_validator
 
 from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingConfig
 from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, Objective, SequenceMean
+
+TOP_K = 20  # of DPPO's and CPPO's top-k divergences, as their papers have it
+
+
+class ReferenceConfig(Section):
+    """A penalty on the distance from a reference policy; docs/objectives.md has the estimators and their gradients."""
+
+    coeff: NonNegativeFloat = 1e-3
+    """Of the penalty in the loss."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Schulman's estimator of the KL divergence at each token."""
+    path: str | None = None
+    """Directory of the reference policy, a model of the same shape as the trained one. null: model.path."""
 
 
 class AlgorithmConfig(Section):
@@ -29,18 +42,15 @@ class AlgorithmConfig(Section):
     optimizer step on the batch, whatever sampled the token. `rollout`: the engine's, as dppo, cppo and trm always do."""
     restart_at_version: bool = False
     """Begin prefix statistics and positions anew where a newer policy version went on writing a trajectory."""
+    reference: ReferenceConfig | None = None
+    """Keep the policy near a reference policy, whose weights wait in each rank's host memory. null: do not."""
     correction: Correction | None = None
     """Importance weights for the distance between the anchor and the engine's log-probs; `type` picks the kind. null: none."""
 
-    @model_validator(mode="after")
-    def _runs_know_no_top_k(self) -> AlgorithmConfig:
-        divergence = getattr(self.objective, "divergence", "")
-        if divergence.startswith("topk"):
-            raise ValueError(
-                f"algorithm.objective.divergence={divergence}: runs do not collect the sampling policy's top-k log-probs; "
-                f"`policy_loss` takes them. Use {divergence.replace('topk', 'binary')}, which needs the sampled token alone"
-            )
-        return self
+    @property
+    def top_k(self) -> int:
+        """How many of the sampling policy's likeliest tokens the objective compares at each place."""
+        return TOP_K if getattr(self.objective, "divergence", "").startswith("topk") else 0
 
     @model_validator(mode="after")
     def _ratio_is_counted_once(self) -> AlgorithmConfig:

@@ -26,7 +26,8 @@ class ParallelConfig(Section):
     pp: PositiveInt = 1
     """Pipeline parallel."""
     vpp: PositiveInt = 1
-    """Model chunks per pipeline stage: more than 1 interleaves them, which shortens the pipeline's bubble."""
+    """Model chunks per pipeline stage: more than 1 interleaves them, which shortens the pipeline's bubble. Every optimizer step
+    then has a multiple of pp micro-batches."""
     first_stage_layers: PositiveInt | None = None
     """Layers of the first pipeline stage, where they shall differ from the others. null: an equal share."""
     last_stage_layers: PositiveInt | None = None
@@ -50,6 +51,17 @@ class ParallelConfig(Section):
         ranks = self.tp * self.cp * self.dp
         if ranks % (self.ep * self.etp):
             raise ValueError(f"ep*etp={self.ep * self.etp} does not divide tp*cp*dp={ranks}; allowed: divisors of {ranks}")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_need_a_pipeline(self) -> ParallelConfig:
+        if self.pp > 1:
+            return self
+        if self.vpp > 1:
+            raise ValueError(f"vpp={self.vpp} interleaves the stages of a pipeline, but pp=1 has one; allowed: vpp=1, or pp>1")
+        for name in ("first_stage_layers", "last_stage_layers"):
+            if (layers := getattr(self, name)) is not None:
+                raise ValueError(f"{name}={layers} splits a pipeline, but pp=1 has only one stage; allowed: null, or pp>1")
         return self
 
 

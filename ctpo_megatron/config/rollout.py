@@ -66,6 +66,9 @@ class EngineConfig(Section):
     """Size of the KV cache in tokens. null: SGLang decides (GPU) or 65,536 (CPU)."""
     start_timeout_s: PositiveFloat = 600.0
     """How long a server may take to come up."""
+    restarts: NonNegativeInt = 3
+    """How often each server is started again in its place after it has died, or failed twice to take the weights. The run goes on
+    with the others meanwhile, and waits where there is none; it ends when all are lost for good."""
     request_timeout_s: PositiveFloat = 600.0
     """How long one generation may take before it counts as failed."""
     extra_args: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import Section
-from ctpo_megatron.config.cluster import BroadcastTransport, ClusterConfig, DriftConfig, LogConfig
+from ctpo_megatron.config.cluster import AttestConfig, BroadcastTransport, ClusterConfig, DriftConfig, LogConfig, Transport
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
@@ -31,7 +31,9 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     rollout: RolloutConfig = RolloutConfig()
     eval: EvalConfig = EvalConfig()
-    weights: BroadcastTransport = BroadcastTransport()
+    weights: Transport = BroadcastTransport()
+    """How they reach the servers; `type` picks the transport."""
+    attest: AttestConfig = AttestConfig()
     drift: DriftConfig = DriftConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()

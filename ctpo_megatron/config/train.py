@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW with a linear warm-up and then a constant or cosine rate."""
+    """AdamW with a linear warm-up of the learning rate and a schedule after it."""
 
     lr: NonNegativeFloat = 1e-6
     """Peak learning rate."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up."""
+    schedule: Literal["constant", "cosine", "linear", "inverse-square-root", "wsd"] = "constant"
+    """After the warm-up. cosine and linear fall to min_lr over the run; wsd stays and falls in its last wsd_decay_steps."""
+    min_lr: NonNegativeFloat = 0.0
+    """Where the rate falls to; without effect on constant."""
     warmup_steps: NonNegativeInt = 0
     """Optimizer steps of linear warm-up."""
+    wsd_decay_steps: PositiveInt | None = None
+    """Optimizer steps of the fall at the end of wsd."""
+    wsd_decay: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "linear"
+    """Shape of that fall."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the first moment."""
     beta2: float = Field(0.999, ge=0, lt=1)
@@ -28,6 +34,27 @@ class OptimizerConfig(Section):
     """Decoupled weight decay per step, times the learning rate."""
     clip_grad: PositiveFloat = 1.0
     """Largest norm of the gradient; above it the gradient is scaled down."""
+    precision_aware: bool = False
+    """Keep the moments in the formats below. Needs a GPU, TransformerEngine and bfloat16 weights."""
+    exp_avg_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the first moment; other than float32 needs precision_aware."""
+    exp_avg_sq_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The same of the second moment."""
+    cpu_offload: float = Field(0.0, ge=0, le=1)
+    """Fraction of the optimizer's state that is kept and updated in the host's memory. More than 0 needs a GPU."""
+
+    @model_validator(mode="after")
+    def _rates_and_formats_agree(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if (self.schedule == "wsd") != (self.wsd_decay_steps is not None):
+            raise ValueError("schedule=wsd and wsd_decay_steps go together; give both or neither")
+        formats = {self.exp_avg_dtype, self.exp_avg_sq_dtype}
+        if not self.precision_aware and formats != {"float32"}:
+            raise ValueError("exp_avg_dtype and exp_avg_sq_dtype other than float32 need precision_aware=true")
+        if self.precision_aware and self.cpu_offload:
+            raise ValueError("precision_aware and cpu_offload exclude each other; moments in the host's memory are float32")
+        return self
 
 
 class TrainConfig(Section):
@@ -41,10 +68,13 @@ class TrainConfig(Section):
     """Optimizer steps per rollout batch; must divide prompts_per_step."""
     max_tokens_per_micro_batch: PositiveInt = 8192
     """Tokens packed into one forward-backward pass per data-parallel rank."""
+    balance: Literal["tokens", "flops"] = "tokens"
+    """What the data-parallel ranks get equal shares of. flops: attention's square of the length counts too."""
     staleness: NonNegativeInt = 0
     """How many versions old the policy of a rollout may be when it is trained on. 0: strictly synchronous."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations computed again in the backward pass. selective: those inside attention; full: of whole layers."""
+    """Activations computed again in the backward pass. selective: inside attention, and where it pays inside experts; full: of
+    whole layers."""
 
 
 class SftConfig(Section):
@@ -66,6 +96,8 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = 0
     """Save after every so many steps. 0: never."""
     keep: PositiveInt = 2
-    """How many checkpoints to keep."""
+    """How many verified checkpoints to keep."""
+    background: bool = True
+    """Write and verify while training goes on; each rank then holds a second copy of its part in host memory meanwhile."""
     export: bool = True
     """Write the final weights in Hugging Face format to RUN_DIR/model."""

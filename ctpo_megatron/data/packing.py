@@ -1,26 +1,31 @@
 """Samples packed into micro-batches, balanced over data-parallel ranks.
 
 Invariants, for dp ranks, cp context-parallel and tp tensor-parallel ranks:
-- every rank gets the same number of micro-batches, the smallest that the packer finds, and none is empty;
-- every sample is in exactly one micro-batch, whole;
+- every rank gets the same number of micro-batches, and none is empty;
+- every sample is in exactly one micro-batch, whole; which one is `balance`'s business;
 - each sequence's length is a multiple of 2 * cp (of 1 without context parallelism), so that zigzag can cut it;
 - a pack's length T is at most max_tokens, and T / cp is a multiple of tp, so that sequence parallelism can cut it;
 - padding follows the sequence it belongs to, continues its positions, and is masked out.
+
+Padding is the share of positions, over all packs, that hold no sample's token: what the multiples above ask for, and the packs
+of one position that ranks without samples get.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from ctpo_megatron.algorithms import sequence_weights
 from ctpo_megatron.batch import MicroBatch, TrainBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import Aggregation, Constant
-from ctpo_megatron.types import TrainSample
+from ctpo_megatron.data.balance import plan_micro_batches, round_up
+from ctpo_megatron.types import TopK, TrainSample
 
 FILLER = TrainSample([0], [0], [False], [0.0], [-1], [0.0], group=-1)  # for ranks with fewer samples than micro-batches
 
@@ -34,12 +39,14 @@ def pack(
     tp: int = 1,
     weights: Sequence[float] | None = None,
     first_id: int = 0,
+    multiple: int = 1,
+    attention_weight: float = 0.0,
 ) -> list[list[MicroBatch]]:
     """Micro-batches [dp][n] that hold all `samples`; see the module's invariants.
 
-    `weights` are those of the samples in the loss, 1 by default; `first_id` is the number of the first sample.
-    `max_tokens` bounds the whole pack that one data-parallel rank's cp ranks share. Raises ValueError where a single sample,
-    padded, is longer than that.
+    `weights` are those of the samples in the loss, 1 by default; `first_id` is the number of the first sample. The number n is a
+    multiple of `multiple`, and `attention_weight` says what is balanced; see `balance`. `max_tokens` bounds the whole pack that
+    one data-parallel rank's cp ranks share. Raises ValueError where a single sample, padded, is longer than that.
     """
     step, unit = length_steps(cp, tp)
     capacity = max_tokens // unit * unit
@@ -53,11 +60,12 @@ def pack(
                 f"{capacity} (max_tokens={max_tokens} in steps of {unit} for cp={cp}, tp={tp})"
             )
     weighted = [1.0] * len(samples) if weights is None else weights
-    bins = _balanced_bins(lengths, capacity, dp)
+    bins = plan_micro_batches(lengths, capacity=capacity, dp=dp, multiple=multiple, attention_weight=attention_weight)
+    samples, filler = _with_top(samples)
 
     def micro_batch(members: Sequence[int]) -> MicroBatch:
         chosen = [(samples[i], weighted[i], first_id + i) for i in members]
-        return _micro_batch(chosen or [(FILLER, 0.0, -1)], step, unit)
+        return _micro_batch(chosen or [(filler, 0.0, -1)], step, unit)
 
     return [[micro_batch(members) for members in bins[rank]] for rank in range(dp)]
 
@@ -69,11 +77,13 @@ def build_train_batch(
     parallel: ParallelConfig,
     max_tokens: int,
     first_id: int = 0,
+    attention_weight: float = 0.0,
 ) -> TrainBatch:
     """One optimizer step over `samples`: packed, with each sequence's weight in the loss under `aggregation`.
 
     `max_tokens` is per rank, so a pack that cp ranks share holds cp times as many. `first_id` is the number of the first sample,
-    for error messages. Raises ValueError for samples without any token of the policy, and as `pack` does.
+    for error messages. `attention_weight`: see `balance`. Under interleaving the number of micro-batches is a multiple of pp, as
+    megatron's schedule asks. Raises ValueError for samples without any token of the policy, and as `pack` does.
     """
     lengths = [sum(sample.loss_mask) for sample in samples]
     tokens, sequences = sum(lengths), sum(length > 0 for length in lengths)
@@ -94,6 +104,8 @@ def build_train_batch(
         tp=parallel.tp,
         weights=weights.tolist(),
         first_id=first_id,
+        multiple=parallel.pp if parallel.vpp > 1 else 1,
+        attention_weight=attention_weight,
     )
     return TrainBatch(micro_batches, sequences, tokens)
 
@@ -104,33 +116,13 @@ def length_steps(cp: int, tp: int) -> tuple[int, int]:
     return step, math.lcm(step, cp * tp)
 
 
-def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is not below `value`."""
-    return -(-value // multiple) * multiple
-
-
-def _balanced_bins(lengths: Sequence[int], capacity: int, dp: int) -> list[list[list[int]]]:
-    """Indices of samples as [dp][n][members]: the longest first, each into the emptiest bin (the LPT rule of scheduling)."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = max(1, -(-sum(lengths) // (capacity * dp)))
-    while (bins := _fill(lengths, order, capacity, count * dp)) is None:
-        count += 1
-    # neighbours in load become the n-th micro-batch of the ranks, so ranks wait little for one another
-    bins.sort(key=lambda members: -sum(lengths[i] for i in members))
-    return [[sorted(members) for members in bins[rank::dp]] for rank in range(dp)]
-
-
-def _fill(lengths: Sequence[int], order: Sequence[int], capacity: int, count: int) -> list[list[int]] | None:
-    """`count` bins of at most `capacity`, or None where the emptiest bin cannot take the next sample."""
-    heap = [(0, number) for number in range(count)]
-    bins: list[list[int]] = [[] for _ in range(count)]
-    for index in order:
-        load, number = heap[0]
-        if load + lengths[index] > capacity:
-            return None
-        bins[number].append(index)
-        heapq.heapreplace(heap, (load + lengths[index], number))
-    return bins
+def _with_top(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:
+    """The samples and a filler, all of them with top-k streams where one sample has them: packs must not differ in kind."""
+    k = next((sample.top.ids.shape[1] for sample in samples if sample.top is not None), None)
+    if k is None:
+        return samples, FILLER
+    with_top = [s if s.top is not None else replace(s, top=TopK.unused(len(s), k)) for s in (*samples, FILLER)]
+    return with_top[:-1], with_top[-1]
 
 
 def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, unit: int) -> MicroBatch:
@@ -149,6 +141,17 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
             padded += [padding] * (length - len(row))
         return torch.tensor(padded, dtype=dtype)
 
+    def rows(values: Sequence[np.ndarray | None], padding: float) -> torch.Tensor | None:
+        """The same of streams that have a row of numbers for each token; those that are missing are padding throughout."""
+        like = next((value for value in values if value is not None), None)
+        if like is None:
+            return None
+        whole = np.full((sum(lengths), *like.shape[1:]), padding, like.dtype)
+        for value, end, length in zip(values, np.cumsum(lengths), lengths, strict=True):
+            if value is not None:
+                whole[end - length : end - length + len(value)] = value
+        return torch.from_numpy(whole)
+
     return MicroBatch(
         input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
         labels=stream([s.labels for s in samples], 0, torch.int64),
@@ -162,6 +165,9 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
         weights=torch.tensor(weights, dtype=torch.float64),
         sequence_ids=torch.tensor(ids),
         restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
+        support_ids=rows([s.top and s.top.ids for s in samples], 0),
+        support_logp=rows([s.top and s.top.logprobs for s in samples], -math.inf),
+        routed_experts=rows([s.experts for s in samples], -1),
     )
 
 

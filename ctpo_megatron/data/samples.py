@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ctpo_megatron.types import TrainSample, TrajectoryGroup, Turn
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpo_megatron.types import TopK, TrainSample, TrajectoryGroup, Turn
 
 
 def build_samples(group: TrajectoryGroup, advantages: Sequence[float | Sequence[float]], group_id: int) -> list[TrainSample]:
     """One sample per trajectory of `group`, in order; `advantages[i]` is that of trajectory i, see `build_sample`."""
     return [
-        build_sample(trajectory.prompt_ids, trajectory.turns, advantage, group_id)
+        build_sample(trajectory.prompt_ids, trajectory.turns, advantage, group_id, experts=trajectory.experts)
         for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
     ]
 
 
 def build_sample(
-    prompt_ids: Sequence[int], turns: Sequence[Turn], advantages: float | Sequence[float], group_id: int
+    prompt_ids: Sequence[int],
+    turns: Sequence[Turn],
+    advantages: float | Sequence[float],
+    group_id: int,
+    experts: NDArray[np.signedinteger] | None = None,
 ) -> TrainSample:
     """Label-aligned streams of a prompt and its turns, of length prompt + turns - 1; see `TrainSample` for an example.
 
-    `advantages` are those of the tokens that the policy wrote, in order; a single number is that of each of them. Raises
-    ValueError where their count is another, and without prompt tokens, since nothing would predict the first of the response.
+    `advantages` are those of the tokens that the policy wrote, in order; a single number is that of each of them. `experts` are
+    those of all tokens but the last, as `Trajectory` holds them. Raises ValueError where a count is another, and without prompt
+    tokens, since nothing would predict the first of the response.
     """
     if not prompt_ids:
         raise ValueError("a sample needs at least one prompt token")
@@ -49,4 +57,15 @@ def build_sample(
         policy_versions=versions,
         advantages=[next(remaining) if wrote else 0.0 for wrote in mask],
         group=group_id,
+        experts=experts,
+        top=_top(prompt_labels, turns),
     )
+
+
+def _top(prompt_labels: int, turns: Sequence[Turn]) -> TopK | None:
+    """The likeliest tokens at the place of each label; None where the run does not collect them."""
+    k = next((turn.top.ids.shape[1] for turn in turns if turn.top is not None), None)
+    if k is None:
+        return None
+    parts = [turn.top or TopK.unused(len(turn.token_ids), k) for turn in turns]
+    return TopK.joined([TopK.unused(prompt_labels, k), *parts])

@@ -8,7 +8,8 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.hf.config import check_layout, read_hf_config
+from ctpo_megatron.mcore.hf.config import read_hf_config
+from ctpo_megatron.mcore.layout import check_layout
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.types import Prompt
 

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.mcore.hf.routing import replayed_routing
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.client import EngineClient
 from ctpo_megatron.rollout.environment import ToolEnvironment
@@ -26,10 +27,17 @@ class OpenRollouts:
 @asynccontextmanager
 async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None) -> AsyncIterator[OpenRollouts]:
     """Sampling from the runtime's servers; connections and judges are closed on leaving."""
-    rollout = runtime.config.rollout
+    config, rollout = runtime.config, runtime.config.rollout
     reward = MathReward(rollout.reward)
+    client = EngineClient(
+        runtime.pool,
+        runtime.api_key,
+        request_timeout_s=rollout.engine.request_timeout_s,
+        routing=replayed_routing(config),
+        top_k=config.algorithm.top_k,
+    )
     try:
-        async with EngineClient(runtime.urls, runtime.api_key, request_timeout_s=rollout.engine.request_timeout_s) as client:
+        async with client:
             yield OpenRollouts(Rollouter(ToolEnvironment(client, chat, tool, reward), rollout), client)
     finally:
         reward.close()

@@ -9,21 +9,25 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
-from ctpo_megatron.errors import InputError
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
 from ctpo_megatron.jobs.inputs import check_model, load_prompts, prepare_run_dir
+from ctpo_megatron.jobs.publication import make_publisher
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
+from ctpo_megatron.loop.checkpoints import Checkpoints
+from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.report import RunReport
-from ctpo_megatron.loop.train import TrainLoop, checkpoint_directory
-from ctpo_megatron.mcore.checkpoint.files import latest_checkpoint, prune, read_manifest
+from ctpo_megatron.loop.train import TrainLoop
+from ctpo_megatron.mcore.checkpoint.files import all_checkpoints, read_manifest, set_aside
+from ctpo_megatron.mcore.hf.config import read_hf_config
 from ctpo_megatron.metrics import Recorder, write_summary
+from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
-from ctpo_megatron.weights.publisher import Publisher
 
 
 async def train_job(config: RunConfig, *, resume: bool) -> None:
-    """Train to train.steps; with `resume` from the newest checkpoint in the run directory."""
+    """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
     begun = time.monotonic()
     check_model(config)
     chat = ChatTokenizer(config.model.path)
@@ -37,7 +41,6 @@ async def train_job(config: RunConfig, *, resume: bool) -> None:
         Runtime(config, run_dir, trainer=True, engines=True, total_steps=total) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
-        await runtime.guard(runtime.connect_trainer())
         loop = await runtime.guard(_prepare(runtime, rollouts, run_dir, prompts, held_out, checkpoint))
         print(f"ready after {time.monotonic() - begun:.0f} s", flush=True)
         await runtime.guard(loop.run())
@@ -59,22 +62,20 @@ async def _prepare(
 ) -> TrainLoop:
     """The loop at its first step; when resuming, with the checkpoint's weights in trainer and servers."""
     config = runtime.config
-    publisher = Publisher(rollouts.client, runtime.trainer)
+    publisher = make_publisher(runtime, rollouts.client)
     first_step, sampler, accuracies = 0, PromptSampler(prompts, config.seed), {}
     if checkpoint is not None:
-        state = await runtime.trainer.load(checkpoint)
+        checkpoint, state = await _load(runtime.trainer, checkpoint)
         first_step, sampler = state["step"], PromptSampler.restore(prompts, state["sampler"])
         accuracies = {int(step): accuracy for step, accuracy in state["accuracies"].items()}
-        await publisher.publish(first_step)
         print(f"resumed from {checkpoint} at step {first_step}", flush=True)
+    await publisher.publish(first_step)  # a new run's too: it proves that trainer and servers agree from the start
     report = RunReport(run_dir, config.log, Recorder(run_dir, config.log, first_step=first_step), accuracies)
 
-    async def save(step: int) -> None:
+    def state_after(step: int) -> dict[str, Any]:
         cursor = PromptSampler(prompts, config.seed)  # what was trained on, not what is already in flight
         cursor.next(step * config.train.prompts_per_step)
-        state = {"step": step, "sampler": cursor.state(), "accuracies": report.accuracies}
-        await runtime.trainer.save(checkpoint_directory(run_dir, step), state)
-        prune(run_dir / "checkpoints", config.checkpoint.keep)
+        return {"step": step, "sampler": cursor.state(), "accuracies": report.accuracies}
 
     return TrainLoop(
         config=config,
@@ -84,15 +85,16 @@ async def _prepare(
         trainer=runtime.trainer,
         publisher=publisher,
         report=report,
-        save_checkpoint=save,
+        checkpoints=Checkpoints(runtime.trainer, run_dir / "checkpoints", config.checkpoint, state_after),
         first_step=first_step,
+        attention_weight=attention_weight(read_hf_config(config.model.path)) if config.train.balance == "flops" else 0.0,
     )
 
 
 def _checkpoint_to_resume(run_dir: Path, steps: int, resume: bool) -> Path | None:
     """The newest checkpoint, None for a new run; a new run may not mix its checkpoints with those of an earlier one."""
     root = run_dir / "checkpoints"
-    found = latest_checkpoint(root)
+    found = _newest(root)
     if not resume:
         if found is not None:
             raise InputError(
@@ -100,12 +102,40 @@ def _checkpoint_to_resume(run_dir: Path, steps: int, resume: bool) -> Path | Non
                 "run_dir, or delete that directory"
             )
         return None
-    if found is None:
-        raise InputError(f"--resume: no checkpoint in {root}; start without --resume, and set checkpoint.every to save some")
-    done = read_manifest(found)["state"]["step"]
-    if done >= steps:
-        raise InputError(f"--resume: {found} already has {done} of train.steps={steps} steps; raise train.steps to go on")
-    return found
+    while found is not None:
+        try:
+            done = read_manifest(found)["state"]["step"]
+        except DamagedCheckpoint as damage:
+            found = _one_before(found, damage)
+            continue
+        if done >= steps:
+            raise InputError(f"--resume: {found} already has {done} of train.steps={steps} steps; raise train.steps to go on")
+        return found
+    raise InputError(f"--resume: no checkpoint in {root}; start without --resume, and set checkpoint.every to save some")
+
+
+async def _load(trainer: Trainer, checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint whose files the ranks find as they were written, and its state; damaged ones are set aside."""
+    found: Path | None = checkpoint
+    while found is not None:
+        try:
+            return found, await trainer.load(found)
+        except DamagedCheckpoint as damage:
+            found = _one_before(found, damage)
+    raise CheckpointError(f"no checkpoint in {checkpoint.parent} is as it was written; the damaged ones were set aside there")
+
+
+def _newest(root: Path) -> Path | None:
+    found = all_checkpoints(root)
+    return found[-1] if found else None
+
+
+def _one_before(damaged: Path, damage: DamagedCheckpoint) -> Path | None:
+    """Set `damaged` aside, say so, and name the verified checkpoint before it."""
+    aside, before = set_aside(damaged), _newest(damaged.parent)
+    then = f"going on from {before}" if before else "there is none before it"
+    print(f"damaged checkpoint: {damage} It is kept as {aside}; {then}", flush=True)
+    return before
 
 
 def _summary(config: RunConfig, report: RunReport, wall: float) -> dict[str, Any]:

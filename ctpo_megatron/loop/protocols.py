@@ -20,8 +20,12 @@ class Trainer(Protocol):
         """One optimizer step of supervised training."""
         ...
 
-    async def save(self, directory: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint of everything needed to go on, with `state` beside it."""
+    async def save(self, directory: Path, state: dict[str, Any], *, background: bool) -> None:
+        """Save everything needed to go on, with `state` beside it. `background`: returns when it is copied; then `settle`."""
+        ...
+
+    async def settle(self) -> None:
+        """Wait until the save in flight is verified and has its name; raises what went wrong with it."""
         ...
 
     async def load(self, directory: Path) -> dict[str, Any]:
@@ -36,14 +40,18 @@ class Trainer(Protocol):
 class Publisher(Protocol):
     """Brings the trainer's weights to the inference servers."""
 
-    async def publish(self, version: int) -> float:
-        """After it returns every new token is sampled by `version`. Returns seconds."""
+    async def publish(self, version: int) -> dict[str, float]:
+        """After it returns every new token is sampled by `version`. Returns scalars: seconds by phase, servers."""
+        ...
+
+    async def heal(self) -> None:
+        """Bring servers that came late or failed to the current version, which the trainer must still hold."""
         ...
 
 
 class Rollouts(Protocol):
     """Makes judged trajectories."""
 
-    async def group(self, prompt: Prompt, *, size: int, temperature: float) -> TrajectoryGroup:
-        """`size` attempts at one prompt."""
+    async def group(self, prompt: Prompt, *, size: int, temperature: float, record: bool = False) -> TrajectoryGroup:
+        """`size` attempts at one prompt; `record`: with what the trainer needs of the engine besides tokens and log-probs."""
         ...

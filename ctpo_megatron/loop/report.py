@@ -6,13 +6,14 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.config.cluster import LogConfig
 from ctpo_megatron.loop.evaluate import Evaluation
 from ctpo_megatron.loop.health import health_histograms
+from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.metrics import Recorder, progress
 from ctpo_megatron.types import Trajectory, TrajectoryGroup
 
@@ -60,7 +61,7 @@ class RunReport:
         self._recorder.step(step, metrics)
         self._recorder.histogram("reward", [t.reward for t in trajectories], step)
         self._recorder.histogram("response_tokens", [t.response_length for t in trajectories], step)
-        for name, (edges, heights) in health_histograms(metrics).items():
+        for name, (edges, heights) in (health_histograms(metrics) | load_histograms(metrics)).items():
             self._recorder.buckets(name, edges, heights, step)
         for index, trajectory in enumerate(trajectories[: self._config.rollouts_per_step]):
             self._recorder.text(f"rollout/{index}", as_markdown(groups[0], trajectory), step)
@@ -100,7 +101,16 @@ class RunReport:
         with path.open("w") as file:
             for group in groups:
                 for trajectory in group.trajectories:
-                    file.write(json.dumps({"answer": group.prompt.answer} | asdict(trajectory)) + "\n")
+                    file.write(json.dumps({"answer": group.prompt.answer} | as_row(trajectory)) + "\n")
+
+
+def as_row(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory as plain numbers and text; what the engine recorded for the trainer alone is left out."""
+    row = asdict(replace(trajectory, experts=None, turns=[replace(turn, top=None) for turn in trajectory.turns]))
+    del row["experts"]
+    for turn in row["turns"]:
+        del turn["top"]
+    return row
 
 
 def as_markdown(group: TrajectoryGroup, trajectory: Trajectory) -> str:

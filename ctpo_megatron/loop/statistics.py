@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+import numpy as np
+
 from ctpo_megatron.loop.health import health_metrics
-from ctpo_megatron.types import Status, TrajectoryGroup
+from ctpo_megatron.types import Status, Trajectory, TrajectoryGroup
 
 
 def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, float]:
@@ -15,7 +17,7 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
     count = len(trajectories)
     ages = [version - v for t in trajectories for turn in t.turns if turn.role == "assistant" for v in turn.versions]
     calls = sum(t.tool_calls for t in trajectories)
-    return {
+    return _replayed(trajectories) | {
         "reward/mean": sum(rewards) / count,
         "reward/std": statistics.pstdev(rewards),
         "reward/mixed_groups": sum(len({t.reward for t in g.trajectories}) > 1 for g in groups) / len(groups),
@@ -33,6 +35,23 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
     }
 
 
+def _replayed(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Share of the tokens that the trainer routes as the engine did; nothing where no routing is recorded."""
+    known = [t.experts[:, 0, 0] >= 0 for t in trajectories if t.experts is not None]
+    return {"routing/replayed": float(np.concatenate(known).mean())} if known else {}
+
+
+def load_histograms(metrics: dict[str, float]) -> dict[str, tuple[list[float], list[float]]]:
+    """How even the load of experts is, layer by layer, as histograms: name to borders [n+1] and heights [n] over layers."""
+    histograms = {}
+    for name in ("moe/load_max_over_mean", "moe/load_entropy"):
+        layers = [int(key.rpartition("_")[2]) for key in metrics if key.startswith(f"{name}/layer_")]
+        if layers:
+            heights = [metrics.get(f"{name}/layer_{n}", 0.0) for n in range(max(layers) + 1)]
+            histograms[name] = ([float(n) for n in range(max(layers) + 2)], heights)
+    return histograms
+
+
 def train_metrics(stats: dict[str, float]) -> dict[str, float]:
     """Reduced statistics of the optimizer steps as readable means. See `algorithms.record.token_stats` for the raw keys."""
     tokens = max(stats.get("sum/tokens", 0.0), 1.0)
@@ -40,6 +59,9 @@ def train_metrics(stats: dict[str, float]) -> dict[str, float]:
     out: dict[str, float] = {}
     for key, value in stats.items():
         kind, _, name = key.partition("/")
+        if kind in ("moe", "routing"):
+            out[key] = value
+            continue
         if name.startswith(("drift_tokens", "health/")):
             continue
         if name.startswith("drift_bin_"):

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, TypeVar
 
 from ctpo_megatron.algorithms.advantages import compute_advantages
 from ctpo_megatron.batch import TrainBatch
@@ -22,12 +22,15 @@ from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.data.prompts import PromptSampler
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.loop.buffer import GroupBuffer
+from ctpo_megatron.loop.checkpoints import Checkpoints
 from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.metrics import PhaseTimer
 from ctpo_megatron.types import Prompt, TrajectoryGroup
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,8 +44,9 @@ class TrainLoop:
     trainer: Trainer
     publisher: Publisher
     report: RunReport
-    save_checkpoint: Callable[[int], Awaitable[None]] | None = None
+    checkpoints: Checkpoints | None = None
     first_step: int = 0
+    attention_weight: float = 0.0  # see `make_batches`
 
     async def run(self) -> None:
         """Train to the configured number of steps. Exceptions of any part come out as they are."""
@@ -59,16 +63,20 @@ class TrainLoop:
         consumer = asyncio.ensure_future(self._consume())
         try:
             await first_failure(producer, consumer)
+            if self.checkpoints is not None:
+                await self.checkpoints.settle()
         finally:
             for task in (producer, consumer):
                 task.cancel()
             await asyncio.gather(producer, consumer, return_exceptions=True)
+            if self.checkpoints is not None:
+                await self.checkpoints.abandon()
 
     async def _produce(self) -> None:
         rollout = self.config.rollout
 
         async def one(prompt: Prompt, step: int) -> None:
-            group = await self.rollouts.group(prompt, size=rollout.group_size, temperature=rollout.temperature)
+            group = await self.rollouts.group(prompt, size=rollout.group_size, temperature=rollout.temperature, record=True)
             group.step = step
             await self.buffer.put(group)
 
@@ -82,49 +90,63 @@ class TrainLoop:
             await self._step(step)
 
     async def _step(self, step: int) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.check()
         timer, begun = PhaseTimer(), time.monotonic()
         with timer("rollout"):
             groups = await self._take(step)
         with timer("batch"):
-            batches = make_batches(groups, self.config)
+            batches = make_batches(groups, self.config, self.attention_weight)
         with timer("train"):
             stats = await self.trainer.update(batches, version=step)
         with timer("publish"):
-            await self.publisher.publish(step + 1)
-        metrics = rollout_metrics(groups, step) | train_metrics(stats)
+            published = await self.publisher.publish(step + 1)
+        metrics = rollout_metrics(groups, step) | train_metrics(stats) | published
         self.report.step(step + 1, groups, metrics, timer.seconds, time.monotonic() - begun)
         last = step + 1 == self.config.train.steps
         if last or self._due(self.config.eval.every, step):
             await self._evaluate(step + 1)
-        if self._due(self.config.checkpoint.every, step) and self.save_checkpoint is not None:
+        if self._due(self.config.checkpoint.every, step) and self.checkpoints is not None:
             with timer("checkpoint"):
-                await self.save_checkpoint(step + 1)
+                await self.checkpoints.save(step + 1)
             self.report.checkpoint(step + 1, timer.seconds["checkpoint"])
         await self.buffer.published(step + 1)
 
     async def _take(self, step: int) -> list[TrajectoryGroup]:
         """The groups of `step`; meanwhile the progress bar follows how many are in."""
-        taking = asyncio.ensure_future(self.buffer.take(step))
         with self.report.progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
-            while not taking.done():
-                show(self.buffer.finished(step))
-                await asyncio.wait([taking], timeout=0.2)
+            groups = await self._with_servers(self.buffer.take(step), lambda: show(self.buffer.finished(step)))
             show(self.config.train.prompts_per_step)
-        return taking.result()
+        return groups
 
     async def _evaluate(self, step: int) -> None:
         if not self.eval_prompts:
             return
-        result = await evaluate(self.rollouts, self.eval_prompts, self.config.eval)
+        result = await self._with_servers(evaluate(self.rollouts, self.eval_prompts, self.config.eval))
         self.report.evaluation(step, result)
+
+    async def _with_servers(self, rollouts: Coroutine[Any, Any, T], show: Callable[[], None] = lambda: None) -> T:
+        """Wait for rollouts. The trainer is idle meanwhile, and brings servers that come late to the version that it holds."""
+        waiting = asyncio.ensure_future(rollouts)
+        try:
+            while not waiting.done():
+                show()
+                await self.publisher.heal()
+                await asyncio.wait([waiting], timeout=0.2)
+            return waiting.result()
+        finally:
+            waiting.cancel()
 
     @staticmethod
     def _due(every: int, step: int) -> bool:
         return every > 0 and (step + 1) % every == 0
 
 
-def make_batches(groups: list[TrajectoryGroup], config: RunConfig) -> list[TrainBatch]:
-    """Cut the groups of a step into `optimizer_steps` batches of whole groups, packed for the trainer's layout."""
+def make_batches(groups: list[TrajectoryGroup], config: RunConfig, attention_weight: float = 0.0) -> list[TrainBatch]:
+    """Cut the groups of a step into `optimizer_steps` batches of whole groups, packed for the trainer's layout.
+
+    `attention_weight` is the model's, where `train.balance` is flops; see `data.balance`.
+    """
     algorithm, parallel, train = config.algorithm, config.parallel, config.train
     advantages = compute_advantages(groups, algorithm.advantage, algorithm.shaping)
     samples = [build_samples(group, advantages[index], index) for index, group in enumerate(groups)]
@@ -136,6 +158,7 @@ def make_batches(groups: list[TrajectoryGroup], config: RunConfig) -> list[Train
             parallel=parallel,
             max_tokens=train.max_tokens_per_micro_batch,
             first_id=sum(len(group) for group in samples[:first]),
+            attention_weight=attention_weight,
         )
         for first in range(0, len(groups), per_batch)
     ]
@@ -150,8 +173,3 @@ async def first_failure(*tasks: asyncio.Future) -> None:
             error = error.exceptions[0]
         if error is not None:
             raise error
-
-
-def checkpoint_directory(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` training steps lives."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"

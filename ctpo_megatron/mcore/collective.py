@@ -1,4 +1,4 @@
-"""Work that one rank does for all."""
+"""Work that one rank does for all, and verdicts that all ranks share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,25 @@ import torch.distributed as dist
 from ctpo_megatron.errors import CheckpointError
 
 
-def on_first_rank(action: Callable[[], object], failure: str) -> None:
-    """Run `action` on rank 0 while the others wait; what goes wrong there is raised on every rank, as CheckpointError."""
+def on_first_rank(action: Callable[[], object], failure: str, group: dist.ProcessGroup | None = None) -> None:
+    """Run `action` on rank 0 while the others wait; what goes wrong there is raised on every rank, as CheckpointError.
+
+    `group` holds all ranks; None: the default group.
+    """
     error: Exception | None = None
     if dist.get_rank() == 0:
         try:
             action()
-        except (OSError, TypeError, ValueError) as caught:
+        except (OSError, TypeError, ValueError, CheckpointError) as caught:
             error = caught
     verdict = [None if error is None else f"{failure}: {error}"]
-    dist.broadcast_object_list(verdict, src=0)
+    dist.broadcast_object_list(verdict, src=0, group=group)
     if verdict[0] is not None:
         raise CheckpointError(verdict[0]) from error
+
+
+def first_complaint(complaint: str | None) -> str | None:
+    """The complaint of the lowest rank that has one, the same on every rank; None when no rank has any."""
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, complaint)
+    return next((each for each in everyone if each), None)

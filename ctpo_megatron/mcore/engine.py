@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,21 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms import Scan, raise_if_nonfinite
 from ctpo_megatron.batch import MicroBatch
-from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
-from ctpo_megatron.mcore.hf.config import check_layout, read_hf_config
+from ctpo_megatron.mcore.hf.config import read_hf_config
 from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
+from ctpo_megatron.mcore.layout import check_layout
+from ctpo_megatron.mcore.snapshot import Snapshot
+from ctpo_megatron.parallel import Seat
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
+    from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
     from ctpo_megatron.mcore.step import LossFn
 
 TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up
+CLOSE_TIMEOUT_S = 20.0  # for a save that nobody has waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class MegatronEngine:
         seed: int,
         recompute: str = "none",
         total_steps: int | None = None,
+        moe: MoeConfig | None = None,
     ) -> None:
         self.shape = read_hf_config(model_path)
         check_layout(self.shape, parallel)
@@ -65,28 +72,40 @@ class MegatronEngine:
         self.model_path, self.rank, self.parallel = model_path, rank, parallel
         _init_distributed(rank, self.device)
         with megatron_region(self.device):
-            self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps)
+            self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps, moe)
 
     def _build(
-        self, optimizer: OptimizerConfig | None, dtype: torch.dtype, seed: int, recompute: str, total_steps: int | None
+        self,
+        optimizer: OptimizerConfig | None,
+        dtype: torch.dtype,
+        seed: int,
+        recompute: str,
+        total_steps: int | None,
+        moe: MoeConfig | None,
     ) -> None:
         from ctpo_megatron.mcore import groups, step
+        from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
         from ctpo_megatron.mcore.hf.load import load_hf
         from ctpo_megatron.mcore.model.build import build_model
+        from ctpo_megatron.mcore.model.routing import Routers
         from ctpo_megatron.mcore.model.spec import use_transformer_engine
-        from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule
+        from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule, check_optimizer
 
+        if optimizer is not None:
+            check_optimizer(optimizer, self.device, dtype)
         groups.init_parallel_groups(self.parallel, seed, TIMEOUT_MINUTES)
         self.models = build_model(
-            self.shape, self.parallel, dtype, self.device, recompute=recompute, trainable=optimizer is not None
+            self.shape, self.parallel, dtype, self.device, moe=moe, recompute=recompute, trainable=optimizer is not None
         )
         load_hf(self.models, self.shape, self.model_path)
-        self.optimizer = self.schedule = None
+        self.optimizer = self.schedule = self._saver = None
         if optimizer is not None:
             self.optimizer = build_optimizer(self.models, optimizer, dtype)
             self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
+            self._saver, self._moved = BackgroundSave(TIMEOUT_MINUTES), False
         portable = not use_transformer_engine(self.device)
-        self._stepper = step.Stepper(self.models, self.shape.vocab_size, self.device, portable)
+        routers = Routers(self.models, self.shape, self.device)
+        self._stepper = step.Stepper(self.models, routers, self.shape.vocab_size, self.device, portable)
 
     @property
     def dp_rank(self) -> int:
@@ -94,6 +113,11 @@ class MegatronEngine:
         from megatron.core import parallel_state
 
         return parallel_state.get_data_parallel_rank()
+
+    @property
+    def seat(self) -> Seat:
+        """This rank's place among the others."""
+        return self._stepper.seat
 
     @property
     def dp_size(self) -> int:
@@ -105,10 +129,12 @@ class MegatronEngine:
         """This rank's place among those that share a pack."""
         return self._stepper.cp_group.rank()
 
-    @property
-    def is_sender(self) -> bool:
-        """True on the rank that `export` gives the weights to."""
-        return self.rank.rank == 0
+    def senders(self) -> list[int]:
+        """Ranks that `stream` gives weights to, in the order in which their tensors come."""
+        from ctpo_megatron.mcore.hf.names import hf_tensors
+        from ctpo_megatron.mcore.hf.stream import find_holders
+
+        return list(find_holders(self.models, self.shape).shares(hf_tensors(self.shape)))
 
     @property
     def scan(self) -> Scan:
@@ -130,6 +156,26 @@ class MegatronEngine:
         """Log-probs of the labels of each placed shard, [T / cp] float32; an empty list before the last pipeline stage."""
         with megatron_region(self.device):
             return self._stepper.logp(micro_batches, temperature)
+
+    def snapshot(self, model_path: str | None = None) -> Snapshot:
+        """This rank's weights as they are, or those of another directory, copied to host memory for `using`.
+
+        Raises ConfigError where that model has another shape.
+        """
+        from ctpo_megatron.mcore.hf.load import load_hf
+
+        if model_path is not None and replace(read_hf_config(model_path), dtype=self.shape.dtype) != self.shape:
+            raise ConfigError(f"{model_path} has another shape than {self.model_path}; a reference policy needs the same.")
+        with megatron_region(self.device):
+            taken = Snapshot.take(self.models)
+            if model_path is not None:  # loaded in the model's place, then exchanged
+                load_hf(self.models, self.shape, model_path)
+                taken.exchange(self.models)
+        return taken
+
+    def using(self, snapshot: Snapshot) -> AbstractContextManager[None]:
+        """Inside it the engine has the snapshot's weights; afterwards its own again, bit for bit. Only for `logp`."""
+        return snapshot.in_place_of(self.models)
 
     def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> dict[str, float]:
         """One optimizer step on placed shards; see `step.LossFn`.
@@ -158,22 +204,32 @@ class MegatronEngine:
         for optimizer in self.optimizer.chained_optimizers:
             parameters = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.get_parameters()
             if parameters:
-                clip_grad_by_total_norm_fp32(parameters, max_norm=optimizer.config.clip_grad, total_norm=norm)
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=optimizer.config.clip_grad,
+                    total_norm=norm,
+                    use_decoupled_grad=optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
         self.optimizer.step_with_ready_grads()
-        norm = float(norm)
-        return {"grad_norm": norm, "max/grad_norm": norm, "lr": float(self.optimizer.param_groups[0]["lr"])}
+        norm, lr = float(norm), float(self.optimizer.param_groups[0]["lr"])
+        self._moved |= norm > 0 and lr > 0
+        return {"grad_norm": norm, "max/grad_norm": norm, "lr": lr}
 
-    def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """Full weights under their Hugging Face names, in buckets; all ranks iterate in step, others than rank 0 get []."""
-        from ctpo_megatron.mcore.hf.export import export_hf
+    def stream(self, bucket_bytes: int, *, to: int | None = None) -> Iterator[list[tuple[str, Tensor]]]:
+        """Full weights under their Hugging Face names, in buckets, each on the rank that sends it: see `export_stream`."""
+        from ctpo_megatron.mcore.hf.stream import export_stream
 
-        buckets = export_hf(self.models, self.shape, bucket_bytes)
+        buckets = export_stream(self.models, self.shape, bucket_bytes, to=to)
         while True:
             with megatron_region(self.device):  # left before the caller goes on
                 bucket = next(buckets, None)
             if bucket is None:
                 return
             yield bucket
+
+    def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The same, but all on rank 0; for models small enough for that."""
+        return self.stream(bucket_bytes, to=0)
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the weights as a Hugging Face model directory."""
@@ -182,27 +238,49 @@ class MegatronEngine:
         with megatron_region(self.device):
             save_hf(self.models, self.shape, self.model_path, directory)
 
-    def save(self, directory: str | Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint of weights, optimizer, schedule and `state`."""
+    def save(self, directory: str | Path, state: dict[str, Any], *, background: bool = False) -> None:
+        """Save a checkpoint of weights, optimizer, schedule and `state` as they are now, once the one before is settled.
+
+        `background`: return when they are copied to host memory; the rest goes on beside training, see `settle`.
+        """
         from ctpo_megatron.mcore.checkpoint.checkpoint import save_checkpoint
 
+        if self._saver is None:
+            raise ConfigError("save on an engine that was built without an optimizer.")
+        self.settle()
         with megatron_region(self.device):
-            save_checkpoint(directory, self.models, self.optimizer, self.schedule, state)
+            save_checkpoint(directory, self._trained(), state, self._saver, moved=self._moved)
+        self._moved = False
+        if not background:
+            self.settle()
+
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Wait for the save in flight, if there is one, and raise what it failed with. Any thread may call it."""
+        if self._saver is not None:
+            self._saver.settle(timeout_s)
 
     def load(self, directory: str | Path) -> dict[str, Any]:
         """Read a checkpoint and return its `state`."""
         from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint
 
         with megatron_region(self.device):
-            return load_checkpoint(directory, self.models, self.optimizer, self.schedule)
+            return load_checkpoint(directory, self._trained())
+
+    def _trained(self) -> Trained:
+        from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
+
+        return Trained(self.models, self.optimizer, self.schedule, self.model_path)
 
     def close(self) -> None:
-        """Leave the process groups."""
+        """Leave the process groups, after the save in flight."""
         from megatron.core import parallel_state
 
-        parallel_state.destroy_model_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            self.settle(CLOSE_TIMEOUT_S)
+        finally:
+            parallel_state.destroy_model_parallel()
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def _init_distributed(rank: RankInfo, device: torch.device) -> None:

@@ -12,9 +12,10 @@ def init_parallel_groups(parallel: ParallelConfig, seed: int, timeout_minutes: i
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=1,  # experts are split by ep; gloo cannot gather the uneven shares that more would bring
+        expert_tensor_parallel_size=parallel.etp,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=timeout_minutes,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ def prepare_host(device: str = "auto", local_rank: int = 0) -> torch.device:
         raise ConfigError(f"cluster.device is {device!r}; allowed are auto, cpu, cuda.")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         _bridge_cpu()
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages; torch reads it when it first makes a large tensor
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -70,6 +72,8 @@ class CudaMeansCpu(TorchFunctionMode):
             device = kwargs.get("device")
             if device is not None and torch.device(device).type == "cuda":
                 kwargs = {**kwargs, "device": "cpu"}
+            if kwargs.get("pin_memory"):  # asks for CUDA's host allocator
+                kwargs = {**kwargs, "pin_memory": False}
             return func(*args, **kwargs)
         return func(*args)
 
@@ -142,7 +146,7 @@ def _bridge_random_state() -> None:
 
 
 def _bridge_moe() -> None:
-    """What mixtures of experts need: a name that only TransformerEngine defines, and gloo's idea of split sizes."""
+    """What mixtures of experts need: a name that only TransformerEngine defines, and gloo's idea of sizes."""
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -156,3 +160,22 @@ def _bridge_moe() -> None:
         return original(output, input, *sizes, **options)
 
     dist.all_to_all_single = all_to_all_single
+    dist.all_gather = _gather_uneven(dist.all_gather)
+
+
+def _gather_uneven(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """gloo gathers tensors of one size, but the ranks that share an expert's matrices (etp) bring different numbers of tokens."""
+
+    @functools.wraps(gather)
+    def all_gather(tensor_list, tensor, group=None, async_op=False):
+        rows = [out.shape[0] if out.dim() else 1 for out in tensor_list]
+        if len(set(rows)) == 1:
+            return gather(tensor_list, tensor, group=group, async_op=async_op)
+        padded = [tensor.new_empty(max(rows), *tensor.shape[1:]) for _ in rows]
+        mine = torch.cat([tensor, tensor.new_zeros(max(rows) - tensor.shape[0], *tensor.shape[1:])])
+        gather(padded, mine, group=group)
+        for out, whole in zip(tensor_list, padded, strict=True):
+            out.copy_(whole[: out.shape[0]])
+        return None
+
+    return all_gather

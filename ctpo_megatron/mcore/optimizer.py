@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -10,13 +12,35 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
 
+ENDLESS = 2**62  # steps; a schedule without an end of its own never gets there
+
+
+def check_optimizer(config: OptimizerConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise ConfigError for what needs a GPU, TransformerEngine or 16-bit weights where they are missing."""
+    if config.cpu_offload and device.type != "cuda":
+        raise ConfigError(
+            f"optimizer.cpu_offload = {config.cpu_offload} moves the optimizer's state from a GPU to the host's memory, "
+            f"but the trainer runs on {device.type}, where it already is; set it to 0."
+        )
+    if not config.precision_aware:
+        return
+    if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
+        raise ConfigError(
+            "optimizer.precision_aware needs the FusedAdam of TransformerEngine, that is a GPU and the package "
+            f"transformer_engine; the trainer runs on {device.type}"
+            + ("." if device.type != "cuda" else " and the package is not installed.")
+            + " Set it to false."
+        )
+    if dtype != torch.bfloat16:
+        raise ConfigError(f"optimizer.precision_aware is for bfloat16 weights, but the trainer's are {dtype}; set model.dtype.")
+
 
 def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizer:
     """AdamW whose state is sharded over the data-parallel ranks. Call it after the weights were loaded: it copies bf16 ones."""
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
-        min_lr=0.0,
+        min_lr=config.min_lr,
         weight_decay=config.weight_decay,
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
@@ -25,30 +49,46 @@ def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtyp
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=True,
+        # megatron's offloaded optimizer takes the gradients of the precision-aware path
+        use_precision_aware_optimizer=config.precision_aware or config.cpu_offload > 0,
+        exp_avg_dtype=getattr(torch, config.exp_avg_dtype),
+        exp_avg_sq_dtype=getattr(torch, config.exp_avg_sq_dtype),
+        optimizer_cpu_offload=config.cpu_offload > 0,
+        optimizer_offload_fraction=config.cpu_offload,
+        overlap_cpu_optimizer_d2h_h2d=config.cpu_offload > 0,
     )
     return get_megatron_optimizer(settings, models, use_gloo_process_groups=False)
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int | None) -> OptimizerParamScheduler:
-    """Linear warm-up, then a constant rate or a cosine that would reach 0 one step after `total_steps`.
+    """Linear warm-up, then the schedule; those that fall would reach `min_lr` one step after `total_steps`.
 
-    Advance it before each optimizer step: step k of w warm-up steps then runs at lr * k / w.
+    Advance it before each optimizer step: step k of w warm-up steps then runs at lr * k / w. Raises ConfigError for a schedule
+    that has to know the number of steps and does not fit into it.
     """
-    if config.schedule == "cosine" and (total_steps is None or total_steps < config.warmup_steps):
-        raise ConfigError(
-            f"optimizer.schedule is cosine with optimizer.warmup_steps = {config.warmup_steps}, "
-            f"but the run has {total_steps} optimizer steps; it needs at least as many as the warm-up."
-        )
+    end = ENDLESS
+    if config.schedule in ("cosine", "linear", "wsd"):
+        needed = config.warmup_steps + (config.wsd_decay_steps or 0)
+        if total_steps is None or total_steps < needed:
+            parts = f"optimizer.warmup_steps = {config.warmup_steps}"
+            parts += f" and optimizer.wsd_decay_steps = {config.wsd_decay_steps}" if config.wsd_decay_steps else ""
+            raise ConfigError(
+                f"optimizer.schedule is {config.schedule} with {parts}, but the run has {total_steps} optimizer steps; "
+                f"it needs at least {needed}."
+            )
+        end = total_steps + 1
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
-        min_lr=0.0,
+        min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(total_steps or 0, config.warmup_steps) + 1,
-        lr_decay_style=config.schedule,
+        lr_decay_steps=end,
+        lr_decay_style="WSD" if config.schedule == "wsd" else config.schedule,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
         wd_incr_steps=1,
         wd_incr_style="constant",
+        wsd_decay_steps=config.wsd_decay_steps,
+        lr_wsd_decay_style=config.wsd_decay,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Channel, Scan, nll_loss, policy_loss, raise_if_nonfinite
+from ctpo_megatron.algorithms import Channel, Scan, Support, nll_loss, policy_loss, raise_if_nonfinite, reference_penalty
 from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
 from ctpo_megatron.algorithms.record import nonfinite_stats
 from ctpo_megatron.batch import MicroBatch
@@ -16,6 +17,7 @@ from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.errors import MismatchError
 from ctpo_megatron.mcore.engine import MegatronEngine
+from ctpo_megatron.mcore.snapshot import Snapshot
 
 
 def update_policy(
@@ -26,13 +28,14 @@ def update_policy(
     temperature: float,
     drift: DriftConfig,
     version: int,
+    reference: Snapshot | None = None,
 ) -> dict[str, float]:
     """One optimizer step per batch; the old policy is the one that stands before the first.
 
     `batches` hold this rank's micro-batches of each optimizer step. Returns the merged statistics of all steps (keys sum/, max/,
     min/ over all ranks; plain keys are means over steps). Raises MismatchError, before anything is changed, when trainer and
     engine disagree more than `drift` allows, and NonFiniteError, before the step that would use it, for a log-prob that is not
-    finite.
+    finite. `reference`: weights of the policy that `algorithm.reference` asks for.
     """
     anchored: list[list[MicroBatch]] = []
     gaps: list[dict[str, Tensor]] = []
@@ -48,11 +51,22 @@ def update_policy(
     raise_if_nonfinite(measured)
     del measured["min/nonfinite"]
     check_drift(measured, drift, version)
+    if reference is not None:
+        with engine.using(reference):
+            anchored = [_with_reference(engine, micro_batches, temperature) for micro_batches in anchored]
     steps = []
     loss = partial(_policy_share, algorithm=algorithm)
     for micro_batches in anchored:
         steps.append(engine.train_step(micro_batches, loss, temperature))
     return merge_stats(steps) | measured
+
+
+def _with_reference(engine: MegatronEngine, micro_batches: list[MicroBatch], temperature: float) -> list[MicroBatch]:
+    """The packs with the reference policy's log-probs, which only the last pipeline stage has. It chooses its experts itself."""
+    logp = engine.logp([replace(mb, own_experts=None) for mb in micro_batches], temperature)
+    if not logp:
+        return micro_batches
+    return [mb.with_reference_logp(of_pack) for mb, of_pack in zip(micro_batches, logp, strict=True)]
 
 
 def supervise(engine: MegatronEngine, batch: list[MicroBatch]) -> dict[str, float]:
@@ -87,9 +101,35 @@ def _policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: Algori
         correction=algorithm.correction,
         restarts=mb.restarts if algorithm.restart_at_version else None,
         sequence_ids=mb.sequence_ids,
+        support=support_of(mb, logp),
         scan=scan,
     )
-    return out.loss, out.stats
+    if algorithm.reference is None:
+        return out.loss, out.stats
+    penalty = reference_penalty(
+        algorithm.reference.estimator,
+        logp=logp,
+        reference_logp=mb.reference_logp,
+        mask=mb.loss_mask,
+        cu_seqlens=mb.cu_seqlens,
+        weights=mb.weights,
+        scan=scan,
+    )
+    return out.loss + algorithm.reference.coeff * penalty.loss, out.stats | penalty.stats
+
+
+def support_of(mb: MicroBatch, logp: Tensor) -> Support | None:
+    """Both policies at the sampling policy's likeliest words and, where it is none of them, the sampled one: [T, K + 1].
+
+    None where the run does not collect such words.
+    """
+    if mb.support_ids is None:
+        return None
+    unused = mb.support_logp == -torch.inf
+    among = ((mb.support_ids == mb.labels.unsqueeze(-1)) & ~unused).any(-1)
+    sampled = [torch.where(among, -torch.inf, of.detach()).unsqueeze(-1) for of in (logp, mb.rollout_logp)]
+    policy = torch.where(unused, -torch.inf, mb.policy_support_logp)
+    return Support(torch.cat([policy, sampled[0]], -1), torch.cat([mb.support_logp, sampled[1]], -1))
 
 
 def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> dict[str, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctpo_megatron.types import RoutingShape
+
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
@@ -17,9 +19,13 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True)
 class YarnScaling:
-    """YaRN (arXiv 2309.00071): stretched by bands, attention scaled by mscale."""
+    """YaRN (arXiv 2309.00071): stretched by bands, attention scaled by mscale.
 
-    factor: float
+    With m(x) = 0.1 x ln(factor) + 1, what is rotated is multiplied by m(mscale) / m(mscale_all_dim). Latent attention also
+    multiplies all logits by m(mscale_all_dim)^2.
+    """
+
+    factor: float  # more than 1
     original_max_positions: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -91,6 +97,7 @@ class ModelShape:
     rms_eps: float
     tie_embeddings: bool
     experts: Experts | None = None
+    mtp_layers: int = 0  # of multi-token prediction, numbered after the model's own in its files: never loaded
     dtype: str = "float32"  # number format of the stored weights, as config.json names it
 
     @property
@@ -102,6 +109,13 @@ class ModelShape:
     def expert_layers(self) -> tuple[int, ...]:
         """Numbers, from 0, of the layers with experts."""
         return tuple(i for i, is_mixture in enumerate(self.experts.layers) if is_mixture) if self.experts else ()
+
+    @property
+    def routing(self) -> RoutingShape | None:
+        """What a record of the experts' choice looks like; None for a dense model."""
+        if self.experts is None:
+            return None
+        return RoutingShape(self.num_layers, self.expert_layers, self.experts.count, self.experts.top_k)
 
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the embedding that `tp` ranks share equally; rows from vocab_size on are zero and must be masked."""

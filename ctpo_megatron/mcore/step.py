@@ -17,7 +17,7 @@ mean over all micro-batches, whatever the layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,7 +30,9 @@ from torch import Tensor
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
-from ctpo_megatron.parallel import ContextParallelScan, vocab_parallel_logp
+from ctpo_megatron.mcore.model.head import Head, in_model_precision
+from ctpo_megatron.mcore.model.routing import Routers
+from ctpo_megatron.parallel import ContextParallelScan, Seat, own_experts
 
 LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, dict[str, Tensor]]]
 """(logp [T_local] float32 with grad, this rank's shard, scan) -> (share, stats).
@@ -54,21 +56,32 @@ class Stepper:
     Micro-batches are this rank's shards on its device, as `place` makes them.
     """
 
-    def __init__(self, models: list[torch.nn.Module], vocab_size: int, device: torch.device, portable: bool) -> None:
-        self.models, self.vocab_size, self.device, self.portable = models, vocab_size, device, portable
+    def __init__(
+        self, models: list[torch.nn.Module], routers: Routers, vocab_size: int, device: torch.device, portable: bool
+    ) -> None:
+        self.models, self.routers, self.device, self.portable = models, routers, device, portable
         self.cp_group = parallel_state.get_context_parallel_group()
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
         self.dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.seat = Seat(
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            cp_rank=self.cp_group.rank(),
+            cp_size=self.cp_group.size(),
+            tp_rank=self.tp_group.rank(),
+            tp_size=self.tp_group.size(),
+            expert_layers=routers.expert_layers,
+        )
+        self.head = Head.of(models, vocab_size, self.tp_group)
         self.scan: Scan = ContextParallelScan(self.cp_group) if self.cp_group.size() > 1 else LocalScan()
 
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         """Log-probs of the labels of each shard, [T_local] float32; an empty list before the last pipeline stage."""
 
-        def collect(shard: MicroBatch, logits: Tensor, non_loss_data: bool) -> Tensor:
-            return self._logp(logits, shard, temperature)[0]
+        def collect(shard: MicroBatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return self.head(hidden, shard, temperature, labels_only=True).logp
 
         for model in self.models:
             model.eval()
@@ -83,28 +96,37 @@ class Stepper:
         """Gradients of the summed shares, reduced over ranks; returns `loss` and the reduced statistics, on every rank."""
         factor = len(micro_batches) * self.dp_size
 
-        def loss(shard: MicroBatch, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            logp, entropy = self._logp(logits, shard, temperature)
-            share, stats = loss_fn(logp, shard, self.scan)
-            masked_entropy = torch.where(shard.loss_mask, entropy, 0.0).sum()
+        def loss(shard: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            found = self.head(hidden, shard, temperature)
+            share, stats = loss_fn(found.logp, shard.with_policy_support_logp(found.support_logp), self.scan)
+            masked_entropy = torch.where(shard.loss_mask, found.entropy, 0.0).sum()
             return share * factor, {"sum/loss": share.detach(), "sum/entropy": masked_entropy, **stats}
 
         for model in self.models:
             model.zero_grad_buffer()
-        reduced = self.reduce(self._run(micro_batches, loss, forward_only=False))
+        self.routers.begin()
+        per_micro_batch = self._run(micro_batches, loss, forward_only=False)
+        reduced = self.reduce(per_micro_batch, self.routers.measure())
         reduced["loss"] = reduced.pop("sum/loss")
         return reduced
 
     def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This rank's shards of whole packs, on its device."""
-        return [whole.shard(self.cp_group.rank(), self.cp_group.size()).to(self.device) for whole in micro_batches]
+        """This rank's shards of whole packs, on its device; of `routed_experts` only what its routers see."""
+        return [self._place(whole).to(self.device) for whole in micro_batches]
+
+    def _place(self, whole: MicroBatch) -> MicroBatch:
+        if whole.routed_experts is not None:
+            own = own_experts(whole.routed_experts, whole.cu_seqlens, self.seat)
+            whole = replace(whole, routed_experts=None, own_experts=own)
+        return whole.shard(self.seat.cp_rank, self.seat.cp_size)
 
     def _run(self, shards: list[MicroBatch], loss: Callable, forward_only: bool) -> list:
         described = [Described(shard, self._describe(shard.cu_seqlens.cpu())) for shard in shards]
         schedule = get_forward_backward_func()
+        per_chunk = [iter(described) for _ in self.models]  # every chunk of an interleaved stage sees all micro-batches
         return schedule(
-            forward_step_func=partial(_forward_step, loss),
-            data_iterator=iter(described),
+            forward_step_func=partial(_forward_step, loss, self.routers),
+            data_iterator=per_chunk if len(per_chunk) > 1 else per_chunk[0],
             model=self.models,
             num_microbatches=len(shards),
             seq_length=max(shard.input_ids.numel() for shard in shards) * self.cp_group.size(),
@@ -118,20 +140,17 @@ class Stepper:
             return packed_layout(cu_seqlens, self.device, self.cp_group.rank(), self.cp_group.size())
         return packed_params(cu_seqlens, self.device)
 
-    def _logp(self, logits: Tensor, shard: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        """[1, T_local, V / tp] to log-probs with grad and entropies without, both [T_local] float32."""
-        return vocab_parallel_logp(
-            logits.squeeze(0), shard.labels, group=self.tp_group, temperature=temperature, vocab_size=self.vocab_size
-        )
-
-    def reduce(self, per_micro_batch: list[dict[str, Tensor]]) -> dict[str, float]:
+    def reduce(
+        self, per_micro_batch: list[dict[str, Tensor]], measured: tuple[list[str], Tensor] | None = None
+    ) -> dict[str, float]:
         """Statistics over micro-batches, data- and context-parallel ranks, on every rank.
 
-        Only the last pipeline stage's argument counts; the other stages receive what it found.
+        Only the last pipeline stage's argument counts; the other stages receive what it found. `measured`: names and values [n]
+        that are the same on every rank already and join the others on their way to the host.
         """
         reduced: dict[str, float] = {}
         if self.is_last_stage:
-            reduced = self._reduce_on_last_stage(per_micro_batch)
+            reduced = self._reduce_on_last_stage(per_micro_batch, measured or ([], torch.zeros(0, device=self.device)))
         if self.pp_group.size() > 1:
             box = [reduced]
             last = dist.get_global_rank(self.pp_group, self.pp_group.size() - 1)
@@ -139,7 +158,9 @@ class Stepper:
             reduced = box[0]
         return reduced
 
-    def _reduce_on_last_stage(self, per_micro_batch: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _reduce_on_last_stage(
+        self, per_micro_batch: list[dict[str, Tensor]], measured: tuple[list[str], Tensor]
+    ) -> dict[str, float]:
         first = per_micro_batch[0]
         keys = first.keys()
         sums = sorted(key for key in keys if key.startswith("sum/"))
@@ -156,7 +177,8 @@ class Stepper:
             top = (values[:, len(added) :] * sign).amax(0)
             dist.all_reduce(top, dist.ReduceOp.MAX, group=self.dp_cp_group)
             total = torch.cat([total, top * sign])
-        return dict(zip([*added, *extremes], total.tolist(), strict=True))  # the one host sync of a step
+        total = torch.cat([total, measured[1].to(total)])
+        return dict(zip([*added, *extremes, *measured[0]], total.tolist(), strict=True))  # the one host sync of a step
 
 
 def _vector(stats: dict[str, Tensor], keys: list[str]) -> Tensor:
@@ -167,9 +189,18 @@ def _entries(key: str, value: Tensor) -> list[str]:
     return [key] if value.dim() == 0 else [f"{key}/{i}" for i in range(value.numel())]
 
 
-def _forward_step(loss: Callable, batches: Iterator[Described], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+def _forward_step(
+    loss: Callable, routers: Routers, batches: Iterator[Described], model: torch.nn.Module
+) -> tuple[Tensor, Callable]:
     """megatron's forward step: the stage's output, and what the last stage makes of it."""
     described = next(batches)
     shard = described.shard
-    output = model(shard.input_ids.unsqueeze(0), shard.position_ids.unsqueeze(0), None, packed_seq_params=described.packed)
+    routers.aim(model, shard.own_experts)
+    output = model(
+        shard.input_ids.unsqueeze(0),
+        shard.position_ids.unsqueeze(0),
+        None,
+        packed_seq_params=described.packed,
+        **in_model_precision(model),
+    )
     return output, partial(loss, shard)

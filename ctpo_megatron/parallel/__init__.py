@@ -1,12 +1,16 @@
-"""Layouts of context parallelism, the scan across its ranks, and log-probs from vocab-parallel logits."""
+"""Layouts of context parallelism, the scan across its ranks, and log-probs of words from hidden states."""
 
 from ctpo_megatron.parallel.context import ContextParallelScan
 from ctpo_megatron.parallel.layout import Layout, shard, shard_indices, unshard, zigzag_shard, zigzag_unshard
-from ctpo_megatron.parallel.vocab import vocab_parallel_logp
+from ctpo_megatron.parallel.seat import Seat, own_experts
+from ctpo_megatron.parallel.vocab import WordLogp, vocab_parallel_logp
 
 __all__ = [
     "ContextParallelScan",
     "Layout",
+    "Seat",
+    "WordLogp",
+    "own_experts",
     "shard",
     "shard_indices",
     "unshard",

@@ -1,18 +1,41 @@
-"""Log-probs of labels when each tensor-parallel rank holds a slice of the vocabulary's logits.
+"""Log-probs of words from hidden states and the output matrix, without the logits of more than some words at a time.
 
-Logits are the largest tensor of a step: a pack of 16,384 tokens over 152,000 words takes 5 GB in bfloat16 and 10 in float32. So
-they are looked at some tokens at a time, in float32, and looked at again in the backward; only sums per token are kept.
+Logits are the largest tensor of a step: a pack of 4,096 tokens over 151,936 words takes 2.5 GB in float32, several times over
+in autograd. So the vocabulary is walked block by block. The forward keeps, per token, the largest logit, the sum of exponentials
+and what entropy needs, as flash attention does (arXiv 2205.14135); the backward computes each block again. A block writes its
+rows of the weight's gradient once and whole. Products are in the model's number format, sums and exponentials in float32.
+
+Under tensor parallelism each rank walks its slice of the vocabulary, and one all-gather of a few numbers per token joins them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BLOCK = 2**24  # float32 numbers held at once: 64 MiB
+BLOCK = 2**23  # logits held at once: 32 MiB in float32; larger blocks are not faster
+FEWEST_WORDS = 128  # of a block, however many tokens there are
+
+
+class WordLogp(NamedTuple):
+    """What `vocab_parallel_logp` finds, float32."""
+
+    logp: Tensor  # [T] with grad, of each label
+    entropy: Tensor | None  # [T], of each token's distribution
+    support_logp: Tensor | None  # [T, K], of the words that were asked for
+
+
+class _Summary(NamedTuple):
+    """Of one rank's words, with logits l already divided by the temperature."""
+
+    top: Tensor  # [T], max l
+    total: Tensor  # [T], sum of exp(l - top)
+    weighted: Tensor  # [T], sum of (l - top) exp(l - top); zeros where the entropy is not asked for
+    picked: Tensor  # [T, I], l at the ids that are this rank's, 0 at the others
 
 
 class _VocabParallelLogp(torch.autograd.Function):
@@ -20,73 +43,149 @@ class _VocabParallelLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits_TV: Tensor, labels_T: Tensor, first: int, group: dist.ProcessGroup | None, temperature: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        rows: int,
+        group: dist.ProcessGroup | None,
+        scale: float,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        top = torch.cat([block.amax(dim=-1) for _, block in _blocks(logits_TV, temperature)])
+        found = _summarise(hidden, weight[:rows], ids, scale, entropy)
         if group is not None:
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
-        local = labels_T - first
-        mine = (local >= 0) & (local < logits_TV.shape[-1])
-        local = torch.where(mine, local, 0)
-        sums = torch.stack([torch.zeros_like(top)] * 3)  # of the label's logit, of exp(logits), of logits * exp(logits)
-        for part, block in _blocks(logits_TV, temperature):
-            block -= top[part].unsqueeze(-1)
-            sums[0, part] = torch.where(mine[part], block.gather(-1, local[part].unsqueeze(-1)).squeeze(-1), 0.0)
-            weights = torch.exp(block)
-            sums[1, part] = weights.sum(-1)
-            sums[2, part] = weights.mul_(block).sum(-1)
-        if group is not None:
-            dist.all_reduce(sums, group=group)
-        picked, partition, weighted = sums
-        log_partition = partition.log()
-        ctx.save_for_backward(logits_TV, local, mine, top + log_partition)
-        ctx.temperature = temperature
-        entropy = log_partition - weighted / partition
-        ctx.mark_non_differentiable(entropy)
-        return picked - log_partition, entropy
+            found = _join(found, group)
+        log_total = found.total.log()
+        logp = found.picked - (found.top + log_total).unsqueeze(-1)
+        # by way of the largest logit, which is closer to the label's than the sum's logarithm: one rounding less
+        logp[:, 0] = found.picked[:, 0] - found.top - log_total
+        ctx.save_for_backward(hidden, weight, ids[:, 0].clone(), found.top + log_total)
+        ctx.scale, ctx.rows = scale, rows
+        label_logp, others = logp[:, 0].clone(), torch.cat([(log_total - found.weighted / found.total)[:, None], logp[:, 1:]], 1)
+        ctx.mark_non_differentiable(others)
+        return label_logp, others
 
     @staticmethod
-    def backward(ctx, grad_T: Tensor, _grad_entropy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits_TV, local, mine, log_total = ctx.saved_tensors
-        grad_TV = torch.empty_like(logits_TV)
-        for part, block in _blocks(logits_TV, ctx.temperature):
-            scale = grad_T[part].float() / ctx.temperature
-            grad = block.sub_(log_total[part].unsqueeze(-1)).exp_().mul_(-scale.unsqueeze(-1))
-            own = torch.where(mine[part], scale, 0.0).unsqueeze(-1)
-            grad_TV[part] = grad.scatter_add_(-1, local[part].unsqueeze(-1), own).to(grad_TV.dtype)
-        return grad_TV, None, None, None, None
+    def backward(ctx: Any, grad: Tensor, _grad_others: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, log_total = ctx.saved_tensors
+        # grad * scale factors out of softmax - onehot, so only [T, H] tensors are multiplied by it
+        factor = (-ctx.scale * grad.float()).unsqueeze(-1)
+        scaled_hidden = hidden * factor.to(hidden.dtype)
+        grad_weight = torch.empty_like(weight)
+        grad_weight[ctx.rows :] = 0
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        part = torch.empty_like(hidden)
+        for words, logits, buffer in _blocks(hidden, weight[: ctx.rows]):
+            difference = torch.add(-log_total.unsqueeze(-1), _float(logits, buffer), alpha=ctx.scale, out=buffer).exp_()
+            place, mine = _places(labels.unsqueeze(-1), words)
+            difference.scatter_add_(-1, place, -mine.to(difference.dtype))
+            if difference is not logits:
+                difference = logits.copy_(difference)
+            torch.mm(difference.t(), scaled_hidden, out=grad_weight[words])
+            grad_hidden += torch.mm(difference, weight[words], out=part)
+        return grad_hidden.mul_(factor).to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
-def _blocks(logits_TV: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """Some tokens at a time: which, and their logits / temperature as a float32 copy [t, V]."""
-    tokens, words = logits_TV.shape
-    step = max(1, BLOCK // max(words, 1))
-    for begin in range(0, max(tokens, 1), step):
-        part = slice(begin, begin + step)
-        block = logits_TV[part].to(torch.float32, copy=True)
-        yield part, block if temperature == 1.0 else block.div_(temperature)
+def _blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some words at a time: which, their logits [T, words] as computed, and a float32 buffer of that shape.
+
+    In float32 the two are one tensor. The next block takes the same memory.
+    """
+    tokens, words = hidden.shape[0], weight.shape[0]
+    step = min(words, max(FEWEST_WORDS, BLOCK // max(tokens, 1)))
+    memory = torch.empty(tokens * step, dtype=weight.dtype, device=weight.device)
+    floats = memory if weight.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
+    for begin in range(0, words, step):
+        part = slice(begin, min(begin + step, words))
+        shape = (tokens, part.stop - begin)
+        size = shape[0] * shape[1]
+        logits = torch.mm(hidden, weight[part].t(), out=memory[:size].view(shape))
+        yield part, logits, logits if floats is memory else floats[:size].view(shape)
+
+
+def _float(logits: Tensor, buffer: Tensor) -> Tensor:
+    return logits if logits is buffer else buffer.copy_(logits)
+
+
+def _places(ids: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """Column of each id [T, I] in a block, 0 where it is not in it, and whether it is."""
+    place = ids - words.start
+    mine = (place >= 0) & (place < words.stop - words.start)
+    return place.masked_fill_(~mine, 0), mine
+
+
+def _summarise(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entropy: bool) -> _Summary:
+    top = torch.full((hidden.shape[0],), torch.finfo(torch.float32).min, device=hidden.device)
+    total, weighted = torch.zeros_like(top), torch.zeros_like(top)
+    picked = torch.zeros(ids.shape, device=hidden.device)
+    products: Tensor | None = None
+    for words, logits, buffer in _blocks(hidden, weight):
+        place, mine = _places(ids, words)
+        picked = torch.where(mine, logits.gather(-1, place).float() * scale, picked)
+        now = torch.maximum(top, logits.amax(-1).float() * scale)
+        shift, top = top - now, now
+        shifted = torch.add(-top.unsqueeze(-1), _float(logits, buffer), alpha=scale, out=buffer)
+        shrink = shift.exp()
+        if entropy:
+            products = torch.empty_like(buffer) if products is None else products.view(-1)[: buffer.numel()].view_as(buffer)
+            weights = torch.exp(shifted, out=products)
+            weighted = (weighted + total * shift) * shrink
+            total = total * shrink + weights.sum(-1)
+            weighted += weights.mul_(shifted).sum(-1)
+        else:
+            total = total * shrink + shifted.exp_().sum(-1)
+    return _Summary(top, total, weighted, picked)
+
+
+def _join(mine: _Summary, group: dist.ProcessGroup) -> _Summary:
+    """All ranks' words as one: one all-gather of 3 + I numbers per token."""
+    sent = torch.cat([torch.stack(mine[:3]), mine.picked.t()])
+    gathered = sent.new_empty(group.size() * sent.numel())
+    dist.all_gather_into_tensor(gathered, sent.view(-1), group=group)
+    gathered = gathered.view(-1, *sent.shape)
+    tops, totals, weighted = gathered[:, :3].unbind(1)
+    top = tops.amax(0)
+    shift = tops - top
+    shrink = shift.exp()
+    return _Summary(
+        top, (totals * shrink).sum(0), ((weighted + totals * shift) * shrink).sum(0), gathered[:, 3:].sum(0).t().contiguous()
+    )
 
 
 def vocab_parallel_logp(
-    logits_TV: Tensor,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
     labels_T: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each label [T] float32 (with grad) and the entropy [T] (without), at the sampling temperature.
+    entropy: bool = True,
+    support_ids: Tensor | None = None,
+) -> WordLogp:
+    """Log-prob of each label, with grad, at the sampling temperature; entropy and other words' log-probs without.
 
-    `logits_TV` [T, V / tp] is this rank's slice of the vocabulary; `group` is the tensor-parallel group, None for one rank. Words
-    from `vocab_size` on only make the vocabulary divisible and do not count; None: all do.
+    Args:
+        hidden_TH: [T, H], the last layer's output after its norm, the same on all ranks of `group`. Its gradient is this rank's
+            part: whoever made the ranks' copies sums it over them.
+        weight_VH: [V / tp, H], this rank's rows of the output matrix, of the same dtype.
+        labels_T: [T] int64 words.
+        group: the tensor-parallel group; None for one rank.
+        vocab_size: words from here on only make the vocabulary divisible and do not count; None: all count.
+        entropy: whether to find it.
+        support_ids: [T, K] int, words whose log-probs are wanted besides the labels'.
+
+    Raises ValueError where all of a rank's words are padding.
     """
     if group is not None and group.size() == 1:
         group = None
-    first = 0 if group is None else group.rank() * logits_TV.shape[-1]
-    if vocab_size is not None:
-        if first >= vocab_size:
-            raise ValueError(
-                f"all words of tensor-parallel rank {group.rank()} are padding: {vocab_size} words; use a smaller tp"
-            )
-        logits_TV = logits_TV[:, : vocab_size - first]
-    return _VocabParallelLogp.apply(logits_TV, labels_T, first, group, temperature)
+    rows = weight_VH.shape[0]
+    first = 0 if group is None else group.rank() * rows
+    if vocab_size is not None and first >= vocab_size:
+        raise ValueError(f"all words of tensor-parallel rank {first // rows} are padding: {vocab_size} words; use a smaller tp")
+    used = rows if vocab_size is None else min(rows, vocab_size - first)
+    ids = labels_T.unsqueeze(-1)
+    if support_ids is not None:
+        ids = torch.cat([ids, support_ids.to(ids.dtype)], dim=-1)
+    logp, others = _VocabParallelLogp.apply(hidden_TH, weight_VH, ids - first, used, group, 1.0 / temperature, entropy)
+    return WordLogp(logp, others[:, 0] if entropy else None, None if support_ids is None else others[:, 1:])

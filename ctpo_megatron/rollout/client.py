@@ -1,64 +1,92 @@
-"""Talks to the SGLang servers: token ids in, sampled ids with log-probs and policy versions out."""
+"""Generation by the SGLang servers: token ids in, sampled ids with log-probs and policy versions out."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import aiohttp
+import numpy as np
+from numpy.typing import NDArray
 
-from ctpo_megatron.errors import EngineError
+from ctpo_megatron.errors import EngineError, EngineRefused
+from ctpo_megatron.rollout.control import ServerControl
+from ctpo_megatron.rollout.pool import Lease, ServerPool
+from ctpo_megatron.rollout.record import forget_older, read_experts, read_top
+from ctpo_megatron.rollout.requests import Requests
+from ctpo_megatron.types import RoutingShape, TopK
 
-RETRIES = 5
-BACKOFF_S = 0.2
+MAX_FAILURES = 20  # of servers, at one generation
+REASONS = ("stop", "length", "abort")
 
 
 @dataclass(slots=True)
 class Generation:
-    """What one request sampled; three streams of equal length. The token that ended it is part of it."""
+    """What one request sampled; streams of equal length. The token that ended it is part of it."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
     versions: list[int] = field(default_factory=list)  # policy version that sampled each token
-    finish: Literal["stop", "length"] = "length"
+    finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
+    top: TopK | None = None  # the likeliest tokens at each place, at the sampling temperature
+    experts: NDArray[np.signedinteger] | None = None  # of input and sampled tokens but the last, see `EngineClient.generate`
+
+    def append(self, part: Generation) -> None:
+        """Add the tokens of `part`."""
+        self.token_ids += part.token_ids
+        self.logprobs += part.logprobs
+        self.versions += part.versions
 
 
 class EngineClient:
     """All servers of a run behind one object; used as an async context manager.
 
-    Every request is bounded by `request_timeout_s`. Connection errors and answers of 500 and above are tried again with
-    growing pauses, then raised as EngineError; answers of 400 to 499 raise it at once.
+    `pool` says who serves; `control` is for everything but generation. `routing`: how the model routes, where the servers report
+    it (`--enable-return-routed-experts`). `top_k`: how many of the likeliest tokens they shall report with each sampled one.
+    Both only for requests that say what is `recorded`. Every request is bounded by `request_timeout_s`.
     """
 
-    def __init__(self, urls: list[str], api_key: str, *, request_timeout_s: float) -> None:
-        self.urls = list(urls)
-        self._headers = {"Authorization": f"Bearer {api_key}"}
-        self._timeout_s = request_timeout_s
-        self._http: aiohttp.ClientSession | None = None
+    def __init__(
+        self,
+        pool: ServerPool,
+        api_key: str,
+        *,
+        request_timeout_s: float,
+        routing: RoutingShape | None = None,
+        top_k: int = 0,
+    ) -> None:
+        self.pool = pool
+        self._routing, self._top_k = routing, top_k
+        self._requests = Requests(api_key, request_timeout_s)
+        self.control = ServerControl(self._requests)
 
     async def __aenter__(self) -> EngineClient:
-        self._http = aiohttp.ClientSession(
-            headers=self._headers,
-            connector=aiohttp.TCPConnector(limit=0),  # the caller bounds what is in flight
-            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-        )
+        await self._requests.__aenter__()
         return self
 
-    async def __aexit__(self, *_error: object) -> None:
-        await self._http.close()
+    async def __aexit__(self, *error: object) -> None:
+        await self._requests.__aexit__(*error)
 
     async def generate(
-        self, input_ids: list[int], *, max_new_tokens: int, temperature: float, stop_token_ids: list[int], session: int
+        self,
+        input_ids: list[int],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        stop_token_ids: list[int],
+        session: int,
+        recorded: int | None = None,
     ) -> Generation:
         """Sample after `input_ids` until a stop token or `max_new_tokens`. Temperature 0 is greedy.
 
         Requests with the same `session` go to the same server, whose prefix cache then holds the earlier turns. Weights may
-        change while it runs: the tokens before and after the change carry their own versions.
+        change while it runs: the tokens before and after the change carry their own versions. Where a server fails, another one
+        goes on from the tokens in hand. `recorded`: of so many leading tokens the experts are known already, those of all others
+        are returned, [input + sampled - 1 - recorded, ...]; the last token has not been read by the model. None: no record is
+        wanted. Raises EngineError when no server is left, and when every server that was tried has failed.
         """
-        url = self.urls[session % len(self.urls)]
-        done = Generation()
+        done, record = Generation(), _Record(input_ids, recorded, self._routing, self._top_k)
+        failures = 0
         while True:
             sampling = {
                 "max_new_tokens": max_new_tokens - len(done.token_ids),
@@ -67,73 +95,89 @@ class EngineClient:
                 **{"top_p": 1.0, "top_k": -1, "min_p": 0.0},
             }
             body = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
-            answer = await self._request(url, "POST", "/generate", body)
-            reason = _append(done, answer, url)
-            if reason in ("stop", "length"):
-                done.finish = reason
-                return done
-            if reason != "abort":
-                raise EngineError(f"{url}/generate ended a generation for the unknown reason {reason!r}")
+            lease = await self.pool.acquire(session)
+            answer = await self._answer(lease, body | record.wish())
+            part = None if answer is None else _read(answer, lease.member.url)
+            if part is None or not await self.pool.accept(lease, part.versions):
+                failures += 1
+                if failures == MAX_FAILURES:
+                    raise EngineError(f"{failures} attempts at one generation failed, the last one on {lease.member.url}")
+                continue
+            done.append(part)
+            record.read(done, answer["meta_info"], lease.member.url)
             # aborted for a weight update: go on from the tokens so far; a paused server holds the request back until it resumes
-            if len(done.token_ids) >= max_new_tokens:
+            if part.finish != "abort" or len(done.token_ids) >= max_new_tokens:
+                done.finish = "length" if part.finish == "abort" else part.finish
+                record.close(done, lease.member.url)
                 return done
 
-    async def pause(self) -> None:
-        """Stop sampling on all servers. Generations in flight keep their tokens and lose their KV cache, so that it can be
-        flushed; they and new requests wait for `resume`."""
-        await self._all("POST", "/pause_generation", {"mode": "retract"})
-
-    async def resume(self) -> None:
-        """Go on sampling on all servers."""
-        await self._all("POST", "/continue_generation", {})
-
-    async def versions(self) -> list[str]:
-        """The version of the weights that each server reports."""
-        return [answer["weight_version"] for answer in await self._all("GET", "/model_info")]
-
-    async def checksums(self) -> list[dict[str, Any]]:
-        """Per server, the hashes of all tensors in its engine's own layout, one entry per rank."""
-        return await self._all("POST", "/weights_checker", {"action": "checksum"})
-
-    async def health(self) -> list[bool]:
-        """Per server, whether it answers its health check; nothing is tried twice."""
-
-        async def healthy(url: str) -> bool:
-            try:
-                async with self._http.get(f"{url}/health") as answer:
-                    return answer.status == 200
-            except (aiohttp.ClientError, TimeoutError):
-                return False
-
-        return list(await asyncio.gather(*(healthy(url) for url in self.urls)))
-
-    async def _all(self, method: str, path: str, body: dict[str, Any] | None = None) -> list[Any]:
-        return list(await asyncio.gather(*(self._request(url, method, path, body) for url in self.urls)))
-
-    async def _request(self, url: str, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The decoded answer, or EngineError with URL and body."""
-        for attempt in range(RETRIES):
-            try:
-                async with self._http.request(method, url + path, json=body) as answer:
-                    text = await answer.text()
-                    if answer.status < 400:
-                        return json.loads(text) if answer.content_type == "application/json" else text
-                    problem = f"answered {answer.status}: {text[:500]}"
-                    if answer.status < 500:
-                        break
-            except TimeoutError:
-                raise EngineError(f"{url}{path} did not answer within {self._timeout_s:.0f} s") from None
-            except aiohttp.ClientError as error:
-                problem = f"{type(error).__name__}: {error}"
-            if attempt < RETRIES - 1:
-                await asyncio.sleep(BACKOFF_S * 2**attempt)
-        raise EngineError(f"{url}{path} {problem}")
+    async def _answer(self, lease: Lease, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What the server says; None when it has failed, which suspends it. Raises EngineRefused."""
+        request = asyncio.ensure_future(self._requests.post(f"{lease.member.url}/generate", body))
+        broken = asyncio.ensure_future(self.pool.broken(lease))
+        try:
+            await asyncio.wait([request, broken], return_when=asyncio.FIRST_COMPLETED)
+            return None if broken.done() else request.result()
+        except EngineRefused:
+            raise
+        except EngineError as error:
+            if not lease.broken:
+                self.pool.suspend(lease.member, str(error))
+            return None
+        finally:
+            request.cancel()
+            broken.cancel()
+            await asyncio.gather(request, broken, return_exceptions=True)
 
 
-def _append(done: Generation, answer: dict[str, Any], url: str) -> str:
-    """Add the answer's tokens to `done`; returns why it ended."""
+class _Record:
+    """The experts and likeliest tokens of one generation, gathered over the answers it took."""
+
+    def __init__(self, input_ids: list[int], recorded: int | None, routing: RoutingShape | None, top_k: int) -> None:
+        wanted = recorded is not None
+        self._routing, self._top_k = (routing, top_k) if wanted else (None, 0)
+        self._inputs, self._next = len(input_ids), recorded or 0
+        self._experts: list[NDArray[np.signedinteger]] = []
+        self._top: list[TopK] = []
+
+    def wish(self) -> dict[str, Any]:
+        """What a request has to say to be answered with a record of what is not known yet."""
+        experts = {"return_routed_experts": True, "routed_experts_start_len": self._next} if self._routing else {}
+        return experts | ({"top_logprobs_num": self._top_k} if self._top_k else {})
+
+    def read(self, done: Generation, meta: dict[str, Any], url: str) -> None:
+        """Take what an answer tells; `done` holds its tokens already. Aborted requests that never ran tell nothing."""
+        if self._top_k:
+            fresh = len(done.token_ids) - sum(len(top.ids) for top in self._top)
+            self._top.append(read_top(meta, self._top_k, fresh, url))
+        if self._routing is None:
+            return
+        experts = read_experts(meta, self._routing, self._left(done), url)
+        if experts is None:
+            return
+        after = range(self._next + 1 - self._inputs, len(done.token_ids))  # places of the labels among the sampled tokens
+        newest = done.versions[-1] if done.versions else None
+        forget_older(experts, [done.versions[i] if i >= 0 else None for i in after], newest)
+        self._experts.append(experts)
+        self._next += len(experts)
+
+    def close(self, done: Generation, url: str) -> None:
+        """Put everything into `done`. Raises EngineError where a server that shall report experts never did."""
+        if self._top_k:
+            done.top = TopK.joined(self._top)
+        if self._routing is not None:
+            if not self._experts:
+                raise EngineError(f"{url} reports no experts; was it started with --enable-return-routed-experts?")
+            done.experts = np.concatenate([*self._experts, self._routing.unknown(self._left(done))])
+
+    def _left(self, done: Generation) -> int:
+        return self._inputs + len(done.token_ids) - 1 - self._next
+
+
+def _read(answer: dict[str, Any], url: str) -> Generation:
+    """One answer. Raises EngineError where its streams have unequal lengths, or it ended for a reason that is not known."""
     meta = answer["meta_info"]
-    token_ids = answer["output_ids"]
+    token_ids, reason = answer["output_ids"], meta["finish_reason"]["type"]
     logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or []]
     if len(logprobs) != len(token_ids):
         raise EngineError(f"{url}/generate returned {len(token_ids)} tokens but {len(logprobs)} log-probs")
@@ -144,7 +188,6 @@ def _append(done: Generation, answer: dict[str, Any], url: str) -> str:
         raise EngineError(f"{url} reports weight versions that are not numbers: {spans}") from None
     if len(versions) != len(token_ids):
         raise EngineError(f"{url}/generate returned {len(token_ids)} tokens but {len(versions)} weight versions: {spans}")
-    done.token_ids += token_ids
-    done.logprobs += logprobs
-    done.versions += versions
-    return meta["finish_reason"]["type"]
+    if reason not in REASONS:
+        raise EngineError(f"{url}/generate ended a generation for the unknown reason {reason!r}")
+    return Generation(token_ids, logprobs, versions, reason)

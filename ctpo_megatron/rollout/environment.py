@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.protocols import Chat, Generation, Generator, Reward, Sampling, ToolRunner
 from ctpo_megatron.rollout.tools import extract_code
@@ -35,11 +38,12 @@ class ToolEnvironment:
             tool_calls=attempt.tool_calls,
             tool_errors=attempt.tool_errors,
             seconds=time.monotonic() - begun,
+            experts=np.concatenate(attempt.experts) if attempt.experts else None,
         )
 
     async def _play(self, attempt: _Attempt, session: int, sampling: Sampling) -> Status:
         for turn in range(1, sampling.max_turns + 1):
-            finish = await self._assistant_turn(attempt, session, sampling.temperature)
+            finish = await self._assistant_turn(attempt, session, sampling)
             if finish == "length":
                 return Status.LENGTH
             code = extract_code(attempt.written[-1]) if self._tool is not None else None
@@ -51,14 +55,21 @@ class ToolEnvironment:
                 return Status.LENGTH
         raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
 
-    async def _assistant_turn(self, attempt: _Attempt, session: int, temperature: float) -> str:
+    async def _assistant_turn(self, attempt: _Attempt, session: int, sampling: Sampling) -> str:
         """Adds a turn of the model; returns why it ended."""
         stop = self._chat.stop_token_ids
         generation = await self._generator.generate(
-            attempt.tokens, max_new_tokens=attempt.left, temperature=temperature, stop_token_ids=stop, session=session
+            attempt.tokens,
+            max_new_tokens=attempt.left,
+            temperature=sampling.temperature,
+            stop_token_ids=stop,
+            session=session,
+            recorded=sum(map(len, attempt.experts)) if sampling.record else None,
         )
         _check(generation, attempt.left, stop)
-        attempt.add(Turn("assistant", generation.token_ids, generation.logprobs, generation.versions))
+        attempt.add(Turn("assistant", generation.token_ids, generation.logprobs, generation.versions, generation.top))
+        if generation.experts is not None:  # of the prompt or the tool's text before this turn too
+            attempt.experts.append(generation.experts)
         attempt.written.append(self._chat.decode(generation.token_ids))
         return generation.finish
 
@@ -83,6 +94,7 @@ class _Attempt:
     tokens: list[int] = field(init=False)  # prompt and turns
     turns: list[Turn] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # text of each assistant turn
+    experts: list[NDArray[np.signedinteger]] = field(default_factory=list)  # of all tokens but the last, turn by turn
     tool_calls: int = 0
     tool_errors: int = 0
 

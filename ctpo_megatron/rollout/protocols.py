@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ctpo_megatron.types import Prompt, Trajectory
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpo_megatron.types import Prompt, TopK, Trajectory
 
 
 class Generation(Protocol):
@@ -32,6 +35,16 @@ class Generation(Protocol):
         """`stop` where the last token is a stop token, `length` where max_new_tokens was reached."""
         ...
 
+    @property
+    def top(self) -> TopK | None:
+        """The likeliest tokens at the place of each, where the engine was asked for them."""
+        ...
+
+    @property
+    def experts(self) -> NDArray[np.signedinteger] | None:
+        """Experts of the tokens from `recorded` to the one before the last, where the engine was asked for them."""
+        ...
+
 
 class Generator(Protocol):
     """An inference engine."""
@@ -44,8 +57,13 @@ class Generator(Protocol):
         temperature: float,
         stop_token_ids: list[int],
         session: int,
+        recorded: int | None,
     ) -> Generation:
-        """Continue `input_ids`. Requests of one `session` share a prefix and should meet the same server."""
+        """Continue `input_ids`. Requests of one `session` share a prefix and should meet the same server.
+
+        `recorded`: of so many leading tokens the experts are known already. None: neither experts nor likeliest tokens are
+        wanted.
+        """
         ...
 
 
@@ -102,6 +120,7 @@ class Sampling:
     temperature: float
     max_turns: int  # assistant turns
     max_response_tokens: int  # after the prompt, tool output included
+    record: bool = False  # for training: with what the run collects besides tokens and log-probs
 
 
 class Environment(Protocol):

@@ -19,9 +19,12 @@ class Rollouter:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._sessions = itertools.count()
 
-    async def group(self, prompt: Prompt, *, size: int, temperature: float) -> TrajectoryGroup:
-        """`size` attempts at one prompt. The first attempt that fails ends the others, and its exception comes out."""
-        sampling = Sampling(temperature, self._config.max_turns, self._config.max_response_tokens)
+    async def group(self, prompt: Prompt, *, size: int, temperature: float, record: bool = False) -> TrajectoryGroup:
+        """`size` attempts at one prompt. The first attempt that fails ends the others, and its exception comes out.
+
+        `record`: with what training needs of the engine besides tokens and log-probs.
+        """
+        sampling = Sampling(temperature, self._config.max_turns, self._config.max_response_tokens, record)
         try:
             async with asyncio.TaskGroup() as running:
                 attempts = [running.create_task(self._attempt(prompt, next(self._sessions), sampling)) for _ in range(size)]

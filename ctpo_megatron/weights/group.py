@@ -5,24 +5,23 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
-
-GROUP_NAME = "ctpo_weights"
+from torch.distributed.distributed_c10d import Backend, PrefixStore, _abort_process_group, _new_process_group_helper, _world
 
 
-def join_update_group(store: dist.TCPStore, *, world_size: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:
+def join_update_group(store: dist.TCPStore, name: str, *, world_size: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:
     """A process group of rank 0 (this process) and the servers' ranks, beside torch's default group.
 
     torch's public API only makes groups within the default one; SGLang's `init_custom_process_group`
     (sglang.srt.utils.common, 0.5.23) goes below it in the same way, and both ends must agree on the store's prefix.
+    Raises RuntimeError when not all have come within `timeout`.
     """
     group, _ = _new_process_group_helper(
         world_size,
         0,
         [],
         Backend(backend),
-        PrefixStore(GROUP_NAME, store),
-        group_name=GROUP_NAME,
+        PrefixStore(name, store),
+        group_name=name,
         timeout=timeout,
     )
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
@@ -30,5 +29,5 @@ def join_update_group(store: dist.TCPStore, *, world_size: int, backend: str, ti
 
 
 def leave_update_group(group: dist.ProcessGroup) -> None:
-    """Forget the group; its connections close."""
-    dist.destroy_process_group(group)
+    """Forget the group; its connections close, and what is still under way in it ends with an error."""
+    _abort_process_group(group)

@@ -1,48 +1,221 @@
-"""Puts a new policy version in front of the rollouts: pause, send, prove, resume."""
+"""Puts a policy version in front of the rollouts, and proves that it is there: docs/weights.md has the whole protocol.
+
+    pause -> connect, when the servers have changed -> send -> digests -> version, empty caches -> resume -> canary -> serve
+
+A server that fails at any step is named and suspended, and tried once more from scratch; then it is lost, and the rest goes on.
+One that gives no sign of life is lost at once.
+"""
 
 from __future__ import annotations
 
-import time
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
-from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.errors import EngineError, WeightSyncError
+from ctpo_megatron.metrics import PhaseTimer
+from ctpo_megatron.rollout.control import ServerControl
+from ctpo_megatron.rollout.pool import UP, Member, ServerPool, State
+from ctpo_megatron.weights.attest import attest
+from ctpo_megatron.weights.canary import canary_gap, canary_tokens, check_canary
+from ctpo_megatron.weights.engine_layout import EngineLayout
+from ctpo_megatron.weights.reported import read_digests
+from ctpo_megatron.weights.transport import Sent, Server
 
-
-class Servers(Protocol):
-    """What the publisher asks of the inference servers; `rollout.client.EngineClient` offers it."""
-
-    async def pause(self) -> None: ...
-
-    async def resume(self) -> None: ...
-
-    async def versions(self) -> list[str]: ...
+PAUSE_TIMEOUT_S = 60.0  # to stop sampling and to open a session; it takes one forward at most
+ALIVE_TIMEOUT_S = 10.0  # to say anything at all, after a failure
+ATTEMPTS = 2  # at one server in one publication
+PHASES = ("gather", "digest", "send", "wait")  # of the senders' own seconds
 
 
 class WeightSource(Protocol):
-    """What it asks of the trainer."""
+    """What the publisher asks of the trainer; every call ends within a bounded time."""
 
-    async def publish(self, version: int) -> None:
-        """All ranks export, one sends; ends, within a bounded time, when every server has loaded."""
+    async def connect(self, servers: list[Server], api_key: str) -> None:
+        """Let the senders reach `servers`, and no others; the next publication is a full one. Raises WeightSyncError."""
+        ...
+
+    async def publish(self, version: int) -> Sent:
+        """All ranks export, the senders send. Raises WeightSyncError, naming the servers that failed; then `connect` again."""
+        ...
+
+    async def canary_logp(self, token_ids: list[int]) -> list[float]:
+        """Log-probs of tokens 1, 2, ... of a prompt, with the weights as they are."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a server has to show before anything is sampled from it."""
+
+    layout: EngineLayout  # of one server
+    vocab_size: int
+    tolerance: float  # of log-probs, see `weights.canary`
 
 
 class Publisher:
-    """Brings the trainer's weights to the inference servers."""
+    """Brings the trainer's weights to the servers of a pool. Its calls come one after the other, while the trainer is idle.
 
-    def __init__(self, servers: Servers, trainer: WeightSource) -> None:
-        self._servers = servers
+    `session`: whether the transport wants an update session open. `timeout_s` bounds each step at each server.
+    """
+
+    def __init__(
+        self,
+        pool: ServerPool,
+        control: ServerControl,
+        trainer: WeightSource,
+        proof: Proof,
+        *,
+        api_key: str,
+        timeout_s: float,
+        session: bool = True,
+    ) -> None:
+        self._pool = pool
+        self._control = control
         self._trainer = trainer
+        self._proof = proof
+        self._api_key = api_key
+        self._timeout_s = timeout_s
+        self._session = session
+        self._version = 0
+        self._connected: list[Member] = []
 
-    async def publish(self, version: int) -> float:
-        """Generations in flight go on under the new version from their next token. Returns the seconds it took.
+    async def publish(self, version: int) -> dict[str, float]:
+        """Bring all servers that are up to `version`. Generations in flight go on under it from their next token.
 
-        Raises WeightSyncError when a server does not report `version` afterwards. After any failure the servers stay paused:
-        nobody samples from weights of which nobody knows what they are.
+        Returns seconds by phase and the number of servers. Servers that fail twice are lost; those that are being started are
+        left to `heal`. Raises WeightSyncError when no server is left.
         """
-        begin = time.monotonic()
-        await self._servers.pause()
-        await self._trainer.publish(version)
-        reported = await self._servers.versions()
-        if any(each != str(version) for each in reported):
-            raise WeightSyncError(f"after publishing version {version} the inference servers report the versions {reported}")
-        await self._servers.resume()
-        return time.monotonic() - begin
+        self._version = version
+        timer = PhaseTimer()
+        with timer("total"):
+            await self._bring_up(self._pool.members(*UP), timer)
+        if self._pool.hopeless:
+            raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._pool.report()}")
+        return {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()} | self._pool.metrics()
+
+    async def heal(self) -> None:
+        """Bring servers that are up but do not serve to the current version. The trainer must still hold that version."""
+        waiting = self._pool.members(State.JOINING, State.SUSPENDED)
+        if waiting:
+            await self._bring_up(waiting, PhaseTimer())
+        if self._pool.hopeless:
+            raise WeightSyncError(f"no inference server is left:\n{self._pool.report()}")
+
+    async def _bring_up(self, members: list[Member], timer: PhaseTimer) -> None:
+        """Until each of them serves or is lost: every attempt that does not succeed has somebody to blame."""
+        failures: Counter[str] = Counter()
+        while members:
+            attempt = _Attempt(members)
+            await self._attempt(attempt, timer)
+            if attempt.blamed:
+                self._connected = []
+            answers = await asyncio.gather(*(self._answers(member) for member in attempt.blamed))
+            for (member, reason), alive in zip(attempt.blamed.items(), answers, strict=True):
+                failures[member.url] += 1
+                if alive and failures[member.url] < ATTEMPTS:
+                    self._pool.suspend(member, reason)
+                elif member.state in UP:  # its death may be known already
+                    self._pool.lose(member, reason)
+            members = [member for member in members if member.state in UP and member.state is not State.SERVING]
+
+    async def _answers(self, member: Member) -> bool:
+        """Whether it gives a sign of life. One that hangs must end: others may be held up with it in a broken broadcast."""
+        try:
+            await self._control.version(member.url, timeout_s=min(ALIVE_TIMEOUT_S, self._timeout_s))
+        except EngineError:
+            return False
+        return True
+
+    async def _attempt(self, attempt: _Attempt, timer: PhaseTimer) -> None:
+        """One publication; whoever is blamed has failed in it. Where sending fails, nobody serves."""
+        known = all(member.version is not None for member in attempt.left)
+        self._pool.update(attempt.left)
+        with timer("paused"):
+            with timer("pause"):
+                await attempt.each(self._pause)
+            sent = await self._send(attempt, known, timer)
+            if sent is None:
+                return
+            with timer("attest"):
+                await attempt.each(lambda member: self._install(member, sent))
+            await attempt.each(lambda member: self._control.resume(member.url, timeout_s=self._timeout_s))
+        with timer("canary"):
+            tokens = canary_tokens(self._proof.vocab_size, self._version)
+            expected = await self._trainer.canary_logp(tokens)
+            await attempt.each(lambda member: self._check_canary(member, tokens, expected))
+        self._pool.serve(attempt.left, self._version)
+
+    async def _pause(self, member: Member) -> None:
+        limit = min(PAUSE_TIMEOUT_S, self._timeout_s)
+        await self._control.pause(member.url, timeout_s=limit)
+        if self._session:
+            await self._control.open_update(member.url, timeout_s=limit)
+
+    async def _send(self, attempt: _Attempt, known: bool, timer: PhaseTimer) -> Sent | None:
+        """What was sent; None when somebody failed. `known`: nobody's weights are in doubt."""
+        if not attempt.left:
+            return None
+        try:
+            if not known or self._connected != attempt.left:
+                with timer("connect"):
+                    self._connected = []
+                    servers = [Server(member.url, member.tp) for member in attempt.left]
+                    await self._trainer.connect(servers, self._api_key)
+                    self._connected = list(attempt.left)
+            with timer("transfer"):
+                sent = await self._trainer.publish(self._version)
+        except WeightSyncError as error:
+            attempt.blame(error)
+            return None
+        for phase in PHASES:
+            timer.seconds[phase] = timer.seconds.get(phase, 0.0) + sent.seconds.get(phase, 0.0)
+        return sent
+
+    async def _install(self, member: Member, sent: Sent) -> None:
+        """The server holds what was sent, says so, and forgets what it computed with older weights."""
+        limit = self._timeout_s
+        if self._session:
+            await self._control.close_update(member.url, timeout_s=limit)
+        reported = read_digests(await self._control.checksums(member.url, timeout_s=limit), member.url)
+        attest(self._proof.layout, self._version, sent.digests, {member.url: reported})
+        await self._control.set_version(member.url, self._version, timeout_s=limit)
+        version = await self._control.version(member.url, timeout_s=limit)
+        if version != str(self._version):
+            raise WeightSyncError(f"{member.url} reports version {version} of the weights; it was given {self._version}")
+
+    async def _check_canary(self, member: Member, tokens: list[int], expected: list[float]) -> None:
+        """The server computes what the trainer computes."""
+        found = await self._control.prompt_logprobs(member.url, tokens, timeout_s=self._timeout_s)
+        check_canary(member.url, self._version, canary_gap(expected, found), self._proof.tolerance)
+
+
+class _Attempt:
+    """One publication to some servers: who is still in it, and who failed with what."""
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        self._members = list(members)
+        self.blamed: dict[Member, str] = {}
+
+    @property
+    def left(self) -> list[Member]:
+        """Those that have not failed, nor died meanwhile."""
+        return [member for member in self._members if member not in self.blamed and member.state in UP]
+
+    async def each(self, step: Callable[[Member], Awaitable[None]]) -> None:
+        """Take a step at all of them at once; who fails is blamed."""
+        members = self.left
+        outcomes = await asyncio.gather(*(step(member) for member in members), return_exceptions=True)
+        for member, outcome in zip(members, outcomes, strict=True):
+            if isinstance(outcome, (EngineError, WeightSyncError)):
+                self.blamed[member] = str(outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+
+    def blame(self, error: WeightSyncError) -> None:
+        """Those that the error names, or everybody."""
+        named = [member for member in self.left if member.url in error.servers]
+        for member in named or self.left:
+            self.blamed[member] = str(error)

@@ -85,6 +85,19 @@ def share_of_the_first_rank(shares: list[Tensor]) -> Tensor:
     return shares[0]
 
 
+def routing_shifted() -> AbstractContextManager[Any]:
+    """Each token follows the routing of the one before it. For engines; megatron is imported only here."""
+    from ctpo_megatron.mcore.host import prepare_host
+
+    prepare_host("cpu")
+    from ctpo_megatron.mcore.model.routing import Routers
+
+    aim = Routers.aim
+    return patch.object(
+        Routers, "aim", lambda self, chunk, experts: aim(self, chunk, None if experts is None else experts.roll(1, 0))
+    )
+
+
 EVERYWHERE: dict[str, Fault] = {
     "position off by one": lambda: patch.object(prepare, "_channels", position_off_by_one),
     "tool tokens counted": lambda: patch.object(prepare, "_channels", tool_tokens_counted),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing as mp
+import pickle
 import queue
 import runpy
 import time
@@ -61,7 +62,7 @@ def _collect(answers: Any, processes: list[Any], deadline: float) -> list[Any]:
             continue
         if error:
             raise RuntimeError(f"rank {rank} failed:\n{error}")
-        results[rank] = result
+        results[rank] = pickle.loads(result)
     return [results[rank] for rank in range(len(processes))]
 
 
@@ -71,6 +72,7 @@ def _rank(answers: Any, info: RankInfo, where: tuple[str, str], args: tuple) -> 
     torch.set_num_threads(THREADS)
     try:
         function = runpy.run_path(where[0])[where[1]]
-        answers.put((info.rank, function(info, *args), None))
+        # pickled here, where what cannot be is an error; the queue would drop it
+        answers.put((info.rank, pickle.dumps(function(info, *args)), None))
     except BaseException:  # noqa: BLE001 - the parent raises it again
         answers.put((info.rank, None, traceback.format_exc()))

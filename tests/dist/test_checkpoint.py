@@ -1,4 +1,4 @@
-"""A run that is saved and resumed goes on as if it had never stopped, to the last bit. Real megatron-core on gloo."""
+"""A run that is saved and resumed goes on as if it had never stopped. Real megatron-core on gloo."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
 pytestmark = pytest.mark.dist
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=3, weight_decay=0.1)
+STEPS = 3  # trained after resuming
 STATE = {"step": 2, "cursor": {"epoch": 1, "row": 7}, "seen": [1, 2]}
 
 # (family, number format, layout that saves, layouts that go on)
 CASES = [
-    ("qwen3", "float32", {"dp": 2}, [{"dp": 2}, {"tp": 2}, {"pp": 2}]),
-    ("qwen3", "float32", {"tp": 2}, [{"tp": 2}, {"dp": 2}]),
+    ("qwen3", "float32", {"dp": 2}, [{"dp": 2}, {"cp": 2}, {"pp": 2}]),
+    ("qwen3", "float32", {"tp": 2}, [{"tp": 2}, {"pp": 2}]),
     ("qwen3", "float32", {"pp": 2}, [{"pp": 2}, {"dp": 2}]),  # tied embeddings: the last stage holds a copy
     ("qwen3_moe", "float32", {"dp": 2, "ep": 2}, [{"dp": 2, "ep": 2}, {"dp": 2}]),
     ("qwen3", "bfloat16", {"dp": 2}, [{"dp": 2}]),  # the optimizer keeps the weights in float32
@@ -59,17 +60,25 @@ def test_resumed_run_equals_uninterrupted_run(models: dict[str, Path], tmp_path:
                     assert_equal(resumed["weights"], uninterrupted["weights"], where)
                 else:
                     for ours, theirs in zip(resumed["steps"], uninterrupted["steps"], strict=True):
-                        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5), where
+                        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), where
         assert ranks[0][case]["moved"] > 1e-3
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_fewer_ranks_go_on(models: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """Four ranks save, two go on; the random states are then those of the seed."""
+    layout = {"tp": 2, "pp": 2} if family == "qwen3" else {"pp": 2, "dp": 2, "ep": 2}
+    expected = run_ranks(4, save_and_go_on, models[family], layout, tmp_path / "step_00000002")[0]
+    for found in run_ranks(2, resume, models[family], {"tp": 2}, tmp_path / "step_00000002"):
+        assert found["state"] == STATE
+        for ours, theirs in zip(found["steps"], expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
 
 
 def test_a_checkpoint_that_cannot_be_used_is_named(models: dict[str, Path], tmp_path: Path) -> None:
     for errors in run_ranks(2, misuse, models, tmp_path, [free_port(), free_port()]):
         assert "does not exist" in errors["absent"]
-        assert "checkpoint.json" in errors["unfinished"]
-        assert "never finished" in errors["unfinished"]
-        assert "is missing" in errors["cut"]
-        assert "random" in errors["cut"]
+        assert "checkpoint.json is missing" in errors["unfinished"]
         assert "not JSON serializable" in errors["state"]
         assert "cannot be read into this model" in errors["other model"]
         assert errors["survivor"] == "step_00000001"
@@ -108,7 +117,7 @@ def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: 
         train(engine, 2)
         engine.save(directory, STATE)
         result: dict[str, Any] = {"saved": weights(engine), "resumed": []}
-        result["uninterrupted"] = {"draws": draws(), "steps": train(engine, 2), "weights": weights(engine)}
+        result["uninterrupted"] = {"draws": draws(), "steps": train(engine, STEPS), "weights": weights(engine)}
         result["moved"] = max((float(np.abs(result["saved"][name] - before[name]).max()) for name in before), default=1.0)
         engine.close()
         for layout in layouts:
@@ -116,10 +125,26 @@ def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: 
             if layout != saved:
                 train(engine, 1)  # what is loaded may also replace something
             resumed: dict[str, Any] = {"state": engine.load(directory), "draws": draws(), "loaded": weights(engine)}
-            result["resumed"].append(resumed | {"steps": train(engine, 2), "weights": weights(engine)})
+            result["resumed"].append(resumed | {"steps": train(engine, STEPS), "weights": weights(engine)})
             engine.close()
         results.append(result)
     return results
+
+
+def save_and_go_on(rank: RankInfo, path: Path, layout: dict[str, int], directory: Path) -> list[dict[str, float]]:
+    engine = engine_for(rank, path, layout)
+    train(engine, 2)
+    engine.save(directory, STATE, background=True)
+    steps = train(engine, STEPS)
+    engine.close()
+    return steps
+
+
+def resume(rank: RankInfo, path: Path, layout: dict[str, int], directory: Path) -> dict[str, Any]:
+    engine = engine_for(rank, path, layout)
+    found = {"state": engine.load(directory), "steps": train(engine, STEPS)}
+    engine.close()
+    return found
 
 
 def misuse(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]) -> dict[str, str]:
@@ -148,10 +173,6 @@ def misuse(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]
 
     engine = engine_for(replace(rank, master_port=ports[1]), models["qwen2"], {"dp": 2})
     refused("other model", lambda: engine.load(good))
-    if rank.rank == 0:
-        (good / "random" / "rank_00001.pt").unlink()
-    dist.barrier()
-    refused("cut", lambda: engine.load(good))
     engine.close()
     return errors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
 from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.host import megatron_region
 from ctpo_megatron.parallel import zigzag_unshard
 
 pytestmark = pytest.mark.dist
@@ -25,6 +27,9 @@ TEMPERATURE = 0.7
 TOLERANCE = 1e-5
 # a large eps keeps AdamW smooth: with the usual one an entry whose gradient is rounding noise moves by a full lr
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-2, warmup_steps=2, weight_decay=0.1)
+
+SCHEDULES = ("constant", "linear", "cosine", "inverse-square-root", "wsd")
+RECOMPUTE = [("selective", "qwen3"), ("selective", "qwen3_moe"), ("full", "qwen3"), ("full", "qwen3_moe")]
 
 TWO_RANKS = [
     ("qwen3", {"dp": 2}),
@@ -95,8 +100,26 @@ def test_learning_rate_warms_up_from_the_first_step(one_rank: dict[str, Any]) ->
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01])
 
 
-def test_recompute_changes_nothing(one_rank: dict[str, Any]) -> None:
-    compare(one_rank["recompute"], one_rank["qwen3"], "recompute")
+@pytest.mark.parametrize(("mode", "family"), RECOMPUTE)
+def test_recompute_changes_nothing(one_rank: dict[str, Any], mode: str, family: str) -> None:
+    found, expected = one_rank["recompute"][mode, family], one_rank[family]
+    assert found["steps"] == expected["steps"]
+    for name, value in expected["trained"].items():
+        np.testing.assert_array_equal(found["trained"][name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rates(one_rank: dict[str, Any], schedule: str) -> None:
+    """Ten steps, two of them warm-up, from 1 towards 0.1, which would be the eleventh step's."""
+    fall = {
+        "constant": lambda k: 1.0,
+        "linear": lambda k: 1.0 - 0.9 * (k - 2) / 9,
+        "cosine": lambda k: 0.1 + 0.45 * (1 + math.cos(math.pi * (k - 2) / 9)),
+        "inverse-square-root": lambda k: math.sqrt(2 / k),
+        "wsd": lambda k: 1.0 if k <= 7 else 1.0 - 0.9 * (k - 7) / 4,
+    }
+    expected = [0.5, *(fall[schedule](k) for k in range(2, 11))]
+    assert one_rank["rates"][schedule] == pytest.approx(expected)
 
 
 def test_rate_zero_changes_no_weight(one_rank: dict[str, Any]) -> None:
@@ -110,8 +133,16 @@ def test_an_engine_without_optimizer_computes_log_probs_and_cannot_train(one_ran
     assert "without an optimizer" in one_rank["frozen_error"]
 
 
-def test_cosine_needs_to_know_the_steps(one_rank: dict[str, Any]) -> None:
-    assert "optimizer.schedule is cosine" in one_rank["cosine_error"]
+def test_schedules_that_end_need_to_know_the_steps(one_rank: dict[str, Any]) -> None:
+    assert "optimizer.schedule is cosine" in one_rank["refused"]["cosine"]
+    assert "the run has None optimizer steps" in one_rank["refused"]["cosine"]
+    assert "optimizer.wsd_decay_steps = 4" in one_rank["refused"]["wsd"]
+    assert "the run has 5 optimizer steps; it needs at least 6" in one_rank["refused"]["wsd"]
+
+
+def test_optimizers_for_gpus_are_refused_elsewhere(one_rank: dict[str, Any]) -> None:
+    assert "needs the FusedAdam of TransformerEngine" in one_rank["refused"]["precision_aware"]
+    assert "the trainer runs on cpu, where it already is" in one_rank["refused"]["cpu_offload"]
 
 
 def test_two_ranks(two_ranks: list[dict[str, Any]], one_rank: dict[str, Any]) -> None:
@@ -181,7 +212,9 @@ def compare(found: dict[str, Any], expected: dict[str, Any], case: str) -> None:
 def alone(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
     """Everything that one rank can show, in one process."""
     found: dict[str, Any] = {family: exercise(rank, path, ParallelConfig()) for family, path in models.items()}
-    found["recompute"] = exercise(rank, models["qwen3"], ParallelConfig(), recompute="full")
+    found["recompute"] = {
+        (mode, family): exercise(rank, models[family], ParallelConfig(), recompute=mode) for mode, family in RECOMPUTE
+    }
 
     engine = start(rank, models["qwen3"], ParallelConfig(), optimizer=OptimizerConfig(lr=0.0, weight_decay=0.5))
     before = exported(engine)
@@ -206,10 +239,41 @@ def alone(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
     found["without_aux_grad_norm"] = nll_step(engine, engine.place(micro_batches()))["grad_norm"]
     engine.close()
 
-    with pytest.raises(ConfigError) as refused:
-        start(rank, models["qwen3"], ParallelConfig(), optimizer=OptimizerConfig(schedule="cosine"))
-    found["cosine_error"] = str(refused.value)
+    found["rates"], found["refused"] = learning_rates(rank, models["qwen3"])
     return found
+
+
+def learning_rates(rank: RankInfo, path: Path) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """The first ten rates of each schedule, and why some optimizers are refused."""
+    from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule, check_optimizer
+
+    engine = start(rank, path, ParallelConfig())
+    rates: dict[str, list[float]] = {name: [] for name in SCHEDULES}
+    for name in SCHEDULES:
+        with megatron_region(engine.device):
+            optimizer = build_optimizer(engine.models, scheduled(name), torch.float32)
+        schedule = build_schedule(optimizer, scheduled(name), 10)
+        for _ in range(10):
+            schedule.step(1)
+            rates[name].append(optimizer.param_groups[0]["lr"])
+    calls = {
+        "cosine": lambda: build_schedule(engine.optimizer, scheduled("cosine"), None),
+        "wsd": lambda: build_schedule(engine.optimizer, scheduled("wsd"), 5),
+        "precision_aware": lambda: check_optimizer(OptimizerConfig(precision_aware=True), engine.device, torch.bfloat16),
+        "cpu_offload": lambda: check_optimizer(OptimizerConfig(cpu_offload=0.5), engine.device, torch.float32),
+    }
+    refused = {}
+    for name, call in calls.items():
+        with pytest.raises(ConfigError) as caught:
+            call()
+        refused[name] = str(caught.value)
+    engine.close()
+    return rates, refused
+
+
+def scheduled(name: str) -> OptimizerConfig:
+    wsd = 4 if name == "wsd" else None
+    return OptimizerConfig(lr=1.0, min_lr=0.1, warmup_steps=2, schedule=name, wsd_decay_steps=wsd)
 
 
 def pair(rank: RankInfo, ports: list[int], models: dict[str, Path]) -> dict[str, Any]:

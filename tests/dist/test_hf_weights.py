@@ -57,7 +57,7 @@ def test_export_is_what_was_loaded(
         check_buckets(ranks[0][number]["buckets"])
         for other in ranks[1:]:
             assert other[number]["exported"] == {}, where
-            assert len(other[number]["buckets"]) == len(ranks[0][number]["buckets"]), where
+        check_streams([rank[number]["stream"] for rank in ranks], stored, layout, where)
         assert same_logits(models[family], tmp_path / str(number)), where
 
 
@@ -108,10 +108,13 @@ def test_weights_that_do_not_fit_are_named(models: dict[str, Path], tmp_path: Pa
 
 def test_transformer_engine_names_lead_to_the_same_table() -> None:
     (found,) = run_ranks(1, translate_names)
+    local, whole = "decoder.layers.1.self_attention", "decoder.layers.7.self_attention"
     assert found == {
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": "decoder.layers.4.input_layernorm.weight",
-        "decoder.layers.1.mlp.linear_fc1.layer_norm_weight": "decoder.layers.5.pre_mlp_layernorm.weight",
-        "decoder.layers.1.mlp.experts.linear_fc1.weight3": "decoder.layers.5.mlp.experts.local_experts.11.linear_fc1.weight",
+        f"{local}.linear_q_up_proj.layer_norm_weight": f"{whole}.q_layernorm.weight",
+        f"{local}.linear_kv_up_proj.layer_norm_weight": f"{whole}.kv_layernorm.weight",
+        "decoder.layers.1.mlp.linear_fc1.layer_norm_weight": "decoder.layers.7.pre_mlp_layernorm.weight",
+        "decoder.layers.1.mlp.experts.linear_fc1.weight3": "decoder.layers.7.mlp.experts.local_experts.11.linear_fc1.weight",
         "decoder.layers.0.mlp.experts.linear_fc2.weight10": "decoder.layers.4.mlp.experts.local_experts.18.linear_fc2.weight",
         "decoder.layers.0.mlp.linear_fc1.weight": "decoder.layers.4.mlp.linear_fc1.weight",
         "embedding.word_embeddings.weight": "embedding.word_embeddings.weight",
@@ -124,6 +127,18 @@ def check_buckets(buckets: list[list[int]]) -> None:
         assert sum(sizes) <= BUCKET_BYTES or len(sizes) == 1
     for before, after in itertools.pairwise(buckets):
         assert sum(before) + after[0] > BUCKET_BYTES, "two buckets that would fit into one"
+
+
+def check_streams(
+    streams: list[dict[str, np.ndarray]], stored: dict[str, np.ndarray], layout: dict[str, int], where: str
+) -> None:
+    """Each tensor is sent by one rank: one sender per stage and expert-parallel place, none of them a replica."""
+    names = [name for stream in streams for name in stream]
+    assert len(names) == len(set(names)), where
+    assert_same({name: value for stream in streams for name, value in stream.items()}, stored, where)
+    assert sum(bool(stream) for stream in streams) == layout.get("pp", 1) * layout.get("ep", 1), where
+    for stream in streams:
+        assert len({int(name.split(".")[5]) // 2 for name in stream if ".experts." in name}) <= 1 or layout.get("ep", 1) == 1
 
 
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:
@@ -161,13 +176,15 @@ def round_trips(
     results = []
     for number, ((family, layout), (first, second)) in enumerate(zip(cases, ports, strict=True)):
         engine = start(replace(rank, master_port=first), models[family], layout)
-        buckets = list(engine.export(BUCKET_BYTES))
+        buckets, own = list(engine.export(BUCKET_BYTES)), list(engine.stream(BUCKET_BYTES))
+        assert (rank.rank in engine.senders()) == any(own)
         with torch.no_grad():  # what was handed out must not change with the model
             for parameter in engine.models[0].parameters():
                 parameter.add_(1.0)
         exported = {name: tensor.numpy().copy() for bucket in buckets for name, tensor in bucket}
         sizes = [[tensor.nbytes for _, tensor in bucket] for bucket in buckets]
-        results.append({"exported": exported, "buckets": sizes})
+        stream = {name: tensor.numpy().copy() for bucket in own for name, tensor in bucket}
+        results.append({"exported": exported, "buckets": sizes, "stream": stream})
         engine.close()
 
         engine = start(replace(rank, master_port=second), models[family], layout)
@@ -208,10 +225,12 @@ def translate_names(_rank: RankInfo) -> dict[str, str]:
 
     names = (
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.1.self_attention.linear_q_up_proj.layer_norm_weight",
+        "decoder.layers.1.self_attention.linear_kv_up_proj.layer_norm_weight",
         "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
         "decoder.layers.1.mlp.experts.linear_fc1.weight3",
         "decoder.layers.0.mlp.experts.linear_fc2.weight10",
         "decoder.layers.0.mlp.linear_fc1.weight",
         "embedding.word_embeddings.weight",
     )
-    return {name: parameter_key(name, first_layer=4, first_expert=8) for name in names}
+    return {name: parameter_key(name, layers=[4, 7], first_expert=8) for name in names}

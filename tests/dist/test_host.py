@@ -1,6 +1,6 @@
 """What megatron-core and torch lack on a CPU, each seen failing without its bridge and working with it.
 
-A test here that fails says that a release can do without the bridge: remove it from mcore/host.py (or mcore/spec.py).
+A test here that fails says that a release can do without the bridge: remove it from mcore/host.py (or mcore/model/).
 """
 
 from __future__ import annotations
@@ -40,8 +40,24 @@ def test_megatron_still_imports_what_is_slow_and_of_no_use(bare: dict[str, str],
     assert bridged["loaded"] == ""
 
 
+def test_gloo_gathers_only_what_is_of_one_size() -> None:
+    """With the bridge it does more: the layouts with etp in test_parity.py rest on that."""
+    assert run_ranks(2, probe_uneven_gather) == ["RuntimeError", "RuntimeError"]
+
+
 @pytest.mark.parametrize(
-    "call", ["current_device", "stream", "random state", "factory", "to cuda", "type name", "expert routing", "split sizes"]
+    "call",
+    [
+        "current_device",
+        "stream",
+        "random state",
+        "factory",
+        "to cuda",
+        "pinned memory",
+        "type name",
+        "expert routing",
+        "split sizes",
+    ],
 )
 def test_call_needs_its_bridge(bare: dict[str, str], bridged: dict[str, str], call: str) -> None:
     assert bare[call] != "fine"
@@ -50,6 +66,10 @@ def test_call_needs_its_bridge(bare: dict[str, str], bridged: dict[str, str], ca
 
 def test_megatron_norm_refuses_sequence_parallelism_and_its_attention_context_parallelism(bridged: dict[str, str]) -> None:
     assert bridged["norm"] == bridged["attention"] == "AssertionError"
+
+
+def test_latent_attention_takes_a_mock_for_a_class(bridged: dict[str, str]) -> None:
+    assert bridged["TransformerEngine's linear layer"] == "TypeError"
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
@@ -107,14 +127,23 @@ def probe(rank: RankInfo) -> dict[str, str]:
         "random state": outcome(draw),
         "factory": outcome(lambda: torch.zeros(1, device="cuda")),
         "to cuda": outcome(pair.cuda),
+        "pinned memory": outcome(lambda: torch.tensor([1.0], pin_memory=True)),
         "type name": outcome(name_type),
         "expert routing": outcome(lambda: moe_utils.router_gating_linear(pair[None], pair[None], None, torch.float32)),
         "split sizes": outcome(lambda: dist.all_to_all_single(torch.empty(2), pair, sizes, sizes)),
     }
 
 
+def probe_uneven_gather(rank: RankInfo) -> str:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{rank.master_port}", rank=rank.rank, world_size=2)
+    return outcome(lambda: dist.all_gather([torch.empty(1), torch.empty(2)], torch.ones(1 + rank.rank)))
+
+
 def probe_megatron_modules() -> dict[str, str]:
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -131,4 +160,6 @@ def probe_megatron_modules() -> dict[str, str]:
     return {
         "norm": outcome(lambda: local.layer_norm(rms_norm=True)(config, 8)),
         "attention": outcome(lambda: local.core_attention()(config, 1, AttnMaskType.causal, "self")),
+        # mcore/model/latent.py
+        "TransformerEngine's linear layer": outcome(lambda: isinstance(local, multi_latent_attention.TELinear)),
     }

@@ -44,27 +44,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(directory: Path, family: str) -> Path:
-    """A model of 2 layers and width 64 with random weights, float32. Returns its directory."""
+def write_model(directory: Path, family: str, layers: int = 2, options: dict[str, Any] | None = None) -> Path:
+    """A model of some layers and width 64 with random weights, float32. Returns its directory.
+
+    `options` are what sets the family apart, where it is not one of FAMILIES.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {
-        "num_hidden_layers": 2,
+    everything = {
+        "num_hidden_layers": layers,
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": VOCAB,
         "initializer_range": 0.15,
-        **FAMILIES[family],
+        **(options or FAMILIES[family]),
     }
     torch.manual_seed(11)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**everything), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # norms start at 1 and biases at 0, where mistakes would not show
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             assert parameter.isfinite().all(), name
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
     # model directories without a tokenizer are refused; nothing here reads one
     (directory / "tokenizer.json").write_text("{}")

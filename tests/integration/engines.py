@@ -6,15 +6,24 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
 import torch
 from safetensors.torch import load_file
 
 from ctpo_megatron.cluster.server import SGLangServer, new_api_key, server_args, server_env
 from ctpo_megatron.config.cluster import BroadcastTransport
 from ctpo_megatron.config.rollout import EngineConfig
+from ctpo_megatron.mcore.hf.config import read_hf_config
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.rollout.client import EngineClient, Generation
+from ctpo_megatron.rollout.pool import ServerPool
+from ctpo_megatron.types import RoutingShape
 from ctpo_megatron.weights.broadcast import BroadcastSender
+from ctpo_megatron.weights.canary import TOLERANCE
+from ctpo_megatron.weights.engine_layout import EngineLayout
+from ctpo_megatron.weights.expected import Expected
+from ctpo_megatron.weights.publisher import Proof
+from ctpo_megatron.weights.transport import Server
 
 HOST = "127.0.0.1"
 START_S = 240.0
@@ -27,30 +36,61 @@ class RunningServer:
 
     server: SGLangServer
     api_key: str
+    model: Path
     tp: int = 1
+    routing: RoutingShape | None = None
+    top_k: int = 0
 
     @property
     def url(self) -> str:
         return self.server.url
 
     def client(self) -> EngineClient:
-        return EngineClient([self.url], self.api_key, request_timeout_s=TIMEOUT_S)
+        """Takes the server as it is: the version that it reports counts as proven."""
+        key = {"Authorization": f"Bearer {self.api_key}"}
+        version = requests.get(f"{self.url}/model_info", headers=key, timeout=TIMEOUT_S).json()["weight_version"]
+        pool = ServerPool(patience_s=TIMEOUT_S)
+        pool.serve([pool.join("server", self.url, self.tp)], int(version))
+        record = {"routing": self.routing, "top_k": self.top_k}
+        return EngineClient(pool, self.api_key, request_timeout_s=TIMEOUT_S, **record)
+
+    def proof(self) -> Proof:
+        shape = read_hf_config(self.model)
+        return Proof(EngineLayout(shape, self.tp, cpu=True), shape.vocab_size, TOLERANCE["float32"])
 
     def sender(self) -> BroadcastSender:
         """Connected; the caller closes it."""
-        sender = BroadcastSender(BroadcastTransport(timeout_s=TIMEOUT_S), device=torch.device("cpu"), address=HOST)
-        sender.connect([self.url], self.api_key, self.tp)
+        layout = self.proof().layout
+        config, device = BroadcastTransport(timeout_s=TIMEOUT_S), torch.device("cpu")
+        sender = BroadcastSender(config, device=device, address=HOST, new_expected=lambda: Expected(layout))
+        sender.connect([Server(self.url, self.tp)], self.api_key)
         return sender
 
 
-def start_server(model: Path, log: Path, *, tp: int = 1, wait: bool = True) -> RunningServer:
-    """Start a CPU server of `model` on `tp` ranks; with `wait` until it is healthy."""
-    engine, port, key = EngineConfig(tp=tp), free_port(HOST), new_api_key()
-    arguments = server_args(model, engine, device="cpu", dtype="float32", port=port, seed=1)
+def start_server(
+    model: Path,
+    log: Path,
+    *,
+    tp: int = 1,
+    wait: bool = True,
+    routing: RoutingShape | None = None,
+    top_k: int = 0,
+    key: str = "",
+    port: int | None = None,
+) -> RunningServer:
+    """Start a CPU server of `model` on `tp` ranks; with `wait` until it is healthy. It records what its client reads."""
+    engine, port, key = EngineConfig(tp=tp), port or free_port(HOST), key or new_api_key()
+    arguments = server_args(model, engine, device="cpu", dtype="float32", port=port, seed=1, routed_experts=routing is not None)
     server = SGLangServer(arguments, url=f"http://{HOST}:{port}", api_key=key, log=log, env=server_env(engine, device="cpu"))
     if wait:
         server.wait_healthy(START_S)
-    return RunningServer(server, key, tp)
+    return RunningServer(server, key, model, tp, routing, top_k)
+
+
+def session(server: RunningServer, call: str) -> None:
+    """`begin` or `end` an update session."""
+    key = {"Authorization": f"Bearer {server.api_key}"}
+    requests.post(f"{server.url}/{call}_weight_update", json={}, headers=key, timeout=TIMEOUT_S)
 
 
 def load_reference(directory: Path) -> torch.nn.Module:

@@ -94,9 +94,14 @@ def test_dense_tp2_cp2(toy, tmp_path):
 
 
 def test_moe_ep2_and_resume(toy, tmp_path):
-    """Two steps with a checkpoint after each; a second command goes on to the third."""
+    """Two steps through the experts that the engine chose, a checkpoint after each; a second command goes on to the third."""
     run = start(toy, "moe.yaml", tmp_path, "checkpoint.every=1", "checkpoint.export=false", kind="qwen3_moe").finish(RUN_S)
     check_run(run, 2)
+    for row in (row for row in run.metrics if "train/loss" in row):
+        assert row["routing/replayed"] == 1.0
+        assert row["routing/changed"] <= 0.5  # the mean of two optimizer steps, before the first of which the routers agree
+        assert row["moe/load_max_over_mean/layer_1"] >= 1.0
+        assert 0 < row["moe/load_entropy/layer_1"] <= 1.0
     before = [row for row in run.metrics if row["step"] <= 2]
     more = ("checkpoint.every=1", "train.steps=3", "--resume")
     resumed = start(toy, "moe.yaml", tmp_path, *more, kind="qwen3_moe").finish(RUN_S)
@@ -149,8 +154,37 @@ def trainer(below: list[psutil.Process]) -> psutil.Process:
 
 def scheduler(below: list[psutil.Process]) -> psutil.Process:
     """The server's child; its title says `sglang::scheduler`, but a forked process cannot always set one."""
-    servers = {process.pid for process in below if "sglang_entry" in " ".join(process.cmdline())}
-    return next(process for process in below if process.ppid() in servers)
+    return schedulers(below)[0]
+
+
+def schedulers(below: list[psutil.Process]) -> list[psutil.Process]:
+    """One for each server."""
+    servers = [process.pid for process in below if "sglang_entry" in " ".join(process.cmdline())]
+    children = ([process for process in below if process.ppid() == pid] for pid in servers)
+    return [children_of_one[0] for children_of_one in children if children_of_one]
+
+
+def test_servers_that_die_are_started_again(toy, tmp_path):
+    """All of them die between two steps: the run waits, they come back, and sample with the current weights. Nothing is lost."""
+    sizes = ("train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8", "rollout.engine.servers=2")
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes)
+    run.wait_for("step 1  reward", START_S)
+    for victim in schedulers(run.descendants()):
+        victim.kill()
+    ended = run.finish(RUN_S)
+    check_run(ended, 4)
+    check_synced_weights(ended, 4, toy["qwen3"])
+    for number in (0, 1):
+        assert f"inference server {number} is lost: inference server {number}: the SGLang server ended" in ended.output
+    assert "serves again, with version" in ended.output
+    last = [row for row in ended.metrics if "train/loss" in row][-1]
+    assert last["servers/lost"] == 2
+    assert last["servers/rejoined"] >= 1
+    for step in range(1, 5):
+        trajectories = ended.trajectories(f"step_{step:08d}.jsonl")
+        assert len(trajectories) == 32
+        versions = {version for each in trajectories for turn in each["turns"] for version in turn.get("versions") or []}
+        assert versions == {step - 1}
 
 
 @pytest.mark.parametrize(
@@ -158,15 +192,16 @@ def scheduler(below: list[psutil.Process]) -> psutil.Process:
     [(trainer, "trainer rank 0", "trainer_0.log"), (scheduler, "inference server 0", "server_0.log")],
 )
 def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
+    """Of a trainer's rank, and of the last server when it has been started again as often as it may."""
     shared_before = set(os.listdir("/dev/shm"))
-    run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
+    run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8", "rollout.engine.restarts=0")
     run.wait_for("ready after", START_S)
     below = run.descendants()
     victim(below).kill()
     ended = run.finish(END_S)
     assert ended.code == 1
-    first = next(line for line in ended.output.splitlines() if line.startswith("error:"))
-    assert name in first
-    assert str(tmp_path / "logs" / log) in ended.output
+    error = ended.output[ended.output.index("\nerror:") :]
+    assert name in error
+    assert str(tmp_path / "logs" / log) in error
     assert gone(below) == []
     assert set(os.listdir("/dev/shm")) <= shared_before

@@ -28,6 +28,7 @@ ORDER = {
     "weights": (3, 0),
     "cluster": (3, 1),
     "loop": (4, 0),
+    "planning": (4, 0),
     "doctor": (5, 0),
     "jobs": (5, 0),
     "cli": (5, 1),
@@ -42,7 +43,7 @@ ONLY_IN = {
     "ray": ("cluster/", "weights/"),
     "sglang": ("cluster/sglang_",),
 }
-NO_TORCH = {"errors", "types", "config", "metrics", "rollout", "doctor"}
+NO_TORCH = {"errors", "types", "config", "metrics", "rollout", "doctor", "planning"}
 
 
 @dataclass(frozen=True)

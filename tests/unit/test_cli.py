@@ -12,6 +12,8 @@ import pytest
 from ctpo_megatron import cli
 from ctpo_megatron.data.toy_model import make_toy_model
 from ctpo_megatron.data.toy_task import make_toy_task
+from ctpo_megatron.mcore.checkpoint.files import VERSION, publish_checkpoint
+from ctpo_megatron.mcore.directories import temporary_directory
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
@@ -45,7 +47,7 @@ def refused(capsys, monkeypatch, tmp_path, good, *overrides: str, command: str =
         ("optimizer.lrr=1", ("optimizer.lrr", "optimizer.lr")),
         ("train.steps=many", ("train.steps", "many")),
         ("algorithm.objective.type=cptpo", ("cptpo", "ctpo", "grpo")),
-        ("parallel.ep=3", ("ep=3", "allowed")),
+        ("parallel.ep=3", ("ep*etp=3", "allowed")),
         ("parallel.tp=3", ("8", "3")),
         ("train.optimizer_steps=5", ("train.optimizer_steps=5", "32")),
         ("model.path=no/such/model", ("no/such/model",)),
@@ -91,8 +93,7 @@ def test_resume_without_a_checkpoint(capsys, monkeypatch, tmp_path, good):
 def test_checkpoints_of_two_runs_are_not_mixed(capsys, monkeypatch, tmp_path, good):
     """Pruning keeps the highest steps: those of the earlier run, in the place of the new one's."""
     earlier = tmp_path / "earlier" / "checkpoints" / "step_00000009"
-    earlier.mkdir(parents=True)
-    (earlier / "checkpoint.json").write_text('{"version": 1, "files": {}, "state": {"step": 9}}')
+    publish_checkpoint(temporary_directory(earlier), earlier, {"version": VERSION, "files": {}, "state": {"step": 9}})
     where = f"run_dir={tmp_path / 'earlier'}"
     assert "up to step_00000009" in refused(capsys, monkeypatch, tmp_path, good, where)
     assert "already has 9 of train.steps=9" in refused(capsys, monkeypatch, tmp_path, good, where, "train.steps=9", "--resume")

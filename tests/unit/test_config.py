@@ -176,3 +176,10 @@ def test_configuration_errors_end_with_exit_code_2(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "gone.yaml")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("objective", "k"), [("{type: dppo, divergence: topk_tv}", 20), ("{type: dppo}", 0), ("{type: ctpo}", 0)]
+)
+def test_only_top_k_divergences_ask_for_the_likeliest_tokens(tmp_path: Path, objective: str, k: int) -> None:
+    assert load_config(write(tmp_path, GOOD), [f"algorithm.objective={objective}"]).algorithm.top_k == k

@@ -47,6 +47,8 @@ class Answer:
     logprobs: list[float]
     versions: list[int]
     finish: str
+    top: None = None
+    experts: None = None
 
 
 @dataclass
@@ -56,8 +58,9 @@ class Script:
     lines: list[str]
     seen: list[tuple[str, int, int]] = field(default_factory=list)  # input, tokens allowed, session
 
-    async def generate(self, input_ids, *, max_new_tokens, temperature, stop_token_ids, session):
+    async def generate(self, input_ids, *, max_new_tokens, temperature, stop_token_ids, session, recorded):
         assert stop_token_ids == [END]
+        assert recorded is None
         self.seen.append(("".join(map(chr, input_ids)), max_new_tokens, session))
         ids = [ord(c) for c in self.lines[len(self.seen) - 1]] + [END]
         finish = "stop" if len(ids) <= max_new_tokens else "length"

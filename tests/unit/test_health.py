@@ -212,7 +212,9 @@ def test_vectors_are_reduced_like_scalars() -> None:
         halves = [stats_of([[0.1, 0.2], [0.3]]), stats_of([[-0.4, 3.0, 0.1]])]
         extremes = [{"max/x": torch.tensor([1.0, 5.0]), "min/y": torch.tensor([[3.0], [2.0]])[:, 0]}, {}]
         extremes[1] = {"max/x": torch.tensor([2.0, 4.0]), "min/y": torch.tensor([-1.0, 9.0])}
-        found = Stepper._reduce_on_last_stage(stepper, [a | b for a, b in zip(halves, extremes, strict=True)])
+        found = Stepper._reduce_on_last_stage(
+            stepper, [a | b for a, b in zip(halves, extremes, strict=True)], ([], torch.zeros(0))
+        )
     finally:
         dist.destroy_process_group()
     expected = flat(merge(halves)) | {"max/x/0": 2.0, "max/x/1": 5.0, "min/y/0": -1.0, "min/y/1": 2.0}

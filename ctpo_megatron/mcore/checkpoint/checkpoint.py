@@ -1,133 +1,169 @@
-"""Checkpoints: weights, optimizer, schedule and random states, in Megatron's distributed format, complete or not at all.
+"""Checkpoints: weights, optimizer, schedule and random states, in Megatron's distributed format, verified or not at all.
 
-Every rank writes and reads its part. The format describes whole tensors, so a run may go on with other tp, pp, ep and dp. A
-checkpoint's files are described in `files`.
+Every rank writes and reads its part. The format describes whole tensors, so a run may go on at another layout. A save is
+
+    snapshot   in the caller's thread: this rank's shards are copied to host memory; training may go on
+    write      under a temporary name, in a thread: shards, read back and compared with the snapshot
+    publish    on rank 0: compared with the predecessor, the manifest written, renamed
+
+and a checkpoint whose save did not reach the end does not count. The files are described in `files`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import random
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.mcore.checkpoint.files import VERSION, publish_checkpoint, read_manifest
-from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer, optimizer_shards
-from ctpo_megatron.mcore.checkpoint.writer import save_strategy
-from ctpo_megatron.mcore.collective import on_first_rank
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
+from ctpo_megatron.mcore.checkpoint import random_state
+from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
+from ctpo_megatron.mcore.checkpoint.files import MODEL, VERSION, read_manifest
+from ctpo_megatron.mcore.checkpoint.metadata import read_metadata
+from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
+from ctpo_megatron.mcore.checkpoint.publish import publish
+from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
+from ctpo_megatron.mcore.checkpoint.verify import verify_files
+from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
+from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, temporary_directory
+from ctpo_megatron.mcore.hf.export import copy_companions
 from ctpo_megatron.mcore.hf.load import unwrap
 
 
-def save_checkpoint(
-    directory: str | Path,
-    models: list[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    state: dict[str, Any],
-) -> None:
-    """Write a checkpoint; every rank calls it. `state` has to be what JSON knows; rank 0's is kept.
+@dataclass(frozen=True)
+class Trained:
+    """What of a rank goes into a checkpoint. Without optimizer and schedule it is one of weights only."""
 
-    Raises CheckpointError on every rank when it cannot be written; what stood at `directory` before then still stands.
+    models: list[torch.nn.Module]
+    optimizer: MegatronOptimizer | None
+    schedule: OptimizerParamScheduler | None
+    model_path: str  # whose config.json and tokenizer are copied into it
+
+    def header(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The manifest's beginning."""
+        dtype = next(unwrap(self.models[0]).parameters()).dtype
+        return {
+            "version": VERSION,
+            "world_size": dist.get_world_size(),
+            "dtype": str(dtype).removeprefix("torch."),
+            "scheduler_steps": None if self.schedule is None else self.schedule.num_steps,
+            "state": state,
+        }
+
+
+def save_checkpoint(
+    directory: str | Path, trained: Trained, state: dict[str, Any], saver: BackgroundSave, *, moved: bool = False
+) -> None:
+    """Begin to save; every rank calls it, and `saver.settle` afterwards. What is saved is the state at this call.
+
+    `state` has to be what JSON knows; rank 0's is kept. `moved`: weights must differ from those of the checkpoint before.
+    Raises CheckpointError on every rank when the save cannot begin; `settle` raises it when it cannot be finished. What stood
+    at `directory` before stands until the new one is verified.
     """
     target = Path(directory)
-    header = {"version": VERSION, "world_size": dist.get_world_size(), "scheduler_steps": scheduler.num_steps, "state": state}
+    header = trained.header(state)
+    work = target.with_name(target.name + TEMPORARY_SUFFIX)
 
     def begin() -> None:
         json.dumps(header)  # refuses what JSON does not know before anything is written
         temporary_directory(target)
+        (work / MODEL).mkdir()
+        copy_companions(Path(trained.model_path), work / MODEL, header["dtype"])
 
     on_first_rank(begin, f"checkpoint {target} cannot be begun")
-    work = target.with_name(target.name + TEMPORARY_SUFFIX)
-    sharded = _sharded_state(models, optimizer, loading=False)
-
-    def write() -> None:
-        dist_checkpointing.save(sharded, str(work), save_strategy())
-        _save_random_state(work)
-
-    _together(write, f"checkpoint {target} cannot be written")
-    on_first_rank(lambda: publish_checkpoint(work, target, header), f"checkpoint {target} cannot be finished")
+    with _told(f"checkpoint {target} cannot be taken from the model"):
+        snapshot = take_snapshot(trained.models, trained.optimizer)
+    saver.start(lambda group: _finish(snapshot, work, target, header, group, moved))
 
 
-def load_checkpoint(
-    directory: str | Path, models: list[torch.nn.Module], optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-) -> dict[str, Any]:
+def load_checkpoint(directory: str | Path, trained: Trained) -> dict[str, Any]:
     """Take weights, optimizer, schedule and random states from a checkpoint; returns the `state` it was saved with.
 
-    Every rank calls it. The schedule's place is restored, its settings are the present ones. Random states are restored where
-    the number of ranks is the same. Raises CheckpointError for a checkpoint that is missing, incomplete, or of another model.
+    Every rank calls it. The ranks first compare all files with their hashes, each a share. The schedule's place is restored, its
+    settings are the present ones. Random states are restored where the number of ranks is the same; otherwise they stay as the
+    seed made them. Raises DamagedCheckpoint for one that is not as it was written, CheckpointError for one that is missing,
+    unfinished, or of another model.
     """
     source = Path(directory)
-    header = read_manifest(source)
-    sharded = _sharded_state(models, optimizer, loading=True)
-
-    def read() -> None:
-        loaded = dist_checkpointing.load(sharded, str(source), strict="raise_all")
-        for number, model in enumerate(models):
+    manifest = _verified_together(source)
+    with _told(f"checkpoint {source} cannot be read into this model"):
+        sharded = sharded_state(trained.models, trained.optimizer, loading=True)
+        # weights alone may be taken from a checkpoint that holds more
+        strict = "raise_unexpected" if trained.optimizer is None else "raise_all"
+        loaded = dist_checkpointing.load(sharded, str(source), strict=strict)
+        for number, model in enumerate(trained.models):
             unwrap(model).load_state_dict(loaded[f"model{number}"])
-        load_optimizer(optimizer, loaded["optimizer"])
-
-    _together(read, f"checkpoint {source} cannot be read into this model")
-    scheduler.num_steps = 0
-    scheduler.step(header["scheduler_steps"])
-    if header["world_size"] == dist.get_world_size():
-        _load_random_state(source)
-    return header["state"]
-
-
-def _sharded_state(models: list[torch.nn.Module], optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
-    """megatron's description of this rank's shards."""
-    metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    sharded = {f"model{number}": unwrap(model).sharded_state_dict(metadata=metadata) for number, model in enumerate(models)}
-    sharded["optimizer"] = optimizer_shards(optimizer, sharded, metadata, loading=loading)
-    return sharded
+        if trained.optimizer is not None:
+            load_optimizer(trained.optimizer, loaded["optimizer"])
+    dist.barrier()
+    if trained.schedule is not None:
+        trained.schedule.num_steps = 0
+        trained.schedule.step(manifest["scheduler_steps"])
+        if manifest["world_size"] == dist.get_world_size():
+            random_state.restore(source, dist.get_rank())
+    return manifest["state"]
 
 
-def _together(action: Callable[[], None], failure: str) -> None:
-    """Run `action` on all ranks; what goes wrong becomes a CheckpointError."""
+def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any], group: dist.ProcessGroup, moved: bool) -> None:
+    """The part of a save that runs beside training."""
+    report, complaint = None, None
+    with _told(f"checkpoint {target} cannot be written"):
+        try:
+            report = write_and_verify(snapshot, work, group)
+        except CheckpointException:
+            raise
+        except Exception as error:  # noqa: BLE001 - this rank's alone; the others are told below
+            complaint = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        reports: list[Any] = [None] * dist.get_world_size(group)
+        dist.gather_object((report, complaint), reports if dist.get_rank() == 0 else None, dst=0, group=group)
+
+    def finish() -> None:
+        complaints = [f"rank {rank}: {each}" for rank, (_, each) in enumerate(reports) if each]
+        if complaints:
+            raise CheckpointError("; ".join(complaints))
+        publish(work, target, header, [report for report, _ in reports], snapshot.weights, moved=moved)
+
+    on_first_rank(finish, f"checkpoint {target} does not count", group)
+
+
+def _verified_together(source: Path) -> dict[str, Any]:
+    """The manifest, after the ranks have compared all files; what one of them finds, all raise."""
+    manifest, damage, other = {}, None, None
     try:
-        action()
+        manifest = read_manifest(source)
+        names = sorted(manifest["files"], key=lambda name: manifest["files"][name]["size"], reverse=True)
+        verify_files(source, manifest, names[dist.get_rank() :: dist.get_world_size()])
+        read_metadata(source)  # before torch unpickles it
+    except DamagedCheckpoint as error:
+        damage = str(error)
+    except (CheckpointError, OSError) as error:
+        other = str(error)
+    if complaint := first_complaint(damage):
+        raise DamagedCheckpoint(complaint)
+    if complaint := first_complaint(other):
+        raise CheckpointError(complaint)
+    return manifest
+
+
+@contextlib.contextmanager
+def _told(failure: str) -> Iterator[None]:
+    """Inside it, what torch, megatron and the system raise becomes a CheckpointError that begins with `failure`."""
+    try:
+        yield
     except CheckpointException as error:  # torch's, which tells every rank about all of them
         reasons = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
         raise CheckpointError(f"{failure}: {reasons}") from error
     except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{failure}: {error}") from error
-    dist.barrier()
-
-
-def _save_random_state(checkpoint: Path) -> None:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    states = {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "device": torch.cuda.get_rng_state(),
-        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
-    }
-    file = _random_file(checkpoint)
-    file.parent.mkdir(exist_ok=True)
-    torch.save(states, file)
-
-
-def _load_random_state(checkpoint: Path) -> None:
-    states = torch.load(_random_file(checkpoint), weights_only=True)
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    torch.cuda.set_rng_state(states["device"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["megatron"])
-
-
-def _random_file(checkpoint: Path) -> Path:
-    return checkpoint / "random" / f"rank_{dist.get_rank():05d}.pt"

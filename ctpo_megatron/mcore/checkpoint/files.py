@@ -1,10 +1,14 @@
-"""Checkpoints as directories: which are complete, which is newest, which may go. Needs neither torch nor megatron.
+"""Checkpoints as directories: which are verified, which is newest, which may go. Needs neither torch nor megatron.
 
 A checkpoint is a directory step_00000012 with
 
-    checkpoint.json   written last: the caller's state, the schedule's place, and the size of every other file
+    checkpoint.json   the manifest: the caller's state, the schedule's place, size and hash of every other file
+    shards.json       which tensor lies where in which file, and the hash of it as its rank held it
+    model/            config.json and the tokenizer of the model
     random/           random states, one file per rank
-    everything else   megatron.core.dist_checkpointing
+    everything else   megatron.core.dist_checkpointing, format torch_dist
+
+It gets this name only after everything in it was read back and compared, so a directory of that name is a verified one.
 """
 
 from __future__ import annotations
@@ -15,29 +19,62 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
+from ctpo_megatron.mcore.checkpoint.digests import text_digest
 from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, publish_directory
 
 MANIFEST = "checkpoint.json"
-VERSION = 1
+SHARDS = "shards.json"
+MODEL = "model"
+VERSION = 2
 STEP_NAME = re.compile(r"step_(\d{8,})")
+_DAMAGED_SUFFIX = ".damaged"
+
+
+def all_checkpoints(root: str | Path) -> list[Path]:
+    """The checkpoints in `root` by step, the oldest first: each was verified when it got its name, and may be damaged now."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def verified_checkpoints(root: str | Path) -> list[Path]:
+    """Those whose manifest is as it was written and whose files have the sizes it names."""
+    return [path for path in all_checkpoints(root) if _has_its_sizes(path)]
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
-    """The complete checkpoint with the highest step in `root`, or None."""
-    complete = _checkpoints(Path(root))
-    return complete[-1] if complete else None
+    """The verified checkpoint with the highest step in `root`, or None."""
+    found = verified_checkpoints(root)
+    return found[-1] if found else None
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it does not count any more and can still be looked at. Returns its new path."""
+    aside, number = checkpoint.with_name(checkpoint.name + _DAMAGED_SUFFIX), 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED_SUFFIX}{number}")
+    checkpoint.rename(aside)
+    return aside
 
 
 def prune(root: str | Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints in `root`, and what interrupted writes left. One process calls it.
+    """Delete all but the newest `keep` verified checkpoints in `root`, and what interrupted writes left. One process calls it.
 
-    Raises ValueError when `keep` is less than 1.
+    One whose files have lost their sizes neither counts nor goes: `set_aside` is for those. Raises ValueError when `keep` is
+    less than 1.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}, but must be at least 1.")
     root = Path(root)
-    for old in _checkpoints(root)[:-keep]:
+    for old in verified_checkpoints(root)[:-keep]:
         doomed = old.with_name(old.name + TEMPORARY_SUFFIX)  # so that a half-deleted one does not count either
         old.rename(doomed)
     for leftover in root.glob(f"step_*{TEMPORARY_SUFFIX}"):
@@ -45,41 +82,60 @@ def prune(root: str | Path, keep: int) -> None:
 
 
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
-    """Content of checkpoint.json (keys version, world_size, scheduler_steps, state, files), after comparing all sizes.
+    """Content of checkpoint.json, after comparing the sizes of all files.
 
-    Raises CheckpointError when the checkpoint is missing, incomplete or of another version.
+    Keys: version, world_size, dtype, scheduler_steps, state, weights (hash of the model's shards), files (name -> size, digest).
+    Raises DamagedCheckpoint for what is not as it was written, CheckpointError for a checkpoint that is not there or has another
+    version.
     """
     checkpoint = Path(checkpoint)
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        what = f"has no {MANIFEST}, so it was never finished" if checkpoint.is_dir() else "does not exist"
-        raise CheckpointError(f"{checkpoint}: the checkpoint {what}.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST}: not valid JSON: {error}.") from error
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{checkpoint}: format version {manifest.get('version')}; this release reads version {VERSION}.")
-    for name, size in manifest["files"].items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
+    manifest = _read(checkpoint)
+    for name, file in manifest["files"].items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != file["size"]:
             have = "is missing" if found is None else f"has {found} bytes"
-            raise CheckpointError(
-                f"{file}: {have}, but {size} bytes were written. Delete {checkpoint} to go on from an older one."
-            )
+            raise DamagedCheckpoint(f"{path}: {have}, but {file['size']} bytes were written.")
     return manifest
 
 
-def publish_checkpoint(work: Path, target: Path, header: dict[str, Any]) -> None:
-    """Write the manifest of a finished checkpoint and give it its name."""
-    sizes = {str(file.relative_to(work)): file.stat().st_size for file in sorted(work.rglob("*")) if file.is_file()}
-    (work / MANIFEST).write_text(json.dumps({**header, "files": sizes}, indent=1) + "\n", encoding="utf-8")
+def publish_checkpoint(work: Path, target: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a verified checkpoint and give it its name. `content` is the manifest without its own digest."""
+    content = json.loads(json.dumps(content))  # as it will be read: keys are strings
+    text = json.dumps({**content, "digest": _own_digest(content)}, indent=1)
+    (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
     publish_directory(work, target)
 
 
-def _checkpoints(root: Path) -> list[Path]:
-    """Complete ones, by step."""
-    if not root.is_dir():
-        return []
-    found = [path for path in root.iterdir() if STEP_NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+def _read(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"{checkpoint}: the checkpoint does not exist.") from error
+        raise DamagedCheckpoint(f"{checkpoint}: {MANIFEST} is missing; nothing without it counts as a checkpoint.") from error
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{file}: not valid JSON: {error}.") from error
+    if not isinstance(manifest, dict) or "digest" not in manifest:
+        version = manifest.get("version") if isinstance(manifest, dict) else None
+        if isinstance(version, int) and version != VERSION:
+            raise CheckpointError(f"{checkpoint}: format version {version}; this release reads version {VERSION}.")
+        raise DamagedCheckpoint(f"{file}: not a checkpoint's manifest.")
+    if manifest.pop("digest") != _own_digest(manifest):
+        raise DamagedCheckpoint(f"{file}: its content does not have the hash that was written.")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{checkpoint}: format version {manifest.get('version')}; this release reads version {VERSION}.")
+    return manifest
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+def _has_its_sizes(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True

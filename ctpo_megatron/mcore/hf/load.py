@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ctpo_megatron.errors import ModelError
 from ctpo_megatron.mcore.hf.files import weight_files
-from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
+from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, EXPERT_BIAS, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
 from ctpo_megatron.mcore.shape import ModelShape
 
 
@@ -27,6 +27,8 @@ class RankPlace:
     tp_size: int
     ep_rank: int
     ep_size: int
+    etp_rank: int
+    etp_size: int
 
     @classmethod
     def current(cls) -> RankPlace:
@@ -36,7 +38,13 @@ class RankPlace:
             parallel_state.get_tensor_model_parallel_world_size(),
             parallel_state.get_expert_model_parallel_rank(),
             parallel_state.get_expert_model_parallel_world_size(),
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
         )
+
+    def share(self, tensor: HfTensor) -> tuple[int, int]:
+        """Rank and size of the group that cuts `tensor`."""
+        return (self.tp_rank, self.tp_size) if tensor.expert is None else (self.etp_rank, self.etp_size)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -51,18 +59,20 @@ def layer_numbers(model: nn.Module) -> list[int]:
     return [layer.layer_number - 1 for layer in unwrap(model).decoder.layers]
 
 
-def keyed_parameters(model: nn.Module, shape: ModelShape, place: RankPlace) -> Iterator[tuple[str, nn.Parameter]]:
-    """The rank's parameters under their keys (see hf.names)."""
-    first_layer = next(iter(layer_numbers(model)), 0)
+def keyed_tensors(model: nn.Module, shape: ModelShape, place: RankPlace) -> Iterator[tuple[str, Tensor]]:
+    """The rank's parameters, and its routers' biases, under their keys (see hf.names)."""
+    layers, inner = layer_numbers(model), unwrap(model)
     first_expert = place.ep_rank * (shape.num_experts // place.ep_size)
-    for name, parameter in unwrap(model).named_parameters():
-        yield parameter_key(name, first_layer, first_expert), parameter
+    biases = ((name, buffer) for name, buffer in inner.named_buffers() if name.endswith(EXPERT_BIAS))
+    for name, tensor in (*inner.named_parameters(), *biases):
+        yield parameter_key(name, layers, first_expert), tensor
 
 
 @torch.no_grad()
 def load_hf(models: list[nn.Module], shape: ModelShape, path: str | Path) -> None:
     """Fill the parameters of `models` from the safetensors in `path`, tensor by tensor.
 
+    Layers of multi-token prediction are passed over.
     Megatron's optimizers keep a copy in higher precision: call their `reload_model_params()` when they exist already.
     Raises ModelError for tensors that the directory lacks, has too many of, or has in another shape.
     """
@@ -75,7 +85,7 @@ def load_hf(models: list[nn.Module], shape: ModelShape, path: str | Path) -> Non
     with HfReader(Path(path)) as reader:
         reader.check(shape)
         for model in models:
-            for key, parameter in keyed_parameters(model, shape, place):
+            for key, parameter in keyed_tensors(model, shape, place):
                 if key not in by_key:
                     raise ModelError(f"{path}: megatron's parameter {key} has no counterpart in the {shape.family} format.")
                 sources = by_key[key]
@@ -111,9 +121,11 @@ class HfReader:
     def check(self, shape: ModelShape) -> None:
         """Raise ModelError unless the files hold exactly the model's tensors, in its shapes."""
         expected = {tensor.name: tensor.shape for tensor in hf_tensors(shape)}
-        # two things that older exports also wrote: the tied head a second time, and RoPE's frequencies
+        # two things that older exports also wrote, the tied head a second time and RoPE's frequencies; and what is not trained
         spare = {name for name in self.handles if name.endswith(".rotary_emb.inv_freq")}
         spare |= {"lm_head.weight"} if shape.tie_embeddings else set()
+        mtp = tuple(f"model.layers.{shape.num_layers + number}." for number in range(shape.mtp_layers))
+        spare |= {name for name in self.handles if name.startswith(mtp)}
         self._refuse("lacks", expected.keys() - self.handles.keys())
         self._refuse("also holds, and the model has no place for", self.handles.keys() - expected.keys() - spare)
         for name, wanted in expected.items():
@@ -127,11 +139,12 @@ class HfReader:
         dim = tensor.cut.dim
         if dim is None:
             return source[:]
+        rank, size = place.share(tensor)
         rows = tensor.shape[dim]
         if tensor.key in (EMBEDDING_KEY, OUTPUT_KEY):
-            rows = shape.padded_vocab_size(place.tp_size)
-        step = rows // place.tp_size
-        first = place.tp_rank * step
+            rows = shape.padded_vocab_size(size)
+        step = rows // size
+        first = rank * step
         last = min(first + step, tensor.shape[dim])
         found = source[first:last] if dim == 0 else source[:, first:last]
         if last - first < step:  # padding of the vocabulary

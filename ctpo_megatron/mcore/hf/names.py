@@ -7,20 +7,24 @@ with global layer and expert numbers. `parameter_key` translates what a rank see
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.mcore.hf.families import FAMILIES
+from ctpo_megatron.mcore.shape import HeadAttention, LatentAttention, ModelShape
 
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_KEY = "output_layer.weight"
+EXPERT_BIAS = "router.expert_bias"  # a buffer of megatron's router; all other keys are parameters
+DENSE_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # TransformerEngine keeps a norm's weight in the linear layer behind it and groups the experts' matrices in one module
 _FUSED_NAMES = (
     (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_weight$"), ".input_layernorm.weight"),
+    (re.compile(r"\.self_attention\.linear_(q|kv)_up_proj\.layer_norm_weight$"), r".self_attention.\1_layernorm.weight"),
     (re.compile(r"\.mlp\.linear_fc1\.layer_norm_weight$"), ".pre_mlp_layernorm.weight"),
     (re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r".mlp.experts.local_experts.\2.\1.weight"),
 )
@@ -30,7 +34,10 @@ _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Cut:
-    """How the ranks of a tensor-parallel group share a parameter: each packs equal pieces of its Hugging Face tensors."""
+    """How the ranks of a tensor-parallel group share a parameter: each packs equal pieces of its Hugging Face tensors.
+
+    The group is that of tensor parallelism, or for an expert's parameters that of expert tensor parallelism.
+    """
 
     dim: int | None  # along which the tensors are cut; None: every rank holds them whole
     pack: Callable[[list[Tensor], ModelShape], Tensor]  # this rank's pieces -> its parameter
@@ -66,7 +73,6 @@ GATE_UP = Cut(0, lambda parts, _shape: torch.cat(parts), lambda local, _shape: l
 COLUMN = Cut(0, _pack_one, _unpack_one)
 ROW = Cut(1, _pack_one, _unpack_one)
 WHOLE = Cut(None, _pack_one, _unpack_one)
-WHOLE_GATE_UP = Cut(None, GATE_UP.pack, GATE_UP.unpack)  # of an expert: experts are not cut by tensor parallelism
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,7 @@ class HfTensor:
     cut: Cut
     layer: int | None = None  # counted from 0 over the whole model; None: outside the layers
     expert: int | None = None  # counted from 0 over the whole layer; None: not an expert's
+    precise: bool = False  # float32 whatever the model's number format
 
 
 def hf_tensors(shape: ModelShape) -> list[HfTensor]:
@@ -94,46 +101,98 @@ def hf_tensors(shape: ModelShape) -> list[HfTensor]:
     return tensors
 
 
-def parameter_key(name: str, first_layer: int, first_expert: int) -> str:
+def parameter_key(name: str, layers: Sequence[int], first_expert: int) -> str:
     """Key of the parameter that this rank's model calls `name`.
 
-    `first_layer` and `first_expert` are the global numbers (from 0) of the rank's first layer and of its first expert.
+    `layers` are the global numbers (from 0) of the model's layers, in its order; `first_expert` is that of its first expert.
     """
     for pattern, portable in _FUSED_NAMES:
         name = pattern.sub(portable, name)
-    name = _LAYER.sub(lambda found: f"decoder.layers.{int(found[1]) + first_layer}.", name)
+    name = _LAYER.sub(lambda found: f"decoder.layers.{layers[int(found[1])]}.", name)
     return _EXPERT.sub(lambda found: f".local_experts.{int(found[1]) + first_expert}.", name)
 
 
-def _layer_tensors(shape: ModelShape, layer: int) -> list[HfTensor]:
-    hidden, heads, kv_heads, dim = shape.hidden_size, shape.num_heads, shape.attention.num_kv_heads, shape.attention.head_dim
-    tensors: list[HfTensor] = []
+class _Layer:
+    """The tensors of one layer, as they are added."""
 
-    def add(key: str, cut: Cut, *parts: tuple[str, tuple[int, ...]], expert: int | None = None) -> None:
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+        self.tensors: list[HfTensor] = []
+
+    def add(
+        self, key: str, cut: Cut, *parts: tuple[str, tuple[int, ...]], expert: int | None = None, precise: bool = False
+    ) -> None:
+        """A parameter and the tensors, name and shape, that make it up."""
         for part, (name, size) in enumerate(parts):
-            full = (f"model.layers.{layer}.{name}", size, f"decoder.layers.{layer}.{key}")
-            tensors.append(HfTensor(*full, part, cut, layer, expert))
+            full = (f"model.layers.{self.layer}.{name}", size, f"decoder.layers.{self.layer}.{key}")
+            self.tensors.append(HfTensor(*full, part, cut, self.layer, expert, precise))
 
-    qkv_rows = (("q", heads * dim), ("k", kv_heads * dim), ("v", kv_heads * dim))
-    add("input_layernorm.weight", WHOLE, ("input_layernorm.weight", (hidden,)))
-    add("self_attention.linear_qkv.weight", QKV, *((f"self_attn.{x}_proj.weight", (rows, hidden)) for x, rows in qkv_rows))
-    if shape.attention.qkv_bias:
-        add("self_attention.linear_qkv.bias", QKV, *((f"self_attn.{x}_proj.bias", (rows,)) for x, rows in qkv_rows))
-    if shape.attention.qk_norm:
-        add("self_attention.q_layernorm.weight", WHOLE, ("self_attn.q_norm.weight", (dim,)))
-        add("self_attention.k_layernorm.weight", WHOLE, ("self_attn.k_norm.weight", (dim,)))
-    add("self_attention.linear_proj.weight", ROW, ("self_attn.o_proj.weight", (hidden, heads * dim)))
-    add("pre_mlp_layernorm.weight", WHOLE, ("post_attention_layernorm.weight", (hidden,)))
-    if layer not in shape.expert_layers:
-        ffn = shape.ffn_hidden_size
-        add("mlp.linear_fc1.weight", GATE_UP, *((f"mlp.{x}_proj.weight", (ffn, hidden)) for x in ("gate", "up")))
-        add("mlp.linear_fc2.weight", ROW, ("mlp.down_proj.weight", (hidden, ffn)))
-        return tensors
-    ffn = shape.experts.ffn_hidden_size
-    add("mlp.router.weight", WHOLE, ("mlp.gate.weight", (shape.num_experts, hidden)))
-    for expert in range(shape.num_experts):
-        key, name = f"mlp.experts.local_experts.{expert}", f"mlp.experts.{expert}"
-        gate_up = ((f"{name}.{x}_proj.weight", (ffn, hidden)) for x in ("gate", "up"))
-        add(f"{key}.linear_fc1.weight", WHOLE_GATE_UP, *gate_up, expert=expert)
-        add(f"{key}.linear_fc2.weight", WHOLE, (f"{name}.down_proj.weight", (hidden, ffn)), expert=expert)
-    return tensors
+    def add_mlp(
+        self, key: str, name: str, hidden: int, ffn: int, projections: tuple[str, str, str], expert: int | None = None
+    ) -> None:
+        """A gated MLP; `projections` are the names of gate, up and down."""
+        *gate_up, down = projections
+        self.add(f"{key}.linear_fc1.weight", GATE_UP, *((f"{name}.{x}.weight", (ffn, hidden)) for x in gate_up), expert=expert)
+        self.add(f"{key}.linear_fc2.weight", ROW, (f"{name}.{down}.weight", (hidden, ffn)), expert=expert)
+
+
+def _layer_tensors(shape: ModelShape, number: int) -> list[HfTensor]:
+    layer, hidden = _Layer(number), shape.hidden_size
+    layer.add("input_layernorm.weight", WHOLE, ("input_layernorm.weight", (hidden,)))
+    if isinstance(shape.attention, LatentAttention):
+        _add_latent_attention(layer, shape, shape.attention)
+    else:
+        _add_head_attention(layer, shape, shape.attention)
+    layer.add("pre_mlp_layernorm.weight", WHOLE, ("post_attention_layernorm.weight", (hidden,)))
+    if number in shape.expert_layers:
+        _add_mixture(layer, shape)
+    else:
+        layer.add_mlp("mlp", "mlp", hidden, shape.ffn_hidden_size, DENSE_PROJECTIONS)
+    return layer.tensors
+
+
+def _add_head_attention(layer: _Layer, shape: ModelShape, attention: HeadAttention) -> None:
+    hidden, dim = shape.hidden_size, attention.head_dim
+    heads, groups = shape.num_heads * dim, attention.num_kv_heads * dim
+    rows = (("q", heads), ("k", groups), ("v", groups))
+    layer.add("self_attention.linear_qkv.weight", QKV, *((f"self_attn.{x}_proj.weight", (n, hidden)) for x, n in rows))
+    if attention.qkv_bias:
+        layer.add("self_attention.linear_qkv.bias", QKV, *((f"self_attn.{x}_proj.bias", (n,)) for x, n in rows))
+    if attention.qk_norm:
+        layer.add("self_attention.q_layernorm.weight", WHOLE, ("self_attn.q_norm.weight", (dim,)))
+        layer.add("self_attention.k_layernorm.weight", WHOLE, ("self_attn.k_norm.weight", (dim,)))
+    layer.add("self_attention.linear_proj.weight", ROW, ("self_attn.o_proj.weight", (hidden, heads)))
+
+
+def _add_latent_attention(layer: _Layer, shape: ModelShape, attention: LatentAttention) -> None:
+    """Rows of the up-projections are head after head on both sides; the down-projections are small and on every rank."""
+    hidden, heads, latent = shape.hidden_size, shape.num_heads, attention.kv_rank
+    queries = heads * (attention.nope_dim + attention.rope_dim)
+
+    def add(key: str, cut: Cut, name: str, *size: int) -> None:
+        layer.add(f"self_attention.{key}.weight", cut, (f"self_attn.{name}.weight", size))
+
+    if attention.q_rank is None:
+        add("linear_q_proj", COLUMN, "q_proj", queries, hidden)
+    else:
+        add("linear_q_down_proj", WHOLE, "q_a_proj", attention.q_rank, hidden)
+        add("q_layernorm", WHOLE, "q_a_layernorm", attention.q_rank)
+        add("linear_q_up_proj", COLUMN, "q_b_proj", queries, attention.q_rank)
+    add("linear_kv_down_proj", WHOLE, "kv_a_proj_with_mqa", latent + attention.rope_dim, hidden)
+    add("kv_layernorm", WHOLE, "kv_a_layernorm", latent)
+    add("linear_kv_up_proj", COLUMN, "kv_b_proj", heads * (attention.nope_dim + attention.value_dim), latent)
+    add("linear_proj", ROW, "o_proj", hidden, heads * attention.value_dim)
+
+
+def _add_mixture(layer: _Layer, shape: ModelShape) -> None:
+    names, experts, hidden = FAMILIES[shape.family].mixture, shape.experts, shape.hidden_size
+    layer.add("mlp.router.weight", WHOLE, (f"{names.block}.gate.weight", (experts.count, hidden)))
+    if experts.bias:
+        bias = (f"{names.block}.gate.e_score_correction_bias", (experts.count,))
+        layer.add(f"mlp.{EXPERT_BIAS}", WHOLE, bias, precise=True)
+    projections = (names.gate, names.up, names.down)
+    for expert in range(experts.count):
+        key, name = f"mlp.experts.local_experts.{expert}", f"{names.block}.experts.{expert}"
+        layer.add_mlp(key, name, hidden, experts.ffn_hidden_size, projections, expert)
+    if experts.shared_ffn_hidden_size:
+        layer.add_mlp("mlp.shared_experts", "mlp.shared_experts", hidden, experts.shared_ffn_hidden_size, DENSE_PROJECTIONS)

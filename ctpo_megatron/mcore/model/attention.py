@@ -137,7 +137,7 @@ class _Unpad(torch.autograd.Function):
 
 
 class PackedAttention(torch.nn.Module):
-    """Core attention for megatron's `SelfAttention`; see this module's docstring. No dropout, no attention bias."""
+    """Core attention for megatron's `SelfAttention` and `MLASelfAttention`; see this module's docstring. No dropout, no bias."""
 
     def __init__(self, config: Any, pg_collection: Any, softmax_scale: float | None = None, **_options: Any) -> None:
         super().__init__()
@@ -154,13 +154,14 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedLayout,
         **_options: Any,
     ) -> Tensor:
-        """query [T, heads, d], key and value [T, groups, d] of this rank; returns [T, heads * d]."""
-        layout = packed_seq_params
+        """query [T, heads, d], key [T, groups, d], value [T, groups, e] of this rank; returns [T, heads * e]."""
+        layout, heads, groups = packed_seq_params, query.shape[1], key.shape[1]
+        query, key, value = query.flatten(1), key.flatten(1), value.flatten(1)
         if self.cp_group.size() > 1:
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.cp_group)
-            key, value = both.chunk(2, dim=1)
-        q, k, v = (_Pad.apply(x.flatten(1), p) for x, p in ((query, layout.queries), (key, layout.keys), (value, layout.keys)))
-        heads, groups, outputs, at_q, at_k = query.shape[1], key.shape[1], [], 0, 0
+            key, value = both.split([key.shape[1], value.shape[1]], dim=1)
+        q, k, v = (_Pad.apply(x, p) for x, p in ((query, layout.queries), (key, layout.keys), (value, layout.keys)))
+        outputs, at_q, at_k = [], 0, 0
         for bucket in layout.buckets:
             n, q_length, k_length = bucket.shape
             rows_q, rows_k = slice(at_q, at_q + n * q_length), slice(at_k, at_k + n * k_length)

@@ -9,14 +9,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.model import MoeConfig, ParallelConfig
+from ctpo_megatron.mcore.model.head import HiddenGPTModel
+from ctpo_megatron.mcore.model.parts import keep_biases_precise, rope_options, scale_llama3
+from ctpo_megatron.mcore.model.routing import with_replay
 from ctpo_megatron.mcore.model.spec import layer_spec
 from ctpo_megatron.mcore.model.transformer import transformer_config
-from ctpo_megatron.mcore.shape import Llama3Scaling, ModelShape
+from ctpo_megatron.mcore.shape import ModelShape
 
 
 def build_model(
@@ -25,50 +27,52 @@ def build_model(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    moe: MoeConfig | None = None,
     recompute: str = "none",
     trainable: bool = True,
 ) -> list[torch.nn.Module]:
-    """This rank's part of the model, with weights not yet loaded, as the list of one chunk that megatron's functions take.
+    """This rank's part of the model, with weights not yet loaded, as the list of chunks that megatron's functions take.
 
-    `trainable` wraps it in megatron's DistributedDataParallel, which owns the gradients.
+    There is one chunk, or `parallel.vpp` of them where the pipeline is interleaved. `trainable` wraps each in megatron's
+    DistributedDataParallel, which owns the gradients.
     """
-    config = transformer_config(shape, parallel, dtype, device, recompute)
-    model: torch.nn.Module = GPTModel(
+    config = transformer_config(shape, parallel, moe or MoeConfig(), dtype, device, recompute)
+    stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
+    chunks = [_chunk(shape, parallel, config, device, vp_stage) for vp_stage in stages]
+    if not trainable:
+        return chunks
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
+    config.finalize_model_grads_func = finalize_model_grads
+    no_sync = [chunk.no_sync for chunk in chunks]
+    config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+    return chunks
+
+
+def _chunk(
+    shape: ModelShape, parallel: ParallelConfig, config: TransformerConfig, device: torch.device, vp_stage: int | None
+) -> torch.nn.Module:
+    """This pipeline stage's layers, or those of its chunk `vp_stage`, with what stands before the first and after the last."""
+    place = {"ignore_virtual": False, "vp_stage": vp_stage}
+    model: torch.nn.Module = HiddenGPTModel(
         config,
-        layer_spec(config, device),
+        with_replay(layer_spec(config, device, vp_stage)),
         vocab_size=shape.padded_vocab_size(parallel.tp),
         max_sequence_length=shape.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         share_embeddings_and_output_weights=shape.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=shape.rope.theta,
+        vp_stage=vp_stage,
+        **rope_options(shape),
     )
-    if shape.rope.scaling is not None:
-        _scale_rope(model.rotary_pos_emb, shape.rope.scaling)
+    scale_llama3(model, shape.rope)
     for name, parameter in model.named_parameters():
         if ".experts." in name:
-            # Each tensor-parallel rank runs its own tokens through whole experts, so their gradients are to be summed over the
+            # Experts are spread over ranks by ep and etp, not by tp: their gradients are to be summed over the
             # expert-data-parallel group. megatron's layers ask for that only where ep > 1.
             parameter.allreduce = False
     model.to(device)
     if config.bf16:
         model = Float16Module(config, model)
-    if not trainable:
-        return [model]
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    model = DistributedDataParallel(config, ddp, model)
-    config.finalize_model_grads_func = finalize_model_grads
-    config.no_sync_func = model.no_sync
-    return [model]
-
-
-def _scale_rope(rope: RotaryEmbedding, scaling: Llama3Scaling) -> None:
-    """The constructor takes only `factor`; the method behind it takes all four numbers."""
-    rope.inv_freq = rope._apply_scaling(
-        rope.inv_freq,
-        factor=scaling.factor,
-        low_freq_factor=scaling.low_freq_factor,
-        high_freq_factor=scaling.high_freq_factor,
-        original_max_position_embeddings=scaling.original_max_positions,
-    )
+        keep_biases_precise(model)
+    return model

@@ -1,7 +1,7 @@
 """Of which modules a transformer layer is made: TransformerEngine's on GPUs, plain torch elsewhere.
 
 The two differ in parameter names: TransformerEngine fuses each norm into the linear layer after it
-(`linear_qkv.layer_norm_weight`), and groups experts (`experts.linear_fc1.weight3`).
+(`linear_qkv.layer_norm_weight`, `linear_kv_up_proj.layer_norm_weight`), and groups experts (`experts.linear_fc1.weight3`).
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ctpo_megatron.mcore.model.attention import PackedAttention
+from ctpo_megatron.mcore.model.latent import LatentSelfAttention
 
 
 def use_transformer_engine(device: torch.device) -> bool:
@@ -26,14 +27,15 @@ def use_transformer_engine(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
 
 
-def layer_spec(config: TransformerConfig, device: torch.device) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the norm after them."""
+def layer_spec(config: TransformerConfig, device: torch.device, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of its chunk `vp_stage`, and the norm after them.
+
+    A mixture of experts stands where `config.moe_layer_freq` has a 1, a dense MLP elsewhere.
+    """
     if use_transformer_engine(device):
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
-    )
-    layers = [_portable(layer, config)] * get_num_layers_to_build(config)
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    layers = [_portable(layer, config) for layer in block.layer_specs]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
@@ -41,7 +43,10 @@ def _portable(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     """megatron's local layer with the norm and attention that also do sequence and context parallelism and packing."""
     attention = layer.submodules.self_attention
     parts = replace(attention.submodules, core_attention=PackedAttention)
-    if config.qk_layernorm:
+    if config.multi_latent_attention:
+        parts = replace(parts, q_layernorm=RMSNorm, kv_layernorm=RMSNorm)
+        attention = replace(attention, module=LatentSelfAttention)
+    elif config.qk_layernorm:
         parts = replace(parts, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
     return replace(
         layer,

@@ -8,34 +8,25 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.errors import ModelError
+from ctpo_megatron.config.model import MoeConfig, ParallelConfig
+from ctpo_megatron.mcore.model.parts import attention_options, config_class, experts_options, set_yarn
 from ctpo_megatron.mcore.model.spec import use_transformer_engine
-from ctpo_megatron.mcore.shape import Experts, ModelShape
-
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
+from ctpo_megatron.mcore.shape import LatentAttention, ModelShape
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device, recompute: str
+    shape: ModelShape, parallel: ParallelConfig, moe: MoeConfig, dtype: torch.dtype, device: torch.device, recompute: str
 ) -> TransformerConfig:
     """megatron's description of the model. No dropout."""
     fused = use_transformer_engine(device)
-    options: dict[str, Any] = _experts(shape.experts, fused) if shape.experts else {}
-    options |= _RECOMPUTE[recompute]
-    return TransformerConfig(
+    options = attention_options(shape, fused)
+    options |= experts_options(shape.experts, moe, fused) if shape.experts else {}
+    options |= _recompute(recompute, shape, fused)
+    config = config_class(shape)(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_heads,
-        num_query_groups=shape.attention.num_kv_heads,
-        kv_channels=shape.attention.head_dim,
-        qk_layernorm=shape.attention.qk_norm,
-        add_qkv_bias=shape.attention.qkv_bias,
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=shape.rms_eps,
@@ -53,37 +44,47 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tp,
         sequence_parallel=parallel.tp > 1,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.etp,
         variable_seq_lengths=True,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # the one that allows it
         cuda_graph_scope=[],
         deallocate_pipeline_outputs=parallel.pp > 1,
+        # one message per call and direction: two between the same two stages in one batch would be taken for one another
+        overlap_p2p_comm=parallel.vpp > 1,
+        batch_p2p_comm=parallel.vpp == 1,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
         gradient_accumulation_fusion=False,
         **options,
     )
+    set_yarn(config, shape)
+    return config
 
 
 def _leave(_weight: torch.Tensor) -> None:
     """An initialisation that does nothing."""
 
 
-def _experts(experts: Experts, fused: bool) -> dict[str, Any]:
-    if experts.normalise and experts.top_k == 1:
-        raise ModelError("num_experts_per_tok = 1 with norm_topk_prob makes every gate 1 and the router untrainable.")
-    return {
-        "num_moe_experts": experts.count,
-        "moe_router_topk": experts.top_k,
-        "moe_ffn_hidden_size": experts.ffn_hidden_size,
-        # softmax over the chosen experts equals softmax over all of them, normalised over the chosen
-        "moe_router_pre_softmax": not experts.normalise,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "aux_loss" if experts.aux_loss_coeff else "none",
-        "moe_aux_loss_coeff": experts.aux_loss_coeff,
-        "moe_grouped_gemm": fused,
-        "moe_permute_fusion": fused,
+def _recompute(mode: str, shape: ModelShape, fused: bool) -> dict[str, Any]:
+    """megatron's options for `train.recompute`.
+
+    `selective` computes again what is large in memory and cheap in arithmetic: the portable attention, which keeps scores, or
+    the experts' activations, the norms before them and MLA's up-projections, which megatron does with TransformerEngine only.
+    """
+    if mode == "none":
+        return {}
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = {
+        "core_attn": not fused,
+        "mla_up_proj": fused and isinstance(shape.attention, LatentAttention),
+        "layernorm": fused and shape.experts is not None,
+        "moe_act": fused and shape.experts is not None,
     }
+    chosen = [name for name, wanted in modules.items() if wanted]
+    return {"recompute_granularity": "selective", "recompute_modules": chosen or ["core_attn"]}

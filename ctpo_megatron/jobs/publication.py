@@ -1,0 +1,33 @@
+"""Trainer and servers of a run joined for the publication of weights."""
+
+from __future__ import annotations
+
+from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.mcore.hf.config import read_hf_config
+from ctpo_megatron.rollout.client import EngineClient
+from ctpo_megatron.weights.canary import TOLERANCE
+from ctpo_megatron.weights.engine_layout import EngineLayout
+from ctpo_megatron.weights.publisher import Proof, Publisher
+
+
+def make_publisher(runtime: Runtime, client: EngineClient) -> Publisher:
+    """Brings the weights of the runtime's trainer to its servers."""
+    config = runtime.config
+    return Publisher(
+        runtime.pool,
+        client.control,
+        runtime.trainer,
+        make_proof(config),
+        api_key=runtime.api_key,
+        timeout_s=config.weights.timeout_s,
+        session=config.weights.type != "disk",
+    )
+
+
+def make_proof(config: RunConfig) -> Proof:
+    """What the servers have to show. `cluster.device` is resolved. Raises ConfigError where they cannot hold the model."""
+    shape, device = read_hf_config(config.model.path), config.cluster.device
+    dtype = ("bfloat16" if device == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
+    layout = EngineLayout(shape, config.rollout.engine.tp, cpu=device == "cpu")
+    return Proof(layout, shape.vocab_size, config.attest.canary_tolerance or TOLERANCE[dtype])

@@ -1,0 +1,114 @@
+"""Megatron's weights as full tensors under their Hugging Face names, each on the rank that sends it (see hf.senders).
+
+Pieces travel from the ranks that hold them to the tensor's sender, which joins them in one flat buffer per bucket. Other ranks,
+replicas above all, take no part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors, layer_numbers, unwrap
+from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
+from ctpo_megatron.mcore.hf.senders import Holders, Holding, make_buckets, nbytes
+from ctpo_megatron.mcore.shape import ModelShape
+
+
+def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
+    """Which rank holds what. Every rank calls it."""
+    place, inner = RankPlace.current(), [unwrap(model) for model in models]
+    mine = Holding(
+        tp_rank=place.tp_rank,
+        ep_rank=place.ep_rank,
+        etp_rank=place.etp_rank,
+        layers=tuple(number for model in models for number in layer_numbers(model)),
+        first=any(model.pre_process for model in inner),
+        last=any(model.post_process for model in inner),
+    )
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return Holders(everyone, shape.num_experts)
+
+
+@torch.no_grad()
+def export_stream(
+    models: list[nn.Module], shape: ModelShape, bucket_bytes: int, *, to: int | None = None
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
+
+    `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: who receives gets
+    its own buckets, and everybody an empty list for a bucket that only takes pieces away. A bucket holds at most `bucket_bytes`,
+    unless a single unit is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are
+    copies: the stream does not change when the model is trained further.
+    Layers of multi-token prediction, which are not trained, are left out.
+    """
+    place = RankPlace.current()
+    parameters = {key: parameter for model in models for key, parameter in keyed_tensors(model, shape, place)}
+    like = next(unwrap(models[0]).parameters())
+    holders, rank = find_holders(models, shape), dist.get_rank()
+    tensors = hf_tensors(shape)
+    for sender, share in (holders.shares(tensors) if to is None else {to: tensors}).items():
+        for bucket in make_buckets(share, like.element_size(), bucket_bytes):
+            if rank == sender or any(rank in holders.of(tensor) for tensor in bucket):
+                yield _gather(bucket, sender, holders, parameters, shape, like)
+
+
+def _gather(
+    bucket: list[HfTensor], sender: int, holders: Holders, parameters: dict[str, Tensor], shape: ModelShape, like: Tensor
+) -> list[tuple[str, Tensor]]:
+    """`sender` receives the pieces in their places; the others send theirs and get an empty list."""
+    rank = dist.get_rank()
+    full = _allocate(bucket, like) if rank == sender else {}
+    transfers: list[dist.P2POp] = []
+    strided: list[tuple[Tensor, Tensor]] = []  # places that are not contiguous, and where their pieces arrive
+    for tensor in bucket:
+        ranks = holders.of(tensor)
+        for number, holder in enumerate(ranks):
+            start, length = _extent(tensor, number, len(ranks), shape)
+            if length == 0 or rank not in (holder, sender):  # a piece of nothing but the vocabulary's padding
+                continue
+            slot = full[tensor.name].narrow(tensor.cut.dim or 0, start, length) if rank == sender else None
+            if holder == rank:
+                piece = tensor.cut.unpack(parameters[tensor.key].detach(), shape)[tensor.part]
+                piece = piece.narrow(tensor.cut.dim or 0, 0, length)
+                if slot is not None:
+                    slot.copy_(piece)
+                else:
+                    piece = piece.to(_dtype(tensor, like)).contiguous()
+                    transfers.append(dist.P2POp(dist.isend, piece, sender))
+            else:
+                arriving = slot if slot.is_contiguous() else torch.empty_like(slot, memory_format=torch.contiguous_format)
+                if arriving is not slot:
+                    strided.append((slot, arriving))
+                transfers.append(dist.P2POp(dist.irecv, arriving, holder))
+    if transfers:
+        for transfer in dist.batch_isend_irecv(transfers):
+            transfer.wait()
+    for slot, arrived in strided:
+        slot.copy_(arrived)
+    return list(full.items())
+
+
+def _allocate(bucket: list[HfTensor], like: Tensor) -> dict[str, Tensor]:
+    """Room for the bucket in one buffer; the widest number format first, so that all are aligned."""
+    ordered = sorted(bucket, key=lambda tensor: -_dtype(tensor, like).itemsize)
+    sizes = [nbytes(tensor, like.element_size()) for tensor in ordered]
+    flat = torch.empty(sum(sizes), dtype=torch.uint8, device=like.device)
+    rooms = zip(ordered, flat.split(sizes), strict=True)
+    return {tensor.name: room.view(_dtype(tensor, like)).view(tensor.shape) for tensor, room in rooms}
+
+
+def _extent(tensor: HfTensor, number: int, pieces: int, shape: ModelShape) -> tuple[int, int]:
+    """Where piece `number` of the tensor begins along its cut, and how long it is without the vocabulary's padding."""
+    whole = tensor.shape[tensor.cut.dim or 0]
+    rows = shape.padded_vocab_size(pieces) if tensor.key in (EMBEDDING_KEY, OUTPUT_KEY) else whole
+    start = number * (rows // pieces)
+    return min(start, whole), max(0, min(rows // pieces, whole - start))
+
+
+def _dtype(tensor: HfTensor, like: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.precise else like.dtype

@@ -1,0 +1,182 @@
+"""Routers of mixtures of experts that can follow a given routing, and that count where tokens go.
+
+Routing replay (R3, arXiv 2510.11370): a token goes to the experts I that the inference engine chose when it sampled, with the
+gates of the trainer's own logits s, g_i = exp(s_i) / sum_{j in I} exp(s_j) (or what the model makes of its chosen scores). The
+gradient flows through the gates as ever.
+
+megatron (0.16.1) has a seam for it, `TopKRouter.router_replay.get_replay_topk`, through which a router finds its experts.
+Its own `RouterReplay` follows all tokens or none, lives in one list per process, and has to be told when a layer is computed
+again for the backward pass; `Replay` stands in its place. tests/dist/test_routing.py holds the seam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+
+from ctpo_megatron.mcore.shape import ModelShape
+
+TopKFn = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Replay:
+    """The routing that one router is to follow. `target` [tokens, k], -1: the router chooses itself; None: for all tokens."""
+
+    def __init__(self) -> None:
+        self.target: Tensor | None = None
+        self.training = False
+        self.followed: Tensor | None = None  # [tokens, k] of the last call that had a target
+        self.counts: Tensor | None = None  # choices replayed, and those of them that the router would not have made
+        self._again: deque[Tensor | None] = deque()
+
+    def begin(self) -> None:
+        """Before the first micro-batch of a training pass."""
+        self.counts = None
+        self._again.clear()
+
+    def get_replay_topk(
+        self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopKFn
+    ) -> tuple[Tensor, Tensor]:
+        """The chosen experts' scores and numbers, [tokens, k] both; megatron calls it with `scores` [tokens, experts]."""
+        values, own = default_compute_topk(scores, topk, num_groups, group_topk)
+        target = self._due()
+        if target is None:
+            self.followed = None
+            return values, own
+        if target.shape != own.shape:
+            raise ValueError(f"the routing to follow is {list(target.shape)}, the router's own {list(own.shape)}")
+        given, known = target.to(own.dtype), target >= 0
+        self.followed = torch.where(known, given, own)
+        if self.training:
+            unlike = known & (given.unsqueeze(2) != own.unsqueeze(1)).all(2)
+            counts = torch.stack([known.sum(), unlike.sum()])
+            self.counts = counts if self.counts is None else self.counts + counts
+        return scores.gather(1, self.followed), self.followed
+
+    def _due(self) -> Tensor | None:
+        """The target of the micro-batch at hand.
+
+        A layer that is computed again in the backward pass runs without gradients the first time and with them the second; in
+        between come other micro-batches, whose backward passes follow one another in the order of their forward passes.
+        """
+        if not self.training:
+            return self.target
+        if not torch.is_grad_enabled():
+            self._again.append(self.target)
+            return self.target
+        return self._again.popleft() if self._again else self.target
+
+
+class ReplayRouter(TopKRouter):
+    """megatron's router; `load` [experts] counts the tokens that went to each expert since `begin`, all of them in training.
+
+    Layers that are computed again count twice, and so does what it is compared with.
+    """
+
+    def __init__(self, config: Any, pg_collection: Any = None) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        if config.moe_router_fusion:
+            raise ValueError("moe_router_fusion chooses experts in one kernel that cannot be told which to take")
+        self.router_replay = Replay()
+        self.load: Tensor | None = None
+
+    def begin(self) -> None:
+        """Before the first micro-batch of a training pass."""
+        self.load = None
+        self.router_replay.begin()
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `TopKRouter`: gates and map, [tokens, experts] both."""
+        self.router_replay.training = self.training
+        gates, chosen = super().forward(input, padding_mask)
+        if self.training:
+            load = chosen.detach().sum(0)
+            self.load = load if self.load is None else self.load + load
+        return gates, chosen
+
+    def _apply_aux_loss(self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, **options: Any) -> Tensor:
+        """The load in the balancing loss is that of the experts which were used; megatron's would be the router's wish."""
+        followed = self.router_replay.followed
+        if followed is not None:
+            routing_map = torch.zeros_like(routing_map).scatter(1, followed, True)
+        return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, **options)
+
+
+def with_replay(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
+    """The same layers, those with experts with a `ReplayRouter`."""
+    return replace(block, layer_specs=[_layer(spec) for spec in block.layer_specs])
+
+
+def _layer(spec: Any) -> Any:
+    mlp = spec.submodules.mlp
+    if not hasattr(getattr(mlp, "submodules", None), "router"):
+        return spec
+    mlp = replace(mlp, submodules=replace(mlp.submodules, router=ReplayRouter))
+    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
+
+
+class Routers:
+    """The routers of this rank's model chunks. Nothing in it does anything for a dense model."""
+
+    def __init__(self, models: list[torch.nn.Module], shape: ModelShape, device: torch.device) -> None:
+        self._shape, self._device = shape, device
+        place = {number: i for i, number in enumerate(shape.expert_layers)}
+        self._chunks: dict[torch.nn.Module, list[ReplayRouter]] = {
+            chunk: [module for module in chunk.modules() if isinstance(module, ReplayRouter)] for chunk in models
+        }
+        self._all = [router for routers in self._chunks.values() for router in routers]
+        self.expert_layers = tuple(place[router.layer_number - 1] for router in self._all)  # places among the expert layers
+        self._replaying = False
+
+    def begin(self) -> None:
+        """Before the first micro-batch of a training pass: forget what was counted."""
+        self._replaying = False
+        for router in self._all:
+            router.begin()
+
+    def aim(self, chunk: torch.nn.Module, experts: Tensor | None) -> None:
+        """Before `chunk` computes a micro-batch: what its routers are to follow.
+
+        `experts`: [T / (cp * tp), expert layers of all this rank's chunks, k], see `parallel.own_experts`; None: nothing.
+        """
+        self._replaying |= experts is not None
+        first = 0
+        for each, routers in self._chunks.items():
+            if each is chunk:
+                for i, router in enumerate(routers, start=first):
+                    router.router_replay.target = None if experts is None else experts[:, i]
+            first += len(routers)
+
+    def measure(self) -> tuple[list[str], Tensor]:
+        """Names and values of what the last training pass did, the same on every rank; collective, and no wait for the device.
+
+        `moe/load_max_over_mean/layer_n`: tokens of the busiest expert over the mean; 1 is even. `moe/load_entropy/layer_n`:
+        entropy of the load over its largest value; 1 is even. `routing/changed`: the share of replayed choices that the trainer's
+        router would not have made. Padding counts as tokens.
+        """
+        layers, experts = self._shape.expert_layers, self._shape.num_experts
+        if not layers:
+            return [], torch.zeros(0, dtype=torch.float64, device=self._device)
+        counts = torch.zeros(len(layers), experts + 2, dtype=torch.int64, device=self._device)
+        for place, router in zip(self.expert_layers, self._all, strict=True):
+            counts[place, :experts] = router.load
+            if router.router_replay.counts is not None:
+                counts[place, experts:] = router.router_replay.counts
+        dist.all_reduce(counts)  # ranks have other tokens or other layers, never the same of both
+        load, replayed = counts[:, :experts].double(), counts[:, experts:].sum(0).double()
+        share = load / load.sum(1, keepdim=True)
+        entropy = -torch.xlogy(share, share).sum(1) / math.log(max(experts, 2))
+        names = [f"moe/{name}/layer_{n}" for name in ("load_max_over_mean", "load_entropy") for n in layers]
+        values = torch.cat([share.amax(1) * experts, entropy])
+        if self._replaying:
+            names, values = [*names, "routing/changed"], torch.cat([values, replayed[1:] / replayed[:1].clamp(min=1)])
+        return names, values

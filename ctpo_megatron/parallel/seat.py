@@ -1,0 +1,32 @@
+"""A trainer rank's place among the others, and which part of a record of routing is its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ctpo_megatron.parallel.layout import zigzag_shard
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a rank sits. `expert_layers` are places among the model's layers with experts, in the order of the rank's chunks."""
+
+    dp_rank: int
+    cp_rank: int
+    cp_size: int
+    tp_rank: int
+    tp_size: int
+    expert_layers: tuple[int, ...]
+
+
+def own_experts(routed: Tensor, cu_seqlens: Tensor, seat: Seat) -> Tensor:
+    """What the routers at `seat` see of `routed` [T, expert layers, k]: [T / (cp * tp), the rank's expert layers, k].
+
+    Context parallelism cuts every sequence in zigzag; sequence parallelism then gives each tensor-parallel rank an equal run of
+    what is left. All seats' parts together are the whole, each entry once per replica.
+    """
+    local = zigzag_shard(routed[:, list(seat.expert_layers)], cu_seqlens, seat.cp_rank, seat.cp_size)
+    length = len(local) // seat.tp_size
+    return local[seat.tp_rank * length : (seat.tp_rank + 1) * length].clone()

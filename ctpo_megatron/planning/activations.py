@@ -1,0 +1,100 @@
+"""What one layer keeps from its forward pass for its backward pass, and the head's working memory, in bytes.
+
+After Korthikanti et al., arXiv 2205.05198, sections 4.1 and 4.2, for the layers that are trained here: RMSNorm, SwiGLU, grouped
+or latent attention, mixtures of experts, no dropout, no biases, sequence parallelism wherever tp > 1. With TransformerEngine:
+attention is flash attention (queries, keys, values, output and one float32 per head and token are kept, no scores), each norm
+keeps its input and its output, rotation and activation are fused. Experts are assumed to be chosen evenly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.mcore.shape import HeadAttention, ModelShape
+
+FLOAT = 4  # bytes
+BLOCK, FEWEST_WORDS = 2**23, 128  # of parallel.vocab, which needs torch; a test holds them equal
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes of one layer for one micro-batch on one rank."""
+
+    input: int  # the layer's own input: all that full recomputation keeps
+    norms: int  # the normed inputs of attention and MLP, and the MLP's input before its norm
+    attention: int
+    mlp: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.input + self.norms + self.attention + self.mlp
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A micro-batch on one rank: what activations are proportional to."""
+
+    tokens: int  # on this rank, so a pack's tokens / cp
+    element: int  # bytes of an activation: 2 in bfloat16, 4 in float32
+    recompute: str = "none"
+
+
+def layer_kept(shape: ModelShape, layer: int, parallel: ParallelConfig, work: Work) -> Kept:
+    """What layer number `layer` keeps with recompute `none` or `selective`."""
+    rows = -(-work.tokens // parallel.tp)  # sequence parallelism
+    stream = rows * shape.hidden_size * work.element
+    is_mixture = shape.experts is not None and shape.experts.layers[layer]
+    again = work.recompute == "selective"
+    # norms are recomputed in models with experts only (mcore/model/transformer.py)
+    norms = stream if again and shape.experts is not None else 3 * stream
+    mlp = (
+        _mixture(shape, parallel, work, rows)
+        if is_mixture
+        else 3 * shape.ffn_hidden_size // parallel.tp * work.tokens * work.element
+    )
+    return Kept(stream, norms, _attention(shape, parallel.tp, work, rows), mlp)
+
+
+def head_working(shape: ModelShape, tp: int, work: Work) -> int:
+    """The most that final norm, output matrix and log-probs hold at once, without any full logits (see `parallel.vocab`)."""
+    hidden = work.tokens * shape.hidden_size
+    norm = 2 * -(-work.tokens // tp) * shape.hidden_size * work.element
+    words = shape.padded_vocab_size(tp) // tp
+    block = work.tokens * min(words, max(FEWEST_WORDS, BLOCK // max(work.tokens, 1)))
+    # gathered hidden states, the same scaled, a block's part of their gradient; the gradient in float32
+    streams = hidden * (3 * work.element + FLOAT)
+    return norm + streams + words * shape.hidden_size * work.element + block * (work.element + FLOAT)
+
+
+def replay_bytes(shape: ModelShape, layers: int, tp: int, work: Work) -> int:
+    """Routing replay: the engine's choices for one micro-batch that the routers of `layers` layers on this rank see."""
+    routing = shape.routing
+    return -(-work.tokens // tp) * layers * routing.top_k * routing.dtype.itemsize if routing else 0
+
+
+def _attention(shape: ModelShape, tp: int, work: Work, rows: int) -> int:
+    attention, heads = shape.attention, shape.num_heads // tp
+    sums = heads * work.tokens * FLOAT
+    if isinstance(attention, HeadAttention):
+        groups = attention.num_kv_heads // tp
+        # the projection's output (it holds the values), queries and keys after norm and rotation, the attention's output
+        width = (heads + 2 * groups) + (heads + groups) + heads
+        return width * attention.head_dim * work.tokens * work.element + sums
+    query, value = attention.nope_dim + attention.rope_dim, attention.value_dim
+    # latents of queries and of keys and values, each before and after its norm
+    latents = 2 * (attention.q_rank or 0) + 2 * attention.kv_rank + attention.rope_dim
+    # both up-projections' outputs, rotated queries and whole keys, values; recomputed from the latents with `selective`
+    up = 0 if work.recompute == "selective" else 3 * query + (attention.nope_dim + value) + value
+    return (latents * rows + heads * (up + value) * work.tokens) * work.element + sums
+
+
+def _mixture(shape: ModelShape, parallel: ParallelConfig, work: Work, rows: int) -> int:
+    experts = shape.experts
+    scores = 2 * experts.count * rows * FLOAT  # the router's logits and probabilities
+    shared = 3 * experts.shared_ffn_hidden_size // parallel.tp * work.tokens * work.element
+    chosen = rows * experts.top_k * parallel.etp  # tokens that reach this rank's experts, chosen evenly
+    activations = 2 if work.recompute == "selective" else 3  # gate and up, and their product
+    width = shape.hidden_size + activations * experts.ffn_hidden_size // parallel.etp
+    return scores + shared + chosen * width * work.element

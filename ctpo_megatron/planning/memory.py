@@ -1,0 +1,120 @@
+"""GPU memory of one trainer rank, per pipeline stage, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes
+from ctpo_megatron.planning.groups import expert_data_parallel
+from ctpo_megatron.planning.parameters import Parameters, stage_layers, stage_parameters
+
+GIB = 2**30
+# Ours, not measured: CUDA context, NCCL's buffers, workspaces of cuBLAS and TransformerEngine, the allocator's waste.
+RESERVE = 6 * GIB
+FORMATS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """One rank of a pipeline stage at its fullest moment."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # on the GPU
+    activations: int  # of all micro-batches in flight
+    working: int  # of the layer that is in its backward pass: what it recomputes, and gradients
+    head: int
+    replay: int
+    publication: int  # a bucket of weights on its way to the servers
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A pipeline stage's part of the model and what a rank of it needs."""
+
+    layers: int
+    parameters: Parameters
+    in_flight: int  # model chunks whose activations are held at once; of one chunk per stage: micro-batches
+    memory: StageMemory
+    host_optimizer: int  # bytes of the optimizer's state in the host's memory
+
+
+def plan_stages(config: RunConfig, shape: ModelShape, micro_batches: int) -> list[Stage]:
+    """Every pipeline stage of `config`, whose layout must pass `check_layout`. `micro_batches` of one optimizer step."""
+    parallel, element = config.parallel, element_bytes(config)
+    work = Work(config.train.max_tokens_per_micro_batch, element, config.train.recompute)
+    found = []
+    parameters = stage_parameters(shape, parallel)
+    for number, chunks in enumerate(stage_layers(shape, parallel)):
+        held = [[layer_kept(shape, layer, parallel, work) for layer in chunk] for chunk in chunks]
+        flying = in_flight(number, parallel.pp, parallel.vpp, micro_batches)
+        mixtures = sum(layer in shape.expert_layers for chunk in chunks for layer in chunk)
+        state = optimizer_bytes(parameters[number], config, element)
+        offloaded = round(state * config.optimizer.cpu_offload)
+        memory = StageMemory(
+            weights=parameters[number].total * element,
+            gradients=parameters[number].total * 4,
+            optimizer=state - offloaded,
+            activations=_activations(held, work.recompute, flying),
+            working=_working(held, work.recompute),
+            head=head_working(shape, parallel.tp, work) if number == parallel.pp - 1 else 0,
+            # held for every micro-batch of the optimizer step
+            replay=replay_bytes(shape, mixtures, parallel.tp, work) * micro_batches if config.moe.routing_replay else 0,
+            publication=2 * config.weights.bucket_mb * 2**20,
+            reserve=0 if config.cluster.device == "cpu" else RESERVE,
+        )
+        found.append(Stage(sum(map(len, chunks)), parameters[number], flying, memory, offloaded))
+    return found
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Bytes of a weight: as model.dtype says; `auto` is bfloat16 unless the run is to be on CPUs."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if config.cluster.device == "cpu" else "bfloat16"
+    return FORMATS[dtype]
+
+
+def optimizer_bytes(parameters: Parameters, config: RunConfig, element: int) -> int:
+    """A rank's share of AdamW's state: sharded over dp * cp, that of experts over the ranks that hold the same experts.
+
+    megatron cuts its buffers at multiples of 128 numbers, so a rank's share may be larger by as much per bucket.
+    """
+    parallel = config.parallel
+    numbers = -(-parameters.dense // (parallel.dp * parallel.cp)) - (-parameters.experts // expert_data_parallel(parallel))
+    return numbers * state_bytes(config.optimizer, element)
+
+
+def state_bytes(optimizer: OptimizerConfig, element: int) -> int:
+    """Bytes per parameter: two moments, and a float32 copy of weights that are kept in 16 bits."""
+    return FORMATS[optimizer.exp_avg_dtype] + FORMATS[optimizer.exp_avg_sq_dtype] + (4 if element == 2 else 0)
+
+
+def in_flight(stage: int, pp: int, vpp: int, micro_batches: int) -> int:
+    """Model chunks of pipeline stage `stage` whose activations are alive at once under 1F1B.
+
+    One more than megatron's warm-up (pipeline_parallel.schedules.get_pp_rank_microbatches): pp - stage - 1 micro-batches, with
+    interleaving 2 (pp - stage - 1) + (vpp - 1) pp chunks.
+    """
+    warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
+    return min(warm_up + 1, micro_batches * vpp)
+
+
+def _activations(chunks: list[list[Kept]], recompute: str, flying: int) -> int:
+    per_chunk = [sum(kept.input if recompute == "full" else kept.total for kept in chunk) for chunk in chunks]
+    return flying * -(-sum(per_chunk) // len(per_chunk))
+
+
+def _working(chunks: list[list[Kept]], recompute: str) -> int:
+    """Gradients of the largest layer's activations, taken as large as these; when it is recomputed, these as well."""
+    largest = max(kept.total for chunk in chunks for kept in chunk)
+    return largest * (2 if recompute == "full" else 1)

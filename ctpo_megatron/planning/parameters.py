@@ -1,0 +1,98 @@
+"""How many parameters a model has, and how many of them each rank of a layout holds.
+
+Ranks of one pipeline stage hold equally many, so the counts are per stage. Parameters are counted in two kinds, because their
+optimizer states are shared out differently: those of experts over the expert-data-parallel group, all others over dp * cp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.mcore.layout import stage_layers as layers_per_stage
+from ctpo_megatron.mcore.shape import HeadAttention, ModelShape
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of parameters: of routed experts, and all others."""
+
+    dense: int
+    experts: int = 0
+
+    @property
+    def total(self) -> int:
+        """Both kinds."""
+        return self.dense + self.experts
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(self.dense + other.dense, self.experts + other.experts)
+
+
+def stage_layers(shape: ModelShape, parallel: ParallelConfig) -> list[list[tuple[int, ...]]]:
+    """Layer numbers, from 0, as [pipeline stage][model chunk], placed as megatron places them.
+
+    With interleaving, chunk 0 of all stages comes first in the model, then chunk 1. The layout must pass `check_layout`.
+    """
+    counts = layers_per_stage(shape.num_layers, parallel)
+    stages: list[list[tuple[int, ...]]] = [[] for _ in counts]
+    first = 0
+    for _ in range(parallel.vpp):
+        for stage, count in zip(stages, counts, strict=True):
+            stage.append(tuple(range(first, first + count // parallel.vpp)))
+            first += count // parallel.vpp
+    return stages
+
+
+def stage_parameters(shape: ModelShape, parallel: ParallelConfig) -> list[Parameters]:
+    """What one rank of each pipeline stage holds; tensor-parallel padding of the vocabulary included."""
+    vocabulary = shape.padded_vocab_size(parallel.tp) // parallel.tp * shape.hidden_size
+    found = []
+    for stage, chunks in enumerate(stage_layers(shape, parallel)):
+        held = Parameters(0)
+        for layer in (number for chunk in chunks for number in chunk):
+            held += layer_parameters(shape, layer, parallel.tp, parallel.ep, parallel.etp)
+        is_first, is_last = stage == 0, stage == parallel.pp - 1
+        # a tied output layer is the embedding itself on one stage, and a copy of it, kept equal, on the last of several
+        matrices = is_first + (is_last and not (shape.tie_embeddings and is_first))
+        found.append(held + Parameters(vocabulary * matrices + (shape.hidden_size if is_last else 0)))
+    return found
+
+
+def layer_parameters(shape: ModelShape, layer: int, tp: int = 1, ep: int = 1, etp: int = 1) -> Parameters:
+    """What one rank holds of layer number `layer`."""
+    hidden = shape.hidden_size
+    dense = 2 * hidden + _attention(shape, tp)
+    experts = shape.experts
+    if experts is None or not experts.layers[layer]:
+        return Parameters(dense + 3 * hidden * shape.ffn_hidden_size // tp)
+    dense += experts.count * hidden + 3 * hidden * experts.shared_ffn_hidden_size // tp
+    return Parameters(dense, experts.count // ep * 3 * hidden * experts.ffn_hidden_size // etp)
+
+
+def model_parameters(shape: ModelShape) -> Parameters:
+    """The whole model."""
+    return stage_parameters(shape, ParallelConfig())[0]
+
+
+def active_parameters(shape: ModelShape) -> int:
+    """What one token passes through: everything but the experts that were not chosen. The embedding counts."""
+    whole = model_parameters(shape)
+    share = shape.experts.top_k / shape.experts.count if shape.experts else 0
+    return whole.dense + round(whole.experts * share)
+
+
+def _attention(shape: ModelShape, tp: int) -> int:
+    """Weights, biases and inner norms of one attention. What is not split over tensor parallelism counts whole."""
+    hidden, heads, attention = shape.hidden_size, shape.num_heads, shape.attention
+    if isinstance(attention, HeadAttention):
+        outputs = (heads + 2 * attention.num_kv_heads) * attention.head_dim // tp
+        norms = 2 * attention.head_dim if attention.qk_norm else 0
+        return (hidden + attention.qkv_bias) * outputs + heads * attention.head_dim // tp * hidden + norms
+    query = attention.nope_dim + attention.rope_dim
+    down, up = hidden * (attention.kv_rank + attention.rope_dim), attention.kv_rank * (attention.nope_dim + attention.value_dim)
+    norms = attention.kv_rank + (attention.q_rank or 0)
+    if attention.q_rank is not None:
+        down += hidden * attention.q_rank
+    up += (hidden if attention.q_rank is None else attention.q_rank) * query
+    return down + norms + heads // tp * (up + attention.value_dim * hidden)

@@ -1,0 +1,218 @@
+"""Which inference servers may be asked, and with which version of the weights each one answers.
+
+                    lose (restarts left)
+        +----------------------------------------------+
+        v                                              |
+    STARTING --join--> JOINING --+                     |
+                                 |                     |
+                  +--------------+--> UPDATING --serve--> SERVING
+                  |                    ^  |                 |
+                  |             update |  | suspend         | suspend
+                  |                    |  v                 |
+                  +---------------- SUSPENDED <-------------+           lose (none left): GONE, from every state
+
+Requests go to SERVING servers only. A token counts when the version that it carries was proven on its server (`serve`), and is
+not older than what the server had been given when the request began.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ctpo_megatron.errors import EngineError
+
+
+class State(enum.StrEnum):
+    """What a server may be used for."""
+
+    STARTING = "starting"  # its process is being started again
+    JOINING = "joining"  # it answers; what weights it holds is not proven
+    UPDATING = "updating"  # a publication is under way
+    SERVING = "serving"
+    SUSPENDED = "suspended"  # it failed; a publication tries it again
+    GONE = "gone"  # for good
+
+
+UP = (State.JOINING, State.UPDATING, State.SERVING, State.SUSPENDED)
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One server from its start to its end; who is started again is a new one."""
+
+    name: str
+    url: str
+    tp: int = 1
+    state: State = State.JOINING
+    version: int | None = None  # of the weights it was given last; None: not known
+    proven: set[int] = field(default_factory=set)  # versions that it has served
+    reason: str = ""  # why it does not serve
+    failures: int = 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether it does not come back."""
+        return self.state is State.GONE
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The server for one request, the version it had when the request began, and how often it had failed by then."""
+
+    member: Member
+    version: int
+    failures: int
+
+    @property
+    def broken(self) -> bool:
+        """Whether the server has failed since: nothing that it says to this request is used."""
+        return self.member.failures != self.failures
+
+
+class ServerPool:
+    """The servers of a run; belongs to one event loop.
+
+    `patience_s`: how long a request may wait for a server. `restarts`: how often each one is started again. `fixed_version`: of
+    weights that never change, as there is no trainer; then whoever joins serves at once, and whoever fails is started again.
+    """
+
+    def __init__(
+        self, *, patience_s: float, restarts: int = 0, fixed_version: int | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        self._patience_s = patience_s
+        self._restarts = restarts
+        self._fixed_version = fixed_version
+        self._say = say
+        self._members: dict[str, Member] = {}
+        self._lost: dict[str, int] = {}
+        self._rejoined = 0
+        self._changed = asyncio.Event()
+
+    def join(self, name: str, url: str, tp: int = 1) -> Member:
+        """A server called `name` answers at `url`, perhaps in place of one that was lost."""
+        member = Member(name, url, tp)
+        self._members[name] = member
+        self._rejoined += name in self._lost
+        if name in self._lost:
+            member.reason = "it was started again and does not hold the current weights yet"
+            self._say(f"{name} is back at {url}")
+        if self._fixed_version is not None:
+            self.serve([member], self._fixed_version)
+        self._notify()
+        return member
+
+    def update(self, members: Iterable[Member]) -> None:
+        """A publication to them begins: no new request goes to them."""
+        for member in members:
+            member.state = State.UPDATING
+        self._notify()
+
+    def serve(self, members: Iterable[Member], version: int) -> None:
+        """They are proven to hold `version`; requests may go to them."""
+        for member in members:
+            if member.reason:
+                self._say(f"{member.name} serves again, with version {version}")
+            member.state, member.version, member.reason = State.SERVING, version, ""
+            member.proven.add(version)
+        self._notify()
+
+    def suspend(self, member: Member, reason: str) -> None:
+        """Nothing may be sampled from it before a publication to it has succeeded; what it is doing for a request is dropped."""
+        if member.state not in UP:
+            return
+        if self._fixed_version is not None:
+            self.lose(member, reason)
+            return
+        if member.state is not State.SUSPENDED:
+            self._say(f"{member.name} is suspended: {reason}")
+        member.state, member.version, member.reason = State.SUSPENDED, None, reason
+        member.failures += 1
+        self._notify()
+
+    def lose(self, member: Member, reason: str) -> None:
+        """It has died, or failed once too often; its process shall end, and start again if it may."""
+        if member.state is State.GONE or self._members.get(member.name) is not member:
+            return
+        deaths = self._lost[member.name] = self._lost.get(member.name, 0) + 1
+        again = deaths <= self._restarts
+        member.state, member.version = State.STARTING if again else State.GONE, None
+        member.failures += 1
+        ending = f"starting it again, {deaths} of {self._restarts}" if again else f"rollout.engine.restarts = {self._restarts}"
+        member.reason = f"{reason}\n({ending})"
+        self._say(f"{member.name} is lost: {member.reason}")
+        self._notify()
+
+    def members(self, *states: State) -> list[Member]:
+        """Those in one of `states`, in the order in which their names first came."""
+        return [member for member in self._members.values() if member.state in states]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether every server is gone for good."""
+        return len(self.members(State.GONE)) == len(self._members)
+
+    def report(self) -> str:
+        """A line for every server that does not serve."""
+        return "\n".join(
+            f"{member.name} ({member.url}) is {member.state}" + (f": {member.reason}" if member.reason else "")
+            for member in self._members.values()
+            if member.state is not State.SERVING
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Servers that serve now, and how many were lost and came back since the run began."""
+        counts = {"serving": len(self.members(State.SERVING)), "lost": sum(self._lost.values()), "rejoined": self._rejoined}
+        return {f"servers/{name}": float(count) for name, count in counts.items()}
+
+    async def acquire(self, session: int) -> Lease:
+        """A serving server for a request: always the same for a session while that one serves.
+
+        Waits while none serves. Raises EngineError when none is left, or none has come within `patience_s`.
+        """
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._until(lambda: self.hopeless or bool(self.members(State.SERVING)))
+        except TimeoutError:
+            raise EngineError(
+                f"no inference server came into service within {self._patience_s:.0f} s:\n{self.report()}"
+            ) from None
+        if self.hopeless:
+            raise EngineError(f"no inference server is left:\n{self.report()}")
+        everyone, serving = list(self._members.values()), self.members(State.SERVING)
+        home = everyone[session % len(everyone)]
+        member = home if home.state is State.SERVING else serving[session // len(everyone) % len(serving)]
+        return Lease(member, member.version, member.failures)
+
+    async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
+        """Whether tokens that carry `versions` may be used. Where they may not, their server is suspended.
+
+        Tokens of a version whose publication is under way wait for its outcome.
+        """
+        member, found = lease.member, set(versions)
+        if not found <= member.proven:
+            await self._until(lambda: member.state is not State.UPDATING or lease.broken)  # every publication is bounded
+        if lease.broken:
+            return False
+        wrong = sorted(version for version in found if version not in member.proven or version < lease.version)
+        if wrong:
+            self.suspend(member, f"{member.url} answered with version {wrong[0]} of the weights; it was given {lease.version}")
+        return not wrong
+
+    async def broken(self, lease: Lease) -> None:
+        """Returns when the request need not be waited for any more."""
+        await self._until(lambda: lease.broken)
+
+    async def lost(self, member: Member) -> None:
+        """Returns when it is lost."""
+        await self._until(lambda: member.state not in UP)
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,0 +1,102 @@
+"""Turns of the senders: one after the other, in a fixed order, each told how the one before it fared.
+
+A server handles requests one at a time, and a broadcast holds it until it is over: two senders at once would wait for each other
+on two servers that saw them in different orders. So joining and sending go round the senders in the order of their ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ctpo_megatron.errors import WeightSyncError
+
+T = TypeVar("T")
+GRACE_S = 10.0  # beyond a sender's own bound, in which it finds out which server failed, and says so
+
+
+class Turns:
+    """Place `place` of `count` in the order. `store` is shared by all senders; each calls `take` equally often."""
+
+    def __init__(self, store: dist.Store | None, place: int, count: int) -> None:
+        self._store = store
+        self.place = place
+        self.count = count
+        self._round = 0
+
+    @classmethod
+    def alone(cls) -> Turns:
+        """Of a single sender."""
+        return cls(None, 0, 1)
+
+    @property
+    def last(self) -> bool:
+        """Whether nobody comes after this sender."""
+        return self.place == self.count - 1
+
+    @contextmanager
+    def take(self, deadline: float, prepare: Callable[[], T] = lambda: None) -> Iterator[T]:
+        """The body runs when those before have had their turn in this round; `deadline` counts as `time.monotonic()` does.
+
+        `prepare` runs before the wait, and its result is given to the body. Raises WeightSyncError when a sender before failed,
+        with the servers it blamed, or did not end in time. However preparation and body end, the next sender learns of it.
+        """
+        self._round += 1
+        outcome: dict[str, Any] = {"problem": None}
+        try:
+            prepared = prepare()
+            if self.place > 0:
+                self._await(self.place - 1, deadline)
+            yield prepared
+        except WeightSyncError as error:
+            outcome = {"problem": str(error), "servers": error.servers}
+            raise
+        except BaseException as error:
+            outcome = {"problem": f"{type(error).__name__}: {error}", "servers": []}
+            raise
+        finally:
+            if self._store is not None:
+                self._store.set(self._key(self.place), json.dumps(outcome))
+
+    def conclude(self, deadline: float) -> None:
+        """Wait until the last sender has had its turn in the present round. Raises WeightSyncError as `take` does."""
+        if not self.last:
+            self._await(self.count - 1, deadline)
+
+    def _await(self, place: int, deadline: float) -> None:
+        key = self._key(place)
+        left = max(0.0, deadline - time.monotonic()) + GRACE_S
+        try:
+            self._store.wait([key], timedelta(seconds=left))
+            before = json.loads(self._store.get(key))
+        except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
+            raise WeightSyncError(
+                f"sender {self.place} of {self.count} waited {left:.0f} s in vain for sender {place}: {error}"
+            ) from error
+        if before["problem"] is not None:
+            raise WeightSyncError(before["problem"], servers=before["servers"])
+
+    def _key(self, place: int) -> str:
+        return f"turn/{self._round}/{place}"
+
+
+def open_turns(senders: list[int], address: str, timeout_s: float) -> Turns | None:
+    """This rank's place among the trainer's ranks that send, in their order; None for the others. Every rank calls it.
+
+    `address`: of this node, for the others to reach.
+    """
+    rank, first, timeout = dist.get_rank(), senders[0], timedelta(seconds=timeout_s)
+    store = dist.TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False) if rank == first else None
+    where: list[tuple[str, int] | None] = [None if store is None else (address, store.port)]
+    dist.broadcast_object_list(where, src=first)
+    if rank not in senders:
+        return None
+    if store is None:
+        store = dist.TCPStore(*where[0], is_master=False, timeout=timeout, wait_for_workers=False)
+    return Turns(store, senders.index(rank), len(senders))

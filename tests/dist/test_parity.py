@@ -1,0 +1,142 @@
+"""No layout changes the numbers: two optimizer steps agree with those of one rank, on gloo with the real megatron-core.
+
+A dense model (qwen3, tied embeddings) and a mixture of experts (qwen3_moe: 4 experts, load-balancing loss with coefficient 0.01),
+4 layers each, float32, from one model directory. Compared are the losses, the gradient norms, all statistics of both steps and
+every exported parameter. The bound is 1e-5, relative where a number exceeds 1, and 2e-4 for statistics, which are sums over
+tokens; `parity.OPTIMIZER` says why the optimizer is not the usual one.
+
+At every layout: ctpo with {12 sequences packed, one sequence per micro-batch} x {1, 3 micro-batches per data-parallel rank};
+grpo with 3 micro-batches, packed, in which the experts replay a given routing; gspo with 3, one sequence each. Interleaving
+(VPP) takes multiples of its 2 stages, 2 and 4, instead of 1 and 3. One rank trains on the same packs: the load-balancing loss is
+the mean of its values for each pack, so only equal packs can be equal.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_faults import ENGINE_FAULTS
+from parity import (
+    FOUR_RANKS,
+    LAYERS,
+    TOLERANCE,
+    TWO_RANKS,
+    Alone,
+    Case,
+    Found,
+    Layout,
+    assert_same,
+    cases_of,
+    engines_of,
+    fault_case,
+    train_alone,
+    train_layouts,
+)
+from ranks import free_port, run_ranks
+from tiny import write_model
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.mcore.engine import RankInfo
+
+TIMEOUT_S = 900.0  # they take a tenth of it on two idle cores
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(TIMEOUT_S)]
+
+Results = dict[tuple[str, str], dict[Case | str, Found]]
+FAMILIES = ("qwen3", "qwen3_moe")
+ALL = [*TWO_RANKS, *FOUR_RANKS]
+# These only move layers between ranks: each rank adds up the same numbers in the same order, for every bit of every weight.
+# Tied embeddings are the exception: the first and the last stage each add up a part of their gradient.
+SAME_BITS = ("PP2", "VPP", "PP2 of 3+1 layers")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: write_model(tmp_path_factory.mktemp(family), family, layers=LAYERS) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def alone(models: dict[str, Path]) -> dict[str, Alone]:
+    cases = {family: sorted({case for layout in ALL for case in cases_of(layout, family)}) for family in FAMILIES}
+    return run_ranks(1, one_rank, models, cases, timeout_s=TIMEOUT_S)[0]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
+    return spread(2, TWO_RANKS, models, alone)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
+    return spread(4, FOUR_RANKS, models, alone)
+
+
+def spread(ranks: int, layouts: list[Layout], models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
+    samples = {family: each.samples for family, each in alone.items()}
+    ports = [free_port() for _ in engines_of(layouts)]
+    return run_ranks(ranks, several_ranks, layouts, ports, models, samples, ENGINE_FAULTS, timeout_s=TIMEOUT_S)
+
+
+def one_rank(rank: RankInfo, *args: Any) -> dict[str, Alone]:
+    return train_alone(rank, *args)
+
+
+def several_ranks(rank: RankInfo, *args: Any) -> Results:
+    return train_layouts(rank, *args)
+
+
+def assert_layout_is_one_rank(results: list[Results], layout: Layout, alone: dict[str, Alone]) -> None:
+    for family in layout.families:
+        for case in cases_of(layout, family):
+            where = f"{layout.name}, {family}, {case}"
+            ranks = [result[layout.name, family][case] for result in results]
+            assert all(rank.steps == ranks[0].steps for rank in ranks), f"{where}: ranks differ"
+            assert_same(ranks[0], alone[family].found[case], where)
+
+
+@pytest.mark.parametrize("layout", TWO_RANKS, ids=lambda layout: layout.name)
+def test_two_ranks_are_one(two_ranks: list[Results], alone: dict[str, Alone], layout: Layout) -> None:
+    assert_layout_is_one_rank(two_ranks, layout, alone)
+
+
+@pytest.mark.parametrize("layout", FOUR_RANKS, ids=lambda layout: layout.name)
+def test_four_ranks_are_one(four_ranks: list[Results], alone: dict[str, Alone], layout: Layout) -> None:
+    assert_layout_is_one_rank(four_ranks, layout, alone)
+
+
+@pytest.mark.parametrize("name", SAME_BITS)
+def test_moving_layers_between_ranks_changes_no_bit(two_ranks: list[Results], alone: dict[str, Alone], name: str) -> None:
+    (layout,) = (layout for layout in TWO_RANKS if layout.name == name)
+    for case in cases_of(layout, "qwen3_moe"):
+        found = two_ranks[0][name, "qwen3_moe"][case].weights
+        for key, value in alone["qwen3_moe"].found[case].weights.items():
+            np.testing.assert_array_equal(found[key], value, err_msg=f"{case}, {key}")
+
+
+@pytest.mark.parametrize("fault", ENGINE_FAULTS)
+def test_a_planted_fault_is_found(two_ranks: list[Results], alone: dict[str, Alone], fault: str) -> None:
+    name, family, _ = ENGINE_FAULTS[fault]
+    (layout,) = (layout for layout in TWO_RANKS if layout.name == name)
+    case, found = fault_case(layout, family), two_ranks[0][name, family]
+    expected = alone[family].found[case]
+    assert_same(found[case], expected, "without the fault")
+    with pytest.raises(AssertionError, match=fault):
+        assert_same(found[fault], expected, fault)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_steps_are_worth_comparing(alone: dict[str, Alone], family: str) -> None:
+    """Each objective moves every weight by far more than the bound, and many sequences also in the second step."""
+    for case, found in alone[family].found.items():
+        gradients = [step["grad_norm"] for step in found.steps]
+        assert gradients[0] > 1.0, case
+        assert gradients[1] > 0.1 or case.packs == 1, f"{case}: every token is clipped"
+        moved = {name: np.abs(found.weights[name] - value).max() for name, value in alone[family].before.items()}
+        assert min(moved.values()) > 10 * TOLERANCE, (case, min(moved, key=moved.get))
+
+
+def test_every_axis_takes_part() -> None:
+    met = {name for layout in ALL for name in layout.sizes}
+    assert met >= set(ParallelConfig.model_fields) - {"last_stage_layers"}, "test_layout.py has the split from the other end"

@@ -1,0 +1,54 @@
+"""Model families other than Qwen's on a real SGLang server on a CPU: log-probs from disk, and after new weights by broadcast.
+
+Llama and Qwen2 are served too, which is not repeated on every run; DeepSeek-V3 is not (docs/models.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+from engines import load_reference, start_server
+from families import MODELS
+from test_sglang import check_against, perturbed, publishing, sample
+from tiny import write_model
+
+from ctpo_megatron.data.toy_model import make_toy_model
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "glm4_moe"])
+def test_log_probs(name: str, tmp_path: Path) -> None:
+    """Those of transformers, and those of other weights once these were published."""
+    directory = servable(tmp_path, name)
+    running = start_server(directory, tmp_path / "server.log")
+
+    async def scenario() -> None:
+        old, new = load_reference(directory), perturbed(directory, seed=2)
+        async with publishing(running, new) as (client, publisher):
+            check_against(old, await sample(client, 0.7), 0.7)
+            await publisher.publish(1)
+            check_against(new, await sample(client, 0.7), 0.7)
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        running.server.stop()
+
+
+def servable(root: Path, name: str) -> Path:
+    """A tiny model of the family with the toy tokenizer and its vocabulary."""
+    tokenizer, directory = make_toy_model(root / "tokenizer", seed=1), root / name
+    options = dict(MODELS[name])
+    if "moe_intermediate_size" in options:
+        options["moe_intermediate_size"] = 64  # as `weights.engine_layout` wants it on CPUs
+    words = {"vocab_size": 264, "eos_token_id": 257, "bos_token_id": None, "pad_token_id": 256, "max_position_embeddings": 4096}
+    write_model(directory, name, options=options | words)
+    for file in TOKENIZER:
+        shutil.copyfile(tokenizer / file, directory / file)
+    return directory

@@ -1,0 +1,184 @@
+"""Weights on their way from Megatron ranks to real SGLang servers: what arrives, what a delta sends, and servers that fail."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from engines import HOST, RunningServer, start_server
+from ranks import free_port, run_ranks
+from safetensors.torch import load_file, save_file
+from tiny import write_model
+from weight_ranks import Site, publish_everything
+
+from ctpo_megatron.cluster.server import new_api_key
+from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport
+from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.weights.broadcast import BroadcastSender
+from ctpo_megatron.weights.colocated import ColocatedSender
+from ctpo_megatron.weights.transport import Sent, Server
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+LAYOUTS = [{"tp": 2, "dp": 2}, {"pp": 2, "dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "ep": 2}]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("moe"), "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunningServer]]:
+    """A server on two ranks and one on a single rank; they start together."""
+    logs, key = tmp_path_factory.mktemp("servers"), new_api_key()
+    servers = [start_server(model, logs / f"{tp}.log", tp=tp, wait=False, key=key) for tp in (2, 1)]
+    try:
+        for each in servers:
+            each.server.wait_healthy(300)
+        yield servers
+    finally:
+        for each in servers:
+            each.server.stop()
+
+
+@pytest.fixture
+def site(running: list[RunningServer]) -> Site:
+    return Site([Server(each.url, each.tp) for each in running], running[0].api_key)
+
+
+def other_weights(model: Path, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weights = load_file(model / "model.safetensors")
+    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
+
+
+def write_weights(directory: Path, weights: dict[str, torch.Tensor]) -> Path:
+    directory.mkdir(exist_ok=True)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def buckets(weights: dict[str, torch.Tensor], size: int = 12) -> list[list[tuple[str, torch.Tensor]]]:
+    named = list(weights.items())
+    return [named[at : at + size] for at in range(0, len(named), size)]
+
+
+def test_every_transport_from_every_layout(model: Path, site: Site, tmp_path: Path) -> None:
+    """After each publication the servers hold, bit for bit, and say what servers freshly loaded from the export hold and say."""
+    base = write_weights(tmp_path / "base", other_weights(model, 1))
+    ports = [free_port() for _ in LAYOUTS]
+    ranks = run_ranks(4, publish_everything, model, base, site, LAYOUTS, tmp_path, ports, timeout_s=500)
+    count = len(load_file(model / "model.safetensors"))
+    for number, layout in enumerate(LAYOUTS):
+        full, nudged = ranks[0][number]["fresh"]
+        assert full != nudged
+        for kind in ("broadcast", "colocated", "disk"):
+            where = f"{kind} from {layout}"
+            found = [rank[number][kind] for rank in ranks]
+            assert found[0]["before"] not in (full, nudged), where
+            assert found[0]["held"][0] == full, where
+            assert found[0]["held"][1] == nudged, where
+            whole, delta = (functools.reduce(Sent.merge, (each["sent"][version] for each in found)) for version in (0, 1))
+            assert (whole.tensors, delta.tensors) == (count, 3), where
+            senders = sum(each["sent"][0].tensors > 0 for each in found)
+            assert senders == layout.get("pp", 1) * layout.get("ep", 1), where
+        versions = tmp_path / str(number) / "versions"
+        assert sorted(path.name for path in versions.iterdir()) == ["v000001", "v000002"]
+
+
+@contextmanager
+def silent_listener() -> Iterator[str]:
+    """Accepts connections and never answers, as a process that hangs."""
+    with socket.create_server((HOST, 0)) as listener:
+        yield f"http://{HOST}:{listener.getsockname()[1]}"
+
+
+def broadcaster(timeout_s: float) -> BroadcastSender:
+    return BroadcastSender(BroadcastTransport(timeout_s=timeout_s), device=CPU, address=HOST)
+
+
+def check_publication(sender: BroadcastSender, site: Site, weights: dict[str, torch.Tensor], directory: Path) -> None:
+    """It sends, and the servers hold what they would have loaded."""
+    site.all("/begin_weight_update")
+    sender.send(buckets(weights), 1)
+    site.all("/end_weight_update")
+    held = site.state()
+    assert held == site.load(write_weights(directory, weights))
+
+
+def test_servers_that_are_silent_hang_or_die(
+    model: Path, running: list[RunningServer], site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is named within the bound, and the others are connected anew and served. The second server does not survive this."""
+    monkeypatch.setattr("ctpo_megatron.weights.broadcast.PROBE_TIMEOUT_S", 3.0)
+    survivor, victim = site.servers
+    sender = broadcaster(60)
+    with silent_listener() as url:
+        with pytest.raises(WeightSyncError, match=url) as raised:
+            sender.connect([survivor, Server(url), victim], site.key)
+        assert raised.value.servers == (url,)
+
+    sender.connect(site.servers, site.key)
+    check_publication(sender, site, other_weights(model, 2), tmp_path / "2")
+
+    # its processes stop in the middle of the stream: only it is named, and the other is free again
+    sender = reconnected(sender, 8, site)
+    site.all("/begin_weight_update")
+    with stopped(running[1]):
+        begin = time.monotonic()
+        with pytest.raises(WeightSyncError, match=r"weights\.timeout_s=8 s|in time") as raised:
+            sender.send(buckets(other_weights(model, 3)), 2)
+        assert raised.value.servers == (victim.url,), raised.value
+        assert time.monotonic() - begin < 25
+    sender = reconnected(sender, 60, site)
+    site.all("/end_weight_update")
+    check_publication(sender, site, other_weights(model, 4), tmp_path / "4")
+
+    # it is killed while a bucket is under way to it
+    site.all("/begin_weight_update")
+    with stopped(running[1]):
+        threading.Timer(1.0, os.killpg, (running[1].server.pid, signal.SIGKILL)).start()
+        with pytest.raises(WeightSyncError, match=victim.url) as raised:
+            sender.send(buckets(other_weights(model, 5)), 3)
+        assert raised.value.servers == (victim.url,), raised.value
+    alone = Site([survivor], site.key)
+    sender = reconnected(sender, 60, alone)
+    alone.all("/end_weight_update")
+    check_publication(sender, alone, other_weights(model, 6), tmp_path / "6")
+    sender.close()
+
+
+def test_colocated_refuses_servers_elsewhere() -> None:
+    sender = ColocatedSender(ColocatedTransport(), device=CPU, address="10.0.0.1")
+    with pytest.raises(WeightSyncError, match=r"http://10\.0\.0\.2:30000 is not on") as raised:
+        sender.connect([Server("http://10.0.0.1:30000"), Server("http://10.0.0.2:30000")], "key")
+    assert raised.value.servers == ("http://10.0.0.2:30000",)
+
+
+def reconnected(sender: BroadcastSender, timeout_s: float, site: Site) -> BroadcastSender:
+    sender.close()
+    again = broadcaster(timeout_s)
+    again.connect(site.servers, site.key)
+    return again
+
+
+@contextmanager
+def stopped(server: RunningServer) -> Iterator[None]:
+    """All its processes stand still, as if the host had."""
+    os.killpg(server.server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if server.server.alive():
+            os.killpg(server.server.pid, signal.SIGCONT)

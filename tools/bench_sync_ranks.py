@@ -1,0 +1,299 @@
+"""What the processes of tools/bench_sync.py do: two ranks of a trainer that publish, and one that only receives bare broadcasts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ctpo_megatron.cluster.processes import group_members
+from ctpo_megatron.config.cluster import BroadcastTransport, DiskTransport, Transport
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.hf.load import unwrap
+from ctpo_megatron.rollout.control import ServerControl
+from ctpo_megatron.rollout.pool import ServerPool
+from ctpo_megatron.rollout.requests import Requests
+from ctpo_megatron.weights.canary import TOLERANCE, canary_batch
+from ctpo_megatron.weights.engine_layout import EngineLayout
+from ctpo_megatron.weights.expected import Expected
+from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.senders import make_sender
+from ctpo_megatron.weights.transport import Sent, Server, WeightSender
+from ctpo_megatron.weights.turns import Turns
+
+HOST = "127.0.0.1"
+TP = 2  # of the trainer
+RANKS = TP + 1
+TIMEOUT_S = 300.0
+
+Row = dict[str, Any]
+PHASES = ("total", "paused", "pause", "connect", "transfer", "gather", "digest", "send", "write", "attest", "canary")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all ranks are given."""
+
+    model: str
+    dtype: str
+    bucket_mb: int
+    repeats: int
+    changed: int  # tensors that a delta brings
+    url: str
+    key: str
+    server: int  # process group
+    directory: str  # for files
+    bare_port: int
+
+
+@dataclass
+class Trainer:
+    """`publisher.WeightSource` over the ranks of this bench. Rank 0 is the driver too, the others `follow` it."""
+
+    engine: MegatronEngine
+    task: Task
+    sender: WeightSender | None = None
+    sent: Sent | None = None  # by this rank, at last
+    memory: int = 0  # bytes by which this rank grew at most while it sent
+    cpu_s: list[float] = field(default_factory=list)  # by rank, of the last `send`
+
+    async def connect(self, servers: list[Server], api_key: str) -> None:
+        """Only rank 0 sends."""
+        await asyncio.to_thread(self.sender.connect, servers, api_key)
+
+    async def publish(self, version: int) -> Sent:
+        return await asyncio.to_thread(self.everywhere, "send", version)
+
+    async def canary_logp(self, token_ids: list[int]) -> list[float]:
+        return await asyncio.to_thread(self.everywhere, "logp", token_ids)
+
+    def everywhere(self, what: str, argument: Any) -> Any:
+        """Let all ranks do it. Returns what it gave on rank 0."""
+        dist.broadcast_object_list([what, argument], src=0)
+        return getattr(self, what)(argument)
+
+    def follow(self) -> None:
+        """Do what rank 0 does, until it stops."""
+        while True:
+            order: list[Any] = [None, None]
+            dist.broadcast_object_list(order, src=0)
+            if order[0] == "stop":
+                return
+            getattr(self, order[0])(order[1])
+
+    def send(self, version: int) -> Sent:
+        buckets, begin = self.engine.stream(self.task.bucket_mb * 2**20), time.process_time()
+        with extra_memory() as found:
+            if self.sender is not None:
+                self.sent = self.sender.send(buckets, version)
+            else:
+                self.sent = Sent(version, tensors=sum(map(len, buckets)))
+        self.memory, self.cpu_s = found[0], [0.0] * TP
+        dist.all_gather_object(self.cpu_s, time.process_time() - begin)
+        return self.sent
+
+    def logp(self, token_ids: list[int]) -> list[float]:
+        (logp,) = self.engine.logp(self.engine.place([canary_batch(token_ids, multiple=2 * TP)]), temperature=1.0)
+        return logp[: len(token_ids) - 1].tolist()
+
+    @torch.no_grad()
+    def change(self, count: int) -> None:
+        """Turn the signs of `count` tensors: output projections and down-projections in turn, of layers here and there."""
+        layers = unwrap(self.engine.models[0]).decoder.layers
+        for number in range(count):
+            layer = layers[number * len(layers) // count]
+            (layer.mlp.linear_fc2 if number % 2 else layer.self_attention.linear_proj).weight.neg_()
+
+
+@contextmanager
+def extra_memory() -> Iterator[list[int]]:
+    """Bytes by which this process's resident memory rose at most during the body; filled in at its end."""
+    found = [0]
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is from now on
+    rest = _status("VmRSS")
+    yield found
+    found[0] = max(0, _status("VmHWM") - rest)
+
+
+def _status(name: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def cpu_of(group: int) -> float:
+    """CPU seconds of a process group so far."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in group_members(group)]
+    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+
+
+class TimedControl(ServerControl):
+    """Notes when each call began and ended, and what the server's processes computed in between."""
+
+    def __init__(self, requests: Requests, server: int) -> None:
+        super().__init__(requests)
+        self.begins: dict[str, float] = {}
+        self.ends: dict[str, float] = {}
+        self.cpu_s: dict[str, float] = {}
+        self.cpu_at: dict[str, float] = {}
+        self._server = server
+
+    async def _note(self, name: str, call: Awaitable[Any]) -> Any:
+        self.begins[name], cpu = time.monotonic(), cpu_of(self._server)
+        result = await call
+        self.ends[name], self.cpu_at[name] = time.monotonic(), cpu_of(self._server)
+        self.cpu_s[name] = self.cpu_at[name] - cpu
+        return result
+
+    def seconds(self, first: str, last: str = "") -> float:
+        """From the beginning of one call to the end of another, or of itself."""
+        return self.ends.get(last or first, 0.0) - self.begins.get(first, 0.0)
+
+    async def pause(self, url: str, **bound: Any) -> None:
+        await self._note("pause", super().pause(url, **bound))
+
+    async def resume(self, url: str, **bound: Any) -> None:
+        await self._note("resume", super().resume(url, **bound))
+
+    async def open_update(self, url: str, **bound: Any) -> None:
+        await self._note("open", super().open_update(url, **bound))
+
+    async def close_update(self, url: str, **bound: Any) -> None:
+        await self._note("close", super().close_update(url, **bound))
+
+    async def set_version(self, url: str, version: int, **bound: Any) -> None:
+        await self._note("version", super().set_version(url, version, **bound))
+
+    async def checksums(self, url: str, **bound: Any) -> Any:
+        return await self._note("checksums", super().checksums(url, **bound))
+
+
+class Driver:
+    """Publishes by one transport after the other, to one server, and writes down what each publication took."""
+
+    def __init__(self, trainer: Trainer, task: Task, control: TimedControl) -> None:
+        self._trainer, self._task, self._control = trainer, task, control
+        shape = trainer.engine.shape
+        self._layout = EngineLayout(shape, 1, cpu=True)
+        self._proof = Proof(self._layout, shape.vocab_size, TOLERANCE[task.dtype])
+        self._version = 0
+
+    def _transport(self, kind: str, delta: bool) -> Transport:
+        common = {"bucket_mb": self._task.bucket_mb, "delta": delta, "timeout_s": TIMEOUT_S}
+        if kind == "broadcast":
+            return BroadcastTransport(**common)
+        return DiskTransport(directory=self._task.directory, keep=1, **common)
+
+    async def full_and_delta(self, kind: str) -> list[Row]:
+        """A full publication; then one from a transport that sends deltas: full, as its first is, and a delta."""
+        plain, first, delta = "full", "full, to be followed by deltas", "delta"
+        rows = []
+        for deltas, names in ((False, [plain]), (True, [first, delta])):
+            self._trainer.sender = make_sender(
+                self._transport(kind, deltas), torch.device("cpu"), HOST, Turns.alone(), lambda: Expected(self._layout)
+            )
+            pool = ServerPool(patience_s=TIMEOUT_S)
+            pool.join("server", self._task.url)
+            publisher = Publisher(
+                *(pool, self._control, self._trainer, self._proof),
+                api_key=self._task.key,
+                timeout_s=TIMEOUT_S,
+                session=kind != "disk",
+            )
+            for name in names:
+                self._trainer.everywhere("change", self._task.changed)
+                rows.append({"way": kind, "what": name, **await self._publish(publisher)})
+            self._trainer.sender.close()
+        return rows
+
+    async def _publish(self, publisher: Publisher) -> Row:
+        """Seconds by phase. Raises WeightSyncError when the server does not hold, or does not compute, what was sent."""
+        self._version += 1
+        cpu = cpu_of(self._task.server)
+        found = {name.removeprefix("publish/"): value for name, value in (await publisher.publish(self._version)).items()}
+        control, trainer = self._control, self._trainer
+        sent = trainer.sent
+        session = "write" not in sent.seconds
+        closed = control.seconds("close") if session else 0.0
+        return {
+            "bytes": sent.bytes,
+            "tensors": sent.tensors,
+            **{name: found.get(name, sent.seconds.get(name, 0.0)) for name in PHASES},
+            # from the first word about new weights to the last; files need no session
+            "update": control.seconds("open", "close") if session else found["transfer"],
+            "version": control.seconds("version"),
+            "attestation": found["digest"] + found["attest"] - closed - control.seconds("version"),
+            "checksums": control.seconds("checksums"),
+            "checksums, server cpu": control.cpu_s["checksums"],
+            "trainer cpu": sum(trainer.cpu_s),
+            "update, server cpu": control.cpu_at["close"] - control.cpu_at["open"] if session else 0.0,
+            "server cpu": cpu_of(self._task.server) - cpu,
+            "memory": trainer.memory,
+        }
+
+
+class BareBroadcast:
+    """Broadcasts of plain buffers from one process to another: what gloo can do here. Buffers are made once and used again."""
+
+    def __init__(self, task: Task, rank: int, sizes: list[int]) -> None:
+        bound = timedelta(seconds=TIMEOUT_S)
+        self._store = dist.TCPStore(HOST, task.bare_port, 2, is_master=rank == 0, timeout=bound)
+        self._group = dist.ProcessGroupGloo(self._store, rank, 2, bound)
+        room = torch.zeros(max(sizes), dtype=torch.uint8)
+        self._buffers = [room[:size] for size in sizes]
+
+    def run(self) -> float:
+        """Seconds from one barrier to the next."""
+        self._group.barrier().wait()
+        begin, cpu = time.monotonic(), time.process_time()
+        for buffer in self._buffers:
+            self._group.broadcast(buffer, 0).wait()
+        self._group.barrier().wait()
+        self.cpu_s = time.process_time() - cpu
+        return time.monotonic() - begin
+
+
+def measure(info: RankInfo, task: Task, sizes: list[int]) -> list[Row]:
+    """Ranks 0 and 1 are the trainer, rank 2 receives bare broadcasts. Rank 0 returns a row for each publication."""
+    if info.rank == TP:
+        bare = BareBroadcast(task, 1, sizes)
+        for _ in range(task.repeats + 1):
+            bare.run()
+        return []
+    rank = replace(info, world_size=TP)
+    engine = MegatronEngine(task.model, ParallelConfig(tp=TP), None, rank, device="cpu", dtype=task.dtype, seed=1)
+    trainer = Trainer(engine, task)
+    rows: list[Row] = []
+    if info.rank == 0:
+        try:
+            rows = asyncio.run(drive(trainer, task, sizes))
+        finally:
+            dist.broadcast_object_list(["stop", None], src=0)
+    else:
+        trainer.follow()
+    engine.close()
+    return rows
+
+
+async def drive(trainer: Trainer, task: Task, sizes: list[int]) -> list[Row]:
+    """Every way in turn, `repeats` times after one round that only warms up."""
+    bare = BareBroadcast(task, 0, sizes)
+    rows: list[Row] = []
+    async with Requests(task.key, TIMEOUT_S) as requests:
+        driver = Driver(trainer, task, TimedControl(requests, task.server))
+        for repeat in range(task.repeats + 1):
+            found = [{"way": "bare", "what": "full", "bytes": sum(sizes), "transfer": await asyncio.to_thread(bare.run)}]
+            found[0]["trainer cpu"] = bare.cpu_s
+            for kind in ("broadcast", "disk"):
+                found += await driver.full_and_delta(kind)
+            rows += [{"repeat": repeat, "load": os.getloadavg()[0], **row} for row in found if repeat]
+    return rows
