@@ -58,11 +58,12 @@ class RunningServer:
         shape = read_hf_config(self.model)
         return Proof(EngineLayout(shape, self.tp, cpu=True), shape.vocab_size, TOLERANCE["float32"])
 
-    def sender(self) -> BroadcastSender:
-        """Connected; the caller closes it."""
+    def sender(self, *, digests: bool = True) -> BroadcastSender:
+        """Connected; the caller closes it. Without `digests` it sends whatever it is given."""
         layout = self.proof().layout
         config, device = BroadcastTransport(timeout_s=TIMEOUT_S), torch.device("cpu")
-        sender = BroadcastSender(config, device=device, address=HOST, new_expected=lambda: Expected(layout))
+        new_expected = (lambda: Expected(layout)) if digests else None
+        sender = BroadcastSender(config, device=device, address=HOST, new_expected=new_expected)
         sender.connect([Server(self.url, self.tp)], self.api_key)
         return sender
 
