@@ -32,6 +32,7 @@ CASES = [
     ("qwen3", "float32", {"tp": 2}, [{"tp": 2}, {"pp": 2}]),
     ("qwen3", "float32", {"pp": 2}, [{"pp": 2}, {"dp": 2}]),  # tied embeddings: the last stage holds a copy
     ("qwen3_moe", "float32", {"dp": 2, "ep": 2}, [{"dp": 2, "ep": 2}, {"dp": 2}]),
+    ("qwen3", "float32", {"pp": 2, "vpp": 2}, [{"pp": 2, "vpp": 2}, {"pp": 2}, {"tp": 2}]),  # two chunks of the model per rank
     ("qwen3", "bfloat16", {"dp": 2}, [{"dp": 2}]),  # the optimizer keeps the weights in float32
     ("qwen3_moe", "bfloat16", {"tp": 2, "ep": 2}, [{"tp": 2, "ep": 2}]),
 ]
@@ -40,7 +41,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     families = ("qwen3", "qwen2", "qwen3_moe")
-    return {family: write_model(tmp_path_factory.mktemp(family), family) for family in families}
+    return {family: write_model(tmp_path_factory.mktemp(family), family, layers=4) for family in families}
 
 
 def test_resumed_run_equals_uninterrupted_run(models: dict[str, Path], tmp_path: Path) -> None:
