@@ -1,4 +1,4 @@
-"""What the processes of tools/bench_sync.py do: two ranks of a trainer that publish, and one that only receives bare broadcasts."""
+"""What the processes of tools/bench_sync.py do: two ranks of a trainer that publish, and one that receives bare broadcasts."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ class Driver:
 
     async def full_and_delta(self, kind: str) -> list[Row]:
         """A full publication; then one from a transport that sends deltas: full, as its first is, and a delta."""
-        plain, first, delta = "full", "full, to be followed by deltas", "delta"
+        plain, first, delta = "full", "full, before deltas", "delta"
         rows = []
         for deltas, names in ((False, [plain]), (True, [first, delta])):
             self._trainer.sender = make_sender(

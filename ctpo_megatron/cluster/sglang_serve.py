@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager, run_detokenizer_process, run_scheduler_process
@@ -9,7 +10,7 @@ from sglang.srt.entrypoints.http_server import _setup_and_run_http_server
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
-from ctpo_megatron.cluster import sglang_attention, sglang_routed
+from ctpo_megatron.cluster import sglang_attention, sglang_paused, sglang_routed
 
 
 class LeanEngine(Engine):
@@ -28,6 +29,7 @@ class ForkingEngine(LeanEngine):
 
     @classmethod
     def _launch_scheduler_processes(cls, *args, **kwargs):
+        gc.freeze()  # modules are no garbage: SGLang collects at each flush of its cache, for half a second without this
         method = multiprocessing.get_start_method()
         multiprocessing.set_start_method("fork", force=True)
         try:
@@ -39,6 +41,7 @@ class ForkingEngine(LeanEngine):
 def serve(argv: list[str], api_key: str) -> None:
     """Blocks until the server is told to stop. `argv` as for `sglang.launch_server`."""
     sglang_routed.register()
+    sglang_paused.register()
     load_plugins()
     sglang_attention.register()
     server_args = prepare_server_args(argv)

@@ -41,6 +41,7 @@ class TrainerActor:
     def build(self, master: tuple[str, int], threads: int, total_steps: int) -> Seat:
         """Join the process group, build and load the model. Returns where this rank sits."""
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
         import torch
 
         torch.set_num_threads(threads)

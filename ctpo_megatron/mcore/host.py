@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -36,7 +35,6 @@ def prepare_host(device: str = "auto", local_rank: int = 0) -> torch.device:
         raise ConfigError(f"cluster.device is {device!r}; allowed are auto, cpu, cuda.")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         _bridge_cpu()
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages; torch reads it when it first makes a large tensor
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(

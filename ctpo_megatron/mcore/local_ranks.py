@@ -84,6 +84,7 @@ def _is_told(error: BaseException) -> bool:
 
 def _rank(answer: Connection, threads: int, info: RankInfo, function: Callable[..., Any], args: tuple) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
     import torch
 
     torch.set_num_threads(threads)

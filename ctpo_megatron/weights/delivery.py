@@ -2,14 +2,16 @@
 
     gather 0 | wait for the turn | start 0 | gather 1 | finish 0 | start 1 | gather 2 | finish 1 | ...
 
-So a sender holds two buckets at most. Whatever goes wrong, the stream is read to its end: other ranks give their pieces to it and
-would wait for each other's collectives otherwise.
+So a sender holds two buckets at most. A bucket's digests are found in a thread beside, until the next one is gathered; only where
+deltas are sent they come first, as they tell what has changed. Whatever goes wrong, the stream is read to its end: other ranks
+give their pieces to it and would wait for each other's collectives otherwise.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -42,6 +44,8 @@ class Intake:
     changes: Changes
     expected: Expected | None
     sent: Sent
+    beside: Executor  # of one thread
+    digesting: Future[object] | None = None  # the last bucket's digests
 
     def next(self) -> Bucket | None:
         """The next bucket with anything to send; None at the end."""
@@ -53,15 +57,32 @@ class Intake:
             if not bucket:  # pieces given away
                 continue
             with self.timed("digest"):
-                known = None if self.expected is None else self.expected.add(bucket)
-                bucket = self.changes.pick(bucket, known)
+                bucket = self._digest(bucket)
             if bucket:
                 self.sent.tensors += len(bucket)
                 self.sent.bytes += sum(tensor.nbytes for _, tensor in bucket)
                 return bucket
 
+    def _digest(self, bucket: Bucket) -> Bucket:
+        """Have its digests found, and say what of it to send."""
+        self._settle()
+        if self.expected is None:
+            return self.changes.pick(bucket)
+        if self.changes.enabled:
+            return self.changes.pick(bucket, self.expected.add(bucket))
+        self.digesting = self.beside.submit(self.expected.add, bucket)
+        return bucket
+
+    def _settle(self) -> None:
+        """Wait for the digests that are under way, and let their bucket go."""
+        digesting, self.digesting = self.digesting, None
+        if digesting is not None:
+            digesting.result()
+
     def finish(self) -> Sent:
         """All has arrived."""
+        with self.timed("digest"):
+            self._settle()
         self.changes.commit()
         if self.expected is not None:
             self.sent.digests = self.expected.digests()
@@ -83,12 +104,14 @@ def intake(
 ) -> Iterator[Intake]:
     """An account of one publication. When the body fails, the stream is read to its end, and the next publication is full."""
     stream = iter(buckets)
+    beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
     try:
-        yield Intake(stream, changes, new_expected() if new_expected else None, Sent(version))
+        yield Intake(stream, changes, new_expected() if new_expected else None, Sent(version), beside)
     except BaseException:
         changes.forget()
         raise
     finally:
+        beside.shutdown(wait=False)
         for _ in stream:
             pass
 
