@@ -81,12 +81,14 @@ class Publisher:
         self._session = session
         self._version = 0
         self._connected: list[Member] = []
+        self._history: list[Sent] = []  # of the two newest versions
 
     async def publish(self, version: int) -> dict[str, float]:
         """Bring all servers that are up to `version`. Generations in flight go on under it from their next token.
 
-        Returns seconds by phase and the number of servers. Servers that fail twice are lost; those that are being started are
-        left to `heal`. Raises WeightSyncError when no server is left.
+        Returns seconds by phase, the number of servers, and `publish/changed`, the share of their tensors that differ from the
+        version before: 0 after a step that moved the weights means that old ones were sent, as both ends agree. Servers that
+        fail twice are lost; those that are being started are left to `heal`. Raises WeightSyncError when no server is left.
         """
         self._version = version
         timer = PhaseTimer()
@@ -94,7 +96,15 @@ class Publisher:
             await self._bring_up(self._pool.members(*UP), timer)
         if self._pool.hopeless:
             raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._pool.report()}")
-        return {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()} | self._pool.metrics()
+        seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
+        return seconds | self._changed() | self._pool.metrics()
+
+    def _changed(self) -> dict[str, float]:
+        """Nothing where only one version has been sent."""
+        if len(self._history) < 2:
+            return {}
+        before, now = ([value for rank in sent.digests for _, value in sorted(rank.items())] for sent in self._history)
+        return {"publish/changed": sum(old != new for old, new in zip(before, now, strict=True)) / max(len(now), 1)}
 
     async def heal(self) -> None:
         """Bring servers that are up but do not serve to the current version. The trainer must still hold that version."""
@@ -170,6 +180,7 @@ class Publisher:
         except WeightSyncError as error:
             attempt.blame(error)
             return None
+        self._history = [*[old for old in self._history if old.version != sent.version][-1:], sent]
         for phase in PHASES:
             timer.seconds[phase] = timer.seconds.get(phase, 0.0) + sent.seconds.get(phase, 0.0)
         return sent

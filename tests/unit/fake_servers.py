@@ -135,6 +135,7 @@ class FakeTrainer:
         self.connections: list[list[str]] = []
         self.published: list[int] = []
         self.logprob = -1.0
+        self.stuck: int | None = None  # a version whose weights it goes on sending
         self.faults: list[Callable[[FakeServer, dict[str, int]], dict[str, int]] | None] = []  # one per publication
 
     async def connect(self, servers: list[Server], _api_key: str) -> None:
@@ -143,7 +144,8 @@ class FakeTrainer:
     async def publish(self, version: int) -> Sent:
         self.published.append(version)
         fault = self.faults.pop(0) if self.faults else None
-        weights = {name: 1000 * version + number for number, name in enumerate(self.names)}
+        held = version if self.stuck is None else self.stuck
+        weights = {name: 1000 * held + number for number, name in enumerate(self.names)}
         for fake in self.fakes:
             if fake.url in self.connections[-1]:
                 fake.digests = dict(weights) if fault is None else fault(fake, dict(weights))

@@ -101,9 +101,13 @@ def test_a_publication(proof: Proof) -> None:
                 f"servers/{name}" for name in ("serving", "lost", "rejoined")
             }
             assert (metrics["publish/send"], metrics["servers/serving"]) == (0.2, 2)
-            assert "publish/connect" not in await s.publisher.publish(2)
+            again = await s.publisher.publish(2)
+            assert "publish/connect" not in again
+            assert again["publish/changed"] == 1
+            s.trainer.stuck = 2
+            assert (await s.publisher.publish(3))["publish/changed"] == 0
             await s.publisher.heal()
-            assert s.trainer.published == [1, 2]
+            assert s.trainer.published == [1, 2, 3]
             assert s.trainer.connections == [s.urls(0, 1)]
 
     run(scenario)
