@@ -23,7 +23,7 @@ class EngineActor:
     def __init__(self, config: RunConfig, seed: int, log_path: str, api_key: str) -> None:
         redirect_output(Path(log_path))
         device, engine = config.cluster.device, config.rollout.engine
-        dtype = ("bfloat16" if device == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
+        dtype = config.model.dtype_on(device)
         host = node_address(config)
         port = free_port(host)
         self._timeout_s = engine.start_timeout_s

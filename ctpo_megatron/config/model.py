@@ -17,6 +17,12 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of training and generation. auto: bfloat16 on GPUs, float32 on a CPU."""
 
+    def dtype_on(self, device: str) -> str:
+        """`dtype` on a cpu or cuda device: never auto."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if device == "cuda" else "float32"
+
 
 class ParallelConfig(Section):
     """Sizes of the trainer's parallel axes. World size = tp * pp * cp * dp."""

@@ -28,6 +28,6 @@ def make_publisher(runtime: Runtime, client: EngineClient) -> Publisher:
 def make_proof(config: RunConfig) -> Proof:
     """What the servers have to show. `cluster.device` is resolved. Raises ConfigError where they cannot hold the model."""
     shape, device = read_hf_config(config.model.path), config.cluster.device
-    dtype = ("bfloat16" if device == "cuda" else "float32") if config.model.dtype == "auto" else config.model.dtype
+    dtype = config.model.dtype_on(device)
     layout = EngineLayout(shape, config.rollout.engine.tp, cpu=device == "cpu")
     return Proof(layout, shape.vocab_size, config.attest.canary_tolerance or TOLERANCE[dtype])

@@ -108,26 +108,9 @@ class MegatronEngine:
         self._stepper = step.Stepper(self.models, routers, self.shape.vocab_size, self.device, portable)
 
     @property
-    def dp_rank(self) -> int:
-        """Which of `TrainBatch.micro_batches` is this rank's."""
-        from megatron.core import parallel_state
-
-        return parallel_state.get_data_parallel_rank()
-
-    @property
     def seat(self) -> Seat:
         """This rank's place among the others."""
         return self._stepper.seat
-
-    @property
-    def dp_size(self) -> int:
-        """Number of data-parallel replicas."""
-        return self.parallel.dp
-
-    @property
-    def cp_rank(self) -> int:
-        """This rank's place among those that share a pack."""
-        return self._stepper.cp_group.rank()
 
     def senders(self) -> list[int]:
         """Ranks that `stream` gives weights to, in the order in which their tensors come."""

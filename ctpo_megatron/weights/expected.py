@@ -34,10 +34,6 @@ class Expected:
             self._parts[name] = self._digests_of(name, tensor)
         return self._parts
 
-    def changed(self, name: str, tensor: Tensor) -> bool:
-        """Whether `tensor` differs from what was added under its name, or nothing was."""
-        return self._parts.get(name) != self._digests_of(name, tensor)
-
     def digests(self) -> list[dict[str, int]]:
         """Per rank of an engine, of each of its tensors of which a part has come: what the parts add up to."""
         ranks: list[dict[str, int]] = [{} for _ in range(self._layout.tp)]

@@ -61,7 +61,7 @@ def padding_counted(engine: MegatronEngine) -> AbstractContextManager[Any]:
 
 def data_parallel_share_doubled(engine: MegatronEngine) -> AbstractContextManager[Any]:
     """The number of replicas is counted twice when megatron's mean is turned into a sum."""
-    return patch.object(engine._stepper, "dp_size", 2 * engine.dp_size)
+    return patch.object(engine._stepper, "dp_size", 2 * engine.parallel.dp)
 
 
 def replay_shifted(_engine: MegatronEngine) -> AbstractContextManager[Any]:

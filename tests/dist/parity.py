@@ -188,7 +188,7 @@ def train(engine: MegatronEngine, case: Case, samples: list[TrainSample]) -> Fou
     from ctpo_megatron.mcore.policy import update_policy
 
     begin_again(engine)
-    packs = packs_of(case, samples)[engine.dp_rank :: engine.dp_size]
+    packs = packs_of(case, samples)[engine.seat.dp_rank :: engine.parallel.dp]
     algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="rollout")
     options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftConfig(), "version": 0}
     steps = [update_policy(engine, [packs], **options) for _ in range(2)]

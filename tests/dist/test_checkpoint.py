@@ -243,8 +243,8 @@ def engine_for(rank: RankInfo, path: Path, layout: dict[str, int], dtype: str = 
 
 
 def train(engine: MegatronEngine, steps: int) -> list[dict[str, float]]:
-    per_rank = 4 // engine.dp_size
-    mine = engine.place(micro_batches()[engine.dp_rank * per_rank :][:per_rank])
+    per_rank = 4 // engine.parallel.dp
+    mine = engine.place(micro_batches()[engine.seat.dp_rank * per_rank :][:per_rank])
 
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
         return -torch.where(pack.loss_mask, logp, 0.0).sum() / 80, {}

@@ -304,9 +304,9 @@ def start(
 def exercise(rank: RankInfo, path: Path, parallel: ParallelConfig, **options: Any) -> dict[str, Any]:
     """Log-probs, two steps of maximum likelihood, two of CTPO, and the weights before and after."""
     engine = start(rank, path, parallel, **options)
-    per_rank = 4 // engine.dp_size
-    mine = engine.place(micro_batches()[engine.dp_rank * per_rank :][:per_rank])
-    found: dict[str, Any] = {"dp_rank": engine.dp_rank, "cp_rank": engine.cp_rank, "exported": exported(engine)}
+    per_rank = 4 // engine.parallel.dp
+    mine = engine.place(micro_batches()[engine.seat.dp_rank * per_rank :][:per_rank])
+    found: dict[str, Any] = {"dp_rank": engine.seat.dp_rank, "cp_rank": engine.seat.cp_rank, "exported": exported(engine)}
     logp = engine.logp(mine, TEMPERATURE)
     found["logp"] = [x.numpy() for x in logp]
     found["steps"] = [nll_step(engine, mine), nll_step(engine, mine)]
@@ -354,7 +354,7 @@ def largest_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) 
 def not_finite(rank: RankInfo, path: Path) -> dict[str, Any]:
     """Only rank 0 makes a bad loss, then a bad gradient, then one bad log-prob that an objective sees."""
     engine = start(rank, path, ParallelConfig(dp=2))
-    mine = engine.place(micro_batches()[2 * engine.dp_rank :][:2])
+    mine = engine.place(micro_batches()[2 * engine.seat.dp_rank :][:2])
     before, errors = exported(engine), []
     bad_loss = float("nan") if rank.rank == 0 else 1.0
     bad_gradient = 0.0 if rank.rank == 0 else 1.0  # the slope of a root is infinite at 0
@@ -386,7 +386,7 @@ def replace_old(pack: Any, logp: Any) -> Any:
 
 def bfloat16(rank: RankInfo, path: Path) -> dict[str, Any]:
     engine = start(rank, path, ParallelConfig(dp=2), dtype="bfloat16")
-    mine = engine.place(micro_batches()[2 * engine.dp_rank :][:2])
+    mine = engine.place(micro_batches()[2 * engine.seat.dp_rank :][:2])
     found = {"dtype": str(next(engine.models[0].parameters()).dtype)}
     found["steps"] = [nll_step(engine, mine), nll_step(engine, mine)]
     engine.close()

@@ -202,8 +202,8 @@ def several(
 def exercise(rank: RankInfo, path: Path, layout: dict[str, Any]) -> dict[str, Any]:
     """Weights as exported, log-probs by pack, which of the pack's tokens they belong to, and gradients under their file names."""
     engine = start(rank, path, layout)
-    packs, per_rank = micro_batches(), 4 // engine.dp_size
-    first = engine.dp_rank * per_rank
+    packs, per_rank = micro_batches(), 4 // engine.parallel.dp
+    first = engine.seat.dp_rank * per_rank
     # carried through the cut of context parallelism: where each token stood
     places = [torch.arange(pack.input_ids.numel(), dtype=torch.float32) for pack in packs]
     mine = engine.place([replace(packs[i], rollout_logp=places[i]) for i in range(first, first + per_rank)])

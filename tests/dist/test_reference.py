@@ -154,10 +154,10 @@ def several(rank: RankInfo, ports: list[int], models: dict[str, Path]) -> list[d
 
 def step(engine: MegatronEngine, models: dict[str, Path]) -> dict[str, float]:
     """Two optimizer steps of CTPO with the penalty; statistics of the first, and the second's loss as `again`."""
-    per_rank = 4 // engine.dp_size
+    per_rank = 4 // engine.parallel.dp
     packs = with_support(micro_batches())
     tokens = sum(int(pack.loss_mask.sum()) for pack in packs)
-    mine = [replace(p, weights=p.weights / tokens) for p in packs[engine.dp_rank * per_rank :][:per_rank]]
+    mine = [replace(p, weights=p.weights / tokens) for p in packs[engine.seat.dp_rank * per_rank :][:per_rank]]
     penalised = AlgorithmConfig(anchor="old", reference=ReferenceConfig(coeff=COEFF))
     top_k = AlgorithmConfig(objective=DppoObjective(divergence="topk_tv", delta=0.4, ratio_cap=None))
     reference = engine.snapshot(str(models["other"]))

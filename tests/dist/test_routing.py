@@ -187,9 +187,9 @@ def routers(engine: MegatronEngine) -> list[Any]:
 def exercise(rank: RankInfo, path: Path, layout: dict[str, int], packs: list[Any], recompute: str) -> dict[str, Any]:
     """Log-probs before training, a step of maximum likelihood, and the weights after it."""
     engine = start(rank, path, ParallelConfig(**layout), recompute=recompute)
-    per_rank = len(packs) // engine.dp_size
-    mine = engine.place(packs[engine.dp_rank * per_rank :][:per_rank])
-    found: dict[str, Any] = {"dp_rank": engine.dp_rank, "cp_rank": engine.cp_rank}
+    per_rank = len(packs) // engine.parallel.dp
+    mine = engine.place(packs[engine.seat.dp_rank * per_rank :][:per_rank])
+    found: dict[str, Any] = {"dp_rank": engine.seat.dp_rank, "cp_rank": engine.seat.cp_rank}
     found["logp"] = [logp.numpy() for logp in engine.logp(mine, TEMPERATURE)]
     found["steps"] = [nll_step(engine, mine)]
     found["trained"] = exported(engine)
