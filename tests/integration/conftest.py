@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import RunningServer, start_server
+from engines import RunningServer, endless, start_server
 
 from ctpo_megatron.data.toy_model import make_toy_model
 
@@ -14,7 +14,7 @@ from ctpo_megatron.data.toy_model import make_toy_model
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy model whose logits are far from uniform, so that a wrong one is seen."""
-    return make_toy_model(tmp_path_factory.mktemp("qwen3"), "qwen3", seed=1, init_std=0.2)
+    return endless(make_toy_model(tmp_path_factory.mktemp("qwen3"), "qwen3", seed=1, init_std=0.2))
 
 
 @pytest.fixture(scope="session")

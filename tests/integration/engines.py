@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +89,28 @@ def start_server(
     if wait:
         server.wait_healthy(START_S)
     return RunningServer(server, key, model, tp, routing, top_k)
+
+
+def endless(model: Path) -> Path:
+    """Take the end-of-text token from the model's configuration, so that a generation ends by its length alone."""
+    for file in (model / "config.json", model / "generation_config.json"):
+        if file.exists():
+            settings = json.loads(file.read_text())
+            settings["eos_token_id"] = None
+            file.write_text(json.dumps(settings))
+    return model
+
+
+async def in_flight(url: str, api_key: str, *, running: int, tokens: int = 20) -> None:
+    """Until the server itself says that so many requests run at once, and have sampled about so many tokens each."""
+    headers, deadline = {"Authorization": f"Bearer {api_key}"}, time.monotonic() + TIMEOUT_S
+    while True:
+        answer = await asyncio.to_thread(requests.get, f"{url}/v1/loads", headers=headers, timeout=TIMEOUT_S)
+        (load,) = answer.json()["loads"]
+        if load["num_running_reqs"] >= running and load["num_used_tokens"] >= running * tokens:
+            return
+        assert time.monotonic() < deadline, f"{running} requests were never in flight together: {load}"
+        await asyncio.sleep(0.01)
 
 
 def session(server: RunningServer, call: str) -> None:

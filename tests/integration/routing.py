@@ -36,7 +36,8 @@ def check_experts(model: torch.nn.Module, ids: list[int], experts: np.ndarray) -
     agrees = (np.sort(experts, -1) == expected).all(-1)
     assert (agrees | ~clear | ~known).all()
     assert (experts[~known] == -1).all()
-    assert (clear & known).mean() > 0.5, "hardly a token was compared"
+    assert known.any()
+    assert clear[known].mean() > 0.5, "hardly a token was compared"
 
 
 @torch.no_grad()
@@ -73,15 +74,12 @@ async def check_record(client: EngineClient, model: torch.nn.Module, prompt: lis
 
 def check_crossing(newer: torch.nn.Module, prompt: list[int], generations: list[Generation]) -> None:
     """Weights changed on the way: what the older ones sampled has no record, all else is the newer routing."""
-    crossed = 0
     for generation in generations:
         last = generation.versions[-1]
         sampled_by_older = [False] * (len(prompt) - 1) + [version != last for version in generation.versions]
         assert ((generation.experts[:, 0, 0] < 0) == np.array(sampled_by_older)).all()
-        if 0 < sum(sampled_by_older) < len(generation.versions):
-            check_experts(newer, prompt + generation.token_ids, generation.experts)
-            crossed += 1
-    assert crossed > 0, "no generation was in flight during the update"
+        assert 0 < sum(sampled_by_older) < len(generation.versions), "it was not in flight during the update"
+        check_experts(newer, prompt + generation.token_ids, generation.experts)
 
 
 async def train_samples(client: EngineClient, prompt: list[int], count: int) -> list[TrainSample]:
