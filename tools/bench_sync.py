@@ -73,10 +73,12 @@ def median(rows: list[Row], way: str, what: str, name: str) -> float:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """What has a bound, of full publications by broadcast: medians of the ratios within each repeat."""
+    """Of full publications by broadcast: medians of the ratios within each repeat. All but `server` have a bound."""
     bare = {row["repeat"]: row["bytes"] / row["transfer"] for row in rows if row["way"] == "bare"}
+    ready = {row["repeat"]: row["update"] for row in rows if row["way"] == "ready-made"}
     full = [row for row in rows if (row["way"], row["what"]) == ("broadcast", "full")]
     return {
+        "server": statistics.median(row["bytes"] / ready[row["repeat"]] / bare[row["repeat"]] for row in full),
         "bandwidth": statistics.median(row["bytes"] / row["update"] / bare[row["repeat"]] for row in full),
         "attestation": statistics.median(row["attestation"] / row["paused"] for row in full),
         "memory": statistics.median(row["memory"] / row["bucket"] for row in full),
@@ -133,6 +135,7 @@ def main(
     repeats: Annotated[int, typer.Option(help="of which the median counts, after one that does not")] = 3,
     changed: Annotated[float, typer.Option(help="share of the tensors that a delta brings")] = 0.03,
     dtype: str = "bfloat16",
+    files: Annotated[bool, typer.Option(help="measure publications over files too")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
 ) -> None:
     """Print the table and the bounds."""
@@ -167,6 +170,7 @@ def main(
                 server=server.pid,
                 directory=str(root / "versions"),
                 bare_port=free_port(HOST),
+                ways=("broadcast", "colocated", *(["disk"] if files else [])),
             )
             rows = run_local_ranks(RANKS, measure, task, buckets)[0]
         finally:
@@ -183,6 +187,7 @@ def main(
     size, largest = sum(buckets) / 1e6, max(buckets) / 1e6
     console.print(f"{len(tensors)} tensors, {size:.0f} MB of {dtype} in {len(buckets)} buckets, largest {largest:.0f} MB")
     console.print(table(rows))
+    console.print(f"with buckets that lie ready, SGLang takes them at {found['server']:.2f} of the bandwidth of a bare broadcast")
     bounds = checks(found)
     for check in bounds:
         print(f"{'holds ' if check.holds else 'MISSED'}  {check.text}")

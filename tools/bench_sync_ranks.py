@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 
 from ctpo_megatron.cluster.processes import group_members
-from ctpo_megatron.config.cluster import BroadcastTransport, DiskTransport, Transport
+from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
 from ctpo_megatron.mcore.hf.load import unwrap
+from ctpo_megatron.mcore.hf.names import hf_tensors
+from ctpo_megatron.mcore.hf.senders import make_buckets, nbytes
+from ctpo_megatron.mcore.shape import ModelShape
 from ctpo_megatron.rollout.control import ServerControl
 from ctpo_megatron.rollout.pool import ServerPool
 from ctpo_megatron.rollout.requests import Requests
@@ -28,7 +31,7 @@ from ctpo_megatron.weights.engine_layout import EngineLayout
 from ctpo_megatron.weights.expected import Expected
 from ctpo_megatron.weights.publisher import Proof, Publisher
 from ctpo_megatron.weights.senders import make_sender
-from ctpo_megatron.weights.transport import Sent, Server, WeightSender
+from ctpo_megatron.weights.transport import Bucket, Sent, Server, WeightSender
 from ctpo_megatron.weights.turns import Turns
 
 HOST = "127.0.0.1"
@@ -54,6 +57,7 @@ class Task:
     server: int  # process group
     directory: str  # for files
     bare_port: int
+    ways: tuple[str, ...]
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Trainer:
     engine: MegatronEngine
     task: Task
     sender: WeightSender | None = None
+    delta: bool = False  # what it sends
     sent: Sent | None = None  # by this rank, at last
     memory: int = 0  # bytes by which this rank grew at most while it sent
     cpu_s: list[float] = field(default_factory=list)  # by rank, of the last `send`
@@ -92,7 +97,7 @@ class Trainer:
             getattr(self, order[0])(order[1])
 
     def send(self, version: int) -> Sent:
-        buckets, begin = self.engine.stream(self.task.bucket_mb * 2**20), time.process_time()
+        buckets, begin = self.engine.stream(self.task.bucket_mb * 2**20, reuse=not self.delta), time.process_time()
         with extra_memory() as found:
             if self.sender is not None:
                 self.sent = self.sender.send(buckets, version)
@@ -191,6 +196,8 @@ class Driver:
         common = {"bucket_mb": self._task.bucket_mb, "delta": delta, "timeout_s": TIMEOUT_S}
         if kind == "broadcast":
             return BroadcastTransport(**common)
+        if kind == "colocated":
+            return ColocatedTransport(**common)
         return DiskTransport(directory=self._task.directory, keep=1, **common)
 
     async def full_and_delta(self, kind: str) -> list[Row]:
@@ -198,6 +205,7 @@ class Driver:
         plain, first, delta = "full", "full, before deltas", "delta"
         rows = []
         for deltas, names in ((False, [plain]), (True, [first, delta])):
+            self._trainer.delta = deltas
             self._trainer.sender = make_sender(
                 self._transport(kind, deltas), torch.device("cpu"), HOST, Turns.alone(), lambda: Expected(self._layout)
             )
@@ -214,6 +222,20 @@ class Driver:
                 rows.append({"way": kind, "what": name, **await self._publish(publisher)})
             self._trainer.sender.close()
         return rows
+
+    async def ready_made(self, buckets: list[Bucket]) -> Row:
+        """Buckets that lie ready, without digests: what the server's side of an update and the wire between them take."""
+        sender = make_sender(self._transport("broadcast", False), torch.device("cpu"), HOST, Turns.alone(), None)
+        control, url = self._control, self._task.url
+        await asyncio.to_thread(sender.connect, [Server(url)], self._task.key)
+        await control.pause(url)
+        await control.open_update(url)
+        sent = await asyncio.to_thread(sender.send, buckets, self._version)
+        await control.close_update(url)
+        await control.resume(url)
+        await asyncio.to_thread(sender.close)
+        cpu = control.cpu_at["close"] - control.cpu_at["open"]
+        return {"bytes": sent.bytes, "update": control.seconds("open", "close"), "update, server cpu": cpu}
 
     async def _publish(self, publisher: Publisher) -> Row:
         """Seconds by phase. Raises WeightSyncError when the server does not hold, or does not compute, what was sent."""
@@ -284,16 +306,30 @@ def measure(info: RankInfo, task: Task, sizes: list[int]) -> list[Row]:
     return rows
 
 
+def ready_buckets(shape: ModelShape, dtype: torch.dtype, bucket_bytes: int) -> list[Bucket]:
+    """Zeros under all names of the model, cut as a publication cuts them; all in the same memory."""
+    cut = make_buckets(hf_tensors(shape), dtype.itemsize, bucket_bytes)
+    room = torch.zeros(max(sum(nbytes(each, dtype.itemsize) for each in bucket) for bucket in cut), dtype=torch.uint8)
+    buckets = []
+    for bucket in cut:
+        sizes = [nbytes(each, dtype.itemsize) for each in bucket]
+        parts = room[: sum(sizes)].split(sizes)
+        buckets.append([(each.name, part.view(dtype).view(each.shape)) for each, part in zip(bucket, parts, strict=True)])
+    return buckets
+
+
 async def drive(trainer: Trainer, task: Task, sizes: list[int]) -> list[Row]:
     """Every way in turn, `repeats` times after one round that only warms up."""
     bare = BareBroadcast(task, 0, sizes)
     rows: list[Row] = []
     async with Requests(task.key, TIMEOUT_S) as requests:
         driver = Driver(trainer, task, TimedControl(requests, task.server))
+        ready = ready_buckets(trainer.engine.shape, getattr(torch, task.dtype), task.bucket_mb * 2**20)
         for repeat in range(task.repeats + 1):
             found = [{"way": "bare", "what": "full", "bytes": sum(sizes), "transfer": await asyncio.to_thread(bare.run)}]
             found[0]["trainer cpu"] = bare.cpu_s
-            for kind in ("broadcast", "disk"):
+            found.append({"way": "ready-made", "what": "full", **await driver.ready_made(ready)})
+            for kind in task.ways:
                 found += await driver.full_and_delta(kind)
             rows += [{"repeat": repeat, "load": os.getloadavg()[0], **row} for row in found if repeat]
     return rows

@@ -198,11 +198,11 @@ class MegatronEngine:
         self._moved |= norm > 0 and lr > 0
         return {"grad_norm": norm, "max/grad_norm": norm, "lr": lr}
 
-    def stream(self, bucket_bytes: int, *, to: int | None = None) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream(self, bucket_bytes: int, *, to: int | None = None, reuse: bool = False) -> Iterator[list[tuple[str, Tensor]]]:
         """Full weights under their Hugging Face names, in buckets, each on the rank that sends it: see `export_stream`."""
         from ctpo_megatron.mcore.hf.stream import export_stream
 
-        buckets = export_stream(self.models, self.shape, bucket_bytes, to=to)
+        buckets = export_stream(self.models, self.shape, bucket_bytes, to=to, reuse=reuse)
         while True:
             with megatron_region(self.device):  # left before the caller goes on
                 bucket = next(buckets, None)

@@ -139,7 +139,7 @@ class BroadcastSender:
             if time.monotonic() > deadline:
                 raise answers.blame(f"did not receive it within weights.timeout_s={self._timeout_s:.0f} s", self._abandon)
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, 0.01)
+            pause_s = min(2 * pause_s, 0.002)
         try:
             work.wait()
         except RuntimeError as error:

@@ -41,7 +41,7 @@ class Cut:
 
     dim: int | None  # along which the tensors are cut; None: every rank holds them whole
     pack: Callable[[list[Tensor], ModelShape], Tensor]  # this rank's pieces -> its parameter
-    unpack: Callable[[Tensor, ModelShape], list[Tensor]]  # its parameter -> its pieces
+    unpack: Callable[[Tensor, ModelShape], list[Tensor]]  # its parameter -> views of its pieces, whose rows may be grouped
 
 
 def _pack_qkv(parts: list[Tensor], shape: ModelShape) -> Tensor:
@@ -52,12 +52,10 @@ def _pack_qkv(parts: list[Tensor], shape: ModelShape) -> Tensor:
 
 
 def _unpack_qkv(local: Tensor, shape: ModelShape) -> list[Tensor]:
-    """Inverse of `_pack_qkv`."""
+    """Inverse of `_pack_qkv`: q [G, m*d, ...], k and v [G, d, ...]."""
     dim = shape.attention.head_dim
     queries = shape.num_heads // shape.attention.num_kv_heads
-    rows, rest = (queries + 2) * dim, local.shape[1:]
-    pieces = local.reshape(-1, rows, *rest).split([queries * dim, dim, dim], dim=1)
-    return [piece.reshape(-1, *rest) for piece in pieces]
+    return list(local.view(-1, (queries + 2) * dim, *local.shape[1:]).split([queries * dim, dim, dim], dim=1))
 
 
 def _pack_one(parts: list[Tensor], _shape: ModelShape) -> Tensor:

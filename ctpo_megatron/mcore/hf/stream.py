@@ -6,7 +6,9 @@ replicas above all, take no part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors, layer_numbers,
 from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
 from ctpo_megatron.mcore.hf.senders import Holders, Holding, make_buckets, nbytes
 from ctpo_megatron.mcore.shape import ModelShape
+
+_PADDED = (EMBEDDING_KEY, OUTPUT_KEY)  # with rows for tokens that do not exist
 
 
 def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
@@ -36,79 +40,107 @@ def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
 
 @torch.no_grad()
 def export_stream(
-    models: list[nn.Module], shape: ModelShape, bucket_bytes: int, *, to: int | None = None
+    models: list[nn.Module], shape: ModelShape, bucket_bytes: int, *, to: int | None = None, reuse: bool = False
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
     `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: who receives gets
     its own buckets, and everybody an empty list for a bucket that only takes pieces away. A bucket holds at most `bucket_bytes`,
     unless a single unit is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are
-    copies: the stream does not change when the model is trained further.
+    copies: they do not change when the model is trained further. With `reuse` a bucket's memory serves the one after the next,
+    which must not be asked for before the bucket is done with.
     Layers of multi-token prediction, which are not trained, are left out.
     """
     place = RankPlace.current()
-    parameters = {key: parameter for model in models for key, parameter in keyed_tensors(model, shape, place)}
+    parameters = {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, place)}
     like = next(unwrap(models[0]).parameters())
     holders, rank = find_holders(models, shape), dist.get_rank()
+    gathering = _Gathering(holders, parameters, shape, like.dtype, _Memory(like.device, 2 if reuse else 0))
     tensors = hf_tensors(shape)
     for sender, share in (holders.shares(tensors) if to is None else {to: tensors}).items():
         for bucket in make_buckets(share, like.element_size(), bucket_bytes):
             if rank == sender or any(rank in holders.of(tensor) for tensor in bucket):
-                yield _gather(bucket, sender, holders, parameters, shape, like)
+                yield gathering.run(bucket, sender)
 
 
-def _gather(
-    bucket: list[HfTensor], sender: int, holders: Holders, parameters: dict[str, Tensor], shape: ModelShape, like: Tensor
-) -> list[tuple[str, Tensor]]:
-    """`sender` receives the pieces in their places; the others send theirs and get an empty list."""
-    rank = dist.get_rank()
-    full = _allocate(bucket, like) if rank == sender else {}
-    transfers: list[dist.P2POp] = []
-    strided: list[tuple[Tensor, Tensor]] = []  # places that are not contiguous, and where their pieces arrive
-    for tensor in bucket:
-        ranks = holders.of(tensor)
-        for number, holder in enumerate(ranks):
-            start, length = _extent(tensor, number, len(ranks), shape)
-            if length == 0 or rank not in (holder, sender):  # a piece of nothing but the vocabulary's padding
-                continue
-            slot = full[tensor.name].narrow(tensor.cut.dim or 0, start, length) if rank == sender else None
-            if holder == rank:
-                piece = tensor.cut.unpack(parameters[tensor.key].detach(), shape)[tensor.part]
-                piece = piece.narrow(tensor.cut.dim or 0, 0, length)
-                if slot is not None:
-                    slot.copy_(piece)
-                else:
-                    piece = piece.to(_dtype(tensor, like)).contiguous()
+class _Memory:
+    """Room for buckets: `count` buffers in turn, or new ones for 0. On a CPU new memory costs as much as filling it."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self._device = device
+        self._rooms = deque(torch.empty(0) for _ in range(count))
+
+    def take(self, size: int) -> Tensor:
+        """[size] uint8, what is in it undefined."""
+        room = self._rooms.popleft() if self._rooms else None
+        if room is None:
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+        if room.numel() < size:
+            room = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._rooms.append(room)
+        return room[:size]
+
+
+@dataclass(frozen=True, slots=True)
+class _Gathering:
+    """Joins the pieces of tensors at their senders. `parameters`: this rank's, by key."""
+
+    holders: Holders
+    parameters: Mapping[str, Tensor]
+    shape: ModelShape
+    dtype: torch.dtype
+    memory: _Memory
+
+    def run(self, bucket: list[HfTensor], sender: int) -> list[tuple[str, Tensor]]:
+        """`sender` receives the pieces in their places; the others send theirs and get an empty list."""
+        rank = dist.get_rank()
+        full = self._allocate(bucket) if rank == sender else {}
+        transfers: list[dist.P2POp] = []
+        strided: list[tuple[Tensor, Tensor]] = []  # places that are not contiguous, and where their pieces arrive
+        for tensor in bucket:
+            ranks = self.holders.of(tensor)
+            for number, holder in enumerate(ranks):
+                start, length = _extent(tensor, number, len(ranks), self.shape)
+                if length == 0 or rank not in (holder, sender):  # a piece of nothing but the vocabulary's padding
+                    continue
+                slot = full[tensor.name].narrow(tensor.cut.dim or 0, start, length) if rank == sender else None
+                if holder == rank and slot is not None:
+                    piece = self._piece(tensor, length)
+                    (slot if slot.shape == piece.shape else slot.view(piece.shape)).copy_(piece)
+                elif holder == rank:
+                    piece = self._piece(tensor, length).to(self._dtype_of(tensor)).contiguous()
                     transfers.append(dist.P2POp(dist.isend, piece, sender))
-            else:
-                arriving = slot if slot.is_contiguous() else torch.empty_like(slot, memory_format=torch.contiguous_format)
-                if arriving is not slot:
-                    strided.append((slot, arriving))
-                transfers.append(dist.P2POp(dist.irecv, arriving, holder))
-    if transfers:
-        for transfer in dist.batch_isend_irecv(transfers):
-            transfer.wait()
-    for slot, arrived in strided:
-        slot.copy_(arrived)
-    return list(full.items())
+                else:
+                    arriving = slot if slot.is_contiguous() else torch.empty_like(slot, memory_format=torch.contiguous_format)
+                    if arriving is not slot:
+                        strided.append((slot, arriving))
+                    transfers.append(dist.P2POp(dist.irecv, arriving, holder))
+        if transfers:
+            for transfer in dist.batch_isend_irecv(transfers):
+                transfer.wait()
+        for slot, arrived in strided:
+            slot.copy_(arrived)
+        return list(full.items())
 
+    def _piece(self, tensor: HfTensor, length: int) -> Tensor:
+        """A view of what this rank holds of it, `length` rows or columns without the vocabulary's padding."""
+        piece = tensor.cut.unpack(self.parameters[tensor.key], self.shape)[tensor.part]
+        return piece[:length] if tensor.key in _PADDED else piece
 
-def _allocate(bucket: list[HfTensor], like: Tensor) -> dict[str, Tensor]:
-    """Room for the bucket in one buffer; the widest number format first, so that all are aligned."""
-    ordered = sorted(bucket, key=lambda tensor: -_dtype(tensor, like).itemsize)
-    sizes = [nbytes(tensor, like.element_size()) for tensor in ordered]
-    flat = torch.empty(sum(sizes), dtype=torch.uint8, device=like.device)
-    rooms = zip(ordered, flat.split(sizes), strict=True)
-    return {tensor.name: room.view(_dtype(tensor, like)).view(tensor.shape) for tensor, room in rooms}
+    def _allocate(self, bucket: list[HfTensor]) -> dict[str, Tensor]:
+        """Room for the bucket in one buffer; the widest number format first, so that all are aligned."""
+        ordered = sorted(bucket, key=lambda tensor: -self._dtype_of(tensor).itemsize)
+        sizes = [nbytes(tensor, self.dtype.itemsize) for tensor in ordered]
+        rooms = zip(ordered, self.memory.take(sum(sizes)).split(sizes), strict=True)
+        return {tensor.name: room.view(self._dtype_of(tensor)).view(tensor.shape) for tensor, room in rooms}
+
+    def _dtype_of(self, tensor: HfTensor) -> torch.dtype:
+        return torch.float32 if tensor.precise else self.dtype
 
 
 def _extent(tensor: HfTensor, number: int, pieces: int, shape: ModelShape) -> tuple[int, int]:
     """Where piece `number` of the tensor begins along its cut, and how long it is without the vocabulary's padding."""
     whole = tensor.shape[tensor.cut.dim or 0]
-    rows = shape.padded_vocab_size(pieces) if tensor.key in (EMBEDDING_KEY, OUTPUT_KEY) else whole
+    rows = shape.padded_vocab_size(pieces) if tensor.key in _PADDED else whole
     start = number * (rows // pieces)
     return min(start, whole), max(0, min(rows // pieces, whole - start))
-
-
-def _dtype(tensor: HfTensor, like: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.precise else like.dtype
