@@ -18,9 +18,12 @@ GPU_GRACE_S = 20.0  # SGLang gives device memory back in order when it may end b
 
 
 class EngineActor:
-    """One server of the run. Its process starts with the actor, and ends with it at the latest. `seed`: of its sampling."""
+    """One server of the run. Its process starts with the actor, and ends with it at the latest.
 
-    def __init__(self, config: RunConfig, seed: int, log_path: str, api_key: str) -> None:
+    `seed`: of its sampling. `gpus`: of the trainer, that the server sees; empty: it has the actor's own, or none.
+    """
+
+    def __init__(self, config: RunConfig, seed: int, log_path: str, api_key: str, gpus: tuple[str, ...] = ()) -> None:
         redirect_output(Path(log_path))
         device, engine = config.cluster.device, config.rollout.engine
         dtype = config.model.dtype_on(device)
@@ -38,13 +41,14 @@ class EngineActor:
             seed=seed,
             host=host,
             routed_experts=replayed_routing(config) is not None,
+            memory_saver=bool(gpus) and config.servers_sleep,
         )
         self._server = SGLangServer(
             arguments,
             url=f"http://{host}:{port}",
             api_key=api_key,
             log=Path(log_path),
-            env=server_env(engine, device=device),
+            env=server_env(engine, device=device, gpus=gpus),
         )
 
     def start(self) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all, explain
 from ctpo_megatron.cluster.engine_actor import EngineActor
+from ctpo_megatron.cluster.placement import ServerPlace
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, ProcessDied
 from ctpo_megatron.rollout.pool import UP, Member, ServerPool
@@ -18,9 +18,9 @@ END_TIMEOUT_S = 30.0  # for a lost server's processes to end in order
 
 
 class EngineGroup:
-    """One EngineActor for each of `places`: Ray's options that put it on its bundle. `pool` learns what becomes of them."""
+    """One EngineActor for each of `places`. `pool` learns what becomes of them."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[dict[str, Any]], pool: ServerPool) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], pool: ServerPool) -> None:
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
@@ -60,6 +60,7 @@ class EngineGroup:
                 await self._end(self._processes[index])
                 if member.gone:
                     return
+                await self._pool.room()
                 restarts += 1
                 process = self._processes[index] = self._launch(index, restarts)
                 try:
@@ -87,10 +88,10 @@ class EngineGroup:
 
     def _launch(self, index: int, restarts: int) -> Process:
         """A new actor in its place. A server that is started again draws other random numbers than before."""
-        config, log = self._config, self._run_dir / "logs" / f"server_{index}.log"
+        config, log, place = self._config, self._run_dir / "logs" / f"server_{index}.log", self._places[index]
         seed = config.seed + index + restarts * len(self._places)
         remote = ray.remote(concurrency_groups={"watch": 1})(EngineActor)
-        actor = remote.options(**self._places[index]).remote(config, seed, str(log), self._api_key)
+        actor = remote.options(**place.options).remote(config, seed, str(log), self._api_key, place.gpus)
         return Process(f"inference server {index}", actor, log)
 
     async def _end(self, process: Process) -> None:

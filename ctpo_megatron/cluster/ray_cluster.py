@@ -8,7 +8,7 @@ import os
 import signal
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import PlacementGroup, placement_group
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError
@@ -16,20 +16,20 @@ from ctpo_megatron.errors import CtpoError, InputError
 LOCAL_OBJECT_STORE = 2**30  # a CPU run's batches are small, and /dev/shm often is too
 
 
-def connect(config: RunConfig, bundles: int) -> None:
-    """Join the configured cluster, or start one on this host that ends with this process.
+def connect(config: RunConfig, cpus: int) -> None:
+    """Join the configured cluster, or start one on this host, of at least `cpus` CPUs, that ends with this process.
 
     Called in the main thread. Signal handlers stay the caller's: Ray's own would abort the process three seconds after SIGTERM.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _init(config, bundles)
+        _init(config, cpus)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def _init(config: RunConfig, bundles: int) -> None:
+def _init(config: RunConfig, cpus: int) -> None:
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     if config.cluster.address is not None:
         try:
@@ -42,7 +42,7 @@ def _init(config: RunConfig, bundles: int) -> None:
         return
     on_cpu = config.cluster.device != "cuda" and not _sees_gpu()
     ray.init(
-        num_cpus=max(os.cpu_count() or 1, bundles),
+        num_cpus=max(os.cpu_count() or 1, cpus),
         object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
         **quiet,
     )
@@ -56,14 +56,6 @@ def resolve_device(config: RunConfig) -> RunConfig:
         raise InputError("cluster.device=cuda, but the Ray cluster has no GPU; allowed here: cpu, auto")
     device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": device})})
-
-
-def bundles_of(config: RunConfig, *, trainer: bool, engines: bool) -> list[dict[str, float]]:
-    """What each process needs: the trainer's ranks first, then the servers."""
-    gpu = config.cluster.device == "cuda"
-    rank = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
-    engine = {"CPU": 1.0} | ({"GPU": float(config.rollout.engine.tp)} if gpu else {})
-    return [rank] * (config.parallel.world_size if trainer else 0) + [engine] * (config.rollout.engine.servers if engines else 0)
 
 
 async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
@@ -80,12 +72,6 @@ async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Placemen
             f"{offered} and {ray.available_resources().get('CPU', 0)} CPUs, {ray.available_resources().get('GPU', 0)} GPUs free"
         )
     return group
-
-
-def by_node(group: PlacementGroup, count: int) -> list[int]:
-    """The first `count` bundles, those of one node together: neighbouring ranks, tensor parallel first, then share a node."""
-    node_of = placement_group_table(group)["bundles_to_node_id"]
-    return sorted(range(count), key=lambda bundle: (node_of[bundle], bundle))
 
 
 def node_address(config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 driver (loop) --+-- TrainerActor x world_size   (Megatron ranks)
                 +-- EngineActor x servers  --- SGLang server process group
 
+Servers that share the trainer's GPUs start when the trainer is built: SGLang sizes its KV cache by the memory that it finds free.
 The death of a trainer's rank ends the run. A server that is lost is started again (`engines`); losing all for good ends the run.
 """
 
@@ -16,11 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines import EngineGroup
-from ctpo_megatron.cluster.ray_cluster import bundles_of, by_node, connect, reserve, resolve_device
+from ctpo_megatron.cluster.placement import (
+    Places,
+    RayOptions,
+    ServerPlace,
+    bundles_of,
+    check_shared,
+    place,
+    share_gpus,
+    shares_gpus,
+)
+from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
 from ctpo_megatron.cluster.server import new_api_key
 from ctpo_megatron.cluster.trainer_actor import TrainerActor
 from ctpo_megatron.cluster.trainer_group import TrainerGroup
@@ -40,7 +50,7 @@ class Runtime:
         self.api_key = new_api_key()
         self.trainer: TrainerGroup | None = None
         self._run_dir = run_dir
-        self._wanted = (trainer, engines)
+        self._wanted = {"trainer": trainer, "engines": engines}
         self._total_steps = total_steps
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
@@ -57,38 +67,44 @@ class Runtime:
         await asyncio.shield(self.close())
 
     async def _start(self) -> None:
-        trainer, engines = self._wanted
-        connect(self.config, len(bundles_of(self.config, trainer=trainer, engines=engines)))
+        wanted = self._wanted
+        connect(self.config, round(sum(bundle["CPU"] for bundle in bundles_of(self.config, **wanted))))
         self.config = config = resolve_device(self.config)
-        bundles = bundles_of(config, trainer=trainer, engines=engines)
-        group = await reserve(bundles, config.cluster.start_timeout_s)
-        world = config.parallel.world_size if trainer else 0
-        places = [
-            {
-                "num_cpus": bundles[bundle]["CPU"],
-                "num_gpus": bundles[bundle].get("GPU", 0),
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-            }
-            for bundle in [*by_node(group, world), *range(world, len(bundles))]
-        ]
-        self._ranks = [self._trainer_process(rank, place) for rank, place in enumerate(places[:world])]
-        if engines:
-            self._engines = EngineGroup(config, self._run_dir, self.api_key, places[world:], self.pool)
-        self.trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if trainer else None
-        await self.guard(self._come_up())
+        shared = shares_gpus(config, **wanted)
+        if shared:
+            check_shared(config)
+        group = await reserve(bundles_of(config, **wanted), config.cluster.start_timeout_s)
+        places = place(config, group, **wanted)
+        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(places.ranks)]
+        self.trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if self._ranks else None
+        if places.servers and not shared:
+            self._engines = self._engine_group([ServerPlace(options) for options in places.servers])
+        await self.guard(self._come_up_sharing(places) if shared else self._come_up())
 
     async def _come_up(self) -> None:
-        config, timeout = self.config, self.config.cluster.start_timeout_s
         starts = [] if self._engines is None else [self._engines.start()]
         if self.trainer is not None:
-            threads = max(1, (os.cpu_count() or 1) // len(self._ranks)) if config.cluster.device == "cpu" else 1
-            starts.append(asyncio.wait_for(self.trainer.build(threads, self._total_steps), timeout))
+            starts.append(self._build_trainer())
         await asyncio.gather(*starts)
 
-    def _trainer_process(self, rank: int, place: dict[str, Any]) -> Process:
+    async def _come_up_sharing(self, places: Places) -> None:
+        await self._build_trainer()
+        gpus = await self.trainer.gpus()
+        self._engines = self._engine_group(share_gpus(gpus, places.servers, self.config.rollout.engine.tp))
+        await self._engines.start()
+
+    async def _build_trainer(self) -> None:
+        cluster = self.config.cluster
+        threads = max(1, (os.cpu_count() or 1) // len(self._ranks)) if cluster.device == "cpu" else 1
+        await asyncio.wait_for(self.trainer.build(threads, self._total_steps), cluster.start_timeout_s)
+
+    def _engine_group(self, places: list[ServerPlace]) -> EngineGroup:
+        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.pool)
+
+    def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
         remote = ray.remote(concurrency_groups={"watch": 1, "checkpoint": 1})(TrainerActor)
-        actor = remote.options(**place).remote(self.config, rank, str(log))
+        actor = remote.options(**options).remote(self.config, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)
 
     async def guard(self, work: Coroutine[Any, Any, Any]) -> Any:

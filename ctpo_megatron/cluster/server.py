@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from ctpo_megatron.cluster.processes import (
@@ -43,10 +44,12 @@ def server_args(
     seed: int,
     host: str = "127.0.0.1",
     routed_experts: bool = False,
+    memory_saver: bool = False,
 ) -> list[str]:
     """Arguments of one server, as `sglang.launch_server` takes them. `engine.extra_args` come last and so win.
 
     `routed_experts`: requests may ask for the experts that each token went to. SGLang refuses to start a dense model with it.
+    `memory_saver`: it can give back its GPUs' memory; on a CPU it always can.
     The weights it loads are version 0. It speaks token ids only, so it needs no tokenizer; and no grammar is ever asked for.
     """
     arguments = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
@@ -57,14 +60,21 @@ def server_args(
         arguments += _CPU_ARGUMENTS
     if routed_experts:
         arguments += ["--enable-return-routed-experts"]
+    if memory_saver:
+        arguments += ["--enable-memory-saver"]
     kv_tokens = engine.max_total_tokens or (CPU_KV_TOKENS if device == "cpu" else None)
     if kv_tokens is not None:
         arguments += ["--max-total-tokens", str(kv_tokens)]
     return [*arguments, *engine.extra_args]
 
 
-def server_env(engine: EngineConfig, *, device: str) -> dict[str, str]:
-    """Variables that SGLang and OpenMP read and have no argument for; to be added to the parent's. Empty on GPUs."""
+def server_env(engine: EngineConfig, *, device: str, gpus: Sequence[str] = ()) -> dict[str, str]:
+    """Variables that SGLang, CUDA and OpenMP read and have no argument for; to be added to the parent's.
+
+    `gpus` are the trainer's that the server shall see, by CUDA's names; it uses the first ones. Empty: it has its own.
+    """
+    if gpus:  # the check would refuse them: a stage of the trainer's pipeline may need more than another one
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}
     if device != "cpu":
         return {}
     cores = sorted(os.sched_getaffinity(0))

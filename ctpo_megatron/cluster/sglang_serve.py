@@ -10,7 +10,7 @@ from sglang.srt.entrypoints.http_server import _setup_and_run_http_server
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
-from ctpo_megatron.cluster import sglang_attention, sglang_paused, sglang_routed
+from ctpo_megatron.cluster import sglang_attention, sglang_paused, sglang_routed, sglang_sleep
 
 
 class LeanEngine(Engine):
@@ -42,6 +42,7 @@ def serve(argv: list[str], api_key: str) -> None:
     """Blocks until the server is told to stop. `argv` as for `sglang.launch_server`."""
     sglang_routed.register()
     sglang_paused.register()
+    sglang_sleep.register()
     load_plugins()
     sglang_attention.register()
     server_args = prepare_server_args(argv)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from torch import Tensor
 
 from ctpo_megatron.batch import MicroBatch
@@ -38,6 +39,10 @@ class TrainerActor:
         host = node_address(self.config)
         return host, free_port(host)
 
+    def gpus(self) -> list[str]:
+        """The GPUs that Ray gave to this rank, by CUDA's names on this node."""
+        return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+
     def build(self, master: tuple[str, int], threads: int, total_steps: int) -> Seat:
         """Join the process group, build and load the model. Returns where this rank sits."""
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -62,6 +67,7 @@ class TrainerActor:
         )
         reference = config.algorithm.reference
         self.reference = None if reference is None else self.engine.snapshot(reference.path)
+        self._make_room()
         return self.engine.seat
 
     def update(self, batches: list[list[MicroBatch]], experts: list[list[Tensor | None]], version: int) -> dict[str, float]:
@@ -73,7 +79,7 @@ class TrainerActor:
             [replace(mb, own_experts=own) for mb, own in zip(packs, owns, strict=True)]
             for packs, owns in zip(batches, experts, strict=True)
         ]
-        return update_policy(
+        stats = update_policy(
             self.engine,
             with_own,
             algorithm=config.algorithm,
@@ -82,6 +88,8 @@ class TrainerActor:
             version=version,
             reference=self.reference,
         )
+        self._make_room()
+        return stats
 
     def supervise(self, batch: list[MicroBatch]) -> dict[str, float]:
         """See `loop.protocols.Trainer.supervise`."""
@@ -117,12 +125,24 @@ class TrainerActor:
 
     def publish(self, version: int) -> Sent:
         """Export the weights in step with the other ranks; the sending ranks pass them on. Empty on other ranks."""
-        buckets = self.engine.stream(self.config.weights.bucket_mb * 2**20)
+        weights = self.config.weights
+        # a delta may skip several buckets while one is still under way
+        buckets = self.engine.stream(weights.bucket_mb * 2**20, reuse=not weights.delta)
         if self.sender is not None:
-            return self.sender.send(buckets, version)
-        for _ in buckets:
-            pass
-        return Sent(version)
+            sent = self.sender.send(buckets, version)
+        else:
+            sent = Sent(version)
+            for _ in buckets:
+                pass
+        self._make_room()
+        return sent
+
+    def _make_room(self) -> None:
+        """Servers on the same GPU are about to start or wake: give it back what torch keeps for later. Nothing on a CPU."""
+        if self.config.servers_sleep:
+            import torch
+
+            torch.cuda.empty_cache()
 
     def save(self, directory: str, state: dict[str, Any], background: bool) -> None:
         """See `loop.protocols.Trainer.save`."""

@@ -31,6 +31,10 @@ class TrainerGroup:
         (master,) = await call_all([(first, first.actor.address.remote())], self._timeout_s)
         self._seats = await self._each("build", master, threads, total_steps)
 
+    async def gpus(self) -> list[list[str]]:
+        """The GPUs of each rank, by CUDA's names on its node."""
+        return await self._each("gpus")
+
     async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
         """See `loop.protocols.Trainer.update`."""
         shares = self._shares(lambda dp: [[without_experts(mb) for mb in batch.micro_batches[dp]] for batch in batches])

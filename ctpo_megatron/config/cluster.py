@@ -42,7 +42,9 @@ class ColocatedTransport(Section):
     bucket_mb: PositiveInt = 512
     """Weights gathered and handed over at a time, by each sender; it holds two such buckets."""
     delta: bool = False
-    """Hand over only tensors that differ bitwise from what the servers hold."""
+    """Hand over only tensors that differ bitwise from what the servers hold; needs `release: false`."""
+    release: bool = True
+    """Servers give back the memory of weights and KV cache while the trainer trains. Needs train.staleness 0."""
     timeout_s: PositiveFloat = 600.0
     """How long one publication may take."""
 

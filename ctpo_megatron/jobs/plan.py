@@ -79,7 +79,8 @@ def _gpus(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     unit = "CPU processes" if config.cluster.device == "cpu" else "GPUs"
     table = _table(unit, "", "")
     table.add_row("trainer", str(plan.trainer_gpus), " x ".join(f"{name} {size}" for name, size in sizes.items()) + experts)
-    table.add_row("servers", str(plan.server_gpus), f"{servers.servers} of tp {servers.gpus_each}")
+    shared = "" if plan.server_gpus else ", on the trainer's GPUs"
+    table.add_row("servers", str(plan.server_gpus), f"{servers.servers} of tp {servers.gpus_each}{shared}")
     if unit == "GPUs":
         table.add_row(
             "together",

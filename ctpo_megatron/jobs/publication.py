@@ -22,6 +22,7 @@ def make_publisher(runtime: Runtime, client: EngineClient) -> Publisher:
         api_key=runtime.api_key,
         timeout_s=config.weights.timeout_s,
         session=config.weights.type != "disk",
+        release=config.servers_sleep,
     )
 
 

@@ -44,6 +44,10 @@ class Publisher(Protocol):
         """After it returns every new token is sampled by `version`. Returns scalars: seconds by phase, servers."""
         ...
 
+    async def rest(self) -> None:
+        """Servers that share the trainer's memory give it back until the next `publish`; others are left alone."""
+        ...
+
     async def heal(self) -> None:
         """Bring servers that came late or failed to the current version, which the trainer must still hold."""
         ...

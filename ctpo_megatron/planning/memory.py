@@ -14,6 +14,7 @@ from ctpo_megatron.planning.parameters import Parameters, stage_layers, stage_pa
 GIB = 2**30
 # Ours, not measured: CUDA context, NCCL's buffers, workspaces of cuBLAS and TransformerEngine, the allocator's waste.
 RESERVE = 6 * GIB
+ASLEEP = 2 * GIB  # ours, not measured: CUDA context and workspaces of a server on the same GPU that has given back the rest
 FORMATS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -35,6 +36,11 @@ class StageMemory:
     def total(self) -> int:
         """All of them."""
         return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def resident(self) -> int:
+        """What stays on the GPU while servers on it generate."""
+        return self.weights + self.gradients + self.optimizer + self.reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ def plan_stages(config: RunConfig, shape: ModelShape, micro_batches: int) -> lis
             # held for every micro-batch of the optimizer step
             replay=replay_bytes(shape, mixtures, parallel.tp, work) * micro_batches if config.moe.routing_replay else 0,
             publication=2 * config.weights.bucket_mb * 2**20,
-            reserve=0 if config.cluster.device == "cpu" else RESERVE,
+            reserve=0 if config.cluster.device == "cpu" else RESERVE + (ASLEEP if config.servers_sleep else 0),
         )
         found.append(Stage(sum(map(len, chunks)), parameters[number], flying, memory, offloaded))
     return found

@@ -49,12 +49,18 @@ def make_plan(config: RunConfig, shape: ModelShape, hardware: Hardware) -> Plan:
     stages = plan_stages(config, shape, batches.packings[0].micro_batches)
     on_cpu = config.cluster.device == "cpu"
     engine_gib = hardware.engine_gpu_gib or hardware.gpu_gib
-    servers = plan_servers(config, shape, None if on_cpu else round(engine_gib * GIB))
-    server_gpus = servers.servers * servers.gpus_each
+    shared = config.weights.type == "colocated" and not on_cpu
+    engine_gib = hardware.gpu_gib if shared else engine_gib
+    taken = _taken(config, stages) if shared else 0
+    servers = plan_servers(config, shape, None if on_cpu else round(engine_gib * GIB), taken)
+    server_gpus = 0 if shared else servers.servers * servers.gpus_each
     problems = []
     if not on_cpu:
+        problems += [config.sharing_problem] if config.sharing_problem else []
         problems += _trainer_problems(config, shape, stages, hardware.gpu_gib)
-        problems += _server_problems(servers, engine_gib, hardware.gpus_per_node)
+        problems += _server_problems(servers, engine_gib, hardware.gpus_per_node, taken)
+        if shared and config.parallel.world_size > hardware.gpus_per_node:
+            problems.append("weights.type=colocated needs all GPUs on one node (--gpus-per-node); use weights.type=broadcast.")
     return Plan(
         stages=stages,
         batches=batches,
@@ -65,6 +71,11 @@ def make_plan(config: RunConfig, shape: ModelShape, hardware: Hardware) -> Plan:
         nodes=-(-(config.parallel.world_size + server_gpus) // hardware.gpus_per_node),
         problems=problems,
     )
+
+
+def _taken(config: RunConfig, stages: list[Stage]) -> int:
+    """Bytes that the trainer keeps, on its fullest GPU, while servers on it generate: all of them unless they take turns."""
+    return max(stage.memory.resident if config.servers_sleep else stage.memory.total for stage in stages)
 
 
 def _trainer_problems(config: RunConfig, shape: ModelShape, stages: list[Stage], gpu_gib: float) -> list[str]:
@@ -79,7 +90,7 @@ def _trainer_problems(config: RunConfig, shape: ModelShape, stages: list[Stage],
     ]
 
 
-def _server_problems(servers: Servers, gpu_gib: float, gpus_per_node: int) -> list[str]:
+def _server_problems(servers: Servers, gpu_gib: float, gpus_per_node: int, taken: int) -> list[str]:
     found = []
     if servers.gpus_each > gpus_per_node:
         found.append(
@@ -89,9 +100,10 @@ def _server_problems(servers: Servers, gpu_gib: float, gpus_per_node: int) -> li
     if servers.missing:
         needed = (servers.weights + servers.longest * servers.bytes_per_token) / GIB
         larger = f"a larger rollout.engine.tp (up to {gpus_per_node}), " if servers.gpus_each < gpus_per_node else ""
+        where = f"{gpu_gib:g} GiB" + (f" beside {taken / GIB:.1f} GiB of the trainer" if taken else "")
+        elsewhere = "weights.type=broadcast, with GPUs for the servers" if taken else "GPUs with more memory (--engine-gpu-gb)"
         found.append(
             f"a server's GPU needs {needed:.1f} GiB for its share of the weights and one sample of {servers.longest:,} tokens, "
-            f"{servers.missing / GIB:.1f} GiB more than SGLang has for them on {gpu_gib:g} GiB. What helps: {larger}"
-            "servers on GPUs with more memory (--engine-gpu-gb)."
+            f"{servers.missing / GIB:.1f} GiB more than SGLang has for them on {where}. What helps: {larger}{elsewhere}."
         )
     return found

@@ -40,15 +40,18 @@ class Servers:
         return max(0, self.weights + self.longest * self.bytes_per_token - self.budget)
 
 
-def plan_servers(config: RunConfig, shape: ModelShape, gpu_bytes: int | None) -> Servers:
-    """The servers of `config` on GPUs of `gpu_bytes`; None: on CPUs, where the cache is as large as it is asked to be."""
+def plan_servers(config: RunConfig, shape: ModelShape, gpu_bytes: int | None, taken: int = 0) -> Servers:
+    """The servers of `config` on GPUs of `gpu_bytes`; None: on CPUs, where the cache is as large as it is asked to be.
+
+    `taken`: what a trainer on the same GPU keeps while they generate; SGLang gives them the same share of what is left.
+    """
     engine, element = config.rollout.engine, element_bytes(config)
     weights = server_parameters(shape, engine.tp) * element
     per_token = token_bytes(shape, engine.tp, element)
     if gpu_bytes is None:
         budget = weights + (engine.max_total_tokens or CPU_KV_TOKENS) * per_token
     else:
-        budget = _budget(engine.extra_args, engine.tp, gpu_bytes)
+        budget = max(0, gpu_bytes - taken) * _budget(engine.extra_args, engine.tp, gpu_bytes) // gpu_bytes
     tokens = max(0, budget - weights) // per_token
     if engine.max_total_tokens is not None:
         tokens = min(tokens, engine.max_total_tokens)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any
 
 from ctpo_megatron.errors import EngineRefused
+from ctpo_megatron.rollout.pool import Memory
 from ctpo_megatron.rollout.requests import Requests
 
 
@@ -41,14 +43,14 @@ class ServerControl:
         await self._requests.post(f"{url}/update_weight_version", body, timeout_s=timeout_s)
         await self._requests.post(f"{url}/flush_cache", {}, timeout_s=timeout_s)
 
-    async def sleep(self, url: str) -> None:
-        """Give back the memory of weights, KV cache and graphs while nothing is generated: pause first. On GPUs the server needs
-        `--enable-memory-saver`; without it, and on CPUs, nothing is given back."""
-        await self._requests.post(f"{url}/release_memory_occupation", {})
+    async def sleep(self, url: str, kinds: Iterable[Memory], *, timeout_s: float | None = None) -> None:
+        """Give back memory that it has, while nothing is generated: pause first. On GPUs the server needs
+        `--enable-memory-saver`; without it nothing is given back."""
+        await self._requests.post(f"{url}/release_memory_occupation", {"tags": sorted(kinds)}, timeout_s=timeout_s)
 
-    async def wake(self, url: str, *tags: Literal["weights", "kv_cache", "cuda_graph"]) -> None:
-        """Take memory again, all of it or that of `tags`, when it sleeps. What weights it holds is undefined: publish."""
-        await self._requests.post(f"{url}/resume_memory_occupation", {"tags": list(tags)} if tags else {})
+    async def wake(self, url: str, kinds: Iterable[Memory], *, timeout_s: float | None = None) -> None:
+        """Take memory again that it has given back; asked for other memory it ends. What is in it is undefined: publish."""
+        await self._requests.post(f"{url}/resume_memory_occupation", {"tags": sorted(kinds)}, timeout_s=timeout_s)
 
     async def version(self, url: str, *, timeout_s: float | None = None) -> str:
         """The version of the weights that it reports."""

@@ -11,6 +11,8 @@
                   |                    |  v                 |
                   +---------------- SUSPENDED <-------------+           lose (none left): GONE, from every state
 
+`rest` makes every server that is up SLEEPING, `update` ends it. While they rest nobody who was lost is started again.
+
 Requests go to SERVING servers only. A token counts when the version that it carries was proven on its server (`serve`), and is
 not older than what the server had been given when the request began.
 """
@@ -21,6 +23,7 @@ import asyncio
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ctpo_megatron.errors import EngineError
 
@@ -32,11 +35,15 @@ class State(enum.StrEnum):
     JOINING = "joining"  # it answers; what weights it holds is not proven
     UPDATING = "updating"  # a publication is under way
     SERVING = "serving"
+    SLEEPING = "sleeping"  # it gives back its memory, until the next publication
     SUSPENDED = "suspended"  # it failed; a publication tries it again
     GONE = "gone"  # for good
 
 
-UP = (State.JOINING, State.UPDATING, State.SERVING, State.SUSPENDED)
+UP = (State.JOINING, State.UPDATING, State.SERVING, State.SLEEPING, State.SUSPENDED)
+
+Memory = Literal["weights", "kv_cache", "cuda_graph"]  # kinds of a server's memory that it can give back; SGLang's words
+MEMORY: frozenset[Memory] = frozenset(("weights", "kv_cache", "cuda_graph"))
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +58,7 @@ class Member:
     proven: set[int] = field(default_factory=set)  # versions that it has served
     reason: str = ""  # why it does not serve
     failures: int = 0
+    given_back: frozenset[Memory] = frozenset()  # what it was told to give back, and not yet to take again
 
     @property
     def gone(self) -> bool:
@@ -89,6 +97,7 @@ class ServerPool:
         self._members: dict[str, Member] = {}
         self._lost: dict[str, int] = {}
         self._rejoined = 0
+        self._resting = False
         self._changed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
@@ -109,6 +118,24 @@ class ServerPool:
         for member in members:
             member.state = State.UPDATING
         self._notify()
+
+    def rest(self) -> list[Member]:
+        """The trainer needs the servers' memory, until `awake`: those that are up, none of which gets a request any more."""
+        self._resting = True
+        members = self.members(*UP)
+        for member in members:
+            member.state = State.SLEEPING
+        self._notify()
+        return members
+
+    def awake(self) -> None:
+        """The trainer is done: servers may be started again."""
+        self._resting = False
+        self._notify()
+
+    async def room(self) -> None:
+        """Returns when there is memory for a server to start with."""
+        await self._until(lambda: not self._resting)
 
     def serve(self, members: Iterable[Member], version: int) -> None:
         """They are proven to hold `version`; requests may go to them."""

@@ -2,6 +2,9 @@
 
     pause -> connect, when the servers have changed -> send -> digests -> version, empty caches -> resume -> canary -> serve
 
+Servers that share the trainer's memory rest between two publications: they take memory for weights again before these are sent,
+and for the KV cache after the digests, when the senders have given back their buckets.
+
 A server that fails at any step is named and suspended, and tried once more from scratch; then it is lost, and the rest goes on.
 One that gives no sign of life is lost at once.
 """
@@ -10,21 +13,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ctpo_megatron.errors import EngineError, WeightSyncError
 from ctpo_megatron.metrics import PhaseTimer
 from ctpo_megatron.rollout.control import ServerControl
-from ctpo_megatron.rollout.pool import UP, Member, ServerPool, State
+from ctpo_megatron.rollout.pool import MEMORY, UP, Member, Memory, ServerPool, State
 from ctpo_megatron.weights.attest import attest
 from ctpo_megatron.weights.canary import canary_gap, canary_tokens, check_canary
 from ctpo_megatron.weights.engine_layout import EngineLayout
 from ctpo_megatron.weights.reported import read_digests
 from ctpo_megatron.weights.transport import Sent, Server
 
-PAUSE_TIMEOUT_S = 60.0  # to stop sampling and to open a session; it takes one forward at most
+PAUSE_TIMEOUT_S = 60.0  # to stop sampling, to open a session, to give memory back; it takes one forward at most
 ALIVE_TIMEOUT_S = 10.0  # to say anything at all, after a failure
 ATTEMPTS = 2  # at one server in one publication
 PHASES = ("gather", "digest", "send", "wait")  # of the senders' own seconds
@@ -58,7 +61,8 @@ class Proof:
 class Publisher:
     """Brings the trainer's weights to the servers of a pool. Its calls come one after the other, while the trainer is idle.
 
-    `session`: whether the transport wants an update session open. `timeout_s` bounds each step at each server.
+    `session`: whether the transport wants an update session open. `release`: whether servers give back their memory in `rest`.
+    `timeout_s` bounds each step at each server.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Publisher:
         api_key: str,
         timeout_s: float,
         session: bool = True,
+        release: bool = False,
     ) -> None:
         self._pool = pool
         self._control = control
@@ -79,6 +84,7 @@ class Publisher:
         self._api_key = api_key
         self._timeout_s = timeout_s
         self._session = session
+        self._release = release
         self._version = 0
         self._connected: list[Member] = []
         self._history: list[Sent] = []  # of the two newest versions
@@ -91,6 +97,7 @@ class Publisher:
         fail twice are lost; those that are being started are left to `heal`. Raises WeightSyncError when no server is left.
         """
         self._version = version
+        self._pool.awake()
         timer = PhaseTimer()
         with timer("total"):
             await self._bring_up(self._pool.members(*UP), timer)
@@ -105,6 +112,16 @@ class Publisher:
             return {}
         before, now = ([value for rank in sent.digests for _, value in sorted(rank.items())] for sent in self._history)
         return {"publish/changed": sum(old != new for old, new in zip(before, now, strict=True)) / max(len(now), 1)}
+
+    async def rest(self) -> None:
+        """All servers that are up give back their memory, until the next publication; without `release` nothing happens.
+
+        Whoever fails is suspended, or lost if it gives no sign of life. Generations in flight wait, and keep their tokens.
+        """
+        if self._release:
+            attempt = _Attempt(self._pool.rest())
+            await attempt.each(self._sleep)
+            await self._drop_blamed(attempt, Counter())
 
     async def heal(self) -> None:
         """Bring servers that are up but do not serve to the current version. The trainer must still hold that version."""
@@ -122,14 +139,18 @@ class Publisher:
             await self._attempt(attempt, timer)
             if attempt.blamed:
                 self._connected = []
-            answers = await asyncio.gather(*(self._answers(member) for member in attempt.blamed))
-            for (member, reason), alive in zip(attempt.blamed.items(), answers, strict=True):
-                failures[member.url] += 1
-                if alive and failures[member.url] < ATTEMPTS:
-                    self._pool.suspend(member, reason)
-                elif member.state in UP:  # its death may be known already
-                    self._pool.lose(member, reason)
+            await self._drop_blamed(attempt, failures)
             members = [member for member in members if member.state in UP and member.state is not State.SERVING]
+
+    async def _drop_blamed(self, attempt: _Attempt, failures: Counter[str]) -> None:
+        """Suspend those that failed in `attempt`; lose those that did too often, by `failures`, or give no sign of life."""
+        answers = await asyncio.gather(*(self._answers(member) for member in attempt.blamed))
+        for (member, reason), alive in zip(attempt.blamed.items(), answers, strict=True):
+            failures[member.url] += 1
+            if alive and failures[member.url] < ATTEMPTS:
+                self._pool.suspend(member, reason)
+            elif member.state in UP:  # its death may be known already
+                self._pool.lose(member, reason)
 
     async def _answers(self, member: Member) -> bool:
         """Whether it gives a sign of life. One that hangs must end: others may be held up with it in a broken broadcast."""
@@ -146,11 +167,16 @@ class Publisher:
         with timer("paused"):
             with timer("pause"):
                 await attempt.each(self._pause)
+            await self._wake(attempt, ("weights",), timer)
+            if self._session:
+                with timer("pause"):
+                    await attempt.each(lambda member: self._control.open_update(member.url, timeout_s=self._limit))
             sent = await self._send(attempt, known, timer)
             if sent is None:
                 return
             with timer("attest"):
                 await attempt.each(lambda member: self._install(member, sent))
+            await self._wake(attempt, MEMORY, timer)
             await attempt.each(lambda member: self._control.resume(member.url, timeout_s=self._timeout_s))
         with timer("canary"):
             tokens = canary_tokens(self._proof.vocab_size, self._version)
@@ -158,11 +184,34 @@ class Publisher:
             await attempt.each(lambda member: self._check_canary(member, tokens, expected))
         self._pool.serve(attempt.left, self._version)
 
+    @property
+    def _limit(self) -> float:
+        """Seconds for what is quick."""
+        return min(PAUSE_TIMEOUT_S, self._timeout_s)
+
     async def _pause(self, member: Member) -> None:
-        limit = min(PAUSE_TIMEOUT_S, self._timeout_s)
-        await self._control.pause(member.url, timeout_s=limit)
-        if self._session:
-            await self._control.open_update(member.url, timeout_s=limit)
+        await self._control.pause(member.url, timeout_s=self._limit)
+
+    async def _sleep(self, member: Member) -> None:
+        """Give back all memory that the server has."""
+        await self._pause(member)
+        kinds = MEMORY - member.given_back
+        if kinds:
+            member.given_back = MEMORY  # also if no answer comes in time: a server does what it is told, one after the other
+            await self._control.sleep(member.url, kinds, timeout_s=self._limit)
+
+    async def _wake(self, attempt: _Attempt, kinds: Collection[Memory], timer: PhaseTimer) -> None:
+        """Those that have given back memory of these `kinds` take it again."""
+
+        async def wake(member: Member) -> None:
+            asleep = member.given_back.intersection(kinds)
+            if asleep:
+                member.given_back -= asleep
+                await self._control.wake(member.url, asleep, timeout_s=self._limit)
+
+        if any(member.given_back for member in attempt.left):
+            with timer("wake"):
+                await attempt.each(wake)
 
     async def _send(self, attempt: _Attempt, known: bool, timer: PhaseTimer) -> Sent | None:
         """What was sent; None when somebody failed. `known`: nobody's weights are in doubt."""

@@ -130,6 +130,18 @@ def test_rollouts_one_step_ahead(toy, tmp_path):
     check_synced_weights(run, 4, toy["qwen3"])
 
 
+def test_trainer_and_servers_take_turns(toy, tmp_path):
+    """Colocated servers give back their memory at every step, and take it again with the new weights."""
+    sizes = ("train.steps=2", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes, "weights.type=colocated").finish(RUN_S)
+    check_run(run, 2)
+    for row in (row for row in run.metrics if "train/loss" in row):
+        assert row["time/sleep"] > 0
+        assert row["publish/wake"] > 0, "nobody had given memory back"
+        assert (row["servers/serving"], row["servers/lost"]) == (1, 0)
+    check_synced_weights(run, 2, toy["qwen3"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_leaves_nothing(toy, tmp_path, number):
     shared_before = set(os.listdir("/dev/shm"))

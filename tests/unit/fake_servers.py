@@ -35,6 +35,7 @@ class FakeServer:
         self.running = asyncio.Event()
         self.running.set()
         self.session = False
+        self.given_back: set[str] = set()  # kinds of memory
         self.faults: dict[str, Callable[[], web.Response | None]] = {}  # by path: called instead of, or before, the answer
         self.hold: asyncio.Event | None = None  # generations wait for it
 
@@ -70,6 +71,8 @@ class FakeServer:
             "/begin_weight_update": self._begin,
             "/end_weight_update": self._end,
             "/update_weight_version": self._set_version,
+            "/release_memory_occupation": self._sleep,
+            "/resume_memory_occupation": self._wake,
             "/model_info": self._info,
             "/weights_checker": self._checksums,
             "/generate": self._generate,
@@ -98,6 +101,20 @@ class FakeServer:
 
     async def _set_version(self, body: dict[str, Any]) -> dict[str, Any]:
         self.version = body["new_version"]
+        return {}
+
+    async def _sleep(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert not self.running.is_set(), "not paused"
+        assert body["tags"], "to SGLang no tags are all tags"
+        self.calls[-1] += f" {' '.join(body['tags'])}"
+        self.given_back |= set(body["tags"])
+        return {}
+
+    async def _wake(self, body: dict[str, Any]) -> dict[str, Any]:
+        assert body["tags"], "to SGLang no tags are all tags"
+        assert self.given_back.issuperset(body["tags"]), "SGLang ends when asked for memory that it has"
+        self.calls[-1] += f" {' '.join(body['tags'])}"
+        self.given_back -= set(body["tags"])
         return {}
 
     async def _info(self, _body: dict[str, Any]) -> dict[str, Any]:

@@ -22,10 +22,11 @@ def test_ratios_are_taken_within_each_repeat(bench: ModuleType) -> None:
     rows = []
     for repeat, (bare_s, update_s) in enumerate([(1.0, 2.0), (4.0, 10.0), (9.0, 10.0)]):
         rows.append({"repeat": repeat, "way": "bare", "what": "full", "bytes": 100, "transfer": bare_s})
+        rows.append({"repeat": repeat, "way": "ready-made", "what": "full", "update": 4 * bare_s})
         full = {"bytes": 100, "update": update_s, "paused": 2 * update_s, "attestation": 1.0, "memory": 30, "bucket": 20}
         rows.append({"repeat": repeat, "way": "broadcast", "what": "full", **full})
         rows.append({"repeat": repeat, "way": "broadcast", "what": "delta", **full, "update": 0.1})
     found = bench.ratios(rows)
-    assert found == pytest.approx({"bandwidth": 0.5, "attestation": 0.05, "memory": 1.5})
+    assert found == pytest.approx({"server": 0.25, "bandwidth": 0.5, "attestation": 0.05, "memory": 1.5})
     assert [check.holds for check in bench.checks(found)] == [False, True, True]
     assert [check.holds for check in bench.checks({"bandwidth": 0.6, "attestation": 0.11, "memory": 2.1})] == [True, False, False]

@@ -181,6 +181,33 @@ def test_servers_that_do_not_fit_are_refused() -> None:
     assert any("a server stays on one node" in problem for problem in problems)
 
 
+def test_servers_on_the_trainers_gpus() -> None:
+    """They need no GPUs of their own, and have what the trainer leaves of its: all but what stays there, if they take turns."""
+    shape, four = shape_of("qwen3-4b"), ["weights.type=colocated", "rollout.engine.servers=4"]
+    apart = make_plan(config_of("qwen3-4b"), shape, Hardware())
+    turns = make_plan(config_of("qwen3-4b", *four), shape, Hardware())
+    beside = make_plan(config_of("qwen3-4b", *four, "weights.release=false"), shape, Hardware())
+    assert [plan.problems for plan in (apart, turns, beside)] == [[], [], []]
+    assert [(plan.server_gpus, plan.trainer_gpus) for plan in (apart, turns, beside)] == [(4, 4), (0, 4), (0, 4)]
+    (stage,) = turns.stages
+    left = 1 - stage.memory.resident / (80 * GIB)
+    assert turns.servers.budget == pytest.approx(left * apart.servers.budget, rel=1e-6)
+    assert beside.servers.budget < turns.servers.budget
+
+
+def test_servers_that_cannot_share_the_trainers_gpus() -> None:
+    def problems(*overrides: str, hardware: Hardware | None = None) -> list[str]:
+        config = config_of("qwen3-4b", "weights.type=colocated", *overrides)
+        return make_plan(config, shape_of("qwen3-4b"), hardware or Hardware()).problems
+
+    (uneven,) = problems("rollout.engine.servers=3")
+    assert "rollout.engine.servers * rollout.engine.tp = 3 must equal" in uneven
+    (full,) = problems(hardware=Hardware(36.0))
+    assert "GiB of the trainer. What helps: a larger rollout.engine.tp (up to 8), weights.type=broadcast" in full
+    (apart,) = problems(hardware=Hardware(gpus_per_node=2))
+    assert "all GPUs on one node" in apart
+
+
 def test_a_layout_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.pp.* = 3 .*40 layers"):
         make_plan(config_of("qwen3-14b", "parallel.pp=3"), shape_of("qwen3-14b"), Hardware())

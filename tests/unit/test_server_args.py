@@ -33,7 +33,15 @@ def test_gpu_gets_no_cpu_flags() -> None:
     assert value(args, "--device") == "cuda"
     for flag in ("--attention-backend", "--sampling-backend", "--disable-overlap-schedule", "--max-total-tokens"):
         assert flag not in args
+    assert "--enable-memory-saver" not in args
     assert server_env(EngineConfig(tp=4), device="cuda") == {}
+
+
+def test_a_server_on_the_trainers_gpus() -> None:
+    """It can give back memory, and sees the GPUs it is given, in that order."""
+    args = server_args("/models/m", EngineConfig(), device="cuda", dtype="bfloat16", port=20001, seed=3, memory_saver=True)
+    assert "--enable-memory-saver" in args
+    assert server_env(EngineConfig(), device="cuda", gpus=("3", "1"))["CUDA_VISIBLE_DEVICES"] == "3,1"
 
 
 def test_user_arguments_come_last() -> None:

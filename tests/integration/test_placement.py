@@ -1,0 +1,149 @@
+"""Where Ray puts the processes of a colocated run, and which GPUs its servers see: real actors on GPUs that are only declared."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table, remove_placement_group
+
+from ctpo_megatron.cluster.engines import EngineGroup
+from ctpo_megatron.cluster.placement import bundles_of, check_shared, place, share_gpus, shares_gpus
+from ctpo_megatron.cluster.ray_cluster import reserve
+from ctpo_megatron.cluster.trainer_actor import TrainerActor
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.errors import ConfigError, InputError
+from ctpo_megatron.rollout.pool import ServerPool
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
+
+GPUS = 4
+BOTH = {"trainer": True, "engines": True}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Two nodes that say they have GPUs; nothing here touches one."""
+    node = {"num_cpus": 2 * GPUS, "num_gpus": GPUS, "object_store_memory": 2**27, "include_dashboard": False}
+    few = {"prestart_worker_first_driver": False}  # not a worker for each CPU
+    nodes = Cluster(initialize_head=True, head_node_args=node | {"_system_config": few})
+    try:
+        nodes.add_node(**node)
+        ray.init(address=nodes.address, log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+def config(model: Path, *, servers: int, tp: int, dp: int = GPUS, kind: str = "colocated") -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "placement",
+            "run_dir": "unused",
+            "model": {"path": str(model)},
+            "data": {"train": "unused"},
+            "parallel": {"dp": dp},
+            "rollout": {"engine": {"servers": servers, "tp": tp}},
+            "weights": {"type": kind},
+            "cluster": {"device": "cuda"},
+        }
+    )
+
+
+def servers_below(count: int) -> list[psutil.Process]:
+    """The processes of that many servers, which Ray's actors have just begun to start."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "ctpo_megatron.cluster.sglang_entry" in process.cmdline():
+                    found.append(process)
+        if len(found) == count:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{count} servers were not started")
+
+
+def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: Path) -> None:
+    """A rank for each GPU; each server beside the first of its ranks, seeing their GPUs first, and the others after them."""
+
+    async def scenario() -> None:
+        run = config(qwen3, servers=2, tp=2)
+        group = await reserve(bundles_of(run, **BOTH), 60)
+        places = place(run, group, **BOTH)
+        remote = ray.remote(TrainerActor)
+        logs = [str(tmp_path / f"{rank}.log") for rank in range(GPUS)]
+        ranks = [remote.options(**each).remote(run, rank, logs[rank]) for rank, each in enumerate(places.ranks)]
+        gpus = await asyncio.gather(*(asyncio.wrap_future(rank.gpus.remote().future()) for rank in ranks))
+        assert sorted(gpu for mine in gpus for gpu in mine) == [str(gpu) for gpu in range(GPUS)]
+        assert all(len(mine) == 1 for mine in gpus)
+        shared = share_gpus(gpus, places.servers, run.rollout.engine.tp)
+        engines = EngineGroup(run, tmp_path, "key", shared, ServerPool(patience_s=1))
+        try:
+            seen = {}  # by seed, which numbers the servers
+            for server in servers_below(2):
+                words = server.cmdline()
+                assert "--enable-memory-saver" in words
+                seen[words[words.index("--random-seed") + 1]] = server.environ()["CUDA_VISIBLE_DEVICES"].split(",")
+            (a,), (b,), (c,), (d,) = gpus
+            assert seen == {"1": [a, b, c, d], "2": [c, d, a, b]}
+            taken = ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0)
+            assert taken == GPUS, "servers took none of their own"
+        finally:
+            await engines.close()
+            for rank in ranks:
+                ray.kill(rank)
+            remove_placement_group(group)
+
+    asyncio.run(scenario())
+
+
+def test_bundles(cluster: None, qwen3: Path) -> None:
+    """One for each rank where GPUs are shared, and one for each process elsewhere."""
+    shared, apart = config(qwen3, servers=2, tp=2), config(qwen3, servers=2, tp=2, kind="broadcast")
+    assert bundles_of(shared, **BOTH) == [{"CPU": 2.0, "GPU": 1.0}] * 4
+    assert bundles_of(apart, **BOTH) == [{"CPU": 1.0, "GPU": 1.0}] * 4 + [{"CPU": 1.0, "GPU": 2.0}] * 2
+    assert bundles_of(shared, trainer=False, engines=True) == [{"CPU": 1.0, "GPU": 2.0}] * 2, "`ctpo eval` has no trainer"
+    on_cpu = shared.model_copy(update={"cluster": shared.cluster.model_copy(update={"device": "cpu"})})
+    assert bundles_of(on_cpu, **BOTH) == [{"CPU": 1.0}] * 6
+    assert [shares_gpus(each, **BOTH) for each in (shared, apart, on_cpu)] == [True, False, False]
+
+    async def places() -> None:
+        group = await reserve(bundles_of(on_cpu, **BOTH), 60)
+        found = place(on_cpu, group, **BOTH)
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        assert len(set(nodes.values())) == 1
+        assert (len(found.ranks), len(found.servers)) == (4, 2)
+        bundles = [each["scheduling_strategy"].placement_group_bundle_index for each in [*found.ranks, *found.servers]]
+        assert sorted(bundles) == list(range(6))
+        remove_placement_group(group)
+
+    asyncio.run(places())
+
+
+def test_several_nodes_are_refused(cluster: None, qwen3: Path) -> None:
+    """A run that finds room only on both nodes together, before anything of it is started."""
+
+    async def scenario() -> None:
+        run = config(qwen3, servers=2 * GPUS, tp=1, dp=2 * GPUS)
+        group = await reserve(bundles_of(run, **BOTH), 60)
+        with pytest.raises(InputError, match=r"only on 2 nodes together; use weights.type=broadcast"):
+            place(run, group, **BOTH)
+        remove_placement_group(group)
+
+    asyncio.run(scenario())
+
+
+def test_each_gpu_is_used_once(qwen3: Path) -> None:
+    check_shared(config(qwen3, servers=4, tp=1))
+    with pytest.raises(ConfigError, match=r"rollout.engine.servers \* rollout.engine.tp = 2 must equal .* = 4"):
+        check_shared(config(qwen3, servers=2, tp=1))
