@@ -6,7 +6,7 @@ import asyncio
 import functools
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctpo_megatron.cluster.trainer_actor import TrainerActor
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.cluster import Transport
 from ctpo_megatron.mcore.engine import RankInfo
 from ctpo_megatron.weights.canary import join_canary
 from ctpo_megatron.weights.transport import Bucket, Sent, Server
@@ -50,7 +51,14 @@ class Rank(TrainerActor):
         self.before: dict[str, Tensor] = {}  # of the last publication
         self.now: dict[str, Tensor] = {}
         self.fault: str | None = None
-        self.kill: Callable[[], None] = lambda: None
+        self.strike: Callable[[], None] = lambda: None
+
+    def use(self, weights: Transport) -> None:
+        """Another transport, from the next connection on."""
+        if self.sender is not None:
+            self.sender.close()
+        self.config = self.config.model_copy(update={"weights": weights})
+        self.sender, self._connected = None, False
 
     @torch.no_grad()
     def move(self, only: str = "") -> None:
@@ -70,9 +78,10 @@ class Rank(TrainerActor):
     def publish(self, version: int) -> Sent:
         """See `TrainerActor.publish`; small buckets, and the planted fault."""
         fault, self.fault = self.fault, None
-        start = type(self.sender)._start
-        wire = {"dropped": self._drop, "swapped": self._swap, "stale": self._stale, "killed": self._kill}.get(fault or "")
-        self.sender._start = functools.partial(start, self.sender) if wire is None else self._tampered(start, wire)
+        start = getattr(type(self.sender), "_start", None)  # of a bucket on its way; there is no such thing on disks
+        wire = {"dropped": self._drop, "swapped": self._swap, "stale": self._stale, "struck": self._strike}.get(fault or "")
+        if start is not None:
+            self.sender._start = functools.partial(start, self.sender) if wire is None else self._tampered(start, wire)
         self.before, self.now = self.now, {}
         return self.sender.send(self._stream(cached=fault == "cached"), version)
 
@@ -101,9 +110,9 @@ class Rank(TrainerActor):
     def _stale(self, bucket: Bucket, _number: int) -> Bucket:
         return [(name, self.before[name] if name.startswith(EXPERT) else tensor) for name, tensor in bucket]
 
-    def _kill(self, bucket: Bucket, number: int) -> Bucket:
+    def _strike(self, bucket: Bucket, number: int) -> Bucket:
         if (self.rank, number) == (0, 1):
-            self.kill()
+            self.strike()
         return bucket
 
 
@@ -112,12 +121,14 @@ class Ranks:
     """All ranks as the publisher sees them; lives on rank 0, the others `follow`."""
 
     mine: Rank
+    sent: list[Sent] = field(default_factory=list)
 
     async def connect(self, servers: list[Server], api_key: str) -> None:
         await self.all("connect", servers, api_key)
 
     async def publish(self, version: int) -> Sent:
-        return functools.reduce(Sent.merge, await self.all("publish", version))
+        self.sent.append(functools.reduce(Sent.merge, await self.all("publish", version)))
+        return self.sent[-1]
 
     async def canary_logp(self, token_ids: list[int]) -> list[float]:
         return join_canary([part for part in await self.all("canary_logp", token_ids) if part], len(token_ids))

@@ -8,93 +8,20 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import START_S, TIMEOUT_S, RunningServer, start_server
-from publication_ranks import Rank, Ranks, follow, run_config
+from engines import start_server
+from publication_driver import LONG, Driver, check_in_flight, driving
 from ranks import run_ranks
 from tiny import FAMILIES, write_model
 
-from ctpo_megatron.cluster.server import new_api_key
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.mcore.engine import RankInfo
-from ctpo_megatron.rollout.client import EngineClient, Generation
-from ctpo_megatron.rollout.pool import ServerPool, State
-from ctpo_megatron.weights.publisher import Publisher
+from ctpo_megatron.rollout.pool import State
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
-
-PROMPT = list(range(7, 71))
-LONG = 300  # tokens of a generation that an update meets
-
-
-class Driver:
-    """What a run's driver has, on rank 0: trainer, servers, client and publisher."""
-
-    def __init__(self, rank: Rank, servers: list[RunningServer], client: EngineClient, said: list[str]) -> None:
-        self.trainer, self.servers, self.client, self.said = Ranks(rank), servers, client, said
-        self.pool, first = client.pool, servers[0]
-        self.publisher = Publisher(
-            self.pool, client.control, self.trainer, first.proof(), api_key=first.api_key, timeout_s=TIMEOUT_S
-        )
-        self.version = 0
-
-    async def publish(self, fault: str | None = None, only: str = "") -> dict[str, float]:
-        """A new version, in whose publication something goes wrong."""
-        await self.trainer.all("move", only)
-        await self.trainer.all("plant", fault)
-        self.version += 1
-        return await self.publisher.publish(self.version)
-
-    def generate(self, session: int, tokens: int) -> asyncio.Task[Generation]:
-        work = self.client.generate(PROMPT, max_new_tokens=tokens, temperature=1.0, stop_token_ids=[], session=session)
-        return asyncio.ensure_future(work)
-
-    async def cached_tokens(self, server: RunningServer) -> int:
-        """How much of the prompt the server takes from its prefix cache."""
-        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-        answer = await self.client._requests.post(f"{server.url}/generate", body)
-        return answer["meta_info"]["cached_tokens"]
-
-    def spoken(self) -> str:
-        """What the pool has said since the last time."""
-        text = "\n".join(self.said)
-        self.said.clear()
-        return text
-
-    def serving(self) -> list[str]:
-        return [member.name for member in self.pool.members(State.SERVING)]
-
-
-@asynccontextmanager
-async def driving(info: RankInfo, model: Path, root: Path, servers: int, restarts: int) -> AsyncIterator[Driver | None]:
-    """On rank 0 a driver; None on the others, which then follow it."""
-    async with AsyncExitStack() as stack:
-        running: list[RunningServer] = []
-        if info.rank == 0:
-            key = new_api_key()
-            for number in range(servers):
-                running.append(start_server(model, root / f"server_{number}.log", wait=False, key=key))
-            stack.callback(lambda: [server.server.stop() for server in running])
-        rank = Rank(run_config(model, root, TIMEOUT_S), info)
-        stack.callback(rank.close)
-        if info.rank > 0:
-            yield None
-            follow(rank)
-            return
-        said: list[str] = []
-        pool = ServerPool(patience_s=TIMEOUT_S, restarts=restarts, say=said.append)
-        for number, server in enumerate(running):
-            await asyncio.to_thread(server.server.wait_healthy, START_S)
-            pool.join(f"server {number}", server.url)
-        client = await stack.enter_async_context(EngineClient(pool, running[0].api_key, request_timeout_s=TIMEOUT_S))
-        driver = Driver(rank, running, client, said)
-        stack.callback(driver.trainer.end)
-        yield driver
 
 
 def faults(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
@@ -108,7 +35,7 @@ def faults(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
                 for fault in ("dropped", "swapped", "stale", "cached"):
                     await driver.publish(fault)
                     found[fault] = (driver.spoken(), driver.serving())
-                await in_flight(driver, found)
+                await update_in_flight(driver, found)
                 await old_weights(driver, found, root)
                 await killed(driver, found, root)
         return found
@@ -116,14 +43,14 @@ def faults(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
     return asyncio.run(scenario())
 
 
-async def in_flight(driver: Driver, found: dict[str, Any]) -> None:
+async def update_in_flight(driver: Driver, found: dict[str, Any]) -> None:
     """An update meets generations; before and after, what the prefix cache gives."""
     found["cached before"] = [[await driver.cached_tokens(server) for _ in range(2)] for server in driver.servers]
     await driver.publish()
     found["cached after"] = [[await driver.cached_tokens(server) for _ in range(2)] for server in driver.servers]
-    running = [driver.generate(session, LONG) for session in range(8)]
-    await asyncio.sleep(0.4)
-    await driver.publish()
+    await driver.prepare()
+    running = await driver.sampling(LONG)
+    await driver.publish_prepared()
     generations = await asyncio.gather(*running)
     found["in flight"] = [(each.versions, len(each.token_ids), driver.version) for each in generations]
 
@@ -146,11 +73,11 @@ async def old_weights(driver: Driver, found: dict[str, Any], root: Path) -> None
 
 async def killed(driver: Driver, found: dict[str, Any], root: Path) -> None:
     """The second server is killed while weights are on their way to it, and comes back after the update."""
-    running = [driver.generate(session, LONG) for session in range(8)]
-    await asyncio.sleep(0.3)
     victim = driver.servers[1]
-    driver.trainer.mine.kill = lambda: os.killpg(victim.server.pid, signal.SIGKILL)
-    metrics = await driver.publish("killed")
+    driver.trainer.mine.strike = lambda: os.killpg(victim.server.pid, signal.SIGKILL)
+    await driver.prepare("struck")
+    running = await driver.sampling(LONG)
+    metrics = await driver.publish_prepared()
     generations = await asyncio.gather(*running)
     found["killed"] = {
         "in flight": [(each.versions, len(each.token_ids), driver.version) for each in generations],
@@ -168,15 +95,6 @@ async def killed(driver: Driver, found: dict[str, Any], root: Path) -> None:
     found["killed"]["reports"] = await driver.client.control.version(late.url)
     await driver.publish()
     found["killed"]["next"] = driver.serving()
-
-
-def check_in_flight(generations: list[tuple[list[int], int, int]]) -> None:
-    """None is missing a token; versions only grow, to the current one; some carry both."""
-    assert [length for _, length, _ in generations] == [LONG] * 8
-    for versions, _, current in generations:
-        assert versions == sorted(versions)
-        assert set(versions) <= {current - 1, current}
-    assert any(len(set(versions)) == 2 for versions, _, _ in generations), "no generation was in flight during the update"
 
 
 def test_faults_are_found_and_mended(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import socket
@@ -14,59 +13,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import HOST, RunningServer, start_server
-from ranks import free_port, run_ranks
-from safetensors.torch import load_file, save_file
+from engines import HOST, RunningServer
+from hanging import stopped
 from tiny import write_model
-from weight_ranks import Site, publish_everything
+from weight_ranks import Case, Site
+from weight_sites import KINDS, check_publications, other_weights, serving, site_of, write_weights
 
-from ctpo_megatron.cluster.server import new_api_key
 from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.broadcast import BroadcastSender
 from ctpo_megatron.weights.colocated import ColocatedSender
-from ctpo_megatron.weights.transport import Sent, Server
+from ctpo_megatron.weights.transport import Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-LAYOUTS = [{"tp": 2, "dp": 2}, {"pp": 2, "dp": 2, "ep": 2}, {"tp": 2, "pp": 2, "ep": 2}]
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("moe"), "qwen3_moe")
+    return write_model(tmp_path_factory.mktemp("moe") / "qwen3_moe", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
 def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunningServer]]:
-    """A server on two ranks and one on a single rank; they start together."""
-    logs, key = tmp_path_factory.mktemp("servers"), new_api_key()
-    servers = [start_server(model, logs / f"{tp}.log", tp=tp, wait=False, key=key) for tp in (2, 1)]
-    try:
-        for each in servers:
-            each.server.wait_healthy(300)
+    """A server on two ranks and one on a single rank."""
+    with serving([(model, 2), (model, 1)], tmp_path_factory.mktemp("servers")) as servers:
         yield servers
-    finally:
-        for each in servers:
-            each.server.stop()
 
 
 @pytest.fixture
 def site(running: list[RunningServer]) -> Site:
-    return Site([Server(each.url, each.tp) for each in running], running[0].api_key)
-
-
-def other_weights(model: Path, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    weights = load_file(model / "model.safetensors")
-    return {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
-
-
-def write_weights(directory: Path, weights: dict[str, torch.Tensor]) -> Path:
-    directory.mkdir(exist_ok=True)
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+    return site_of(running)
 
 
 def buckets(weights: dict[str, torch.Tensor], size: int = 12) -> list[list[tuple[str, torch.Tensor]]]:
@@ -74,27 +52,20 @@ def buckets(weights: dict[str, torch.Tensor], size: int = 12) -> list[list[tuple
     return [named[at : at + size] for at in range(0, len(named), size)]
 
 
-def test_every_transport_from_every_layout(model: Path, site: Site, tmp_path: Path) -> None:
-    """After each publication the servers hold, bit for bit, and say what servers freshly loaded from the export hold and say."""
-    base = write_weights(tmp_path / "base", other_weights(model, 1))
-    ports = [free_port() for _ in LAYOUTS]
-    ranks = run_ranks(4, publish_everything, model, base, site, LAYOUTS, tmp_path, ports, timeout_s=500)
-    count = len(load_file(model / "model.safetensors"))
-    for number, layout in enumerate(LAYOUTS):
-        full, nudged = ranks[0][number]["fresh"]
-        assert full != nudged
-        for kind in ("broadcast", "colocated", "disk"):
-            where = f"{kind} from {layout}"
-            found = [rank[number][kind] for rank in ranks]
-            assert found[0]["before"] not in (full, nudged), where
-            assert found[0]["held"][0] == full, where
-            assert found[0]["held"][1] == nudged, where
-            whole, delta = (functools.reduce(Sent.merge, (each["sent"][version] for each in found)) for version in (0, 1))
-            assert (whole.tensors, delta.tensors) == (count, 3), where
-            senders = sum(each["sent"][0].tensors > 0 for each in found)
-            assert senders == layout.get("pp", 1) * layout.get("ep", 1), where
-        versions = tmp_path / str(number) / "versions"
-        assert sorted(path.name for path in versions.iterdir()) == ["v000001", "v000002"]
+def test_every_layout_of_a_mixture(model: Path, site: Site, tmp_path: Path) -> None:
+    base, started = write_weights(tmp_path / "base", other_weights(model, 1)), site.state()
+    cases = [
+        Case(model, base, site, layout, kinds)
+        for layout, kinds in (
+            ({"tp": 2, "dp": 2}, KINDS),
+            ({"pp": 2, "dp": 2}, ("broadcast",)),
+            ({"dp": 4, "ep": 2}, ("broadcast",)),
+            ({"tp": 2, "dp": 2, "ep": 2, "etp": 2}, ("broadcast",)),
+            ({"pp": 2, "dp": 2, "ep": 2}, KINDS),
+            ({"tp": 2, "pp": 2, "ep": 2}, KINDS),
+        )
+    ]
+    check_publications(cases, [started] * len(cases), tmp_path)
 
 
 @contextmanager
@@ -171,14 +142,3 @@ def reconnected(sender: BroadcastSender, timeout_s: float, site: Site) -> Broadc
     again = broadcaster(timeout_s)
     again.connect(site.servers, site.key)
     return again
-
-
-@contextmanager
-def stopped(server: RunningServer) -> Iterator[None]:
-    """All its processes stand still, as if the host had."""
-    os.killpg(server.server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        if server.server.alive():
-            os.killpg(server.server.pid, signal.SIGCONT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,25 @@ from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
 from ctpo_megatron.weights.transport import Sent, Server
 
 HOST = "127.0.0.1"
-PROMPT = list(range(3, 40, 4))
+PROMPTS = (list(range(3, 40, 4)), [5, 250, 17] * 9)
 BUCKET_BYTES = 60_000  # several buckets for each sender
+GATE_UP = ("decoder.layers.0.mlp.linear_fc1.weight", "decoder.layers.0.mlp.experts.local_experts.2.linear_fc1.weight")
+NUDGED = ("embedding.word_embeddings.weight", "output_layer.weight", *GATE_UP)
+
+
+@dataclass(frozen=True)
+class State:
+    """What the servers of a site hold and say; two are equal when every bit is."""
+
+    digests: list[list[dict[str, str]]]  # per server and rank, of each tensor
+    greedy: list[list[tuple[list[int], list[float]]]]  # per prompt and server: tokens and their log-probs
+
+    def differences(self, other: State) -> list[str]:
+        """Names of the tensors whose bits differ anywhere; and `greedy` where another word, or log-prob, is said."""
+        mine, yours = ([rank for server in state.digests for rank in server] for state in (self, other))
+        pairs = zip(mine, yours, strict=True)
+        names = {name for ours, theirs in pairs for name in ours | theirs if ours.get(name) != theirs.get(name)}
+        return sorted(names) + ["greedy"] * (self.greedy != other.greedy)
 
 
 @dataclass(frozen=True)
@@ -33,46 +51,66 @@ class Site:
         return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
 
     def all(self, path: str, body: dict[str, Any] | None = None) -> list[Any]:
-        return [self.post(server.url, path, body) for server in self.servers]
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            return list(threads.map(lambda server: self.post(server.url, path, body), self.servers))
 
-    def state(self) -> list[Any]:
-        """Of every server: the checksum of each tensor on each rank, and what it generates greedily."""
-        self.all("/flush_cache")
-        greedy = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}}
+    def state(self) -> State:
+        """What they hold and say now."""
+        self.all("/flush_cache?timeout=30")  # once idle: a health check may still be under way
         sums = [answer["ranks"] for answer in self.all("/weights_checker", {"action": "checksum"})]
-        return [[rank["checksums"] for rank in ranks] for ranks in sums] + [
-            a["output_ids"] for a in self.all("/generate", greedy)
-        ]
+        digests = [[rank["checksums"] for rank in ranks] for ranks in sums]
+        return State(digests, [self._greedy(prompt) for prompt in PROMPTS])
 
-    def load(self, directory: Path) -> list[Any]:
-        """The state of servers that were freshly loaded from a model directory."""
+    def _greedy(self, prompt: list[int]) -> list[tuple[list[int], list[float]]]:
+        """Of every server: the tokens that follow, and their log-probs."""
+        sampling = {"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+        answers = self.all("/generate", {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True})
+        return [(each["output_ids"], [entry[0] for entry in each["meta_info"]["output_token_logprobs"]]) for each in answers]
+
+    def load(self, directory: Path) -> State:
+        """The state after loading a model directory."""
         self.all("/update_weights_from_disk", {"model_path": str(directory), "flush_cache": False})
         return self.state()
 
 
-def transports(root: Path) -> list[Transport]:
-    """All of them, with deltas."""
-    common = {"delta": True, "timeout_s": 60.0}
-    return [BroadcastTransport(**common), ColocatedTransport(**common), DiskTransport(directory=str(root / "versions"), **common)]
+@dataclass(frozen=True)
+class Case:
+    """A trainer of a model, and the servers that it publishes to."""
+
+    model: Path
+    base: Path  # other weights of the same model
+    site: Site
+    layout: dict[str, int]
+    kinds: tuple[str, ...] = ("broadcast",)  # of transports
+
+    def __str__(self) -> str:
+        return f"{self.model.name} from {self.layout}"
+
+    def transports(self, root: Path) -> list[Transport]:
+        """Those wanted, with deltas."""
+        common = {"delta": True, "timeout_s": 60.0}
+        disk = DiskTransport(directory=str(root / "versions"), **common)
+        return [each for each in (BroadcastTransport(**common), ColocatedTransport(**common), disk) if each.type in self.kinds]
 
 
-def publish_everything(
-    rank: RankInfo, path: Path, base: Path, site: Site, layouts: list[dict[str, int]], root: Path, ports: list[int]
-) -> list[dict[str, Any]]:
-    """Per layout and transport, on rank 0 what the servers held before and after; on every rank what it sent."""
+def publish_everything(rank: RankInfo, cases: list[Case], root: Path, ports: list[int]) -> list[dict[str, Any]]:
+    """Per case and transport, on rank 0 what the servers held before and after; on every rank what it sent.
+
+    The weights, and those of the delta, are exported to `root`/NUMBER/full and nudged.
+    """
     found = []
-    for number, (layout, port) in enumerate(zip(layouts, ports, strict=True)):
-        info = replace(rank, master_port=port)
-        engine = MegatronEngine(str(path), ParallelConfig(**layout), None, info, device="cpu", dtype="float32", seed=1)
+    for number, (case, port) in enumerate(zip(cases, ports, strict=True)):
+        info, parallel = replace(rank, master_port=port), ParallelConfig(**case.layout)
+        engine = MegatronEngine(str(case.model), parallel, None, info, device="cpu", dtype="float32", seed=1)
         exported = root / str(number)
         engine.save_hf(exported / "full")
         nudge(engine, 2.0)
         engine.save_hf(exported / "nudged")
         nudge(engine, 0.5)
         first = rank.rank == 0
-        result: dict[str, Any] = {"fresh": [site.load(exported / name) for name in ("full", "nudged")] if first else None}
-        for transport in transports(exported):
-            result[transport.type] = publish_twice(engine, transport, site, base if first else None)
+        result: dict[str, Any] = {"loaded": [case.site.load(exported / name) for name in ("full", "nudged")] if first else None}
+        for transport in case.transports(exported):
+            result[transport.type] = publish_twice(engine, transport, case.site, case.base if first else None)
         found.append(result)
         engine.close()
     return found
@@ -110,14 +148,14 @@ def publish_twice(engine: MegatronEngine, transport: Transport, site: Site, base
 
 @torch.no_grad()
 def nudge(engine: MegatronEngine, factor: float) -> None:
-    """Scale three tensors, by a power of two and so without a trace when undone: one query projection, which the engine keeps in
-    one parameter with key and value, and gate and up of one expert."""
+    """Scale some tensors, by a power of two and so without a trace when undone: both ends of the model, which may be one tensor;
+    a query projection, which the engine keeps in one parameter with key and value; gate and up of a layer or of one expert."""
     from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors
 
     for model in engine.models:
         for key, parameter in keyed_tensors(model, engine.shape, RankPlace.current()):
-            if key == "decoder.layers.1.self_attention.linear_qkv.weight":
+            if key in NUDGED:
+                parameter *= factor
+            elif key.startswith("decoder.layers.1.self_attention.linear_qkv."):
                 heads = engine.shape.num_heads // engine.shape.attention.num_kv_heads
                 parameter[: heads * engine.shape.attention.head_dim] *= factor  # the queries of the rank's first group
-            elif key == "decoder.layers.0.mlp.experts.local_experts.2.linear_fc1.weight":
-                parameter *= factor
