@@ -19,6 +19,7 @@ from ctpo_megatron.cluster.processes import group_members
 from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.hf.buffers import BucketMemory
 from ctpo_megatron.mcore.hf.load import unwrap
 from ctpo_megatron.mcore.hf.names import hf_tensors
 from ctpo_megatron.mcore.hf.senders import make_buckets, nbytes
@@ -67,9 +68,9 @@ class Trainer:
     engine: MegatronEngine
     task: Task
     sender: WeightSender | None = None
-    delta: bool = False  # what it sends
+    buckets: BucketMemory = field(default_factory=lambda: BucketMemory(torch.device("cpu")))
     sent: Sent | None = None  # by this rank, at last
-    memory: int = 0  # bytes by which this rank grew at most while it sent
+    memory: int = 0  # bytes for buckets: those kept, and by which this rank grew at most while it sent
     cpu_s: list[float] = field(default_factory=list)  # by rank, of the last `send`
 
     async def connect(self, servers: list[Server], api_key: str) -> None:
@@ -97,13 +98,14 @@ class Trainer:
             getattr(self, order[0])(order[1])
 
     def send(self, version: int) -> Sent:
-        buckets, begin = self.engine.stream(self.task.bucket_mb * 2**20, reuse=not self.delta), time.process_time()
+        buckets, begin = self.engine.stream(self.task.bucket_mb * 2**20, memory=self.buckets), time.process_time()
+        kept = self.buckets.nbytes
         with extra_memory() as found:
             if self.sender is not None:
                 self.sent = self.sender.send(buckets, version)
             else:
                 self.sent = Sent(version, tensors=sum(map(len, buckets)))
-        self.memory, self.cpu_s = found[0], [0.0] * TP
+        self.memory, self.cpu_s = kept + found[0], [0.0] * TP
         dist.all_gather_object(self.cpu_s, time.process_time() - begin)
         return self.sent
 
@@ -205,7 +207,6 @@ class Driver:
         plain, first, delta = "full", "full, before deltas", "delta"
         rows = []
         for deltas, names in ((False, [plain]), (True, [first, delta])):
-            self._trainer.delta = deltas
             self._trainer.sender = make_sender(
                 self._transport(kind, deltas), torch.device("cpu"), HOST, Turns.alone(), lambda: Expected(self._layout)
             )

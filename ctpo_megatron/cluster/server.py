@@ -83,6 +83,8 @@ def server_env(engine: EngineConfig, *, device: str, gpus: Sequence[str] = ()) -
     # generation twenty times slower.
     env = {"OMP_NUM_THREADS": str(max(1, len(cores) // ranks // 2)), "OMP_WAIT_POLICY": "passive"}
     env["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's: buckets of weights come in large pages; small ones cost more than the transport
+    # glibc's: what a bucket of weights lay in stays with the process, as new memory costs more than receiving and loading it
+    env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
         share = max(1, len(cores) // engine.tp)
         shares = [cores[rank * share : (rank + 1) * share] or [cores[rank % len(cores)]] for rank in range(engine.tp)]

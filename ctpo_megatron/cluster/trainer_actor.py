@@ -51,6 +51,7 @@ class TrainerActor:
 
         torch.set_num_threads(threads)
         from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+        from ctpo_megatron.mcore.hf.buffers import BucketMemory
 
         config = self.config
         self.engine = MegatronEngine(
@@ -65,6 +66,7 @@ class TrainerActor:
             total_steps=total_steps,
             moe=config.moe,
         )
+        self._buckets = BucketMemory(self.engine.device)
         reference = config.algorithm.reference
         self.reference = None if reference is None else self.engine.snapshot(reference.path)
         self._make_room()
@@ -125,15 +127,15 @@ class TrainerActor:
 
     def publish(self, version: int) -> Sent:
         """Export the weights in step with the other ranks; the sending ranks pass them on. Empty on other ranks."""
-        weights = self.config.weights
-        # a delta may skip several buckets while one is still under way
-        buckets = self.engine.stream(weights.bucket_mb * 2**20, reuse=not weights.delta)
+        buckets = self.engine.stream(self.config.weights.bucket_mb * 2**20, memory=self._buckets)
         if self.sender is not None:
             sent = self.sender.send(buckets, version)
         else:
             sent = Sent(version)
             for _ in buckets:
                 pass
+        if self.engine.device.type != "cpu":  # torch keeps a GPU's memory by itself
+            self._buckets.release()
         self._make_room()
         return sent
 

@@ -30,6 +30,7 @@ from ctpo_megatron.parallel import Seat
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
+    from ctpo_megatron.mcore.hf.buffers import BucketMemory
     from ctpo_megatron.mcore.step import LossFn
 
 TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up
@@ -198,11 +199,13 @@ class MegatronEngine:
         self._moved |= norm > 0 and lr > 0
         return {"grad_norm": norm, "max/grad_norm": norm, "lr": lr}
 
-    def stream(self, bucket_bytes: int, *, to: int | None = None, reuse: bool = False) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream(
+        self, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
         """Full weights under their Hugging Face names, in buckets, each on the rank that sends it: see `export_stream`."""
         from ctpo_megatron.mcore.hf.stream import export_stream
 
-        buckets = export_stream(self.models, self.shape, bucket_bytes, to=to, reuse=reuse)
+        buckets = export_stream(self.models, self.shape, bucket_bytes, to=to, memory=memory)
         while True:
             with megatron_region(self.device):  # left before the caller goes on
                 bucket = next(buckets, None)

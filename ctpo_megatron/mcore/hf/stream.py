@@ -6,7 +6,6 @@ replicas above all, take no part.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ctpo_megatron.mcore.hf.buffers import BucketMemory
 from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors, layer_numbers, unwrap
 from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
-from ctpo_megatron.mcore.hf.senders import Holders, Holding, make_buckets, nbytes
+from ctpo_megatron.mcore.hf.senders import Holders, Holding, make_buckets
 from ctpo_megatron.mcore.shape import ModelShape
 
 _PADDED = (EMBEDDING_KEY, OUTPUT_KEY)  # with rows for tokens that do not exist
@@ -40,45 +40,26 @@ def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
 
 @torch.no_grad()
 def export_stream(
-    models: list[nn.Module], shape: ModelShape, bucket_bytes: int, *, to: int | None = None, reuse: bool = False
+    models: list[nn.Module], shape: ModelShape, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
     `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: who receives gets
     its own buckets, and everybody an empty list for a bucket that only takes pieces away. A bucket holds at most `bucket_bytes`,
     unless a single unit is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are
-    copies: they do not change when the model is trained further. With `reuse` a bucket's memory serves the one after the next,
-    which must not be asked for before the bucket is done with.
+    copies: they do not change when the model is trained further. They lie in `memory`, which may be kept for the next stream.
     Layers of multi-token prediction, which are not trained, are left out.
     """
     place = RankPlace.current()
     parameters = {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, place)}
     like = next(unwrap(models[0]).parameters())
     holders, rank = find_holders(models, shape), dist.get_rank()
-    gathering = _Gathering(holders, parameters, shape, like.dtype, _Memory(like.device, 2 if reuse else 0))
+    gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device))
     tensors = hf_tensors(shape)
     for sender, share in (holders.shares(tensors) if to is None else {to: tensors}).items():
         for bucket in make_buckets(share, like.element_size(), bucket_bytes):
             if rank == sender or any(rank in holders.of(tensor) for tensor in bucket):
                 yield gathering.run(bucket, sender)
-
-
-class _Memory:
-    """Room for buckets: `count` buffers in turn, or new ones for 0. On a CPU new memory costs as much as filling it."""
-
-    def __init__(self, device: torch.device, count: int) -> None:
-        self._device = device
-        self._rooms = deque(torch.empty(0) for _ in range(count))
-
-    def take(self, size: int) -> Tensor:
-        """[size] uint8, what is in it undefined."""
-        room = self._rooms.popleft() if self._rooms else None
-        if room is None:
-            return torch.empty(size, dtype=torch.uint8, device=self._device)
-        if room.numel() < size:
-            room = torch.empty(size, dtype=torch.uint8, device=self._device)
-        self._rooms.append(room)
-        return room[:size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +70,7 @@ class _Gathering:
     parameters: Mapping[str, Tensor]
     shape: ModelShape
     dtype: torch.dtype
-    memory: _Memory
+    memory: BucketMemory
 
     def run(self, bucket: list[HfTensor], sender: int) -> list[tuple[str, Tensor]]:
         """`sender` receives the pieces in their places; the others send theirs and get an empty list."""
@@ -130,9 +111,8 @@ class _Gathering:
     def _allocate(self, bucket: list[HfTensor]) -> dict[str, Tensor]:
         """Room for the bucket in one buffer; the widest number format first, so that all are aligned."""
         ordered = sorted(bucket, key=lambda tensor: -self._dtype_of(tensor).itemsize)
-        sizes = [nbytes(tensor, self.dtype.itemsize) for tensor in ordered]
-        rooms = zip(ordered, self.memory.take(sum(sizes)).split(sizes), strict=True)
-        return {tensor.name: room.view(self._dtype_of(tensor)).view(tensor.shape) for tensor, room in rooms}
+        rooms = self.memory.allocate([(self._dtype_of(tensor), tensor.shape) for tensor in ordered])
+        return {tensor.name: room for tensor, room in zip(ordered, rooms, strict=True)}
 
     def _dtype_of(self, tensor: HfTensor) -> torch.dtype:
         return torch.float32 if tensor.precise else self.dtype
