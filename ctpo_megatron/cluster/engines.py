@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 
-from ctpo_megatron.cluster.calls import Process, call_all, explain
+from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engine_actor import EngineActor
 from ctpo_megatron.cluster.placement import ServerPlace
 from ctpo_megatron.config import RunConfig
@@ -17,8 +18,41 @@ from ctpo_megatron.rollout.pool import UP, Member, ServerPool
 END_TIMEOUT_S = 30.0  # for a lost server's processes to end in order
 
 
+@dataclass(frozen=True)
+class _Server:
+    """The actors of one server, one for each of its nodes, and what they were told first."""
+
+    name: str
+    parts: list[Process]
+    launched: list[ray.ObjectRef]
+
+    async def watch(self) -> None:
+        """Raises the error of the first part that dies; returns when one is closed."""
+        calls = [(part, part.actor.watch.options(concurrency_group="watch").remote()) for part in self.parts]
+        watching = [asyncio.ensure_future(call_all([call], timeout_s=None)) for call in calls]
+        try:
+            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
+            done.pop().result()
+        finally:
+            for each in watching:
+                each.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+
+    async def end(self) -> None:
+        """End its processes, in order where an actor still answers within a bounded time."""
+        closing = [asyncio.wrap_future(part.actor.close.remote().future()) for part in self.parts]
+        try:
+            await asyncio.wait(closing, timeout=END_TIMEOUT_S)
+        finally:
+            for each in closing:
+                each.cancel()
+            await asyncio.gather(*closing, return_exceptions=True)
+            for part in self.parts:
+                ray.kill(part.actor)
+
+
 class EngineGroup:
-    """One EngineActor for each of `places`. `pool` learns what becomes of them."""
+    """A server for each of `places`. `pool` learns what becomes of them."""
 
     def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], pool: ServerPool) -> None:
         self._config = config
@@ -26,15 +60,14 @@ class EngineGroup:
         self._api_key = api_key
         self._places = places
         self._pool = pool
-        self._processes = [self._launch(index, 0) for index in range(len(places))]
+        self._servers = [self._launch(index, 0) for index in range(len(places))]
         self._started = asyncio.Event()
         self._tending: asyncio.Future | None = None
 
     async def start(self) -> None:
         """Until all answer. Raises EngineError or ProcessDied where one does not."""
-        calls = [(process, process.actor.start.remote()) for process in self._processes]
-        urls = await call_all(calls, self._config.cluster.start_timeout_s)
-        members = [self._join(process, url) for process, url in zip(self._processes, urls, strict=True)]
+        urls = await self._urls(self._servers)
+        members = [self._join(server, url) for server, url in zip(self._servers, urls, strict=True)]
         self._tending = asyncio.gather(*(self._tend(index, member) for index, member in enumerate(members)))
         self._started.set()
 
@@ -49,57 +82,59 @@ class EngineGroup:
         if self._tending is not None:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
-        await asyncio.gather(*(self._end(process) for process in self._processes))
+        await asyncio.gather(*(server.end() for server in self._servers))
 
     async def _tend(self, index: int, member: Member) -> None:
         """Start the server again whenever it is lost; returns when that has been done often enough."""
         restarts = 0
         while True:
-            await self._until_lost(self._processes[index], member)
+            await self._until_lost(self._servers[index], member)
             while member.state not in UP:
-                await self._end(self._processes[index])
+                await self._servers[index].end()
                 if member.gone:
                     return
                 await self._pool.room()
                 restarts += 1
-                process = self._processes[index] = self._launch(index, restarts)
+                server = self._servers[index] = self._launch(index, restarts)
                 try:
-                    (url,) = await call_all([(process, process.actor.start.remote())], self._config.cluster.start_timeout_s)
+                    (url,) = await self._urls([server])
                 except CtpoError as error:
                     self._pool.lose(member, str(error))
                 else:
-                    member = self._join(process, url)
+                    member = self._join(server, url)
 
-    async def _until_lost(self, process: Process, member: Member) -> None:
-        """Its process has died, which the pool learns from here, or the pool has given it up."""
-        died = asyncio.wrap_future(process.actor.watch.options(concurrency_group="watch").remote().future())
+    async def _until_lost(self, server: _Server, member: Member) -> None:
+        """One of its processes has died, which the pool learns from here, or the pool has given it up."""
+        died = asyncio.ensure_future(server.watch())
         lost = asyncio.ensure_future(self._pool.lost(member))
         try:
             await asyncio.wait([died, lost], return_when=asyncio.FIRST_COMPLETED)
             if not lost.done():
-                error = died.exception() or ProcessDied("its actor was closed")
-                self._pool.lose(member, str(explain(process, error)))
+                self._pool.lose(member, str(died.exception() or ProcessDied("its actor was closed")))
         finally:
             died.cancel()
             lost.cancel()
+            await asyncio.gather(died, lost, return_exceptions=True)
 
-    def _join(self, process: Process, url: str) -> Member:
-        return self._pool.join(process.name, url, self._config.rollout.engine.tp)
+    async def _urls(self, servers: list[_Server]) -> list[str]:
+        """Of each, once all its parts are there. Raises the most telling error as soon as one fails."""
+        timeout_s = self._config.cluster.start_timeout_s
+        await call_all([call for server in servers for call in zip(server.parts, server.launched, strict=True)], timeout_s)
+        calls = [(part, part.actor.start.remote()) for server in servers for part in server.parts]
+        urls = await call_all(calls, timeout_s)
+        return urls[:: len(servers[0].parts)]  # of the first parts, which answer requests
 
-    def _launch(self, index: int, restarts: int) -> Process:
-        """A new actor in its place. A server that is started again draws other random numbers than before."""
-        config, log, place = self._config, self._run_dir / "logs" / f"server_{index}.log", self._places[index]
+    def _join(self, server: _Server, url: str) -> Member:
+        return self._pool.join(server.name, url, self._config.rollout.engine.tp)
+
+    def _launch(self, index: int, restarts: int) -> _Server:
+        """New actors in its place. A server that is started again draws other random numbers than before."""
+        config, place, name = self._config, self._places[index], f"inference server {index}"
         seed = config.seed + index + restarts * len(self._places)
-        remote = ray.remote(concurrency_groups={"watch": 1})(EngineActor)
-        actor = remote.options(**place.options).remote(config, seed, str(log), self._api_key, place.gpus)
-        return Process(f"inference server {index}", actor, log)
-
-    async def _end(self, process: Process) -> None:
-        """End its processes, in order where the actor still answers within a bounded time."""
-        closing = asyncio.wrap_future(process.actor.close.remote().future())
-        try:
-            await asyncio.wait([closing], timeout=END_TIMEOUT_S)
-        finally:
-            closing.cancel()
-            await asyncio.gather(closing, return_exceptions=True)
-            ray.kill(process.actor)
+        remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
+        for rank, options in enumerate(place.parts):
+            log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
+            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus)
+            parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
+        head = parts[0].actor.head.remote()
+        return _Server(name, parts, [part.actor.launch.remote(rank, head) for rank, part in enumerate(parts)])

@@ -21,18 +21,18 @@ RayOptions = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ServerPlace:
-    """Where the actor of a server goes, and the GPUs that its server sees; none: those that Ray gives to the actor."""
+    """Where the actors of a server go, one for each of its nodes, and the GPUs that it sees; none: those that Ray gives them."""
 
-    options: RayOptions
+    parts: tuple[RayOptions, ...]
     gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Ray's options for the actors of a run, by rank and by server."""
+    """Ray's options for the actors of a run, by rank, and by server and node of it."""
 
     ranks: list[RayOptions] = field(default_factory=list)
-    servers: list[RayOptions] = field(default_factory=list)
+    servers: list[tuple[RayOptions, ...]] = field(default_factory=list)
 
 
 def shares_gpus(config: RunConfig, *, trainer: bool, engines: bool) -> bool:
@@ -47,14 +47,14 @@ def check_shared(config: RunConfig) -> None:
 
 
 def bundles_of(config: RunConfig, *, trainer: bool, engines: bool) -> list[dict[str, float]]:
-    """What is reserved: a bundle for each of the trainer's ranks first, then for each server without a share in those."""
+    """What is reserved: for each of the trainer's ranks first, then for each part of a server that has no share in those."""
     gpu, engine = config.cluster.device == "cuda", config.rollout.engine
     ranks, servers = config.parallel.world_size if trainer else 0, engine.servers if engines else 0
     if shares_gpus(config, trainer=trainer, engines=engines):
         return [{"CPU": 2.0} | ({"GPU": 1.0} if gpu else {})] * ranks
     rank = {"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})
-    server = {"CPU": 1.0} | ({"GPU": float(engine.tp)} if gpu else {})
-    return [rank] * ranks + [server] * servers
+    part = {"CPU": 1.0} | ({"GPU": float(engine.tp_per_node)} if gpu else {})
+    return [rank] * ranks + [part] * (servers * engine.nodes)
 
 
 def place(config: RunConfig, group: PlacementGroup, *, trainer: bool, engines: bool) -> Places:
@@ -62,29 +62,31 @@ def place(config: RunConfig, group: PlacementGroup, *, trainer: bool, engines: b
 
     Raises InputError when trainer and servers of a colocated run are on several nodes.
     """
-    nodes, bundles = placement_group_table(group)["bundles_to_node_id"], bundles_of(config, trainer=trainer, engines=engines)
-    count = len(set(nodes.values()))
+    node_of, bundles = placement_group_table(group)["bundles_to_node_id"], bundles_of(config, trainer=trainer, engines=engines)
+    count = len(set(node_of.values()))
     if trainer and engines and config.weights.type == "colocated" and count > 1:
         raise InputError(
             f"weights.type=colocated hands weights over within a node, but Ray found room for the run only on {count} "
             "nodes together; use weights.type=broadcast, or a smaller layout"
         )
     world = config.parallel.world_size if trainer else 0
-    order = sorted(range(world), key=lambda bundle: (nodes[bundle], bundle))
+    order = sorted(range(world), key=lambda bundle: (node_of[bundle], bundle))
     ranks = [_options(group, bundle, 1.0, min(1.0, bundles[bundle].get("GPU", 0.0))) for bundle in order]
     if shares_gpus(config, trainer=trainer, engines=engines):
-        servers = [_options(group, bundle, 1.0, 0.0) for bundle in order[:: config.rollout.engine.tp]]
+        servers = [(_options(group, bundle, 1.0, 0.0),) for bundle in order[:: config.rollout.engine.tp]]
     else:
-        servers = [_options(group, bundle, 1.0, bundles[bundle].get("GPU", 0.0)) for bundle in range(world, len(bundles))]
+        parts = [_options(group, bundle, 1.0, bundles[bundle].get("GPU", 0.0)) for bundle in range(world, len(bundles))]
+        nodes = config.rollout.engine.nodes
+        servers = [tuple(parts[at : at + nodes]) for at in range(0, len(parts), nodes)]
     return Places(ranks, servers)
 
 
-def share_gpus(gpus: list[list[str]], servers: list[RayOptions], tp: int) -> list[ServerPlace]:
+def share_gpus(gpus: list[list[str]], servers: list[tuple[RayOptions, ...]], tp: int) -> list[ServerPlace]:
     """`gpus` of each rank, by which a server sees first the `tp` that it uses, then the others: weights come from any of them."""
     found = []
-    for number, options in enumerate(servers):
+    for number, parts in enumerate(servers):
         own, others = gpus[number * tp : (number + 1) * tp], gpus[: number * tp] + gpus[(number + 1) * tp :]
-        found.append(ServerPlace(options, tuple(chain(*own, *others))))
+        found.append(ServerPlace(parts, tuple(chain(*own, *others))))
     return found
 
 

@@ -78,7 +78,7 @@ class Runtime:
         self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(places.ranks)]
         self.trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if self._ranks else None
         if places.servers and not shared:
-            self._engines = self._engine_group([ServerPlace(options) for options in places.servers])
+            self._engines = self._engine_group([ServerPlace(parts) for parts in places.servers])
         await self.guard(self._come_up_sharing(places) if shared else self._come_up())
 
     async def _come_up(self) -> None:

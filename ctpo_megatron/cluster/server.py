@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ctpo_megatron.cluster.processes import (
@@ -34,6 +35,14 @@ _CPU_ARGUMENTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The processes of a server on one of its nodes. The first one answers requests; all meet at `head`, HOST:PORT there."""
+
+    rank: int = 0
+    head: str = ""
+
+
 def server_args(
     model_path: str | Path,
     engine: EngineConfig,
@@ -45,11 +54,12 @@ def server_args(
     host: str = "127.0.0.1",
     routed_experts: bool = False,
     memory_saver: bool = False,
+    part: Part = Part(),
 ) -> list[str]:
     """Arguments of one server, as `sglang.launch_server` takes them. `engine.extra_args` come last and so win.
 
     `routed_experts`: requests may ask for the experts that each token went to. SGLang refuses to start a dense model with it.
-    `memory_saver`: it can give back its GPUs' memory; on a CPU it always can.
+    `memory_saver`: it can give back its GPUs' memory; on a CPU it always can. `part`: of a server on `engine.nodes` nodes.
     The weights it loads are version 0. It speaks token ids only, so it needs no tokenizer; and no grammar is ever asked for.
     """
     arguments = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
@@ -58,6 +68,8 @@ def server_args(
     arguments += ["--log-level-http", "warning"]  # not a line per request
     if device == "cpu":
         arguments += _CPU_ARGUMENTS
+    if engine.nodes > 1:
+        arguments += ["--nnodes", str(engine.nodes), "--node-rank", str(part.rank), "--dist-init-addr", part.head]
     if routed_experts:
         arguments += ["--enable-return-routed-experts"]
     if memory_saver:
@@ -86,9 +98,10 @@ def server_env(engine: EngineConfig, *, device: str, gpus: Sequence[str] = ()) -
     # glibc's: what a bucket of weights lay in stays with the process, as new memory costs more than receiving and loading it
     env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
-        share = max(1, len(cores) // engine.tp)
-        shares = [cores[rank * share : (rank + 1) * share] or [cores[rank % len(cores)]] for rank in range(engine.tp)]
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, each)) for each in shares)
+        here = engine.tp_per_node
+        share = max(1, len(cores) // here)
+        shares = [cores[rank * share : (rank + 1) * share] or [cores[rank % len(cores)]] for rank in range(here)]
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, each)) for each in shares * engine.nodes)
     return env
 
 

@@ -23,8 +23,9 @@ class SlurmOptions:
 
 
 def gpus_needed(config: RunConfig) -> int:
-    """GPUs of a run: one per trainer rank, `rollout.engine.tp` per inference server."""
-    return config.parallel.world_size + config.rollout.engine.servers * config.rollout.engine.tp
+    """GPUs of a run: one per trainer rank, `rollout.engine.tp` per inference server, unless servers use the trainer's."""
+    servers = 0 if config.weights.type == "colocated" else config.rollout.engine.servers * config.rollout.engine.tp
+    return config.parallel.world_size + servers
 
 
 def render_sbatch(config: RunConfig, path: Path, overrides: list[str], options: SlurmOptions, launch: Path) -> str:
@@ -55,9 +56,12 @@ def _nodes(config: RunConfig, options: SlurmOptions) -> int:
     if per_node == 0:
         return options.nodes or 1
     needed = gpus_needed(config)
-    engine_tp = config.rollout.engine.tp
-    if engine_tp > per_node:
-        raise InputError(f"rollout.engine.tp={engine_tp} does not fit on a node of {per_node} GPUs; a server stays on one node")
+    engine = config.rollout.engine
+    if engine.tp_per_node > per_node:
+        raise InputError(
+            f"rollout.engine.tp={engine.tp} on rollout.engine.nodes={engine.nodes} does not fit on nodes of {per_node} GPUs; let "
+            f"each server spread over {-(-engine.tp // per_node)} nodes"
+        )
     fewest = -(-needed // per_node)
     if options.nodes is not None and options.nodes < fewest:
         raise InputError(

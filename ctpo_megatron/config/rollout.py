@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import Section
 
@@ -62,6 +62,8 @@ class EngineConfig(Section):
     """Number of servers."""
     tp: PositiveInt = 1
     """Tensor parallel size of each server."""
+    nodes: PositiveInt = 1
+    """Nodes that each server spreads over, `tp / nodes` of its ranks on each; for models that one node cannot hold."""
     max_total_tokens: PositiveInt | None = None
     """Size of the KV cache in tokens. null: SGLang decides (GPU) or 65,536 (CPU)."""
     start_timeout_s: PositiveFloat = 600.0
@@ -73,6 +75,19 @@ class EngineConfig(Section):
     """How long one generation may take before it counts as failed."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for `sglang.launch_server`, passed as they are."""
+
+    @property
+    def tp_per_node(self) -> int:
+        """Ranks of one server on one node."""
+        return self.tp // self.nodes
+
+    @model_validator(mode="after")
+    def _nodes_share_the_ranks(self) -> EngineConfig:
+        if self.tp % self.nodes:
+            raise ValueError(
+                f"rollout.engine.nodes={self.nodes} does not divide rollout.engine.tp={self.tp}: nodes get equal shares"
+            )
+        return self
 
 
 class RolloutConfig(Section):

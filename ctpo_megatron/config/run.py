@@ -90,6 +90,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _colocated_servers_stay_on_one_node(self) -> RunConfig:
+        if self.weights.type == "colocated" and self.rollout.engine.nodes > 1:
+            raise ValueError(
+                f"rollout.engine.nodes={self.rollout.engine.nodes}, but weights.type=colocated hands weights over within a node; "
+                "use weights.type=broadcast"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sleeping_servers_do_nothing_else(self) -> RunConfig:
         if self.servers_sleep and self.train.staleness:
             raise ValueError(

@@ -80,7 +80,8 @@ def _gpus(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     table = _table(unit, "", "")
     table.add_row("trainer", str(plan.trainer_gpus), " x ".join(f"{name} {size}" for name, size in sizes.items()) + experts)
     shared = "" if plan.server_gpus else ", on the trainer's GPUs"
-    table.add_row("servers", str(plan.server_gpus), f"{servers.servers} of tp {servers.gpus_each}{shared}")
+    spread = f", each on {servers.nodes_each} nodes" if servers.nodes_each > 1 else ""
+    table.add_row("servers", str(plan.server_gpus), f"{servers.servers} of tp {servers.gpus_each}{spread}{shared}")
     if unit == "GPUs":
         table.add_row(
             "together",

@@ -92,14 +92,16 @@ def _trainer_problems(config: RunConfig, shape: ModelShape, stages: list[Stage],
 
 def _server_problems(servers: Servers, gpu_gib: float, gpus_per_node: int, taken: int) -> list[str]:
     found = []
-    if servers.gpus_each > gpus_per_node:
+    per_node = servers.gpus_each // servers.nodes_each
+    if per_node > gpus_per_node:
         found.append(
-            f"rollout.engine.tp={servers.gpus_each}: a server stays on one node, and a node has {gpus_per_node} GPUs "
-            "(--gpus-per-node)."
+            f"rollout.engine.tp={servers.gpus_each} on rollout.engine.nodes={servers.nodes_each}: a server needs {per_node} GPUs "
+            f"of a node, and a node has {gpus_per_node} (--gpus-per-node). Let each server spread over "
+            f"{-(-servers.gpus_each // gpus_per_node)} nodes."
         )
     if servers.missing:
         needed = (servers.weights + servers.longest * servers.bytes_per_token) / GIB
-        larger = f"a larger rollout.engine.tp (up to {gpus_per_node}), " if servers.gpus_each < gpus_per_node else ""
+        larger = "a larger rollout.engine.tp, " + ("" if per_node < gpus_per_node else "with rollout.engine.nodes, ")
         where = f"{gpu_gib:g} GiB" + (f" beside {taken / GIB:.1f} GiB of the trainer" if taken else "")
         elsewhere = "weights.type=broadcast, with GPUs for the servers" if taken else "GPUs with more memory (--engine-gpu-gb)"
         found.append(

@@ -22,6 +22,7 @@ class Servers:
 
     servers: int
     gpus_each: int
+    nodes_each: int
     weights: int
     budget: int  # for weights and cache together
     bytes_per_token: int  # of keys and values
@@ -58,6 +59,7 @@ def plan_servers(config: RunConfig, shape: ModelShape, gpu_bytes: int | None, ta
     return Servers(
         servers=engine.servers,
         gpus_each=engine.tp,
+        nodes_each=engine.nodes,
         weights=weights,
         budget=budget,
         bytes_per_token=per_token,

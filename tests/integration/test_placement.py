@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from ctpo_megatron.cluster.placement import bundles_of, check_shared, place, sha
 from ctpo_megatron.cluster.ray_cluster import reserve
 from ctpo_megatron.cluster.trainer_actor import TrainerActor
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.rollout import EngineConfig, RolloutConfig
 from ctpo_megatron.errors import ConfigError, InputError
 from ctpo_megatron.rollout.pool import ServerPool
 
@@ -112,6 +114,8 @@ def test_bundles(cluster: None, qwen3: Path) -> None:
     shared, apart = config(qwen3, servers=2, tp=2), config(qwen3, servers=2, tp=2, kind="broadcast")
     assert bundles_of(shared, **BOTH) == [{"CPU": 2.0, "GPU": 1.0}] * 4
     assert bundles_of(apart, **BOTH) == [{"CPU": 1.0, "GPU": 1.0}] * 4 + [{"CPU": 1.0, "GPU": 2.0}] * 2
+    wide = apart.model_copy(update={"rollout": RolloutConfig(engine=EngineConfig(servers=2, tp=4, nodes=2))})
+    assert bundles_of(wide, **BOTH) == [{"CPU": 1.0, "GPU": 1.0}] * 4 + [{"CPU": 1.0, "GPU": 2.0}] * 4
     assert bundles_of(shared, trainer=False, engines=True) == [{"CPU": 1.0, "GPU": 2.0}] * 2, "`ctpo eval` has no trainer"
     on_cpu = shared.model_copy(update={"cluster": shared.cluster.model_copy(update={"device": "cpu"})})
     assert bundles_of(on_cpu, **BOTH) == [{"CPU": 1.0}] * 6
@@ -123,7 +127,7 @@ def test_bundles(cluster: None, qwen3: Path) -> None:
         nodes = placement_group_table(group)["bundles_to_node_id"]
         assert len(set(nodes.values())) == 1
         assert (len(found.ranks), len(found.servers)) == (4, 2)
-        bundles = [each["scheduling_strategy"].placement_group_bundle_index for each in [*found.ranks, *found.servers]]
+        bundles = [each["scheduling_strategy"].placement_group_bundle_index for each in [*found.ranks, *chain(*found.servers)]]
         assert sorted(bundles) == list(range(6))
         remove_placement_group(group)
 

@@ -170,29 +170,40 @@ def scheduler(below: list[psutil.Process]) -> psutil.Process:
 
 
 def schedulers(below: list[psutil.Process]) -> list[psutil.Process]:
-    """One for each server."""
-    servers = [process.pid for process in below if "sglang_entry" in " ".join(process.cmdline())]
-    children = ([process for process in below if process.ppid() == pid] for pid in servers)
-    return [children_of_one[0] for children_of_one in children if children_of_one]
+    """One for each server, or part of one."""
+    return [next(process for process in below if process.ppid() == part.pid) for part in parts_of_servers(below)]
+
+
+def parts_of_servers(below: list[psutil.Process]) -> list[psutil.Process]:
+    """Their main processes."""
+    return [process for process in below if "sglang_entry" in " ".join(process.cmdline())]
 
 
 def test_servers_that_die_are_started_again(toy, tmp_path):
-    """All of them die between two steps: the run waits, they come back, and sample with the current weights. Nothing is lost."""
-    sizes = ("train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8", "rollout.engine.servers=2")
-    run = start(toy, "quickstart.yaml", tmp_path, *sizes)
+    """Two servers on two nodes each lose one half between two steps: the run waits, they come back, and nothing is lost."""
+    sizes = ("train.steps=3", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
+    spread = ("rollout.engine.servers=2", "rollout.engine.tp=2", "rollout.engine.nodes=2")
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes, *spread)
     run.wait_for("step 1  reward", START_S)
-    for victim in schedulers(run.descendants()):
-        victim.kill()
+    below = run.descendants()
+    words = [" ".join(part.cmdline()) for part in parts_of_servers(below)]
+    ranks = schedulers(below)
+    for number, half in enumerate((1, 0)):
+        seed = f"--random-seed {1 + number} "  # numbers the servers
+        assert sum(seed in each for each in words) == 2
+        (at,) = (at for at, each in enumerate(words) if seed in each and f"--nnodes 2 --node-rank {half} " in each)
+        ranks[at].kill()
     ended = run.finish(RUN_S)
-    check_run(ended, 4)
-    check_synced_weights(ended, 4, toy["qwen3"])
+    check_run(ended, 3)
+    check_synced_weights(ended, 3, toy["qwen3"])
     for number in (0, 1):
-        assert f"inference server {number} is lost: inference server {number}: the SGLang server ended" in ended.output
+        assert f"inference server {number} is lost: inference server {number}, node " in ended.output
+        assert (tmp_path / "logs" / f"server_{number}_node_1.log").stat().st_size > 0
     assert "serves again, with version" in ended.output
     last = [row for row in ended.metrics if "train/loss" in row][-1]
     assert last["servers/lost"] == 2
     assert last["servers/rejoined"] >= 1
-    for step in range(1, 5):
+    for step in range(1, 4):
         trajectories = ended.trajectories(f"step_{step:08d}.jsonl")
         assert len(trajectories) == 32
         versions = {version for each in trajectories for turn in each["turns"] for version in turn.get("versions") or []}

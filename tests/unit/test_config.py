@@ -190,6 +190,16 @@ def test_servers_that_share_gpus_use_each_once(tmp_path: Path) -> None:
     assert "rollout.engine.servers * rollout.engine.tp = 2 must equal" in load_config(path, shared).sharing_problem
 
 
+def test_nodes_of_a_server(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert load_config(path, ["rollout.engine.tp=16", "rollout.engine.nodes=2"]).rollout.engine.tp_per_node == 8
+    assert "rollout.engine.nodes=3 does not divide rollout.engine.tp=16" in refusal(
+        path, "rollout.engine.tp=16", "rollout.engine.nodes=3"
+    )
+    both = ("weights.type=colocated", "rollout.engine.tp=2", "rollout.engine.nodes=2")
+    assert "weights.type=colocated hands weights over within a node" in refusal(path, *both)
+
+
 def test_configuration_errors_end_with_exit_code_2(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "gone.yaml")

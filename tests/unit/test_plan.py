@@ -175,10 +175,15 @@ def test_advice_is_true() -> None:
 
 
 def test_servers_that_do_not_fit_are_refused() -> None:
-    (problem,) = make_plan(config_of("deepseek-v3"), shape_of("deepseek-v3"), Hardware()).problems
-    assert "--engine-gpu-gb" in problem
-    problems = make_plan(config_of("deepseek-v3", "rollout.engine.tp=16"), shape_of("deepseek-v3"), Hardware()).problems
-    assert any("a server stays on one node" in problem for problem in problems)
+    def problems(*overrides: str) -> list[str]:
+        return make_plan(config_of("deepseek-v3", *overrides), shape_of("deepseek-v3"), Hardware()).problems
+
+    assert problems() == []
+    (small,) = problems("rollout.engine.tp=8", "rollout.engine.nodes=1")
+    assert "larger rollout.engine.tp, with rollout.engine.nodes" in small
+    assert "--engine-gpu-gb" in small
+    (wide,) = problems("rollout.engine.nodes=2")
+    assert "needs 16 GPUs of a node, and a node has 8 (--gpus-per-node). Let each server spread over 4 nodes" in wide
 
 
 def test_servers_on_the_trainers_gpus() -> None:
@@ -203,7 +208,7 @@ def test_servers_that_cannot_share_the_trainers_gpus() -> None:
     (uneven,) = problems("rollout.engine.servers=3")
     assert "rollout.engine.servers * rollout.engine.tp = 3 must equal" in uneven
     (full,) = problems(hardware=Hardware(36.0))
-    assert "GiB of the trainer. What helps: a larger rollout.engine.tp (up to 8), weights.type=broadcast" in full
+    assert "GiB of the trainer. What helps: a larger rollout.engine.tp, weights.type=broadcast" in full
     (apart,) = problems(hardware=Hardware(gpus_per_node=2))
     assert "all GPUs on one node" in apart
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from ctpo_megatron.cluster.server import CPU_KV_TOKENS, new_api_key, server_args, server_env
+from ctpo_megatron.cluster.server import CPU_KV_TOKENS, Part, new_api_key, server_args, server_env
 from ctpo_megatron.config.rollout import EngineConfig
 
 
@@ -44,6 +44,15 @@ def test_a_server_on_the_trainers_gpus() -> None:
     assert server_env(EngineConfig(), device="cuda", gpus=("3", "1"))["CUDA_VISIBLE_DEVICES"] == "3,1"
 
 
+def test_a_part_of_a_server() -> None:
+    """All parts are told how many they are and where they meet; on CPUs each rank has its share of its own node's cores."""
+    engine = EngineConfig(tp=4, nodes=2)
+    args = server_args("/models/m", engine, device="cpu", dtype="float32", port=20001, seed=3, part=Part(1, "10.0.0.1:5000"))
+    assert (value(args, "--tp-size"), value(args, "--nnodes"), value(args, "--node-rank")) == ("4", "2", "1")
+    assert value(args, "--dist-init-addr") == "10.0.0.1:5000"
+    assert "--nnodes" not in arguments(EngineConfig(tp=4), "cpu")
+
+
 def test_user_arguments_come_last() -> None:
     args = arguments(EngineConfig(max_total_tokens=500, extra_args=("--max-total-tokens", "900")), "cpu")
     assert args[-2:] == ["--max-total-tokens", "900"]
@@ -58,6 +67,7 @@ def test_user_arguments_come_last() -> None:
         (16, EngineConfig(servers=2), "4", None),
         (2, EngineConfig(tp=2), "1", "0|1"),
         (4, EngineConfig(tp=2), "1", "0,1|2,3"),
+        (4, EngineConfig(tp=4, nodes=2), "1", "0,1|2,3|0,1|2,3"),
         (1, EngineConfig(tp=2), "1", "0|0"),
     ],
 )

@@ -65,7 +65,7 @@ def test_words_of_the_command_stay_apart() -> None:
 def test_too_few_gpus_are_refused() -> None:
     with pytest.raises(InputError, match=r"hold 8 GPUs; the run needs 16 .* at least 2 nodes"):
         lines(SlurmOptions(nodes=1))
-    with pytest.raises(InputError, match=r"rollout\.engine\.tp=2 does not fit on a node of 1 GPUs"):
+    with pytest.raises(InputError, match=r"rollout\.engine\.tp=2 on rollout.engine.nodes=1 does not fit on nodes of 1 GPUs"):
         lines(SlurmOptions(gpus_per_node=1))
 
 
