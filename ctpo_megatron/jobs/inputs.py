@@ -12,6 +12,7 @@ from ctpo_megatron.mcore.hf.config import read_hf_config
 from ctpo_megatron.mcore.layout import check_layout
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.types import Prompt
+from ctpo_megatron.weights.engine_layout import EngineLayout
 
 
 def check_model(config: RunConfig) -> None:
@@ -21,6 +22,11 @@ def check_model(config: RunConfig) -> None:
     tp = config.rollout.engine.tp
     if shape.num_heads % tp:
         raise ConfigError(f"rollout.engine.tp={tp} does not divide the {shape.num_heads} attention heads of {config.model.path}")
+
+
+def check_servers(config: RunConfig) -> None:
+    """What the servers hold can be proven tensor by tensor. What only CPUs ask for is seen where `cluster.device` says cpu."""
+    EngineLayout(read_hf_config(config.model.path), config.rollout.engine.tp, cpu=config.cluster.device == "cpu")
 
 
 def load_prompts(path: str, config: RunConfig, chat: ChatTokenizer) -> list[Prompt]:

@@ -10,7 +10,7 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
-from ctpo_megatron.jobs.inputs import check_model, load_prompts, prepare_run_dir
+from ctpo_megatron.jobs.inputs import check_model, check_servers, load_prompts, prepare_run_dir
 from ctpo_megatron.jobs.publication import make_publisher
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.loop.checkpoints import Checkpoints
@@ -30,6 +30,7 @@ async def train_job(config: RunConfig, *, resume: bool) -> None:
     """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
     begun = time.monotonic()
     check_model(config)
+    check_servers(config)
     chat = ChatTokenizer(config.model.path)
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []

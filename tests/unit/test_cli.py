@@ -62,6 +62,12 @@ def test_refused_with_what_is_allowed(capsys, monkeypatch, tmp_path, good, overr
         assert words in message
 
 
+def test_servers_that_could_not_be_proven(capsys, monkeypatch, tmp_path, good):
+    """SGLang on CPUs would fill the narrow matrices up."""
+    message = refused(capsys, monkeypatch, tmp_path, good, "rollout.engine.tp=8", "cluster.device=cpu")
+    assert "SGLang on CPUs needs MLPs whose width is a multiple of 32 * tp = 256" in message
+
+
 def test_model_without_weights(capsys, monkeypatch, tmp_path, good):
     broken = tmp_path / "model"
     shutil.copytree(good["model.path"], broken)
