@@ -60,15 +60,21 @@ def config(model: Path, *, servers: int, tp: int, dp: int = GPUS, kind: str = "c
     )
 
 
-def servers_below(count: int) -> list[psutil.Process]:
+def running_servers() -> set[psutil.Process]:
+    """The main processes of all servers below this process, those of other tests too."""
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ctpo_megatron.cluster.sglang_entry" in process.cmdline():
+                found.add(process)
+    return found
+
+
+def started_servers(count: int, before: set[psutil.Process]) -> set[psutil.Process]:
     """The processes of that many servers, which Ray's actors have just begun to start."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        found = []
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if "ctpo_megatron.cluster.sglang_entry" in process.cmdline():
-                    found.append(process)
+        found = running_servers() - before
         if len(found) == count:
             return found
         time.sleep(0.05)
@@ -89,10 +95,11 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
         assert sorted(gpu for mine in gpus for gpu in mine) == [str(gpu) for gpu in range(GPUS)]
         assert all(len(mine) == 1 for mine in gpus)
         shared = share_gpus(gpus, places.servers, run.rollout.engine.tp)
+        before = running_servers()
         engines = EngineGroup(run, tmp_path, "key", shared, ServerPool(patience_s=1))
         try:
             seen = {}  # by seed, which numbers the servers
-            for server in servers_below(2):
+            for server in started_servers(2, before):
                 words = server.cmdline()
                 assert "--enable-memory-saver" in words
                 seen[words[words.index("--random-seed") + 1]] = server.environ()["CUDA_VISIBLE_DEVICES"].split(",")
