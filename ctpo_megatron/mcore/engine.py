@@ -259,23 +259,26 @@ class MegatronEngine:
 
     def close(self) -> None:
         """Leave the process groups, after the save in flight."""
-        from megatron.core import parallel_state
+        from ctpo_megatron.mcore import groups
 
         try:
             self.settle(CLOSE_TIMEOUT_S)
         finally:
-            parallel_state.destroy_model_parallel()
+            groups.destroy_parallel_groups()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
 def _init_distributed(rank: RankInfo, device: torch.device) -> None:
+    timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
+    # not by `init_method`: that joins what this process already has at the port, where this refuses a port that is taken
+    store = dist.TCPStore(rank.master_addr, rank.master_port, rank.world_size, is_master=rank.rank == 0, timeout=timeout)
     dist.init_process_group(
         backend_for(device),
-        init_method=f"tcp://{rank.master_addr}:{rank.master_port}",
+        store=store,
         rank=rank.rank,
         world_size=rank.world_size,
-        timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
 

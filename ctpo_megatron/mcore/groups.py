@@ -20,3 +20,13 @@ def init_parallel_groups(parallel: ParallelConfig, seed: int, timeout_minutes: i
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def destroy_parallel_groups() -> None:
+    """Forget megatron's process groups, so that the store they met at closes with torch's own.
+
+    Megatron-Core 0.16.1 keeps one of them; its store would stay at its port, and what this process starts there next
+    would read the old keys and wait for ranks that are gone. tests/dist/test_host.py tells when it no longer does.
+    """
+    parallel_state.destroy_model_parallel()
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from engine_faults import Fault
 from numpy.typing import NDArray
-from ranks import free_port
+from ranks import at_own_port
 from tiny import VOCAB
 
 from ctpo_megatron.algorithms import sequence_weights
@@ -165,7 +165,7 @@ def packs_of(case: Case, samples: list[TrainSample]) -> list[MicroBatch]:
 
 def start(rank: RankInfo, path: Path, parallel: ParallelConfig) -> MegatronEngine:
     """An engine on the CPU with `OPTIMIZER`."""
-    return MegatronEngine(str(path), parallel, OPTIMIZER, rank, device="cpu", seed=1)
+    return MegatronEngine(str(path), parallel, OPTIMIZER, at_own_port(rank), device="cpu", seed=1)
 
 
 def begin_again(engine: MegatronEngine) -> None:
@@ -224,7 +224,7 @@ def train_alone(rank: RankInfo, models: dict[str, Path], cases: dict[str, list[C
     """By family, on one rank: sequences whose rollout policy is near the model, and what every case gives with them."""
     found: dict[str, Alone] = {}
     for family, path in models.items():
-        engine = start(replace(rank, master_port=free_port()), path, ParallelConfig())
+        engine = start(rank, path, ParallelConfig())
         (whole,) = packs_of(Case("ctpo", True, 1), draw_samples())
         (logp,) = engine.logp(engine.place([whole]), TEMPERATURE)
         samples = draw_samples([part.tolist() for part in logp.split(whole.cu_seqlens.diff().tolist())])

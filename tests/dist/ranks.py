@@ -10,17 +10,27 @@ import runpy
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ctpo_megatron import ports
 from ctpo_megatron.mcore.engine import RankInfo
 
 THREADS = 1  # per rank; the machines that run these tests have two cores
+_GIVEN: set[int] = set()
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    return ports.free_port("127.0.0.1")
+    """A port of 127.0.0.1 that nobody listens on now, another one each time: many are taken before the first is used."""
+    while (port := ports.free_port("127.0.0.1")) in _GIVEN:
+        continue
+    _GIVEN.add(port)
+    return port
+
+
+def at_own_port(rank: RankInfo) -> RankInfo:
+    """A rank by itself can take any port for its next engine, and has to, as its last engine's is not free at once."""
+    return replace(rank, master_port=free_port()) if rank.world_size == 1 else rank
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import free_port, run_ranks
+from ranks import at_own_port, free_port, run_ranks
 from tiny import FAMILIES, micro_batches, transformers_logp, write_model
 
 from ctpo_megatron.algorithms import policy_loss
@@ -298,7 +298,7 @@ def several(
 def start(
     rank: RankInfo, path: Path, parallel: ParallelConfig, optimizer: OptimizerConfig | None = OPTIMIZER, **options: Any
 ) -> MegatronEngine:
-    return MegatronEngine(str(path), parallel, optimizer, rank, device="cpu", seed=1, **options)
+    return MegatronEngine(str(path), parallel, optimizer, at_own_port(rank), device="cpu", seed=1, **options)
 
 
 def exercise(rank: RankInfo, path: Path, parallel: ParallelConfig, **options: Any) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import free_port, run_ranks
 
+from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.mcore.engine import RankInfo
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
@@ -72,6 +73,11 @@ def test_latent_attention_takes_a_mock_for_a_class(bridged: dict[str, str]) -> N
     assert bridged["TransformerEngine's linear layer"] == "TypeError"
 
 
+def test_groups_that_megatron_does_not_forget_keep_their_store(bridged: dict[str, str]) -> None:
+    assert bridged["port after megatron's end"] == "DistNetworkError"
+    assert bridged["port after groups' end"] == "fine"
+
+
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cluster\.device is cuda"):
         prepare_host("cuda")
@@ -99,7 +105,7 @@ def probe_bare(rank: RankInfo) -> dict[str, str]:
 
 def probe_bridged(rank: RankInfo) -> dict[str, str]:
     with megatron_region(prepare_host("cpu")):
-        return probe(rank) | probe_megatron_modules()
+        return probe(rank) | probe_megatron_modules() | probe_ends()
 
 
 def probe(rank: RankInfo) -> dict[str, str]:
@@ -131,6 +137,32 @@ def probe(rank: RankInfo) -> dict[str, str]:
         "type name": outcome(name_type),
         "expert routing": outcome(lambda: moe_utils.router_gating_linear(pair[None], pair[None], None, torch.float32)),
         "split sizes": outcome(lambda: dist.all_to_all_single(torch.empty(2), pair, sizes, sizes)),
+    }
+
+
+def probe_ends() -> dict[str, str]:
+    """Whether the store of the process groups is gone after them."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from ctpo_megatron.mcore import groups
+
+    dist.destroy_process_group()
+
+    def store(port: int) -> dist.TCPStore:
+        return dist.TCPStore("127.0.0.1", port, 1, is_master=True)
+
+    def port_after(end: Callable[[], None]) -> str:
+        port = free_port()
+        dist.init_process_group("gloo", store=store(port), rank=0, world_size=1)
+        groups.init_parallel_groups(ParallelConfig(), seed=0, timeout_minutes=1)
+        end()
+        dist.destroy_process_group()
+        return outcome(lambda: store(port))
+
+    return {
+        "port after megatron's end": port_after(parallel_state.destroy_model_parallel),
+        "port after groups' end": port_after(groups.destroy_parallel_groups),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import free_port, run_ranks
+from ranks import at_own_port, free_port, run_ranks
 from tiny import VOCAB, micro_batches, write_model
 
 from ctpo_megatron.batch import MicroBatch
@@ -110,7 +110,7 @@ def other(directory: Path) -> Path:
 def start(
     rank: RankInfo, path: Path, parallel: ParallelConfig, optimizer: OptimizerConfig = OPTIMIZER, **options: Any
 ) -> MegatronEngine:
-    return MegatronEngine(str(path), parallel, optimizer, rank, device="cpu", seed=1, **options)
+    return MegatronEngine(str(path), parallel, optimizer, at_own_port(rank), device="cpu", seed=1, **options)
 
 
 def alone(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:

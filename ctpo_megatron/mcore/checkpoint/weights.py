@@ -90,8 +90,6 @@ def _model(rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: s
     )
     try:
         with megatron_region(device):
-            from megatron.core import parallel_state
-
             from ctpo_megatron.mcore import groups
             from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
             from ctpo_megatron.mcore.model.build import build_model
@@ -100,7 +98,7 @@ def _model(rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: s
             try:
                 yield Trained(build_model(shape, parallel, DTYPES[dtype], device, trainable=False), None, None, path)
             finally:
-                parallel_state.destroy_model_parallel()
+                groups.destroy_parallel_groups()
     finally:
         dist.destroy_process_group()
 
