@@ -5,7 +5,7 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-PYTEST := $(VENV)/bin/python -m pytest
+PYTEST := $(VENV)/bin/python -m pytest -n 2
 
 .PHONY: install quickstart test test-fast lint clean
 

@@ -92,3 +92,18 @@ class Started:
 def gone(processes: list[psutil.Process], timeout_s: float = 10.0) -> list[psutil.Process]:
     """Those of `processes` that are still there after `timeout_s`."""
     return psutil.wait_procs(processes, timeout=timeout_s)[1]
+
+
+def shared_memory() -> set[str]:
+    """Names of what lies in the machine's shared memory now."""
+    return set(os.listdir("/dev/shm"))
+
+
+def left_in_shared_memory(before: set[str], timeout_s: float = 10.0) -> set[str]:
+    """What has come since `before` and stays; other tests, which run beside, leave theirs for a moment."""
+    deadline = time.monotonic() + timeout_s
+    left = shared_memory() - before
+    while left and time.monotonic() < deadline:
+        time.sleep(0.1)
+        left &= shared_memory()
+    return left

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import END_S, START_S, Finished, Started, gone
+from runs import END_S, START_S, Finished, Started, gone, left_in_shared_memory, shared_memory
 
 from ctpo_megatron.data.toy_model import Kind, make_toy_model
 from ctpo_megatron.data.toy_task import make_toy_task
@@ -110,41 +109,32 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     check_synced_weights(resumed, 3, toy["qwen3_moe"])
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])
-def test_other_families_and_json_lines(toy, tmp_path, kind):
-    """The other model families train and sync like Qwen3, on prompts from a .jsonl file."""
-    sizes = ("train.steps=1", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=16")
-    run = start(toy, "quickstart.yaml", tmp_path, *sizes, f"data.train={toy['train.jsonl']}", kind=kind).finish(RUN_S)
-    check_run(run, 1)
-    check_synced_weights(run, 1, toy[kind])
-
-
 def test_rollouts_one_step_ahead(toy, tmp_path):
-    """Asynchronous training is the same loop: rollouts are at most one version old, and some are."""
+    """Asynchronous training is the same loop: rollouts are at most one version old, and some are. A Llama, on JSON lines."""
     sizes = ("train.staleness=1", "train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
-    run = start(toy, "quickstart.yaml", tmp_path, *sizes).finish(RUN_S)
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes, f"data.train={toy['train.jsonl']}", kind="llama").finish(RUN_S)
     check_run(run, 4)
     oldest = [row["rollout/staleness_max"] for row in run.metrics if "train/loss" in row]
     assert oldest[0] == 0
     assert max(oldest) == 1
-    check_synced_weights(run, 4, toy["qwen3"])
+    check_synced_weights(run, 4, toy["llama"])
 
 
 def test_trainer_and_servers_take_turns(toy, tmp_path):
-    """Colocated servers give back their memory at every step, and take it again with the new weights."""
+    """Colocated servers give back their memory at every step, and take it again with the new weights. A Qwen2."""
     sizes = ("train.steps=2", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
-    run = start(toy, "quickstart.yaml", tmp_path, *sizes, "weights.type=colocated").finish(RUN_S)
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes, "weights.type=colocated", kind="qwen2").finish(RUN_S)
     check_run(run, 2)
     for row in (row for row in run.metrics if "train/loss" in row):
         assert row["time/sleep"] > 0
         assert row["publish/wake"] > 0, "nobody had given memory back"
         assert (row["servers/serving"], row["servers/lost"]) == (1, 0)
-    check_synced_weights(run, 2, toy["qwen3"])
+    check_synced_weights(run, 2, toy["qwen2"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_leaves_nothing(toy, tmp_path, number):
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory()
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
     run.wait_for("ready after", START_S)
     below = run.descendants()
@@ -157,7 +147,7 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     assert ended.code == 128 + number, ended.output
     assert "Traceback" not in ended.output
     assert gone(below) == []
-    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert left_in_shared_memory(shared_before) == set()
 
 
 def trainer(below: list[psutil.Process]) -> psutil.Process:
@@ -179,30 +169,25 @@ def parts_of_servers(below: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in below if "sglang_entry" in " ".join(process.cmdline())]
 
 
-def test_servers_that_die_are_started_again(toy, tmp_path):
-    """Two servers on two nodes each lose one half between two steps: the run waits, they come back, and nothing is lost."""
+def test_a_server_that_dies_is_started_again(toy, tmp_path):
+    """The only server, on two nodes, loses its second half between two steps: the run waits, it comes back, nothing is lost."""
     sizes = ("train.steps=3", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
-    spread = ("rollout.engine.servers=2", "rollout.engine.tp=2", "rollout.engine.nodes=2")
-    run = start(toy, "quickstart.yaml", tmp_path, *sizes, *spread)
+    run = start(toy, "quickstart.yaml", tmp_path, *sizes, "rollout.engine.tp=2", "rollout.engine.nodes=2")
     run.wait_for("step 1  reward", START_S)
     below = run.descendants()
     words = [" ".join(part.cmdline()) for part in parts_of_servers(below)]
-    ranks = schedulers(below)
-    for number, half in enumerate((1, 0)):
-        seed = f"--random-seed {1 + number} "  # numbers the servers
-        assert sum(seed in each for each in words) == 2
-        (at,) = (at for at, each in enumerate(words) if seed in each and f"--nnodes 2 --node-rank {half} " in each)
-        ranks[at].kill()
+    assert len(words) == 2
+    (second,) = (at for at, each in enumerate(words) if "--nnodes 2 --node-rank 1 " in each)
+    schedulers(below)[second].kill()
     ended = run.finish(RUN_S)
     check_run(ended, 3)
     check_synced_weights(ended, 3, toy["qwen3"])
-    for number in (0, 1):
-        assert f"inference server {number} is lost: inference server {number}, node " in ended.output
-        assert (tmp_path / "logs" / f"server_{number}_node_1.log").stat().st_size > 0
+    assert "inference server 0 is lost: inference server 0, node 1" in ended.output
+    assert (tmp_path / "logs" / "server_0_node_1.log").stat().st_size > 0
     assert "serves again, with version" in ended.output
     last = [row for row in ended.metrics if "train/loss" in row][-1]
-    assert last["servers/lost"] == 2
-    assert last["servers/rejoined"] >= 1
+    assert last["servers/lost"] == 1
+    assert last["servers/rejoined"] == 1
     for step in range(1, 4):
         trajectories = ended.trajectories(f"step_{step:08d}.jsonl")
         assert len(trajectories) == 32
@@ -216,7 +201,7 @@ def test_servers_that_die_are_started_again(toy, tmp_path):
 )
 def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     """Of a trainer's rank, and of the last server when it has been started again as often as it may."""
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory()
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8", "rollout.engine.restarts=0")
     run.wait_for("ready after", START_S)
     below = run.descendants()
@@ -227,4 +212,4 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     assert name in error
     assert str(tmp_path / "logs" / log) in error
     assert gone(below) == []
-    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert left_in_shared_memory(shared_before) == set()
