@@ -27,6 +27,7 @@ setup(
         "aiohttp>=3.11",
         "requests>=2.32",
         "safetensors>=0.5",
+        "numba>=0.60",
         "pyarrow>=18",
     ],
     extras_require={

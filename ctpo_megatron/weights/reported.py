@@ -6,7 +6,7 @@ from typing import Any
 
 from ctpo_megatron.errors import WeightSyncError
 
-PREFIX = "ctpo1:"  # of a digest as `weights.digest` defines it; another definition gets another number
+PREFIX = "ctpo2:"  # of a digest as `weights.digest` defines it; another definition gets another number
 
 
 def write_digest(digest: int) -> str:
