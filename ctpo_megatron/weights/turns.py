@@ -50,10 +50,10 @@ class Turns:
         self._round += 1
         outcome: dict[str, Any] = {"problem": None}
         try:
-            prepared = prepare()
+            prepared = [prepare()]
             if self.place > 0:
                 self._await(self.place - 1, deadline)
-            yield prepared
+            yield prepared.pop()  # the body's alone: of a bucket it lets go as soon as it has arrived
         except WeightSyncError as error:
             outcome = {"problem": str(error), "servers": error.servers}
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from ctpo_megatron.config.cluster import DiskTransport, Transport
 from ctpo_megatron.errors import WeightSyncError
@@ -202,6 +204,32 @@ def test_next_bucket_is_gathered_while_the_present_one_travels() -> None:
     assert events == ["gather 0", "start t0", "gather 1", "gather 2", "finish 0", "start t2", "finish 1"]
     assert (sent.version, sent.tensors, sent.bytes) == (7, 2, 16)
     assert sent.seconds.keys() == {"gather", "digest", "wait", "send"}
+
+
+def test_a_sender_holds_two_buckets() -> None:
+    """While one is gathered only the one that travels is still held, so the memory of those before can be used again."""
+    made: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def new() -> Tensor:
+        tensor = torch.ones(3)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def stream() -> Iterator[Bucket]:
+        for number in range(6):
+            held.append(sum(tensor() is not None for tensor in made))
+            yield [(str(number), new())]
+
+    def start(bucket: Bucket, _number: int):
+        def finish(_kept: Bucket = bucket) -> None:
+            """Until it has arrived."""
+
+        return finish
+
+    with intake(stream(), 1, Changes(enabled=False), None) as account:
+        deliver(account, Turns.alone(), time.monotonic() + 5, start)
+    assert held == [0, 1, 1, 1, 1, 1]
 
 
 def test_a_failed_sender_reads_its_stream_to_the_end() -> None:

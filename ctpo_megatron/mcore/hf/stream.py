@@ -73,10 +73,11 @@ class _Gathering:
     memory: BucketMemory
 
     def run(self, bucket: list[HfTensor], sender: int) -> list[tuple[str, Tensor]]:
-        """`sender` receives the pieces in their places; the others send theirs and get an empty list."""
+        """`sender` receives the pieces in their places, and copies its own meanwhile; the others get an empty list."""
         rank = dist.get_rank()
         full = self._allocate(bucket) if rank == sender else {}
         transfers: list[dist.P2POp] = []
+        own: list[tuple[Tensor, Tensor]] = []  # places in the bucket, and the pieces that belong there
         strided: list[tuple[Tensor, Tensor]] = []  # places that are not contiguous, and where their pieces arrive
         for tensor in bucket:
             ranks = self.holders.of(tensor)
@@ -86,8 +87,7 @@ class _Gathering:
                     continue
                 slot = full[tensor.name].narrow(tensor.cut.dim or 0, start, length) if rank == sender else None
                 if holder == rank and slot is not None:
-                    piece = self._piece(tensor, length)
-                    (slot if slot.shape == piece.shape else slot.view(piece.shape)).copy_(piece)
+                    own.append((slot, self._piece(tensor, length)))
                 elif holder == rank:
                     piece = self._piece(tensor, length).to(self._dtype_of(tensor)).contiguous()
                     transfers.append(dist.P2POp(dist.isend, piece, sender))
@@ -96,9 +96,11 @@ class _Gathering:
                     if arriving is not slot:
                         strided.append((slot, arriving))
                     transfers.append(dist.P2POp(dist.irecv, arriving, holder))
-        if transfers:
-            for transfer in dist.batch_isend_irecv(transfers):
-                transfer.wait()
+        under_way = dist.batch_isend_irecv(transfers) if transfers else []
+        for slot, piece in own:
+            (slot if slot.shape == piece.shape else slot.view(piece.shape)).copy_(piece)
+        for work in under_way:
+            work.wait()
         for slot, arrived in strided:
             slot.copy_(arrived)
         return list(full.items())
