@@ -21,7 +21,7 @@ from torch import Tensor
 
 MODULUS = 2**64
 _WORD = 4  # bytes
-_BLOCK = 2**24  # words that torch multiplies in one call, where numba does not
+_BLOCK = 2**22  # words that torch multiplies in one call, where numba does not: servers on GPUs have little memory to spare
 
 
 @torch.no_grad()
