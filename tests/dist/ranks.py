@@ -33,7 +33,7 @@ def at_own_port(rank: RankInfo) -> RankInfo:
     return replace(rank, master_port=free_port()) if rank.world_size == 1 else rank
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 400.0) -> list[Any]:
     """`function(RankInfo, *args)` in `world_size` spawned processes; what they returned, in rank order.
 
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError when they take longer than `timeout_s`.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from slurm_hosts import SEARCH, Hosts, namespaces_refused
 
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 STATES_OF_THE_END = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
@@ -68,7 +68,7 @@ class SlurmCluster:
     def command(self, *args: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         """Output of one of SLURM's commands, run with additions to the environment."""
         env = {**self.environment, **(environment or {})}
-        done = subprocess.run(args, capture_output=True, text=True, env=env, timeout=30, check=False)
+        done = subprocess.run(args, capture_output=True, text=True, env=env, timeout=60, check=False)
         if check and done.returncode != 0:
             raise RuntimeError(f"{' '.join(args)} ended with {done.returncode}: {done.stderr}")
         return done.stdout.strip()

@@ -38,7 +38,7 @@ def namespaces_refused() -> str | None:
 def run(words: list[str], *, check: bool = True) -> None:
     """Run a command; with `check`, raise RuntimeError with its message when it fails."""
     env = {**os.environ, "PATH": SEARCH}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=30, env=env, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=env, check=False)
     if check and done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
 

@@ -23,10 +23,10 @@ from ctpo_megatron.rollout.pool import Member, State
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
-ANSWER_S = 8.0  # that a client waits for an answer
-PAUSE_S = 3.0
-ALIVE_S = 2.0
-UPDATE_S = 6.0  # that senders wait for a server
+ANSWER_S = 12.0  # that a client waits for an answer
+PAUSE_S = 6.0
+ALIVE_S = 5.0
+UPDATE_S = 10.0  # that senders wait for a server
 SHORT = 160  # tokens; sampled in much less than ANSWER_S
 BOTH = ["server 0", "server 1"]
 
@@ -146,7 +146,7 @@ def test_other_transports_and_servers_that_hang(tmp_path: Path) -> None:
     assert "server 1 is lost: publishing weights" in update["said"]
     assert "server 0 is" not in update["said"], "it is not to blame"
     assert (update["serving"], update["lost"]) == (["server 0"], 2)
-    assert UPDATE_S < update["seconds"] < UPDATE_S + 20
+    assert UPDATE_S < update["seconds"] < UPDATE_S + 25
 
 
 def check_transport(found: dict[str, Any], kind: str) -> None:
