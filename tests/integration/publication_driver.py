@@ -20,7 +20,7 @@ from ctpo_megatron.weights.publisher import Publisher
 PROMPT = list(range(7, 71))
 SESSIONS = 8  # spread evenly over the servers
 SAMPLED = 20  # tokens of each generation, at least, before an update meets it
-LONG = 400  # tokens of such a generation: many times what is sampled until the update pauses it
+LONG = 1500  # tokens of such a generation: many times what is sampled until the update pauses it, on a slow machine too
 
 
 class Driver:
@@ -56,11 +56,14 @@ class Driver:
         self.version += 1
         return await self.publisher.publish(self.version)
 
-    async def sampling(self, tokens: int, client: EngineClient | None = None) -> list[asyncio.Task[Generation]]:
-        """Generations on all servers, each of which has sampled some tokens already."""
+    async def sampling(
+        self, tokens: int, client: EngineClient | None = None, at: RunningServer | None = None
+    ) -> list[asyncio.Task[Generation]]:
+        """Generations on all servers; all of them, or those `at` one, have sampled some tokens already."""
         running = [self.generate(session, tokens, client) for session in range(SESSIONS)]
         each, used = SESSIONS // len(self.servers), len(PROMPT) + SAMPLED
-        await asyncio.gather(*(in_flight(one.url, one.api_key, running=each, tokens=used) for one in self.servers))
+        waited_for = [at] if at else self.servers
+        await asyncio.gather(*(in_flight(one.url, one.api_key, running=each, tokens=used) for one in waited_for))
         return running
 
     def generate(self, session: int, tokens: int, client: EngineClient | None = None) -> asyncio.Task[Generation]:

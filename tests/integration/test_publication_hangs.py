@@ -27,7 +27,7 @@ ANSWER_S = 12.0  # that a client waits for an answer
 PAUSE_S = 6.0
 ALIVE_S = 5.0
 UPDATE_S = 10.0  # that senders wait for a server
-SHORT = 160  # tokens; sampled in much less than ANSWER_S
+SHORT = 600  # tokens; sampled in less than ANSWER_S, and not before the server is stopped
 BOTH = ["server 0", "server 1"]
 
 
@@ -77,7 +77,7 @@ async def hangs_while_sampling(driver: Driver) -> dict[str, Any]:
     """The second server stands still while nothing is published; the next publication gives it up."""
     victim = driver.servers[1]
     async with EngineClient(driver.pool, victim.api_key, request_timeout_s=ANSWER_S) as client:
-        running = await driver.sampling(SHORT, client)
+        running = await driver.sampling(SHORT, client, at=victim)
         with stopped(victim):
             generations = await asyncio.gather(*running)
             found = {"tokens": [len(each.token_ids) for each in generations], "said": driver.spoken()}

@@ -332,7 +332,7 @@ def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
             check_against(load_reference(directory), await sample(client, 0.7), 0.7)
             await check_record(client, load_reference(directory), PROMPT)
             samples.extend(await train_samples(client, PROMPT, 8))
-            crossing = [asyncio.create_task(record(client, PROMPT, tokens=700, session=session)) for session in range(3)]
+            crossing = [asyncio.create_task(record(client, PROMPT, tokens=1000, session=session)) for session in range(3)]
             await in_flight(running.url, running.api_key, running=3)
             await publisher.publish(1)
             check_against(new, await sample(client, 0.7), 0.7)
