@@ -1,10 +1,13 @@
 """Two workers of pytest-xdist (`-n 2`) take the tests by file, but one of them all that start servers, clusters or daemons.
 
-Those look at processes, ports and shared memory of the whole machine, and would see each other's.
+Those look at processes, ports and shared memory of the whole machine, and would see each other's. They also wait for things that
+happen in time; so the other worker stands back and takes what they leave of the processors.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 import pytest
@@ -23,3 +26,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """In a worker; for everything that it starts too."""
+    if hasattr(item.config, "workerinput") and not item.nodeid.startswith(ALONE):
+        _stand_back()
+
+
+@functools.cache
+def _stand_back() -> None:
+    os.nice(10)
