@@ -25,6 +25,7 @@ class MicroBatch:
     rollout_logp: Tensor  # [T] float32, 0 where masked
     policy_versions: Tensor  # [T] int32, -1 where masked
     cu_seqlens: Tensor  # [N+1] int32
+    lengths: Tensor  # [N] int64, of the sequences without padding
     groups: Tensor  # [N] int64, the prompt's group of each sequence
     weights: Tensor  # [N] float64, of each token of a sequence in the loss; all ranks' and micro-batches' make up the mean
     sequence_ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding
@@ -45,6 +46,11 @@ class MicroBatch:
     def tokens(self) -> int:
         """Positions in the whole pack, padding included."""
         return int(self.cu_seqlens[-1])
+
+    def counted(self, cp_size: int) -> Tensor:
+        """[T / cp_size] bool, of a shard: False on padding."""
+        each = self.cu_seqlens.diff() // cp_size
+        return self.position_ids < self.lengths.repeat_interleave(each, output_size=self.position_ids.numel())
 
     def shard(self, cp_rank: int, cp_size: int) -> MicroBatch:
         """This rank's zigzag part of every stream."""
@@ -72,7 +78,7 @@ class MicroBatch:
         return replace(self, policy_support_logp=logp)
 
     def _streams(self) -> dict[str, Tensor]:
-        whole = {"cu_seqlens", "groups", "weights", "sequence_ids", "own_experts"}
+        whole = {"cu_seqlens", "lengths", "groups", "weights", "sequence_ids", "own_experts"}
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in whole}
         return {name: stream for name, stream in named.items() if stream is not None}
 

@@ -161,6 +161,7 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
         rollout_logp=stream([s.rollout_logprobs for s in samples], 0.0, torch.float32),
         policy_versions=stream([s.policy_versions for s in samples], -1, torch.int32),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        lengths=torch.tensor([len(sample) if number >= 0 else 0 for sample, number in zip(samples, ids, strict=True)]),
         groups=torch.tensor([sample.group for sample in samples]),
         weights=torch.tensor(weights, dtype=torch.float64),
         sequence_ids=torch.tensor(ids),

@@ -44,10 +44,12 @@ reduced over micro-batches and ranks. A vector `sum/x` comes out as `sum/x/0`, `
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A shard and megatron's description of the pack it belongs to."""
+    """A shard and the pack it belongs to: megatron's description, and what routers of experts are told (`Routers.aim`)."""
 
     shard: MicroBatch
     packed: PackedSeqParams
+    counted: Tensor  # [T_local / tp] bool
+    total: int
 
 
 class Stepper:
@@ -121,7 +123,7 @@ class Stepper:
         return whole.shard(self.seat.cp_rank, self.seat.cp_size)
 
     def _run(self, shards: list[MicroBatch], loss: Callable, forward_only: bool) -> list:
-        described = [Described(shard, self._describe(shard.cu_seqlens.cpu())) for shard in shards]
+        described = [self._describe(shard) for shard in shards]
         schedule = get_forward_backward_func()
         per_chunk = [iter(described) for _ in self.models]  # every chunk of an interleaved stage sees all micro-batches
         return schedule(
@@ -135,10 +137,15 @@ class Stepper:
             collect_non_loss_data=forward_only,
         )
 
-    def _describe(self, cu_seqlens: Tensor) -> PackedSeqParams:
+    def _describe(self, shard: MicroBatch) -> Described:
+        cu_seqlens = shard.cu_seqlens.cpu()
         if self.portable:
-            return packed_layout(cu_seqlens, self.device, self.cp_group.rank(), self.cp_group.size())
-        return packed_params(cu_seqlens, self.device)
+            packed = packed_layout(cu_seqlens, self.device, self.cp_group.rank(), self.cp_group.size())
+        else:
+            packed = packed_params(cu_seqlens, self.device)
+        # sequence parallelism gives each tensor-parallel rank an equal run
+        counted = shard.counted(self.seat.cp_size).chunk(self.seat.tp_size)[self.seat.tp_rank]
+        return Described(shard, packed, counted, int(shard.lengths.sum()))
 
     def reduce(
         self, per_micro_batch: list[dict[str, Tensor]], measured: tuple[list[str], Tensor] | None = None
@@ -195,7 +202,7 @@ def _forward_step(
     """megatron's forward step: the stage's output, and what the last stage makes of it."""
     described = next(batches)
     shard = described.shard
-    routers.aim(model, shard.own_experts)
+    routers.aim(model, described.counted, described.total, experts=shard.own_experts)
     output = model(
         shard.input_ids.unsqueeze(0),
         shard.position_ids.unsqueeze(0),

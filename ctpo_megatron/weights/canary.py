@@ -40,6 +40,7 @@ def canary_batch(token_ids: list[int], multiple: int) -> MicroBatch:
         rollout_logp=torch.zeros(total),
         policy_versions=torch.full((total,), -1, dtype=torch.int32),
         cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
+        lengths=torch.tensor([length]),
         groups=torch.zeros(1, dtype=torch.int64),
         weights=torch.ones(1, dtype=torch.float64),
         sequence_ids=torch.zeros(1, dtype=torch.int64),

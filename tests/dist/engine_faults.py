@@ -71,6 +71,11 @@ def replay_shifted(_engine: MegatronEngine) -> AbstractContextManager[Any]:
     return patch.object(step, "own_experts", lambda routed, *where: _own_experts(routed.roll(1, 0), *where))
 
 
+def padding_balanced(_engine: MegatronEngine) -> AbstractContextManager[Any]:
+    """Experts' losses take padding for tokens."""
+    return patch.object(MicroBatch, "counted", lambda shard, _cp_size: torch.ones_like(shard.loss_mask))
+
+
 def zigzag_pieces_swapped(engine: MegatronEngine) -> AbstractContextManager[Any]:
     """A rank lays the later of its two pieces of each sequence before the earlier one."""
 
@@ -95,5 +100,6 @@ ENGINE_FAULTS: dict[str, Fault] = {
     "padding counted": Fault("CP2", "qwen3", padding_counted),
     "DP share doubled": Fault("DP2", "qwen3", data_parallel_share_doubled),
     "routing replay shifted by one token": Fault("CP2", "qwen3_moe", replay_shifted),
+    "padding balanced over experts": Fault("CP2", "qwen3_moe", padding_balanced),
     "zigzag pieces swapped": Fault("CP2", "qwen3", zigzag_pieces_swapped),
 }

@@ -94,7 +94,7 @@ def routing_shifted() -> AbstractContextManager[Any]:
 
     aim = Routers.aim
     return patch.object(
-        Routers, "aim", lambda self, chunk, experts: aim(self, chunk, None if experts is None else experts.roll(1, 0))
+        Routers, "aim", lambda self, *args, experts: aim(self, *args, experts=None if experts is None else experts.roll(1, 0))
     )
 
 

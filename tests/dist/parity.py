@@ -19,7 +19,7 @@ from ctpo_megatron.algorithms import sequence_weights
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.cluster import DriftConfig
-from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
@@ -42,11 +42,11 @@ SEQUENCES = 12
 
 
 class Layout(NamedTuple):
-    """How the ranks are used, and for which of the two models."""
+    """How the ranks are used, and for which of the models."""
 
     name: str
     sizes: dict[str, int]
-    families: tuple[str, ...] = ("qwen3", "qwen3_moe")
+    families: tuple[str, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -77,7 +77,7 @@ class Alone(NamedTuple):
     found: dict[Case, Found]
 
 
-MOE = ("qwen3_moe",)
+MOE = ("qwen3_moe", "deepseek_v3")
 TWO_RANKS = [
     Layout("DP2", {"dp": 2}),
     Layout("TP2", {"tp": 2}),
@@ -101,16 +101,20 @@ FOUR_RANKS = [
 
 
 def cases_of(layout: Layout, family: str) -> list[Case]:
-    """ctpo in every combination of packing and micro-batches, grpo and gspo in one each. Interleaving takes multiples of pp."""
+    """Every objective in every combination of packing and micro-batches, of qwen3_moe also a replayed routing.
+
+    deepseek_v3, which is there for its parts, has one case packed and one not. Interleaving takes multiples of pp.
+    """
     few, many = (n * layout.parallel.dp for n in ((1, 3) if layout.parallel.vpp == 1 else (2, 4)))
-    ctpo = [Case("ctpo", packed, packs) for packed in (True, False) for packs in (few, many)]
-    return [*ctpo, Case("grpo", True, many, replay=family == "qwen3_moe"), Case("gspo", False, many)]
+    if family == "deepseek_v3":
+        return [Case("ctpo", True, many), Case("ctpo", False, few)]
+    cases = [Case(objective, packed, packs) for objective in OBJECTIVES for packed in (True, False) for packs in (few, many)]
+    return [*cases, Case("ctpo", True, many, replay=True)] if family == "qwen3_moe" else cases
 
 
 def fault_case(layout: Layout, family: str) -> Case:
     """The case that faults are planted in: many packs of many sequences, and for experts the one that replays routes."""
-    (case,) = (case for case in cases_of(layout, family) if case.objective == "grpo")
-    return case
+    return max((case for case in cases_of(layout, family) if case.objective == "ctpo" and case.packed), key=lambda c: (c.replay, c.packs))
 
 
 def engines_of(layouts: list[Layout]) -> list[tuple[Layout, str]]:
@@ -148,8 +152,8 @@ def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSam
     return samples
 
 
-def packs_of(case: Case, samples: list[TrainSample]) -> list[MicroBatch]:
-    """The packs of a case; padded for CP4 in every layout, since experts' load balancing sees padding too."""
+def packs_of(case: Case, samples: list[TrainSample], parallel: ParallelConfig) -> list[MicroBatch]:
+    """The packs of a case, padded as the layout wants it."""
     if not case.replay:
         samples = [replace(sample, experts=None) for sample in samples]
     groups = [samples[i :: case.packs] if case.packed else [samples[i]] for i in range(case.packs)]
@@ -158,14 +162,16 @@ def packs_of(case: Case, samples: list[TrainSample]) -> list[MicroBatch]:
     packs, first = [], 0
     for group in groups:
         mine = weights[first : first + len(group)]
-        packs.append(pack(group, dp=1, cp=4, max_tokens=10_000, weights=mine, first_id=first)[0][0])
+        ((packed,),) = pack(group, dp=1, cp=parallel.cp, tp=parallel.tp, max_tokens=10_000, weights=mine, first_id=first)
+        packs.append(packed)
         first += len(group)
     return packs
 
 
 def start(rank: RankInfo, path: Path, parallel: ParallelConfig) -> MegatronEngine:
-    """An engine on the CPU with `OPTIMIZER`."""
-    return MegatronEngine(str(path), parallel, OPTIMIZER, at_own_port(rank), device="cpu", seed=1)
+    """An engine on the CPU with `OPTIMIZER`; experts with both auxiliary losses, and a balancing bias that moves."""
+    moe = MoeConfig(aux_loss_coeff=0.01, z_loss_coeff=0.01, bias_update_rate=0.125)
+    return MegatronEngine(str(path), parallel, OPTIMIZER, at_own_port(rank), device="cpu", seed=1, moe=moe)
 
 
 def begin_again(engine: MegatronEngine) -> None:
@@ -188,7 +194,7 @@ def train(engine: MegatronEngine, case: Case, samples: list[TrainSample]) -> Fou
     from ctpo_megatron.mcore.policy import update_policy
 
     begin_again(engine)
-    packs = packs_of(case, samples)[engine.seat.dp_rank :: engine.parallel.dp]
+    packs = packs_of(case, samples, engine.parallel)[engine.seat.dp_rank :: engine.parallel.dp]
     algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="rollout")
     options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftConfig(), "version": 0}
     steps = [update_policy(engine, [packs], **options) for _ in range(2)]
@@ -225,7 +231,7 @@ def train_alone(rank: RankInfo, models: dict[str, Path], cases: dict[str, list[C
     found: dict[str, Alone] = {}
     for family, path in models.items():
         engine = start(rank, path, ParallelConfig())
-        (whole,) = packs_of(Case("ctpo", True, 1), draw_samples())
+        (whole,) = packs_of(Case("ctpo", True, 1), draw_samples(), engine.parallel)
         (logp,) = engine.logp(engine.place([whole]), TEMPERATURE)
         samples = draw_samples([part.tolist() for part in logp.split(whole.cu_seqlens.diff().tolist())])
         before = exported(engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import faults
@@ -16,7 +17,9 @@ from test_engine import TEMPERATURE, exported, join, nll_step, start
 from tiny import micro_batches, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.types import TrainSample
 
 pytestmark = pytest.mark.dist
 
@@ -99,6 +102,21 @@ def test_megatrons_own_replay_still_cannot_leave_tokens_to_the_router(one_rank: 
     assert one_rank["megatron_refuses"]
 
 
+def test_ranks_without_samples_add_nothing(one_rank: dict[str, Any]) -> None:
+    """A pack of nothing but padding, which some ranks get: no load, no loss, and no NaN from a mean over nothing."""
+    whole, empty = one_rank["one pack"], one_rank["and an empty one"]
+    assert {name: value for name, value in empty.items() if name.startswith("moe/")} == {
+        name: value for name, value in whole.items() if name.startswith("moe/")
+    }
+    assert empty["loss"] == whole["loss"]
+    assert empty["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1), "the balancing loss is halved, it is a mean over packs"
+
+
+def test_megatrons_own_mask_of_padding_still_fails(one_rank: dict[str, Any]) -> None:
+    """Should it hold, `ReplayRouter._apply_expert_bias` may go."""
+    assert one_rank["megatron_mask_fails"]
+
+
 def test_two_ranks(model: Path, one_rank: dict[str, Any]) -> None:
     ports = [free_port() for _ in TWO_RANKS]
     answers = run_ranks(2, several, ports, model, one_rank["routing"])
@@ -150,6 +168,8 @@ def alone(rank: RankInfo, path: Path) -> dict[str, Any]:
     for case, (kind, recompute) in ONE_RANK.items():
         with faults.routing_shifted() if case == "shifted" else nullcontext():
             found[case] = exercise(rank, path, {}, recorded_packs(routing, kind), recompute)
+    found |= with_empty_pack(rank, path)
+    found["megatron_mask_fails"] = megatron_mask_fails()
     found["gates"] = gate_errors()
     found["megatron_refuses"] = megatron_refuses_unknown()
     return found
@@ -193,10 +213,35 @@ def exercise(rank: RankInfo, path: Path, layout: dict[str, int], packs: list[Any
     found["logp"] = [logp.numpy() for logp in engine.logp(mine, TEMPERATURE)]
     found["steps"] = [nll_step(engine, mine)]
     found["trained"] = exported(engine)
-    left = [len(router.router_replay._again) for router in routers(engine)]
+    left = [len(router._again) for router in routers(engine)]
     assert not any(left), f"micro-batches whose backward pass never came: {left}"
     engine.close()
     return found
+
+
+def with_empty_pack(rank: RankInfo, path: Path) -> dict[str, Any]:
+    """A step on one pack, and on it and what a second rank would get."""
+    found = {}
+    sample = TrainSample([5, 6, 7], [6, 7, 8], [True] * 3, [-1.0] * 3, [0] * 3, [1.0] * 3, group=0)
+    (whole,), (empty,) = pack([sample], dp=2, max_tokens=8)
+    assert (whole.lengths.tolist(), empty.lengths.tolist()) == ([3], [0])
+    for case, packs in (("one pack", [whole]), ("and an empty one", [whole, empty])):
+        engine = start(rank, path, ParallelConfig())
+        found[case] = nll_step(engine, engine.place(packs))
+        engine.close()
+    return found
+
+
+def megatron_mask_fails() -> bool:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    router = SimpleNamespace(enable_expert_bias=True, local_tokens_per_expert=torch.zeros(EXPERTS))
+    routing_map, mask = torch.ones(3, EXPERTS, dtype=torch.bool), torch.tensor([False, False, True])
+    try:
+        TopKRouter._apply_expert_bias(router, routing_map, padding_mask=mask)
+    except RuntimeError:
+        return True
+    return False
 
 
 def gate_errors() -> dict[str, float]:

@@ -98,6 +98,7 @@ def _pack(lengths: list[int], generator: torch.Generator) -> MicroBatch:
         rollout_logp=torch.where(mask, -torch.rand(total, generator=generator), 0.0),
         policy_versions=torch.where(mask, 0, -1).to(torch.int32),
         cu_seqlens=bounds,
+        lengths=torch.tensor(lengths),
         groups=torch.arange(len(lengths)),
         weights=torch.ones(len(lengths), dtype=torch.float64),
         sequence_ids=torch.arange(len(lengths)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 import time
@@ -272,7 +273,8 @@ class Servers:
                 self.send_response(code)
                 self.send_header("Content-Length", "2")
                 self.end_headers()
-                self.wfile.write(b"no")
+                with contextlib.suppress(BrokenPipeError):  # who asked has given up
+                    self.wfile.write(b"no")
 
             def do_GET(self) -> None:
                 self.path = self.path.replace("/busy", "/alive")

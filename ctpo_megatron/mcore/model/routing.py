@@ -1,4 +1,4 @@
-"""Routers of mixtures of experts that can follow a given routing, and that count where tokens go.
+"""Routers of mixtures of experts that can follow a given routing, count where tokens go, and know padding from tokens.
 
 Routing replay (R3, arXiv 2510.11370): a token goes to the experts I that the inference engine chose when it sampled, with the
 gates of the trainer's own logits s, g_i = exp(s_i) / sum_{j in I} exp(s_j) (or what the model makes of its chosen scores). The
@@ -7,6 +7,11 @@ gradient flows through the gates as ever.
 megatron (0.16.1) has a seam for it, `TopKRouter.router_replay.get_replay_topk`, through which a router finds its experts.
 Its own `RouterReplay` follows all tokens or none, lives in one list per process, and has to be told when a layer is computed
 again for the backward pass; `Replay` stands in its place. tests/dist/test_routing.py holds the seam.
+
+Padding goes through experts like any token, but counts in nothing: not in the balancing loss, the z-loss, the balancing bias or
+the measured load. How much of it there is depends on the layout, and no layout may change the numbers. megatron's own
+`padding_mask` does not reach the routers of later pipeline stages, does not fit the tokens of a balancing bias, and divides the
+z-loss by each rank's own tokens, so the mask comes with the routing instead.
 """
 
 from __future__ import annotations
@@ -14,11 +19,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -28,27 +34,30 @@ from ctpo_megatron.mcore.shape import ModelShape
 TopKFn = Callable[..., tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one router is told of a micro-batch."""
+
+    counted: Tensor  # [tokens] bool, those of this rank; False on padding
+    total: int  # tokens of the whole pack without padding, over all context- and tensor-parallel ranks
+    experts: Tensor | None  # [tokens, k] to follow, -1: the router chooses itself; None: for all tokens
+
+
 class Replay:
-    """The routing that one router is to follow. `target` [tokens, k], -1: the router chooses itself; None: for all tokens."""
+    """Answers for one router what its top k are. `target` [tokens, k]: `Seen.experts` of the micro-batch at hand."""
 
     def __init__(self) -> None:
         self.target: Tensor | None = None
         self.training = False
         self.followed: Tensor | None = None  # [tokens, k] of the last call that had a target
         self.counts: Tensor | None = None  # choices replayed, and those of them that the router would not have made
-        self._again: deque[Tensor | None] = deque()
-
-    def begin(self) -> None:
-        """Before the first micro-batch of a training pass."""
-        self.counts = None
-        self._again.clear()
 
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopKFn
     ) -> tuple[Tensor, Tensor]:
         """The chosen experts' scores and numbers, [tokens, k] both; megatron calls it with `scores` [tokens, experts]."""
         values, own = default_compute_topk(scores, topk, num_groups, group_topk)
-        target = self._due()
+        target = self.target
         if target is None:
             self.followed = None
             return values, own
@@ -62,22 +71,9 @@ class Replay:
             self.counts = counts if self.counts is None else self.counts + counts
         return scores.gather(1, self.followed), self.followed
 
-    def _due(self) -> Tensor | None:
-        """The target of the micro-batch at hand.
-
-        A layer that is computed again in the backward pass runs without gradients the first time and with them the second; in
-        between come other micro-batches, whose backward passes follow one another in the order of their forward passes.
-        """
-        if not self.training:
-            return self.target
-        if not torch.is_grad_enabled():
-            self._again.append(self.target)
-            return self.target
-        return self._again.popleft() if self._again else self.target
-
 
 class ReplayRouter(TopKRouter):
-    """megatron's router; `load` [experts] counts the tokens that went to each expert since `begin`, all of them in training.
+    """megatron's router, told by `next` what it sees. `load` [experts]: tokens of each expert since `begin`, in training.
 
     Layers that are computed again count twice, and so does what it is compared with.
     """
@@ -87,28 +83,64 @@ class ReplayRouter(TopKRouter):
         if config.moe_router_fusion:
             raise ValueError("moe_router_fusion chooses experts in one kernel that cannot be told which to take")
         self.router_replay = Replay()
+        self.next: Seen | None = None  # of the micro-batch that comes
         self.load: Tensor | None = None
+        self._seen: Seen | None = None  # of the one at hand
+        self._again: deque[Seen | None] = deque()
 
     def begin(self) -> None:
         """Before the first micro-batch of a training pass."""
-        self.load = None
-        self.router_replay.begin()
+        self.load = self.router_replay.counts = None
+        self._again.clear()
 
-    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor, _padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `TopKRouter`: gates and map, [tokens, experts] both."""
-        self.router_replay.training = self.training
-        gates, chosen = super().forward(input, padding_mask)
+        self._seen = seen = self._due()
+        self.router_replay.target, self.router_replay.training = seen.experts, self.training
+        gates, chosen = super().forward(input, ~seen.counted)
         if self.training:
-            load = chosen.detach().sum(0)
+            load = self._counted(chosen.detach()).sum(0)
             self.load = load if self.load is None else self.load + load
         return gates, chosen
 
+    def _due(self) -> Seen:
+        """What it is told of the micro-batch at hand.
+
+        A layer that is computed again in the backward pass runs without gradients the first time and with them the second; in
+        between come other micro-batches, whose backward passes follow one another in the order of their forward passes.
+        """
+        if not self.training:
+            return self.next
+        if not torch.is_grad_enabled():
+            self._again.append(self.next)
+            return self.next
+        return self._again.popleft() if self._again else self.next
+
+    def _counted(self, routing_map: Tensor) -> Tensor:
+        """The map [tokens, experts] without padding."""
+        return routing_map & self._seen.counted.unsqueeze(1)
+
     def _apply_aux_loss(self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, **options: Any) -> Tensor:
         """The load in the balancing loss is that of the experts which were used; megatron's would be the router's wish."""
+        if self._seen.total == 0:  # a mean over nothing
+            return probs
         followed = self.router_replay.followed
         if followed is not None:
-            routing_map = torch.zeros_like(routing_map).scatter(1, followed, True)
+            routing_map = self._counted(torch.zeros_like(routing_map).scatter(1, followed, True))
         return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, **options)
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """[tokens, experts] unchanged, with the gradient of this rank's share of the z-loss, a mean over the pack."""
+        coeff = self.config.moe_z_loss_coeff
+        if not (coeff and self.training and torch.is_grad_enabled() and self._seen.total):
+            return logits
+        squares = torch.logsumexp(logits, dim=-1).square()
+        share = torch.where(self._seen.counted, squares, 0.0).sum() * (coeff / self._seen.total)
+        return MoEAuxLossAutoScaler.apply(logits, share)
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """What moves the balancing bias. megatron's own masking fails: it lays a mask of tokens over the experts."""
+        super()._apply_expert_bias(self._counted(routing_map))
 
 
 def with_replay(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
@@ -143,17 +175,17 @@ class Routers:
         for router in self._all:
             router.begin()
 
-    def aim(self, chunk: torch.nn.Module, experts: Tensor | None) -> None:
-        """Before `chunk` computes a micro-batch: what its routers are to follow.
+    def aim(self, chunk: torch.nn.Module, counted: Tensor, total: int, *, experts: Tensor | None) -> None:
+        """Before `chunk` computes a micro-batch: what its routers see of it; see `Seen`.
 
-        `experts`: [T / (cp * tp), expert layers of all this rank's chunks, k], see `parallel.own_experts`; None: nothing.
+        `experts`: [T / (cp * tp), expert layers of all this rank's chunks, k], see `parallel.own_experts`; None: none to follow.
         """
         self._replaying |= experts is not None
         first = 0
         for each, routers in self._chunks.items():
             if each is chunk:
                 for i, router in enumerate(routers, start=first):
-                    router.router_replay.target = None if experts is None else experts[:, i]
+                    router.next = Seen(counted, total, None if experts is None else experts[:, i])
             first += len(routers)
 
     def measure(self) -> tuple[list[str], Tensor]:
@@ -161,7 +193,7 @@ class Routers:
 
         `moe/load_max_over_mean/layer_n`: tokens of the busiest expert over the mean; 1 is even. `moe/load_entropy/layer_n`:
         entropy of the load over its largest value; 1 is even. `routing/changed`: the share of replayed choices that the trainer's
-        router would not have made. Padding counts as tokens.
+        router would not have made. Padding does not count.
         """
         layers, experts = self._shape.expert_layers, self._shape.num_experts
         if not layers:
