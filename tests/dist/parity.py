@@ -103,11 +103,12 @@ FOUR_RANKS = [
 def cases_of(layout: Layout, family: str) -> list[Case]:
     """Every objective in every combination of packing and micro-batches, of qwen3_moe also a replayed routing.
 
-    deepseek_v3, which is there for its parts, has one case packed and one not. Interleaving takes multiples of pp.
+    deepseek_v3, which is there for its parts, has one case packed and one not, with ratios that do not run away with its weights.
+    Interleaving takes multiples of pp.
     """
     few, many = (n * layout.parallel.dp for n in ((1, 3) if layout.parallel.vpp == 1 else (2, 4)))
     if family == "deepseek_v3":
-        return [Case("ctpo", True, many), Case("ctpo", False, few)]
+        return [Case("grpo", True, many), Case("gspo", False, many)]
     cases = [Case(objective, packed, packs) for objective in OBJECTIVES for packed in (True, False) for packs in (few, many)]
     return [*cases, Case("ctpo", True, many, replay=True)] if family == "qwen3_moe" else cases
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import MODELS
 from ranks import free_port, run_ranks
 from tiny import micro_batches, write_model
 
@@ -32,6 +33,8 @@ CASES = [
     ("qwen3", "float32", {"tp": 2}, [{"tp": 2}, {"pp": 2}]),
     ("qwen3", "float32", {"pp": 2}, [{"pp": 2}, {"dp": 2}]),  # tied embeddings: the last stage holds a copy
     ("qwen3_moe", "float32", {"dp": 2, "ep": 2}, [{"dp": 2, "ep": 2}, {"dp": 2}]),
+    ("qwen3_moe", "float32", {"tp": 2}, [{"cp": 2, "ep": 2}, {"tp": 2, "etp": 2}]),
+    ("deepseek_v3", "float32", {"dp": 2, "ep": 2}, [{"dp": 2, "ep": 2}, {"tp": 2}, {"pp": 2}]),
     ("qwen3", "float32", {"pp": 2, "vpp": 2}, [{"pp": 2, "vpp": 2}, {"pp": 2}, {"tp": 2}]),  # two chunks of the model per rank
     ("qwen3", "bfloat16", {"dp": 2}, [{"dp": 2}]),  # the optimizer keeps the weights in float32
     ("qwen3_moe", "bfloat16", {"tp": 2, "ep": 2}, [{"tp": 2, "ep": 2}]),
@@ -40,8 +43,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    families = ("qwen3", "qwen2", "qwen3_moe")
-    return {family: write_model(tmp_path_factory.mktemp(family), family, layers=4) for family in families}
+    families = ("qwen3", "qwen2", "qwen3_moe", "deepseek_v3")
+    return {family: write_model(tmp_path_factory.mktemp(family), family, 4, MODELS[family]) for family in families}
 
 
 def test_resumed_run_equals_uninterrupted_run(models: dict[str, Path], tmp_path: Path) -> None:

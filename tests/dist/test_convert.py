@@ -9,10 +9,10 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from families import write_family
 from ranks import free_port, run_ranks
 from safetensors.torch import load_file
 from test_checkpoint_faults import flip
-from tiny import write_model
 from torch import Tensor
 
 from ctpo_megatron.config.model import ParallelConfig
@@ -25,16 +25,21 @@ from ctpo_megatron.mcore.hf.files import weight_files
 
 pytestmark = pytest.mark.dist
 
-LAYOUTS = {"qwen3": ({"tp": 2}, {"pp": 2}), "qwen3_moe": ({"tp": 2, "ep": 2}, {"dp": 2, "ep": 2})}  # of writing, of reading
+LAYOUTS = {  # of writing, of reading
+    "qwen3": ({"tp": 2}, {"pp": 2}),
+    "qwen3_moe": ({"tp": 2, "ep": 2}, {"dp": 2, "ep": 2}),
+    "deepseek_v3": ({"tp": 2, "ep": 2}, {"pp": 2}),
+    "glm4_moe": ({"tp": 2, "etp": 2}, {"dp": 2}),
+}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {family: write_model(tmp_path_factory.mktemp(family), family) for family in LAYOUTS}
+    return {family: write_family(tmp_path_factory.mktemp(family), family) for family in LAYOUTS}
 
 
 def test_round_trip_is_exact_and_a_flipped_byte_is_found(models: dict[str, Path], tmp_path: Path) -> None:
-    ports = [free_port() for _ in range(8)]
+    ports = [free_port() for _ in range(12)]
     for found in run_ranks(2, conversions, models, tmp_path, ports):
         assert "is not what the other side holds" in found["planted in the output"]
         assert "distcp" in found["planted in the checkpoint"]

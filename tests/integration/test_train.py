@@ -165,8 +165,9 @@ def schedulers(below: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def parts_of_servers(below: list[psutil.Process]) -> list[psutil.Process]:
-    """Their main processes."""
-    return [process for process in below if "sglang_entry" in " ".join(process.cmdline())]
+    """Their main processes. Others have the same command line: forks that have not yet become something else."""
+    named = {process.pid: process for process in below if "sglang_entry" in " ".join(process.cmdline())}
+    return [process for process in named.values() if process.ppid() not in named]
 
 
 def test_a_server_that_dies_is_started_again(toy, tmp_path):

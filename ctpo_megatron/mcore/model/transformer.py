@@ -53,7 +53,8 @@ def transformer_config(
         variable_seq_lengths=True,  # packs differ in length
         moe_token_dispatcher_type="alltoall",  # the one that allows it
         cuda_graph_scope=[],
-        deallocate_pipeline_outputs=parallel.pp > 1,
+        # megatron frees what it sends before it has waited for it, which only an allocator that follows CUDA's streams survives
+        deallocate_pipeline_outputs=parallel.pp > 1 and device.type == "cuda",
         # one message per call and direction: two between the same two stages in one batch would be taken for one another
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
