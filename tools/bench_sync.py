@@ -73,16 +73,21 @@ def median(rows: list[Row], way: str, what: str, name: str) -> float:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Of full publications by broadcast: medians of the ratios within each repeat. All but `server` have a bound."""
+    """Of full publications: medians of the ratios within each repeat. Those of broadcasts have bounds.
+
+    `bandwidth` is that of the update, while servers are paused; `whole` counts the first bucket too, which is gathered before.
+    """
     bare = {row["repeat"]: row["bytes"] / row["transfer"] for row in rows if row["way"] == "bare"}
-    ready = {row["repeat"]: row["update"] for row in rows if row["way"] == "ready-made"}
-    full = [row for row in rows if (row["way"], row["what"]) == ("broadcast", "full")]
-    return {
-        "server": statistics.median(row["bytes"] / ready[row["repeat"]] / bare[row["repeat"]] for row in full),
-        "bandwidth": statistics.median(row["bytes"] / row["update"] / bare[row["repeat"]] for row in full),
-        "attestation": statistics.median(row["attestation"] / row["paused"] for row in full),
-        "memory": statistics.median(row["memory"] / row["bucket"] for row in full),
-    }
+    ready = [row for row in rows if row["way"] == "ready-made"]
+    found = {"server": statistics.median(row["bytes"] / row["update"] / bare[row["repeat"]] for row in ready)}
+    for way, prefix in (("broadcast", ""), ("colocated", "colocated ")):
+        full = [row for row in rows if (row["way"], row["what"]) == (way, "full")]
+        seconds = {"bandwidth": lambda row: row["update"], "whole": lambda row: row["prepare"] + row["update"]}
+        for name, of in seconds.items():
+            found[prefix + name] = statistics.median(row["bytes"] / of(row) / bare[row["repeat"]] for row in full)
+        found[prefix + "attestation"] = statistics.median(row["attestation"] / row["paused"] for row in full)
+        found[prefix + "memory"] = statistics.median(row["memory"] / row["bucket"] for row in full)
+    return found
 
 
 def checks(found: dict[str, float]) -> list[Check]:
@@ -97,6 +102,7 @@ def checks(found: dict[str, float]) -> list[Check]:
 
 
 COLUMNS = {
+    "prepare": "prepare s",
     "paused": "paused s",
     "update": "update s",
     "gather": "gather",
@@ -187,7 +193,9 @@ def main(
     size, largest = sum(buckets) / 1e6, max(buckets) / 1e6
     console.print(f"{len(tensors)} tensors, {size:.0f} MB of {dtype} in {len(buckets)} buckets, largest {largest:.0f} MB")
     console.print(table(rows))
-    console.print(f"with buckets that lie ready, SGLang takes them at {found['server']:.2f} of the bandwidth of a bare broadcast")
+    shares = {"buckets that lie ready": "server", "colocated": "colocated bandwidth"}
+    shares |= {"broadcast and its first gathering": "whole", "colocated and its first gathering": "colocated whole"}
+    console.print("bandwidth, of a bare broadcast: " + ", ".join(f"{what} {found[name]:.2f}" for what, name in shares.items()))
     bounds = checks(found)
     for check in bounds:
         print(f"{'holds ' if check.holds else 'MISSED'}  {check.text}")

@@ -28,6 +28,7 @@ from ctpo_megatron.rollout.control import ServerControl
 from ctpo_megatron.rollout.pool import ServerPool
 from ctpo_megatron.rollout.requests import Requests
 from ctpo_megatron.weights.canary import TOLERANCE, canary_batch
+from ctpo_megatron.weights.delivery import begun
 from ctpo_megatron.weights.engine_layout import EngineLayout
 from ctpo_megatron.weights.expected import Expected
 from ctpo_megatron.weights.publisher import Proof, Publisher
@@ -41,7 +42,7 @@ RANKS = TP + 1
 TIMEOUT_S = 300.0
 
 Row = dict[str, Any]
-PHASES = ("total", "paused", "pause", "connect", "transfer", "gather", "digest", "send", "write", "attest", "canary")
+PHASES = ("total", "prepare", "paused", "pause", "connect", "transfer", "gather", "digest", "send", "write", "attest", "canary")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Trainer:
     task: Task
     sender: WeightSender | None = None
     buckets: BucketMemory = field(default_factory=lambda: BucketMemory(torch.device("cpu")))
+    begun: Iterator[Bucket] = field(default_factory=lambda: iter(()))  # what is to be sent
     sent: Sent | None = None  # by this rank, at last
     memory: int = 0  # bytes for buckets: those kept, and by which this rank grew at most while it sent
     cpu_s: list[float] = field(default_factory=list)  # by rank, of the last `send`
@@ -76,6 +78,9 @@ class Trainer:
     async def connect(self, servers: list[Server], api_key: str) -> None:
         """Only rank 0 sends."""
         await asyncio.to_thread(self.sender.connect, servers, api_key)
+
+    async def prepare(self, _version: int) -> None:
+        await asyncio.to_thread(self.everywhere, "begin", None)
 
     async def publish(self, version: int) -> Sent:
         return await asyncio.to_thread(self.everywhere, "send", version)
@@ -97,8 +102,11 @@ class Trainer:
                 return
             getattr(self, order[0])(order[1])
 
+    def begin(self, _nothing: None) -> None:
+        self.begun = begun(self.engine.stream(self.task.bucket_mb * 2**20, memory=self.buckets))
+
     def send(self, version: int) -> Sent:
-        buckets, begin = self.engine.stream(self.task.bucket_mb * 2**20, memory=self.buckets), time.process_time()
+        buckets, begin = self.begun, time.process_time()
         kept = self.buckets.nbytes
         with extra_memory() as found:
             if self.sender is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.parallel import Seat
 from ctpo_megatron.ports import free_port
-from ctpo_megatron.weights.transport import Sent, Server, WeightSender
+from ctpo_megatron.weights.delivery import begun
+from ctpo_megatron.weights.transport import Bucket, Sent, Server, WeightSender
 
 
 class TrainerActor:
@@ -32,6 +34,7 @@ class TrainerActor:
         self.rank = rank
         self.sender: WeightSender | None = None
         self._connected = False
+        self._prepared: tuple[int, Iterator[Bucket]] | None = None  # a version, and its buckets from the first one on
         self._closed = threading.Event()
 
     def address(self) -> tuple[str, int]:
@@ -125,9 +128,18 @@ class TrainerActor:
         if self.sender is not None:
             self.sender.connect(servers, api_key)
 
+    def prepare(self, version: int) -> None:
+        """Gather the first bucket of all, in step with the other ranks, before the servers have to wait for it."""
+        self._prepared = None  # of a publication that did not come about
+        self._prepared = (version, begun(self._stream()))
+
+    def _stream(self) -> Iterator[Bucket]:
+        return self.engine.stream(self.config.weights.bucket_mb * 2**20, memory=self._buckets)
+
     def publish(self, version: int) -> Sent:
         """Export the weights in step with the other ranks; the sending ranks pass them on. Empty on other ranks."""
-        buckets = self.engine.stream(self.config.weights.bucket_mb * 2**20, memory=self._buckets)
+        prepared, self._prepared = self._prepared, None
+        buckets = prepared[1] if prepared and prepared[0] == version else self._stream()
         if self.sender is not None:
             sent = self.sender.send(buckets, version)
         else:

@@ -57,6 +57,10 @@ class TrainerGroup:
         """Let the sending ranks reach the servers, in place of those of an earlier call. Raises WeightSyncError."""
         await self._each("connect", servers, api_key)
 
+    async def prepare(self, version: int) -> None:
+        """Gather what `publish` of this version sends first."""
+        await self._each("prepare", version)
+
     async def publish(self, version: int) -> Sent:
         """Send from all sending ranks; what they sent together. Raises WeightSyncError, then `connect` again first."""
         return functools.reduce(Sent.merge, await self._each("publish", version))

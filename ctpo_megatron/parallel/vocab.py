@@ -2,8 +2,9 @@
 
 Logits are the largest tensor of a step: a pack of 4,096 tokens over 151,936 words takes 2.5 GB in float32, several times over
 in autograd. So the vocabulary is walked block by block. The forward keeps, per token, the largest logit, the sum of exponentials
-and what entropy needs, as flash attention does (arXiv 2205.14135); the backward computes each block again. A block writes its
-rows of the weight's gradient once and whole. Products are in the model's number format, sums and exponentials in float32.
+and what entropy needs, as flash attention does (arXiv 2205.14135); the backward computes each block again but the last, which is
+still there, and the only one of a small vocabulary. A block writes its rows of the weight's gradient once and whole. Products are
+in the model's number format, sums and exponentials in float32.
 
 Under tensor parallelism each rank walks its slice of the vocabulary, and one all-gather of a few numbers per token joins them.
 """
@@ -38,6 +39,14 @@ class _Summary(NamedTuple):
     picked: Tensor  # [T, I], l at the ids that are this rank's, 0 at the others
 
 
+class _Kept(NamedTuple):
+    """The last block of the forward, for the backward."""
+
+    first: int  # of its words, among this rank's
+    shifted: Tensor  # [T, words], l - top; no words where the entropy is not asked for
+    top: Tensor  # [T], of this rank's words
+
+
 class _VocabParallelLogp(torch.autograd.Function):
     """logp[t] = logit[t, label] - logsumexp(logits[t]); backward: grad * (onehot - softmax), local to each rank."""
 
@@ -52,22 +61,23 @@ class _VocabParallelLogp(torch.autograd.Function):
         scale: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        found = _summarise(hidden, weight[:rows], ids, scale, entropy)
+        found, kept = _summarise(hidden, weight[:rows], ids, scale, entropy)
         if group is not None:
             found = _join(found, group)
         log_total = found.total.log()
         logp = found.picked - (found.top + log_total).unsqueeze(-1)
         # by way of the largest logit, which is closer to the label's than the sum's logarithm: one rounding less
         logp[:, 0] = found.picked[:, 0] - found.top - log_total
-        ctx.save_for_backward(hidden, weight, ids[:, 0].clone(), found.top + log_total)
-        ctx.scale, ctx.rows = scale, rows
+        log_sum = found.top + log_total
+        ctx.save_for_backward(hidden, weight, ids[:, 0].clone(), log_sum, kept.shifted, kept.top - log_sum)
+        ctx.scale, ctx.rows, ctx.first_kept = scale, rows, kept.first
         label_logp, others = logp[:, 0].clone(), torch.cat([(log_total - found.weighted / found.total)[:, None], logp[:, 1:]], 1)
         ctx.mark_non_differentiable(others)
         return label_logp, others
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_others: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_total = ctx.saved_tensors
+        hidden, weight, labels, log_sum, kept, kept_shift = ctx.saved_tensors
         # grad * scale factors out of softmax - onehot, so only [T, H] tensors are multiplied by it
         factor = (-ctx.scale * grad.float()).unsqueeze(-1)
         scaled_hidden = hidden * factor.to(hidden.dtype)
@@ -75,14 +85,23 @@ class _VocabParallelLogp(torch.autograd.Function):
         grad_weight[ctx.rows :] = 0
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         part = torch.empty_like(hidden)
-        for words, logits, buffer in _blocks(hidden, weight[: ctx.rows]):
-            difference = torch.add(-log_total.unsqueeze(-1), _float(logits, buffer), alpha=ctx.scale, out=buffer).exp_()
+
+        def add(words: slice, softmax: Tensor, room: Tensor) -> None:
+            """`room`: memory for the block in the weight's number format; `softmax` where that is float32."""
             place, mine = _places(labels.unsqueeze(-1), words)
-            difference.scatter_add_(-1, place, -mine.to(difference.dtype))
-            if difference is not logits:
-                difference = logits.copy_(difference)
+            difference = softmax.scatter_add_(-1, place, -mine.to(softmax.dtype))
+            if room is not softmax:
+                difference = room.copy_(difference)
             torch.mm(difference.t(), scaled_hidden, out=grad_weight[words])
-            grad_hidden += torch.mm(difference, weight[words], out=part)
+            grad_hidden.add_(torch.mm(difference, weight[words], out=part))
+
+        if kept.numel():
+            softmax = kept.add_(kept_shift.unsqueeze(-1)).exp_()  # in place: torch refuses a second backward
+            room = softmax if weight.dtype == torch.float32 else torch.empty_like(softmax, dtype=weight.dtype)
+            add(slice(ctx.first_kept, ctx.rows), softmax, room)
+        for words, logits, buffer in _blocks(hidden, weight[: ctx.first_kept]):
+            shifted = torch.add(-log_sum.unsqueeze(-1), _float(logits, buffer), alpha=ctx.scale, out=buffer)
+            add(words, shifted.exp_(), logits)
         return grad_hidden.mul_(factor).to(hidden.dtype), grad_weight, None, None, None, None, None
 
 
@@ -92,7 +111,7 @@ def _blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Ten
     In float32 the two are one tensor. The next block takes the same memory.
     """
     tokens, words = hidden.shape[0], weight.shape[0]
-    step = min(words, max(FEWEST_WORDS, BLOCK // max(tokens, 1)))
+    step = max(1, min(words, max(FEWEST_WORDS, BLOCK // max(tokens, 1))))
     memory = torch.empty(tokens * step, dtype=weight.dtype, device=weight.device)
     floats = memory if weight.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
     for begin in range(0, words, step):
@@ -114,11 +133,12 @@ def _places(ids: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     return place.masked_fill_(~mine, 0), mine
 
 
-def _summarise(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entropy: bool) -> _Summary:
+def _summarise(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entropy: bool) -> tuple[_Summary, _Kept]:
     top = torch.full((hidden.shape[0],), torch.finfo(torch.float32).min, device=hidden.device)
     total, weighted = torch.zeros_like(top), torch.zeros_like(top)
     picked = torch.zeros(ids.shape, device=hidden.device)
     products: Tensor | None = None
+    kept, first = top.new_empty(len(top), 0), len(weight)
     for words, logits, buffer in _blocks(hidden, weight):
         place, mine = _places(ids, words)
         picked = torch.where(mine, logits.gather(-1, place).float() * scale, picked)
@@ -132,9 +152,10 @@ def _summarise(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entrop
             weighted = (weighted + total * shift) * shrink
             total = total * shrink + weights.sum(-1)
             weighted += weights.mul_(shifted).sum(-1)
+            kept, first = shifted, words.start
         else:
             total = total * shrink + shifted.exp_().sum(-1)
-    return _Summary(top, total, weighted, picked)
+    return _Summary(top, total, weighted, picked), _Kept(first, kept, top)
 
 
 def _join(mine: _Summary, group: dist.ProcessGroup) -> _Summary:

@@ -65,7 +65,8 @@ def head_working(shape: ModelShape, tp: int, work: Work) -> int:
     block = work.tokens * min(words, max(FEWEST_WORDS, BLOCK // max(work.tokens, 1)))
     # gathered hidden states, the same scaled, a block's part of their gradient; the gradient in float32
     streams = hidden * (3 * work.element + FLOAT)
-    return norm + streams + words * shape.hidden_size * work.element + block * (work.element + FLOAT)
+    # the block that the forward has kept, and one that is computed again; both also in the model's number format
+    return norm + streams + words * shape.hidden_size * work.element + 2 * block * (work.element + FLOAT)
 
 
 def replay_bytes(shape: ModelShape, layers: int, tp: int, work: Work) -> int:

@@ -2,9 +2,10 @@
 
     gather 0 | wait for the turn | start 0 | gather 1 | finish 0 | start 1 | gather 2 | finish 1 | ...
 
-So a sender holds two buckets at most. A bucket's digests are found in a thread beside, until the next one is gathered; only where
-deltas are sent they come first, as they tell what has changed. Whatever goes wrong, the stream is read to its end: other ranks
-give their pieces to it and would wait for each other's collectives otherwise.
+So a sender holds two buckets at most. The very first one is gathered before the servers are paused (`begun`). A bucket's digests
+are found in a thread beside, until the next one is gathered; only where deltas are sent they come first, as they tell what has
+changed. Whatever goes wrong, the stream is read to its end: other ranks give their pieces to it and would wait for each other's
+collectives otherwise.
 """
 
 from __future__ import annotations
@@ -34,6 +35,17 @@ class Expected(Protocol):
 
 
 Finish = Callable[[], None]
+
+
+def begun(stream: Iterator[Bucket]) -> Iterator[Bucket]:
+    """The stream, whose first bucket is read now; it keeps none that it has given."""
+    first = [next(stream)]
+
+    def rest() -> Iterator[Bucket]:
+        yield first.pop()
+        yield from stream
+
+    return rest()
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """Puts a policy version in front of the rollouts, and proves that it is there: docs/weights.md has the whole protocol.
 
-    pause -> connect, when the servers have changed -> send -> digests -> version, empty caches -> resume -> canary -> serve
+    prepare -> pause -> connect, if servers have changed -> send -> digests -> version, empty caches -> resume -> canary -> serve
 
 Servers that share the trainer's memory rest between two publications: they take memory for weights again before these are sent,
 and for the KV cache after the digests, when the senders have given back their buckets.
@@ -38,6 +38,10 @@ class WeightSource(Protocol):
 
     async def connect(self, servers: list[Server], api_key: str) -> None:
         """Let the senders reach `servers`, and no others; the next publication is a full one. Raises WeightSyncError."""
+        ...
+
+    async def prepare(self, version: int) -> None:
+        """Gather the first bucket of what `publish` will send; the servers sample meanwhile."""
         ...
 
     async def publish(self, version: int) -> Sent:
@@ -163,6 +167,9 @@ class Publisher:
     async def _attempt(self, attempt: _Attempt, timer: PhaseTimer) -> None:
         """One publication; whoever is blamed has failed in it. Where sending fails, nobody serves."""
         known = all(member.version is not None for member in attempt.left)
+        if attempt.left:
+            with timer("prepare"):
+                await self._trainer.prepare(self._version)
         self._pool.update(attempt.left)
         with timer("paused"):
             with timer("pause"):

@@ -78,15 +78,20 @@ class Rank(TrainerActor):
     def publish(self, version: int) -> Sent:
         """See `TrainerActor.publish`; small buckets, and the planted fault."""
         fault, self.fault = self.fault, None
+        (prepared, stream), self._prepared = self._prepared, None
+        assert prepared == version
         start = getattr(type(self.sender), "_start", None)  # of a bucket on its way; there is no such thing on disks
         wire = {"dropped": self._drop, "swapped": self._swap, "stale": self._stale, "struck": self._strike}.get(fault or "")
         if start is not None:
             self.sender._start = functools.partial(start, self.sender) if wire is None else self._tampered(start, wire)
         self.before, self.now = self.now, {}
-        return self.sender.send(self._stream(cached=fault == "cached"), version)
+        return self.sender.send(self._noted(stream, cached=fault == "cached"), version)
 
-    def _stream(self, *, cached: bool) -> Iterator[Bucket]:
-        for bucket in self.engine.stream(BUCKET_BYTES):
+    def _stream(self) -> Iterator[Bucket]:
+        return self.engine.stream(BUCKET_BYTES)
+
+    def _noted(self, stream: Iterator[Bucket], *, cached: bool) -> Iterator[Bucket]:
+        for bucket in stream:
             self.now |= {name: tensor.clone() for name, tensor in bucket}
             yield [(name, self.before[name]) for name, _ in bucket] if cached else bucket
 
@@ -125,6 +130,9 @@ class Ranks:
 
     async def connect(self, servers: list[Server], api_key: str) -> None:
         await self.all("connect", servers, api_key)
+
+    async def prepare(self, version: int) -> None:
+        await self.all("prepare", version)
 
     async def publish(self, version: int) -> Sent:
         self.sent.append(functools.reduce(Sent.merge, await self.all("publish", version)))

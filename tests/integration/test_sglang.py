@@ -61,6 +61,8 @@ class LocalTrainer:
     async def connect(self, servers: list[Server], api_key: str) -> None:
         await asyncio.to_thread(self._sender.connect, servers, api_key)
 
+    async def prepare(self, _version: int) -> None: ...
+
     async def publish(self, version: int) -> Sent:
         named = checkpoint_tensors(self._model)
         buckets = [named[at : at + self._bucket_size] for at in range(0, len(named), self._bucket_size)]

@@ -150,6 +150,7 @@ class FakeTrainer:
         self.fakes = fakes
         self.names = names
         self.connections: list[list[str]] = []
+        self.prepared: list[tuple[int, int]] = []  # versions, and how much the servers had been asked by then
         self.published: list[int] = []
         self.logprob = -1.0
         self.stuck: int | None = None  # a version whose weights it goes on sending
@@ -158,7 +159,11 @@ class FakeTrainer:
     async def connect(self, servers: list[Server], _api_key: str) -> None:
         self.connections.append([server.url for server in servers])
 
+    async def prepare(self, version: int) -> None:
+        self.prepared.append((version, sum(len(fake.calls) for fake in self.fakes)))
+
     async def publish(self, version: int) -> Sent:
+        assert self.prepared[-1][0] == version
         self.published.append(version)
         fault = self.faults.pop(0) if self.faults else None
         held = version if self.stuck is None else self.stuck

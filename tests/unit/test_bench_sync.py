@@ -22,11 +22,15 @@ def test_ratios_are_taken_within_each_repeat(bench: ModuleType) -> None:
     rows = []
     for repeat, (bare_s, update_s) in enumerate([(1.0, 2.0), (4.0, 10.0), (9.0, 10.0)]):
         rows.append({"repeat": repeat, "way": "bare", "what": "full", "bytes": 100, "transfer": bare_s})
-        rows.append({"repeat": repeat, "way": "ready-made", "what": "full", "update": 4 * bare_s})
-        full = {"bytes": 100, "update": update_s, "paused": 2 * update_s, "attestation": 1.0, "memory": 30, "bucket": 20}
+        rows.append({"repeat": repeat, "way": "ready-made", "what": "full", "bytes": 100, "update": 4 * bare_s})
+        full = {"bytes": 100, "prepare": update_s, "update": update_s, "paused": 2 * update_s}
+        full |= {"attestation": 1.0, "memory": 30, "bucket": 20}
         rows.append({"repeat": repeat, "way": "broadcast", "what": "full", **full})
+        rows.append({"repeat": repeat, "way": "colocated", "what": "full", **full, "update": update_s / 2, "memory": 20})
         rows.append({"repeat": repeat, "way": "broadcast", "what": "delta", **full, "update": 0.1})
     found = bench.ratios(rows)
-    assert found == pytest.approx({"server": 0.25, "bandwidth": 0.5, "attestation": 0.05, "memory": 1.5})
+    own = {"bandwidth": 0.5, "whole": 0.25, "attestation": 0.05, "memory": 1.5}
+    colocated = {"bandwidth": 1.0, "whole": 1 / 3, "attestation": 0.05, "memory": 1.0}
+    assert found == pytest.approx({"server": 0.25, **own, **{f"colocated {name}": value for name, value in colocated.items()}})
     assert [check.holds for check in bench.checks(found)] == [False, True, True]
     assert [check.holds for check in bench.checks({"bandwidth": 0.6, "attestation": 0.11, "memory": 2.1})] == [True, False, False]

@@ -92,11 +92,13 @@ def test_a_publication(proof: Proof) -> None:
     async def scenario() -> None:
         async with site(2, proof) as s:
             metrics = await s.publisher.publish(1)
+            assert s.trainer.prepared == [(1, 0)], "before anything is asked of a server"
             assert [server.calls for server in s.servers] == [ORDER, ORDER]
             assert s.states() == [State.SERVING] * 2
             done = await s.client.generate([1], max_new_tokens=4, temperature=1.0, stop_token_ids=[], session=0)
             assert done.versions == [1] * 4
-            phases = {"total", "paused", "pause", "connect", "transfer", "gather", "send", "digest", "wait", "attest", "canary"}
+            phases = {"total", "prepare", "paused", "pause", "connect", "transfer", "attest", "canary"}
+            phases |= {"gather", "send", "digest", "wait"}
             assert metrics.keys() == {f"publish/{phase}" for phase in phases} | {
                 f"servers/{name}" for name in ("serving", "lost", "rejoined")
             }

@@ -118,7 +118,17 @@ def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         vocab_parallel_logp(c.hidden, c.weight, c.labels, support_ids=c.support)
-    assert sorted(kept) == sorted([c.hidden.numel(), c.weight.numel(), TOKENS, TOKENS])
+    last = WORDS % vocab.FEWEST_WORDS
+    assert 0 < last < WORDS / 4
+    assert sorted(kept) == sorted([c.hidden.numel(), c.weight.numel(), TOKENS, TOKENS, TOKENS, TOKENS * last])
+
+
+def test_a_block_that_was_kept_is_used_once():
+    c = case(torch.float32)
+    loss = vocab_parallel_logp(c.hidden, c.weight, c.labels).logp.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_a_rank_of_nothing_but_padding_is_refused():

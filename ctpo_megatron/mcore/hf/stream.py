@@ -45,7 +45,8 @@ def export_stream(
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
     `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: who receives gets
-    its own buckets, and everybody an empty list for a bucket that only takes pieces away. A bucket holds at most `bucket_bytes`,
+    its own buckets, and everybody an empty list for a bucket that only takes pieces away; all get one for the first bucket of
+    all, so that they can begin together and go on later. A bucket holds at most `bucket_bytes`,
     unless a single unit is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are
     copies: they do not change when the model is trained further. They lie in `memory`, which may be kept for the next stream.
     Layers of multi-token prediction, which are not trained, are left out.
@@ -55,11 +56,12 @@ def export_stream(
     like = next(unwrap(models[0]).parameters())
     holders, rank = find_holders(models, shape), dist.get_rank()
     gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device))
-    tensors = hf_tensors(shape)
+    tensors, first = hf_tensors(shape), True
     for sender, share in (holders.shares(tensors) if to is None else {to: tensors}).items():
         for bucket in make_buckets(share, like.element_size(), bucket_bytes):
-            if rank == sender or any(rank in holders.of(tensor) for tensor in bucket):
+            if first or rank == sender or any(rank in holders.of(tensor) for tensor in bucket):
                 yield gathering.run(bucket, sender)
+            first = False
 
 
 @dataclass(frozen=True, slots=True)
