@@ -67,7 +67,7 @@ class TrainConfig(Section):
     optimizer_steps: PositiveInt = 4
     """Optimizer steps per rollout batch; must divide prompts_per_step."""
     max_tokens_per_micro_batch: PositiveInt = 8192
-    """Tokens packed into one forward-backward pass per data-parallel rank."""
+    """Tokens of one forward-backward pass on each rank; a pack that cp ranks share holds cp times as many."""
     balance: Literal["tokens", "flops"] = "tokens"
     """What the data-parallel ranks get equal shares of. flops: attention's square of the length counts too."""
     staleness: NonNegativeInt = 0

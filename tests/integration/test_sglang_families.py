@@ -1,6 +1,6 @@
-"""Model families other than Qwen's on a real SGLang server on a CPU: log-probs from disk, and after new weights by broadcast.
+"""Model families on a real SGLang server on a CPU: log-probs from disk, and after new weights by broadcast.
 
-Llama and Qwen2 are served too, which is not repeated on every run; DeepSeek-V3 is not (docs/models.md).
+Qwen3 and Qwen3-MoE are in test_sglang.py; DeepSeek-V3 is not served on CPUs (docs/models.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "glm4_moe"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "glm4_moe"])
 def test_log_probs(name: str, tmp_path: Path) -> None:
     """Those of transformers, and those of other weights once these were published."""
     directory = servable(tmp_path, name)
