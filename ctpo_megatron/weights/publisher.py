@@ -186,9 +186,7 @@ class Publisher:
             await self._wake(attempt, MEMORY, timer)
             await attempt.each(lambda member: self._control.resume(member.url, timeout_s=self._timeout_s))
         with timer("canary"):
-            tokens = canary_tokens(self._proof.vocab_size, self._version)
-            expected = await self._trainer.canary_logp(tokens)
-            await attempt.each(lambda member: self._check_canary(member, tokens, expected))
+            await self._canary(attempt)
         self._pool.serve(attempt.left, self._version)
 
     @property
@@ -253,10 +251,19 @@ class Publisher:
         if version != str(self._version):
             raise WeightSyncError(f"{member.url} reports version {version} of the weights; it was given {self._version}")
 
-    async def _check_canary(self, member: Member, tokens: list[int], expected: list[float]) -> None:
-        """The server computes what the trainer computes."""
-        found = await self._control.prompt_logprobs(member.url, tokens, timeout_s=self._timeout_s)
-        check_canary(member.url, self._version, canary_gap(expected, found), self._proof.tolerance)
+    async def _canary(self, attempt: _Attempt) -> None:
+        """The servers compute what the trainer computes; all of them at once."""
+        tokens = canary_tokens(self._proof.vocab_size, self._version)
+        expected = asyncio.ensure_future(self._trainer.canary_logp(tokens))
+
+        async def check(member: Member) -> None:
+            found = await self._control.prompt_logprobs(member.url, tokens, timeout_s=self._timeout_s)
+            check_canary(member.url, self._version, canary_gap(await expected, found), self._proof.tolerance)
+
+        try:
+            await attempt.each(check)
+        finally:
+            await expected
 
 
 class _Attempt:

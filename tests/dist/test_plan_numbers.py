@@ -231,13 +231,17 @@ def numbers(shape: ModelShape, parallel: ParallelConfig, dtype: str) -> dict[str
 def kept_by_layers(shape: ModelShape, parallel: ParallelConfig) -> list[int]:
     """Bytes of floating-point tensors that each layer saves for its backward pass, weights apart, each storage once."""
     from ctpo_megatron.mcore.model.attention import packed_layout
+    from ctpo_megatron.mcore.model.routing import Routers
 
-    model = build(shape, parallel, torch.float32)[0].module
+    models = build(shape, parallel, torch.float32)
+    model = models[0].module
     bounds = torch.arange(SEQUENCES + 1, dtype=torch.int32) * LENGTH
     layout = packed_layout(bounds, torch.device("cpu"), 0, 1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     counts = [Saved(layer, weights) for layer in model.decoder.layers]
     ids = torch.arange(SEQUENCES * LENGTH) % 299
+    all_count = torch.ones(len(ids) // parallel.tp, dtype=torch.bool)
+    Routers(models, shape, torch.device("cpu")).aim(models[0], all_count, len(ids), experts=None)
     model(ids[None], (ids % LENGTH)[None], None, packed_seq_params=layout)
     return [count.bytes for count in counts]
 
