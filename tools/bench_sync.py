@@ -137,7 +137,7 @@ def main(
     kv_heads: int = 8,
     head_dim: int = 128,
     vocab: int = 151_936,
-    bucket_mb: Annotated[int, typer.Option(help="small, so that a small model has several")] = 128,
+    bucket_mb: Annotated[int, typer.Option(help="half of what runs take, so that a small model has several")] = 256,
     repeats: Annotated[int, typer.Option(help="of which the median counts, after one that does not")] = 3,
     changed: Annotated[float, typer.Option(help="share of the tensors that a delta brings")] = 0.03,
     dtype: str = "bfloat16",
