@@ -87,6 +87,20 @@ def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
     assert sorted(seen) == list(range(len(samples)))
 
 
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_tokens_are_told_from_padding_in_every_shard(cp):
+    """Inputs are numbered from 1 and padding is 0; a filler is nothing but padding."""
+    packs = pack([sample(length, n) for n, length in enumerate((5, 16, 1, 7))], dp=2, cp=cp, tp=2, max_tokens=32)
+    packs += pack([sample(3)], dp=2, cp=cp, tp=2, max_tokens=32)
+    for each in itertools.chain.from_iterable(packs):
+        shards = [each.shard(rank, cp) for rank in range(cp)]
+        counted = [shard.counted(cp) for shard in shards]
+        for shard, mine in zip(shards, counted, strict=True):
+            assert (mine == (shard.input_ids > 0)).all()
+        assert sum(int(mine.sum()) for mine in counted) == int(each.lengths.sum())
+    assert [int(each.lengths.sum()) for (each,) in packs[2:]] == [3, 0]
+
+
 def test_a_rank_without_samples_gets_a_masked_filler():
     packed = pack([sample(5)], dp=2, max_tokens=64, cp=2, tp=4)
     (real,), (filler,) = sorted(packed, key=lambda rank: rank[0].groups.tolist(), reverse=True)
