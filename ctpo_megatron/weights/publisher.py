@@ -254,16 +254,17 @@ class Publisher:
     async def _canary(self, attempt: _Attempt) -> None:
         """The servers compute what the trainer computes; all of them at once."""
         tokens = canary_tokens(self._proof.vocab_size, self._version)
-        expected = asyncio.ensure_future(self._trainer.canary_logp(tokens))
+        found: dict[Member, list[float]] = {}
+
+        async def ask(member: Member) -> None:
+            found[member] = await self._control.prompt_logprobs(member.url, tokens, timeout_s=self._timeout_s)
+
+        expected, _ = await asyncio.gather(self._trainer.canary_logp(tokens), attempt.each(ask))
 
         async def check(member: Member) -> None:
-            found = await self._control.prompt_logprobs(member.url, tokens, timeout_s=self._timeout_s)
-            check_canary(member.url, self._version, canary_gap(await expected, found), self._proof.tolerance)
+            check_canary(member.url, self._version, canary_gap(expected, found[member]), self._proof.tolerance)
 
-        try:
-            await attempt.each(check)
-        finally:
-            await expected
+        await attempt.each(check)
 
 
 class _Attempt:
