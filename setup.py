@@ -39,7 +39,7 @@ setup(
     },
     entry_points={
         "console_scripts": ["ctpo = ctpo_megatron.cli:main"],
-        "sglang.srt.platforms": ["ctpo_cpu = ctpo_megatron.cluster.sglang_platform:activate"],
-        "sglang.srt.plugins": ["ctpo_digest = ctpo_megatron.cluster.sglang_digest:activate"],
+        "sglang.srt.platforms": ["ctpo_cpu = ctpo_megatron.engine.sglang.platform:activate"],
+        "sglang.srt.plugins": ["ctpo_digest = ctpo_megatron.engine.sglang.digest:activate"],
     },
 )

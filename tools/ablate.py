@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctpo_megatron.metrics import write_summary
+from ctpo_megatron.record import write_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS: dict[str, dict[str, Any]] = {  # options of algorithm.objective; what is not given has its default

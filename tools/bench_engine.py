@@ -18,8 +18,8 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.data.packing import pack
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
 from ctpo_megatron.mcore.host import megatron_region
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.types import TrainSample
 

@@ -243,7 +243,7 @@ def memory_report() -> list[Check]:
 
 def no_sync_report() -> list[Check]:
     """Run the test that looks for host synchronisation, in every objective and also on 1 M tokens."""
-    test = Path(__file__).resolve().parents[1] / "tests" / "unit" / "test_no_sync.py"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(test)], capture_output=True, text=True, cwd=test.parents[2])
+    test = Path(__file__).resolve().parents[1] / "tests" / "unit" / "algorithms" / "test_no_sync.py"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", str(test)], capture_output=True, text=True, cwd=test.parents[3])
     said = done.stdout.strip().splitlines()
     return [Check(f"no host synchronisation: {test.name}, {said[-1] if said else done.stderr}", done.returncode == 0)]

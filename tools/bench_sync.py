@@ -27,12 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from ctpo_megatron.cluster.server import SGLangServer, new_api_key, server_args, server_env
+from ctpo_megatron.cluster.local_ranks import run_local_ranks
 from ctpo_megatron.config.rollout import EngineConfig
-from ctpo_megatron.mcore.hf.config import parse_config
-from ctpo_megatron.mcore.hf.names import HfTensor, hf_tensors
-from ctpo_megatron.mcore.hf.senders import make_buckets, nbytes
-from ctpo_megatron.mcore.local_ranks import run_local_ranks
+from ctpo_megatron.engine.server import SGLangServer, new_api_key, server_args, server_env
+from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.owners import make_buckets, nbytes
+from ctpo_megatron.models.tensors import HfTensor, hf_tensors
 from ctpo_megatron.ports import free_port
 
 MIN_BANDWIDTH = 0.6  # of a bare broadcast

@@ -15,26 +15,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ctpo_megatron.cluster.processes import group_members
 from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.engine.control import ServerControl
+from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.http import Requests
+from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.mcore.hf.buffers import BucketMemory
 from ctpo_megatron.mcore.hf.load import unwrap
-from ctpo_megatron.mcore.hf.names import hf_tensors
-from ctpo_megatron.mcore.hf.senders import make_buckets, nbytes
-from ctpo_megatron.mcore.shape import ModelShape
-from ctpo_megatron.rollout.control import ServerControl
-from ctpo_megatron.rollout.pool import ServerPool
-from ctpo_megatron.rollout.requests import Requests
-from ctpo_megatron.weights.canary import TOLERANCE, canary_batch
-from ctpo_megatron.weights.delivery import begun
-from ctpo_megatron.weights.engine_layout import EngineLayout
-from ctpo_megatron.weights.expected import Expected
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.models.owners import make_buckets, nbytes
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.models.tensors import hf_tensors
+from ctpo_megatron.weights.proof.canary import TOLERANCE, canary_batch
+from ctpo_megatron.weights.proof.expected import Expected
+from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
 from ctpo_megatron.weights.publisher import Proof, Publisher
-from ctpo_megatron.weights.senders import make_sender
-from ctpo_megatron.weights.transport import Bucket, Sent, Server, WeightSender
-from ctpo_megatron.weights.turns import Turns
+from ctpo_megatron.weights.transports.choose import make_sender
+from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.prefetch import begun
 
 HOST = "127.0.0.1"
 TP = 2  # of the trainer

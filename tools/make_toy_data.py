@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ctpo_megatron.data.toy_task import make_toy_task
+from ctpo_megatron.toy.task import make_toy_task
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from ctpo_megatron.data.toy_model import Kind, make_toy_model
+from ctpo_megatron.toy.model import Kind, make_toy_model
 
 
 def main() -> None:

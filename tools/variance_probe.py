@@ -35,12 +35,12 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms import gradient_variance as gv
 from ctpo_megatron.algorithms import group_advantages
+from ctpo_megatron.checkpoints.files import MANIFEST, STEP_NAME
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.samples import build_sample
 from ctpo_megatron.errors import CtpoError, DataError, InputError, MismatchError
-from ctpo_megatron.mcore.checkpoint.files import MANIFEST, STEP_NAME
-from ctpo_megatron.metrics import write_summary
+from ctpo_megatron.record import write_summary
 from ctpo_megatron.types import TrainSample, Turn
 
 MIN_PROMPTS = 10  # that reach a position, for an interval to mean something

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all
-from ctpo_megatron.cluster.engines import EngineGroup
+from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.placement import (
     Places,
     RayOptions,
@@ -31,12 +31,12 @@ from ctpo_megatron.cluster.placement import (
     shares_gpus,
 )
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
-from ctpo_megatron.cluster.server import new_api_key
-from ctpo_megatron.cluster.trainer_actor import TrainerActor
-from ctpo_megatron.cluster.trainer_group import TrainerGroup
+from ctpo_megatron.cluster.trainer.actor import TrainerActor
+from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.errors import ProcessDied
-from ctpo_megatron.rollout.pool import ServerPool
 
 CLOSE_TIMEOUT_S = 30.0
 

@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ctpo_megatron.config.base import Section
 
+CPU_KV_TOKENS = 65_536  # of a server on CPUs whose configuration does not say how many
+
 
 class DataConfig(Section):
     """Prompts. Files are .parquet or .jsonl with the columns `prompt` and `reward_model.ground_truth` (verl's format)."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ctpo_megatron.checkpoints.files import MANIFEST, STEP_NAME, all_checkpoints
+from ctpo_megatron.checkpoints.verify import verify_checkpoint
 from ctpo_megatron.errors import CheckpointError, InputError
-from ctpo_megatron.mcore.checkpoint.files import MANIFEST, STEP_NAME, all_checkpoints
-from ctpo_megatron.mcore.checkpoint.verify import verify_checkpoint
 
 
 def verify_checkpoints(directory: Path) -> None:

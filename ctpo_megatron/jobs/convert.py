@@ -8,14 +8,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
 from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.explain import explain
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.sources import COMMAND_LINE, read_overrides
 from ctpo_megatron.errors import InputError
-from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, publish_directory
-from ctpo_megatron.mcore.hf.config import read_hf_config
-from ctpo_megatron.mcore.layout import check_layout
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.models.rules import check_layout
 
 
 class _Conversion(Section):
@@ -24,7 +24,7 @@ class _Conversion(Section):
 
 def convert_to_megatron(model: Path, out: Path, overrides: list[str]) -> None:
     """A checkpoint of weights only, with the model's configuration and tokenizer in it."""
-    from ctpo_megatron.mcore.checkpoint.weights import weights_to_megatron
+    from ctpo_megatron.mcore.checkpoint.convert import weights_to_megatron
 
     parallel = _parallel(overrides)
     check_layout(read_hf_config(model), parallel)
@@ -33,7 +33,7 @@ def convert_to_megatron(model: Path, out: Path, overrides: list[str]) -> None:
 
 def convert_to_hf(checkpoint: Path, out: Path, overrides: list[str]) -> None:
     """A Hugging Face directory of the weights in a checkpoint, a run's or one of weights only."""
-    from ctpo_megatron.mcore.checkpoint.weights import checkpoint_shape, weights_to_hf
+    from ctpo_megatron.mcore.checkpoint.convert import checkpoint_shape, weights_to_hf
 
     parallel = _parallel(overrides)
     check_layout(checkpoint_shape(checkpoint), parallel)
@@ -42,7 +42,7 @@ def convert_to_hf(checkpoint: Path, out: Path, overrides: list[str]) -> None:
 
 def _convert(function: Callable, source: Path, out: Path, parallel: ParallelConfig) -> None:
     """Run `function` on all ranks; `out` gets its name when all of it is verified, and nothing is left otherwise."""
-    from ctpo_megatron.mcore.local_ranks import run_local_ranks
+    from ctpo_megatron.cluster.local_ranks import run_local_ranks
 
     if out.exists():
         raise InputError(f"{out} exists already; choose another directory, or delete it")

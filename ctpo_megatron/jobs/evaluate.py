@@ -8,7 +8,7 @@ from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.jobs.inputs import check_model, load_prompts, prepare_run_dir
 from ctpo_megatron.jobs.rollouts import open_rollouts
 from ctpo_megatron.loop.evaluate import evaluate
-from ctpo_megatron.metrics import write_summary
+from ctpo_megatron.record import write_summary
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 

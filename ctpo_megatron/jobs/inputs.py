@@ -7,12 +7,12 @@ from pathlib import Path
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
+from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.hf.config import read_hf_config
-from ctpo_megatron.mcore.layout import check_layout
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.types import Prompt
-from ctpo_megatron.weights.engine_layout import EngineLayout
 
 
 def check_model(config: RunConfig) -> None:

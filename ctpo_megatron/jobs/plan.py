@@ -14,9 +14,9 @@ from rich.text import Text
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError, ModelError
-from ctpo_megatron.mcore.hf.config import parse_config
-from ctpo_megatron.mcore.hf.files import read_json
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.files import read_json
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.memory import GIB, Stage
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters
 from ctpo_megatron.planning.plan import Hardware, Plan, make_plan

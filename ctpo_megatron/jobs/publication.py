@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.mcore.hf.config import read_hf_config
-from ctpo_megatron.rollout.client import EngineClient
-from ctpo_megatron.weights.canary import TOLERANCE
-from ctpo_megatron.weights.engine_layout import EngineLayout
+from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.weights.proof.canary import TOLERANCE
 from ctpo_megatron.weights.publisher import Proof, Publisher
 
 

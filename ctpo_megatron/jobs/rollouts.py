@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ctpo_megatron.cluster.runtime import Runtime
-from ctpo_megatron.mcore.hf.routing import replayed_routing
+from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.models.routing import replayed_routing
 from ctpo_megatron.rollout.chat import ChatTokenizer
-from ctpo_megatron.rollout.client import EngineClient
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import ToolRunner
 from ctpo_megatron.rollout.rewards import MathReward

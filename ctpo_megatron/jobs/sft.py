@@ -10,7 +10,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.sft import read_demonstrations
 from ctpo_megatron.jobs.inputs import check_model, prepare_run_dir
 from ctpo_megatron.loop.sft import run_sft
-from ctpo_megatron.metrics import Recorder, write_summary
+from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.rollout.chat import ChatTokenizer
 
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ctpo_megatron.checkpoints.files import all_checkpoints, read_manifest, set_aside
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
@@ -17,10 +18,9 @@ from ctpo_megatron.loop.checkpoints import Checkpoints
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.train import TrainLoop
-from ctpo_megatron.mcore.checkpoint.files import all_checkpoints, read_manifest, set_aside
-from ctpo_megatron.mcore.hf.config import read_hf_config
-from ctpo_megatron.metrics import Recorder, write_summary
+from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.planning.flops import attention_weight
+from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ctpo_megatron.checkpoints.files import prune
 from ctpo_megatron.config.train import CheckpointConfig
 from ctpo_megatron.errors import CtpoError
 from ctpo_megatron.loop.protocols import Trainer
-from ctpo_megatron.mcore.checkpoint.files import prune
 
 
 class Checkpoints:

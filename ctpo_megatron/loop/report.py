@@ -14,7 +14,7 @@ from ctpo_megatron.config.cluster import LogConfig
 from ctpo_megatron.loop.evaluate import Evaluation
 from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.loop.statistics import load_histograms
-from ctpo_megatron.metrics import Recorder, progress
+from ctpo_megatron.record import Recorder, progress
 from ctpo_megatron.types import Trajectory, TrajectoryGroup
 
 

@@ -10,7 +10,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.objectives import TokenMean
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.loop.protocols import Trainer
-from ctpo_megatron.metrics import Recorder, progress
+from ctpo_megatron.record import Recorder, progress
 from ctpo_megatron.types import TrainSample
 
 SMOOTHING = 0.9  # of the moving average that the stopping rule looks at

@@ -27,7 +27,7 @@ from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
-from ctpo_megatron.metrics import PhaseTimer
+from ctpo_megatron.record import PhaseTimer
 from ctpo_megatron.types import Prompt, TrajectoryGroup
 
 T = TypeVar("T")

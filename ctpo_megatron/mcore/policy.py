@@ -16,8 +16,8 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.errors import MismatchError
-from ctpo_megatron.mcore.engine import MegatronEngine
-from ctpo_megatron.mcore.snapshot import Snapshot
+from ctpo_megatron.mcore.host_weights import Snapshot
+from ctpo_megatron.mcore.rank import MegatronEngine
 
 
 def update_policy(

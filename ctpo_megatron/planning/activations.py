@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.mcore.shape import HeadAttention, ModelShape
+from ctpo_megatron.models.shape import HeadAttention, ModelShape
 
 FLOAT = 4  # bytes
 BLOCK, FEWEST_WORDS = 2**23, 128  # of parallel.vocab, which needs torch; a test holds them equal

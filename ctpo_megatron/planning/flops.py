@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctpo_megatron.mcore.shape import HeadAttention, ModelShape
+from ctpo_megatron.models.shape import HeadAttention, ModelShape
 from ctpo_megatron.planning.parameters import active_parameters
 
 

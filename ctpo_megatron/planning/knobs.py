@@ -6,8 +6,8 @@ from pydantic import ValidationError
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.layout import check_layout
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.rules import check_layout
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.batches import plan_batches
 from ctpo_megatron.planning.memory import GIB, plan_stages
 

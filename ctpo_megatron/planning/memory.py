@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes
 from ctpo_megatron.planning.groups import expert_data_parallel
 from ctpo_megatron.planning.parameters import Parameters, stage_layers, stage_parameters

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.mcore.layout import stage_layers as layers_per_stage
-from ctpo_megatron.mcore.shape import HeadAttention, ModelShape
+from ctpo_megatron.models.rules import stage_layers as layers_per_stage
+from ctpo_megatron.models.shape import HeadAttention, ModelShape
 
 
 @dataclass(frozen=True, slots=True)

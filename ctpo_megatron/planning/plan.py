@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.mcore.layout import check_layout
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.rules import check_layout
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.batches import Batches, plan_batches
 from ctpo_megatron.planning.groups import Group, rank_groups
 from ctpo_megatron.planning.knobs import helpful_changes
 from ctpo_megatron.planning.memory import GIB, Stage, plan_stages
-from ctpo_megatron.planning.rollout import Servers, plan_servers
+from ctpo_megatron.planning.servers import Servers, plan_servers
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,15 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from ctpo_megatron.engine.checksums import read_digests
+from ctpo_megatron.engine.control import ServerControl
+from ctpo_megatron.engine.fleet import MEMORY, UP, Member, Memory, ServerPool, State
+from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import EngineError, WeightSyncError
-from ctpo_megatron.metrics import PhaseTimer
-from ctpo_megatron.rollout.control import ServerControl
-from ctpo_megatron.rollout.pool import MEMORY, UP, Member, Memory, ServerPool, State
-from ctpo_megatron.weights.attest import attest
-from ctpo_megatron.weights.canary import canary_gap, canary_tokens, check_canary
-from ctpo_megatron.weights.engine_layout import EngineLayout
-from ctpo_megatron.weights.reported import read_digests
-from ctpo_megatron.weights.transport import Sent, Server
+from ctpo_megatron.record import PhaseTimer
+from ctpo_megatron.weights.proof.attest import attest
+from ctpo_megatron.weights.proof.canary import canary_gap, canary_tokens, check_canary
+from ctpo_megatron.weights.protocol import Sent, Server
 
 PAUSE_TIMEOUT_S = 60.0  # to stop sampling, to open a session, to give memory back; it takes one forward at most
 ALIVE_TIMEOUT_S = 10.0  # to say anything at all, after a failure
@@ -59,7 +59,7 @@ class Proof:
 
     layout: EngineLayout  # of one server
     vocab_size: int
-    tolerance: float  # of log-probs, see `weights.canary`
+    tolerance: float  # of log-probs, see `weights.proof.canary`
 
 
 class Publisher:

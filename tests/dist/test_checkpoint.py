@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import MODELS
-from ranks import free_port, run_ranks
-from tiny import micro_batches, write_model
+from tests.support.families import MODELS
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import micro_batches, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.mcore.checkpoint.files import latest_checkpoint
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.checkpoints.files import latest_checkpoint
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 
 pytestmark = pytest.mark.dist
 

@@ -14,13 +14,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from ranks import run_ranks
-from test_checkpoint import engine_for, train, weights
-from tiny import write_model
+from tests.support.ranks import run_ranks
+from tests.dist.test_checkpoint import engine_for, train, weights
+from tests.support.tiny import write_model
 
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
-from ctpo_megatron.mcore.checkpoint.files import latest_checkpoint
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.checkpoints.files import latest_checkpoint
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 
 pytestmark = pytest.mark.dist
 

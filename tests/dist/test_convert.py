@@ -9,19 +9,19 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from families import write_family
-from ranks import free_port, run_ranks
+from tests.support.families import write_family
+from tests.support.ranks import free_port, run_ranks
 from safetensors.torch import load_file
-from test_checkpoint_faults import flip
+from tests.dist.test_checkpoint_faults import flip
 from torch import Tensor
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
 from ctpo_megatron.jobs.convert import convert_to_hf
-from ctpo_megatron.mcore.checkpoint.verify import verify_checkpoint
-from ctpo_megatron.mcore.engine import RankInfo
-from ctpo_megatron.mcore.hf.config import read_hf_config
-from ctpo_megatron.mcore.hf.files import weight_files
+from ctpo_megatron.checkpoints.verify import verify_checkpoint
+from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.models.files import weight_files
 
 pytestmark = pytest.mark.dist
 
@@ -76,7 +76,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def conversions(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]) -> dict[str, Any]:
-    from ctpo_megatron.mcore.checkpoint import weights
+    from ctpo_megatron.mcore.checkpoint import convert
 
     ports = list(ports)
 
@@ -87,11 +87,11 @@ def conversions(rank: RankInfo, models: dict[str, Path], root: Path, ports: list
     found: dict[str, Any] = {}
     for family, (writing, reading) in LAYOUTS.items():
         there, back = root / family / "megatron", root / family / "hf"
-        there_count = run(weights.weights_to_megatron, models[family], there, writing)
-        found[family] = (there_count, run(weights.weights_to_hf, there, back, reading))
+        there_count = run(convert.weights_to_megatron, models[family], there, writing)
+        found[family] = (there_count, run(convert.weights_to_hf, there, back, reading))
 
     def planted(name: str, where: str, error: type[Exception], *arguments: Any, file: Path) -> None:
-        original = getattr(weights, where)
+        original = getattr(convert, where)
 
         def after_a_flip(*args: Any) -> Any:
             if rank.rank == 0:
@@ -101,13 +101,13 @@ def conversions(rank: RankInfo, models: dict[str, Path], root: Path, ports: list
             dist.barrier()
             return original(*args)
 
-        with patch.object(weights, where, after_a_flip), pytest.raises(error) as caught:
+        with patch.object(convert, where, after_a_flip), pytest.raises(error) as caught:
             run(*arguments)
         found[name] = str(caught.value)
 
     source, megatron, hf = models["qwen3"], root / "flipped" / "megatron", root / "flipped" / "hf"
-    to_megatron = (weights.weights_to_megatron, source, megatron, {"tp": 2})
-    to_hf = (weights.weights_to_hf, root / "qwen3" / "megatron", hf, {"tp": 2})
+    to_megatron = (convert.weights_to_megatron, source, megatron, {"tp": 2})
+    to_hf = (convert.weights_to_hf, root / "qwen3" / "megatron", hf, {"tp": 2})
     planted("planted in the checkpoint", "_forget", DamagedCheckpoint, *to_megatron, file=megatron / "__0_0.distcp")
     planted("planted in the output", "_compare", CheckpointError, *to_hf, file=hf)
     return found

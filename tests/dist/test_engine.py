@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import at_own_port, free_port, run_ranks
-from tiny import FAMILIES, micro_batches, transformers_logp, write_model
+from tests.support.ranks import at_own_port, free_port, run_ranks
+from tests.support.tiny import FAMILIES, micro_batches, transformers_logp, write_model
 
 from ctpo_megatron.algorithms import policy_loss
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 from ctpo_megatron.mcore.host import megatron_region
 from ctpo_megatron.parallel import zigzag_unshard
 

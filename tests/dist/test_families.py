@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from families import MODELS, TEMPERATURE, Z_LOSS, Reference, reference, write_family
-from ranks import free_port, run_ranks
-from tiny import micro_batches
+from tests.support.families import MODELS, TEMPERATURE, Z_LOSS, Reference, reference, write_family
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import micro_batches
 
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 
 pytestmark = pytest.mark.dist
 

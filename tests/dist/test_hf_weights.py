@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import free_port, run_ranks
-from tiny import FAMILIES, VOCAB, write_model
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import FAMILIES, VOCAB, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ModelError
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
-from ctpo_megatron.mcore.hf.config import read_hf_config
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.models.config import read_hf_config
 
 pytestmark = pytest.mark.dist
 
@@ -221,7 +221,7 @@ def load_all(rank: RankInfo, directories: dict[str, Path], ports: list[int]) -> 
 
 
 def translate_names(_rank: RankInfo) -> dict[str, str]:
-    from ctpo_megatron.mcore.hf.names import parameter_key
+    from ctpo_megatron.models.tensors import parameter_key
 
     names = (
         "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",

@@ -14,13 +14,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from ranks import free_port, run_ranks
-from tiny import micro_batches, write_model
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import micro_batches, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
 
 pytestmark = [pytest.mark.dist, pytest.mark.skipif(torch.cuda.is_available(), reason="the bridges are for hosts without CUDA")]

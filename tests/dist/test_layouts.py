@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 import torch
-from faults import ACROSS_RANKS, EVERYWHERE
-from oracles_batch import Options
-from oracles_cases import Case, Shape, draw_case
-from ranks import run_ranks
-from spread import Found, Ranks, Spread, in_one_pack, joined
+from tests.support.faults import ACROSS_RANKS, EVERYWHERE
+from tests.support.oracles_batch import Options
+from tests.support.oracles_cases import Case, Shape, draw_case
+from tests.support.ranks import run_ranks
+from tests.support.spread import Found, Ranks, Spread, in_one_pack, joined
 
 from ctpo_megatron.algorithms import objectives, raise_if_nonfinite
 from ctpo_megatron.errors import NonFiniteError
-from ctpo_megatron.mcore.engine import RankInfo
+from ctpo_megatron.mcore.rank import RankInfo
 
 pytestmark = pytest.mark.dist
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_faults import ENGINE_FAULTS
-from families import MODELS
-from parity import (
+from tests.support.engine_faults import ENGINE_FAULTS
+from tests.support.families import MODELS
+from tests.support.parity import (
     FOUR_RANKS,
     LAYERS,
     SEQUENCES,
@@ -38,11 +38,11 @@ from parity import (
     train_alone,
     train_layouts,
 )
-from ranks import free_port, run_ranks
-from tiny import write_model
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import write_model
 
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.mcore.engine import RankInfo
+from ctpo_megatron.mcore.rank import RankInfo
 
 TIMEOUT_S = 900.0  # they take a tenth of it on two idle cores
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(TIMEOUT_S)]

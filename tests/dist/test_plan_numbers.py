@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.mcore.engine import RankInfo
-from ctpo_megatron.mcore.hf.config import parse_config
-from ctpo_megatron.mcore.shape import HeadAttention, ModelShape
+from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.shape import HeadAttention, ModelShape
 from ctpo_megatron.planning import activations
 from ctpo_megatron.planning.activations import FLOAT, Work, layer_kept
 from ctpo_megatron.planning.groups import rank_groups

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import at_own_port, free_port, run_ranks
-from tiny import VOCAB, micro_batches, write_model
+from tests.support.ranks import at_own_port, free_port, run_ranks
+from tests.support.tiny import VOCAB, micro_batches, write_model
 
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig, ReferenceConfig
@@ -20,9 +20,9 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import DppoObjective
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 from ctpo_megatron.mcore.policy import update_policy
-from ctpo_megatron.mcore.snapshot import Snapshot
+from ctpo_megatron.mcore.host_weights import Snapshot
 
 pytestmark = pytest.mark.dist
 

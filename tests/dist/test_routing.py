@@ -8,17 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import faults
+from tests.support import faults
 import numpy as np
 import pytest
 import torch
-from ranks import free_port, run_ranks
-from test_engine import TEMPERATURE, exported, join, nll_step, start
-from tiny import micro_batches, write_model
+from tests.support.ranks import free_port, run_ranks
+from tests.dist.test_engine import TEMPERATURE, exported, join, nll_step, start
+from tests.support.tiny import micro_batches, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.packing import pack
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
 from ctpo_megatron.types import TrainSample
 
 pytestmark = pytest.mark.dist

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from faults import OF_SCANS
-from naive_scan import borders, every_channel
-from ranks import run_ranks
-from spread import Ranks
+from tests.support.faults import OF_SCANS
+from tests.support.naive_scan import borders, every_channel
+from tests.support.ranks import run_ranks
+from tests.support.spread import Ranks
 from torch import Tensor
-from traffic import Call, Traffic
+from tests.support.traffic import Call, Traffic
 
 from ctpo_megatron.algorithms import Channel, LocalScan, policy_loss
 from ctpo_megatron.algorithms.operators import MAX_TOKENS
-from ctpo_megatron.mcore.engine import RankInfo
+from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.parallel import ContextParallelScan, shard, shard_indices, unshard, zigzag_shard, zigzag_unshard
 
 pytestmark = pytest.mark.dist

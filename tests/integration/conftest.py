@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import RunningServer, endless, start_server
 
-from ctpo_megatron.data.toy_model import make_toy_model
+from ctpo_megatron.toy.model import make_toy_model
+from tests.support.engines import RunningServer, endless, start_server
 
 
 @pytest.fixture(scope="session")

@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 import requests
 import torch
-from engines import TIMEOUT_S, RunningServer, start_server
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, write_model
 from torch import Tensor
 
+from ctpo_megatron.engine.checksums import read_digests
+from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import WeightSyncError
-from ctpo_megatron.mcore.engine import MegatronEngine, RankInfo
-from ctpo_megatron.mcore.hf.config import read_hf_config
-from ctpo_megatron.weights.attest import attest, compare
-from ctpo_megatron.weights.canary import TOLERANCE, canary_batch, canary_gap, canary_tokens, check_canary
-from ctpo_megatron.weights.engine_layout import EngineLayout
-from ctpo_megatron.weights.expected import Expected
-from ctpo_megatron.weights.reported import read_digests
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.weights.proof.attest import attest, compare
+from ctpo_megatron.weights.proof.canary import TOLERANCE, canary_batch, canary_gap, canary_tokens, check_canary
+from ctpo_megatron.weights.proof.expected import Expected
+from tests.support.engines import TIMEOUT_S, RunningServer, start_server
+from tests.support.ranks import run_ranks
+from tests.support.tiny import FAMILIES, write_model
 
 EXPERT = "model.layers.1.mlp.experts.2"
 CHANGES = {"moe_intermediate_size": 64}

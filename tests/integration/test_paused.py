@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from engines import RunningServer
 
-from ctpo_megatron.cluster.processes import group_members
+from ctpo_megatron.engine.processes import group_members
+from tests.support.engines import RunningServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -46,7 +46,7 @@ def test_a_paused_server_sleeps(server: RunningServer) -> None:
 
 
 def test_the_hook_is_needed() -> None:
-    """When this fails, SGLang sleeps by itself: take cluster/sglang_paused.py away."""
+    """When this fails, SGLang sleeps by itself: take engine/sglang/paused.py away."""
     from sglang.srt.managers.scheduler import Scheduler
 
     loop = inspect.getsource(Scheduler.event_loop_normal)

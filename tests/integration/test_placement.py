@@ -15,14 +15,14 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
-from ctpo_megatron.cluster.engines import EngineGroup
+from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.placement import bundles_of, check_shared, place, share_gpus, shares_gpus
 from ctpo_megatron.cluster.ray_cluster import reserve
-from ctpo_megatron.cluster.trainer_actor import TrainerActor
+from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.rollout import EngineConfig, RolloutConfig
+from ctpo_megatron.engine.fleet import ServerPool
 from ctpo_megatron.errors import ConfigError, InputError
-from ctpo_megatron.rollout.pool import ServerPool
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 
@@ -65,7 +65,7 @@ def running_servers() -> set[psutil.Process]:
     found = set()
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "ctpo_megatron.cluster.sglang_entry" in process.cmdline():
+            if "ctpo_megatron.engine.sglang.entry" in process.cmdline():
                 found.add(process)
     return found
 

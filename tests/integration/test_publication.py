@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import start_server
-from publication_driver import LONG, Driver, check_in_flight, driving
-from ranks import run_ranks
-from tiny import FAMILIES, write_model
 
+from ctpo_megatron.engine.fleet import State
 from ctpo_megatron.errors import WeightSyncError
-from ctpo_megatron.mcore.engine import RankInfo
-from ctpo_megatron.rollout.pool import State
+from ctpo_megatron.mcore.rank import RankInfo
+from tests.support.engines import start_server
+from tests.support.publication_driver import LONG, Driver, check_in_flight, driving
+from tests.support.ranks import run_ranks
+from tests.support.tiny import FAMILIES, write_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 

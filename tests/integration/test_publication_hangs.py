@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hanging import stop, stopped
-from publication_driver import LONG, SESSIONS, Driver, check_in_flight, driving
-from ranks import run_ranks
-from tiny import FAMILIES, write_model
 
 from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
-from ctpo_megatron.mcore.engine import RankInfo
-from ctpo_megatron.rollout.client import EngineClient
-from ctpo_megatron.rollout.pool import Member, State
+from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.engine.fleet import Member, State
+from ctpo_megatron.mcore.rank import RankInfo
+from tests.support.hanging import stop, stopped
+from tests.support.publication_driver import LONG, SESSIONS, Driver, check_in_flight, driving
+from tests.support.ranks import run_ranks
+from tests.support.tiny import FAMILIES, write_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
@@ -118,7 +118,7 @@ async def hangs_in_an_update(driver: Driver) -> dict[str, Any]:
 
 
 async def end_when_lost(driver: Driver, member: Member) -> None:
-    """What `cluster.engines` does with a lost server, before it starts it again."""
+    """What `cluster.engines.group` does with a lost server, before it starts it again."""
     await driver.pool.lost(member)
     await asyncio.to_thread(driver.servers[1].server.stop)
 

@@ -16,7 +16,18 @@ import psutil
 import pytest
 import requests
 import torch
-from engines import (
+
+from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.processes import group_members
+from ctpo_megatron.errors import EngineError, EngineRefused, WeightSyncError
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.toy.model import make_toy_model
+from ctpo_megatron.types import TrainSample
+from ctpo_megatron.weights.protocol import Sent, Server
+from ctpo_megatron.weights.publisher import Publisher
+from ctpo_megatron.weights.transports.broadcast import BroadcastSender
+from tests.support.engines import (
     HOST,
     TIMEOUT_S,
     RunningServer,
@@ -28,20 +39,9 @@ from engines import (
     session,
     start_server,
 )
-from ranks import run_ranks
-from routing import check_crossing, check_record, drift, train_samples
-from routing import sample as record
-
-from ctpo_megatron.cluster.processes import group_members
-from ctpo_megatron.data.toy_model import make_toy_model
-from ctpo_megatron.errors import EngineError, EngineRefused, WeightSyncError
-from ctpo_megatron.mcore.hf.config import read_hf_config
-from ctpo_megatron.rollout.client import EngineClient, Generation
-from ctpo_megatron.rollout.pool import ServerPool
-from ctpo_megatron.types import TrainSample
-from ctpo_megatron.weights.broadcast import BroadcastSender
-from ctpo_megatron.weights.publisher import Publisher
-from ctpo_megatron.weights.transport import Sent, Server
+from tests.support.ranks import run_ranks
+from tests.support.routing import check_crossing, check_record, drift, train_samples
+from tests.support.routing import sample as record
 
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between SGLang and transformers, float32
 PROMPT = list(b"What is 12 * 12?")
@@ -258,13 +258,13 @@ def test_refused_update_is_reported(server: RunningServer, qwen3: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # of SGLang's imports
 def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the parts: every query belongs to one part, looks at itself and all before it, and at nothing else."""
-    from ctpo_megatron.cluster import sglang_attention
+    from ctpo_megatron.engine.sglang import attention
 
     new, total = [3, 1, 40, 1, 7], [3, 60, 40, 2, 50]
     slots = torch.arange(5)[:, None] * 100 + torch.arange(60)  # slot 100 * i + k holds token k of sequence i
     for limit in (1, 500, 2**22):
-        monkeypatch.setattr(sglang_attention, "MAX_SCORES", limit)
-        parts = sglang_attention.plan(new, total, slots)
+        monkeypatch.setattr(attention, "MAX_SCORES", limit)
+        parts = attention.plan(new, total, slots)
         assert len(parts) == (5 if limit == 1 else len(parts))
         seen = {}
         for part in parts:
@@ -281,7 +281,7 @@ def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of SGLang's imports
 def test_a_record_of_routing_still_wants_cuda() -> None:
-    """Should this not fail any more, `cluster.sglang_routed` may go."""
+    """Should this not fail any more, `engine.sglang.routed` may go."""
     from sglang.srt.mem_cache.pool_host.common import HostTensorAllocator, alloc_with_host_register
 
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
@@ -380,14 +380,14 @@ def test_server_dies_during_update(qwen3: Path, tmp_path: Path) -> None:
 def test_dies_with_its_parent(qwen3: Path, tmp_path: Path) -> None:
     """SIGKILL to the process that started it, while it starts."""
     program = (
-        "import sys; from pathlib import Path; from engines import start_server\n"
+        "import sys; from pathlib import Path; from tests.support.engines import start_server\n"
         "running = start_server(Path(sys.argv[1]), Path(sys.argv[2]), wait=False); print(running.server.pid, flush=True)\n"
         "import time; time.sleep(600)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", program, str(qwen3), str(tmp_path / "server.log")],
         stdout=subprocess.PIPE,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).resolve().parents[2],
     )
     group = int(parent.stdout.readline())
     time.sleep(3)

@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engines import load_reference, start_server
-from families import MODELS
-from test_sglang import check_against, perturbed, publishing, sample
-from tiny import write_model
 
-from ctpo_megatron.data.toy_model import make_toy_model
+from ctpo_megatron.toy.model import make_toy_model
+from tests.integration.test_sglang import check_against, perturbed, publishing, sample
+from tests.support.engines import load_reference, start_server
+from tests.support.families import MODELS
+from tests.support.tiny import write_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -46,7 +46,7 @@ def servable(root: Path, name: str) -> Path:
     tokenizer, directory = make_toy_model(root / "tokenizer", seed=1), root / name
     options = dict(MODELS[name])
     if "moe_intermediate_size" in options:
-        options["moe_intermediate_size"] = 64  # as `weights.engine_layout` wants it on CPUs
+        options["moe_intermediate_size"] = 64  # as `engine.layout` wants it on CPUs
     words = {"vocab_size": 264, "eos_token_id": 257, "bos_token_id": None, "pad_token_id": 256, "max_position_embeddings": 4096}
     write_model(directory, name, options=options | words)
     for file in TOKENIZER:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import TIMEOUT_S, RunningServer, in_flight
-from test_sglang import LocalTrainer, check_against, perturbed, publishing, sample
 
-from ctpo_megatron.cluster.sglang_sleep import give_back
-from ctpo_megatron.rollout.pool import MEMORY, State
+from ctpo_megatron.engine.fleet import MEMORY, State
+from ctpo_megatron.engine.sglang.sleep import give_back
+from ctpo_megatron.weights.protocol import Sent
 from ctpo_megatron.weights.publisher import Publisher
-from ctpo_megatron.weights.transport import Sent
+from tests.integration.test_sglang import LocalTrainer, check_against, perturbed, publishing, sample
+from tests.support.engines import TIMEOUT_S, RunningServer, in_flight
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 
@@ -93,7 +93,7 @@ def test_only_whole_pages_of_its_own_are_given_back(tmp_path: Path) -> None:
 
 
 def test_the_hooks_are_needed() -> None:
-    """When this fails, SGLang sleeps on CPUs by itself, or differently: look whether cluster/sglang_sleep.py may go."""
+    """When this fails, SGLang sleeps on CPUs by itself, or differently: look whether engine/sglang/sleep.py may go."""
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
     from sglang.srt.utils.torch_memory_saver_adapter import TorchMemorySaverAdapter
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, obstacle
 
 from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
 from ctpo_megatron.config.load import load_config
-from ctpo_megatron.data.toy_model import make_toy_model
-from ctpo_megatron.data.toy_task import make_toy_task
+from ctpo_megatron.toy.model import make_toy_model
+from ctpo_megatron.toy.task import make_toy_task
+from tests.support.slurm_cluster import SlurmCluster, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"

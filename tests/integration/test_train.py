@@ -13,10 +13,10 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import END_S, START_S, Finished, Started, gone, left_in_shared_memory, shared_memory
 
-from ctpo_megatron.data.toy_model import Kind, make_toy_model
-from ctpo_megatron.data.toy_task import make_toy_task
+from ctpo_megatron.toy.model import Kind, make_toy_model
+from ctpo_megatron.toy.task import make_toy_task
+from tests.support.runs import END_S, START_S, Finished, Started, gone, left_in_shared_memory, shared_memory
 
 RUN_S = 300.0
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between trainer and engine, float32 on CPUs

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import HOST, RunningServer
-from hanging import stopped
-from tiny import write_model
-from weight_ranks import Case, Site
-from weight_sites import KINDS, check_publications, other_weights, serving, site_of, write_weights
 
 from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport
 from ctpo_megatron.errors import WeightSyncError
-from ctpo_megatron.weights.broadcast import BroadcastSender
-from ctpo_megatron.weights.colocated import ColocatedSender
-from ctpo_megatron.weights.transport import Server
+from ctpo_megatron.weights.protocol import Server
+from ctpo_megatron.weights.transports.broadcast import BroadcastSender
+from ctpo_megatron.weights.transports.colocated import ColocatedSender
+from tests.support.engines import HOST, RunningServer
+from tests.support.hanging import stopped
+from tests.support.tiny import write_model
+from tests.support.weight_ranks import Case, Site
+from tests.support.weight_sites import KINDS, check_publications, other_weights, serving, site_of, write_weights
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -92,7 +92,7 @@ def test_servers_that_are_silent_hang_or_die(
     model: Path, running: list[RunningServer], site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is named within the bound, and the others are connected anew and served. The second server does not survive this."""
-    monkeypatch.setattr("ctpo_megatron.weights.broadcast.PROBE_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("ctpo_megatron.weights.transports.broadcast.PROBE_TIMEOUT_S", 3.0)
     survivor, victim = site.servers
     sender = broadcaster(60)
     with silent_listener() as url:

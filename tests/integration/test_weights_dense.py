@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import write_model
-from weight_ranks import Case
-from weight_sites import check_publications, other_weights, serving, site_of, write_weights
+
+from tests.support.tiny import write_model
+from tests.support.weight_ranks import Case
+from tests.support.weight_sites import check_publications, other_weights, serving, site_of, write_weights
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from layers import MAX_FILE_LINES, MAX_FUNCTION_LINES, ORDER, offences
+
+from tests.support.layers import MAX_FILE_LINES, MAX_FUNCTION_LINES, ORDER, offences
 
 PACKAGE = Path(__file__).resolve().parents[2] / "ctpo_megatron"
 HEAVY = ["torch", "ray", "megatron", "sglang", "transformers"]
@@ -35,16 +36,19 @@ def test_every_unit_in_the_order_exists() -> None:
         ("config/a.py", "from torch import Tensor\n", "imports torch; config does without"),
         ("loop/a.py", "from ctpo_megatron.cluster import runtime\n", "loop imports cluster; it may know it by a Protocol only"),
         ("weights/a.py", "from ctpo_megatron.cluster import runtime\n", "weights imports cluster, which is not below it"),
-        ("loop/a.py", "import ray\n", "imports ray, which belongs in cluster/, weights/"),
+        ("loop/a.py", "import ray\n", "imports ray, which belongs in cluster/"),
         ("data/a.py", "from megatron.core import parallel_state\n", "imports megatron, which belongs in mcore/"),
-        ("cluster/a.py", "import sglang\n", "imports sglang, which belongs in cluster/sglang_"),
+        ("engine/a.py", "import sglang\n", "imports sglang, which belongs in engine/sglang/"),
+        ("weights/a.py", "import ray\n", "weights/a.py:1: imports ray, which belongs in cluster/"),
+        ("loop/a.py", "from ctpo_megatron.mcore import step\n", "loop imports mcore; it may know it by a Protocol only"),
+        ("models/a.py", "import torch\n", "imports torch; models does without"),
         ("helpers/a.py", "x = 1\n", "'helpers' has no place in the layers"),
         ("data/a.py", "x = 1\n" * (MAX_FILE_LINES + 1), f"401 lines; at most {MAX_FILE_LINES}"),
         ("data/a.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES, f"f has 61 lines; at most {MAX_FUNCTION_LINES}"),
     ],
 )
 def test_a_planted_fault_is_found(tmp_path: Path, place: str, source: str, expected: str) -> None:
-    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / place).write_text(source)
     found = offences(tmp_path)
     assert len(found) == 1, found
@@ -53,18 +57,18 @@ def test_a_planted_fault_is_found(tmp_path: Path, place: str, source: str, expec
 
 def test_allowed_imports_pass(tmp_path: Path) -> None:
     good = {
-        "cluster/sglang_platform.py": "import sglang, ray, torch\nfrom ctpo_megatron.weights import publisher\n",
+        "engine/sglang/platform.py": "import sglang, torch\nfrom ctpo_megatron.models import tensors\n",
         "mcore/a.py": "import megatron.core\nfrom ctpo_megatron.batch import MicroBatch\nfrom .b import x\n",
         "cli.py": "from ctpo_megatron.jobs.train import train_job\n",
     }
     for place, source in good.items():
-        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text(source)
     assert offences(tmp_path) == []
 
 
 def test_light_commands_load_nothing_heavy() -> None:
-    modules = ["config.load", "metrics", "doctor", "cluster.slurm", "cli"]
+    modules = ["config.load", "record", "doctor", "cluster.slurm", "cli"]
     code = f"import sys, json\nimport {', '.join(f'ctpo_megatron.{m}' for m in modules)}\n"
     code += f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

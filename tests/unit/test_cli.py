@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from ctpo_megatron import cli
-from ctpo_megatron.data.toy_model import make_toy_model
-from ctpo_megatron.data.toy_task import make_toy_task
-from ctpo_megatron.mcore.checkpoint.files import VERSION, publish_checkpoint
-from ctpo_megatron.mcore.directories import temporary_directory
+from ctpo_megatron.checkpoints.directories import temporary_directory
+from ctpo_megatron.checkpoints.files import VERSION, publish_checkpoint
+from ctpo_megatron.toy.model import make_toy_model
+from ctpo_megatron.toy.task import make_toy_task
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 

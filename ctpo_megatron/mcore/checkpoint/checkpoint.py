@@ -26,18 +26,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, temporary_directory
+from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest
+from ctpo_megatron.checkpoints.metadata import read_metadata
+from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
 from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
-from ctpo_megatron.mcore.checkpoint.files import MODEL, VERSION, read_manifest
-from ctpo_megatron.mcore.checkpoint.metadata import read_metadata
+from ctpo_megatron.mcore.checkpoint.commit import publish
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
-from ctpo_megatron.mcore.checkpoint.publish import publish
 from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
-from ctpo_megatron.mcore.checkpoint.verify import verify_files
 from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
-from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, temporary_directory
 from ctpo_megatron.mcore.hf.export import copy_companions
 from ctpo_megatron.mcore.hf.load import unwrap
 

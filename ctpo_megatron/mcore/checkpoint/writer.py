@@ -21,8 +21,8 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch import Tensor
 
+from ctpo_megatron.checkpoints.digests import bytes_digest, file_digest, new_digest, tensor_digest
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.mcore.checkpoint.digests import bytes_digest, file_digest, new_digest, tensor_digest
 from ctpo_megatron.mcore.checkpoint.random_state import random_file
 from ctpo_megatron.mcore.checkpoint.snapshot import Place, Snapshot
 

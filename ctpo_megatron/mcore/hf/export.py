@@ -10,15 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory, temporary_directory
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
-from ctpo_megatron.mcore.directories import TEMPORARY_SUFFIX, publish_directory, temporary_directory
-from ctpo_megatron.mcore.hf.files import INDEX_FILE
 from ctpo_megatron.mcore.hf.load import unwrap
-from ctpo_megatron.mcore.hf.names import hf_tensors
-from ctpo_megatron.mcore.hf.senders import Holders, make_buckets, nbytes
 from ctpo_megatron.mcore.hf.stream import export_stream, find_holders
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.files import INDEX_FILE
+from ctpo_megatron.models.owners import Holders, make_buckets, nbytes
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.models.tensors import hf_tensors
 
 SHARD_BYTES = 2 << 30
 COPIED_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")  # tokenizer, templates, generation

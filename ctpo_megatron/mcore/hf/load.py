@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ctpo_megatron.errors import ModelError
-from ctpo_megatron.mcore.hf.files import weight_files
-from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, EXPERT_BIAS, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.mcore.hf.cuts import pack
+from ctpo_megatron.models.files import weight_files
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.models.tensors import EMBEDDING_KEY, EXPERT_BIAS, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def load_hf(models: list[nn.Module], shape: ModelShape, path: str | Path) -> Non
                     raise ModelError(f"{path}: megatron's parameter {key} has no counterpart in the {shape.family} format.")
                 sources = by_key[key]
                 pieces = [reader.piece(source, shape, place) for source in sources]
-                local = sources[0].cut.pack(pieces, shape)
+                local = pack(sources[0].cut, pieces, shape)
                 if local.shape != parameter.shape:
                     raise ModelError(
                         f"{path}: {key} is {list(parameter.shape)} in megatron, but the file gives {list(local.shape)}."

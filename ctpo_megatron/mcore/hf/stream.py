@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ctpo_megatron.mcore.hf.buffers import BucketMemory
+from ctpo_megatron.mcore.hf.cuts import unpack
 from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors, layer_numbers, unwrap
-from ctpo_megatron.mcore.hf.names import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
-from ctpo_megatron.mcore.hf.senders import Holders, Holding, make_buckets
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.owners import Holders, Holding, make_buckets
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.models.tensors import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
 
 _PADDED = (EMBEDDING_KEY, OUTPUT_KEY)  # with rows for tokens that do not exist
 
@@ -109,7 +110,7 @@ class _Gathering:
 
     def _piece(self, tensor: HfTensor, length: int) -> Tensor:
         """A view of what this rank holds of it, `length` rows or columns without the vocabulary's padding."""
-        piece = tensor.cut.unpack(self.parameters[tensor.key], self.shape)[tensor.part]
+        piece = unpack(tensor.cut, self.parameters[tensor.key], self.shape)[tensor.part]
         return piece[:length] if tensor.key in _PADDED else piece
 
     def _allocate(self, bucket: list[HfTensor]) -> dict[str, Tensor]:

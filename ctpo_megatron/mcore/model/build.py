@@ -18,7 +18,7 @@ from ctpo_megatron.mcore.model.parts import keep_biases_precise, rope_options, s
 from ctpo_megatron.mcore.model.routing import with_replay
 from ctpo_megatron.mcore.model.spec import layer_spec
 from ctpo_megatron.mcore.model.transformer import transformer_config
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.shape import ModelShape
 
 
 def build_model(

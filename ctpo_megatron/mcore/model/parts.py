@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from ctpo_megatron.config.model import MoeConfig
 from ctpo_megatron.errors import ModelError
-from ctpo_megatron.mcore.shape import Experts, HeadAttention, LatentAttention, Llama3Scaling, ModelShape, Rope, YarnScaling
+from ctpo_megatron.models.shape import Experts, HeadAttention, LatentAttention, Llama3Scaling, ModelShape, Rope, YarnScaling
 
 
 def config_class(shape: ModelShape) -> type[TransformerConfig]:

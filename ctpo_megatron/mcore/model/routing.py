@@ -29,7 +29,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
-from ctpo_megatron.mcore.shape import ModelShape
+from ctpo_megatron.models.shape import ModelShape
 
 TopKFn = Callable[..., tuple[Tensor, Tensor]]
 

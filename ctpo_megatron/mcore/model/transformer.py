@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.mcore.model.parts import attention_options, config_class, experts_options, set_yarn
 from ctpo_megatron.mcore.model.spec import use_transformer_engine
-from ctpo_megatron.mcore.shape import LatentAttention, ModelShape
+from ctpo_megatron.models.shape import LatentAttention, ModelShape
 
 
 def transformer_config(

@@ -1,0 +1,141 @@
+"""Checkpoints as directories: which are verified, which is newest, which may go. Needs neither torch nor megatron.
+
+A checkpoint is a directory step_00000012 with
+
+    checkpoint.json   the manifest: the caller's state, the schedule's place, size and hash of every other file
+    shards.json       which tensor lies where in which file, and the hash of it as its rank held it
+    model/            config.json and the tokenizer of the model
+    random/           random states, one file per rank
+    everything else   megatron.core.dist_checkpointing, format torch_dist
+
+It gets this name only after everything in it was read back and compared, so a directory of that name is a verified one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ctpo_megatron.checkpoints.digests import text_digest
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
+
+MANIFEST = "checkpoint.json"
+SHARDS = "shards.json"
+MODEL = "model"
+VERSION = 2
+STEP_NAME = re.compile(r"step_(\d{8,})")
+_DAMAGED_SUFFIX = ".damaged"
+
+
+def all_checkpoints(root: str | Path) -> list[Path]:
+    """The checkpoints in `root` by step, the oldest first: each was verified when it got its name, and may be damaged now."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    return sorted((path for path in root.iterdir() if STEP_NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The training step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def verified_checkpoints(root: str | Path) -> list[Path]:
+    """Those whose manifest is as it was written and whose files have the sizes it names."""
+    return [path for path in all_checkpoints(root) if _has_its_sizes(path)]
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """The verified checkpoint with the highest step in `root`, or None."""
+    found = verified_checkpoints(root)
+    return found[-1] if found else None
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it does not count any more and can still be looked at. Returns its new path."""
+    aside, number = checkpoint.with_name(checkpoint.name + _DAMAGED_SUFFIX), 1
+    while aside.exists():
+        number += 1
+        aside = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED_SUFFIX}{number}")
+    checkpoint.rename(aside)
+    return aside
+
+
+def prune(root: str | Path, keep: int) -> None:
+    """Delete all but the newest `keep` verified checkpoints in `root`, and what interrupted writes left. One process calls it.
+
+    One whose files have lost their sizes neither counts nor goes: `set_aside` is for those. Raises ValueError when `keep` is
+    less than 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}, but must be at least 1.")
+    root = Path(root)
+    for old in verified_checkpoints(root)[:-keep]:
+        doomed = old.with_name(old.name + TEMPORARY_SUFFIX)  # so that a half-deleted one does not count either
+        old.rename(doomed)
+    for leftover in root.glob(f"step_*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(leftover)
+
+
+def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
+    """Content of checkpoint.json, after comparing the sizes of all files.
+
+    Keys: version, world_size, dtype, scheduler_steps, state, weights (hash of the model's shards), files (name -> size, digest).
+    Raises DamagedCheckpoint for what is not as it was written, CheckpointError for a checkpoint that is not there or has another
+    version.
+    """
+    checkpoint = Path(checkpoint)
+    manifest = _read(checkpoint)
+    for name, file in manifest["files"].items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != file["size"]:
+            have = "is missing" if found is None else f"has {found} bytes"
+            raise DamagedCheckpoint(f"{path}: {have}, but {file['size']} bytes were written.")
+    return manifest
+
+
+def publish_checkpoint(work: Path, target: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a verified checkpoint and give it its name. `content` is the manifest without its own digest."""
+    content = json.loads(json.dumps(content))  # as it will be read: keys are strings
+    text = json.dumps({**content, "digest": _own_digest(content)}, indent=1)
+    (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    publish_directory(work, target)
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if not checkpoint.is_dir():
+            raise CheckpointError(f"{checkpoint}: the checkpoint does not exist.") from error
+        raise DamagedCheckpoint(f"{checkpoint}: {MANIFEST} is missing; nothing without it counts as a checkpoint.") from error
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{file}: not valid JSON: {error}.") from error
+    if not isinstance(manifest, dict) or "digest" not in manifest:
+        version = manifest.get("version") if isinstance(manifest, dict) else None
+        if isinstance(version, int) and version != VERSION:
+            raise CheckpointError(f"{checkpoint}: format version {version}; this release reads version {VERSION}.")
+        raise DamagedCheckpoint(f"{file}: not a checkpoint's manifest.")
+    if manifest.pop("digest") != _own_digest(manifest):
+        raise DamagedCheckpoint(f"{file}: its content does not have the hash that was written.")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{checkpoint}: format version {manifest.get('version')}; this release reads version {VERSION}.")
+    return manifest
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+def _has_its_sizes(checkpoint: Path) -> bool:
+    try:
+        read_manifest(checkpoint)
+    except CheckpointError:
+        return False
+    return True

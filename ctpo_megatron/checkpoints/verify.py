@@ -1,0 +1,60 @@
+"""Is a checkpoint still what was written? Needs neither megatron nor a GPU; torch only to name a damaged tensor."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ctpo_megatron.checkpoints.digests import bytes_digest, file_digest, tensor_digest
+from ctpo_megatron.checkpoints.files import SHARDS, read_manifest
+from ctpo_megatron.errors import DamagedCheckpoint
+
+
+def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
+    """Read every file and compare its hash with the manifest's; returns the manifest.
+
+    Raises DamagedCheckpoint, naming the file and, where it holds tensors, the damaged one; CheckpointError for what is no
+    finished checkpoint.
+    """
+    checkpoint = Path(checkpoint)
+    manifest = read_manifest(checkpoint)
+    verify_files(checkpoint, manifest, manifest["files"])
+    return manifest
+
+
+def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """The same for some of the files."""
+    for name in names:
+        try:
+            found = file_digest(checkpoint / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{checkpoint / name}: cannot be read: {error}.") from error
+        if found != manifest["files"][name]["digest"]:
+            what = _damaged_tensor(checkpoint, name) or "its content"
+            raise DamagedCheckpoint(f"{checkpoint / name}: {what} does not have the hash that was written.")
+
+
+def _damaged_tensor(checkpoint: Path, name: str) -> str | None:
+    """Which tensor of a file is not as its rank held it; None where the file holds none, or the list of them is broken too."""
+    try:
+        shards = json.loads((checkpoint / SHARDS).read_text(encoding="utf-8")).get(name, [])
+        content = (checkpoint / name).read_bytes()
+        damaged = [key for key, *_, digest, begin, end in shards if _digest(content[begin:end], digest) != digest]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return f"tensor {damaged[0]}" if damaged else None
+
+
+def _digest(content: bytes, expected: str) -> str | None:
+    """Hash of the tensor stored as `content`; None when it cannot be read."""
+    import torch
+
+    if bytes_digest(content) == expected:  # an object, stored as its bytes
+        return expected
+    try:
+        return tensor_digest(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except Exception:  # noqa: BLE001 - torch raises many kinds for broken archives; the caller reports the damage
+        return None

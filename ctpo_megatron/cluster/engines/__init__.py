@@ -1,0 +1,1 @@
+"""The inference servers as Ray actors."""

@@ -1,0 +1,96 @@
+"""Ranks of a trainer as processes of this machine, without Ray: for work that is done once and then over."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ctpo_megatron.errors import CtpoError, ProcessDied
+from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.ports import free_port
+
+HOST = "127.0.0.1"
+GRACE_S = 3.0  # after one rank failed: its peers fail too, and one of them may know more
+END_S = 5.0
+
+
+def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(RankInfo, *args)` returned in each of `world_size` new processes, by rank.
+
+    It must be a module's own function. Raises what a rank raised, as soon as one fails, and ProcessDied for one that ended
+    without an answer. No process is left behind.
+    """
+    context = mp.get_context("spawn")
+    port, threads = free_port(HOST), max(1, (os.cpu_count() or 1) // world_size)
+    ends: list[Connection] = []
+    processes: list[BaseProcess] = []
+    try:
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            info = RankInfo(rank, world_size, HOST, port)
+            process = context.Process(target=_rank, args=(theirs, threads, info, function, args), daemon=True)
+            process.start()
+            theirs.close()  # so that a death shows as the end of the pipe
+            ends.append(mine)
+            processes.append(process)
+        return _answers(ends, processes)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    finally:
+        for process in processes:
+            process.join(END_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _answers(ends: list[Connection], processes: list[BaseProcess]) -> list[Any]:
+    results: dict[int, Any] = {}
+    errors: list[BaseException] = []
+    open_ends = {end: rank for rank, end in enumerate(ends)}
+    while open_ends:
+        ready = wait(list(open_ends), timeout=GRACE_S if errors else None)
+        if not ready:
+            break
+        for end in ready:
+            rank = open_ends.pop(end)
+            try:
+                ok, result = end.recv()
+            except EOFError:
+                processes[rank].join(END_S)
+                ok, result = False, ProcessDied(f"rank {rank} ended with exit code {processes[rank].exitcode} and no answer")
+            if ok:
+                results[rank] = result
+            else:
+                errors.append(result)
+        if errors and any(_is_told(error) for error in errors):
+            break
+    if errors:
+        raise next((error for error in errors if _is_told(error)), errors[0])
+    return [results[rank] for rank in range(len(ends))]
+
+
+def _is_told(error: BaseException) -> bool:
+    """One that a person can act on, not a process that is gone."""
+    return isinstance(error, CtpoError) and not isinstance(error, ProcessDied)
+
+
+def _rank(answer: Connection, threads: int, info: RankInfo, function: Callable[..., Any], args: tuple) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        answer.send((True, function(info, *args)))
+    except CtpoError as error:
+        answer.send((False, error))
+    except BaseException:  # noqa: BLE001 - raised again by the parent
+        answer.send((False, ProcessDied(f"rank {info.rank} failed:\n{traceback.format_exc()}")))

@@ -1,0 +1,108 @@
+"""All ranks of the trainer, as the loop sees them (`loop.protocols.Trainer`)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from ctpo_megatron.batch import MicroBatch, TrainBatch
+from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.parallel import Seat, own_experts
+from ctpo_megatron.weights.proof.canary import join_canary
+from ctpo_megatron.weights.protocol import Sent, Server
+
+
+class TrainerGroup:
+    """Sends each rank its share and waits for all of them, each call bounded by `timeout_s`."""
+
+    def __init__(self, ranks: list[Process], timeout_s: float) -> None:
+        self.ranks = ranks
+        self._timeout_s = timeout_s
+        self._seats: list[Seat] = []
+
+    async def build(self, threads: int, total_steps: int) -> None:
+        """Bring up the process group, the model and the optimizer on every rank."""
+        first = self.ranks[0]
+        (master,) = await call_all([(first, first.actor.address.remote())], self._timeout_s)
+        self._seats = await self._each("build", master, threads, total_steps)
+
+    async def gpus(self) -> list[list[str]]:
+        """The GPUs of each rank, by CUDA's names on its node."""
+        return await self._each("gpus")
+
+    async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+        """See `loop.protocols.Trainer.update`."""
+        shares = self._shares(lambda dp: [[without_experts(mb) for mb in batch.micro_batches[dp]] for batch in batches])
+        own = [[experts_at(seat, batch.micro_batches[seat.dp_rank]) for batch in batches] for seat in self._seats]
+        sent = zip(self.ranks, shares, own, strict=True)
+        return (await self._calls([rank.actor.update.remote(share, mine, version) for rank, share, mine in sent]))[0]
+
+    async def supervise(self, batch: TrainBatch) -> dict[str, float]:
+        """See `loop.protocols.Trainer.supervise`."""
+        shares = self._shares(batch.micro_batches.__getitem__)
+        return (await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]))[0]
+
+    async def canary_logp(self, token_ids: list[int]) -> list[float]:
+        """Log-probs of tokens 1, 2, ... of the prompt at temperature 1, with the weights as they are."""
+        parts = await self._each("canary_logp", token_ids)
+        shards = {seat.cp_rank: part for seat, part in zip(self._seats, parts, strict=True) if part}
+        return join_canary([shards[rank] for rank in sorted(shards)], len(token_ids))
+
+    async def connect(self, servers: list[Server], api_key: str) -> None:
+        """Let the sending ranks reach the servers, in place of those of an earlier call. Raises WeightSyncError."""
+        await self._each("connect", servers, api_key)
+
+    async def prepare(self, version: int) -> None:
+        """Gather what `publish` of this version sends first."""
+        await self._each("prepare", version)
+
+    async def publish(self, version: int) -> Sent:
+        """Send from all sending ranks; what they sent together. Raises WeightSyncError, then `connect` again first."""
+        return functools.reduce(Sent.merge, await self._each("publish", version))
+
+    async def save(self, directory: Path, state: dict[str, Any], *, background: bool) -> None:
+        """See `loop.protocols.Trainer.save`."""
+        await self._each("save", str(directory), state, background)
+
+    async def settle(self) -> None:
+        """See `loop.protocols.Trainer.settle`. Runs beside the other calls."""
+        settle = [rank.actor.settle.options(concurrency_group="checkpoint") for rank in self.ranks]
+        await self._calls([each.remote(self._timeout_s) for each in settle])
+
+    async def load(self, directory: Path) -> dict[str, Any]:
+        """See `loop.protocols.Trainer.load`."""
+        return (await self._each("load", str(directory)))[0]
+
+    async def save_hf(self, directory: Path) -> None:
+        """See `loop.protocols.Trainer.save_hf`."""
+        await self._each("save_hf", str(directory))
+
+    async def close(self) -> None:
+        """Leave all groups in good order."""
+        await self._each("close")
+
+    def _shares(self, of_rank: Any) -> list[ray.ObjectRef]:
+        """One object per data-parallel rank, shared by the ranks that work on the same data."""
+        stored = {dp: ray.put(of_rank(dp)) for dp in sorted({seat.dp_rank for seat in self._seats})}
+        return [stored[seat.dp_rank] for seat in self._seats]
+
+    async def _each(self, method: str, *args: Any) -> list[Any]:
+        return await self._calls([getattr(rank.actor, method).remote(*args) for rank in self.ranks])
+
+    async def _calls(self, refs: list[ray.ObjectRef]) -> list[Any]:
+        return await call_all(list(zip(self.ranks, refs, strict=True)), self._timeout_s)
+
+
+def without_experts(mb: MicroBatch) -> MicroBatch:
+    """A pack as all ranks of a replica receive it; a record of routing is large, and each rank gets only its own part."""
+    return replace(mb, routed_experts=None)
+
+
+def experts_at(seat: Seat, micro_batches: list[MicroBatch]) -> list[Tensor | None]:
+    """Of each pack what the routers of one rank see of the record; None without one."""
+    return [None if mb.routed_experts is None else own_experts(mb.routed_experts, mb.cu_seqlens, seat) for mb in micro_batches]

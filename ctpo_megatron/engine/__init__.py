@@ -1,0 +1,1 @@
+"""SGLang: its server process, its HTTP surface, the fleet of servers, and what its tensors look like."""

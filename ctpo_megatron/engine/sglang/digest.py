@@ -1,0 +1,26 @@
+"""A plugin of SGLang's: `/weights_checker` answers with digests that the trainer can predict (`engine.digest`).
+
+SGLang's own hashes, SHA-256 on CPUs, cannot be put together from the parts that the trainer has, and take longer than the update.
+SGLang finds `activate` in every process of a server through the entry-point group `sglang.srt.plugins`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ctpo_megatron.engine.checksums import write_digest
+from ctpo_megatron.engine.digest import tensor_digest
+
+TARGET = "sglang.srt.utils.weight_checker._hash_tensor"
+
+
+def activate() -> None:
+    """Put our digest in the place of SGLang's hash."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(TARGET, hash_tensor, HookType.REPLACE)
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """As `sglang.srt.utils.weight_checker._hash_tensor`: the digest of a parameter, as text."""
+    return write_digest(tensor_digest(tensor))

@@ -1,0 +1,294 @@
+"""A Megatron-Core actor's engine: one rank of the trainer, without Ray.
+
+Every method is collective: all ranks of the trainer call it in the same order.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ctpo_megatron.algorithms import Scan, raise_if_nonfinite
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.model import MoeConfig, ParallelConfig
+from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.errors import ConfigError, NonFiniteError
+from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
+from ctpo_megatron.mcore.host_weights import Snapshot
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.models.rules import check_layout
+from ctpo_megatron.parallel import Seat
+
+if TYPE_CHECKING:  # megatron may be imported only after prepare_host
+    from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
+    from ctpo_megatron.mcore.hf.buffers import BucketMemory
+    from ctpo_megatron.mcore.step import LossFn
+
+TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up
+CLOSE_TIMEOUT_S = 20.0  # for a save that nobody has waited for
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """Who this process is among the trainer's ranks, and where rank 0 listens."""
+
+    rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    local_rank: int = 0
+
+
+class MegatronEngine:
+    """Model, optimizer and schedule of one rank. `optimizer=None` builds a model that only computes log-probs."""
+
+    def __init__(
+        self,
+        model_path: str,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig | None,
+        rank: RankInfo,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int,
+        recompute: str = "none",
+        total_steps: int | None = None,
+        moe: MoeConfig | None = None,
+    ) -> None:
+        self.shape = read_hf_config(model_path)
+        check_layout(self.shape, parallel)
+        if parallel.world_size != rank.world_size:
+            raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")
+        self.device = prepare_host(device, rank.local_rank)
+        self.model_path, self.rank, self.parallel = model_path, rank, parallel
+        _init_distributed(rank, self.device)
+        with megatron_region(self.device):
+            self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps, moe)
+
+    def _build(
+        self,
+        optimizer: OptimizerConfig | None,
+        dtype: torch.dtype,
+        seed: int,
+        recompute: str,
+        total_steps: int | None,
+        moe: MoeConfig | None,
+    ) -> None:
+        from ctpo_megatron.mcore import groups, step
+        from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
+        from ctpo_megatron.mcore.hf.load import load_hf
+        from ctpo_megatron.mcore.model.build import build_model
+        from ctpo_megatron.mcore.model.routing import Routers
+        from ctpo_megatron.mcore.model.spec import use_transformer_engine
+        from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule, check_optimizer
+
+        if optimizer is not None:
+            check_optimizer(optimizer, self.device, dtype)
+        groups.init_parallel_groups(self.parallel, seed, TIMEOUT_MINUTES)
+        self.models = build_model(
+            self.shape, self.parallel, dtype, self.device, moe=moe, recompute=recompute, trainable=optimizer is not None
+        )
+        load_hf(self.models, self.shape, self.model_path)
+        self.optimizer = self.schedule = self._saver = None
+        if optimizer is not None:
+            self.optimizer = build_optimizer(self.models, optimizer, dtype)
+            self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
+            self._saver, self._moved = BackgroundSave(TIMEOUT_MINUTES), False
+        portable = not use_transformer_engine(self.device)
+        routers = Routers(self.models, self.shape, self.device)
+        self._stepper = step.Stepper(self.models, routers, self.shape.vocab_size, self.device, portable)
+
+    @property
+    def seat(self) -> Seat:
+        """This rank's place among the others."""
+        return self._stepper.seat
+
+    def senders(self) -> list[int]:
+        """Ranks that `stream` gives weights to, in the order in which their tensors come."""
+        from ctpo_megatron.mcore.hf.stream import find_holders
+        from ctpo_megatron.models.tensors import hf_tensors
+
+        return list(find_holders(self.models, self.shape).shares(hf_tensors(self.shape)))
+
+    @property
+    def scan(self) -> Scan:
+        """How prefix sums run over this rank's shards."""
+        return self._stepper.scan
+
+    def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's context-parallel shards of whole packs, on its device; all other methods take these."""
+        return self._stepper.place(micro_batches)
+
+    def reduce(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Statistics with keys sum/, max/, min/ over micro-batches and ranks, the same on every rank.
+
+        `stats` counts only where it comes from: the last pipeline stage.
+        """
+        return self._stepper.reduce(stats)
+
+    def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        """Log-probs of the labels of each placed shard, [T / cp] float32; an empty list before the last pipeline stage."""
+        with megatron_region(self.device):
+            return self._stepper.logp(micro_batches, temperature)
+
+    def snapshot(self, model_path: str | None = None) -> Snapshot:
+        """This rank's weights as they are, or those of another directory, copied to host memory for `using`.
+
+        Raises ConfigError where that model has another shape.
+        """
+        from ctpo_megatron.mcore.hf.load import load_hf
+
+        if model_path is not None and replace(read_hf_config(model_path), dtype=self.shape.dtype) != self.shape:
+            raise ConfigError(f"{model_path} has another shape than {self.model_path}; a reference policy needs the same.")
+        with megatron_region(self.device):
+            taken = Snapshot.take(self.models)
+            if model_path is not None:  # loaded in the model's place, then exchanged
+                load_hf(self.models, self.shape, model_path)
+                taken.exchange(self.models)
+        return taken
+
+    def using(self, snapshot: Snapshot) -> AbstractContextManager[None]:
+        """Inside it the engine has the snapshot's weights; afterwards its own again, bit for bit. Only for `logp`."""
+        return snapshot.in_place_of(self.models)
+
+    def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> dict[str, float]:
+        """One optimizer step on placed shards; see `step.LossFn`.
+
+        Returns loss, grad_norm (before clipping; also as max/grad_norm), lr and the reduced statistics, the same on every rank.
+        Raises NonFiniteError on every rank, with weights unchanged, when the loss or the gradient is not finite.
+        """
+        if self.optimizer is None or self.schedule is None:
+            raise ConfigError("train_step on an engine that was built without an optimizer.")
+        with megatron_region(self.device):
+            metrics = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
+            raise_if_nonfinite(metrics)
+            metrics.pop("min/nonfinite", None)
+            _require_finite("loss", metrics["loss"])
+            metrics |= self._optimizer_step()
+        return metrics
+
+    def _optimizer_step(self) -> dict[str, float]:
+        """What ChainedOptimizer.step does, with the check between norm and update."""
+        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+        self.optimizer.prepare_grads()
+        norm = self.optimizer.get_grad_norm()
+        _require_finite("grad_norm", norm)
+        self.schedule.step(1)
+        for optimizer in self.optimizer.chained_optimizers:
+            parameters = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.get_parameters()
+            if parameters:
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    max_norm=optimizer.config.clip_grad,
+                    total_norm=norm,
+                    use_decoupled_grad=optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
+        self.optimizer.step_with_ready_grads()
+        norm, lr = float(norm), float(self.optimizer.param_groups[0]["lr"])
+        self._moved |= norm > 0 and lr > 0
+        return {"grad_norm": norm, "max/grad_norm": norm, "lr": lr}
+
+    def stream(
+        self, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None
+    ) -> Iterator[list[tuple[str, Tensor]]]:
+        """Full weights under their Hugging Face names, in buckets, each on the rank that sends it: see `export_stream`."""
+        from ctpo_megatron.mcore.hf.stream import export_stream
+
+        buckets = export_stream(self.models, self.shape, bucket_bytes, to=to, memory=memory)
+        while True:
+            with megatron_region(self.device):  # left before the caller goes on
+                bucket = next(buckets, None)
+            if bucket is None:
+                return
+            yield bucket
+
+    def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The same, but all on rank 0; for models small enough for that."""
+        return self.stream(bucket_bytes, to=0)
+
+    def save_hf(self, directory: str | Path) -> None:
+        """Write the weights as a Hugging Face model directory."""
+        from ctpo_megatron.mcore.hf.export import save_hf
+
+        with megatron_region(self.device):
+            save_hf(self.models, self.shape, self.model_path, directory)
+
+    def save(self, directory: str | Path, state: dict[str, Any], *, background: bool = False) -> None:
+        """Save a checkpoint of weights, optimizer, schedule and `state` as they are now, once the one before is settled.
+
+        `background`: return when they are copied to host memory; the rest goes on beside training, see `settle`.
+        """
+        from ctpo_megatron.mcore.checkpoint.checkpoint import save_checkpoint
+
+        if self._saver is None:
+            raise ConfigError("save on an engine that was built without an optimizer.")
+        self.settle()
+        with megatron_region(self.device):
+            save_checkpoint(directory, self._trained(), state, self._saver, moved=self._moved)
+        self._moved = False
+        if not background:
+            self.settle()
+
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Wait for the save in flight, if there is one, and raise what it failed with. Any thread may call it."""
+        if self._saver is not None:
+            self._saver.settle(timeout_s)
+
+    def load(self, directory: str | Path) -> dict[str, Any]:
+        """Read a checkpoint and return its `state`."""
+        from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint
+
+        with megatron_region(self.device):
+            return load_checkpoint(directory, self._trained())
+
+    def _trained(self) -> Trained:
+        from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
+
+        return Trained(self.models, self.optimizer, self.schedule, self.model_path)
+
+    def close(self) -> None:
+        """Leave the process groups, after the save in flight."""
+        from ctpo_megatron.mcore import groups
+
+        try:
+            self.settle(CLOSE_TIMEOUT_S)
+        finally:
+            groups.destroy_parallel_groups()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _init_distributed(rank: RankInfo, device: torch.device) -> None:
+    timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
+    # not by `init_method`: that joins what this process already has at the port, where this refuses a port that is taken
+    store = dist.TCPStore(rank.master_addr, rank.master_port, rank.world_size, is_master=rank.rank == 0, timeout=timeout)
+    dist.init_process_group(
+        backend_for(device),
+        store=store,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _require_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{name} is {value}; the weights were left as they were before this step.")

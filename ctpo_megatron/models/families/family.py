@@ -1,0 +1,132 @@
+"""What a family is: how its config.json becomes a ModelShape, and what its tensors are called where families differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ctpo_megatron.errors import ModelError
+from ctpo_megatron.models.keys import Keys
+from ctpo_megatron.models.shape import Experts, HeadAttention, LatentAttention, ModelShape, Rope
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureNames:
+    """Names of a mixture's tensors: model.layers.N.{block}.experts.E.{gate}.weight and so on; the router is {block}.gate."""
+
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One `model_type`. `shape` raises ModelError for what this package cannot train."""
+
+    shape: Callable[[Keys], ModelShape]
+    mixture: MixtureNames = MixtureNames()
+
+
+def model_shape(
+    keys: Keys,
+    *,
+    attention: HeadAttention | LatentAttention,
+    rope: Rope,
+    experts: Experts | None = None,
+    rms_eps: float = 1e-6,
+    mtp_layers: int = 0,
+) -> ModelShape:
+    """The shape, with what every family calls by the same keys. `rms_eps` is the family's default."""
+    keys.must_be("hidden_act", "silu")
+    keys.must_be("mlp_bias", False, None)
+    return ModelShape(
+        family=keys.get("model_type", str),
+        num_layers=keys.size("num_hidden_layers"),
+        hidden_size=keys.size("hidden_size"),
+        ffn_hidden_size=keys.size("intermediate_size"),
+        num_heads=keys.size("num_attention_heads"),
+        attention=attention,
+        vocab_size=keys.size("vocab_size"),
+        max_positions=keys.size("max_position_embeddings"),
+        rope=rope,
+        rms_eps=keys.get("rms_norm_eps", float, rms_eps),
+        tie_embeddings=keys.get("tie_word_embeddings", bool, False),
+        experts=experts,
+        mtp_layers=mtp_layers,
+        dtype=str(keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32"),
+    )
+
+
+def head_attention(keys: Keys, *, head_dim: int | None = None, qkv_bias: bool = False, qk_norm: bool = False) -> HeadAttention:
+    """Attention with a key and a value per group of heads; `head_dim` is the family's default, None: hidden / heads."""
+    keys.must_be("use_sliding_window", False, None)
+    hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+    return HeadAttention(
+        num_kv_heads=keys.size("num_key_value_heads", heads),
+        head_dim=keys.size("head_dim", head_dim or hidden // heads),
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+    )
+
+
+def softmax_experts(keys: Keys, *, count: int, ffn: int, layers: tuple[bool, ...], normalise: bool) -> Experts:
+    """A mixture whose gates are a softmax over experts (Qwen, Mixtral)."""
+    return Experts(
+        count=count,
+        top_k=_top_k(keys, count),
+        ffn_hidden_size=ffn,
+        layers=layers,
+        normalise=normalise,
+        aux_loss_coeff=keys.get("router_aux_loss_coef", float, 0.001),
+    )
+
+
+def sigmoid_experts(keys: Keys) -> Experts:
+    """A mixture as DeepSeek-V3 has it: sigmoid gates, choice within groups and with a bias, shared experts, dense layers first.
+
+    `aux_loss_alpha`, where there is one, is the coefficient of a load-balancing loss over sequences; here it is over packs.
+    """
+    count = keys.size("n_routed_experts" if "n_routed_experts" in keys.values else "num_local_experts")
+    top_k, groups, kept = _top_k(keys, count), keys.size("n_group", 1), keys.size("topk_group", 1)
+    keys.must_be("scoring_func", "sigmoid")
+    keys.must_be("topk_method", "noaux_tc")
+    keys.must_be("moe_layer_freq", 1)
+    if top_k > 1:
+        keys.must_be("norm_topk_prob", True, None)  # megatron always makes gates of sigmoids add up to 1
+    if count % groups or kept > groups or top_k > kept * (count // groups):
+        raise ModelError(
+            f"{keys.where}: {top_k} of {count} experts cannot be chosen from topk_group = {kept} of n_group = {groups} groups."
+        )
+    if kept < groups and (top_k // kept != 2 or count // groups < 2):  # megatron sums top_k // kept, all others sum 2
+        raise ModelError(
+            f"{keys.where}: groups are ranked by their two best experts, which megatron does where num_experts_per_tok is "
+            f"2 * topk_group; they are {top_k} and {kept}."
+        )
+    ffn, dense = keys.size("moe_intermediate_size"), keys.get("first_k_dense_replace", int, 0)
+    return Experts(
+        count=count,
+        top_k=top_k,
+        ffn_hidden_size=ffn,
+        layers=tuple(layer >= dense for layer in range(keys.size("num_hidden_layers"))),
+        shared_ffn_hidden_size=ffn * keys.get("n_shared_experts", int, 0),
+        score="sigmoid",
+        normalise=top_k > 1 or keys.get("norm_topk_prob", bool, True),
+        scale=keys.get("routed_scaling_factor", float, 1.0),
+        groups=groups,
+        groups_kept=kept,
+        bias=True,
+        aux_loss_coeff=keys.get("aux_loss_alpha", float, 0.0),
+    )
+
+
+def mtp_layers(keys: Keys) -> int:
+    """Layers of multi-token prediction that the files hold besides the model."""
+    return keys.get("num_nextn_predict_layers", int, keys.get("num_mtp_layers", int, 0))
+
+
+def _top_k(keys: Keys, count: int) -> int:
+    top_k = keys.size("num_experts_per_tok")
+    if top_k > count:
+        raise ModelError(f"{keys.where}: num_experts_per_tok = {top_k} is more than the {count} experts.")
+    return top_k

@@ -1,0 +1,94 @@
+"""Which rank sends which tensor of the model: a pure function of what the ranks hold. Needs no megatron.
+
+A tensor is sent by the rank that holds its first piece; of equal replicas (data and context parallelism) the lowest counts. That
+makes one sender per pipeline stage and expert-parallel place, and nobody ever holds more than one place's experts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctpo_megatron.models.tensors import EMBEDDING_KEY, HfTensor
+
+_OUTPUT = "output"  # the end of the model: final norm and output layer
+_LATENT = re.compile(r"\.(q_a_proj|kv_a_proj_with_mqa)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What one rank has of the model."""
+
+    tp_rank: int
+    ep_rank: int
+    etp_rank: int
+    layers: tuple[int, ...]  # numbers from 0 over the whole model
+    first: bool  # has the embedding
+    last: bool  # has the output layer
+
+    @property
+    def parts(self) -> tuple[int | str, ...]:
+        """Its layers and the ends of the model that it has."""
+        return (*self.layers, *([EMBEDDING_KEY] if self.first else []), *([_OUTPUT] if self.last else []))
+
+
+class Holders:
+    """Which ranks hold the pieces of each tensor; `everyone` is in the order of ranks."""
+
+    def __init__(self, everyone: Sequence[Holding], num_experts: int) -> None:
+        self._tp_size = 1 + max(each.tp_rank for each in everyone)
+        self._etp_size = 1 + max(each.etp_rank for each in everyone)
+        self._experts_per_rank = max(1, num_experts // (1 + max(each.ep_rank for each in everyone)))
+        self._dense: dict[tuple[int | str, int], int] = {}  # (layer or end of the model, tp rank) -> rank
+        self._experts: dict[tuple[int | str, int, int], int] = {}  # (layer, ep rank, etp rank) -> rank
+        for rank, holding in enumerate(everyone):
+            for part in holding.parts:
+                self._dense.setdefault((part, holding.tp_rank), rank)
+                self._experts.setdefault((part, holding.ep_rank, holding.etp_rank), rank)
+
+    def of(self, tensor: HfTensor) -> list[int]:
+        """Ranks in the order in which their pieces are joined; the first sends the whole."""
+        part = tensor.layer if tensor.layer is not None else EMBEDDING_KEY if tensor.key == EMBEDDING_KEY else _OUTPUT
+        if tensor.expert is not None:
+            pieces = 1 if tensor.cut.dim is None else self._etp_size
+            return [self._experts[part, tensor.expert // self._experts_per_rank, piece] for piece in range(pieces)]
+        return [self._dense[part, piece] for piece in range(1 if tensor.cut.dim is None else self._tp_size)]
+
+    def shares(self, tensors: Sequence[HfTensor]) -> dict[int, list[HfTensor]]:
+        """What each sender sends, senders in the order of ranks: stage by stage, and within a stage place by place."""
+        shares: dict[int, list[HfTensor]] = {}
+        for tensor in tensors:
+            shares.setdefault(self.of(tensor)[0], []).append(tensor)
+        return dict(sorted(shares.items()))
+
+
+def unit_of(name: str) -> str:
+    """Tensors of one unit must reach an engine together: it joins them in one parameter, and only if one call brings both.
+
+    SGLang's DeepSeek does so with the two down-projections of latent attention; all other tensors are units of their own.
+    """
+    return _LATENT.sub(".a_proj.", name)
+
+
+def make_buckets(tensors: Sequence[HfTensor], element_size: int, bucket_bytes: int) -> list[list[HfTensor]]:
+    """Cut the list, in order, into runs of at most `bucket_bytes`; a larger unit gets a bucket of its own."""
+    units: dict[str, list[HfTensor]] = {}
+    for tensor in tensors:
+        units.setdefault(unit_of(tensor.name), []).append(tensor)
+    buckets: list[list[HfTensor]] = []
+    filled = 0
+    for unit in units.values():
+        size = sum(nbytes(tensor, element_size) for tensor in unit)
+        if not buckets or filled + size > bucket_bytes:
+            buckets.append([])
+            filled = 0
+        buckets[-1] += unit
+        filled += size
+    return buckets
+
+
+def nbytes(tensor: HfTensor, element_size: int) -> int:
+    """Bytes of the whole tensor in a model whose numbers have `element_size` bytes."""
+    return math.prod(tensor.shape) * (4 if tensor.precise else element_size)

@@ -1,0 +1,84 @@
+"""Which parallel layouts a model's shape allows, checked before anything is started. Needs neither torch nor megatron.
+
+Rules that need only the sizes stand in `config.model.ParallelConfig`; docs/parallelism.md lists both kinds.
+"""
+
+from __future__ import annotations
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape
+
+
+def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """Raise ConfigError when `parallel` cannot divide the model; the message names both numbers and the sizes that can."""
+    tp = parallel.tp
+    _divides("parallel.tp", tp, "attention heads", shape.num_heads)
+    if isinstance(shape.attention, HeadAttention):
+        _divides("parallel.tp", tp, "key-value heads", shape.attention.num_kv_heads)
+    else:  # megatron cuts the down-projections before mcore/model/latent.py puts whole ones in their place
+        _divides("parallel.tp", tp, "rows of kv_a_proj_with_mqa", shape.attention.kv_rank + shape.attention.rope_dim)
+        _divides("parallel.tp", tp, "rows of q_a_proj", shape.attention.q_rank or tp)
+    _divides("parallel.tp", tp, "hidden units", shape.hidden_size)
+    if len(shape.expert_layers) < shape.num_layers:
+        _divides("parallel.tp", tp, "feed-forward units", shape.ffn_hidden_size)
+    _check_experts(shape, parallel)
+    _check_stages(shape.num_layers, parallel)
+
+
+def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
+    """Layers of each pipeline stage, all its chunks together. Meaningful for layouts that `check_layout` passes."""
+    ends = (parallel.first_stage_layers, parallel.last_stage_layers)
+    middle = parallel.pp - sum(end is not None for end in ends)
+    each = (num_layers - sum(end or 0 for end in ends)) // middle if middle else 0
+    stages = [each] * parallel.pp
+    for place, end in zip((0, -1), ends, strict=True):
+        if end is not None:
+            stages[place] = end
+    return stages
+
+
+def _check_experts(shape: ModelShape, parallel: ParallelConfig) -> None:
+    experts: Experts | None = shape.experts
+    if experts is None:
+        for name, size in (("ep", parallel.ep), ("etp", parallel.etp)):
+            if size > 1:
+                raise ConfigError(f"parallel.{name} = {size}, but {shape.family} is a dense model without experts; allowed is 1.")
+        return
+    _divides("parallel.ep", parallel.ep, "experts", experts.count)
+    _divides("parallel.etp", parallel.etp, "feed-forward units of each expert", experts.ffn_hidden_size)
+    if experts.shared_ffn_hidden_size:
+        _divides("parallel.tp", parallel.tp, "feed-forward units of the shared expert", experts.shared_ffn_hidden_size)
+
+
+def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
+    pp, vpp, first, last = parallel.pp, parallel.vpp, parallel.first_stage_layers, parallel.last_stage_layers
+    if first is None and last is None:
+        if vpp == 1:
+            _divides("parallel.pp", pp, "layers", num_layers)
+        _divides("parallel.pp * parallel.vpp", pp * vpp, "layers", num_layers)
+        return
+    middle = pp - (first is not None) - (last is not None)
+    rest = num_layers - (first or 0) - (last or 0)
+    given = f"parallel.first_stage_layers = {first}, parallel.last_stage_layers = {last} and the model's {num_layers} layers"
+    if rest < middle or (rest > 0 and middle == 0):
+        raise ConfigError(
+            f"{given} leave {rest} layers for {middle} other stages; each stage needs at least one, and each layer a stage."
+        )
+    if middle and rest % middle:
+        raise ConfigError(f"{given} leave {rest} layers, which the {middle} other pipeline stages cannot share equally.")
+    uneven = [stage for stage in stage_layers(num_layers, parallel) if stage % vpp]
+    if uneven:
+        raise ConfigError(
+            f"{given} give a pipeline stage {uneven[0]} layers, which parallel.vpp = {vpp} does not divide; "
+            "the chunks of a stage have equal numbers of layers."
+        )
+
+
+def _divides(name: str, size: int, what: str, count: int) -> None:
+    if count % size:
+        raise ConfigError(f"{name} = {size} does not divide the model's {count} {what}; allowed are {_divisors(count)}.")
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)

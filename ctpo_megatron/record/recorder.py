@@ -1,0 +1,82 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and a line on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+
+from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.record.board import Board
+from ctpo_megatron.record.files import MetricsFile
+
+CONSOLE_KEYS = (
+    "reward/mean",
+    "eval/accuracy",
+    "train/loss",
+    "sft/loss_smoothed",
+    "train/grad_norm",
+    "rollout/response_tokens",
+    "drift/mean",
+    "time/step",
+)
+
+
+class Recorder:
+    """Writes under `run_dir`. `first_step` is how many training steps are already done: 0, or where a run is resumed.
+
+    What an earlier attempt in the same directory wrote after that is dropped, in TensorBoard too, so that a run which was
+    stopped and resumed shows one curve.
+    """
+
+    def __init__(self, run_dir: Path, config: LogConfig, *, first_step: int = 0, console: Console | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        stale = first_step + 1 if first_step else 0  # a fresh run writes step 0, the policy before training
+        self._console = console or Console(highlight=False)
+        self._every = config.every
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl", stale)
+        self._board = Board(run_dir / "tb", stale) if config.tensorboard else None
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of `step`, names like `reward/mean`, and flush them."""
+        self._metrics.write(step, metrics)
+        if self._board is not None:
+            self._board.scalars(step, metrics)
+            self._board.flush()
+        if step % self._every == 0:
+            self._console.print(console_line(step, metrics), soft_wrap=True, markup=False)
+
+    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        """Distribution of `values` in TensorBoard; values that are not finite are left out."""
+        if self._board is not None:
+            self._board.histogram(name, values, step)
+
+    def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int) -> None:
+        """A histogram in TensorBoard whose `heights` [n] between `edges` [n+1] are given."""
+        if self._board is not None:
+            self._board.buckets(name, edges, heights, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Markdown in TensorBoard's text panel."""
+        if self._board is not None:
+            self._board.text(name, text, step)
+
+    def close(self) -> None:
+        """Flush and close everything; safe to call twice."""
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def console_line(step: int, metrics: Mapping[str, float]) -> str:
+    """The metrics a person watches, in a fixed order; all of them where none of these is there."""
+    shown = [key for key in CONSOLE_KEYS if key in metrics] or list(metrics)
+    return "  ".join([f"step {step}", *(f"{key} {metrics[key]:.4g}" for key in shown)])

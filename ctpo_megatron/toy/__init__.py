@@ -1,0 +1,1 @@
+"""A tiny model and a task for it, for the quickstart and the tests."""

@@ -1,0 +1,1 @@
+"""The proof that the servers hold, and compute with, what was sent."""

@@ -1,0 +1,145 @@
+"""Weights as safetensors on a file system that trainer and servers share: for servers that no process group reaches.
+
+    sender 0, 1, ..., all at once                 the last sender, after all others                     each server
+    write own files into v000012.tmp, a part ->   manifest, flush, rename to v000012
+    of the manifest last                          POST /update_weights_from_disk (v000012) --------->   load all files, answer
+                                                  remove older versions
+
+A version may be a delta: only tensors that differ bitwise from the version before, for servers that hold that one. SGLang loads
+what it finds and leaves the rest as it is. After `connect` the next version is full. The manifest has for each tensor its file,
+digest (see `engine.digest`), number format and shape, and for a delta the version that it builds on. No update session is
+opened: loading from disk is one request of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
+from ctpo_megatron.config.cluster import DiskTransport
+from ctpo_megatron.engine.calls import ServerCalls
+from ctpo_megatron.engine.digest import tensor_digest
+from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.weights.protocol import Bucket, Sent, Server
+from ctpo_megatron.weights.transports.broadcast import PROBE_TIMEOUT_S
+from ctpo_megatron.weights.transports.delta import Changes
+from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.prefetch import Expected, Intake, intake
+
+MANIFEST = "manifest.json"
+_VERSION = re.compile(r"v\d+(\.tmp)?")
+
+
+class DiskSender:
+    """See `transport.WeightSender`."""
+
+    def __init__(
+        self, config: DiskTransport, *, turns: Turns | None = None, new_expected: Callable[[], Expected] | None = None
+    ) -> None:
+        self._timeout_s = config.timeout_s
+        self._root = Path(config.directory).absolute()
+        self._keep = config.keep
+        self._turns = turns or Turns.alone()
+        self._new_expected = new_expected
+        self._changes = Changes(config.delta)
+        self._base: int | None = None  # version that the servers hold
+        self._calls: ServerCalls | None = None
+
+    def connect(self, servers: list[Server], api_key: str) -> None:
+        """See `WeightSender.connect`."""
+        deadline = time.monotonic() + self._timeout_s
+        self.close()
+        self._forget()
+        with self._turns.take(deadline):
+            self._calls = ServerCalls(servers, api_key)
+            self._calls.probe(min(PROBE_TIMEOUT_S, self._timeout_s)).finish(deadline)
+
+    def send(self, buckets: Iterable[Bucket], version: int) -> Sent:
+        """See `WeightSender.send`. Raises WeightSyncError also when the files cannot be written."""
+        deadline = time.monotonic() + self._timeout_s
+        target = self._root / f"v{version:06d}"
+        work = target.with_name(target.name + TEMPORARY_SUFFIX)
+        try:
+            with intake(buckets, version, self._changes, self._new_expected) as account:
+                with self._turns.take(deadline, lambda: self._write(account, work)), account.timed("send"):
+                    if self._turns.last:
+                        self._publish(work, target, deadline)
+                self._turns.conclude(deadline)  # the last sender publishes what all have written
+                self._base = version
+                return account.finish()
+        except (OSError, SafetensorError) as error:
+            self._forget()
+            raise WeightSyncError(f"publishing weights: {work} cannot be written: {error}") from error
+        except BaseException:
+            self._forget()
+            raise
+
+    def close(self) -> None:
+        """See `WeightSender.close`."""
+        if self._calls is not None:
+            self._calls.close()
+            self._calls = None
+
+    def _forget(self) -> None:
+        self._base = None
+        self._changes.forget()
+
+    def _write(self, account: Intake, work: Path) -> None:
+        """This sender's files, and what is in them."""
+        work.mkdir(parents=True, exist_ok=True)
+        base = None if self._changes.full else self._base
+        tensors: dict[str, dict[str, Any]] = {}
+        number = 0
+        while (bucket := account.next()) is not None:
+            file = f"model-{self._turns.place:03d}-{number:05d}.safetensors"
+            with account.timed("write"):
+                save_file({name: tensor.cpu() for name, tensor in bucket}, work / file, metadata={"format": "pt"})
+            tensors |= {name: _entry(file, bucket, place) for place, (name, _) in enumerate(bucket)}
+            number += 1
+        part = {"version": account.sent.version, "base": base, "tensors": tensors}
+        (work / _part(self._turns.place)).write_text(json.dumps(part), encoding="utf-8")
+
+    def _publish(self, work: Path, target: Path, deadline: float) -> None:
+        """Everybody has written: name the version, let the servers load it, remove older ones."""
+        if self._calls is None:
+            raise WeightSyncError("no inference server is connected: call connect() before send(), and again after a failure")
+        parts = [json.loads((work / _part(place)).read_text(encoding="utf-8")) for place in range(self._turns.count)]
+        tensors = {name: entry for part in parts for name, entry in part["tensors"].items()}
+        bases = {part["base"] for part in parts}
+        manifest = {**parts[0], "base": bases.pop() if len(bases) == 1 else None, "tensors": tensors}
+        wanted = {MANIFEST, *(entry["file"] for entry in tensors.values())}
+        for file in work.iterdir():  # parts, and what an earlier, interrupted attempt left
+            if file.name not in wanted:
+                file.unlink()
+        (work / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        publish_directory(work, target)
+        if tensors:
+            body = {"model_path": str(target), "load_format": "safetensors", "flush_cache": False}
+            what = f"loading {target}"
+            self._calls.post("/update_weights_from_disk", lambda _: body, deadline - time.monotonic(), what).finish(deadline)
+        self._remove_old(target)
+
+    def _remove_old(self, newest: Path) -> None:
+        ours = (path for path in self._root.iterdir() if _VERSION.fullmatch(path.name) and path != newest)
+        by_age = sorted(ours, key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in by_age[self._keep - 1 :]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _entry(file: str, bucket: Bucket, place: int) -> dict[str, Any]:
+    tensor = bucket[place][1]
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"file": file, "digest": f"{tensor_digest(tensor):016x}", "dtype": dtype, "shape": list(tensor.shape)}
+
+
+def _part(place: int) -> str:
+    return f"part-{place:03d}.json"

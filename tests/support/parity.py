@@ -1,0 +1,276 @@
+"""Two optimizer steps of an objective at a layout, on the same sequences in the same packs, and how far two layouts are apart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ctpo_megatron.algorithms import sequence_weights
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.algorithm import AlgorithmConfig
+from ctpo_megatron.config.cluster import DriftConfig
+from ctpo_megatron.config.model import MoeConfig, ParallelConfig
+from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.data.packing import pack
+from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.types import TrainSample
+from tests.support.engine_faults import Fault
+from tests.support.ranks import at_own_port
+from tests.support.tiny import VOCAB
+
+TEMPERATURE = 0.7
+TOLERANCE = 1e-5
+STATISTICS_TOLERANCE = 2e-4  # they are sums over 190 tokens, whose log-probs agree to 1e-6
+LAYERS = 4
+# A large eps keeps AdamW smooth: with the usual one an entry whose gradient is rounding noise moves by a full lr. Clipping stays
+# idle, since its factor, a norm summed in another order, would touch every bit of the weights; test_engine.py has it at work.
+OPTIMIZER = OptimizerConfig(lr=2e-3, eps=0.1, weight_decay=0.1, clip_grad=1e3)
+# bounds so wide that the second step, after a first one that shows in every weight, still has tokens within them
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "ctpo": {"type": "ctpo", "clip_low": 0.3, "clip_high": 0.6, "dual_clip": 0.6},
+    "grpo": {"type": "grpo", "clip_low": 0.5, "clip_high": 1.0},
+    "gspo": {"type": "gspo", "clip_low": 0.2, "clip_high": 0.2},
+}
+SEQUENCES = 12
+
+
+class Layout(NamedTuple):
+    """How the ranks are used, and for which of the models."""
+
+    name: str
+    sizes: dict[str, int]
+    families: tuple[str, ...] = ("qwen3", "qwen3_moe", "deepseek_v3")
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(**self.sizes)
+
+
+class Case(NamedTuple):
+    """What is trained on: `packs` micro-batches over all data-parallel ranks."""
+
+    objective: str
+    packed: bool  # SEQUENCES over the packs; else one sequence in each
+    packs: int
+    replay: bool = False  # experts follow a routing that was drawn at random
+
+
+class Found(NamedTuple):
+    """What training gave. `weights` is empty on all ranks but the first."""
+
+    steps: list[dict[str, float]]
+    weights: dict[str, NDArray[np.float32]]
+
+
+class Alone(NamedTuple):
+    """What one rank gave."""
+
+    samples: list[TrainSample]
+    before: dict[str, NDArray[np.float32]]  # the model directory's weights
+    found: dict[Case, Found]
+
+
+MOE = ("qwen3_moe", "deepseek_v3")
+TWO_RANKS = [
+    Layout("DP2", {"dp": 2}),
+    Layout("TP2", {"tp": 2}),
+    Layout("PP2", {"pp": 2}),
+    Layout("VPP", {"pp": 2, "vpp": 2}),
+    Layout("PP2 of 3+1 layers", {"pp": 2, "first_stage_layers": 3}),
+    Layout("CP2", {"cp": 2}),
+    Layout("EP2", {"dp": 2, "ep": 2}, MOE),
+    Layout("EP2 CP2", {"cp": 2, "ep": 2}, MOE),
+    Layout("ETP2", {"tp": 2, "etp": 2}, MOE),
+]
+FOUR_RANKS = [
+    Layout("CP4", {"cp": 4}),
+    Layout("TP2 PP2", {"tp": 2, "pp": 2}),
+    Layout("TP2 CP2", {"tp": 2, "cp": 2}),
+    Layout("CP2 PP2", {"cp": 2, "pp": 2}),
+    Layout("EP4", {"tp": 2, "dp": 2, "ep": 4}, MOE),
+    Layout("EP2 PP2", {"pp": 2, "dp": 2, "ep": 2}, MOE),
+    Layout("EP2 ETP2", {"tp": 2, "dp": 2, "ep": 2, "etp": 2}, MOE),
+]
+
+
+def cases_of(layout: Layout, family: str) -> list[Case]:
+    """Every objective in every combination of packing and micro-batches, of qwen3_moe also a replayed routing.
+
+    deepseek_v3, which is there for its parts, has one case packed and one not, with ratios that do not run away with its weights.
+    Interleaving takes multiples of pp.
+    """
+    few, many = (n * layout.parallel.dp for n in ((1, 3) if layout.parallel.vpp == 1 else (2, 4)))
+    if family == "deepseek_v3":
+        return [Case("grpo", True, many), Case("gspo", False, many)]
+    cases = [Case(objective, packed, packs) for objective in OBJECTIVES for packed in (True, False) for packs in (few, many)]
+    return [*cases, Case("ctpo", True, many, replay=True)] if family == "qwen3_moe" else cases
+
+
+def fault_case(layout: Layout, family: str) -> Case:
+    """The case that faults are planted in: many packs of many sequences, and for experts the one that replays routes."""
+    candidates = [case for case in cases_of(layout, family) if case.objective == "ctpo" and case.packed]
+    return max(candidates, key=lambda case: (case.replay, case.packs))
+
+
+def engines_of(layouts: list[Layout]) -> list[tuple[Layout, str]]:
+    """The engines that are built, one after the other."""
+    return [(layout, family) for layout in layouts for family in layout.families]
+
+
+def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSample]:
+    """Sequences with a prompt and a gap that a tool wrote; the rollout policy is near `logp`, where that is given.
+
+    Each token comes with a routing for 4 experts of which 2 are chosen.
+    """
+    rng = random.Random(3)
+    routing = np.random.default_rng(3)
+    samples = []
+    for number in range(SEQUENCES):
+        length = rng.randint(5, 27)
+        tokens = [rng.randrange(VOCAB) for _ in range(length + 1)]
+        prompt, gap = rng.randint(1, 3), rng.randint(3, length - 1)
+        wrote = [place >= prompt and place != gap for place in range(length)]
+        near = logp[number] if logp is not None else [0.0] * length
+        advantage = rng.gauss(0.0, 1.0)
+        samples.append(
+            TrainSample(
+                input_ids=tokens[:-1],
+                labels=tokens[1:],
+                loss_mask=wrote,
+                rollout_logprobs=[min(near[i] + rng.gauss(0.0, 0.02), 0.0) if mine else 0.0 for i, mine in enumerate(wrote)],
+                policy_versions=[0 if mine else -1 for mine in wrote],
+                advantages=[advantage if mine else 0.0 for mine in wrote],
+                group=number // 4,
+                experts=routing.permuted(np.tile(np.arange(4, dtype=np.int8), (length, LAYERS, 1)), axis=-1)[..., :2],
+            )
+        )
+    return samples
+
+
+def packs_of(case: Case, samples: list[TrainSample], parallel: ParallelConfig) -> list[MicroBatch]:
+    """The packs of a case, padded as the layout wants it."""
+    if not case.replay:
+        samples = [replace(sample, experts=None) for sample in samples]
+    groups = [samples[i :: case.packs] if case.packed else [samples[i]] for i in range(case.packs)]
+    chosen = [sample for group in groups for sample in group]
+    weights = sequence_weights("sequence-mean", torch.tensor([sum(sample.loss_mask) for sample in chosen])).tolist()
+    packs, first = [], 0
+    for group in groups:
+        mine = weights[first : first + len(group)]
+        ((packed,),) = pack(group, dp=1, cp=parallel.cp, tp=parallel.tp, max_tokens=10_000, weights=mine, first_id=first)
+        packs.append(packed)
+        first += len(group)
+    return packs
+
+
+def start(rank: RankInfo, path: Path, parallel: ParallelConfig) -> MegatronEngine:
+    """An engine on the CPU with `OPTIMIZER`; experts with both auxiliary losses, and a balancing bias that moves."""
+    moe = MoeConfig(aux_loss_coeff=0.01, z_loss_coeff=0.01, bias_update_rate=0.125)
+    return MegatronEngine(str(path), parallel, OPTIMIZER, at_own_port(rank), device="cpu", seed=1, moe=moe)
+
+
+def begin_again(engine: MegatronEngine) -> None:
+    """Weights of the model directory and a new optimizer, without building the engine again."""
+    from ctpo_megatron.mcore.hf.load import load_hf
+    from ctpo_megatron.mcore.host import megatron_region
+
+    with megatron_region(engine.device):
+        load_hf(engine.models, engine.shape, engine.model_path)
+        engine.optimizer.reload_model_params()
+        for part in engine.optimizer.chained_optimizers:
+            if getattr(part, "optimizer", None) is not None:
+                part.optimizer.state.clear()
+        engine.schedule.num_steps = 0
+        engine.schedule.step(0)
+
+
+def train(engine: MegatronEngine, case: Case, samples: list[TrainSample]) -> Found:
+    """Two optimizer steps of `case` from the model directory's weights."""
+    from ctpo_megatron.mcore.policy import update_policy
+
+    begin_again(engine)
+    packs = packs_of(case, samples, engine.parallel)[engine.seat.dp_rank :: engine.parallel.dp]
+    algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="rollout")
+    options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftConfig(), "version": 0}
+    steps = [update_policy(engine, [packs], **options) for _ in range(2)]
+    return Found(steps, exported(engine))
+
+
+def train_layouts(
+    rank: RankInfo,
+    layouts: list[Layout],
+    ports: list[int],
+    models: dict[str, Path],
+    samples: dict[str, list[TrainSample]],
+    faults: dict[str, Fault],
+) -> dict[tuple[str, str], dict[Case | str, Found]]:
+    """By layout and family: what every case gave, and what `fault_case` gave with each fault that is planted there.
+
+    One engine for all of them; each meets at a port of its own.
+    """
+    found: dict[tuple[str, str], dict[Case | str, Found]] = {}
+    for (layout, family), port in zip(engines_of(layouts), ports, strict=True):
+        engine = start(replace(rank, master_port=port), models[family], layout.parallel)
+        mine: dict[Case | str, Found] = {case: train(engine, case, samples[family]) for case in cases_of(layout, family)}
+        for name, fault in faults.items():
+            if (fault.layout, fault.family) == (layout.name, family):
+                with fault.plant(engine):
+                    mine[name] = train(engine, fault_case(layout, family), samples[family])
+        engine.close()
+        found[layout.name, family] = mine
+    return found
+
+
+def train_alone(rank: RankInfo, models: dict[str, Path], cases: dict[str, list[Case]]) -> dict[str, Alone]:
+    """By family, on one rank: sequences whose rollout policy is near the model, and what every case gives with them."""
+    found: dict[str, Alone] = {}
+    for family, path in models.items():
+        engine = start(rank, path, ParallelConfig())
+        (whole,) = packs_of(Case("ctpo", True, 1), draw_samples(), engine.parallel)
+        (logp,) = engine.logp(engine.place([whole]), TEMPERATURE)
+        samples = draw_samples([part.tolist() for part in logp.split(whole.cu_seqlens.diff().tolist())])
+        before = exported(engine)
+        found[family] = Alone(samples, before, {case: train(engine, case, samples) for case in cases[family]})
+        engine.close()
+    return found
+
+
+def exported(engine: MegatronEngine) -> dict[str, NDArray[np.float32]]:
+    """Whole weights under their Hugging Face names on rank 0, nothing elsewhere."""
+    return {name: tensor.numpy().copy() for bucket in engine.export(1 << 20) for name, tensor in bucket}
+
+
+def largest_deviations(found: Found, expected: Found) -> dict[str, float]:
+    """Largest deviation of losses, gradient norms and other statistics, relative where they exceed 1, and of the weights."""
+    assert found.weights.keys() == expected.weights.keys()
+    worst = {"loss": 0.0, "grad_norm": 0.0, "statistics": 0.0}
+    for ours, theirs in zip(found.steps, expected.steps, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            kind = key if key in worst else "statistics"
+            worst[kind] = max(worst[kind], distance(ours[key], value))
+    worst["weights"] = max(float(np.abs(found.weights[name] - value).max()) for name, value in expected.weights.items())
+    return worst
+
+
+def distance(ours: float, theirs: float) -> float:
+    """|ours - theirs|, relative where theirs exceeds 1; infinite where only one is a number."""
+    if ours == theirs or (ours != ours and theirs != theirs):
+        return 0.0
+    gap = abs(ours - theirs) / max(abs(theirs), 1.0)
+    return gap if gap == gap else float("inf")
+
+
+def assert_same(found: Found, expected: Found, case: str) -> None:
+    """Losses, gradient norms and weights within TOLERANCE of one rank's, other statistics within STATISTICS_TOLERANCE."""
+    worst = largest_deviations(found, expected)
+    bound = {"statistics": STATISTICS_TOLERANCE}
+    beyond = {kind: value for kind, value in worst.items() if not value <= bound.get(kind, TOLERANCE)}
+    assert not beyond, f"{case}: {beyond}"

@@ -1,0 +1,163 @@
+"""Which checkpoints count, which is newest, which go, and whether damage is found wherever it lies."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from ctpo_megatron.checkpoints.digests import bytes_digest
+from ctpo_megatron.checkpoints.directories import publish_directory, temporary_directory
+from ctpo_megatron.checkpoints.files import latest_checkpoint, prune, publish_checkpoint, read_manifest, set_aside
+from ctpo_megatron.checkpoints.metadata import read_metadata
+from ctpo_megatron.checkpoints.verify import verify_checkpoint
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
+from ctpo_megatron.jobs.checkpoints import verify_checkpoints
+from ctpo_megatron.jobs.train import _checkpoint_to_resume
+
+HEADER = {"version": 2, "world_size": 1, "scheduler_steps": 4, "state": {"step": 2, "accuracies": {10: 0.1, 9: 0.2}}}
+CONTENT = b"12345"
+
+
+def write_checkpoint(root: Path, step: int) -> Path:
+    target = root / f"step_{step:08d}"
+    work = temporary_directory(target)
+    (work / "random").mkdir()
+    (work / "random" / "rank_00000.pt").write_bytes(CONTENT)
+    files = {"random/rank_00000.pt": {"size": len(CONTENT), "digest": bytes_digest(CONTENT)}}
+    publish_checkpoint(work, target, HEADER | {"state": HEADER["state"] | {"step": step}, "files": files})
+    return target
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_newest_complete_one_counts(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    assert latest_checkpoint(tmp_path) is None
+    write_checkpoint(tmp_path, 9)
+    newest = write_checkpoint(tmp_path, 100_000_000)  # sorted as a number, not as text
+    write_checkpoint(tmp_path, 12)
+    temporary_directory(tmp_path / "step_99999999")
+    (tmp_path / "step_99999998").mkdir()
+    (tmp_path / "step_best").mkdir()
+    assert latest_checkpoint(tmp_path) == newest
+    manifest = verify_checkpoint(newest)
+    assert manifest["state"] == {"step": 100_000_000, "accuracies": {"10": 0.1, "9": 0.2}}
+    (newest / "random" / "rank_00000.pt").write_bytes(b"1")
+    assert latest_checkpoint(tmp_path).name == "step_00000012"
+
+
+def test_pruning_keeps_the_newest_that_are_whole_and_removes_leftovers(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        write_checkpoint(tmp_path, step)
+    temporary_directory(tmp_path / "step_00000006")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "step_00000005" / "random" / "rank_00000.pt").unlink()  # does not count as one of the two
+    prune(tmp_path, 2)
+    assert names(tmp_path) == ["notes", "step_00000003", "step_00000004", "step_00000005"]
+    flip(tmp_path / "step_00000004" / "checkpoint.json", 40)
+    prune(tmp_path, 1)
+    assert names(tmp_path) == ["notes", "step_00000003", "step_00000004", "step_00000005"]
+    with pytest.raises(ValueError, match="at least 1"):
+        prune(tmp_path, 0)
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 1)
+    file, manifest = checkpoint / "random" / "rank_00000.pt", checkpoint / "checkpoint.json"
+    file.write_bytes(b"1234")
+    with pytest.raises(DamagedCheckpoint, match="has 4 bytes, but 5 bytes were written"):
+        read_manifest(checkpoint)
+    file.unlink()
+    with pytest.raises(DamagedCheckpoint, match="is missing, but 5 bytes"):
+        read_manifest(checkpoint)
+    manifest.unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint\.json is missing"):
+        read_manifest(checkpoint)
+    manifest.write_text(json.dumps({"version": 1, "files": {}}))
+    with pytest.raises(CheckpointError, match="format version 1; this release reads version 2"):
+        read_manifest(checkpoint)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 1)
+    for file in (checkpoint / "checkpoint.json", checkpoint / "random" / "rank_00000.pt"):
+        whole = file.read_bytes()
+        for place in range(len(whole)):
+            flip(file, place)
+            with pytest.raises(CheckpointError):
+                verify_checkpoint(checkpoint)
+            file.write_bytes(whole)
+    verify_checkpoint(checkpoint)
+
+
+def test_verify_command_tells_all_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="neither a checkpoint"):
+        verify_checkpoints(tmp_path)
+    first, second = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
+    verify_checkpoints(tmp_path)
+    verify_checkpoints(second)
+    flip(second / "random" / "rank_00000.pt", 0)
+    capsys.readouterr()
+    with pytest.raises(CheckpointError, match="1 of 2 checkpoints"):
+        verify_checkpoints(tmp_path)
+    good, damaged = capsys.readouterr().out.splitlines()
+    assert good.startswith(f"{first}: good, 1 files, 5 bytes")
+    assert damaged.startswith(f"{second}: DAMAGED:")
+    assert "rank_00000.pt" in damaged
+
+
+def test_resume_sets_damaged_ones_aside_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    first, second, third = (write_checkpoint(root, step) for step in (1, 2, 3))
+    (second / "random" / "rank_00000.pt").write_bytes(b"")
+    (third / "checkpoint.json").unlink()
+    assert _checkpoint_to_resume(tmp_path, 9, resume=True) == first
+    told = capsys.readouterr().out
+    assert "checkpoint.json is missing" in told
+    assert "has 0 bytes, but 5 bytes" in told
+    assert f"going on from {first}" in told
+    assert names(root) == ["step_00000001", "step_00000002.damaged", "step_00000003.damaged"]
+    assert set_aside(write_checkpoint(root, 2)).name == "step_00000002.damaged2"
+    first.rename(root / "other")
+    with pytest.raises(InputError, match="no checkpoint in"):
+        _checkpoint_to_resume(tmp_path, 9, resume=True)
+
+
+def test_publishing_replaces_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for content in ("old", "new"):
+        work = temporary_directory(target)
+        (work / content).write_text(content)
+        publish_directory(work, target)
+    assert names(tmp_path) == ["model"]
+    assert names(target) == ["new"]
+    (temporary_directory(target) / "half").write_text("")
+    assert names(temporary_directory(target)) == []  # a second attempt begins empty
+
+
+class Foreign:
+    """What a hostile index would hold."""
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (Path("never"),))
+
+
+def test_the_index_may_hold_nothing_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in (pickle.dumps(Foreign()), b"no pickle", b""):
+        (tmp_path / ".metadata").write_bytes(content)
+        with pytest.raises(DamagedCheckpoint, match="not the index"):
+            read_metadata(tmp_path)
+    assert names(tmp_path) == [".metadata"]

@@ -1,0 +1,236 @@
+"""Recorded experts and likeliest tokens: from a server's answers to a rank's part of a pack."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ctpo_megatron.data.packing import pack
+from ctpo_megatron.data.samples import build_samples
+from ctpo_megatron.engine.answers import read_experts, read_top
+from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.errors import EngineError
+from ctpo_megatron.loop.report import as_row
+from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, train_metrics
+from ctpo_megatron.parallel import Seat, own_experts
+from ctpo_megatron.rollout.environment import ToolEnvironment
+from ctpo_megatron.rollout.protocols import Sampling
+from ctpo_megatron.types import Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
+
+SHAPE = RoutingShape(num_layers=3, expert_layers=(1, 2), experts=16, top_k=2)
+STOP = 9
+Run = tuple[list[int], int, str]  # what an answer holds: tokens, version, why it ended
+
+
+def of_position(position: int, version: int) -> int:
+    """The server below routes by it, so that every row of a record tells where it comes from."""
+    return (3 * position + version) % 16
+
+
+class Server(EngineClient):
+    """Answers from a script as SGLang does; the rows of a record are those of the version that answers."""
+
+    def __init__(self, runs: list[Run], *, top_k: int = 0, silent_at: int | None = None) -> None:
+        pool = ServerPool(patience_s=1)
+        member = pool.join("server", "http://server")
+        for version in sorted({version for _, version, _ in runs}, reverse=True):
+            pool.serve([member], version)
+        super().__init__(pool, "key", request_timeout_s=1, routing=SHAPE, top_k=top_k)
+        self._requests = self
+        self.runs, self.asked, self.silent_at = runs, [], silent_at
+
+    async def post(self, url: str, body: Any) -> Any:
+        tokens, version, reason = self.runs[len(self.asked)]
+        self.asked.append(body)
+        meta: dict[str, Any] = {
+            "output_token_logprobs": [[-0.5, token, None] for token in tokens],
+            "weight_version": str(version),
+            "finish_reason": {"type": reason},
+        }
+        if body.get("return_routed_experts") and len(self.asked) != self.silent_at:
+            positions = range(body["routed_experts_start_len"], len(body["input_ids"]) + len(tokens) - 1)
+            rows = np.array([of_position(p, version) for p in positions], np.int32)
+            record = np.broadcast_to(rows[:, None, None], (len(rows), 3, 2)) + np.array([0, 1, 2])[:, None]
+            meta["routed_experts"] = base64.b64encode((record % 16).astype(np.int32).tobytes()).decode()
+        if k := body.get("top_logprobs_num"):
+            meta["output_top_logprobs"] = [[[-0.5 - i, token + i, None] for i in range(k)] for token in tokens]
+        return {"output_ids": tokens, "meta_info": meta}
+
+
+def sample(server: Server, recorded: int | None = 0) -> Generation:
+    return asyncio.run(
+        server.generate([5, 6, 7], max_new_tokens=8, temperature=1.0, stop_token_ids=[STOP], session=0, recorded=recorded)
+    )
+
+
+def expected(versions: list[int | None]) -> list[int]:
+    """The first expert of each position in the model's second layer; None: unknown."""
+    return [-1 if version is None else (of_position(p, version) + 1) % 16 for p, version in enumerate(versions)]
+
+
+def test_one_answer() -> None:
+    """A row for every token but the last, layers without experts left out."""
+    generation = sample(Server([([1, 2, STOP], 4, "stop")]))
+    assert generation.experts.shape == (5, 2, 2)
+    assert generation.experts.dtype == np.int8
+    assert generation.experts[:, 0, 0].tolist() == expected([4] * 5)
+    assert (generation.experts[:, 1] == (generation.experts[:, 0] + 1) % 16).all()
+
+
+def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
+    server = Server([([STOP], 4, "stop")], top_k=3)
+    generation = sample(server, recorded=None)
+    assert (generation.experts, generation.top) == (None, None)
+    assert not {"return_routed_experts", "top_logprobs_num"} & server.asked[0].keys()
+
+
+def test_an_update_in_flight() -> None:
+    """Each answer's record is its own version's; of what older weights sampled, the newer routing is not taken."""
+    server = Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")])
+    generation = sample(server)
+    assert generation.versions == [4, 4, 5, 5]
+    assert generation.experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5])
+    assert server.asked[1]["routed_experts_start_len"] == 4
+
+    held_back = Server([([1, 2], 4, "abort"), ([], 4, "abort"), ([3, STOP], 5, "stop")])
+    assert sample(held_back).experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5])
+
+
+def test_an_aborted_answer_without_a_record() -> None:
+    """The next answer tells of all tokens, but the routing that sampled the earlier ones is lost."""
+    generation = sample(Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")], silent_at=1))
+    assert generation.experts[:, 0, 0].tolist() == expected([5, 5, None, None, 5, 5])
+
+
+def test_a_server_that_never_reports_is_an_error() -> None:
+    with pytest.raises(EngineError, match="--enable-return-routed-experts"):
+        sample(Server([([STOP], 4, "stop")], silent_at=1))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"), [([0] * 11, "11 experts; 2 tokens, 3 layers and 2 experts"), ([0] * 11 + [16], "from 0 to 16")]
+)
+def test_a_record_of_another_model_is_an_error(values: list[int], words: str) -> None:
+    text = base64.b64encode(np.array(values, np.int32).tobytes()).decode()
+    with pytest.raises(EngineError, match=words):
+        read_experts({"routed_experts": text}, SHAPE, 2, "http://server")
+
+
+def test_top_log_probs() -> None:
+    top = sample(Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")], top_k=3)).top
+    assert top.ids.tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5], [9, 10, 11]]
+    assert top.logprobs[0].tolist() == [-0.5, -1.5, -2.5]
+    with pytest.raises(EngineError, match="asked for 3"):
+        read_top({"output_top_logprobs": [[[-0.5, 1, None]]]}, 3, 1, "http://server")
+
+
+def test_large_models_need_two_bytes() -> None:
+    assert RoutingShape(2, (0, 1), 128, 8).unknown(1).dtype == np.int8
+    assert RoutingShape(2, (0, 1), 129, 8).unknown(1).dtype == np.int16
+
+
+# ---- over several turns, to the trainer
+
+
+class Chat:
+    stop_token_ids = [STOP]  # noqa: RUF012
+
+    def prompt_ids(self, messages: Any) -> list[int]:
+        return [5, 6, 7]
+
+    def tool_ids(self, text: str) -> list[int]:
+        return [20, 21]
+
+    def decode(self, ids: Any, *, special: bool = False) -> str:
+        return "```python\nx\n```" if 1 in ids else "an answer"
+
+
+class Tool:
+    async def run(self, code: str) -> Any:
+        from ctpo_megatron.rollout.protocols import ToolResult
+
+        return ToolResult("said", ok=True, seconds=0.0)
+
+
+class Worth:
+    async def score(self, prompt: Prompt, text: str) -> float:
+        return 1.0
+
+
+PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "a")
+
+
+def played() -> Trajectory:
+    """Two turns with a tool's text between them, the second at a newer version."""
+    server = Server([([1, STOP], 4, "stop"), ([2, 3, STOP], 5, "stop")], top_k=2)
+    environment = ToolEnvironment(server, Chat(), Tool(), Worth())
+    trajectory = asyncio.run(environment.run(PROMPT, 0, Sampling(1.0, 3, 50, record=True)))
+    assert [body["routed_experts_start_len"] for body in server.asked] == [0, 4]
+    return trajectory
+
+
+def test_every_input_of_a_trajectory_has_its_experts() -> None:
+    """The tool's text, and the token that ended the turn before it, come with the next request."""
+    trajectory = played()
+    assert trajectory.experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5, 5, 5, 5])
+    (sample_,) = build_samples(TrajectoryGroup(PROMPT, [trajectory]), [1.0], 0)
+    assert len(sample_.experts) == len(sample_) == 9
+    for t, wrote in enumerate(sample_.loss_mask):
+        assert (sample_.top.ids[t, 0] == sample_.labels[t]) == wrote
+        assert np.isfinite(sample_.top.logprobs[t]).all() == wrote
+    trajectory.experts = trajectory.experts[:-1]
+    with pytest.raises(ValueError, match="differ in length"):
+        build_samples(TrajectoryGroup(PROMPT, [trajectory]), [1.0], 0)
+
+
+def test_what_is_written_down() -> None:
+    trajectory = played()
+    trajectory.experts[:3] = -1
+    metrics = rollout_metrics([TrajectoryGroup(PROMPT, [trajectory])], 5)
+    assert metrics["routing/replayed"] == pytest.approx(6 / 9)
+    trajectory.experts = None
+    assert "routing/replayed" not in rollout_metrics([TrajectoryGroup(PROMPT, [trajectory])], 5)
+    row = as_row(played())
+    assert "experts" not in row
+    assert [turn.keys() for turn in row["turns"]] == [{"role", "token_ids", "logprobs", "versions"}] * 3
+    metrics = train_metrics({"moe/load_entropy/layer_1": 0.5, "moe/load_entropy/layer_2": 0.75})
+    assert load_histograms(metrics) == {"moe/load_entropy": ([0.0, 1.0, 2.0, 3.0], [0.0, 0.5, 0.75])}
+
+
+@pytest.mark.parametrize(("cp", "tp", "stages"), [(1, 1, [(0, 1)]), (2, 1, [(0, 1)]), (1, 2, [(0,), (1,)]), (2, 2, [(1,), (0,)])])
+def test_all_seats_together_hold_every_entry_once(cp: int, tp: int, stages: list[tuple[int, ...]]) -> None:
+    samples = build_samples(TrajectoryGroup(PROMPT, [played() for _ in range(3)]), [1.0, 1.0, 1.0], 0)
+    ((whole,),) = pack(samples, dp=1, max_tokens=200, cp=cp, tp=tp)
+    padding = whole.routed_experts[:, 0, 0] == -1
+    assert len(whole.routed_experts) == whole.tokens
+    assert int((~padding).sum()) == 27
+    assert not (whole.loss_mask & padding).any()
+    assert torch.equal(whole.support_logp.isfinite().all(1), whole.loss_mask)
+    entries = torch.arange(whole.routed_experts.numel()).view(whole.routed_experts.shape)
+    found = []
+    for c in range(cp):
+        local = whole.shard(c, cp)
+        assert torch.equal(local.support_ids[local.loss_mask][:, 0], local.labels[local.loss_mask].int())
+        for layers in stages:
+            parts = [own_experts(entries, whole.cu_seqlens, Seat(0, c, cp, t, tp, layers)) for t in range(tp)]
+            assert {part.shape for part in parts} == {(whole.tokens // (cp * tp), len(layers), 2)}
+            found += parts
+            of_stage = own_experts(whole.routed_experts, whole.cu_seqlens, Seat(0, c, cp, 0, 1, layers))
+            assert torch.equal(of_stage, local.routed_experts[:, list(layers)])
+    assert torch.equal(torch.cat([part.flatten() for part in found]).sort().values, entries.flatten())
+
+
+def test_samples_with_and_without_a_record_go_into_one_pack() -> None:
+    first, second = (build_samples(TrajectoryGroup(PROMPT, [played()]), [1.0], 0)[0] for _ in range(2))
+    second = type(second)(**{**{name: getattr(second, name) for name in second.__slots__}, "experts": None, "top": None})
+    ((whole,),) = pack([first, second], dp=1, max_tokens=200)
+    known = whole.routed_experts[:, 0, 0] >= 0
+    assert known.tolist() == [True] * 9 + [False] * 9
+    assert pack([second], dp=1, max_tokens=200)[0][0].routed_experts is None
+    assert TopK.unused(2, 3).logprobs.tolist() == [[-np.inf] * 3] * 2

@@ -1,0 +1,83 @@
+"""Arguments and environment of an SGLang server: pure functions of the configuration."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ctpo_megatron.config.rollout import EngineConfig
+from ctpo_megatron.engine.server import CPU_KV_TOKENS, Part, new_api_key, server_args, server_env
+
+
+def arguments(engine: EngineConfig, device: str) -> list[str]:
+    return server_args("/models/m", engine, device=device, dtype="float32", port=20001, seed=3)
+
+
+def value(args: list[str], flag: str) -> str:
+    return args[args.index(flag) + 1]
+
+
+def test_cpu() -> None:
+    args = arguments(EngineConfig(tp=2), "cpu")
+    assert value(args, "--host") == "127.0.0.1"
+    assert value(args, "--tp-size") == "2"
+    assert value(args, "--weight-version") == "0"
+    assert value(args, "--max-total-tokens") == str(CPU_KV_TOKENS)
+    assert "--disable-overlap-schedule" in args
+    assert "--skip-tokenizer-init" in args
+
+
+def test_gpu_gets_no_cpu_flags() -> None:
+    args = arguments(EngineConfig(), "cuda")
+    assert value(args, "--device") == "cuda"
+    for flag in ("--attention-backend", "--sampling-backend", "--disable-overlap-schedule", "--max-total-tokens"):
+        assert flag not in args
+    assert "--enable-memory-saver" not in args
+    assert server_env(EngineConfig(tp=4), device="cuda") == {}
+
+
+def test_a_server_on_the_trainers_gpus() -> None:
+    """It can give back memory, and sees the GPUs it is given, in that order."""
+    args = server_args("/models/m", EngineConfig(), device="cuda", dtype="bfloat16", port=20001, seed=3, memory_saver=True)
+    assert "--enable-memory-saver" in args
+    assert server_env(EngineConfig(), device="cuda", gpus=("3", "1"))["CUDA_VISIBLE_DEVICES"] == "3,1"
+
+
+def test_a_part_of_a_server() -> None:
+    """All parts are told how many they are and where they meet; on CPUs each rank has its share of its own node's cores."""
+    engine = EngineConfig(tp=4, nodes=2)
+    args = server_args("/models/m", engine, device="cpu", dtype="float32", port=20001, seed=3, part=Part(1, "10.0.0.1:5000"))
+    assert (value(args, "--tp-size"), value(args, "--nnodes"), value(args, "--node-rank")) == ("4", "2", "1")
+    assert value(args, "--dist-init-addr") == "10.0.0.1:5000"
+    assert "--nnodes" not in arguments(EngineConfig(tp=4), "cpu")
+
+
+def test_user_arguments_come_last() -> None:
+    args = arguments(EngineConfig(max_total_tokens=500, extra_args=("--max-total-tokens", "900")), "cpu")
+    assert args[-2:] == ["--max-total-tokens", "900"]
+    assert value(args, "--max-total-tokens") == "500"
+
+
+@pytest.mark.parametrize(
+    ("cores", "engine", "threads", "binding"),
+    [
+        (2, EngineConfig(), "1", None),
+        (16, EngineConfig(), "8", None),
+        (16, EngineConfig(servers=2), "4", None),
+        (2, EngineConfig(tp=2), "1", "0|1"),
+        (4, EngineConfig(tp=2), "1", "0,1|2,3"),
+        (4, EngineConfig(tp=4, nodes=2), "1", "0,1|2,3|0,1|2,3"),
+        (1, EngineConfig(tp=2), "1", "0|0"),
+    ],
+)
+def test_threads(monkeypatch: pytest.MonkeyPatch, cores: int, engine: EngineConfig, threads: str, binding: str | None) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    env = server_env(engine, device="cpu")
+    assert env["OMP_NUM_THREADS"] == threads
+    assert env.get("SGLANG_CPU_OMP_THREADS_BIND") == binding
+
+
+def test_keys_differ() -> None:
+    assert new_api_key() != new_api_key()
+    assert len(new_api_key()) >= 32

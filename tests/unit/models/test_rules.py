@@ -1,0 +1,119 @@
+"""Which parallel layouts are refused, by the sizes alone and by the model's shape, and how layers fall to pipeline stages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.models.rules import check_layout, stage_layers
+from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape, Rope
+
+DENSE = ModelShape(
+    family="qwen3",
+    num_layers=6,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_heads=8,
+    attention=HeadAttention(num_kv_heads=4, head_dim=16),
+    vocab_size=301,
+    max_positions=128,
+    rope=Rope(10000.0),
+    rms_eps=1e-6,
+    tie_embeddings=False,
+)
+EXPERTS = Experts(count=6, top_k=2, ffn_hidden_size=48, layers=(True,) * 6)
+MOE = replace(DENSE, family="qwen3_moe", ffn_hidden_size=97, experts=EXPERTS)
+HALF = replace(MOE, experts=replace(EXPERTS, layers=(False,) + (True,) * 5))  # one layer is dense
+SHARED = replace(MOE, experts=replace(EXPERTS, shared_ffn_hidden_size=33))
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "words"),
+    [
+        (DENSE, {"tp": 3}, ["parallel.tp = 3", "8 attention heads", "1, 2, 4, 8"]),
+        (DENSE, {"tp": 8}, ["parallel.tp = 8", "4 key-value heads", "1, 2, 4"]),
+        (DENSE, {"pp": 4}, ["parallel.pp = 4", "6 layers", "1, 2, 3, 6"]),
+        (DENSE, {"pp": 2, "vpp": 2}, ["parallel.pp * parallel.vpp = 4", "6 layers"]),
+        (replace(DENSE, ffn_hidden_size=97), {"tp": 2}, ["parallel.tp = 2", "97 feed-forward units"]),
+        (HALF, {"tp": 2}, ["parallel.tp = 2", "97 feed-forward units"]),
+        (SHARED, {"tp": 2}, ["parallel.tp = 2", "33 feed-forward units of the shared expert"]),
+        (DENSE, {"ep": 2, "dp": 2}, ["parallel.ep = 2", "dense", "allowed is 1"]),
+        (DENSE, {"etp": 2, "tp": 2}, ["parallel.etp = 2", "dense", "allowed is 1"]),
+        (MOE, {"ep": 4, "dp": 4}, ["parallel.ep = 4", "6 experts", "1, 2, 3, 6"]),
+        (MOE, {"etp": 5, "dp": 5}, ["parallel.etp = 5", "48 feed-forward units of each expert"]),
+        (DENSE, {"pp": 2, "first_stage_layers": 6}, ["first_stage_layers = 6", "leave 0 layers for 1 other"]),
+        (DENSE, {"pp": 2, "first_stage_layers": 2, "last_stage_layers": 3}, ["leave 1 layers for 0 other"]),
+        (DENSE, {"pp": 3, "first_stage_layers": 1}, ["leave 5 layers", "2 other pipeline stages cannot share"]),
+        (DENSE, {"pp": 2, "vpp": 2, "first_stage_layers": 3}, ["a pipeline stage 3 layers", "parallel.vpp = 2"]),
+    ],
+)
+def test_shapes_that_a_layout_cannot_divide(shape: ModelShape, sizes: dict[str, int], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_layout(shape, ParallelConfig(**sizes))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"ep": 2}, "ep*etp=2 does not divide tp*cp*dp=1"),
+        ({"tp": 2, "ep": 2, "etp": 2}, "ep*etp=4 does not divide tp*cp*dp=2"),
+        ({"vpp": 2}, "pp=1 has one"),
+        ({"first_stage_layers": 2}, "first_stage_layers=2 splits a pipeline"),
+        ({"last_stage_layers": 2}, "last_stage_layers=2 splits a pipeline"),
+    ],
+)
+def test_sizes_that_do_not_go_together(sizes: dict[str, int], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ParallelConfig(**sizes)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "stages"),
+    [
+        (DENSE, {"tp": 4, "pp": 3, "cp": 5, "dp": 7}, [2, 2, 2]),
+        (DENSE, {"pp": 3, "vpp": 2}, [2, 2, 2]),
+        (DENSE, {"pp": 2, "first_stage_layers": 5}, [5, 1]),
+        (DENSE, {"pp": 2, "last_stage_layers": 5}, [1, 5]),
+        (DENSE, {"pp": 4, "first_stage_layers": 1, "last_stage_layers": 1}, [1, 2, 2, 1]),
+        (DENSE, {"pp": 2, "vpp": 2, "first_stage_layers": 4}, [4, 2]),
+        (MOE, {"tp": 2, "pp": 6, "dp": 3, "ep": 6}, [1] * 6),
+        (MOE, {"tp": 2, "dp": 3, "ep": 3, "etp": 2}, [6]),
+    ],
+)
+def test_layouts_that_divide(shape: ModelShape, sizes: dict[str, int], stages: list[int]) -> None:
+    parallel = ParallelConfig(**sizes)
+    check_layout(shape, parallel)
+    assert stage_layers(shape.num_layers, parallel) == stages
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": 1e-6, "min_lr": 1e-5}, "min_lr=1e-05 is above lr=1e-06"),
+        ({"schedule": "wsd"}, "wsd_decay_steps go together"),
+        ({"wsd_decay_steps": 5}, "wsd_decay_steps go together"),
+        ({"exp_avg_dtype": "bfloat16"}, "need precision_aware=true"),
+        ({"precision_aware": True, "cpu_offload": 0.5}, "exclude each other"),
+    ],
+)
+def test_optimizers_that_contradict_themselves(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        OptimizerConfig(**options)
+    assert words in str(caught.value)
+
+
+def test_needs_neither_torch_nor_megatron() -> None:
+    code = "import sys, ctpo_megatron.models.rules; print(sorted({'torch', 'megatron'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert found.stdout.strip() == "[]"

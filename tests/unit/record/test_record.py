@@ -1,0 +1,164 @@
+"""What a run writes down, read back with TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.record import PhaseTimer, Recorder, progress, write_summary
+from ctpo_megatron.record.files import jsonable
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def board(run_dir: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run_dir / "tb"), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
+    return accumulator.Reload()
+
+
+def points(run_dir: Path, name: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in board(run_dir).Scalars(name)]
+
+
+def silent() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def test_steps_reach_the_file_and_tensorboard(tmp_path: Path) -> None:
+    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+        recorder.step(0, {"eval/accuracy": 0.25})
+        recorder.step(1, {"reward/mean": 0.5, "train/loss": np.float32(2.0)})
+        on_disk_before_closing = rows(tmp_path)
+    assert [{k: v for k, v in row.items() if k != "time"} for row in on_disk_before_closing] == [
+        {"step": 0, "eval/accuracy": 0.25},
+        {"step": 1, "reward/mean": 0.5, "train/loss": 2.0},
+    ]
+    assert abs(on_disk_before_closing[0]["time"] - time.time()) < 60
+    assert points(tmp_path, "reward/mean") == [(1, 0.5)]
+    assert points(tmp_path, "eval/accuracy") == [(0, 0.25)]
+
+
+def test_a_resumed_run_shows_one_curve(tmp_path: Path) -> None:
+    """Steps 0..5 were written, the checkpoint was after step 3; the second attempt writes 4 and 5 again, differently."""
+    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+        for step in range(6):
+            recorder.step(step, {"reward/mean": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "rewa')  # killed in the middle of a line
+    with Recorder(tmp_path, LogConfig(), first_step=3, console=silent()) as recorder:
+        for step in (4, 5):
+            recorder.step(step, {"reward/mean": step + 100.0})
+    expected = [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 104.0), (5, 105.0)]
+    assert [(row["step"], row["reward/mean"]) for row in rows(tmp_path)] == expected
+    assert points(tmp_path, "reward/mean") == expected
+
+
+def test_a_fresh_run_in_an_old_directory_starts_over(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+            recorder.step(0, {"reward/mean": value})
+    assert [row["reward/mean"] for row in rows(tmp_path)] == [2.0]
+    assert points(tmp_path, "reward/mean") == [(0, 2.0)]
+
+
+def test_numbers_that_are_not_finite_stay_readable(tmp_path: Path) -> None:
+    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32("nan")}
+    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+        recorder.step(1, values)
+    strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert [strict[key] for key in "abcd"] == ["NaN", "Infinity", "-Infinity", "NaN"]
+    assert math.isnan(float(strict["a"]))
+    assert float(strict["c"]) == -math.inf
+
+
+def test_histograms_count_the_finite_values(tmp_path: Path) -> None:
+    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+        recorder.histogram("len", [1, 2, 2, 4, math.nan, math.inf], 3)
+        recorder.histogram("none", [math.nan], 3)
+        recorder.histogram("same", [5.0, 5.0], 3)
+    read = board(tmp_path)
+    (event,) = read.Histograms("len")
+    value = event.histogram_value
+    assert (event.step, value.num, value.sum, value.min, value.max) == (3, 4.0, 9.0, 1.0, 4.0)
+    assert sum(value.bucket) == 4.0
+    assert sum(read.Histograms("same")[0].histogram_value.bucket) == 2.0
+    assert sorted(read.Tags()["histograms"]) == ["len", "same"]
+
+
+def test_text_is_kept_as_given(tmp_path: Path) -> None:
+    text = "# Frage\n\n    é \ud800 <b>"
+    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+        recorder.text("rollout/0", text, 2)
+    (event,) = board(tmp_path).Tensors("rollout/0")
+    assert event.tensor_proto.string_val[0].decode() == text.replace("\ud800", "?")
+
+
+def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
+    with Recorder(tmp_path, LogConfig(tensorboard=False), console=silent()) as recorder:
+        recorder.step(1, {"a": 1.0})
+        recorder.histogram("h", [1.0], 1)
+        recorder.text("t", "x", 1)
+    assert not (tmp_path / "tb").exists()
+    assert len(rows(tmp_path)) == 1
+
+
+def test_console_lines_follow_the_configured_pace(tmp_path: Path) -> None:
+    console = silent()
+    with Recorder(tmp_path, LogConfig(every=2), console=console) as recorder:
+        for step in range(1, 5):
+            recorder.step(step, {"other": 9.0, "train/loss": 0.123456, "reward/mean": 0.5})
+    assert console.file.getvalue().splitlines() == [f"step {n}  reward/mean 0.5  train/loss 0.1235" for n in (2, 4)]
+
+
+def test_summary_is_replaced_whole(tmp_path: Path) -> None:
+    write_summary(tmp_path, {"accuracy": 0.1, "old": True})
+    write_summary(tmp_path, {"accuracy": math.nan, "path": Path("a/b"), "phases": {"train": (1, 2)}})
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "accuracy": "NaN",
+        "path": "a/b",
+        "phases": {"train": [1, 2]},
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_jsonable_keeps_what_json_knows() -> None:
+    value = {"i": 1, "b": True, "n": None, "f": 0.5, "l": [1, "x"], 3: np.int64(4)}
+    assert jsonable(value) == {"i": 1, "b": True, "n": None, "f": 0.5, "l": [1, "x"], "3": 4}
+
+
+def test_phases_add_up_even_when_one_fails() -> None:
+    timer = PhaseTimer()
+    for _ in range(2):
+        with timer("rollout"):
+            time.sleep(0.02)
+    with pytest.raises(ZeroDivisionError), timer("train"):
+        raise ZeroDivisionError
+    assert 0.04 <= timer.seconds["rollout"] < 1.0
+    assert set(timer.seconds) == {"rollout", "train"}
+
+
+def test_progress_in_a_pipe_writes_whole_lines_at_its_pace() -> None:
+    console = silent()
+    with progress("step 3 rollout", 8, console, plain_seconds=0.0) as show:
+        show(4)
+    with progress("quiet", 8, console) as show:
+        show(4)
+    assert console.file.getvalue().splitlines() == ["step 3 rollout: 4/8 after 0 s"]
+
+
+def test_progress_in_a_terminal_is_a_bar_that_goes_away() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    with progress("rollout", 8, console) as show:
+        show(8)
+    assert "8/8" in console.file.getvalue()

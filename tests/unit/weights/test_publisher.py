@@ -1,0 +1,260 @@
+"""A publication against servers and a trainer that misbehave: who is named, tried again, lost; and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from aiohttp import web
+
+from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.engine.fleet import ServerPool, State
+from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.errors import ProcessDied, WeightSyncError
+from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.weights.protocol import Sent
+from ctpo_megatron.weights.publisher import Proof, Publisher
+from tests.support.fake_servers import FakeServer, FakeTrainer, blaming, fakes
+
+ORDER = [
+    "/pause_generation",
+    "/begin_weight_update",
+    "/end_weight_update",
+    "/weights_checker",
+    "/update_weight_version",
+    "/flush_cache",
+    "/model_info",
+    "/continue_generation",
+    "/generate",  # the canary
+]
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 75,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+NORM = "model.layers.0.input_layernorm.weight"
+QKV = "model.layers.1.self_attn.qkv_proj.weight"
+
+
+class Site:
+    """Servers, trainer and publisher of a test."""
+
+    def __init__(self, servers: list[FakeServer], pool: ServerPool, client: EngineClient, said: list[str], proof: Proof) -> None:
+        self.servers, self.pool, self.client, self.said = servers, pool, client, said
+        self.trainer = FakeTrainer(servers, list(proof.layout.tensors))
+        self.publisher = Publisher(pool, client.control, self.trainer, proof, api_key="key", timeout_s=2.0)
+
+    def states(self) -> list[State]:
+        found = {member.name: member.state for state in State for member in self.pool.members(state)}
+        return [found[f"server {number}"] for number in range(len(found))]
+
+    def urls(self, *numbers: int) -> list[str]:
+        return [self.servers[number].url for number in numbers]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctpo_megatron.engine.http.BACKOFF_S", 0.01)
+
+
+@pytest.fixture(scope="module")
+def proof() -> Proof:
+    shape = parse_config(MODEL)
+    return Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
+
+
+@asynccontextmanager
+async def site(count: int, proof: Proof, **options: int) -> AsyncIterator[Site]:
+    async with fakes(count, **options) as (servers, pool, client, said):
+        yield Site(servers, pool, client, said, proof)
+
+
+def run(scenario: Callable[[], object]) -> None:
+    asyncio.run(asyncio.wait_for(scenario(), 50))
+
+
+def test_a_publication(proof: Proof) -> None:
+    """Its steps in order at every server; connected once, while the servers stay the same."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s:
+            metrics = await s.publisher.publish(1)
+            assert s.trainer.prepared == [(1, 0)], "before anything is asked of a server"
+            assert [server.calls for server in s.servers] == [ORDER, ORDER]
+            assert s.states() == [State.SERVING] * 2
+            done = await s.client.generate([1], max_new_tokens=4, temperature=1.0, stop_token_ids=[], session=0)
+            assert done.versions == [1] * 4
+            phases = {"total", "prepare", "paused", "pause", "connect", "transfer", "attest", "canary"}
+            phases |= {"gather", "send", "digest", "wait"}
+            assert metrics.keys() == {f"publish/{phase}" for phase in phases} | {
+                f"servers/{name}" for name in ("serving", "lost", "rejoined")
+            }
+            assert (metrics["publish/send"], metrics["servers/serving"]) == (0.2, 2)
+            again = await s.publisher.publish(2)
+            assert "publish/connect" not in again
+            assert again["publish/changed"] == 1
+            s.trainer.stuck = 2
+            assert (await s.publisher.publish(3))["publish/changed"] == 0
+            await s.publisher.heal()
+            assert s.trainer.published == [1, 2, 3]
+            assert s.trainer.connections == [s.urls(0, 1)]
+
+    run(scenario)
+
+
+def test_a_late_server(proof: Proof) -> None:
+    """It gets the current version before it serves, and only it; with the next publication all are one group again."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s, FakeServer().serving() as late:
+            await s.publisher.publish(3)
+            member = s.pool.join("server 2", late.url)
+            s.servers.append(late)
+            s.trainer.fakes = s.servers
+            assert s.states() == [State.SERVING, State.SERVING, State.JOINING]
+            await s.publisher.heal()
+            assert (member.state, late.version) == (State.SERVING, "3")
+            assert (s.trainer.connections, s.trainer.published) == ([s.urls(0, 1), s.urls(2)], [3, 3])
+            assert s.servers[0].calls == ORDER, "the others were left alone"
+            await s.publisher.publish(4)
+            assert s.trainer.connections[-1] == s.urls(0, 1, 2)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        (lambda weights: {name: 0 if name == QKV else value for name, value in weights.items()}, rf"1 of .*\n.*{QKV} holds"),
+        (lambda weights: {name: value for name, value in weights.items() if name != NORM}, f"{NORM} is not in the engine"),
+    ],
+)
+def test_a_mismatch_is_mended(proof: Proof, fault: Callable[[dict[str, int]], dict[str, int]], named: str) -> None:
+    """The server is named with what differs and gets everything once more through a new group; the other one serves meanwhile."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s:
+            s.trainer.faults = [lambda fake, weights: fault(weights) if fake is s.servers[1] else weights]
+            await s.publisher.publish(1)
+            assert s.states() == [State.SERVING] * 2
+            assert s.trainer.connections == [s.urls(0, 1), s.urls(1)]
+            (suspended, healed) = s.said
+            assert suspended.startswith("server 1 is suspended")
+            assert re.search(named, suspended)
+            assert healed == "server 1 serves again, with version 1"
+            assert s.servers[0].calls == ORDER
+
+    run(scenario)
+
+
+def test_twice_wrong_is_lost(proof: Proof) -> None:
+    """Old weights after both attempts: it is given up, the run goes on; when the last one goes, nothing is left to do."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s:
+
+            def stale(fake: FakeServer, weights: dict[str, int]) -> dict[str, int]:
+                return fake.digests if fake is s.servers[0] else weights
+
+            s.trainer.faults = [stale, stale]
+            assert (await s.publisher.publish(1))["servers/lost"] == 1
+            assert s.states() == [State.GONE, State.SERVING]
+            s.servers[1].logprob = -1.01
+            with pytest.raises(WeightSyncError, match=rf"{s.servers[1].url} computes other log-probs .* by up to 0\.01"):
+                await s.publisher.publish(2)
+
+    run(scenario)
+
+
+def test_the_group_is_rebuilt(proof: Proof) -> None:
+    """A server dies while weights are on their way: the others are connected anew and get them. One that may restart is left."""
+
+    async def scenario() -> None:
+        async with site(3, proof, restarts=1) as s:
+            await s.publisher.publish(1)
+
+            def dies(_fake: FakeServer, _weights: dict[str, int]) -> dict[str, int]:
+                s.servers[2].faults = dict.fromkeys(ORDER, lambda: web.Response(status=500))
+                raise WeightSyncError("the broadcast broke", servers=[s.servers[2].url])
+
+            s.trainer.faults = [dies]
+            await s.publisher.publish(2)
+            assert s.states() == [State.SERVING, State.SERVING, State.STARTING]
+            assert s.trainer.connections == [s.urls(0, 1, 2), s.urls(0, 1)]
+            assert [server.version for server in s.servers[:2]] == ["2", "2"]
+            assert s.servers[0].session is False, "the session that the broken update left open was closed"
+
+    run(scenario)
+
+
+def test_nobody_is_blamed(proof: Proof) -> None:
+    """Where the transport cannot say who failed, all are tried once more, and then it is over."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s:
+            s.trainer.faults = [blaming(), blaming()]
+            with pytest.raises(WeightSyncError, match="reached no inference server") as raised:
+                await s.publisher.publish(1)
+            assert str(raised.value).count("the broadcast broke") == 2
+            assert s.trainer.published == [1, 1]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", "/weights_checker", "/generate"])
+def test_a_silent_server(proof: Proof, path: str) -> None:
+    """It answers one request never: found out within the bound, twice, while the others serve."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s:
+            s.servers[0].faults[path] = lambda: web.Response(status=500, text="stuck")
+            begin = time.monotonic()
+            await s.publisher.publish(1)
+            assert time.monotonic() - begin < 12
+            assert s.states() == [State.GONE, State.SERVING]
+            assert path in s.said[0]
+
+    run(scenario)
+
+
+def test_the_trainer_fails(proof: Proof) -> None:
+    """That is nobody else's fault: it comes out as it is."""
+
+    async def scenario() -> None:
+        async with site(1, proof) as s:
+
+            def died(_fake: FakeServer, _weights: dict[str, int]) -> dict[str, int]:
+                raise ProcessDied("trainer rank 1 died")
+
+            s.trainer.faults = [died]
+            with pytest.raises(ProcessDied, match="trainer rank 1"):
+                await s.publisher.publish(1)
+
+    run(scenario)
+
+
+def test_no_digests_prove_nothing(proof: Proof) -> None:
+    async def scenario() -> None:
+        async with site(1, proof) as s:
+
+            async def publish(version: int) -> Sent:
+                return Sent(version)
+
+            s.trainer.publish = publish
+            with pytest.raises(WeightSyncError, match="the trainer gave digests for 0 engine ranks"):
+                await s.publisher.publish(1)
+
+    run(scenario)

@@ -1,0 +1,341 @@
+"""What the transports of weights decide without a server: who sends what, in which turn, what has changed, who is to blame."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from ctpo_megatron.config.cluster import DiskTransport, Transport
+from ctpo_megatron.engine.calls import ServerCalls
+from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.models.owners import Holders, Holding, make_buckets
+from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor
+from ctpo_megatron.weights.protocol import Bucket, Sent, Server
+from ctpo_megatron.weights.transports.delta import Changes
+from ctpo_megatron.weights.transports.flat import flatten
+from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.prefetch import deliver, intake
+
+CPU = torch.device("cpu")
+LAYERS, EXPERTS = 4, 8
+
+
+def tensors() -> list[HfTensor]:
+    """A dense and eight experts' tensors per layer."""
+    found = [HfTensor("embed", (8, 4), "embedding.word_embeddings.weight", 0, COLUMN)]
+    for layer in range(LAYERS):
+        found.append(HfTensor(f"layers.{layer}.o", (4, 4), f"o{layer}", 0, COLUMN, layer))
+        found += [HfTensor(f"layers.{layer}.e.{e}", (4, 4), f"e{layer}.{e}", 0, GATE_UP, layer, e) for e in range(EXPERTS)]
+    return [*found, HfTensor("norm", (4,), "norm", 0, COLUMN)]
+
+
+def everyone(*, tp: int, pp: int, dp: int, ep: int, etp: int) -> list[Holding]:
+    """Megatron's order of ranks: tensor parallelism is innermost, then data; among experts etp, then ep."""
+    per_stage = tp * dp
+    return [
+        Holding(
+            tp_rank=rank % tp,
+            ep_rank=rank // etp % ep,
+            etp_rank=rank % etp,
+            layers=tuple(range(stage * LAYERS // pp, (stage + 1) * LAYERS // pp)),
+            first=stage == 0,
+            last=stage == pp - 1,
+        )
+        for stage in range(pp)
+        for rank in range(per_stage)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "senders"),
+    [
+        ({"tp": 1, "pp": 1, "dp": 4, "ep": 1, "etp": 1}, [0]),
+        ({"tp": 2, "pp": 1, "dp": 2, "ep": 1, "etp": 2}, [0]),
+        ({"tp": 2, "pp": 2, "dp": 1, "ep": 2, "etp": 1}, [0, 1, 2, 3]),
+        ({"tp": 2, "pp": 2, "dp": 2, "ep": 2, "etp": 2}, [0, 2, 4, 6]),
+        ({"tp": 1, "pp": 2, "dp": 4, "ep": 2, "etp": 1}, [0, 1, 4, 5]),
+    ],
+)
+def test_every_tensor_has_one_sender(layout: dict[str, int], senders: list[int]) -> None:
+    holders = Holders(everyone(**layout), EXPERTS)
+    shares = holders.shares(tensors())
+    assert list(shares) == senders
+    assert sorted(t.name for share in shares.values() for t in share) == sorted(t.name for t in tensors())
+    for rank, share in shares.items():
+        assert all(holders.of(tensor)[0] == rank for tensor in share)
+        experts = [tensor for tensor in share if tensor.expert is not None]
+        assert len(experts) == LAYERS * EXPERTS // layout["pp"] // layout["ep"]
+        dense_pieces = {len(holders.of(tensor)) for tensor in share if tensor.expert is None}
+        assert dense_pieces <= {layout["tp"]}
+        assert {len(holders.of(tensor)) for tensor in experts} == {layout["etp"]}
+
+
+def test_buckets_keep_together_what_the_engine_joins() -> None:
+    names = [
+        "a.q_a_proj.weight",
+        "a.q_a_layernorm.weight",
+        "a.q_b_proj.weight",
+        "a.kv_a_proj_with_mqa.weight",
+        "b.q_a_proj.weight",
+    ]
+    made = make_buckets([HfTensor(name, (10,), name, 0, COLUMN) for name in names], 4, 80)
+    assert [[tensor.name for tensor in bucket] for bucket in made] == [[names[0], names[3]], names[1:3], [names[4]]]
+
+
+def test_flat_bucket_is_a_view_where_it_can_be() -> None:
+    room = torch.arange(64, dtype=torch.uint8)
+    bucket = [("wide", room[:16].view(torch.float32)), ("narrow", room[16:40].view(torch.bfloat16).view(3, 4))]
+    flat = flatten(bucket, CPU)
+    assert flat.data.data_ptr() == room.data_ptr()
+    assert torch.equal(flat.data, room[:40])
+    assert flat.metadata == {"names": ["wide", "narrow"], "dtypes": ["float32", "bfloat16"], "shapes": [[4], [3, 4]]}
+    mixed = flatten(bucket[::-1], CPU)  # would not be aligned
+    assert mixed.metadata["names"] == ["wide", "narrow"]
+    assert torch.equal(mixed.data, room[:40])
+    assert torch.equal(flatten([("t", torch.arange(6.0).view(2, 3).t())], CPU).bucket[0][1], torch.arange(6.0).view(2, 3).t())
+
+
+def test_changes_are_units_that_differ_bitwise() -> None:
+    changes = Changes(enabled=True)
+    weights = {"m.q_a_proj.w": torch.ones(4), "m.kv_a_proj_with_mqa.w": torch.zeros(4), "other": torch.ones(3)}
+    assert changes.full
+    assert changes.pick(list(weights.items())) == list(weights.items())
+    assert changes.pick(list(weights.items())), "not committed yet"
+    changes.commit()
+    assert changes.pick(list(weights.items())) == []
+    weights["m.kv_a_proj_with_mqa.w"] = -torch.zeros(4)  # equal in value, not in bits
+    assert [name for name, _ in changes.pick(list(weights.items()))] == ["m.q_a_proj.w", "m.kv_a_proj_with_mqa.w"]
+    changes.forget()
+    assert len(changes.pick(list(weights.items()))) == 3
+    assert len(Changes(enabled=False).pick(list(weights.items()))) == 3
+
+
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def client(of: dist.TCPStore) -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", of.port, is_master=False, wait_for_workers=False)
+
+
+def test_turns_go_round_in_order() -> None:
+    shared, events = store(), []
+
+    def sender(place: int) -> None:
+        turns = Turns(client(shared), place, 3)
+        for number in range(2):
+            time.sleep(0.05 * (2 - place))  # the last asks first
+            with turns.take(time.monotonic() + 20, lambda: events.append("ready")):
+                events.append((number, place))
+            turns.conclude(time.monotonic() + 20)
+
+    threads = [threading.Thread(target=sender, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [event for event in events if event != "ready"] == [(number, place) for number in range(2) for place in range(3)]
+    assert events[0] == "ready"
+
+
+def test_failure_reaches_the_senders_behind() -> None:
+    shared = store()
+    first, second, third = (Turns(client(shared), place, 3) for place in range(3))
+    deadline = time.monotonic() + 20
+    with pytest.raises(WeightSyncError, match="server is gone"), first.take(deadline):
+        raise WeightSyncError("server is gone", servers=["http://b"])
+    for later in (second, third):
+        with pytest.raises(WeightSyncError, match="server is gone") as raised, later.take(deadline):
+            pytest.fail("must not send")
+        assert raised.value.servers == ("http://b",)
+    with pytest.raises(WeightSyncError, match="server is gone"):
+        first.conclude(deadline)
+    for turns in (first, second, third):  # the next round is unharmed
+        with turns.take(deadline):
+            pass
+
+
+def test_preparation_that_fails_is_passed_on() -> None:
+    shared = store()
+    first, second = (Turns(client(shared), place, 2) for place in range(2))
+
+    def broken() -> None:
+        raise ValueError("no bucket")
+
+    with pytest.raises(ValueError, match="no bucket"), first.take(time.monotonic() + 5, broken):
+        pytest.fail("must not send")
+    with pytest.raises(WeightSyncError, match="ValueError: no bucket"), second.take(time.monotonic() + 5):
+        pytest.fail("must not send")
+
+
+def test_a_silent_sender_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctpo_megatron.weights.transports.order.GRACE_S", 0.2)
+    shared = store()
+    turns, begin = Turns(client(shared), 1, 2), time.monotonic()
+    with pytest.raises(WeightSyncError, match="sender 1 of 2 waited"), turns.take(begin + 0.3):
+        pytest.fail("must not send")
+    assert time.monotonic() - begin < 5
+
+
+def test_next_bucket_is_gathered_while_the_present_one_travels() -> None:
+    events: list[str] = []
+
+    def stream() -> Iterator[Bucket]:
+        for number in range(3):
+            events.append(f"gather {number}")
+            yield [(f"t{number}", torch.ones(2))] if number != 1 else []
+
+    def start(bucket: Bucket, number: int):
+        events.append(f"start {bucket[0][0]}")
+        return lambda: events.append(f"finish {number}")
+
+    with intake(stream(), 7, Changes(enabled=False), None) as account:
+        sent = deliver(account, Turns.alone(), time.monotonic() + 5, start)
+    assert events == ["gather 0", "start t0", "gather 1", "gather 2", "finish 0", "start t2", "finish 1"]
+    assert (sent.version, sent.tensors, sent.bytes) == (7, 2, 16)
+    assert sent.seconds.keys() == {"gather", "digest", "wait", "send"}
+
+
+def test_a_sender_holds_two_buckets() -> None:
+    """While one is gathered only the one that travels is still held, so the memory of those before can be used again."""
+    made: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+
+    def new() -> Tensor:
+        tensor = torch.ones(3)
+        made.append(weakref.ref(tensor))
+        return tensor
+
+    def stream() -> Iterator[Bucket]:
+        for number in range(6):
+            held.append(sum(tensor() is not None for tensor in made))
+            yield [(str(number), new())]
+
+    def start(bucket: Bucket, _number: int):
+        def finish(_kept: Bucket = bucket) -> None:
+            """Until it has arrived."""
+
+        return finish
+
+    with intake(stream(), 1, Changes(enabled=False), None) as account:
+        deliver(account, Turns.alone(), time.monotonic() + 5, start)
+    assert held == [0, 1, 1, 1, 1, 1]
+
+
+def test_a_failed_sender_reads_its_stream_to_the_end() -> None:
+    gathered, changes = [], Changes(enabled=True)
+    changes.pick([("old", torch.ones(1))])
+    changes.commit()
+
+    def stream() -> Iterator[Bucket]:
+        for number in range(5):
+            gathered.append(number)
+            yield [(str(number), torch.ones(1))]
+
+    def start(_bucket: Bucket, _number: int):
+        raise WeightSyncError("gone")
+
+    with pytest.raises(WeightSyncError, match="gone"), intake(stream(), 1, changes, None) as account:
+        deliver(account, Turns.alone(), time.monotonic() + 5, start)
+    assert gathered == [0, 1, 2, 3, 4]
+    assert changes.full, "what the servers hold is not known"
+
+
+def test_sent_adds_up() -> None:
+    one, two = Sent(3, 1, 10, [{"a": 2**64 - 1}], {"send": 1.0}), Sent(3, 2, 20, [{"a": 2, "b": 5}], {"send": 2.0, "gather": 1.0})
+    both = one.merge(two).merge(Sent(3))
+    assert both == Sent(3, 3, 30, [{"a": 1, "b": 5}], {"send": 3.0, "gather": 1.0})
+
+
+class Servers:
+    """Small HTTP servers: one answers well, one refuses, one never answers until it is let go."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                if self.path.startswith(("/hang", "/busy")):
+                    outer.release.wait(20)
+                code = 400 if self.path.startswith("/refuse") or (self.path == "/hang/freed" and outer.release.is_set()) else 200
+                self.send_response(code)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError):  # who asked has given up
+                    self.wfile.write(b"no")
+
+            def do_GET(self) -> None:
+                self.path = self.path.replace("/busy", "/alive")
+                self.do_POST()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def ask(paths: list[str], deadline_s: float, abandon=lambda: None) -> WeightSyncError:
+    """The verdict on servers whose URLs end with `paths`."""
+    calls = ServerCalls([Server(path) for path in paths], "key")
+    with pytest.raises(WeightSyncError) as raised:
+        calls.post("", lambda _: {}, 20, "testing").finish(time.monotonic() + deadline_s, abandon)
+    calls.close()
+    return raised.value
+
+
+def test_the_server_at_fault_is_named() -> None:
+    with Servers() as servers:
+        good, refusing, hanging = (f"{servers.url}/{path}" for path in ("good", "refuse", "hang"))
+        gone = "http://127.0.0.1:9/x"
+        begin = time.monotonic()
+        assert ask([good, refusing, hanging], 10).servers == (refusing,)
+        assert ask([good, refusing, gone, hanging], 10).servers == (gone,), "others refuse because it is gone"
+        assert time.monotonic() - begin < 8, "a server that cannot answer any more was waited for"
+        assert ask([good, hanging], 0.3).servers == (hanging,)
+        assert ask([f"{servers.url}/busy", hanging], 0.2).servers == (hanging,), "the other one shows that it lives"
+        assert len(ask([f"{hanging}/1", f"{hanging}/2"], 0.2).servers) == 2
+
+
+def test_freed_servers_are_not_to_blame() -> None:
+    with Servers() as servers, Servers() as other:
+        freed, silent = f"{servers.url}/hang/freed", f"{other.url}/hang"
+        assert ask([freed, silent], 0.3, servers.release.set).servers == (silent,)
+
+
+def test_error_keeps_its_servers_on_the_way_out_of_a_process() -> None:
+    error = pickle.loads(pickle.dumps(WeightSyncError("b is gone", servers=["http://b"])))
+    assert (str(error), error.servers) == ("b is gone", ("http://b",))
+    assert WeightSyncError("unknown").servers == ()
+
+
+def test_transports_in_the_configuration() -> None:
+    adapter = TypeAdapter(Transport)
+    disk = adapter.validate_python({"type": "disk", "directory": "/shared", "delta": True})
+    assert disk == DiskTransport(directory="/shared", delta=True)
+    assert adapter.validate_python({"type": "broadcast"}).bucket_mb == 512
+    with pytest.raises(ValidationError, match="directory"):
+        adapter.validate_python({"type": "disk"})
+    with pytest.raises(ValidationError, match="'broadcast', 'colocated', 'disk'"):
+        adapter.validate_python({"type": "pigeon"})
