@@ -20,10 +20,10 @@ class MicroBatch:
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64
     position_ids: Tensor  # [T] int64, from 0 in each sequence
-    loss_mask: Tensor  # [T] bool, True where the policy wrote the label
+    mask: Tensor  # [T] bool, True where the policy wrote the label
     advantages: Tensor  # [T] float32
     rollout_logp: Tensor  # [T] float32, 0 where masked
-    policy_versions: Tensor  # [T] int32, -1 where masked
+    versions: Tensor  # [T] int32, -1 where masked
     cu_seqlens: Tensor  # [N+1] int32
     lengths: Tensor  # [N] int64, of the sequences without padding
     groups: Tensor  # [N] int64, the prompt's group of each sequence
@@ -65,7 +65,7 @@ class MicroBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return MicroBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()})
 
-    def with_old_logp(self, old_logp: Tensor) -> MicroBatch:
+    def with_anchor_logp(self, old_logp: Tensor) -> MicroBatch:
         """A copy that carries the old policy's log-probs [T] (or this shard's part of them)."""
         return replace(self, old_logp=old_logp)
 

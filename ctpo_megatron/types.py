@@ -59,7 +59,7 @@ class TopK:
     """The likeliest next tokens under the policy that sampled, likeliest first, for each token of a stream."""
 
     ids: NDArray[np.int32]  # [tokens, K]
-    logprobs: NDArray[np.float32]  # [tokens, K], at the sampling temperature; -inf: an unused place
+    logp: NDArray[np.float32]  # [tokens, K], at the sampling temperature; -inf: an unused place
 
     @classmethod
     def unused(cls, tokens: int, k: int) -> TopK:
@@ -69,27 +69,27 @@ class TopK:
     @classmethod
     def joined(cls, parts: list[TopK]) -> TopK:
         """One stream after the other; at least one is needed."""
-        return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.logprobs for p in parts]))
+        return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.logp for p in parts]))
 
 
 @dataclass(slots=True)
 class Turn:
     """A run of tokens from one author.
 
-    For `assistant` turns `logprobs[i]` is the engine's log-prob of `token_ids[i]` at the sampling temperature and
+    For `assistant` turns `rollout_logp[i]` is the engine's log-prob of `token_ids[i]` at the sampling temperature and
     `versions[i]` the policy version that sampled it. `tool` turns carry 0.0 and -1 and are masked out of the loss.
     """
 
     role: str  # "assistant" or "tool"
     token_ids: list[int]
-    logprobs: list[float]
+    rollout_logp: list[float]
     versions: list[int]
     top: TopK | None = None  # of an assistant's tokens, where the run collects it
 
     def __post_init__(self) -> None:
-        lengths = {len(self.token_ids), len(self.logprobs), len(self.versions)}
+        lengths = {len(self.token_ids), len(self.rollout_logp), len(self.versions)}
         if self.top is not None:
-            lengths |= {len(self.top.ids), len(self.top.logprobs)}
+            lengths |= {len(self.top.ids), len(self.top.logp)}
         if len(lengths) != 1:
             raise ValueError(f"streams of a {self.role} turn differ in length: {sorted(lengths)}")
 
@@ -142,24 +142,24 @@ class TrainSample:
     Example: prompt `[7, 8]`, sampled `[5, 6]`, tool `[9]`, sampled `[4]` gives
         input_ids     7  8  5  6  9
         labels        8  5  6  9  4
-        loss_mask     0  1  1  0  1
+        mask     0  1  1  0  1
     """
 
     input_ids: list[int]
     labels: list[int]
-    loss_mask: list[bool]  # True where the policy wrote the label
-    rollout_logprobs: list[float]  # engine's log-prob of the label; 0.0 where masked
-    policy_versions: list[int]  # version that sampled the label; -1 where masked
+    mask: list[bool]  # True where the policy wrote the label
+    rollout_logp: list[float]  # engine's log-prob of the label; 0.0 where masked
+    versions: list[int]  # version that sampled the label; -1 where masked
     advantages: list[float]  # 0.0 where masked
     group: int = 0  # samples of one prompt share it
     experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it itself
     top: TopK | None = None  # of each label, where the run collects it; unused where masked
 
     def __post_init__(self) -> None:
-        streams: list[Any] = [self.input_ids, self.labels, self.loss_mask, self.rollout_logprobs, self.policy_versions]
+        streams: list[Any] = [self.input_ids, self.labels, self.mask, self.rollout_logp, self.versions]
         streams += [self.advantages]
         streams += [] if self.experts is None else [self.experts]
-        streams += [] if self.top is None else [self.top.ids, self.top.logprobs]
+        streams += [] if self.top is None else [self.top.ids, self.top.logp]
         if len({len(stream) for stream in streams}) != 1:
             raise ValueError(f"streams of a sample differ in length: {[len(stream) for stream in streams]}")
 

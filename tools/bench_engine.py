@@ -19,7 +19,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.host import megatron_region
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.types import TrainSample
 
@@ -73,13 +73,13 @@ def make_samples(lengths: list[int]) -> list[TrainSample]:
     return samples
 
 
-def engine_step(engine: MegatronEngine, samples: list[TrainSample]) -> Callable[[], float]:
+def engine_step(engine: TrainerRank, samples: list[TrainSample]) -> Callable[[], float]:
     """Mean negative log-likelihood and its gradients by the engine, without the optimizer's step."""
     packs = pack(samples, dp=1, max_tokens=BUDGET, weights=[1 / sum(len(s) for s in samples)] * len(samples))[0]
     placed = engine.place(packs)
 
     def share(logp: Tensor, mb: MicroBatch, scan: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        out = nll_loss(logp=logp, mask=mb.loss_mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
+        out = nll_loss(logp=logp, mask=mb.mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
         return out.loss, {}
 
     def step() -> float:
@@ -103,7 +103,7 @@ def padded_step(model: torch.nn.Module, samples: list[TrainSample]) -> Callable[
         longest = max(len(sample) for sample in batch)
         return torch.tensor([getattr(s, stream) + [0] * (longest - len(s)) for s in batch])
 
-    inputs = [(padded(b, "input_ids"), padded(b, "loss_mask").bool(), padded(b, "labels")) for b in batches]
+    inputs = [(padded(b, "input_ids"), padded(b, "mask").bool(), padded(b, "labels")) for b in batches]
 
     def step() -> float:
         model.zero_grad()
@@ -130,7 +130,7 @@ def engine_rows(
         path = write_model(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
         rank = RankInfo(0, 1, "127.0.0.1", free_port("127.0.0.1"))
-        engine = MegatronEngine(str(path), ParallelConfig(), OptimizerConfig(), rank, device="cpu", seed=1)
+        engine = TrainerRank(str(path), ParallelConfig(), OptimizerConfig(), rank, device="cpu", seed=1)
         for name, lengths in CASES.items():
             samples = make_samples(lengths)
             ours, theirs = engine_step(engine, samples), padded_step(model, samples)

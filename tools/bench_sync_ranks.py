@@ -18,13 +18,13 @@ import torch.distributed as dist
 from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.engine.control import ServerControl
-from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.http import Requests
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.mcore.hf.buffers import BucketMemory
 from ctpo_megatron.mcore.hf.load import unwrap
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.owners import make_buckets, nbytes
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import hf_tensors
@@ -33,7 +33,7 @@ from ctpo_megatron.weights.proof.expected import Expected
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
 from ctpo_megatron.weights.publisher import Proof, Publisher
 from ctpo_megatron.weights.transports.choose import make_sender
-from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.order import SenderOrder
 from ctpo_megatron.weights.transports.prefetch import begun
 
 HOST = "127.0.0.1"
@@ -66,7 +66,7 @@ class Task:
 class Trainer:
     """`publisher.WeightSource` over the ranks of this bench. Rank 0 is the driver too, the others `follow` it."""
 
-    engine: MegatronEngine
+    engine: TrainerRank
     task: Task
     sender: WeightSender | None = None
     buckets: BucketMemory = field(default_factory=lambda: BucketMemory(torch.device("cpu")))
@@ -216,9 +216,9 @@ class Driver:
         rows = []
         for deltas, names in ((False, [plain]), (True, [first, delta])):
             self._trainer.sender = make_sender(
-                self._transport(kind, deltas), torch.device("cpu"), HOST, Turns.alone(), lambda: Expected(self._layout)
+                self._transport(kind, deltas), torch.device("cpu"), HOST, SenderOrder.alone(), lambda: Expected(self._layout)
             )
-            pool = ServerPool(patience_s=TIMEOUT_S)
+            pool = Fleet(patience_s=TIMEOUT_S)
             pool.join("server", self._task.url)
             publisher = Publisher(
                 *(pool, self._control, self._trainer, self._proof),
@@ -234,7 +234,7 @@ class Driver:
 
     async def ready_made(self, buckets: list[Bucket]) -> Row:
         """Buckets that lie ready, without digests: what the server's side of an update and the wire between them take."""
-        sender = make_sender(self._transport("broadcast", False), torch.device("cpu"), HOST, Turns.alone(), None)
+        sender = make_sender(self._transport("broadcast", False), torch.device("cpu"), HOST, SenderOrder.alone(), None)
         control, url = self._control, self._task.url
         await asyncio.to_thread(sender.connect, [Server(url)], self._task.key)
         await control.pause(url)
@@ -301,7 +301,7 @@ def measure(info: RankInfo, task: Task, sizes: list[int]) -> list[Row]:
             bare.run()
         return []
     rank = replace(info, world_size=TP)
-    engine = MegatronEngine(task.model, ParallelConfig(tp=TP), None, rank, device="cpu", dtype=task.dtype, seed=1)
+    engine = TrainerRank(task.model, ParallelConfig(tp=TP), None, rank, device="cpu", dtype=task.dtype, seed=1)
     trainer = Trainer(engine, task)
     rows: list[Row] = []
     if info.rank == 0:

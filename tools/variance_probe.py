@@ -215,10 +215,10 @@ def pack(samples: list[TrainSample], rewards: list[float]) -> Packed:
     """The policy tokens of `samples`, which are in the order of their groups."""
 
     def stream(name: str, dtype: torch.dtype) -> Tensor:
-        values = (v for s in samples for v, wrote in zip(getattr(s, name), s.loss_mask, strict=True) if wrote)
+        values = (v for s in samples for v, wrote in zip(getattr(s, name), s.mask, strict=True) if wrote)
         return torch.tensor(list(values), dtype=dtype)
 
-    lengths = torch.tensor([sum(sample.loss_mask) for sample in samples])
+    lengths = torch.tensor([sum(sample.mask) for sample in samples])
     return Packed(
         samples=samples,
         rewards=rewards,
@@ -227,7 +227,7 @@ def pack(samples: list[TrainSample], rewards: list[float]) -> Packed:
         prompt=torch.tensor([sample.group for sample in samples]).repeat_interleave(lengths),
         labels=stream("labels", torch.int64),
         advantages=stream("advantages", torch.float64),
-        engine_logp=stream("rollout_logprobs", torch.float64),
+        engine_logp=stream("rollout_logp", torch.float64),
     )
 
 
@@ -254,7 +254,7 @@ def read_policy(path: Path, packed: Packed, temperature: float, keep: Tensor | N
     for batch in batches(packed.samples):
         width = max(map(len, batch))
         ids = torch.tensor([s.input_ids + [0] * (width - len(s)) for s in batch], device=device)
-        wrote = torch.tensor([s.loss_mask + [False] * (width - len(s)) for s in batch], device=device)
+        wrote = torch.tensor([s.mask + [False] * (width - len(s)) for s in batch], device=device)
         rows = model.base_model(input_ids=ids).last_hidden_state[wrote]  # padding comes last: causal attention never sees it
         labels = packed.labels[first : first + len(rows)].to(device)
         for part, label in zip(*(x.split(max(1, LOGITS // head.weight.shape[0])) for x in (rows, labels)), strict=True):

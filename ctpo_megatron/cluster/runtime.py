@@ -34,7 +34,7 @@ from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.errors import ProcessDied
 
@@ -156,10 +156,10 @@ class Runtime:
         ray.shutdown()
 
 
-def server_pool(config: RunConfig, *, trained: bool) -> ServerPool:
+def server_pool(config: RunConfig, *, trained: bool) -> Fleet:
     """The servers of a run. Requests wait as long as what may keep one from serving: a start, an update, a training step."""
     engine, cluster = config.rollout.engine, config.cluster
-    return ServerPool(
+    return Fleet(
         patience_s=engine.start_timeout_s + config.weights.timeout_s + (cluster.call_timeout_s if trained else 0.0),
         restarts=engine.restarts,
         fixed_version=None if trained else 0,

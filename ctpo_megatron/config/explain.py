@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into lines for a person: where it was written, the key, what was found, what is allowed."""
+"""SenderOrder pydantic's errors into lines for a person: where it was written, the key, what was found, what is allowed."""
 
 from __future__ import annotations
 

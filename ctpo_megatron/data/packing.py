@@ -85,7 +85,7 @@ def build_train_batch(
     for error messages. `attention_weight`: see `balance`. Under interleaving the number of micro-batches is a multiple of pp, as
     megatron's schedule asks. Raises ValueError for samples without any token of the policy, and as `pack` does.
     """
-    lengths = [sum(sample.loss_mask) for sample in samples]
+    lengths = [sum(sample.mask) for sample in samples]
     tokens, sequences = sum(lengths), sum(length > 0 for length in lengths)
     if tokens == 0:
         raise ValueError(f"none of the {len(samples)} samples holds a token of the policy; there is nothing to train on")
@@ -156,10 +156,10 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
         input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
         labels=stream([s.labels for s in samples], 0, torch.int64),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        loss_mask=stream([s.loss_mask for s in samples], False, torch.bool),
+        mask=stream([s.mask for s in samples], False, torch.bool),
         advantages=stream([s.advantages for s in samples], 0.0, torch.float32),
-        rollout_logp=stream([s.rollout_logprobs for s in samples], 0.0, torch.float32),
-        policy_versions=stream([s.policy_versions for s in samples], -1, torch.int32),
+        rollout_logp=stream([s.rollout_logp for s in samples], 0.0, torch.float32),
+        versions=stream([s.versions for s in samples], -1, torch.int32),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         lengths=torch.tensor([len(sample) if number >= 0 else 0 for sample, number in zip(samples, ids, strict=True)]),
         groups=torch.tensor([sample.group for sample in samples]),
@@ -167,7 +167,7 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
         sequence_ids=torch.tensor(ids),
         restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
         support_ids=rows([s.top and s.top.ids for s in samples], 0),
-        support_logp=rows([s.top and s.top.logprobs for s in samples], -math.inf),
+        support_logp=rows([s.top and s.top.logp for s in samples], -math.inf),
         routed_experts=rows([s.experts for s in samples], -1),
     )
 
@@ -175,7 +175,7 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
 def _version_starts(sample: TrainSample) -> list[bool]:
     """True on the first token that each policy version wrote; what the policy did not write is skipped."""
     starts, last = [], None
-    for wrote, version in zip(sample.loss_mask, sample.policy_versions, strict=True):
+    for wrote, version in zip(sample.mask, sample.versions, strict=True):
         starts.append(wrote and version != last)
         last = version if wrote else last
     return starts

@@ -42,7 +42,7 @@ def build_sample(
         wrote = turn.role == "assistant"
         tokens += turn.token_ids
         mask += [wrote] * len(turn.token_ids)
-        logprobs += turn.logprobs
+        logprobs += turn.rollout_logp
         versions += turn.versions
     written = sum(mask)
     values = [advantages] * written if isinstance(advantages, int | float) else advantages
@@ -52,9 +52,9 @@ def build_sample(
     return TrainSample(
         input_ids=tokens[:-1],
         labels=tokens[1:],
-        loss_mask=mask,
-        rollout_logprobs=logprobs,
-        policy_versions=versions,
+        mask=mask,
+        rollout_logp=logprobs,
+        versions=versions,
         advantages=[next(remaining) if wrote else 0.0 for wrote in mask],
         group=group_id,
         experts=experts,

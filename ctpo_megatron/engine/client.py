@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ctpo_megatron.engine.answers import forget_older, read_experts, read_top
 from ctpo_megatron.engine.control import ServerControl
-from ctpo_megatron.engine.fleet import Lease, ServerPool
+from ctpo_megatron.engine.fleet import Fleet, Lease
 from ctpo_megatron.engine.http import Requests
 from ctpo_megatron.errors import EngineError, EngineRefused
 from ctpo_megatron.types import RoutingShape, TopK
@@ -25,7 +25,7 @@ class Generation:
     """What one request sampled; streams of equal length. The token that ended it is part of it."""
 
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
+    rollout_logp: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
     versions: list[int] = field(default_factory=list)  # policy version that sampled each token
     finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
     top: TopK | None = None  # the likeliest tokens at each place, at the sampling temperature
@@ -34,7 +34,7 @@ class Generation:
     def append(self, part: Generation) -> None:
         """Add the tokens of `part`."""
         self.token_ids += part.token_ids
-        self.logprobs += part.logprobs
+        self.rollout_logp += part.rollout_logp
         self.versions += part.versions
 
 
@@ -48,7 +48,7 @@ class EngineClient:
 
     def __init__(
         self,
-        pool: ServerPool,
+        pool: Fleet,
         api_key: str,
         *,
         request_timeout_s: float,

@@ -80,7 +80,7 @@ class Lease:
         return self.member.failures != self.failures
 
 
-class ServerPool:
+class Fleet:
     """The servers of a run; belongs to one event loop.
 
     `patience_s`: how long a request may wait for a server. `restarts`: how often each one is started again. `fixed_version`: of

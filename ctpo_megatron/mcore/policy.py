@@ -17,11 +17,11 @@ from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.errors import MismatchError
 from ctpo_megatron.mcore.host_weights import Snapshot
-from ctpo_megatron.mcore.rank import MegatronEngine
+from ctpo_megatron.mcore.rank import TrainerRank
 
 
 def update_policy(
-    engine: MegatronEngine,
+    engine: TrainerRank,
     batches: list[list[MicroBatch]],
     *,
     algorithm: AlgorithmConfig,
@@ -45,7 +45,7 @@ def update_policy(
         if old:  # last pipeline stage; the others never look at log-probs
             gaps += [drift_stats(mb, logp, engine.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
             anchors = [anchor_logp(mb, logp, algorithm.anchor, version) for mb, logp in zip(micro_batches, old, strict=True)]
-            micro_batches = [mb.with_old_logp(anchor) for mb, anchor in zip(micro_batches, anchors, strict=True)]
+            micro_batches = [mb.with_anchor_logp(anchor) for mb, anchor in zip(micro_batches, anchors, strict=True)]
         anchored.append(micro_batches)
     measured = engine.reduce(gaps)
     raise_if_nonfinite(measured)
@@ -61,7 +61,7 @@ def update_policy(
     return merge_stats(steps) | measured
 
 
-def _with_reference(engine: MegatronEngine, micro_batches: list[MicroBatch], temperature: float) -> list[MicroBatch]:
+def _with_reference(engine: TrainerRank, micro_batches: list[MicroBatch], temperature: float) -> list[MicroBatch]:
     """The packs with the reference policy's log-probs, which only the last pipeline stage has. It chooses its experts itself."""
     logp = engine.logp([replace(mb, own_experts=None) for mb in micro_batches], temperature)
     if not logp:
@@ -69,11 +69,11 @@ def _with_reference(engine: MegatronEngine, micro_batches: list[MicroBatch], tem
     return [mb.with_reference_logp(of_pack) for mb, of_pack in zip(micro_batches, logp, strict=True)]
 
 
-def supervise(engine: MegatronEngine, batch: list[MicroBatch]) -> dict[str, float]:
+def supervise(engine: TrainerRank, batch: list[MicroBatch]) -> dict[str, float]:
     """One optimizer step of maximum likelihood on the unmasked labels."""
 
     def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, dict[str, Tensor]]:
-        out = nll_loss(logp=logp, mask=mb.loss_mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
+        out = nll_loss(logp=logp, mask=mb.mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
         return out.loss, out.stats
 
     return engine.train_step(engine.place(batch), share, 1.0)
@@ -85,7 +85,7 @@ def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> 
         return old_logp
     if anchor == "rollout":
         return mb.rollout_logp
-    return torch.where(mb.policy_versions == version, old_logp, mb.rollout_logp)
+    return torch.where(mb.versions == version, old_logp, mb.rollout_logp)
 
 
 def _policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -94,7 +94,7 @@ def _policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: Algori
         logp=logp,
         old_logp=mb.old_logp,
         advantages=mb.advantages,
-        mask=mb.loss_mask,
+        mask=mb.mask,
         cu_seqlens=mb.cu_seqlens,
         rollout_logp=mb.rollout_logp,
         weights=mb.weights,
@@ -110,7 +110,7 @@ def _policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: Algori
         algorithm.reference.estimator,
         logp=logp,
         reference_logp=mb.reference_logp,
-        mask=mb.loss_mask,
+        mask=mb.mask,
         cu_seqlens=mb.cu_seqlens,
         weights=mb.weights,
         scan=scan,
@@ -134,15 +134,15 @@ def support_of(mb: MicroBatch, logp: Tensor) -> Support | None:
 
 def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> dict[str, Tensor]:
     """Distance of trainer and engine on the tokens that `version` itself sampled, in all and by position."""
-    counted = mb.loss_mask & (mb.policy_versions == version)
+    counted = mb.mask & (mb.versions == version)
     gap = torch.where(counted, (logp - mb.rollout_logp).abs(), 0.0)
-    (count,) = scan.run([Channel(mb.loss_mask)], mb.cu_seqlens)
+    (count,) = scan.run([Channel(mb.mask)], mb.cu_seqlens)
     position = count.values.clamp(min=1)
     bins = position_bin(position)
     by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, gap)
     count_by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, counted.to(gap.dtype))
     stats = {"sum/drift_tokens": counted.sum().float(), "sum/drift": gap.sum(), "max/drift": gap.max()}
-    stats |= nonfinite_stats(~torch.isfinite(logp) & mb.loss_mask, position, mb.sequence_ids, mb.cu_seqlens, scan)
+    stats |= nonfinite_stats(~torch.isfinite(logp) & mb.mask, position, mb.sequence_ids, mb.cu_seqlens, scan)
     for b in range(POSITION_BINS):
         stats[f"sum/drift_bin_{b}"] = by_bin[b]
         stats[f"sum/drift_tokens_bin_{b}"] = count_by_bin[b]

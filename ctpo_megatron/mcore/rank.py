@@ -26,7 +26,7 @@ from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import Snapshot
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.rules import check_layout
-from ctpo_megatron.parallel import Seat
+from ctpo_megatron.parallel import RankCoords
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
@@ -48,7 +48,7 @@ class RankInfo:
     local_rank: int = 0
 
 
-class MegatronEngine:
+class TrainerRank:
     """Model, optimizer and schedule of one rank. `optimizer=None` builds a model that only computes log-probs."""
 
     def __init__(
@@ -109,9 +109,9 @@ class MegatronEngine:
         self._stepper = step.Stepper(self.models, routers, self.shape.vocab_size, self.device, portable)
 
     @property
-    def seat(self) -> Seat:
+    def coords(self) -> RankCoords:
         """This rank's place among the others."""
-        return self._stepper.seat
+        return self._stepper.coords
 
     def senders(self) -> list[int]:
         """Ranks that `stream` gives weights to, in the order in which their tensors come."""

@@ -32,7 +32,7 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
 from ctpo_megatron.mcore.model.head import Head, in_model_precision
 from ctpo_megatron.mcore.model.routing import Routers
-from ctpo_megatron.parallel import ContextParallelScan, Seat, own_experts
+from ctpo_megatron.parallel import ContextParallelScan, RankCoords, own_experts
 
 LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, dict[str, Tensor]]]
 """(logp [T_local] float32 with grad, this rank's shard, scan) -> (share, stats).
@@ -43,7 +43,7 @@ reduced over micro-batches and ranks. A vector `sum/x` comes out as `sum/x/0`, `
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class PackedInput:
     """A shard and the pack it belongs to: megatron's description, and what routers of experts are told (`Routers.aim`)."""
 
     shard: MicroBatch
@@ -68,7 +68,7 @@ class Stepper:
         self.dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
-        self.seat = Seat(
+        self.coords = RankCoords(
             dp_rank=parallel_state.get_data_parallel_rank(),
             cp_rank=self.cp_group.rank(),
             cp_size=self.cp_group.size(),
@@ -101,7 +101,7 @@ class Stepper:
         def loss(shard: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             found = self.head(hidden, shard, temperature)
             share, stats = loss_fn(found.logp, shard.with_policy_support_logp(found.support_logp), self.scan)
-            masked_entropy = torch.where(shard.loss_mask, found.entropy, 0.0).sum()
+            masked_entropy = torch.where(shard.mask, found.entropy, 0.0).sum()
             return share * factor, {"sum/loss": share.detach(), "sum/entropy": masked_entropy, **stats}
 
         for model in self.models:
@@ -118,9 +118,9 @@ class Stepper:
 
     def _place(self, whole: MicroBatch) -> MicroBatch:
         if whole.routed_experts is not None:
-            own = own_experts(whole.routed_experts, whole.cu_seqlens, self.seat)
+            own = own_experts(whole.routed_experts, whole.cu_seqlens, self.coords)
             whole = replace(whole, routed_experts=None, own_experts=own)
-        return whole.shard(self.seat.cp_rank, self.seat.cp_size)
+        return whole.shard(self.coords.cp_rank, self.coords.cp_size)
 
     def _run(self, shards: list[MicroBatch], loss: Callable, forward_only: bool) -> list:
         described = [self._describe(shard) for shard in shards]
@@ -137,15 +137,15 @@ class Stepper:
             collect_non_loss_data=forward_only,
         )
 
-    def _describe(self, shard: MicroBatch) -> Described:
+    def _describe(self, shard: MicroBatch) -> PackedInput:
         cu_seqlens = shard.cu_seqlens.cpu()
         if self.portable:
             packed = packed_layout(cu_seqlens, self.device, self.cp_group.rank(), self.cp_group.size())
         else:
             packed = packed_params(cu_seqlens, self.device)
         # sequence parallelism gives each tensor-parallel rank an equal run
-        counted = shard.counted(self.seat.cp_size).chunk(self.seat.tp_size)[self.seat.tp_rank]
-        return Described(shard, packed, counted, int(shard.lengths.sum()))
+        counted = shard.counted(self.coords.cp_size).chunk(self.coords.tp_size)[self.coords.tp_rank]
+        return PackedInput(shard, packed, counted, int(shard.lengths.sum()))
 
     def reduce(
         self, per_micro_batch: list[dict[str, Tensor]], measured: tuple[list[str], Tensor] | None = None
@@ -197,7 +197,7 @@ def _entries(key: str, value: Tensor) -> list[str]:
 
 
 def _forward_step(
-    loss: Callable, routers: Routers, batches: Iterator[Described], model: torch.nn.Module
+    loss: Callable, routers: Routers, batches: Iterator[PackedInput], model: torch.nn.Module
 ) -> tuple[Tensor, Callable]:
     """megatron's forward step: the stage's output, and what the last stage makes of it."""
     described = next(batches)

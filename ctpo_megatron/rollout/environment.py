@@ -67,7 +67,7 @@ class ToolEnvironment:
             recorded=sum(map(len, attempt.experts)) if sampling.record else None,
         )
         _check(generation, attempt.left, stop)
-        attempt.add(Turn("assistant", generation.token_ids, generation.logprobs, generation.versions, generation.top))
+        attempt.add(Turn("assistant", generation.token_ids, generation.rollout_logp, generation.versions, generation.top))
         if generation.experts is not None:  # of the prompt or the tool's text before this turn too
             attempt.experts.append(generation.experts)
         attempt.written.append(self._chat.decode(generation.token_ids))

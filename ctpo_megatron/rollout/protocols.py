@@ -21,7 +21,7 @@ class Generation(Protocol):
         ...
 
     @property
-    def logprobs(self) -> list[float]:
+    def rollout_logp(self) -> list[float]:
         """The engine's log-prob of each, at the sampling temperature."""
         ...
 

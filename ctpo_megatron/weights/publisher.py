@@ -19,7 +19,7 @@ from typing import Protocol
 
 from ctpo_megatron.engine.checksums import read_digests
 from ctpo_megatron.engine.control import ServerControl
-from ctpo_megatron.engine.fleet import MEMORY, UP, Member, Memory, ServerPool, State
+from ctpo_megatron.engine.fleet import MEMORY, UP, Fleet, Member, Memory, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import EngineError, WeightSyncError
 from ctpo_megatron.record import PhaseTimer
@@ -71,7 +71,7 @@ class Publisher:
 
     def __init__(
         self,
-        pool: ServerPool,
+        pool: Fleet,
         control: ServerControl,
         trainer: WeightSource,
         proof: Proof,

@@ -19,7 +19,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.checkpoints.files import latest_checkpoint
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 
 pytestmark = pytest.mark.dist
 
@@ -111,7 +111,7 @@ def assert_equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], 
 def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]) -> list[dict[str, Any]]:
     ports = list(ports)
 
-    def start(family: str, layout: dict[str, int], dtype: str) -> MegatronEngine:
+    def start(family: str, layout: dict[str, int], dtype: str) -> TrainerRank:
         return engine_for(replace(rank, master_port=ports.pop()), models[family], layout, dtype)
 
     results = []
@@ -223,7 +223,7 @@ def unbridged(rank: RankInfo, path: Path) -> dict[str, Any]:
     return found
 
 
-def misplaced(engine: MegatronEngine, context: Any) -> list[str]:
+def misplaced(engine: TrainerRank, context: Any) -> list[str]:
     """Parameters that the optimizer's description gives other numbers than they have."""
     from ctpo_megatron.mcore.checkpoint.optimizer_state import SHARDING
 
@@ -250,21 +250,21 @@ def failure(action: Any) -> str:
     return caught.type.__name__
 
 
-def engine_for(rank: RankInfo, path: Path, layout: dict[str, int], dtype: str = "float32") -> MegatronEngine:
-    return MegatronEngine(str(path), ParallelConfig(**layout), OPTIMIZER, rank, device="cpu", dtype=dtype, seed=1)
+def engine_for(rank: RankInfo, path: Path, layout: dict[str, int], dtype: str = "float32") -> TrainerRank:
+    return TrainerRank(str(path), ParallelConfig(**layout), OPTIMIZER, rank, device="cpu", dtype=dtype, seed=1)
 
 
-def train(engine: MegatronEngine, steps: int) -> list[dict[str, float]]:
+def train(engine: TrainerRank, steps: int) -> list[dict[str, float]]:
     per_rank = 4 // engine.parallel.dp
-    mine = engine.place(micro_batches()[engine.seat.dp_rank * per_rank :][:per_rank])
+    mine = engine.place(micro_batches()[engine.coords.dp_rank * per_rank :][:per_rank])
 
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
-        return -torch.where(pack.loss_mask, logp, 0.0).sum() / 80, {}
+        return -torch.where(pack.mask, logp, 0.0).sum() / 80, {}
 
     return [engine.train_step(mine, share, 1.0) for _ in range(steps)]
 
 
-def weights(engine: MegatronEngine) -> dict[str, np.ndarray]:
+def weights(engine: TrainerRank) -> dict[str, np.ndarray]:
     """Whole weights on rank 0, nothing elsewhere."""
     return {name: tensor.float().numpy() for bucket in engine.export(64 * 1024) for name, tensor in bucket}
 

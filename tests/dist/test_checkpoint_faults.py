@@ -20,7 +20,7 @@ from tests.support.tiny import write_model
 
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
 from ctpo_megatron.checkpoints.files import latest_checkpoint
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 
 pytestmark = pytest.mark.dist
 
@@ -145,7 +145,7 @@ def slow_writer(module: Any) -> Iterator[None]:
         yield
 
 
-def damages(engine: MegatronEngine, rank: RankInfo, checkpoint: Path, name: str) -> list[str]:
+def damages(engine: TrainerRank, rank: RankInfo, checkpoint: Path, name: str) -> list[str]:
     """What a load says when a bit of the file is flipped, when it is cut short, and when it is gone."""
     file = checkpoint / name
     whole, told = file.read_bytes(), []

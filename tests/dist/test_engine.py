@@ -17,7 +17,7 @@ from ctpo_megatron.algorithms import policy_loss
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 from ctpo_megatron.mcore.host import megatron_region
 from ctpo_megatron.parallel import zigzag_unshard
 
@@ -297,32 +297,32 @@ def several(
 
 def start(
     rank: RankInfo, path: Path, parallel: ParallelConfig, optimizer: OptimizerConfig | None = OPTIMIZER, **options: Any
-) -> MegatronEngine:
-    return MegatronEngine(str(path), parallel, optimizer, at_own_port(rank), device="cpu", seed=1, **options)
+) -> TrainerRank:
+    return TrainerRank(str(path), parallel, optimizer, at_own_port(rank), device="cpu", seed=1, **options)
 
 
 def exercise(rank: RankInfo, path: Path, parallel: ParallelConfig, **options: Any) -> dict[str, Any]:
     """Log-probs, two steps of maximum likelihood, two of CTPO, and the weights before and after."""
     engine = start(rank, path, parallel, **options)
     per_rank = 4 // engine.parallel.dp
-    mine = engine.place(micro_batches()[engine.seat.dp_rank * per_rank :][:per_rank])
-    found: dict[str, Any] = {"dp_rank": engine.seat.dp_rank, "cp_rank": engine.seat.cp_rank, "exported": exported(engine)}
+    mine = engine.place(micro_batches()[engine.coords.dp_rank * per_rank :][:per_rank])
+    found: dict[str, Any] = {"dp_rank": engine.coords.dp_rank, "cp_rank": engine.coords.cp_rank, "exported": exported(engine)}
     logp = engine.logp(mine, TEMPERATURE)
     found["logp"] = [x.numpy() for x in logp]
     found["steps"] = [nll_step(engine, mine), nll_step(engine, mine)]
     if logp:  # by now two steps old
-        mine = [pack.with_old_logp(old) for pack, old in zip(mine, logp, strict=True)]
+        mine = [pack.with_anchor_logp(old) for pack, old in zip(mine, logp, strict=True)]
     found["steps"] += [engine.train_step(mine, ctpo, TEMPERATURE) for _ in range(2)]
     found["trained"] = exported(engine)
     engine.close()
     return found
 
 
-def nll_step(engine: MegatronEngine, mine: list[Any]) -> dict[str, float]:
-    tokens = sum(int(pack.loss_mask.sum()) for pack in micro_batches())
+def nll_step(engine: TrainerRank, mine: list[Any]) -> dict[str, float]:
+    tokens = sum(int(pack.mask.sum()) for pack in micro_batches())
 
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
-        picked = torch.where(pack.loss_mask, logp, 0.0)
+        picked = torch.where(pack.mask, logp, 0.0)
         return -picked.sum() / tokens, {"sum/logp": picked.sum(), "max/logp": picked.max(), "min/logp": picked.min()}
 
     return engine.train_step(mine, share, TEMPERATURE)
@@ -334,7 +334,7 @@ def ctpo(logp: Any, pack: Any, scan: Any) -> Any:
         logp=logp,
         old_logp=pack.old_logp,
         advantages=pack.advantages,
-        mask=pack.loss_mask,
+        mask=pack.mask,
         cu_seqlens=pack.cu_seqlens,
         normalizer=11.0,  # sequences of all packs
         scan=scan,
@@ -342,7 +342,7 @@ def ctpo(logp: Any, pack: Any, scan: Any) -> Any:
     return out.loss, out.stats
 
 
-def exported(engine: MegatronEngine) -> dict[str, np.ndarray]:
+def exported(engine: TrainerRank) -> dict[str, np.ndarray]:
     """Whole weights on rank 0, nothing elsewhere. Small buckets, so that there are several."""
     return {name: tensor.float().numpy().copy() for bucket in engine.export(64 * 1024) for name, tensor in bucket}
 
@@ -354,7 +354,7 @@ def largest_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) 
 def not_finite(rank: RankInfo, path: Path) -> dict[str, Any]:
     """Only rank 0 makes a bad loss, then a bad gradient, then one bad log-prob that an objective sees."""
     engine = start(rank, path, ParallelConfig(dp=2))
-    mine = engine.place(micro_batches()[2 * engine.seat.dp_rank :][:2])
+    mine = engine.place(micro_batches()[2 * engine.coords.dp_rank :][:2])
     before, errors = exported(engine), []
     bad_loss = float("nan") if rank.rank == 0 else 1.0
     bad_gradient = 0.0 if rank.rank == 0 else 1.0  # the slope of a root is infinite at 0
@@ -366,7 +366,7 @@ def not_finite(rank: RankInfo, path: Path) -> dict[str, Any]:
         with pytest.raises(NonFiniteError) as caught:
             engine.train_step(mine, share, 1.0)
         errors.append(str(caught.value).split(";")[0])
-    place = int(mine[0].loss_mask.nonzero()[2])
+    place = int(mine[0].mask.nonzero()[2])
 
     def bad_logp(logp: Any, pack: Any, scan: Any) -> Any:
         bad = torch.zeros_like(logp).index_fill_(0, torch.tensor([place]), float("nan") if rank.rank == 0 else 0.0)
@@ -381,12 +381,12 @@ def not_finite(rank: RankInfo, path: Path) -> dict[str, Any]:
 
 
 def replace_old(pack: Any, logp: Any) -> Any:
-    return pack.with_old_logp(logp.detach())
+    return pack.with_anchor_logp(logp.detach())
 
 
 def bfloat16(rank: RankInfo, path: Path) -> dict[str, Any]:
     engine = start(rank, path, ParallelConfig(dp=2), dtype="bfloat16")
-    mine = engine.place(micro_batches()[2 * engine.seat.dp_rank :][:2])
+    mine = engine.place(micro_batches()[2 * engine.coords.dp_rank :][:2])
     found = {"dtype": str(next(engine.models[0].parameters()).dtype)}
     found["steps"] = [nll_step(engine, mine), nll_step(engine, mine)]
     engine.close()

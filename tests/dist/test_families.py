@@ -18,7 +18,7 @@ from tests.support.tiny import micro_batches
 
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 
 pytestmark = pytest.mark.dist
 
@@ -159,11 +159,11 @@ def stored(directory: Path) -> dict[str, np.ndarray]:
 # ---- what runs in the ranks
 
 
-def start(rank: RankInfo, path: Path, layout: dict[str, Any], dtype: str = "float32", **moe: float) -> MegatronEngine:
+def start(rank: RankInfo, path: Path, layout: dict[str, Any], dtype: str = "float32", **moe: float) -> TrainerRank:
     layout = dict(layout)
     options = {"recompute": layout.pop("recompute", "none"), "moe": MoeConfig(**{"aux_loss_coeff": 0.0, **moe})}
     optimizer = OptimizerConfig(lr=1e-4)
-    return MegatronEngine(str(path), ParallelConfig(**layout), optimizer, rank, device="cpu", dtype=dtype, seed=1, **options)
+    return TrainerRank(str(path), ParallelConfig(**layout), optimizer, rank, device="cpu", dtype=dtype, seed=1, **options)
 
 
 def by_itself(rank: RankInfo, models: dict[str, Path], with_mtp: Path, ports: list[int]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def exercise(rank: RankInfo, path: Path, layout: dict[str, Any]) -> dict[str, An
     """Weights as exported, log-probs by pack, which of the pack's tokens they belong to, and gradients under their file names."""
     engine = start(rank, path, layout)
     packs, per_rank = micro_batches(), 4 // engine.parallel.dp
-    first = engine.seat.dp_rank * per_rank
+    first = engine.coords.dp_rank * per_rank
     # carried through the cut of context parallelism: where each token stood
     places = [torch.arange(pack.input_ids.numel(), dtype=torch.float32) for pack in packs]
     mine = engine.place([replace(packs[i], rollout_logp=places[i]) for i in range(first, first + per_rank)])
@@ -214,18 +214,18 @@ def exercise(rank: RankInfo, path: Path, layout: dict[str, Any]) -> dict[str, An
     return found
 
 
-def exported(engine: MegatronEngine) -> dict[str, np.ndarray]:
+def exported(engine: TrainerRank) -> dict[str, np.ndarray]:
     return {name: tensor.numpy().copy() for bucket in engine.export(100_000) for name, tensor in bucket}
 
 
-def gradients(engine: MegatronEngine, mine: list[Any]) -> dict[str, np.ndarray]:
+def gradients(engine: TrainerRank, mine: list[Any]) -> dict[str, np.ndarray]:
     """Of the mean negative log-prob, gathered like weights: by exporting them in the weights' place."""
     from ctpo_megatron.mcore.host import megatron_region
 
-    tokens = sum(int(pack.loss_mask.sum()) for pack in micro_batches())
+    tokens = sum(int(pack.mask.sum()) for pack in micro_batches())
 
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
-        return -logp[pack.loss_mask].sum() / tokens, {}
+        return -logp[pack.mask].sum() / tokens, {}
 
     with megatron_region(engine.device):
         engine._stepper.forward_backward(mine, share, TEMPERATURE)
@@ -254,7 +254,7 @@ def biases(rank: RankInfo, path: Path, ports: list[int]) -> dict[str, np.ndarray
         engine = start(replace(rank, master_port=port), path, {}, dtype, bias_update_rate=rate)
         mine = engine.place(micro_batches())
         engine.logp(mine, TEMPERATURE)
-        engine.train_step(mine, lambda logp, pack, _scan: (-logp[pack.loss_mask].sum() / 100, {}), TEMPERATURE)
+        engine.train_step(mine, lambda logp, pack, _scan: (-logp[pack.mask].sum() / 100, {}), TEMPERATURE)
         found[case] = bias_of(engine)
         if case == "moved":
             engine.save(path.with_name("checkpoint"), {})
@@ -266,7 +266,7 @@ def biases(rank: RankInfo, path: Path, ports: list[int]) -> dict[str, np.ndarray
     return found
 
 
-def bias_of(engine: MegatronEngine) -> np.ndarray:
+def bias_of(engine: TrainerRank) -> np.ndarray:
     return next(tensor.numpy().copy() for bucket in engine.export(100_000) for name, tensor in bucket if name == BIAS)
 
 

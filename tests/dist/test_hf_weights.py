@@ -17,7 +17,7 @@ from tests.support.tiny import FAMILIES, VOCAB, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ModelError
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 from ctpo_megatron.models.config import read_hf_config
 
 pytestmark = pytest.mark.dist
@@ -166,8 +166,8 @@ def same_logits(one: Path, other: Path) -> bool:
 # ---- what runs in the ranks
 
 
-def start(rank: RankInfo, path: Path, layout: dict[str, int], dtype: str = "float32") -> MegatronEngine:
-    return MegatronEngine(str(path), ParallelConfig(**layout), None, rank, device="cpu", dtype=dtype, seed=1)
+def start(rank: RankInfo, path: Path, layout: dict[str, int], dtype: str = "float32") -> TrainerRank:
+    return TrainerRank(str(path), ParallelConfig(**layout), None, rank, device="cpu", dtype=dtype, seed=1)
 
 
 def round_trips(

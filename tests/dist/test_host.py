@@ -20,7 +20,7 @@ from tests.support.tiny import micro_batches, write_model
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
 
 pytestmark = [pytest.mark.dist, pytest.mark.skipif(torch.cuda.is_available(), reason="the bridges are for hosts without CUDA")]
@@ -198,7 +198,7 @@ class Watched:
 
 def freed_before_sent(rank: RankInfo, path: Path) -> dict[str, int]:
     """How many of an optimizer step's sends it happens to, as this package sets `deallocate_pipeline_outputs` and switched on."""
-    engine = MegatronEngine(str(path), ParallelConfig(pp=2, vpp=2), OptimizerConfig(), rank, device="cpu", seed=1)
+    engine = TrainerRank(str(path), ParallelConfig(pp=2, vpp=2), OptimizerConfig(), rank, device="cpu", seed=1)
     from megatron.core.pipeline_parallel import p2p_communication
 
     from ctpo_megatron.mcore.hf.load import unwrap

@@ -20,7 +20,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import DppoObjective
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 from ctpo_megatron.mcore.policy import update_policy
 from ctpo_megatron.mcore.host_weights import Snapshot
 
@@ -61,9 +61,9 @@ def test_the_penalty_is_that_of_its_definition(one_rank: dict[str, Any]) -> None
     """The first step's loss: the objective's, whose ratio is 1, and COEFF times the mean k3 of the log-probs at hand."""
     packs, expected, total, tokens = micro_batches(), 0.0, 0.0, 0
     for pack, old, ref in zip(packs, one_rank["logp"], one_rank["reference_logp"], strict=True):
-        gap = torch.where(pack.loss_mask, torch.from_numpy(old - ref).double(), 0.0).clamp(-10, 10)
+        gap = torch.where(pack.mask, torch.from_numpy(old - ref).double(), 0.0).clamp(-10, 10)
         total += float((torch.exp(-gap) - 1 + gap).sum())
-        tokens += int(pack.loss_mask.sum())
+        tokens += int(pack.mask.sum())
         expected -= float(pack.advantages.double().sum())
     assert one_rank["step"]["sum/kl"] == pytest.approx(total, rel=1e-4)
     assert one_rank["step"]["loss"] == pytest.approx((expected + COEFF * total) / tokens, rel=1e-3)
@@ -78,7 +78,7 @@ def test_every_layout_gives_the_same(models: dict[str, Path], one_rank: dict[str
 
 
 def test_top_k_holds_some_tokens_back(one_rank: dict[str, Any]) -> None:
-    tokens = sum(int(pack.loss_mask.sum()) for pack in micro_batches())
+    tokens = sum(int(pack.mask.sum()) for pack in micro_batches())
     assert 0 < one_rank["step"]["topk sum/clip_fraction"] < tokens
 
 
@@ -109,8 +109,8 @@ def other(directory: Path) -> Path:
 
 def start(
     rank: RankInfo, path: Path, parallel: ParallelConfig, optimizer: OptimizerConfig = OPTIMIZER, **options: Any
-) -> MegatronEngine:
-    return MegatronEngine(str(path), parallel, optimizer, at_own_port(rank), device="cpu", seed=1, **options)
+) -> TrainerRank:
+    return TrainerRank(str(path), parallel, optimizer, at_own_port(rank), device="cpu", seed=1, **options)
 
 
 def alone(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
@@ -152,12 +152,12 @@ def several(rank: RankInfo, ports: list[int], models: dict[str, Path]) -> list[d
     return found
 
 
-def step(engine: MegatronEngine, models: dict[str, Path]) -> dict[str, float]:
+def step(engine: TrainerRank, models: dict[str, Path]) -> dict[str, float]:
     """Two optimizer steps of CTPO with the penalty; statistics of the first, and the second's loss as `again`."""
     per_rank = 4 // engine.parallel.dp
     packs = with_support(micro_batches())
-    tokens = sum(int(pack.loss_mask.sum()) for pack in packs)
-    mine = [replace(p, weights=p.weights / tokens) for p in packs[engine.seat.dp_rank * per_rank :][:per_rank]]
+    tokens = sum(int(pack.mask.sum()) for pack in packs)
+    mine = [replace(p, weights=p.weights / tokens) for p in packs[engine.coords.dp_rank * per_rank :][:per_rank]]
     penalised = AlgorithmConfig(anchor="old", reference=ReferenceConfig(coeff=COEFF))
     top_k = AlgorithmConfig(objective=DppoObjective(divergence="topk_tv", delta=0.4, ratio_cap=None))
     reference = engine.snapshot(str(models["other"]))
@@ -184,7 +184,7 @@ def with_support(packs: list[MicroBatch]) -> list[MicroBatch]:
     return found
 
 
-def swaps(engine: MegatronEngine, other_path: str) -> dict[str, bool]:
+def swaps(engine: TrainerRank, other_path: str) -> dict[str, bool]:
     """What changes and what does not, on weights and on everything the optimizer holds."""
 
     def optimizer() -> list[torch.Tensor]:
@@ -206,7 +206,7 @@ def swaps(engine: MegatronEngine, other_path: str) -> dict[str, bool]:
     return found
 
 
-def top_k(engine: MegatronEngine) -> dict[str, float]:
+def top_k(engine: TrainerRank) -> dict[str, float]:
     """The largest top-k divergence that DPPO sees, under the trainer's own log-probs and under others."""
     from ctpo_megatron.algorithms.divergence import divergence_from_rollout
     from ctpo_megatron.algorithms.tokens import Given
@@ -221,7 +221,7 @@ def top_k(engine: MegatronEngine) -> dict[str, float]:
         own[:] = [mb.policy_support_logp, logp.detach()]
         mb = replace(mb, rollout_logp=logp.detach())
         support = support_of(mb, logp)
-        given = Given(logp.detach(), mb.rollout_logp, mb.advantages, mb.loss_mask, logp.detach() * 0, support)
+        given = Given(logp.detach(), mb.rollout_logp, mb.advantages, mb.mask, logp.detach() * 0, support)
         largest.append(float(divergence_from_rollout(DppoObjective(divergence="topk_tv").divergence, given).max()))
         return logp.sum() * 0, {}
 

@@ -18,7 +18,7 @@ from tests.support.tiny import micro_batches, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.packing import pack
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 from ctpo_megatron.types import TrainSample
 
 pytestmark = pytest.mark.dist
@@ -198,7 +198,7 @@ def own_routing(rank: RankInfo, path: Path) -> list[torch.Tensor]:
     return [torch.stack(seen[at : at + LAYERS], 1) for at in range(0, len(seen), LAYERS)]
 
 
-def routers(engine: MegatronEngine) -> list[Any]:
+def routers(engine: TrainerRank) -> list[Any]:
     from ctpo_megatron.mcore.model.routing import ReplayRouter
 
     return [module for model in engine.models for module in model.modules() if isinstance(module, ReplayRouter)]
@@ -208,8 +208,8 @@ def exercise(rank: RankInfo, path: Path, layout: dict[str, int], packs: list[Any
     """Log-probs before training, a step of maximum likelihood, and the weights after it."""
     engine = start(rank, path, ParallelConfig(**layout), recompute=recompute)
     per_rank = len(packs) // engine.parallel.dp
-    mine = engine.place(packs[engine.seat.dp_rank * per_rank :][:per_rank])
-    found: dict[str, Any] = {"dp_rank": engine.seat.dp_rank, "cp_rank": engine.seat.cp_rank}
+    mine = engine.place(packs[engine.coords.dp_rank * per_rank :][:per_rank])
+    found: dict[str, Any] = {"dp_rank": engine.coords.dp_rank, "cp_rank": engine.coords.cp_rank}
     found["logp"] = [logp.numpy() for logp in engine.logp(mine, TEMPERATURE)]
     found["steps"] = [nll_step(engine, mine)]
     found["trained"] = exported(engine)

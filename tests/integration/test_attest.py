@@ -21,7 +21,7 @@ from torch import Tensor
 from ctpo_megatron.engine.checksums import read_digests
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import WeightSyncError
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.weights.proof.attest import attest, compare
 from ctpo_megatron.weights.proof.canary import TOLERANCE, canary_batch, canary_gap, canary_tokens, check_canary
@@ -124,7 +124,7 @@ def test_planted_faults(mixture: Engine, tmp_path: Path) -> None:
 def trainer_logp(rank: RankInfo, directory: str, token_ids: list[int]) -> list[float]:
     from ctpo_megatron.config.model import ParallelConfig
 
-    engine = MegatronEngine(directory, ParallelConfig(), None, rank, device="cpu", seed=1)
+    engine = TrainerRank(directory, ParallelConfig(), None, rank, device="cpu", seed=1)
     (logp,) = engine.logp(engine.place([canary_batch(token_ids, 2)]), temperature=1.0)
     engine.close()
     return logp[: len(token_ids) - 1].tolist()

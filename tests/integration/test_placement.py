@@ -21,7 +21,7 @@ from ctpo_megatron.cluster.ray_cluster import reserve
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.rollout import EngineConfig, RolloutConfig
-from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import ConfigError, InputError
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
@@ -96,7 +96,7 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
         assert all(len(mine) == 1 for mine in gpus)
         shared = share_gpus(gpus, places.servers, run.rollout.engine.tp)
         before = running_servers()
-        engines = EngineGroup(run, tmp_path, "key", shared, ServerPool(patience_s=1))
+        engines = EngineGroup(run, tmp_path, "key", shared, Fleet(patience_s=1))
         try:
             seen = {}  # by seed, which numbers the servers
             for server in started_servers(2, before):

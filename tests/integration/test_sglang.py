@@ -18,7 +18,7 @@ import requests
 import torch
 
 from ctpo_megatron.engine.client import EngineClient, Generation
-from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.errors import EngineError, EngineRefused, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
@@ -93,8 +93,8 @@ def perturbed(directory: Path, seed: int) -> torch.nn.Module:
     return model
 
 
-def serving(url: str) -> ServerPool:
-    pool = ServerPool(patience_s=1)
+def serving(url: str) -> Fleet:
+    pool = Fleet(patience_s=1)
     pool.serve([pool.join("server", url)], 0)
     return pool
 
@@ -107,7 +107,7 @@ async def sample(client: EngineClient, temperature: float, *, tokens: int = 48, 
 
 def check_against(model: torch.nn.Module, generation: Generation, temperature: float) -> None:
     expected = reference_logprobs(model, PROMPT, generation, temperature)
-    assert generation.logprobs == pytest.approx(expected, abs=AGREEMENT)
+    assert generation.rollout_logp == pytest.approx(expected, abs=AGREEMENT)
 
 
 def eventually(condition: Callable[[], bool], within_s: float) -> bool:
@@ -182,7 +182,7 @@ def test_batch_of_all_lengths(server: RunningServer, qwen3: Path) -> None:
             )
         for prompt, generation in zip(prompts, generations, strict=True):
             expected = reference_logprobs(model, prompt, generation, 1.0)
-            assert generation.logprobs == pytest.approx(expected, abs=AGREEMENT)
+            assert generation.rollout_logp == pytest.approx(expected, abs=AGREEMENT)
 
     asyncio.run(scenario())
 
@@ -209,7 +209,7 @@ def test_update_while_generating(server: RunningServer, qwen3: Path) -> None:
             assert generation.versions == [10] * boundary + [11] * (len(generation.versions) - boundary)
             of_old = reference_logprobs(old, PROMPT, generation, 1.0)
             of_new = reference_logprobs(new, PROMPT, generation, 1.0)
-            assert generation.logprobs == pytest.approx(of_old[:boundary] + of_new[boundary:], abs=AGREEMENT)
+            assert generation.rollout_logp == pytest.approx(of_old[:boundary] + of_new[boundary:], abs=AGREEMENT)
             assert 0 < boundary < len(generation.versions) == 1000
 
     asyncio.run(scenario())

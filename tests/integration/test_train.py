@@ -64,7 +64,7 @@ def check_synced_weights(run: Finished, steps: int, start: Path) -> None:
             if turn["role"] == "assistant":
                 assert set(turn["versions"]) == {steps}
                 places += range(len(ids), len(ids) + len(turn["token_ids"]))
-                logprobs += turn["logprobs"]
+                logprobs += turn["rollout_logp"]
             ids += turn["token_ids"]
         assert trained(ids)[places].tolist() == pytest.approx(logprobs, abs=AGREEMENT)
         distance += (first(ids)[places] - torch.tensor(logprobs)).abs().tolist()

@@ -15,11 +15,11 @@ from torch import Tensor
 from ctpo_megatron import batch
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.mcore import policy
-from ctpo_megatron.mcore.rank import MegatronEngine
-from ctpo_megatron.parallel import seat
+from ctpo_megatron.mcore.rank import TrainerRank
+from ctpo_megatron.parallel import coords
 from ctpo_megatron.parallel.layout import shard_indices
 
-_share, _own_experts = policy._policy_share, seat.own_experts
+_share, _own_experts = policy._policy_share, coords.own_experts
 
 
 class Fault(NamedTuple):
@@ -27,10 +27,10 @@ class Fault(NamedTuple):
 
     layout: str
     family: str
-    plant: Callable[[MegatronEngine], AbstractContextManager[Any]]
+    plant: Callable[[TrainerRank], AbstractContextManager[Any]]
 
 
-def loss_scaled_by_cp(engine: MegatronEngine) -> AbstractContextManager[Any]:
+def loss_scaled_by_cp(engine: TrainerRank) -> AbstractContextManager[Any]:
     """Each context-parallel rank takes its share for the whole loss."""
 
     def scaled(*args: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,43 +40,43 @@ def loss_scaled_by_cp(engine: MegatronEngine) -> AbstractContextManager[Any]:
     return patch.object(policy, "_policy_share", scaled)
 
 
-def labels_rolled_over_borders(engine: MegatronEngine) -> AbstractContextManager[Any]:
+def labels_rolled_over_borders(engine: TrainerRank) -> AbstractContextManager[Any]:
     """Labels are the inputs of the whole pack moved by one, so the last label of a sequence is the next one's first token."""
     return _placed(engine, lambda whole: replace(whole, labels=whole.input_ids.roll(-1)))
 
 
-def padding_counted(engine: MegatronEngine) -> AbstractContextManager[Any]:
+def padding_counted(engine: TrainerRank) -> AbstractContextManager[Any]:
     """What fills a sequence up counts as written by the policy, with the sequence's advantage."""
 
     def widened(whole: MicroBatch) -> MicroBatch:
-        mask, advantages = whole.loss_mask.clone(), whole.advantages.clone()
+        mask, advantages = whole.mask.clone(), whole.advantages.clone()
         for start, end in pairwise(whole.cu_seqlens.tolist()):
             last = start + int(mask[start:end].nonzero()[-1])
             mask[last:end] = True
             advantages[last:end] = advantages[last]
-        return replace(whole, loss_mask=mask, advantages=advantages)
+        return replace(whole, mask=mask, advantages=advantages)
 
     return _placed(engine, widened)
 
 
-def data_parallel_share_doubled(engine: MegatronEngine) -> AbstractContextManager[Any]:
+def data_parallel_share_doubled(engine: TrainerRank) -> AbstractContextManager[Any]:
     """The number of replicas is counted twice when megatron's mean is turned into a sum."""
     return patch.object(engine._stepper, "dp_size", 2 * engine.parallel.dp)
 
 
-def replay_shifted(_engine: MegatronEngine) -> AbstractContextManager[Any]:
+def replay_shifted(_engine: TrainerRank) -> AbstractContextManager[Any]:
     """Every token follows the routing of the token before it."""
     from ctpo_megatron.mcore import step  # imports megatron, so not before the engine has prepared the host
 
     return patch.object(step, "own_experts", lambda routed, *where: _own_experts(routed.roll(1, 0), *where))
 
 
-def padding_balanced(_engine: MegatronEngine) -> AbstractContextManager[Any]:
+def padding_balanced(_engine: TrainerRank) -> AbstractContextManager[Any]:
     """Experts' losses take padding for tokens."""
-    return patch.object(MicroBatch, "counted", lambda shard, _cp_size: torch.ones_like(shard.loss_mask))
+    return patch.object(MicroBatch, "counted", lambda shard, _cp_size: torch.ones_like(shard.mask))
 
 
-def zigzag_pieces_swapped(engine: MegatronEngine) -> AbstractContextManager[Any]:
+def zigzag_pieces_swapped(engine: TrainerRank) -> AbstractContextManager[Any]:
     """A rank lays the later of its two pieces of each sequence before the earlier one."""
 
     def swapped(cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> Tensor:
@@ -88,7 +88,7 @@ def zigzag_pieces_swapped(engine: MegatronEngine) -> AbstractContextManager[Any]
     return patch.object(batch, "shard_indices", swapped)
 
 
-def _placed(engine: MegatronEngine, change: Callable[[MicroBatch], MicroBatch]) -> AbstractContextManager[Any]:
+def _placed(engine: TrainerRank, change: Callable[[MicroBatch], MicroBatch]) -> AbstractContextManager[Any]:
     """Every whole pack is changed before it is cut and goes to the device."""
     place = engine._stepper.place
     return patch.object(engine._stepper, "place", lambda packs: place([change(whole) for whole in packs]))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ctpo_megatron.config.cluster import BroadcastTransport
 from ctpo_megatron.config.rollout import EngineConfig
 from ctpo_megatron.engine.client import EngineClient, Generation
-from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.server import SGLangServer, new_api_key, server_args, server_env
 from ctpo_megatron.models.config import read_hf_config
@@ -52,7 +52,7 @@ class RunningServer:
         """Takes the server as it is: the version that it reports counts as proven."""
         key = {"Authorization": f"Bearer {self.api_key}"}
         version = requests.get(f"{self.url}/model_info", headers=key, timeout=TIMEOUT_S).json()["weight_version"]
-        pool = ServerPool(patience_s=TIMEOUT_S)
+        pool = Fleet(patience_s=TIMEOUT_S)
         pool.serve([pool.join("server", self.url, self.tp)], int(version))
         record = {"routing": self.routing, "top_k": self.top_k}
         return EngineClient(pool, self.api_key, request_timeout_s=TIMEOUT_S, **record)

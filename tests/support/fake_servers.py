@@ -14,7 +14,7 @@ from aiohttp import web
 
 from ctpo_megatron.engine.checksums import write_digest
 from ctpo_megatron.engine.client import EngineClient
-from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Sent, Server
 
@@ -187,12 +187,12 @@ def blaming(*urls: str) -> Callable[[FakeServer, dict[str, int]], dict[str, int]
 
 
 @asynccontextmanager
-async def fakes(count: int, **options: Any) -> AsyncIterator[tuple[list[FakeServer], ServerPool, EngineClient, list[str]]]:
+async def fakes(count: int, **options: Any) -> AsyncIterator[tuple[list[FakeServer], Fleet, EngineClient, list[str]]]:
     """That many servers that have joined a pool, a client of it, and what the pool says."""
     said: list[str] = []
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(FakeServer().serving()) for _ in range(count)]
-        pool = ServerPool(**{"patience_s": 5.0, "say": said.append} | options)
+        pool = Fleet(**{"patience_s": 5.0, "say": said.append} | options)
         for number, server in enumerate(servers):
             pool.join(f"server {number}", server.url)
         client = await stack.enter_async_context(EngineClient(pool, "key", request_timeout_s=5.0))

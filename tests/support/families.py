@@ -86,7 +86,7 @@ def reference(path: Path, z_loss: float = 0.0) -> Reference:
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     found, packs, routers = Reference(), micro_batches(), _Routers(model)
-    tokens = sum(int(pack.loss_mask.sum()) for pack in packs)
+    tokens = sum(int(pack.mask.sum()) for pack in packs)
     loss = torch.zeros(())
     for pack in packs:
         pieces = []
@@ -95,7 +95,7 @@ def reference(path: Path, z_loss: float = 0.0) -> Reference:
             pieces.append(logits.log_softmax(-1).gather(-1, pack.labels[start:end, None]).squeeze(-1))
         logp = torch.cat(pieces)
         found.logp.append(logp.detach().numpy())
-        loss = loss - logp[pack.loss_mask].sum() / tokens + z_loss * routers.z_loss_of_pack() / len(packs)
+        loss = loss - logp[pack.mask].sum() / tokens + z_loss * routers.z_loss_of_pack() / len(packs)
     loss.backward()
     found.gradients, found.expert_counts = gradients_by_file_name(model), routers.counts
     return found

@@ -19,7 +19,7 @@ from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.data.packing import pack
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.types import TrainSample
 from tests.support.engine_faults import Fault
 from tests.support.ranks import at_own_port
@@ -143,9 +143,9 @@ def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSam
             TrainSample(
                 input_ids=tokens[:-1],
                 labels=tokens[1:],
-                loss_mask=wrote,
-                rollout_logprobs=[min(near[i] + rng.gauss(0.0, 0.02), 0.0) if mine else 0.0 for i, mine in enumerate(wrote)],
-                policy_versions=[0 if mine else -1 for mine in wrote],
+                mask=wrote,
+                rollout_logp=[min(near[i] + rng.gauss(0.0, 0.02), 0.0) if mine else 0.0 for i, mine in enumerate(wrote)],
+                versions=[0 if mine else -1 for mine in wrote],
                 advantages=[advantage if mine else 0.0 for mine in wrote],
                 group=number // 4,
                 experts=routing.permuted(np.tile(np.arange(4, dtype=np.int8), (length, LAYERS, 1)), axis=-1)[..., :2],
@@ -160,7 +160,7 @@ def packs_of(case: Case, samples: list[TrainSample], parallel: ParallelConfig) -
         samples = [replace(sample, experts=None) for sample in samples]
     groups = [samples[i :: case.packs] if case.packed else [samples[i]] for i in range(case.packs)]
     chosen = [sample for group in groups for sample in group]
-    weights = sequence_weights("sequence-mean", torch.tensor([sum(sample.loss_mask) for sample in chosen])).tolist()
+    weights = sequence_weights("sequence-mean", torch.tensor([sum(sample.mask) for sample in chosen])).tolist()
     packs, first = [], 0
     for group in groups:
         mine = weights[first : first + len(group)]
@@ -170,13 +170,13 @@ def packs_of(case: Case, samples: list[TrainSample], parallel: ParallelConfig) -
     return packs
 
 
-def start(rank: RankInfo, path: Path, parallel: ParallelConfig) -> MegatronEngine:
+def start(rank: RankInfo, path: Path, parallel: ParallelConfig) -> TrainerRank:
     """An engine on the CPU with `OPTIMIZER`; experts with both auxiliary losses, and a balancing bias that moves."""
     moe = MoeConfig(aux_loss_coeff=0.01, z_loss_coeff=0.01, bias_update_rate=0.125)
-    return MegatronEngine(str(path), parallel, OPTIMIZER, at_own_port(rank), device="cpu", seed=1, moe=moe)
+    return TrainerRank(str(path), parallel, OPTIMIZER, at_own_port(rank), device="cpu", seed=1, moe=moe)
 
 
-def begin_again(engine: MegatronEngine) -> None:
+def begin_again(engine: TrainerRank) -> None:
     """Weights of the model directory and a new optimizer, without building the engine again."""
     from ctpo_megatron.mcore.hf.load import load_hf
     from ctpo_megatron.mcore.host import megatron_region
@@ -191,12 +191,12 @@ def begin_again(engine: MegatronEngine) -> None:
         engine.schedule.step(0)
 
 
-def train(engine: MegatronEngine, case: Case, samples: list[TrainSample]) -> Found:
+def train(engine: TrainerRank, case: Case, samples: list[TrainSample]) -> Found:
     """Two optimizer steps of `case` from the model directory's weights."""
     from ctpo_megatron.mcore.policy import update_policy
 
     begin_again(engine)
-    packs = packs_of(case, samples, engine.parallel)[engine.seat.dp_rank :: engine.parallel.dp]
+    packs = packs_of(case, samples, engine.parallel)[engine.coords.dp_rank :: engine.parallel.dp]
     algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="rollout")
     options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftConfig(), "version": 0}
     steps = [update_policy(engine, [packs], **options) for _ in range(2)]
@@ -242,7 +242,7 @@ def train_alone(rank: RankInfo, models: dict[str, Path], cases: dict[str, list[C
     return found
 
 
-def exported(engine: MegatronEngine) -> dict[str, NDArray[np.float32]]:
+def exported(engine: TrainerRank) -> dict[str, NDArray[np.float32]]:
     """Whole weights under their Hugging Face names on rank 0, nothing elsewhere."""
     return {name: tensor.numpy().copy() for bucket in engine.export(1 << 20) for name, tensor in bucket}
 

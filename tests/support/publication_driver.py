@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ctpo_megatron.config.cluster import Transport
 from ctpo_megatron.engine.client import EngineClient, Generation
-from ctpo_megatron.engine.fleet import ServerPool, State
+from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.weights.publisher import Publisher
@@ -102,7 +102,7 @@ async def driving(info: RankInfo, model: Path, root: Path, servers: int, restart
             follow(rank)
             return
         said: list[str] = []
-        pool = ServerPool(patience_s=TIMEOUT_S, restarts=restarts, say=said.append)
+        pool = Fleet(patience_s=TIMEOUT_S, restarts=restarts, say=said.append)
         for number, server in enumerate(running):
             await asyncio.to_thread(server.server.wait_healthy, START_S)
             pool.join(f"server {number}", server.url)

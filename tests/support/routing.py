@@ -13,7 +13,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.data.samples import build_sample
 from ctpo_megatron.engine.client import EngineClient, Generation
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.types import TrainSample, Turn
 
 MARGIN = 1e-4  # of router logits: closer ones are decided by rounding
@@ -46,8 +46,8 @@ def check_top(model: torch.nn.Module, prompt: list[int], generation: Generation,
     logits = model(torch.tensor([prompt + generation.token_ids])).logits[0, len(prompt) - 1 : -1].float()
     logp, top = torch.log_softmax(logits / temperature, -1), generation.top
     found = logp.gather(1, torch.from_numpy(top.ids).long())
-    assert np.abs(found.numpy() - top.logprobs).max() < TOP
-    assert np.abs(logp.topk(top.ids.shape[1]).values.numpy() - top.logprobs).max() < TOP
+    assert np.abs(found.numpy() - top.logp).max() < TOP
+    assert np.abs(logp.topk(top.ids.shape[1]).values.numpy() - top.logp).max() < TOP
 
 
 async def sample(client: EngineClient, prompt: list[int], *, tokens: int = 40, session: int = 0, recorded: int = 0) -> Generation:
@@ -86,19 +86,19 @@ async def train_samples(client: EngineClient, prompt: list[int], count: int) -> 
     """Generations as the trainer gets them."""
     generations = await asyncio.gather(*(sample(client, prompt, tokens=200, session=i) for i in range(count)))
     return [
-        build_sample(prompt, [Turn("assistant", g.token_ids, g.logprobs, g.versions, g.top)], 1.0, 0, g.experts)
+        build_sample(prompt, [Turn("assistant", g.token_ids, g.rollout_logp, g.versions, g.top)], 1.0, 0, g.experts)
         for g in generations
     ]
 
 
 def drift(rank: RankInfo, path: Path, samples: list[TrainSample], dtype: str) -> dict[str, float]:
     """Mean and largest |log-prob difference| of a trainer in `dtype` to the engine that sampled, with replay and without."""
-    engine = MegatronEngine(str(path), ParallelConfig(), None, rank, device="cpu", dtype=dtype, seed=1)
+    engine = TrainerRank(str(path), ParallelConfig(), None, rank, device="cpu", dtype=dtype, seed=1)
     found: dict[str, float] = {}
     for name, chosen in {"with": samples, "without": [replace(s, experts=None) for s in samples]}.items():
         (packs,) = pack(chosen, dp=1, max_tokens=1024)
         placed = engine.place(packs)
-        gaps = [(logp - mb.rollout_logp)[mb.loss_mask].abs() for mb, logp in zip(placed, engine.logp(placed, 0.7), strict=True)]
+        gaps = [(logp - mb.rollout_logp)[mb.mask].abs() for mb, logp in zip(placed, engine.logp(placed, 0.7), strict=True)]
         found[f"mean {name}"], found[f"max {name}"] = float(torch.cat(gaps).mean()), float(torch.cat(gaps).max())
     engine.close()
     return found

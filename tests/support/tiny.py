@@ -93,10 +93,10 @@ def _pack(lengths: list[int], generator: torch.Generator) -> MicroBatch:
         input_ids=torch.randint(0, VOCAB, (total,), generator=generator),
         labels=torch.randint(0, VOCAB, (total,), generator=generator),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        loss_mask=mask,
+        mask=mask,
         advantages=torch.where(mask, advantages, 0.0),
         rollout_logp=torch.where(mask, -torch.rand(total, generator=generator), 0.0),
-        policy_versions=torch.where(mask, 0, -1).to(torch.int32),
+        versions=torch.where(mask, 0, -1).to(torch.int32),
         cu_seqlens=bounds,
         lengths=torch.tensor(lengths),
         groups=torch.arange(len(lengths)),
@@ -118,8 +118,8 @@ def transformers_logp(path: Path, temperature: float) -> tuple[list[Tensor], flo
             logits = model(pack.input_ids[None, start:end]).logits[0] / temperature
             pieces.append(logits.log_softmax(-1).gather(-1, pack.labels[start:end, None]).squeeze(-1))
         logps.append(torch.cat(pieces))
-    tokens = sum(int(pack.loss_mask.sum()) for pack in packs)
-    loss = -sum(logp[pack.loss_mask].sum() for logp, pack in zip(logps, packs, strict=True)) / tokens
+    tokens = sum(int(pack.mask.sum()) for pack in packs)
+    loss = -sum(logp[pack.mask].sum() for logp, pack in zip(logps, packs, strict=True)) / tokens
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return [logp.detach() for logp in logps], loss.item(), norm.item()

@@ -8,7 +8,7 @@ PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "1")
 
 
 def trajectory(reward: float, *turns: list[int]) -> Trajectory:
-    """Turns by their token ids; the policy writes the first, a tool answers, and so on."""
+    """SenderOrder by their token ids; the policy writes the first, a tool answers, and so on."""
     roles = ["assistant" if number % 2 == 0 else "tool" for number in range(len(turns))]
     made = [Turn(role, ids, [0.0] * len(ids), [0] * len(ids)) for role, ids in zip(roles, turns, strict=True)]
     return Trajectory(0, [9], made, Status.FINISHED, reward=reward)

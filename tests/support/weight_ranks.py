@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.weights.protocol import Sent, Server
 
 HOST = "127.0.0.1"
@@ -101,7 +101,7 @@ def publish_everything(rank: RankInfo, cases: list[Case], root: Path, ports: lis
     found = []
     for number, (case, port) in enumerate(zip(cases, ports, strict=True)):
         info, parallel = replace(rank, master_port=port), ParallelConfig(**case.layout)
-        engine = MegatronEngine(str(case.model), parallel, None, info, device="cpu", dtype="float32", seed=1)
+        engine = TrainerRank(str(case.model), parallel, None, info, device="cpu", dtype="float32", seed=1)
         exported = root / str(number)
         engine.save_hf(exported / "full")
         nudge(engine, 2.0)
@@ -116,12 +116,12 @@ def publish_everything(rank: RankInfo, cases: list[Case], root: Path, ports: lis
     return found
 
 
-def publish_twice(engine: MegatronEngine, transport: Transport, site: Site, base: Path | None) -> dict[str, Any]:
+def publish_twice(engine: TrainerRank, transport: Transport, site: Site, base: Path | None) -> dict[str, Any]:
     """All weights, then a delta. Rank 0, which has `base`, plays the driver's part: another model first, sessions, the look."""
     from ctpo_megatron.weights.transports.choose import make_sender
-    from ctpo_megatron.weights.transports.order import open_turns
+    from ctpo_megatron.weights.transports.order import open_order
 
-    turns = open_turns(engine.senders(), HOST, transport.timeout_s)
+    turns = open_order(engine.senders(), HOST, transport.timeout_s)
     sender = None if turns is None else make_sender(transport, torch.device("cpu"), HOST, turns)
     before = site.load(base) if base else None
     dist.barrier()
@@ -147,7 +147,7 @@ def publish_twice(engine: MegatronEngine, transport: Transport, site: Site, base
 
 
 @torch.no_grad()
-def nudge(engine: MegatronEngine, factor: float) -> None:
+def nudge(engine: TrainerRank, factor: float) -> None:
     """Scale some tensors, by a power of two and so without a trace when undone: both ends of the model, which may be one tensor;
     a query projection, which the engine keeps in one parameter with key and value; gate and up of a layer or of one expert."""
     from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors

@@ -12,7 +12,7 @@ from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.actor import EngineActor
 from ctpo_megatron.cluster.placement import ServerPlace
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.engine.fleet import UP, Member, ServerPool
+from ctpo_megatron.engine.fleet import UP, Fleet, Member
 from ctpo_megatron.errors import CtpoError, ProcessDied
 
 END_TIMEOUT_S = 30.0  # for a lost server's processes to end in order
@@ -54,7 +54,7 @@ class _Server:
 class EngineGroup:
     """A server for each of `places`. `pool` learns what becomes of them."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], pool: ServerPool) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], pool: Fleet) -> None:
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key

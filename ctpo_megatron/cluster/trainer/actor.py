@@ -17,7 +17,7 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.parallel import Seat
+from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
 from ctpo_megatron.weights.transports.prefetch import begun
@@ -46,7 +46,7 @@ class TrainerActor:
         """The GPUs that Ray gave to this rank, by CUDA's names on this node."""
         return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
 
-    def build(self, master: tuple[str, int], threads: int, total_steps: int) -> Seat:
+    def build(self, master: tuple[str, int], threads: int, total_steps: int) -> RankCoords:
         """Join the process group, build and load the model. Returns where this rank sits."""
         os.environ["OMP_NUM_THREADS"] = str(threads)
         os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
@@ -54,10 +54,10 @@ class TrainerActor:
 
         torch.set_num_threads(threads)
         from ctpo_megatron.mcore.hf.buffers import BucketMemory
-        from ctpo_megatron.mcore.rank import MegatronEngine, RankInfo
+        from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 
         config = self.config
-        self.engine = MegatronEngine(
+        self.engine = TrainerRank(
             config.model.path,
             config.parallel,
             config.optimizer,
@@ -73,7 +73,7 @@ class TrainerActor:
         reference = config.algorithm.reference
         self.reference = None if reference is None else self.engine.snapshot(reference.path)
         self._make_room()
-        return self.engine.seat
+        return self.engine.coords
 
     def update(self, batches: list[list[MicroBatch]], experts: list[list[Tensor | None]], version: int) -> dict[str, float]:
         """See `loop.protocols.Trainer.update`. `experts`: of each pack what this rank's routers see of its record."""
@@ -117,11 +117,11 @@ class TrainerActor:
         from ctpo_megatron.engine.layout import EngineLayout
         from ctpo_megatron.weights.proof.expected import Expected
         from ctpo_megatron.weights.transports.choose import make_sender
-        from ctpo_megatron.weights.transports.order import open_turns
+        from ctpo_megatron.weights.transports.order import open_order
 
         weights, address, device = self.config.weights, node_address(self.config), self.engine.device
         if not self._connected:
-            turns = open_turns(self.engine.senders(), address, weights.timeout_s)
+            turns = open_order(self.engine.senders(), address, weights.timeout_s)
             layout = EngineLayout(self.engine.shape, self.config.rollout.engine.tp, cpu=device.type == "cpu")
             self.sender = None if turns is None else make_sender(weights, device, address, turns, lambda: Expected(layout))
             self._connected = True

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ctpo_megatron.batch import MicroBatch, TrainBatch
 from ctpo_megatron.cluster.calls import Process, call_all
-from ctpo_megatron.parallel import Seat, own_experts
+from ctpo_megatron.parallel import RankCoords, own_experts
 from ctpo_megatron.weights.proof.canary import join_canary
 from ctpo_megatron.weights.protocol import Sent, Server
 
@@ -23,13 +23,13 @@ class TrainerGroup:
     def __init__(self, ranks: list[Process], timeout_s: float) -> None:
         self.ranks = ranks
         self._timeout_s = timeout_s
-        self._seats: list[Seat] = []
+        self._coords: list[RankCoords] = []
 
     async def build(self, threads: int, total_steps: int) -> None:
         """Bring up the process group, the model and the optimizer on every rank."""
         first = self.ranks[0]
         (master,) = await call_all([(first, first.actor.address.remote())], self._timeout_s)
-        self._seats = await self._each("build", master, threads, total_steps)
+        self._coords = await self._each("build", master, threads, total_steps)
 
     async def gpus(self) -> list[list[str]]:
         """The GPUs of each rank, by CUDA's names on its node."""
@@ -38,7 +38,7 @@ class TrainerGroup:
     async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
         """See `loop.protocols.Trainer.update`."""
         shares = self._shares(lambda dp: [[without_experts(mb) for mb in batch.micro_batches[dp]] for batch in batches])
-        own = [[experts_at(seat, batch.micro_batches[seat.dp_rank]) for batch in batches] for seat in self._seats]
+        own = [[experts_at(coords, batch.micro_batches[coords.dp_rank]) for batch in batches] for coords in self._coords]
         sent = zip(self.ranks, shares, own, strict=True)
         return (await self._calls([rank.actor.update.remote(share, mine, version) for rank, share, mine in sent]))[0]
 
@@ -50,7 +50,7 @@ class TrainerGroup:
     async def canary_logp(self, token_ids: list[int]) -> list[float]:
         """Log-probs of tokens 1, 2, ... of the prompt at temperature 1, with the weights as they are."""
         parts = await self._each("canary_logp", token_ids)
-        shards = {seat.cp_rank: part for seat, part in zip(self._seats, parts, strict=True) if part}
+        shards = {coords.cp_rank: part for coords, part in zip(self._coords, parts, strict=True) if part}
         return join_canary([shards[rank] for rank in sorted(shards)], len(token_ids))
 
     async def connect(self, servers: list[Server], api_key: str) -> None:
@@ -88,8 +88,8 @@ class TrainerGroup:
 
     def _shares(self, of_rank: Any) -> list[ray.ObjectRef]:
         """One object per data-parallel rank, shared by the ranks that work on the same data."""
-        stored = {dp: ray.put(of_rank(dp)) for dp in sorted({seat.dp_rank for seat in self._seats})}
-        return [stored[seat.dp_rank] for seat in self._seats]
+        stored = {dp: ray.put(of_rank(dp)) for dp in sorted({coords.dp_rank for coords in self._coords})}
+        return [stored[coords.dp_rank] for coords in self._coords]
 
     async def _each(self, method: str, *args: Any) -> list[Any]:
         return await self._calls([getattr(rank.actor, method).remote(*args) for rank in self.ranks])
@@ -103,6 +103,6 @@ def without_experts(mb: MicroBatch) -> MicroBatch:
     return replace(mb, routed_experts=None)
 
 
-def experts_at(seat: Seat, micro_batches: list[MicroBatch]) -> list[Tensor | None]:
+def experts_at(coords: RankCoords, micro_batches: list[MicroBatch]) -> list[Tensor | None]:
     """Of each pack what the routers of one rank see of the record; None without one."""
-    return [None if mb.routed_experts is None else own_experts(mb.routed_experts, mb.cu_seqlens, seat) for mb in micro_batches]
+    return [None if mb.routed_experts is None else own_experts(mb.routed_experts, mb.cu_seqlens, coords) for mb in micro_batches]

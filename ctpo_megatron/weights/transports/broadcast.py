@@ -31,7 +31,7 @@ from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import Flat, flatten
-from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.order import SenderOrder
 from ctpo_megatron.weights.transports.prefetch import Expected, Finish, deliver, intake
 
 PROBE_TIMEOUT_S = 10.0  # a server that does not even say what it is within this time is not worth a group
@@ -47,13 +47,13 @@ class BroadcastSender:
         *,
         device: torch.device,
         address: str,
-        turns: Turns | None = None,
+        turns: SenderOrder | None = None,
         new_expected: Callable[[], Expected] | None = None,
     ) -> None:
         self._timeout_s = config.timeout_s
         self._device = device
         self._address = address
-        self._turns = turns or Turns.alone()
+        self._turns = turns or SenderOrder.alone()
         self._new_expected = new_expected
         self._changes = Changes(config.delta)
         self._name = f"ctpo_weights_{self._turns.place}"

@@ -11,7 +11,7 @@ from ctpo_megatron.weights.protocol import WeightSender
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender
 from ctpo_megatron.weights.transports.colocated import ColocatedSender
 from ctpo_megatron.weights.transports.disk import DiskSender
-from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.order import SenderOrder
 from ctpo_megatron.weights.transports.prefetch import Expected
 
 
@@ -19,7 +19,7 @@ def make_sender(
     config: Transport,
     device: torch.device,
     address: str,
-    turns: Turns,
+    turns: SenderOrder,
     new_expected: Callable[[], Expected] | None = None,
 ) -> WeightSender:
     """This rank's end of it. `address`: of this node; `new_expected` makes the account of one publication's digests."""

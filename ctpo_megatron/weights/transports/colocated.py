@@ -35,7 +35,7 @@ from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 from ctpo_megatron.weights.transports.broadcast import PROBE_TIMEOUT_S
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import Flat, flatten
-from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.order import SenderOrder
 from ctpo_megatron.weights.transports.prefetch import Expected, Finish, deliver, intake
 
 _DEVICE = 6  # which argument of torch's `rebuild_cuda_tensor` is the device
@@ -50,13 +50,13 @@ class ColocatedSender:
         *,
         device: torch.device,
         address: str,
-        turns: Turns | None = None,
+        turns: SenderOrder | None = None,
         new_expected: Callable[[], Expected] | None = None,
     ) -> None:
         self._timeout_s = config.timeout_s
         self._device = device
         self._local = {address, "127.0.0.1", "localhost"}
-        self._turns = turns or Turns.alone()
+        self._turns = turns or SenderOrder.alone()
         self._new_expected = new_expected
         self._changes = Changes(config.delta)
         self._calls: ServerCalls | None = None

@@ -32,8 +32,8 @@ from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 from ctpo_megatron.weights.transports.broadcast import PROBE_TIMEOUT_S
 from ctpo_megatron.weights.transports.delta import Changes
-from ctpo_megatron.weights.transports.order import Turns
-from ctpo_megatron.weights.transports.prefetch import Expected, Intake, intake
+from ctpo_megatron.weights.transports.order import SenderOrder
+from ctpo_megatron.weights.transports.prefetch import Expected, SendAccount, intake
 
 MANIFEST = "manifest.json"
 _VERSION = re.compile(r"v\d+(\.tmp)?")
@@ -43,12 +43,12 @@ class DiskSender:
     """See `transport.WeightSender`."""
 
     def __init__(
-        self, config: DiskTransport, *, turns: Turns | None = None, new_expected: Callable[[], Expected] | None = None
+        self, config: DiskTransport, *, turns: SenderOrder | None = None, new_expected: Callable[[], Expected] | None = None
     ) -> None:
         self._timeout_s = config.timeout_s
         self._root = Path(config.directory).absolute()
         self._keep = config.keep
-        self._turns = turns or Turns.alone()
+        self._turns = turns or SenderOrder.alone()
         self._new_expected = new_expected
         self._changes = Changes(config.delta)
         self._base: int | None = None  # version that the servers hold
@@ -93,7 +93,7 @@ class DiskSender:
         self._base = None
         self._changes.forget()
 
-    def _write(self, account: Intake, work: Path) -> None:
+    def _write(self, account: SendAccount, work: Path) -> None:
         """This sender's files, and what is in them."""
         work.mkdir(parents=True, exist_ok=True)
         base = None if self._changes.full else self._base

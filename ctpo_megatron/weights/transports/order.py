@@ -1,4 +1,4 @@
-"""Turns of the senders: one after the other, in a fixed order, each told how the one before it fared.
+"""SenderOrder of the senders: one after the other, in a fixed order, each told how the one before it fared.
 
 A server handles requests one at a time, and a broadcast holds it until it is over: two senders at once would wait for each other
 on two servers that saw them in different orders. So joining and sending go round the senders in the order of their ranks.
@@ -21,7 +21,7 @@ T = TypeVar("T")
 GRACE_S = 10.0  # beyond a sender's own bound, in which it finds out which server failed, and says so
 
 
-class Turns:
+class SenderOrder:
     """Place `place` of `count` in the order. `store` is shared by all senders; each calls `take` equally often."""
 
     def __init__(self, store: dist.Store | None, place: int, count: int) -> None:
@@ -31,7 +31,7 @@ class Turns:
         self._round = 0
 
     @classmethod
-    def alone(cls) -> Turns:
+    def alone(cls) -> SenderOrder:
         """Of a single sender."""
         return cls(None, 0, 1)
 
@@ -86,7 +86,7 @@ class Turns:
         return f"turn/{self._round}/{place}"
 
 
-def open_turns(senders: list[int], address: str, timeout_s: float) -> Turns | None:
+def open_order(senders: list[int], address: str, timeout_s: float) -> SenderOrder | None:
     """This rank's place among the trainer's ranks that send, in their order; None for the others. Every rank calls it.
 
     `address`: of this node, for the others to reach.
@@ -99,4 +99,4 @@ def open_turns(senders: list[int], address: str, timeout_s: float) -> Turns | No
         return None
     if store is None:
         store = dist.TCPStore(*where[0], is_master=False, timeout=timeout, wait_for_workers=False)
-    return Turns(store, senders.index(rank), len(senders))
+    return SenderOrder(store, senders.index(rank), len(senders))

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.delta import Changes
-from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.order import SenderOrder
 
 
 class Expected(Protocol):
@@ -49,7 +49,7 @@ def begun(stream: Iterator[Bucket]) -> Iterator[Bucket]:
 
 
 @dataclass(slots=True)
-class Intake:
+class SendAccount:
     """Reads a stream of buckets and keeps the account: digests of all, and of all that is sent number and bytes."""
 
     stream: Iterator[Bucket]
@@ -113,12 +113,12 @@ class Intake:
 @contextmanager
 def intake(
     buckets: Iterable[Bucket], version: int, changes: Changes, new_expected: Callable[[], Expected] | None
-) -> Iterator[Intake]:
+) -> Iterator[SendAccount]:
     """An account of one publication. When the body fails, the stream is read to its end, and the next publication is full."""
     stream = iter(buckets)
     beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
     try:
-        yield Intake(stream, changes, new_expected() if new_expected else None, Sent(version), beside)
+        yield SendAccount(stream, changes, new_expected() if new_expected else None, Sent(version), beside)
     except BaseException:
         changes.forget()
         raise
@@ -128,7 +128,7 @@ def intake(
             pass
 
 
-def deliver(account: Intake, turns: Turns, deadline: float, start: Callable[[Bucket, int], Finish]) -> Sent:
+def deliver(account: SendAccount, turns: SenderOrder, deadline: float, start: Callable[[Bucket, int], Finish]) -> Sent:
     """Pass on all buckets in this sender's turn; `start` sets one under way and returns how to wait for its arrival."""
     begin = time.monotonic()
     with turns.take(deadline, account.next) as bucket:

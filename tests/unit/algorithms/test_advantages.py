@@ -324,7 +324,7 @@ def test_token_level_advantages_reach_the_micro_batches():
     ((micro,),) = batch.micro_batches
     once = [2 / 3, 0, 1, -1 / 3, 0, -1, 2 / 3, 5 / 6, -1]  # zeros: tool tokens; one prompt token is no label
     assert micro.advantages.tolist() == pytest.approx(once * 2, rel=1e-6)
-    assert micro.loss_mask.tolist() == [value != 0 for value in once * 2]
+    assert micro.mask.tolist() == [value != 0 for value in once * 2]
 
 
 def test_sequences_are_numbered_over_the_rollout_batch():

@@ -22,9 +22,9 @@ def sample(length: int, number: int = 0, *, masked_in: bool = True) -> TrainSamp
     return TrainSample(
         input_ids=[1000 * number + t + 1 for t in range(length)],
         labels=[1000 * number + t + 2 for t in range(length)],
-        loss_mask=mask,
-        rollout_logprobs=[-0.5 - number if wrote else 0.0 for wrote in mask],
-        policy_versions=[number if wrote else -1 for wrote in mask],
+        mask=mask,
+        rollout_logp=[-0.5 - number if wrote else 0.0 for wrote in mask],
+        versions=[number if wrote else -1 for wrote in mask],
         advantages=[number + 0.25 if wrote else 0.0 for wrote in mask],
         group=number,
     )
@@ -38,8 +38,8 @@ def sequences(micro_batch: MicroBatch) -> list[tuple[int, TrainSample, int]]:
         cut = slice(start, end)
         assert micro_batch.position_ids[cut].tolist() == list(range(end - start))
         streams = (
-            *(micro_batch.input_ids, micro_batch.labels, micro_batch.loss_mask),
-            *(micro_batch.rollout_logp, micro_batch.policy_versions, micro_batch.advantages),
+            *(micro_batch.input_ids, micro_batch.labels, micro_batch.mask),
+            *(micro_batch.rollout_logp, micro_batch.versions, micro_batch.advantages),
         )
         found.append((int(micro_batch.groups[number]), TrainSample(*(s[cut].tolist() for s in streams)), end - start))
     return found
@@ -72,7 +72,7 @@ def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
         for place, (group, padded, length) in enumerate(found):
             assert length % step == 0
             if group == -1:
-                assert not any(padded.loss_mask)
+                assert not any(padded.mask)
                 assert len(found) == 1
                 continue
             seen.append(group)
@@ -80,8 +80,8 @@ def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
             assert length - len(true) < (step if place < len(found) - 1 else math.lcm(step, cp * tp) + step)
             padding = length - len(true)
             for name, filler in (
-                *(("input_ids", 0), ("labels", 0), ("loss_mask", False)),
-                *(("rollout_logprobs", 0.0), ("policy_versions", -1), ("advantages", 0.0)),
+                *(("input_ids", 0), ("labels", 0), ("mask", False)),
+                *(("rollout_logp", 0.0), ("versions", -1), ("advantages", 0.0)),
             ):
                 assert getattr(padded, name) == getattr(true, name) + [filler] * padding, name
     assert sorted(seen) == list(range(len(samples)))
@@ -106,7 +106,7 @@ def test_a_rank_without_samples_gets_a_masked_filler():
     (real,), (filler,) = sorted(packed, key=lambda rank: rank[0].groups.tolist(), reverse=True)
     assert real.tokens == 8
     assert filler.tokens == 8
-    assert not filler.loss_mask.any()
+    assert not filler.mask.any()
     assert filler.groups.tolist() == [-1]
 
 
@@ -127,7 +127,7 @@ def test_weights_are_those_of_the_whole_batch():
         packs = [m for rank in batch(aggregation).micro_batches for m in rank]
         return {int(i): float(w) for m in packs for i, w in zip(m.sequence_ids, m.weights, strict=True)}
 
-    lengths = [sum(s.loss_mask) for s in samples]
+    lengths = [sum(s.mask) for s in samples]
     tokens = sum(lengths)
     assert (batch(TokenMean()).tokens, batch(TokenMean()).sequences) == (tokens, 2)
     expected = {
@@ -141,7 +141,7 @@ def test_weights_are_those_of_the_whole_batch():
         assert [found[10], found[11]] == pytest.approx(weights)
         assert found[12] == 0.0
         assert set(found) <= {10, 11, 12, -1}
-    assert sum(int(m.loss_mask.sum()) for rank in batch(TokenMean()).micro_batches for m in rank) == tokens
+    assert sum(int(m.mask.sum()) for rank in batch(TokenMean()).micro_batches for m in rank) == tokens
     with pytest.raises(ValueError, match="nothing to train on"):
         build_train_batch([sample(5, masked_in=False)], aggregation=TokenMean(), parallel=parallel, max_tokens=32)
 

@@ -26,9 +26,9 @@ def test_the_example_of_the_docstring():
     (sample,) = build_samples(group, [2.0], 11)
     assert sample.input_ids == [7, 8, 5, 6, 9]
     assert sample.labels == [8, 5, 6, 9, 4]
-    assert sample.loss_mask == [False, True, True, False, True]
-    assert sample.rollout_logprobs == [0.0, -0.1, -0.2, 0.0, -0.3]
-    assert sample.policy_versions == [-1, 3, 4, -1, 5]
+    assert sample.mask == [False, True, True, False, True]
+    assert sample.rollout_logp == [0.0, -0.1, -0.2, 0.0, -0.3]
+    assert sample.versions == [-1, 3, 4, -1, 5]
     assert sample.advantages == [0.0, 2.0, 2.0, 0.0, 2.0]
     assert sample.group == 11
 
@@ -55,7 +55,7 @@ def test_each_written_token_is_a_label_with_its_own_streams(prompt, lengths):
     written = [
         (label, logprob, version, advantage)
         for label, masked_in, logprob, version, advantage in zip(
-            sample.labels, sample.loss_mask, sample.rollout_logprobs, sample.policy_versions, sample.advantages, strict=True
+            sample.labels, sample.mask, sample.rollout_logp, sample.versions, sample.advantages, strict=True
         )
         if masked_in
     ]
@@ -67,7 +67,7 @@ def test_each_written_token_gets_its_own_advantage_and_others_none(lengths):
     turns = turns_of(lengths)
     own = [float(i) for turn in turns if turn.role == "assistant" for i in turn.token_ids]
     (sample,) = build_samples(TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns, Status.FINISHED)]), [own], 0)
-    masked_in = zip(sample.labels, sample.loss_mask, strict=True)
+    masked_in = zip(sample.labels, sample.mask, strict=True)
     assert sample.advantages == [float(label) if wrote else 0.0 for label, wrote in masked_in]
     for wrong in (own[1:], [*own, 1.0]):
         with pytest.raises(ValueError, match=f"{len(wrong)} advantages for {len(own)} tokens"):
@@ -107,7 +107,7 @@ def write(path, *conversations: str):
 
 def shown(sample) -> str:
     """Labels as text, those masked out in round brackets."""
-    pairs = zip(map(chr, sample.labels), sample.loss_mask, strict=True)
+    pairs = zip(map(chr, sample.labels), sample.mask, strict=True)
     return "".join(letter if wrote else f"({letter})" for letter, wrote in pairs).replace(")(", "")
 
 
@@ -117,7 +117,7 @@ def test_assistant_turns_are_masked_in_with_their_end(tmp_path):
     assert shown(one) == "(<q|a<)code|(t<12|a<)end|"
     assert shown(two) == "(<s|u<q|a<)x|"
     assert chr(one.input_ids[0]) == "u"
-    assert one.advantages == [float(wrote) for wrote in one.loss_mask]
+    assert one.advantages == [float(wrote) for wrote in one.mask]
     assert one.group != two.group
 
 

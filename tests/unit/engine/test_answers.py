@@ -14,11 +14,11 @@ from ctpo_megatron.data.packing import pack
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.engine.answers import read_experts, read_top
 from ctpo_megatron.engine.client import EngineClient, Generation
-from ctpo_megatron.engine.fleet import ServerPool
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
 from ctpo_megatron.loop.report import as_row
 from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, train_metrics
-from ctpo_megatron.parallel import Seat, own_experts
+from ctpo_megatron.parallel import RankCoords, own_experts
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.types import Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
@@ -37,7 +37,7 @@ class Server(EngineClient):
     """Answers from a script as SGLang does; the rows of a record are those of the version that answers."""
 
     def __init__(self, runs: list[Run], *, top_k: int = 0, silent_at: int | None = None) -> None:
-        pool = ServerPool(patience_s=1)
+        pool = Fleet(patience_s=1)
         member = pool.join("server", "http://server")
         for version in sorted({version for _, version, _ in runs}, reverse=True):
             pool.serve([member], version)
@@ -125,7 +125,7 @@ def test_a_record_of_another_model_is_an_error(values: list[int], words: str) ->
 def test_top_log_probs() -> None:
     top = sample(Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")], top_k=3)).top
     assert top.ids.tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5], [9, 10, 11]]
-    assert top.logprobs[0].tolist() == [-0.5, -1.5, -2.5]
+    assert top.logp[0].tolist() == [-0.5, -1.5, -2.5]
     with pytest.raises(EngineError, match="asked for 3"):
         read_top({"output_top_logprobs": [[[-0.5, 1, None]]]}, 3, 1, "http://server")
 
@@ -181,9 +181,9 @@ def test_every_input_of_a_trajectory_has_its_experts() -> None:
     assert trajectory.experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5, 5, 5, 5])
     (sample_,) = build_samples(TrajectoryGroup(PROMPT, [trajectory]), [1.0], 0)
     assert len(sample_.experts) == len(sample_) == 9
-    for t, wrote in enumerate(sample_.loss_mask):
+    for t, wrote in enumerate(sample_.mask):
         assert (sample_.top.ids[t, 0] == sample_.labels[t]) == wrote
-        assert np.isfinite(sample_.top.logprobs[t]).all() == wrote
+        assert np.isfinite(sample_.top.logp[t]).all() == wrote
     trajectory.experts = trajectory.experts[:-1]
     with pytest.raises(ValueError, match="differ in length"):
         build_samples(TrajectoryGroup(PROMPT, [trajectory]), [1.0], 0)
@@ -198,7 +198,7 @@ def test_what_is_written_down() -> None:
     assert "routing/replayed" not in rollout_metrics([TrajectoryGroup(PROMPT, [trajectory])], 5)
     row = as_row(played())
     assert "experts" not in row
-    assert [turn.keys() for turn in row["turns"]] == [{"role", "token_ids", "logprobs", "versions"}] * 3
+    assert [turn.keys() for turn in row["turns"]] == [{"role", "token_ids", "rollout_logp", "versions"}] * 3
     metrics = train_metrics({"moe/load_entropy/layer_1": 0.5, "moe/load_entropy/layer_2": 0.75})
     assert load_histograms(metrics) == {"moe/load_entropy": ([0.0, 1.0, 2.0, 3.0], [0.0, 0.5, 0.75])}
 
@@ -210,18 +210,18 @@ def test_all_seats_together_hold_every_entry_once(cp: int, tp: int, stages: list
     padding = whole.routed_experts[:, 0, 0] == -1
     assert len(whole.routed_experts) == whole.tokens
     assert int((~padding).sum()) == 27
-    assert not (whole.loss_mask & padding).any()
-    assert torch.equal(whole.support_logp.isfinite().all(1), whole.loss_mask)
+    assert not (whole.mask & padding).any()
+    assert torch.equal(whole.support_logp.isfinite().all(1), whole.mask)
     entries = torch.arange(whole.routed_experts.numel()).view(whole.routed_experts.shape)
     found = []
     for c in range(cp):
         local = whole.shard(c, cp)
-        assert torch.equal(local.support_ids[local.loss_mask][:, 0], local.labels[local.loss_mask].int())
+        assert torch.equal(local.support_ids[local.mask][:, 0], local.labels[local.mask].int())
         for layers in stages:
-            parts = [own_experts(entries, whole.cu_seqlens, Seat(0, c, cp, t, tp, layers)) for t in range(tp)]
+            parts = [own_experts(entries, whole.cu_seqlens, RankCoords(0, c, cp, t, tp, layers)) for t in range(tp)]
             assert {part.shape for part in parts} == {(whole.tokens // (cp * tp), len(layers), 2)}
             found += parts
-            of_stage = own_experts(whole.routed_experts, whole.cu_seqlens, Seat(0, c, cp, 0, 1, layers))
+            of_stage = own_experts(whole.routed_experts, whole.cu_seqlens, RankCoords(0, c, cp, 0, 1, layers))
             assert torch.equal(of_stage, local.routed_experts[:, list(layers)])
     assert torch.equal(torch.cat([part.flatten() for part in found]).sort().values, entries.flatten())
 
@@ -233,4 +233,4 @@ def test_samples_with_and_without_a_record_go_into_one_pack() -> None:
     known = whole.routed_experts[:, 0, 0] >= 0
     assert known.tolist() == [True] * 9 + [False] * 9
     assert pack([second], dp=1, max_tokens=200)[0][0].routed_experts is None
-    assert TopK.unused(2, 3).logprobs.tolist() == [[-np.inf] * 3] * 2
+    assert TopK.unused(2, 3).logp.tolist() == [[-np.inf] * 3] * 2

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from ctpo_megatron.engine.client import EngineClient, Generation
-from ctpo_megatron.engine.fleet import ServerPool, State
+from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.errors import EngineError, EngineRefused
 from tests.support.fake_servers import FakeServer, fakes
 
@@ -37,7 +37,7 @@ async def waits(*tasks: asyncio.Future) -> bool:
 
 def test_sessions_stay_where_they_are() -> None:
     async def scenario() -> None:
-        pool = ServerPool(patience_s=1)
+        pool = Fleet(patience_s=1)
         members = [pool.join(str(number), f"http://{number}") for number in range(4)]
         pool.serve(members, 0)
 
@@ -87,7 +87,7 @@ def test_a_generation_goes_on_elsewhere() -> None:
             pool.serve(pool.members(State.JOINING), 0)
             first.faults["/generate"] = lambda: web.Response(status=500) if first.generations else None
             done = await generate(client)
-            assert (done.token_ids, done.logprobs, done.versions) == ([1] * 8, [-0.5] * 8, [0] * 8)
+            assert (done.token_ids, done.rollout_logp, done.versions) == ([1] * 8, [-0.5] * 8, [0] * 8)
             assert [body["input_ids"] for body in second.generations] == [[1, 2, 3, 1, 1, 1, 1]]
             assert second.generations[0]["sampling_params"]["max_new_tokens"] == 4
             assert pool.metrics() == {"servers/serving": 1, "servers/lost": 0, "servers/rejoined": 0}
@@ -194,7 +194,7 @@ def test_restarts_are_counted() -> None:
 
     async def scenario() -> None:
         said: list[str] = []
-        pool = ServerPool(patience_s=0.2, restarts=2, say=said.append)
+        pool = Fleet(patience_s=0.2, restarts=2, say=said.append)
         member = pool.join("server 0", "http://a")
         for number in (1, 2):
             lost = asyncio.ensure_future(pool.lost(member))
@@ -220,7 +220,7 @@ def test_without_a_trainer() -> None:
     """Weights never change: who joins serves, who fails is started again."""
 
     async def scenario() -> None:
-        pool = ServerPool(patience_s=0.2, restarts=1, fixed_version=0, say=lambda _: None)
+        pool = Fleet(patience_s=0.2, restarts=1, fixed_version=0, say=lambda _: None)
         member = pool.join("server 0", "http://a")
         assert (await pool.acquire(0)).version == 0
         pool.suspend(member, "answered 500")

@@ -23,9 +23,9 @@ def micro_batch():
     sample = TrainSample(
         input_ids=[1, 2, 3, 4, 5],
         labels=[2, 3, 4, 5, 6],
-        loss_mask=[True, True, False, True, True],
-        rollout_logprobs=[-1.0, -2.0, 0.0, -3.0, -4.0],
-        policy_versions=[4, 4, -1, 3, 4],
+        mask=[True, True, False, True, True],
+        rollout_logp=[-1.0, -2.0, 0.0, -3.0, -4.0],
+        versions=[4, 4, -1, 3, 4],
         advantages=[1.0, 1.0, 0.0, 1.0, 1.0],
     )
     return pack([sample], dp=ParallelConfig().dp, max_tokens=16)[0][0]
@@ -73,13 +73,13 @@ def test_merging_steps():
 
 def test_old_logp_is_sharded_with_the_rest():
     whole = replace(micro_batch(), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
-    assert whole.with_old_logp(torch.arange(5.0)).shard(1, 2).old_logp.tolist() == [1.0, 2.0]
+    assert whole.with_anchor_logp(torch.arange(5.0)).shard(1, 2).old_logp.tolist() == [1.0, 2.0]
 
 
 def test_a_token_is_compared_with_the_version_that_sampled_it():
     mb, old = micro_batch(), torch.tensor([-1.5, -2.5, -9.0, -3.5, -4.5])
     present = anchor_logp(mb, old, "version", version=4)
-    assert present[mb.loss_mask].tolist() == [-1.5, -2.5, -3.0, -4.5]  # the third policy token is of version 3: the engine's
+    assert present[mb.mask].tolist() == [-1.5, -2.5, -3.0, -4.5]  # the third policy token is of version 3: the engine's
     assert torch.equal(anchor_logp(mb, old, "old", version=4), old)
     assert torch.equal(anchor_logp(mb, old, "rollout", version=4), mb.rollout_logp)
 

@@ -137,5 +137,5 @@ def test_demonstrations_are_the_tokens_of_a_rollout(toy, tmp_path):
     (sample,) = read_demonstrations(path, chat)
     whole = [sample.input_ids[0], *sample.labels]
     assert chat.decode(whole, special=True) == rendered(chat, TALK)
-    written = [label for label, wrote in zip(sample.labels, sample.loss_mask, strict=True) if wrote]
+    written = [label for label, wrote in zip(sample.labels, sample.mask, strict=True) if wrote]
     assert chat.decode(written, special=True) == f"{TALK[1]['content']}<|im_end|>{TALK[3]['content']}<|im_end|>"

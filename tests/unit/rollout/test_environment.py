@@ -44,7 +44,7 @@ class Letters:
 @dataclass
 class Answer:
     token_ids: list[int]
-    logprobs: list[float]
+    rollout_logp: list[float]
     versions: list[int]
     finish: str
     top: None = None
@@ -94,11 +94,11 @@ def test_a_tool_call_and_an_answer():
     assert script.seen[1] == (f"question{CALL}|{{56}}", 1000 - len(f"{CALL}|{{56}}"), 9)
     assert trajectory.turns[0].versions[0] == 1
     assert trajectory.turns[2].versions[0] == 2
-    assert set(trajectory.turns[1].logprobs) == {0.0}
+    assert set(trajectory.turns[1].rollout_logp) == {0.0}
     assert set(trajectory.turns[1].versions) == {-1}
     (sample,) = build_samples(asyncio.run(group_of(trajectory)), [1.0], 0)
     assert "".join(map(chr, [sample.input_ids[0], *sample.labels])) == "question" + trajectory.text
-    assert "".join(chr(i) for i, w in zip(sample.labels, sample.loss_mask, strict=True) if w) == f"{CALL}|\\boxed{{56}}|"
+    assert "".join(chr(i) for i, w in zip(sample.labels, sample.mask, strict=True) if w) == f"{CALL}|\\boxed{{56}}|"
 
 
 async def group_of(trajectory: Trajectory):

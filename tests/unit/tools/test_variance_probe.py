@@ -199,7 +199,7 @@ def write_trajectories(file: Path, model: Path) -> None:
                 own, there = role == "assistant", slice(first, first + len(tokens))
                 logprobs = logp[there] if own else [0.0] * len(tokens)
                 turns.append(
-                    {"role": role, "token_ids": tokens, "logprobs": logprobs, "versions": [0 if own else -1] * len(tokens)}
+                    {"role": role, "token_ids": tokens, "rollout_logp": logprobs, "versions": [0 if own else -1] * len(tokens)}
                 )
                 first += len(tokens)
             record = {"prompt_index": prompt, "prompt_ids": parts[0], "turns": turns, "reward": float(attempt == prompt % 3)}

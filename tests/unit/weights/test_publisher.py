@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from ctpo_megatron.engine.client import EngineClient
-from ctpo_megatron.engine.fleet import ServerPool, State
+from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import ProcessDied, WeightSyncError
 from ctpo_megatron.models.config import parse_config
@@ -52,7 +52,7 @@ QKV = "model.layers.1.self_attn.qkv_proj.weight"
 class Site:
     """Servers, trainer and publisher of a test."""
 
-    def __init__(self, servers: list[FakeServer], pool: ServerPool, client: EngineClient, said: list[str], proof: Proof) -> None:
+    def __init__(self, servers: list[FakeServer], pool: Fleet, client: EngineClient, said: list[str], proof: Proof) -> None:
         self.servers, self.pool, self.client, self.said = servers, pool, client, said
         self.trainer = FakeTrainer(servers, list(proof.layout.tensors))
         self.publisher = Publisher(pool, client.control, self.trainer, proof, api_key="key", timeout_s=2.0)

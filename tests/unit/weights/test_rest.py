@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from ctpo_megatron.engine.client import EngineClient
-from ctpo_megatron.engine.fleet import MEMORY, Member, ServerPool, State
+from ctpo_megatron.engine.fleet import MEMORY, Fleet, Member, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.weights.publisher import Proof, Publisher
@@ -34,7 +34,7 @@ class Site:
     """Servers, and a publisher that lets them rest."""
 
     servers: list[FakeServer]
-    pool: ServerPool
+    pool: Fleet
     client: EngineClient
     said: list[str]
     trainer: FakeTrainer

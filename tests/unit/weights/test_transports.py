@@ -24,7 +24,7 @@ from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import flatten
-from ctpo_megatron.weights.transports.order import Turns
+from ctpo_megatron.weights.transports.order import SenderOrder
 from ctpo_megatron.weights.transports.prefetch import deliver, intake
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_turns_go_round_in_order() -> None:
     shared, events = store(), []
 
     def sender(place: int) -> None:
-        turns = Turns(client(shared), place, 3)
+        turns = SenderOrder(client(shared), place, 3)
         for number in range(2):
             time.sleep(0.05 * (2 - place))  # the last asks first
             with turns.take(time.monotonic() + 20, lambda: events.append("ready")):
@@ -151,7 +151,7 @@ def test_turns_go_round_in_order() -> None:
 
 def test_failure_reaches_the_senders_behind() -> None:
     shared = store()
-    first, second, third = (Turns(client(shared), place, 3) for place in range(3))
+    first, second, third = (SenderOrder(client(shared), place, 3) for place in range(3))
     deadline = time.monotonic() + 20
     with pytest.raises(WeightSyncError, match="server is gone"), first.take(deadline):
         raise WeightSyncError("server is gone", servers=["http://b"])
@@ -168,7 +168,7 @@ def test_failure_reaches_the_senders_behind() -> None:
 
 def test_preparation_that_fails_is_passed_on() -> None:
     shared = store()
-    first, second = (Turns(client(shared), place, 2) for place in range(2))
+    first, second = (SenderOrder(client(shared), place, 2) for place in range(2))
 
     def broken() -> None:
         raise ValueError("no bucket")
@@ -182,7 +182,7 @@ def test_preparation_that_fails_is_passed_on() -> None:
 def test_a_silent_sender_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctpo_megatron.weights.transports.order.GRACE_S", 0.2)
     shared = store()
-    turns, begin = Turns(client(shared), 1, 2), time.monotonic()
+    turns, begin = SenderOrder(client(shared), 1, 2), time.monotonic()
     with pytest.raises(WeightSyncError, match="sender 1 of 2 waited"), turns.take(begin + 0.3):
         pytest.fail("must not send")
     assert time.monotonic() - begin < 5
@@ -201,7 +201,7 @@ def test_next_bucket_is_gathered_while_the_present_one_travels() -> None:
         return lambda: events.append(f"finish {number}")
 
     with intake(stream(), 7, Changes(enabled=False), None) as account:
-        sent = deliver(account, Turns.alone(), time.monotonic() + 5, start)
+        sent = deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert events == ["gather 0", "start t0", "gather 1", "gather 2", "finish 0", "start t2", "finish 1"]
     assert (sent.version, sent.tensors, sent.bytes) == (7, 2, 16)
     assert sent.seconds.keys() == {"gather", "digest", "wait", "send"}
@@ -229,7 +229,7 @@ def test_a_sender_holds_two_buckets() -> None:
         return finish
 
     with intake(stream(), 1, Changes(enabled=False), None) as account:
-        deliver(account, Turns.alone(), time.monotonic() + 5, start)
+        deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert held == [0, 1, 1, 1, 1, 1]
 
 
@@ -247,7 +247,7 @@ def test_a_failed_sender_reads_its_stream_to_the_end() -> None:
         raise WeightSyncError("gone")
 
     with pytest.raises(WeightSyncError, match="gone"), intake(stream(), 1, changes, None) as account:
-        deliver(account, Turns.alone(), time.monotonic() + 5, start)
+        deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert gathered == [0, 1, 2, 3, 4]
     assert changes.full, "what the servers hold is not known"
 

@@ -10,7 +10,7 @@ from ctpo_megatron.parallel.layout import zigzag_shard
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RankCoords:
     """Where a rank sits. `expert_layers` are places among the model's layers with experts, in the order of the rank's chunks."""
 
     dp_rank: int
@@ -21,12 +21,12 @@ class Seat:
     expert_layers: tuple[int, ...]
 
 
-def own_experts(routed: Tensor, cu_seqlens: Tensor, seat: Seat) -> Tensor:
-    """What the routers at `seat` see of `routed` [T, expert layers, k]: [T / (cp * tp), the rank's expert layers, k].
+def own_experts(routed: Tensor, cu_seqlens: Tensor, coords: RankCoords) -> Tensor:
+    """What the routers at `coords` see of `routed` [T, expert layers, k]: [T / (cp * tp), the rank's expert layers, k].
 
     Context parallelism cuts every sequence in zigzag; sequence parallelism then gives each tensor-parallel rank an equal run of
     what is left. All seats' parts together are the whole, each entry once per replica.
     """
-    local = zigzag_shard(routed[:, list(seat.expert_layers)], cu_seqlens, seat.cp_rank, seat.cp_size)
-    length = len(local) // seat.tp_size
-    return local[seat.tp_rank * length : (seat.tp_rank + 1) * length].clone()
+    local = zigzag_shard(routed[:, list(coords.expert_layers)], cu_seqlens, coords.cp_rank, coords.cp_size)
+    length = len(local) // coords.tp_size
+    return local[coords.tp_rank * length : (coords.tp_rank + 1) * length].clone()
