@@ -1,0 +1,255 @@
+"""What happens in a run, as typed events: one object a line in RUN_DIR/events.jsonl, and a sentence each for the console.
+
+Whoever sees something happen emits an event and knows nothing of who reads it. A line holds `time` (seconds since 1970), `event`
+(the class's `name`) and the fields of the class.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ctpo_megatron.record.files import jsonable
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened. Subclasses have a `name` and a `sentence` of their own."""
+
+    name: ClassVar[str]
+
+    @property
+    def sentence(self) -> str:
+        """The event for a person, in one line."""
+        raise NotImplementedError(f"{type(self).__name__} has no sentence")
+
+
+Emit = Callable[[Event], None]
+
+
+def discard(_event: Event) -> None:
+    """Emit to nobody: for parts that are used outside a run."""
+
+
+class EventLog:
+    """Appends events to a file and hands each to `readers`; complete after every line. Call it to emit."""
+
+    def __init__(self, path: Path, readers: Iterable[Emit] = ()) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._readers = tuple(readers)
+
+    def __call__(self, event: Event) -> None:
+        """Write `event` down and tell the readers."""
+        line = {"time": round(time.time(), 3), "event": event.name, **jsonable(asdict(event))}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for reader in self._readers:
+            reader(event)
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        self._file.close()
+
+
+@dataclass(frozen=True, slots=True)
+class RunReady(Event):
+    """All processes are up and the first weights are proven on the servers."""
+
+    name: ClassVar[str] = "ready"
+    seconds: float  # since the command began
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"ready after {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResumed(Event):
+    """The run goes on from a checkpoint."""
+
+    name: ClassVar[str] = "resumed"
+    checkpoint: str
+    step: int  # training steps that are done
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"resumed from {self.checkpoint} at step {self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrained(Event):
+    """A training step is done and its weights are published. `step` counts from 1."""
+
+    name: ClassVar[str] = "step"
+    step: int
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"step {self.step} done in {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationDone(Event):
+    """The policy after `step` training steps was evaluated on the held-out prompts."""
+
+    name: ClassVar[str] = "evaluation"
+    step: int
+    accuracy: float
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"evaluation after step {self.step}: accuracy {self.accuracy:.1%}, {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPublished(Event):
+    """`servers` servers are proven to hold `version`."""
+
+    name: ClassVar[str] = "published"
+    version: int
+    servers: int
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"version {self.version} of the weights is on {self.servers} servers after {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLost(Event):
+    """A server died or failed once too often. `again`: it is being started again in its place."""
+
+    name: ClassVar[str] = "server lost"
+    server: str
+    reason: str
+    again: bool
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"{self.server} is lost: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRestarted(Event):
+    """A server that was lost answers again; it does not hold the current weights yet."""
+
+    name: ClassVar[str] = "server restarted"
+    server: str
+    url: str
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"{self.server} is back at {self.url}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSuspended(Event):
+    """A server failed; nothing is sampled from it before a publication to it has succeeded."""
+
+    name: ClassVar[str] = "server suspended"
+    server: str
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"{self.server} is suspended: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerServing(Event):
+    """A server that had failed, or was started again, serves again."""
+
+    name: ClassVar[str] = "server serving"
+    server: str
+    version: int
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"{self.server} serves again, with version {self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointVerified(Event):
+    """The checkpoint after `step` training steps was read back, compared and named."""
+
+    name: ClassVar[str] = "checkpoint verified"
+    step: int
+    seconds: float  # since its save began
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"checkpoint of step {self.step} verified after {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointLost(Event):
+    """A save in flight failed while the run was ending for another reason."""
+
+    name: ClassVar[str] = "checkpoint lost"
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"the checkpoint in flight is lost: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDamaged(Event):
+    """A checkpoint is not what was written; it was set aside. `instead`: the one to go on from, None where there is none."""
+
+    name: ClassVar[str] = "checkpoint damaged"
+    reason: str
+    kept_as: str
+    instead: str | None
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        then = f"going on from {self.instead}" if self.instead else "there is none before it"
+        return f"damaged checkpoint: {self.reason} It is kept as {self.kept_as}; {then}"
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked(Event):
+    """The run was asked to stop by a signal."""
+
+    name: ClassVar[str] = "stop asked"
+    signal: str
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"{self.signal}: ending the run's processes ..."
+
+
+@dataclass(frozen=True, slots=True)
+class RunDone(Event):
+    """The run came to its end."""
+
+    name: ClassVar[str] = "done"
+    steps: int
+    seconds: float
+    summary: str  # where its numbers are
+
+    @property
+    def sentence(self) -> str:
+        """See `Event`."""
+        return f"train: {self.steps} steps in {self.seconds:.0f} s; {self.summary}"
