@@ -18,8 +18,8 @@ def temporary_directory(target: Path) -> Path:
     return work
 
 
-def publish_directory(work: Path, target: Path) -> None:
-    """Give `work` its final name, in place of what `target` may be. Both lie in the same directory."""
+def complete_directory(work: Path, target: Path) -> None:
+    """Flush `work` to the disk and rename it to `target`, in place of what may be there. Both lie in the same directory."""
     for file in work.rglob("*"):
         _flush(file)
     _flush(work)

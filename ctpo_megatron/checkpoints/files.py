@@ -19,8 +19,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.checkpoints.digests import text_digest
-from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory
+from ctpo_megatron.checkpoints.hashes import text_hash
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
 
 MANIFEST = "checkpoint.json"
@@ -45,7 +45,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def verified_checkpoints(root: str | Path) -> list[Path]:
-    """Those whose manifest is as it was written and whose files have the sizes it names."""
+    """The checkpoints in `root` whose manifest is as it was written and whose files have the sizes it names, the oldest first."""
     return [path for path in all_checkpoints(root) if _has_its_sizes(path)]
 
 
@@ -84,7 +84,7 @@ def prune(root: str | Path, keep: int) -> None:
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
     """Content of checkpoint.json, after comparing the sizes of all files.
 
-    Keys: version, world_size, dtype, scheduler_steps, state, weights (hash of the model's shards), files (name -> size, digest).
+    Keys: version, world_size, dtype, scheduler_steps, state, weights (hash of the model's shards), files (name -> size and hash, under `digest`).
     Raises DamagedCheckpoint for what is not as it was written, CheckpointError for a checkpoint that is not there or has another
     version.
     """
@@ -99,12 +99,12 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def publish_checkpoint(work: Path, target: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a verified checkpoint and give it its name. `content` is the manifest without its own digest."""
+def commit_checkpoint(work: Path, target: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a verified checkpoint and give it its name. `content` is the manifest without its own hash."""
     content = json.loads(json.dumps(content))  # as it will be read: keys are strings
-    text = json.dumps({**content, "digest": _own_digest(content)}, indent=1)
+    text = json.dumps({**content, "digest": _own_hash(content)}, indent=1)
     (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    publish_directory(work, target)
+    complete_directory(work, target)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -122,15 +122,15 @@ def _read(checkpoint: Path) -> dict[str, Any]:
         if isinstance(version, int) and version != VERSION:
             raise CheckpointError(f"{checkpoint}: format version {version}; this release reads version {VERSION}.")
         raise DamagedCheckpoint(f"{file}: not a checkpoint's manifest.")
-    if manifest.pop("digest") != _own_digest(manifest):
+    if manifest.pop("digest") != _own_hash(manifest):
         raise DamagedCheckpoint(f"{file}: its content does not have the hash that was written.")
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{checkpoint}: format version {manifest.get('version')}; this release reads version {VERSION}.")
     return manifest
 
 
-def _own_digest(content: dict[str, Any]) -> str:
-    return text_digest(json.dumps(content, sort_keys=True))
+def _own_hash(content: dict[str, Any]) -> str:
+    return text_hash(json.dumps(content, sort_keys=True))
 
 
 def _has_its_sizes(checkpoint: Path) -> bool:

@@ -4,7 +4,7 @@ Every rank writes and reads its part. The format describes whole tensors, so a r
 
     snapshot   in the caller's thread: this rank's shards are copied to host memory; training may go on
     write      under a temporary name, in a thread: shards, read back and compared with the snapshot
-    publish    on rank 0: compared with the predecessor, the manifest written, renamed
+    commit     on rank 0: compared with the predecessor, the manifest written, renamed
 
 and a checkpoint whose save did not reach the end does not count. The files are described in `files`.
 """
@@ -33,7 +33,7 @@ from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
 from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
-from ctpo_megatron.mcore.checkpoint.commit import publish
+from ctpo_megatron.mcore.checkpoint.commit import commit
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
 from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
 from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
@@ -133,7 +133,7 @@ def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any]
         complaints = [f"rank {rank}: {each}" for rank, (_, each) in enumerate(reports) if each]
         if complaints:
             raise CheckpointError("; ".join(complaints))
-        publish(work, target, header, [report for report, _ in reports], snapshot.weights, moved=moved)
+        commit(work, target, header, [report for report, _ in reports], snapshot.weights, moved=moved)
 
     on_first_rank(finish, f"checkpoint {target} does not count", group)
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.checkpoints.digests import tensor_digest
 from ctpo_megatron.checkpoints.files import MODEL, read_manifest
+from ctpo_megatron.checkpoints.hashes import tensor_hash
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import CheckpointError, ModelError
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
@@ -137,4 +137,4 @@ def _equal(stored: Tensor | None, tensor: Tensor) -> bool:
     """Equal bytes; a router's bias that is stored narrower than the model keeps it may be widened."""
     if stored is None or stored.shape != tensor.shape or stored.dtype.itemsize > tensor.dtype.itemsize:
         return False
-    return tensor_digest(stored.to(tensor.dtype)) == tensor_digest(tensor)
+    return tensor_hash(stored.to(tensor.dtype)) == tensor_hash(tensor)

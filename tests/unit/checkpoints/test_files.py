@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ctpo_megatron.checkpoints.digests import bytes_digest
-from ctpo_megatron.checkpoints.directories import publish_directory, temporary_directory
-from ctpo_megatron.checkpoints.files import latest_checkpoint, prune, publish_checkpoint, read_manifest, set_aside
+from ctpo_megatron.checkpoints.directories import complete_directory, temporary_directory
+from ctpo_megatron.checkpoints.files import commit_checkpoint, latest_checkpoint, prune, read_manifest, set_aside
+from ctpo_megatron.checkpoints.hashes import bytes_hash
 from ctpo_megatron.checkpoints.metadata import read_metadata
 from ctpo_megatron.checkpoints.verify import verify_checkpoint
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
@@ -26,8 +26,8 @@ def write_checkpoint(root: Path, step: int) -> Path:
     work = temporary_directory(target)
     (work / "random").mkdir()
     (work / "random" / "rank_00000.pt").write_bytes(CONTENT)
-    files = {"random/rank_00000.pt": {"size": len(CONTENT), "digest": bytes_digest(CONTENT)}}
-    publish_checkpoint(work, target, HEADER | {"state": HEADER["state"] | {"step": step}, "files": files})
+    files = {"random/rank_00000.pt": {"size": len(CONTENT), "digest": bytes_hash(CONTENT)}}
+    commit_checkpoint(work, target, HEADER | {"state": HEADER["state"] | {"step": step}, "files": files})
     return target
 
 
@@ -140,7 +140,7 @@ def test_publishing_replaces_what_was_there(tmp_path: Path) -> None:
     for content in ("old", "new"):
         work = temporary_directory(target)
         (work / content).write_text(content)
-        publish_directory(work, target)
+        complete_directory(work, target)
     assert names(tmp_path) == ["model"]
     assert names(target) == ["new"]
     (temporary_directory(target) / "half").write_text("")
