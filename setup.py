@@ -16,6 +16,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.19,<6",
         "tensorboard>=2.21,<3",
+        "tensorboardX>=2.6",
         "math-verify>=0.9,<1",
         "numpy>=2",
         "packaging>=24",
