@@ -7,7 +7,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError
+from ctpo_megatron.jobs.stop import StopSignal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -32,7 +33,7 @@ def train(
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.train import train_job
 
-    _run(train_job(loaded, resume=resume))
+    _run(lambda stop: train_job(loaded, stop, resume=resume))
 
 
 @app.command()
@@ -41,7 +42,7 @@ def sft(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.sft import sft_job
 
-    _run(sft_job(loaded))
+    _run(lambda _stop: sft_job(loaded))
 
 
 @app.command("eval")
@@ -50,7 +51,7 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(eval_job(loaded))
+    _run(lambda _stop: eval_job(loaded))
 
 
 @app.command()
@@ -157,20 +158,24 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     return config
 
 
-def _run(job: Coroutine[Any, Any, None]) -> None:
+def _run(job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
     """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first."""
     received: list[int] = []
+    stop = StopSignal()
 
-    def cancel(task: asyncio.Task, number: int) -> None:
+    def cancel(task: asyncio.Future[None], number: int) -> None:
         received.append(number)
         if len(received) == 1:  # a second signal must not interrupt the cleaning up
-            print(f"{signal.Signals(number).name}: ending the run's processes ...", file=sys.stderr, flush=True)
+            name = signal.Signals(number).name
+            print(f"{name}: ending the run's processes ...", file=sys.stderr, flush=True)
+            stop.tell(name)
             task.cancel()
 
     async def with_signals() -> None:
+        work = asyncio.ensure_future(job(stop))
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, cancel, asyncio.current_task(), number)
-        await job
+            asyncio.get_running_loop().add_signal_handler(number, cancel, work, number)
+        await work
 
     try:
         asyncio.run(with_signals())

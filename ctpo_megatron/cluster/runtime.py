@@ -37,6 +37,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.record.events import Emit, discard
 
 CLOSE_TIMEOUT_S = 30.0
 
@@ -44,7 +45,16 @@ CLOSE_TIMEOUT_S = 30.0
 class Runtime:
     """Use as `async with Runtime(config, ...) as runtime`; leaving the block ends every process it started."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, trainer: bool, engines: bool, total_steps: int = 0) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        trainer: bool,
+        engines: bool,
+        total_steps: int = 0,
+        emit: Emit = discard,
+    ) -> None:
         self.config = config
         self.pool = server_pool(config, trained=trainer)
         self.api_key = new_api_key()
@@ -52,6 +62,7 @@ class Runtime:
         self._run_dir = run_dir
         self._wanted = {"trainer": trainer, "engines": engines}
         self._total_steps = total_steps
+        self._emit = emit
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
 
