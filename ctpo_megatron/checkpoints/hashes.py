@@ -1,4 +1,4 @@
-"""Hashes of what a checkpoint holds: BLAKE2b of 128 bits in hexadecimal, about 1 GB/s on one core. Torch comes with tensors only."""
+"""Hashes of what a checkpoint holds: BLAKE2b of 128 bits in hexadecimal, about 1 GB/s on one core. Only tensors need torch."""
 
 from __future__ import annotations
 
@@ -42,4 +42,4 @@ def tensor_hash(tensor: Tensor) -> str:
     """Returns the hash of a CPU tensor's bytes, row by row; neither its number format, its shape nor its file takes part."""
     import torch
 
-    return bytes_hash(memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return bytes_hash(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
 from torch import Tensor
@@ -158,17 +157,17 @@ class TrainerActor:
 
             torch.cuda.empty_cache()
 
-    def save(self, directory: str, state: dict[str, Any], background: bool) -> None:
+    def save(self, directory: str, background: bool) -> None:
         """See `loop.protocols.Trainer.save`."""
-        self.engine.save(Path(directory), state, background=background)
+        self.engine.save(Path(directory), background=background)
 
     def settle(self, timeout_s: float) -> None:
         """See `loop.protocols.Trainer.settle`."""
         self.engine.settle(timeout_s)
 
-    def load(self, directory: str) -> dict[str, Any]:
+    def load(self, directory: str) -> None:
         """See `loop.protocols.Trainer.load`."""
-        return self.engine.load(Path(directory))
+        self.engine.load(Path(directory))
 
     def save_hf(self, directory: str) -> None:
         """See `loop.protocols.Trainer.save_hf`."""

@@ -65,26 +65,22 @@ class TrainerGroup:
         """Send from all sending ranks; what they sent together. Raises WeightSyncError, then `connect` again first."""
         return functools.reduce(Sent.merge, await self._each("publish", version))
 
-    async def save(self, directory: Path, state: dict[str, Any], *, background: bool) -> None:
+    async def save(self, directory: Path, *, background: bool) -> None:
         """See `loop.protocols.Trainer.save`."""
-        await self._each("save", str(directory), state, background)
+        await self._each("save", str(directory), background)
 
     async def settle(self) -> None:
         """See `loop.protocols.Trainer.settle`. Runs beside the other calls."""
         settle = [rank.actor.settle.options(concurrency_group="checkpoint") for rank in self.ranks]
         await self._calls([each.remote(self._timeout_s) for each in settle])
 
-    async def load(self, directory: Path) -> dict[str, Any]:
+    async def load(self, directory: Path) -> None:
         """See `loop.protocols.Trainer.load`."""
-        return (await self._each("load", str(directory)))[0]
+        await self._each("load", str(directory))
 
     async def save_hf(self, directory: Path) -> None:
         """See `loop.protocols.Trainer.save_hf`."""
         await self._each("save_hf", str(directory))
-
-    async def close(self) -> None:
-        """Leave all groups in good order."""
-        await self._each("close")
 
     def _shares(self, of_rank: Any) -> list[ray.ObjectRef]:
         """One object per data-parallel rank, shared by the ranks that work on the same data."""

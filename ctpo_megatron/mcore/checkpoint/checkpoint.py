@@ -12,7 +12,6 @@ and a checkpoint whose save did not reach the end does not count. The files are 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, temporary_directory
-from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest
+from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest, work_directory
 from ctpo_megatron.checkpoints.metadata import read_metadata
 from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
@@ -51,34 +49,31 @@ class Trained:
     schedule: OptimizerParamScheduler | None
     model_path: str  # whose config.json and tokenizer are copied into it
 
-    def header(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The manifest's beginning."""
+    def header(self) -> dict[str, Any]:
+        """Returns the manifest's beginning."""
         dtype = next(unwrap(self.models[0]).parameters()).dtype
         return {
             "version": VERSION,
             "world_size": dist.get_world_size(),
             "dtype": str(dtype).removeprefix("torch."),
             "scheduler_steps": None if self.schedule is None else self.schedule.num_steps,
-            "state": state,
         }
 
 
-def save_checkpoint(
-    directory: str | Path, trained: Trained, state: dict[str, Any], saver: BackgroundSave, *, moved: bool = False
-) -> None:
+def save_checkpoint(directory: str | Path, trained: Trained, saver: BackgroundSave, *, moved: bool = False) -> None:
     """Begin to save; every rank calls it, and `saver.settle` afterwards. What is saved is the state at this call.
 
-    `state` has to be what JSON knows; rank 0's is kept. `moved`: weights must differ from those of the checkpoint before.
-    Raises CheckpointError on every rank when the save cannot begin; `settle` raises it when it cannot be finished. What stood
-    at `directory` before stands until the new one is verified.
+    The checkpoint was begun by `begin_checkpoint`, and what lies in its directory becomes part of it. `moved`: weights must differ
+    from those of the checkpoint before. Raises CheckpointError on every rank when the save cannot begin; `settle` raises it when it
+    cannot be finished. What stood at `directory` before stands until the new one is verified.
     """
     target = Path(directory)
-    header = trained.header(state)
-    work = target.with_name(target.name + TEMPORARY_SUFFIX)
+    header = trained.header()
+    work = work_directory(target)
 
     def begin() -> None:
-        json.dumps(header)  # refuses what JSON does not know before anything is written
-        temporary_directory(target)
+        if not work.is_dir():
+            raise CheckpointError(f"{work} is not there; call begin_checkpoint first, on a file system that rank 0 sees")
         (work / MODEL).mkdir()
         copy_companions(Path(trained.model_path), work / MODEL, header["dtype"])
 
@@ -88,8 +83,8 @@ def save_checkpoint(
     saver.start(lambda group: _finish(snapshot, work, target, header, group, moved))
 
 
-def load_checkpoint(directory: str | Path, trained: Trained) -> dict[str, Any]:
-    """Take weights, optimizer, schedule and random states from a checkpoint; returns the `state` it was saved with.
+def load_checkpoint(directory: str | Path, trained: Trained) -> None:
+    """Take weights, optimizer, schedule and random states from a checkpoint.
 
     Every rank calls it. The ranks first compare all files with their hashes, each a share. The schedule's place is restored, its
     settings are the present ones. Random states are restored where the number of ranks is the same; otherwise they stay as the
@@ -113,7 +108,6 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> dict[str, Any]:
         trained.schedule.step(manifest["scheduler_steps"])
         if manifest["world_size"] == dist.get_world_size():
             random_state.restore(source, dist.get_rank())
-    return manifest["state"]
 
 
 def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any], group: dist.ProcessGroup, moved: bool) -> None:

@@ -23,7 +23,7 @@ from ctpo_megatron.mcore.checkpoint.writer import RankReport
 def commit(
     work: Path, target: Path, header: dict[str, Any], reports: list[RankReport], weights: set[str], *, moved: bool
 ) -> None:
-    """Name the checkpoint that all ranks have written and found again. Raises CheckpointError when it is not a new state of the model."""
+    """Name the checkpoint that all ranks have written and found again. Raises CheckpointError where the model has not moved."""
     shards = {name: stored for report in reports for name, stored in report.shards.items()}
     files = {name: file for report in reports for name, file in report.files.items()}
     weights_hash = _weights_hash(shards, weights)

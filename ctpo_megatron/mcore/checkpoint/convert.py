@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.checkpoints.files import MODEL, read_manifest
+from ctpo_megatron.checkpoints.files import MODEL, begin_checkpoint, read_manifest
 from ctpo_megatron.checkpoints.hashes import tensor_hash
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import CheckpointError, ModelError
@@ -55,11 +55,13 @@ def weights_to_megatron(rank: RankInfo, source: str, target: str, parallel: Para
     with _model(rank, shape, parallel, shape.dtype, source) as trained:
         from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
         from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+        from ctpo_megatron.mcore.collective import on_first_rank
         from ctpo_megatron.mcore.hf.load import load_hf
 
         load_hf(trained.models, shape, source)
         saver = BackgroundSave(TIMEOUT_MINUTES)
-        save_checkpoint(target, trained, {}, saver)
+        on_first_rank(lambda: begin_checkpoint(Path(target), {}), f"checkpoint {target} cannot be begun")
+        save_checkpoint(target, trained, saver)
         saver.settle()
         _forget(trained.models, shape)  # what is compared has come from the disk
         load_checkpoint(target, trained)

@@ -21,7 +21,7 @@ def capture() -> dict[str, Any]:
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
         "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),

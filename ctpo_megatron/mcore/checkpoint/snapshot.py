@@ -32,7 +32,7 @@ Place = tuple[str, tuple[int, ...] | None]  # name of a stored tensor or object,
 
 @dataclass
 class Snapshot:
-    """What this rank has to write. Nothing in it is shared with the model or the optimizer."""
+    """What this rank has to write; the model and the optimizer share nothing with it."""
 
     shards: dict[str, Any]  # torch's description, for its writer
     tensors: dict[Place, Tensor]  # the same shards as megatron describes them: what the disk is compared with
@@ -45,7 +45,8 @@ class Snapshot:
 def sharded_state(models: list[torch.nn.Module], optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
     """megatron's description of this rank's shards. Names and offsets in it are global: no layout shows in them."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    sharded = {f"model{number}": unwrap(model).sharded_state_dict(metadata=metadata) for number, model in enumerate(models)}
+    unwrapped: list[Any] = [unwrap(model) for model in models]  # megatron's own modules, which torch's types know nothing of
+    sharded = {f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(unwrapped)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer_shards(optimizer, sharded, metadata, loading=loading)
     return sharded
