@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpo_megatron.types import Prompt, TopK, Trajectory
+from ctpo_megatron.types import AttemptId, Prompt, TopK, Trajectory
 
 
 class Generation(Protocol):
@@ -37,7 +37,7 @@ class Generation(Protocol):
 
     @property
     def top(self) -> TopK | None:
-        """The likeliest tokens at the place of each, where the engine was asked for them."""
+        """The top-k tokens at the place of each, where the engine was asked for them."""
         ...
 
     @property
@@ -61,7 +61,7 @@ class Generator(Protocol):
     ) -> Generation:
         """Continue `input_ids`. Requests of one `session` share a prefix and should meet the same server.
 
-        `recorded`: of so many leading tokens the experts are known already. None: neither experts nor likeliest tokens are
+        `recorded`: of so many leading tokens the experts are known already. None: neither experts nor top-k tokens are
         wanted.
         """
         ...
@@ -105,11 +105,19 @@ class ToolRunner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0."""
+
+    reward: float
+    undecided: bool = False
+
+
 class Reward(Protocol):
     """Judges an answer."""
 
-    async def score(self, prompt: Prompt, text: str) -> float:
-        """Reward of the assistant's `text`."""
+    async def score(self, prompt: Prompt, text: str) -> Score:
+        """Returns what the assistant's `text` is worth as an answer to `prompt`."""
         ...
 
 
@@ -126,6 +134,6 @@ class Sampling:
 class Environment(Protocol):
     """Plays one trajectory from a prompt to its reward."""
 
-    async def run(self, prompt: Prompt, session: int, sampling: Sampling) -> Trajectory:
-        """One attempt at `prompt`."""
+    async def run(self, prompt: Prompt, attempt: AttemptId, session: int, sampling: Sampling) -> Trajectory:
+        """Returns the `attempt` at `prompt`. All its requests belong to `session`, see `Generator.generate`."""
         ...
