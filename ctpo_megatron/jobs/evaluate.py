@@ -26,7 +26,7 @@ async def eval_job(config: RunConfig) -> None:
         Runtime(config, run_dir, trainer=False, engines=True) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
-        result = await runtime.guard(evaluate(rollouts.rollouter, prompts, config.eval))
+        result = await runtime.guard(evaluate(rollouts.rollouter, prompts, config.eval, step=0))
     write_summary(run_dir, result.metrics(), name="eval.json")
     print(
         f"eval: accuracy {result.accuracy:.1%} on {len(result.groups)} prompts x {config.eval.samples}, "
