@@ -11,7 +11,7 @@ _REPLACED_SUFFIX = ".replaced" + TEMPORARY_SUFFIX
 
 
 def temporary_directory(target: Path) -> Path:
-    """An empty TARGET.tmp beside `target`; what an earlier, interrupted write left there is removed."""
+    """Returns an empty TARGET.tmp beside `target`; what an earlier, interrupted write left there is removed."""
     work = target.with_name(target.name + TEMPORARY_SUFFIX)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

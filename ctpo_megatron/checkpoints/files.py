@@ -35,7 +35,7 @@ _DAMAGED_SUFFIX = ".damaged"
 
 
 def all_checkpoints(root: str | Path) -> list[Path]:
-    """The checkpoints in `root` by step, the oldest first: each was verified when it got its name, and may be damaged now."""
+    """Returns the checkpoints in `root` by step, oldest first: each was verified when it got its name, and may be damaged now."""
     root = Path(root)
     if not root.is_dir():
         return []
@@ -43,12 +43,12 @@ def all_checkpoints(root: str | Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The training step in a checkpoint's name."""
+    """Returns the training step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def verified_checkpoints(root: str | Path) -> list[Path]:
-    """The checkpoints in `root` whose manifest is as it was written and whose files have the sizes it names, the oldest first."""
+    """Returns those whose manifest is as it was written and whose files have the sizes that it names, the oldest first."""
     return [path for path in all_checkpoints(root) if _has_its_sizes(path)]
 
 
@@ -79,7 +79,7 @@ def prune(root: str | Path, keep: int) -> None:
 
 
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
-    """Content of checkpoint.json, after comparing the sizes of all files.
+    """Returns the content of checkpoint.json, after comparing the sizes of all files.
 
     Keys: version, world_size, dtype, scheduler_steps, weights (hash of the model's shards), files (name -> `size` and the hash,
     `digest`).
@@ -100,7 +100,7 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
 def begin_checkpoint(target: Path, parts: Mapping[str, str]) -> Path:
     """Make the directory in which the checkpoint `target` will be written, and put files with the texts `parts` into it.
 
-    Returns that directory, `work_directory(target)`. Whoever wants a checkpoint begins it, once; then the ranks write their parts
+    Returns that directory, `work_directory(target)`. One process begins a checkpoint; then the ranks write their parts
     into it, and the manifest names all files that are there.
     """
     work = temporary_directory(target)

@@ -38,7 +38,7 @@ def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str
 
 
 def _damaged_tensor(checkpoint: Path, name: str) -> str | None:
-    """The first tensor of a file that is not as its rank held it; None where the file holds none, or their list is broken too."""
+    """Returns the first tensor of a file that is not as its rank held it; None without tensors, or where their list is broken."""
     try:
         shards = json.loads((checkpoint / SHARDS).read_text(encoding="utf-8")).get(name, [])
         content = (checkpoint / name).read_bytes()

@@ -59,7 +59,7 @@ class ToolEnvironment:
         raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
 
     async def _assistant_turn(self, attempt: _Attempt, session: int, sampling: Sampling) -> str:
-        """Adds a turn of the model; returns why it ended."""
+        """Add a turn of the model; returns why it ended."""
         stop = self._chat.stop_token_ids
         generation = await self._generator.generate(
             attempt.tokens,
@@ -77,7 +77,7 @@ class ToolEnvironment:
         return generation.finish
 
     async def _tool_turn(self, tool: ToolRunner, attempt: _Attempt, code: str) -> bool:
-        """Runs `code` and adds its output; False, adding nothing, where no room for an answer would be left."""
+        """Run `code` and add its output; returns False, adding nothing, where no room for an answer would be left."""
         result = await tool.run(code)
         attempt.tool_calls += 1
         attempt.tool_errors += not result.ok

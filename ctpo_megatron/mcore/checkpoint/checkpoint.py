@@ -42,7 +42,7 @@ from ctpo_megatron.mcore.hf.load import unwrap
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a rank goes into a checkpoint. Without optimizer and schedule it is one of weights only."""
+    """Holds what of a rank goes into a checkpoint. Without optimizer and schedule it is one of weights only."""
 
     models: list[torch.nn.Module]
     optimizer: MegatronOptimizer | None
@@ -63,9 +63,9 @@ class Trained:
 def save_checkpoint(directory: str | Path, trained: Trained, saver: BackgroundSave, *, moved: bool = False) -> None:
     """Begin to save; every rank calls it, and `saver.settle` afterwards. What is saved is the state at this call.
 
-    The checkpoint was begun by `begin_checkpoint`, and what lies in its directory becomes part of it. `moved`: weights must differ
-    from those of the checkpoint before. Raises CheckpointError on every rank when the save cannot begin; `settle` raises it when it
-    cannot be finished. What stood at `directory` before stands until the new one is verified.
+    The checkpoint was begun by `begin_checkpoint`, and what lies in its directory becomes a part. `moved`: weights must differ
+    from those of the checkpoint before. Raises CheckpointError on every rank when the save cannot begin; `settle` raises it when
+    it cannot be finished. What stood at `directory` before stands until the new one is verified.
     """
     target = Path(directory)
     header = trained.header()
@@ -111,7 +111,7 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> None:
 
 
 def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any], group: dist.ProcessGroup, moved: bool) -> None:
-    """The part of a save that runs beside training."""
+    """Do the part of a save that runs beside training."""
     report, complaint = None, None
     with _told(f"checkpoint {target} cannot be written"):
         try:
@@ -133,7 +133,7 @@ def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any]
 
 
 def _verified_together(source: Path) -> dict[str, Any]:
-    """The manifest, after the ranks have compared all files; what one of them finds, all raise."""
+    """Returns the manifest, after the ranks have compared all files; what one of them finds, all raise."""
     manifest, damage, other = {}, None, None
     try:
         manifest = read_manifest(source)

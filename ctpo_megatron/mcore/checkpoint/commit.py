@@ -41,7 +41,7 @@ def commit(
 
 
 def _weights_hash(shards: dict[str, list[list[Any]]], weights: set[str]) -> str:
-    """One hash for all shards of the model. It depends on how the layout cuts them, not on which rank wrote which."""
+    """Returns one hash for all shards of the model. It depends on how the layout cuts them, not on which rank wrote which."""
     found = sorted((key, offset or [], digest) for stored in shards.values() for key, offset, _, _, digest, *_ in stored)
     return text_hash(json.dumps([each for each in found if each[0] in weights]))
 

@@ -43,7 +43,7 @@ class Snapshot:
 
 
 def sharded_state(models: list[torch.nn.Module], optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
-    """megatron's description of this rank's shards. Names and offsets in it are global: no layout shows in them."""
+    """Returns megatron's description of this rank's shards. Names and offsets in it are global: no layout shows in them."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     unwrapped: list[Any] = [unwrap(model) for model in models]  # megatron's own modules, which torch's types know nothing of
     sharded = {f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(unwrapped)}
@@ -75,7 +75,7 @@ def take_snapshot(models: list[torch.nn.Module], optimizer: MegatronOptimizer | 
 
 
 class _Format(SaveShardedStrategy):
-    """Only the name of the format: megatron's planner of parallel saving asks for one."""
+    """Stands for the format's name, which megatron's planner of parallel saving asks for."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
@@ -89,7 +89,7 @@ class _Format(SaveShardedStrategy):
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """Always a copy, also of a CPU tensor: the optimizer goes on changing the original."""
+    """Returns a copy, also of a CPU tensor: the optimizer goes on changing the original."""
     pinned = tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=torch.device("cpu"), pin_memory=pinned)
     return copy.copy_(tensor.detach(), non_blocking=pinned)

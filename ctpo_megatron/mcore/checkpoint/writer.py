@@ -29,7 +29,7 @@ from ctpo_megatron.mcore.checkpoint.snapshot import Place, Snapshot
 
 @dataclass
 class RankReport:
-    """What one rank wrote and found again on the disk."""
+    """Names what one rank wrote and found again on the disk."""
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> size, digest
     shards: dict[str, list[list[Any]]] = field(default_factory=dict)  # file -> [name, offset, shape, dtype, digest, begin, end]
@@ -65,7 +65,7 @@ def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -
 
 
 def _write(work: Path, name: str, content: bytes, report: RankReport) -> None:
-    """A small file, read back at once."""
+    """Write a small file and read it back at once."""
     file = work / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
@@ -76,7 +76,7 @@ def _write(work: Path, name: str, content: bytes, report: RankReport) -> None:
 
 
 def _of_rank(metadata: Any, rank: int) -> dict[str, list[tuple[int, int, Place]]]:
-    """Begin and length of the shards in each file that this rank wrote, in their order."""
+    """Returns begin and length of the shards in each file that this rank wrote, in their order."""
     files: dict[str, list[tuple[int, int, Place]]] = {}
     for index, info in metadata.storage_data.items():
         if info.relative_path.startswith(f"__{rank}_"):
@@ -93,7 +93,7 @@ def _read_back(
     held: dict[Place, str],
     report: RankReport,
 ) -> None:
-    """Read a file once: its own hash, and each shard in it against what this rank held. Takes what it found out of `held`."""
+    """Read a file once: hash it, and compare each shard in it with what this rank held. Takes what it found out of `held`."""
     file, digest, size = work / name, new_hash(), 0
     report.shards[name] = []
     with file.open("rb") as stream:
