@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from ctpo_megatron.cluster.local_ranks import run_local_ranks
 from ctpo_megatron.config.rollout import EngineConfig
-from ctpo_megatron.engine.server import SGLangServer, new_api_key, server_args, server_env
+from ctpo_megatron.engine.server import SGLangServer, new_api_key
+from ctpo_megatron.engine.server_args import server_args, server_env
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.owners import make_buckets, nbytes
 from ctpo_megatron.models.tensors import HfTensor, hf_tensors

@@ -31,7 +31,7 @@ from ctpo_megatron.models.tensors import hf_tensors
 from ctpo_megatron.weights.proof.canary import TOLERANCE, canary_batch
 from ctpo_megatron.weights.proof.expected import Expected
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
-from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from ctpo_megatron.weights.transports.choose import make_sender
 from ctpo_megatron.weights.transports.order import SenderOrder
 from ctpo_megatron.weights.transports.prefetch import begun
@@ -218,10 +218,10 @@ class Driver:
             self._trainer.sender = make_sender(
                 self._transport(kind, deltas), torch.device("cpu"), HOST, SenderOrder.alone(), lambda: Expected(self._layout)
             )
-            pool = Fleet(patience_s=TIMEOUT_S)
-            pool.join("server", self._task.url)
-            publisher = Publisher(
-                *(pool, self._control, self._trainer, self._proof),
+            fleet = Fleet(patience_s=TIMEOUT_S)
+            fleet.join("server", self._task.url)
+            publisher = WeightPublisher(
+                *(fleet, self._control, self._trainer, self._proof),
                 api_key=self._task.key,
                 timeout_s=TIMEOUT_S,
                 session=kind != "disk",
@@ -246,7 +246,7 @@ class Driver:
         cpu = control.cpu_at["close"] - control.cpu_at["open"]
         return {"bytes": sent.bytes, "update": control.seconds("open", "close"), "update, server cpu": cpu}
 
-    async def _publish(self, publisher: Publisher) -> Row:
+    async def _publish(self, publisher: WeightPublisher) -> Row:
         """Seconds by phase. Raises WeightSyncError when the server does not hold, or does not compute, what was sent."""
         self._version += 1
         cpu = cpu_of(self._task.server)

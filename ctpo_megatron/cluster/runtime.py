@@ -46,7 +46,7 @@ class Runtime:
 
     def __init__(self, config: RunConfig, run_dir: Path, *, trainer: bool, engines: bool, total_steps: int = 0) -> None:
         self.config = config
-        self.pool = server_pool(config, trained=trainer)
+        self.fleet = fleet_of(config, trained=trainer)
         self.api_key = new_api_key()
         self.trainer: TrainerGroup | None = None
         self._run_dir = run_dir
@@ -99,7 +99,7 @@ class Runtime:
         await asyncio.wait_for(self.trainer.build(threads, self._total_steps), cluster.start_timeout_s)
 
     def _engine_group(self, places: list[ServerPlace]) -> EngineGroup:
-        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.pool)
+        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.fleet)
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
@@ -156,7 +156,7 @@ class Runtime:
         ray.shutdown()
 
 
-def server_pool(config: RunConfig, *, trained: bool) -> Fleet:
+def fleet_of(config: RunConfig, *, trained: bool) -> Fleet:
     """The servers of a run. Requests wait as long as what may keep one from serving: a start, an update, a training step."""
     engine, cluster = config.rollout.engine, config.cluster
     return Fleet(

@@ -41,21 +41,21 @@ class Generation:
 class EngineClient:
     """All servers of a run behind one object; used as an async context manager.
 
-    `pool` says who serves; `control` is for everything but generation. `routing`: how the model routes, where the servers report
+    `fleet` says who serves; `control` is for everything but generation. `routing`: how the model routes, where the servers report
     it (`--enable-return-routed-experts`). `top_k`: how many of the likeliest tokens they shall report with each sampled one.
     Both only for requests that say what is `recorded`. Every request is bounded by `request_timeout_s`.
     """
 
     def __init__(
         self,
-        pool: Fleet,
+        fleet: Fleet,
         api_key: str,
         *,
         request_timeout_s: float,
         routing: RoutingShape | None = None,
         top_k: int = 0,
     ) -> None:
-        self.pool = pool
+        self.fleet = fleet
         self._routing, self._top_k = routing, top_k
         self._requests = Requests(api_key, request_timeout_s)
         self.control = ServerControl(self._requests)
@@ -95,10 +95,10 @@ class EngineClient:
                 **{"top_p": 1.0, "top_k": -1, "min_p": 0.0},
             }
             body = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
-            lease = await self.pool.acquire(session)
+            lease = await self.fleet.acquire(session)
             answer = await self._answer(lease, body | record.wish())
             part = None if answer is None else _read(answer, lease.member.url)
-            if part is None or not await self.pool.accept(lease, part.versions):
+            if part is None or not await self.fleet.accept(lease, part.versions):
                 failures += 1
                 if failures == MAX_FAILURES:
                     raise EngineError(f"{failures} attempts at one generation failed, the last one on {lease.member.url}")
@@ -114,7 +114,7 @@ class EngineClient:
     async def _answer(self, lease: Lease, body: dict[str, Any]) -> dict[str, Any] | None:
         """What the server says; None when it has failed, which suspends it. Raises EngineRefused."""
         request = asyncio.ensure_future(self._requests.post(f"{lease.member.url}/generate", body))
-        broken = asyncio.ensure_future(self.pool.broken(lease))
+        broken = asyncio.ensure_future(self.fleet.broken(lease))
         try:
             await asyncio.wait([request, broken], return_when=asyncio.FIRST_COMPLETED)
             return None if broken.done() else request.result()
@@ -122,7 +122,7 @@ class EngineClient:
             raise
         except EngineError as error:
             if not lease.broken:
-                self.pool.suspend(lease.member, str(error))
+                self.fleet.suspend(lease.member, str(error))
             return None
         finally:
             request.cancel()

@@ -11,7 +11,7 @@
                   |                    |  v                 |
                   +---------------- SUSPENDED <-------------+           lose (none left): GONE, from every state
 
-`rest` makes every server that is up SLEEPING, `update` ends it. While they rest nobody who was lost is started again.
+`offload` makes every server that is up SLEEPING, `update` ends it. While they rest nobody who was lost is started again.
 
 Requests go to SERVING servers only. A token counts when the version that it carries was proven on its server (`serve`), and is
 not older than what the server had been given when the request began.
@@ -97,7 +97,7 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._lost: dict[str, int] = {}
         self._rejoined = 0
-        self._resting = False
+        self._offloaded = False
         self._changed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
@@ -119,9 +119,9 @@ class Fleet:
             member.state = State.UPDATING
         self._notify()
 
-    def rest(self) -> list[Member]:
+    def offload(self) -> list[Member]:
         """The trainer needs the servers' memory, until `awake`: those that are up, none of which gets a request any more."""
-        self._resting = True
+        self._offloaded = True
         members = self.members(*UP)
         for member in members:
             member.state = State.SLEEPING
@@ -130,12 +130,12 @@ class Fleet:
 
     def awake(self) -> None:
         """The trainer is done: servers may be started again."""
-        self._resting = False
+        self._offloaded = False
         self._notify()
 
-    async def room(self) -> None:
+    async def memory_free(self) -> None:
         """Returns when there is memory for a server to start with."""
-        await self._until(lambda: not self._resting)
+        await self._until(lambda: not self._offloaded)
 
     def serve(self, members: Iterable[Member], version: int) -> None:
         """They are proven to hold `version`; requests may go to them."""

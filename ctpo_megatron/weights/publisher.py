@@ -62,16 +62,16 @@ class Proof:
     tolerance: float  # of log-probs, see `weights.proof.canary`
 
 
-class Publisher:
-    """Brings the trainer's weights to the servers of a pool. Its calls come one after the other, while the trainer is idle.
+class WeightPublisher:
+    """Brings the trainer's weights to the servers of a fleet. Its calls come one after the other, while the trainer is idle.
 
-    `session`: whether the transport wants an update session open. `release`: whether servers give back their memory in `rest`.
+    `session`: whether the transport wants an update session open. `release`: whether servers give back their memory in `offload`.
     `timeout_s` bounds each step at each server.
     """
 
     def __init__(
         self,
-        pool: Fleet,
+        fleet: Fleet,
         control: ServerControl,
         trainer: WeightSource,
         proof: Proof,
@@ -81,7 +81,7 @@ class Publisher:
         session: bool = True,
         release: bool = False,
     ) -> None:
-        self._pool = pool
+        self._fleet = fleet
         self._control = control
         self._trainer = trainer
         self._proof = proof
@@ -101,14 +101,14 @@ class Publisher:
         fail twice are lost; those that are being started are left to `heal`. Raises WeightSyncError when no server is left.
         """
         self._version = version
-        self._pool.awake()
+        self._fleet.awake()
         timer = PhaseTimer()
         with timer("total"):
-            await self._bring_up(self._pool.members(*UP), timer)
-        if self._pool.hopeless:
-            raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._pool.report()}")
+            await self._bring_up(self._fleet.members(*UP), timer)
+        if self._fleet.hopeless:
+            raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
-        return seconds | self._changed() | self._pool.metrics()
+        return seconds | self._changed() | self._fleet.metrics()
 
     def _changed(self) -> dict[str, float]:
         """Nothing where only one version has been sent."""
@@ -117,23 +117,23 @@ class Publisher:
         before, now = ([value for rank in sent.digests for _, value in sorted(rank.items())] for sent in self._history)
         return {"publish/changed": sum(old != new for old, new in zip(before, now, strict=True)) / max(len(now), 1)}
 
-    async def rest(self) -> None:
+    async def offload(self) -> None:
         """All servers that are up give back their memory, until the next publication; without `release` nothing happens.
 
         Whoever fails is suspended, or lost if it gives no sign of life. Generations in flight wait, and keep their tokens.
         """
         if self._release:
-            attempt = _Attempt(self._pool.rest())
+            attempt = _Attempt(self._fleet.offload())
             await attempt.each(self._sleep)
             await self._drop_blamed(attempt, Counter())
 
     async def heal(self) -> None:
         """Bring servers that are up but do not serve to the current version. The trainer must still hold that version."""
-        waiting = self._pool.members(State.JOINING, State.SUSPENDED)
+        waiting = self._fleet.members(State.JOINING, State.SUSPENDED)
         if waiting:
             await self._bring_up(waiting, PhaseTimer())
-        if self._pool.hopeless:
-            raise WeightSyncError(f"no inference server is left:\n{self._pool.report()}")
+        if self._fleet.hopeless:
+            raise WeightSyncError(f"no inference server is left:\n{self._fleet.report()}")
 
     async def _bring_up(self, members: list[Member], timer: PhaseTimer) -> None:
         """Until each of them serves or is lost: every attempt that does not succeed has somebody to blame."""
@@ -152,9 +152,9 @@ class Publisher:
         for (member, reason), alive in zip(attempt.blamed.items(), answers, strict=True):
             failures[member.url] += 1
             if alive and failures[member.url] < ATTEMPTS:
-                self._pool.suspend(member, reason)
+                self._fleet.suspend(member, reason)
             elif member.state in UP:  # its death may be known already
-                self._pool.lose(member, reason)
+                self._fleet.lose(member, reason)
 
     async def _answers(self, member: Member) -> bool:
         """Whether it gives a sign of life. One that hangs must end: others may be held up with it in a broken broadcast."""
@@ -170,7 +170,7 @@ class Publisher:
         if attempt.left:
             with timer("prepare"):
                 await self._trainer.prepare(self._version)
-        self._pool.update(attempt.left)
+        self._fleet.update(attempt.left)
         with timer("paused"):
             with timer("pause"):
                 await attempt.each(self._pause)
@@ -187,7 +187,7 @@ class Publisher:
             await attempt.each(lambda member: self._control.resume(member.url, timeout_s=self._timeout_s))
         with timer("canary"):
             await self._canary(attempt)
-        self._pool.serve(attempt.left, self._version)
+        self._fleet.serve(attempt.left, self._version)
 
     @property
     def _limit(self) -> float:

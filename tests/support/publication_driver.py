@@ -1,4 +1,4 @@
-"""What a run's driver does in the tests of publications: servers, a pool, a client and a publisher on rank 0 of a trainer."""
+"""What a run's driver does in the tests of publications: servers, a fleet, a client and a publisher on rank 0 of a trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ctpo_megatron.engine.client import EngineClient, Generation
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.mcore.rank import RankInfo
-from ctpo_megatron.weights.publisher import Publisher
+from ctpo_megatron.weights.publisher import WeightPublisher
 from tests.support.engines import START_S, TIMEOUT_S, RunningServer, in_flight, start_server
 from tests.support.publication_ranks import Rank, Ranks, follow, run_config
 
@@ -27,14 +27,14 @@ class Driver:
 
     def __init__(self, rank: Rank, servers: list[RunningServer], client: EngineClient, said: list[str]) -> None:
         self.trainer, self.servers, self.client, self.said = Ranks(rank), servers, client, said
-        self.pool = client.pool
+        self.fleet = client.fleet
         self.publisher = self._new_publisher(TIMEOUT_S)
         self.version = 0
 
-    def _new_publisher(self, timeout_s: float, *, session: bool = True) -> Publisher:
+    def _new_publisher(self, timeout_s: float, *, session: bool = True) -> WeightPublisher:
         first = self.servers[0]
         common = {"api_key": first.api_key, "timeout_s": timeout_s, "session": session}
-        return Publisher(self.pool, self.client.control, self.trainer, first.proof(), **common)
+        return WeightPublisher(self.fleet, self.client.control, self.trainer, first.proof(), **common)
 
     async def use(self, transport: Transport) -> None:
         """From now on versions travel by `transport`."""
@@ -76,13 +76,13 @@ class Driver:
         return answer["meta_info"]["cached_tokens"]
 
     def spoken(self) -> str:
-        """What the pool has said since the last time."""
+        """What the fleet has said since the last time."""
         text = "\n".join(self.said)
         self.said.clear()
         return text
 
     def serving(self) -> list[str]:
-        return [member.name for member in self.pool.members(State.SERVING)]
+        return [member.name for member in self.fleet.members(State.SERVING)]
 
 
 @asynccontextmanager
@@ -102,11 +102,11 @@ async def driving(info: RankInfo, model: Path, root: Path, servers: int, restart
             follow(rank)
             return
         said: list[str] = []
-        pool = Fleet(patience_s=TIMEOUT_S, restarts=restarts, say=said.append)
+        fleet = Fleet(patience_s=TIMEOUT_S, restarts=restarts, say=said.append)
         for number, server in enumerate(running):
             await asyncio.to_thread(server.server.wait_healthy, START_S)
-            pool.join(f"server {number}", server.url)
-        client = await stack.enter_async_context(EngineClient(pool, running[0].api_key, request_timeout_s=TIMEOUT_S))
+            fleet.join(f"server {number}", server.url)
+        client = await stack.enter_async_context(EngineClient(fleet, running[0].api_key, request_timeout_s=TIMEOUT_S))
         driver = Driver(rank, running, client, said)
         stack.callback(driver.trainer.end)
         yield driver

@@ -8,7 +8,8 @@ from pathlib import Path
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.engine.server import Part, SGLangServer, server_args, server_env
+from ctpo_megatron.engine.server import SGLangServer
+from ctpo_megatron.engine.server_args import Part, server_args, server_env
 from ctpo_megatron.errors import ProcessDied
 from ctpo_megatron.models.routing import replayed_routing
 from ctpo_megatron.ports import free_port

@@ -52,14 +52,14 @@ class _Server:
 
 
 class EngineGroup:
-    """A server for each of `places`. `pool` learns what becomes of them."""
+    """A server for each of `places`. `fleet` learns what becomes of them."""
 
-    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], pool: Fleet) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], fleet: Fleet) -> None:
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
         self._places = places
-        self._pool = pool
+        self._fleet = fleet
         self._servers = [self._launch(index, 0) for index in range(len(places))]
         self._started = asyncio.Event()
         self._tending: asyncio.Future | None = None
@@ -75,7 +75,7 @@ class EngineGroup:
         """Raises ProcessDied when all servers are lost for good."""
         await self._started.wait()
         await asyncio.shield(self._tending)
-        raise ProcessDied(f"no inference server is left:\n{self._pool.report()}")
+        raise ProcessDied(f"no inference server is left:\n{self._fleet.report()}")
 
     async def close(self) -> None:
         """Watch no longer and end all servers; `Runtime.close` bounds it."""
@@ -93,24 +93,24 @@ class EngineGroup:
                 await self._servers[index].end()
                 if member.gone:
                     return
-                await self._pool.room()
+                await self._fleet.memory_free()
                 restarts += 1
                 server = self._servers[index] = self._launch(index, restarts)
                 try:
                     (url,) = await self._urls([server])
                 except CtpoError as error:
-                    self._pool.lose(member, str(error))
+                    self._fleet.lose(member, str(error))
                 else:
                     member = self._join(server, url)
 
     async def _until_lost(self, server: _Server, member: Member) -> None:
-        """One of its processes has died, which the pool learns from here, or the pool has given it up."""
+        """One of its processes has died, which the fleet learns from here, or the fleet has given it up."""
         died = asyncio.ensure_future(server.watch())
-        lost = asyncio.ensure_future(self._pool.lost(member))
+        lost = asyncio.ensure_future(self._fleet.lost(member))
         try:
             await asyncio.wait([died, lost], return_when=asyncio.FIRST_COMPLETED)
             if not lost.done():
-                self._pool.lose(member, str(died.exception() or ProcessDied("its actor was closed")))
+                self._fleet.lose(member, str(died.exception() or ProcessDied("its actor was closed")))
         finally:
             died.cancel()
             lost.cancel()
@@ -125,7 +125,7 @@ class EngineGroup:
         return urls[:: len(servers[0].parts)]  # of the first parts, which answer requests
 
     def _join(self, server: _Server, url: str) -> Member:
-        return self._pool.join(server.name, url, self._config.rollout.engine.tp)
+        return self._fleet.join(server.name, url, self._config.rollout.engine.tp)
 
     def _launch(self, index: int, restarts: int) -> _Server:
         """New actors in its place. A server that is started again draws other random numbers than before."""

@@ -72,7 +72,7 @@ class TrainerActor:
         self._buckets = BucketMemory(self.engine.device)
         reference = config.algorithm.reference
         self.reference = None if reference is None else self.engine.snapshot(reference.path)
-        self._make_room()
+        self._free_memory()
         return self.engine.coords
 
     def update(self, batches: list[list[MicroBatch]], experts: list[list[Tensor | None]], version: int) -> dict[str, float]:
@@ -93,7 +93,7 @@ class TrainerActor:
             version=version,
             reference=self.reference,
         )
-        self._make_room()
+        self._free_memory()
         return stats
 
     def supervise(self, batch: list[MicroBatch]) -> dict[str, float]:
@@ -148,10 +148,10 @@ class TrainerActor:
                 pass
         if self.engine.device.type != "cpu":  # torch keeps a GPU's memory by itself
             self._buckets.release()
-        self._make_room()
+        self._free_memory()
         return sent
 
-    def _make_room(self) -> None:
+    def _free_memory(self) -> None:
         """Servers on the same GPU are about to start or wake: give it back what torch keeps for later. Nothing on a CPU."""
         if self.config.servers_sleep:
             import torch

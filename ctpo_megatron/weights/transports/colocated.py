@@ -10,7 +10,7 @@ What travels is a handle, one for each rank of the server, in SGLang's own form:
 tensors, which SGLang reads with an unpickler that admits nothing else. All tensors of a bucket lie in one piece of memory. A
 device is named by its UUID, since two processes may number devices differently; a server must see the sender's device.
 
-While the trainer trains, servers on its devices give their memory back: `Publisher.rest`.
+While the trainer trains, servers on its devices give their memory back: `WeightPublisher.offload`.
 """
 
 from __future__ import annotations

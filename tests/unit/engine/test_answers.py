@@ -37,11 +37,11 @@ class Server(EngineClient):
     """Answers from a script as SGLang does; the rows of a record are those of the version that answers."""
 
     def __init__(self, runs: list[Run], *, top_k: int = 0, silent_at: int | None = None) -> None:
-        pool = Fleet(patience_s=1)
-        member = pool.join("server", "http://server")
+        fleet = Fleet(patience_s=1)
+        member = fleet.join("server", "http://server")
         for version in sorted({version for _, version, _ in runs}, reverse=True):
-            pool.serve([member], version)
-        super().__init__(pool, "key", request_timeout_s=1, routing=SHAPE, top_k=top_k)
+            fleet.serve([member], version)
+        super().__init__(fleet, "key", request_timeout_s=1, routing=SHAPE, top_k=top_k)
         self._requests = self
         self.runs, self.asked, self.silent_at = runs, [], silent_at
 

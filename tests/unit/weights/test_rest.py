@@ -14,7 +14,7 @@ from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import MEMORY, Fleet, Member, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.models.config import parse_config
-from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeServer, FakeTrainer, blaming, fakes
 
 MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -34,14 +34,14 @@ class Site:
     """Servers, and a publisher that lets them rest."""
 
     servers: list[FakeServer]
-    pool: Fleet
+    fleet: Fleet
     client: EngineClient
     said: list[str]
     trainer: FakeTrainer
-    publisher: Publisher
+    publisher: WeightPublisher
 
     def members(self) -> list[Member]:
-        return self.pool.members(*State)
+        return self.fleet.members(*State)
 
     def states(self) -> list[State]:
         return [member.state for member in self.members()]
@@ -61,13 +61,13 @@ async def resting(count: int, *, release: bool = True, **options: int) -> AsyncI
     """Servers that have served version 1, and rest now."""
     shape = parse_config(MODEL)
     proof = Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
-    async with fakes(count, **options) as (servers, pool, client, said):
+    async with fakes(count, **options) as (servers, fleet, client, said):
         trainer = FakeTrainer(servers, list(proof.layout.tensors))
-        publisher = Publisher(pool, client.control, trainer, proof, api_key="key", timeout_s=2.0, release=release)
-        site = Site(servers, pool, client, said, trainer, publisher)
+        publisher = WeightPublisher(fleet, client.control, trainer, proof, api_key="key", timeout_s=2.0, release=release)
+        site = Site(servers, fleet, client, said, trainer, publisher)
         await publisher.publish(1)
         site.forget_calls()
-        await publisher.rest()
+        await publisher.offload()
         yield site
 
 
@@ -114,7 +114,7 @@ def test_without_release_they_go_on() -> None:
         async with resting(1, release=False) as s:
             assert s.states() == [State.SERVING]
             assert s.servers[0].calls == []
-            await asyncio.wait_for(s.pool.room(), 1)
+            await asyncio.wait_for(s.fleet.memory_free(), 1)
 
     run(scenario)
 
@@ -131,11 +131,11 @@ def test_an_answer_that_does_not_come() -> None:
                 return web.Response(status=500, text="stuck")
 
             s.servers[0].faults[SLEEP] = silent
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.states() == [State.SUSPENDED, State.SLEEPING]
             assert "stuck" in s.said[-1]
             del s.servers[0].faults[SLEEP]
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.servers[0].calls.count(f"{SLEEP} cuda_graph kv_cache weights") == 1, "nothing is given back twice"
             await s.publisher.publish(3)
             assert s.states() == [State.SERVING] * 2
@@ -169,7 +169,7 @@ def test_half_awake_servers_rest_again() -> None:
             await s.client.control.wake(member.url, ["weights"])
             member.given_back -= {"weights"}
             s.forget_calls()
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.servers[0].calls == ["/pause_generation", f"{SLEEP} weights"]
 
     run(scenario)
@@ -181,15 +181,15 @@ def test_death_and_return() -> None:
     async def scenario() -> None:
         async with resting(2, restarts=1) as s, FakeServer().serving() as late:
             await s.servers[1].die()
-            s.pool.lose(s.members()[1], "it died")
-            restart = asyncio.ensure_future(s.pool.room())
-            await s.publisher.rest()
+            s.fleet.lose(s.members()[1], "it died")
+            restart = asyncio.ensure_future(s.fleet.memory_free())
+            await s.publisher.offload()
             await asyncio.sleep(0.05)
             assert not restart.done()
             await s.publisher.publish(2)
             await asyncio.wait_for(restart, 1)
             assert s.states() == [State.SERVING, State.STARTING]
-            s.pool.join("server 1", late.url)
+            s.fleet.join("server 1", late.url)
             s.trainer.fakes = [s.servers[0], late]
             await s.publisher.heal()
             assert s.states() == [State.SERVING] * 2
@@ -205,7 +205,7 @@ def test_a_server_that_dies_at_the_moment() -> None:
         async with resting(2) as s:
             await s.publisher.publish(2)
             await s.servers[0].die()
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.states() == [State.GONE, State.SLEEPING]
 
     run(scenario)
