@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -185,7 +185,13 @@ def main(
     for row in rows:
         row["bucket"] = max(buckets)
     found = ratios(rows)
-    about = {"torch": torch.__version__, "cores": os.cpu_count(), "load before": load, "dtype": dtype, "tensors": len(tensors)}
+    about: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "load before": load,
+        "dtype": dtype,
+        "tensors": len(tensors),
+    }
     about |= {"buckets": buckets, **config}
     if json_file:
         json_file.write_text(json.dumps({"about": about, "ratios": found, "rows": rows}, indent=1))

@@ -142,7 +142,7 @@ class EngineLayout:
             if -(-size // multiple) * multiple % self.tp:
                 multiple *= self.tp
             size = -(-size // multiple) * multiple
-        elif module in ("k_proj", "v_proj"):
+        elif module in ("k_proj", "v_proj") and isinstance(self._shape.attention, HeadAttention):
             pieces = min(self.tp, self._shape.attention.num_kv_heads)
         elif module in ("o_proj", "down_proj", mixture.down):
             dim, size = 1, tensor.shape[1]

@@ -17,13 +17,13 @@ import pytest
 import requests
 import torch
 
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.errors import EngineError, EngineRefused, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.toy.model import make_toy_model
-from ctpo_megatron.types import TrainSample
+from ctpo_megatron.types import Generation, TrainSample
 from ctpo_megatron.weights.protocol import Sent, Server
 from ctpo_megatron.weights.publisher import WeightPublisher
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from ctpo_megatron.config.cluster import BroadcastTransport
 from ctpo_megatron.config.rollout import EngineConfig
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.processes import group_members
@@ -24,9 +24,9 @@ from ctpo_megatron.engine.server import SGLangServer, new_api_key
 from ctpo_megatron.engine.server_args import server_args, server_env
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.ports import free_port
-from ctpo_megatron.types import RoutingShape
+from ctpo_megatron.types import Generation, RoutingShape
 from ctpo_megatron.weights.proof.canary import TOLERANCE
-from ctpo_megatron.weights.proof.expected import Expected
+from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Server
 from ctpo_megatron.weights.publisher import Proof
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender
@@ -72,8 +72,8 @@ class RunningServer:
         """Connected; the caller closes it. Without `digests` it sends whatever it is given."""
         layout = self.proof().layout
         config, device = BroadcastTransport(timeout_s=TIMEOUT_S), torch.device("cpu")
-        new_expected = (lambda: Expected(layout)) if digests else None
-        sender = BroadcastSender(config, device=device, address=HOST, new_expected=new_expected)
+        new_account = (lambda: ExpectedDigests(layout)) if digests else None
+        sender = BroadcastSender(config, device=device, address=HOST, new_account=new_account)
         sender.connect([Server(self.url, self.tp)], self.api_key)
         return sender
 

@@ -7,14 +7,17 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import requests
+
 from ctpo_megatron.config.cluster import Transport
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.types import Generation
 from ctpo_megatron.weights.publisher import WeightPublisher
 from tests.support.engines import START_S, TIMEOUT_S, RunningServer, in_flight, start_server
-from tests.support.publication_ranks import Rank, Ranks, follow, run_config
+from tests.support.publication_ranks import Rank, Ranks, follow
 
 PROMPT = list(range(7, 71))
 SESSIONS = 8  # spread evenly over the servers
@@ -72,11 +75,12 @@ class Driver:
     async def cached_tokens(self, server: RunningServer) -> int:
         """How much of the prompt the server takes from its prefix cache."""
         body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-        answer = await self.client._requests.post(f"{server.url}/generate", body)
-        return answer["meta_info"]["cached_tokens"]
+        key = {"Authorization": f"Bearer {server.api_key}"}
+        answer = await asyncio.to_thread(requests.post, f"{server.url}/generate", json=body, headers=key, timeout=TIMEOUT_S)
+        return answer.json()["meta_info"]["cached_tokens"]
 
     def spoken(self) -> str:
-        """What the fleet has said since the last time."""
+        """What was told of the servers since the last time."""
         text = "\n".join(self.said)
         self.said.clear()
         return text
@@ -95,14 +99,14 @@ async def driving(info: RankInfo, model: Path, root: Path, servers: int, restart
             for number in range(servers):
                 running.append(start_server(model, root / f"server_{number}.log", wait=False, key=key))
             stack.callback(lambda: [server.server.stop() for server in running])
-        rank = Rank(run_config(model, root, TIMEOUT_S), info)
+        rank = Rank(model, info, TIMEOUT_S)
         stack.callback(rank.close)
         if info.rank > 0:
             yield None
             follow(rank)
             return
         said: list[str] = []
-        fleet = Fleet(patience_s=TIMEOUT_S, restarts=restarts, say=said.append)
+        fleet = Fleet(patience_s=TIMEOUT_S, restarts=restarts, emit=lambda event: said.append(event.sentence))
         for number, server in enumerate(running):
             await asyncio.to_thread(server.server.wait_healthy, START_S)
             fleet.join(f"server {number}", server.url)

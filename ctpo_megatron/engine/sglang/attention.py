@@ -44,7 +44,8 @@ def plan(new_lens: list[int], total_lens: list[int], slots: Tensor) -> list[_Par
     for length in new_lens:
         starts.append(starts[-1] + length)
     order = sorted(range(len(new_lens)), key=lambda i: (new_lens[i], total_lens[i]))
-    parts, members = [], []
+    parts: list[_Part] = []
+    members: list[int] = []
     for i in order:
         queries = max(new_lens[j] for j in [*members[-1:], i])
         keys = max([total_lens[j] for j in members] + [total_lens[i]])

@@ -13,7 +13,7 @@ import torch
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.engine.answers import read_experts, read_top
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
 from ctpo_megatron.loop.report import as_row
@@ -21,7 +21,7 @@ from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, trai
 from ctpo_megatron.parallel import RankCoords, own_experts
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Sampling
-from ctpo_megatron.types import Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
+from ctpo_megatron.types import Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
 
 SHAPE = RoutingShape(num_layers=3, expert_layers=(1, 2), experts=16, top_k=2)
 STOP = 9

@@ -9,9 +9,10 @@ from collections import Counter
 import pytest
 from aiohttp import web
 
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.errors import EngineError, EngineRefused
+from ctpo_megatron.types import Generation
 from tests.support.fake_servers import FakeServer, fakes
 
 
@@ -194,7 +195,7 @@ def test_restarts_are_counted() -> None:
 
     async def scenario() -> None:
         said: list[str] = []
-        fleet = Fleet(patience_s=0.2, restarts=2, say=said.append)
+        fleet = Fleet(patience_s=0.2, restarts=2, emit=lambda event: said.append(event.sentence))
         member = fleet.join("server 0", "http://a")
         for number in (1, 2):
             lost = asyncio.ensure_future(fleet.lost(member))
@@ -220,7 +221,7 @@ def test_without_a_trainer() -> None:
     """Weights never change: who joins serves, who fails is started again."""
 
     async def scenario() -> None:
-        fleet = Fleet(patience_s=0.2, restarts=1, fixed_version=0, say=lambda _: None)
+        fleet = Fleet(patience_s=0.2, restarts=1, fixed_version=0)
         member = fleet.join("server 0", "http://a")
         assert (await fleet.acquire(0)).version == 0
         fleet.suspend(member, "answered 500")

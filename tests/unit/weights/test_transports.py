@@ -25,7 +25,7 @@ from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import flatten
 from ctpo_megatron.weights.transports.order import SenderOrder
-from ctpo_megatron.weights.transports.prefetch import deliver, intake
+from ctpo_megatron.weights.transports.prefetch import deliver, send_account
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS = 4, 8
@@ -136,7 +136,7 @@ def test_turns_go_round_in_order() -> None:
         turns = SenderOrder(client(shared), place, 3)
         for number in range(2):
             time.sleep(0.05 * (2 - place))  # the last asks first
-            with turns.take(time.monotonic() + 20, lambda: events.append("ready")):
+            with turns.take_with(lambda: events.append("ready"), time.monotonic() + 20):
                 events.append((number, place))
             turns.conclude(time.monotonic() + 20)
 
@@ -173,14 +173,14 @@ def test_preparation_that_fails_is_passed_on() -> None:
     def broken() -> None:
         raise ValueError("no bucket")
 
-    with pytest.raises(ValueError, match="no bucket"), first.take(time.monotonic() + 5, broken):
+    with pytest.raises(ValueError, match="no bucket"), first.take_with(broken, time.monotonic() + 5):
         pytest.fail("must not send")
     with pytest.raises(WeightSyncError, match="ValueError: no bucket"), second.take(time.monotonic() + 5):
         pytest.fail("must not send")
 
 
 def test_a_silent_sender_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctpo_megatron.weights.transports.order.GRACE_S", 0.2)
+    monkeypatch.setattr("ctpo_megatron.weights.transports.order.VERDICT_TIME_S", 0.2)
     shared = store()
     turns, begin = SenderOrder(client(shared), 1, 2), time.monotonic()
     with pytest.raises(WeightSyncError, match="sender 1 of 2 waited"), turns.take(begin + 0.3):
@@ -200,7 +200,7 @@ def test_next_bucket_is_gathered_while_the_present_one_travels() -> None:
         events.append(f"start {bucket[0][0]}")
         return lambda: events.append(f"finish {number}")
 
-    with intake(stream(), 7, Changes(enabled=False), None) as account:
+    with send_account(stream(), 7, Changes(enabled=False), None) as account:
         sent = deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert events == ["gather 0", "start t0", "gather 1", "gather 2", "finish 0", "start t2", "finish 1"]
     assert (sent.version, sent.tensors, sent.bytes) == (7, 2, 16)
@@ -228,7 +228,7 @@ def test_a_sender_holds_two_buckets() -> None:
 
         return finish
 
-    with intake(stream(), 1, Changes(enabled=False), None) as account:
+    with send_account(stream(), 1, Changes(enabled=False), None) as account:
         deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert held == [0, 1, 1, 1, 1, 1]
 
@@ -246,7 +246,7 @@ def test_a_failed_sender_reads_its_stream_to_the_end() -> None:
     def start(_bucket: Bucket, _number: int):
         raise WeightSyncError("gone")
 
-    with pytest.raises(WeightSyncError, match="gone"), intake(stream(), 1, changes, None) as account:
+    with pytest.raises(WeightSyncError, match="gone"), send_account(stream(), 1, changes, None) as account:
         deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert gathered == [0, 1, 2, 3, 4]
     assert changes.full, "what the servers hold is not known"
