@@ -74,7 +74,7 @@ def median(rows: list[Row], way: str, what: str, name: str) -> float:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Of full publications: medians of the ratios within each repeat. Those of broadcasts have bounds.
+    """Ratios of full publications: medians of the ratios within each repeat. Those of broadcasts have bounds.
 
     `bandwidth` is that of the update, while servers are paused; `whole` counts the first bucket too, which is gathered before.
     """

@@ -1,4 +1,7 @@
-"""What a process group leaves behind, and how to end it. Every server process imports this, so it imports little."""
+"""The processes of a group, the shared memory that they leave behind, and their end.
+
+Every process of a server imports this module at its start, so it imports little.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def group_shared_memory(group: int) -> set[str]:
 
 
 def unlink_shared_memory(paths: set[str]) -> None:
-    """Remove those files; one that is gone already is fine."""
+    """Remove the files at `paths`; one that is gone already is fine."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)

@@ -12,6 +12,7 @@ from aiohttp import web
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.errors import EngineError, EngineRefused
+from ctpo_megatron.record.events import Event, ServerLost, ServerRestarted, ServerServing, ServerSuspended
 from ctpo_megatron.types import Generation
 from tests.support.fake_servers import FakeServer, fakes
 
@@ -215,6 +216,32 @@ def test_restarts_are_counted() -> None:
         assert member.gone
 
     asyncio.run(scenario())
+
+
+def test_events_say_what_happened() -> None:
+    """One typed event for each change that matters to a person; none for a server that serves as expected."""
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        fleet = Fleet(patience_s=0.2, restarts=1, emit=events.append)
+        member = fleet.join("server 0", "http://a")
+        fleet.serve([member], 1)
+        fleet.suspend(member, "hangs")
+        fleet.suspend(member, "still hangs")
+        fleet.serve([member], 2)
+        fleet.lose(member, "died")
+        fleet.serve([fleet.join("server 0", "http://b")], 2)
+        fleet.lose(fleet.members(State.SERVING)[0], "died again")
+
+    asyncio.run(scenario())
+    assert events == [
+        ServerSuspended("server 0", "hangs"),
+        ServerServing("server 0", 2),
+        ServerLost("server 0", "died\n(starting it again, 1 of 1)", again=True),
+        ServerRestarted("server 0", "http://b"),
+        ServerServing("server 0", 2),
+        ServerLost("server 0", "died again\n(rollout.engine.restarts = 1)", again=False),
+    ]
 
 
 def test_without_a_trainer() -> None:

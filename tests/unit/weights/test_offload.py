@@ -21,7 +21,7 @@ MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num
 MODEL |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 75, "max_position_embeddings": 128, "hidden_act": "silu"}
 SLEEP = "/release_memory_occupation"
 WAKE = "/resume_memory_occupation"
-TO_REST = ["/pause_generation", f"{SLEEP} cuda_graph kv_cache weights"]
+TO_OFFLOAD = ["/pause_generation", f"{SLEEP} cuda_graph kv_cache weights"]
 WEIGHTS_ARRIVE = ["/begin_weight_update", "/end_weight_update", "/weights_checker", "/update_weight_version", "/flush_cache"]
 TO_PUBLISH = [
     *("/pause_generation", f"{WAKE} weights", *WEIGHTS_ARRIVE, "/model_info"),
@@ -31,7 +31,7 @@ TO_PUBLISH = [
 
 @dataclass
 class Site:
-    """Servers, and a publisher that lets them rest."""
+    """Servers, and a publisher that lets them give back their memory."""
 
     servers: list[FakeServer]
     fleet: Fleet
@@ -57,8 +57,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def resting(count: int, *, release: bool = True, **options: int) -> AsyncIterator[Site]:
-    """Servers that have served version 1, and rest now."""
+async def offloaded(count: int, *, release: bool = True, **options: int) -> AsyncIterator[Site]:
+    """Servers that have served version 1, and have given back their memory."""
     shape = parse_config(MODEL)
     proof = Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
     async with fakes(count, **options) as (servers, fleet, client, said):
@@ -79,9 +79,9 @@ def test_the_order() -> None:
     """Paused before they give memory back; weights have theirs before they come, the cache only when the digests agree."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             assert s.states() == [State.SLEEPING] * 2
-            assert [server.calls for server in s.servers] == [TO_REST] * 2
+            assert [server.calls for server in s.servers] == [TO_OFFLOAD] * 2
             s.forget_calls()
             metrics = await s.publisher.publish(2)
             assert [server.calls for server in s.servers] == [TO_PUBLISH] * 2
@@ -92,11 +92,11 @@ def test_the_order() -> None:
     run(scenario)
 
 
-def test_nobody_is_asked_while_they_rest() -> None:
-    """A request waits for the next publication, and gets tokens of its version; `heal` leaves those that rest alone."""
+def test_none_is_asked_while_they_sleep() -> None:
+    """A request waits for the next publication, and gets tokens of its version; `heal` leaves those that sleep alone."""
 
     async def scenario() -> None:
-        async with resting(1) as s:
+        async with offloaded(1) as s:
             sample = s.client.generate([1], max_new_tokens=4, temperature=1.0, stop_token_ids=[], session=0)
             waiting = asyncio.ensure_future(sample)
             await s.publisher.heal()
@@ -111,7 +111,7 @@ def test_nobody_is_asked_while_they_rest() -> None:
 
 def test_without_release_they_go_on() -> None:
     async def scenario() -> None:
-        async with resting(1, release=False) as s:
+        async with offloaded(1, release=False) as s:
             assert s.states() == [State.SERVING]
             assert s.servers[0].calls == []
             await asyncio.wait_for(s.fleet.memory_free(), 1)
@@ -123,7 +123,7 @@ def test_an_answer_that_does_not_come() -> None:
     """One server gives its memory back and never says so: suspended, and woken like the others at the next publication."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             await s.publisher.publish(2)
 
             def silent() -> web.Response:
@@ -148,7 +148,7 @@ def test_a_broken_publication_takes_memory_once() -> None:
     """Sending fails after the weights have their memory: the second attempt does not ask for it again."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             s.forget_calls()
             s.trainer.faults = [blaming()]
             await s.publisher.publish(2)
@@ -160,11 +160,11 @@ def test_a_broken_publication_takes_memory_once() -> None:
     run(scenario)
 
 
-def test_half_awake_servers_rest_again() -> None:
+def test_half_awake_servers_sleep_again() -> None:
     """All that was taken is given back, and nothing else."""
 
     async def scenario() -> None:
-        async with resting(1) as s:
+        async with offloaded(1) as s:
             (member,) = s.members()
             await s.client.control.wake(member.url, ["weights"])
             member.given_back -= {"weights"}
@@ -176,10 +176,10 @@ def test_half_awake_servers_rest_again() -> None:
 
 
 def test_death_and_return() -> None:
-    """Who dies at rest is lost, and not started before the trainer is done; who comes back is awake, and is told so."""
+    """A server that dies asleep is lost, and not started before the trainer is done; its successor is awake, and is not woken."""
 
     async def scenario() -> None:
-        async with resting(2, restarts=1) as s, FakeServer().serving() as late:
+        async with offloaded(2, restarts=1) as s, FakeServer().serving() as late:
             await s.servers[1].die()
             s.fleet.lose(s.members()[1], "it died")
             restart = asyncio.ensure_future(s.fleet.memory_free())
@@ -199,10 +199,10 @@ def test_death_and_return() -> None:
 
 
 def test_a_server_that_dies_at_the_moment() -> None:
-    """It gives no sign of life when it is to give back its memory: lost at once; the other one rests."""
+    """It gives no sign of life when it is to give back its memory: lost at once; the other one sleeps."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             await s.publisher.publish(2)
             await s.servers[0].die()
             await s.publisher.offload()
