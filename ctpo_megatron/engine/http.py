@@ -58,9 +58,13 @@ class Answer:
     value: Any
 
 
-def open_session(api_key: str) -> aiohttp.ClientSession:
-    """Connections that carry the run's key, as many at once as the caller asks for. Call it inside the event loop."""
-    connector = aiohttp.TCPConnector(limit=0)
+def open_session(api_key: str, *, reuse: bool) -> aiohttp.ClientSession:
+    """Connections that carry the run's key, as many at once as the caller asks for. Call it inside the event loop.
+
+    `reuse`: a connection serves one request after the other. A server may close an idle one in the moment of the next request,
+    which then fails: where nothing is tried again each request needs a connection of its own.
+    """
+    connector = aiohttp.TCPConnector(limit=0, force_close=not reuse)
     return aiohttp.ClientSession(headers={"Authorization": f"Bearer {api_key}"}, connector=connector)
 
 
@@ -90,7 +94,7 @@ class Requests:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Requests:
-        self._session = open_session(self._api_key)
+        self._session = open_session(self._api_key, reuse=True)
         return self
 
     async def __aexit__(self, *_error: object) -> None:

@@ -11,6 +11,7 @@ import aiohttp
 
 from ctpo_megatron.engine.http import Answer, Failure, Method, ask, open_session
 
+OPEN_TIMEOUT_S = 30.0  # for the thread to run its first step, on a busy machine
 CLOSE_TIMEOUT_S = 5.0  # for cancelled requests to let their connections go
 
 
@@ -21,7 +22,7 @@ class RequestThread:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="requests", daemon=True)
         self._thread.start()
-        self._session = asyncio.run_coroutine_threadsafe(_opened(api_key), self._loop).result()
+        self._session = asyncio.run_coroutine_threadsafe(_opened(api_key), self._loop).result(OPEN_TIMEOUT_S)
 
     def submit(self, method: Method, url: str, body: dict[str, Any] | None, timeout_s: float) -> Future[Answer | Failure]:
         """The answer to come, within `timeout_s`: see `http.ask`."""
@@ -45,4 +46,4 @@ class RequestThread:
 
 
 async def _opened(api_key: str) -> aiohttp.ClientSession:
-    return open_session(api_key)
+    return open_session(api_key, reuse=False)

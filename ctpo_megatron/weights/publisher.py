@@ -143,7 +143,7 @@ class WeightPublisher:
         failures: Counter[str] = Counter()
         while members:
             attempt = _Attempt(members)
-            await self._attempt(attempt, timer)
+            await self._publish_once(attempt, timer)
             if attempt.blamed:
                 self._connected = []
             await self._drop_blamed(attempt, failures)
@@ -167,7 +167,7 @@ class WeightPublisher:
             return False
         return True
 
-    async def _attempt(self, attempt: _Attempt, timer: PhaseTimer) -> None:
+    async def _publish_once(self, attempt: _Attempt, timer: PhaseTimer) -> None:
         """Publish once to the members of `attempt`, which afterwards knows which of them failed; the others serve.
 
         Where sending fails, no member serves: what has arrived is undefined at all of them. So the method ends there.

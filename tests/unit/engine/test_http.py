@@ -23,12 +23,17 @@ class Server:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None]] = []  # paths and keys
+        self.ports: set[int] = set()  # of those who asked
         self.release = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
             def do_GET(self) -> None:
                 outer.asked.append((self.path, self.headers.get("Authorization")))
+                outer.ports.add(self.client_address[1])
+                self.close_connection = self.path == "/cut"
                 if self.path == "/slow":
                     outer.release.wait(20)
                 status = int(self.path[1:]) if self.path[1:].isdigit() else 200
@@ -142,3 +147,22 @@ def test_closing_a_thread_gives_up_what_is_under_way(server: Server) -> None:
     assert waiting.cancelled()
     assert time.monotonic() - begin < 5
     assert "requests" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_connections(server: Server, reuse: bool) -> None:
+    """Requests that are tried again share a connection; those of a thread have one each."""
+    if reuse:
+
+        async def scenario() -> None:
+            async with Requests("secret", 5) as requests:
+                for _ in range(3):
+                    await requests.get(f"{server.url}/json")
+
+        asyncio.run(scenario())
+    else:
+        with contextlib.closing(RequestThread("secret")) as requests:
+            for _ in range(3):
+                requests.submit("GET", f"{server.url}/json", None, 5).result(5)
+    assert len(server.asked) == 3
+    assert len(server.ports) == (1 if reuse else 3)
