@@ -25,7 +25,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "aiohttp>=3.11",
-        "requests>=2.32",
+        "psutil>=7",
         "safetensors>=0.5",
         "numba>=0.60",
         "pyarrow>=18",
@@ -35,7 +35,7 @@ setup(
         #   git clone https://github.com/NVIDIA/apex && cd apex
         #   APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .
         "gpu": ["transformer-engine[pytorch]>=2.8"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "ruff>=0.9", "matplotlib>=3.10"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "requests>=2.32", "ruff>=0.9", "matplotlib>=3.10"],
     },
     entry_points={
         "console_scripts": ["ctpo = ctpo_megatron.cli:main"],

@@ -10,7 +10,6 @@ The death of a trainer's rank ends the run. A server that is lost is started aga
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 from collections.abc import Coroutine
 from pathlib import Path
@@ -37,16 +36,29 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.record.events import Emit, discard
 
 CLOSE_TIMEOUT_S = 30.0
 
 
 class Runtime:
-    """Use as `async with Runtime(config, ...) as runtime`; leaving the block ends every process it started."""
+    """Use as `async with Runtime(config, ...) as runtime`; leaving the block ends every process it started.
 
-    def __init__(self, config: RunConfig, run_dir: Path, *, trainer: bool, engines: bool, total_steps: int = 0) -> None:
+    `emit` receives what happens to the inference servers.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        *,
+        trainer: bool,
+        engines: bool,
+        total_steps: int = 0,
+        emit: Emit = discard,
+    ) -> None:
         self.config = config
-        self.pool = server_pool(config, trained=trainer)
+        self.fleet = make_fleet(config, trained=trainer, emit=emit)
         self.api_key = new_api_key()
         self.trainer: TrainerGroup | None = None
         self._run_dir = run_dir
@@ -99,7 +111,7 @@ class Runtime:
         await asyncio.wait_for(self.trainer.build(threads, self._total_steps), cluster.start_timeout_s)
 
     def _engine_group(self, places: list[ServerPlace]) -> EngineGroup:
-        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.pool)
+        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.fleet)
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
@@ -156,12 +168,12 @@ class Runtime:
         ray.shutdown()
 
 
-def server_pool(config: RunConfig, *, trained: bool) -> Fleet:
+def make_fleet(config: RunConfig, *, trained: bool, emit: Emit) -> Fleet:
     """The servers of a run. Requests wait as long as what may keep one from serving: a start, an update, a training step."""
     engine, cluster = config.rollout.engine, config.cluster
     return Fleet(
         patience_s=engine.start_timeout_s + config.weights.timeout_s + (cluster.call_timeout_s if trained else 0.0),
         restarts=engine.restarts,
         fixed_version=None if trained else 0,
-        say=functools.partial(print, flush=True),
+        emit=emit,
     )

@@ -23,7 +23,7 @@ async def eval_job(config: RunConfig) -> None:
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)
     async with (
-        Runtime(config, run_dir, trainer=False, engines=True) as runtime,
+        Runtime(config, run_dir, trainer=False, engines=True, emit=lambda event: print(event.sentence, flush=True)) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
         result = await runtime.guard(evaluate(rollouts.rollouter, prompts, config.eval))

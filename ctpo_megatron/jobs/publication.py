@@ -8,14 +8,14 @@ from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.weights.proof.canary import TOLERANCE
-from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 
 
-def make_publisher(runtime: Runtime, client: EngineClient) -> Publisher:
+def make_publisher(runtime: Runtime, client: EngineClient) -> WeightPublisher:
     """Brings the weights of the runtime's trainer to its servers."""
     config = runtime.config
-    return Publisher(
-        runtime.pool,
+    return WeightPublisher(
+        runtime.fleet,
         client.control,
         runtime.trainer,
         make_proof(config),

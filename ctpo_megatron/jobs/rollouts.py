@@ -30,7 +30,7 @@ async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner 
     config, rollout = runtime.config, runtime.config.rollout
     reward = MathReward(rollout.reward)
     client = EngineClient(
-        runtime.pool,
+        runtime.fleet,
         runtime.api_key,
         request_timeout_s=rollout.engine.request_timeout_s,
         routing=replayed_routing(config),

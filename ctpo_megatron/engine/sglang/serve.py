@@ -39,7 +39,7 @@ class ForkingEngine(LeanEngine):
 
 
 def serve(argv: list[str], api_key: str) -> None:
-    """Blocks until the server is told to stop. `argv` as for `sglang.launch_server`."""
+    """Serve until told to stop. `argv` as for `sglang.launch_server`."""
     routed.register()
     paused.register()
     sleep.register()
