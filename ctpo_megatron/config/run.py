@@ -6,18 +6,12 @@ from pydantic import NonNegativeInt, model_validator
 
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import Section
-from ctpo_megatron.config.cluster import (
-    AttestConfig,
-    BroadcastTransport,
-    ClusterConfig,
-    ColocatedTransport,
-    DriftConfig,
-    LogConfig,
-    Transport,
-)
+from ctpo_megatron.config.cluster import ClusterConfig
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
+from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
+from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, ColocatedTransport, Transport
 
 
 class RunConfig(Section):

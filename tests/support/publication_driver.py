@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from ctpo_megatron.config.cluster import Transport
+from ctpo_megatron.config.weights import Transport
 from ctpo_megatron.engine.client import EngineClient, Generation
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.server import new_api_key

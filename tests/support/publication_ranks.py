@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.config.cluster import Transport
+from ctpo_megatron.config.weights import Transport
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.weights.proof.canary import join_canary
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
