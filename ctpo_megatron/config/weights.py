@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from ctpo_megatron.config.base import Section
 
 
-class BroadcastTransport(Section):
+class TransportSection(Section):
+    """What the rest of the package may know of a transport without knowing which one it is."""
+
+    needs_session: ClassVar[bool] = True  # an update session of SGLang is open while the weights arrive
+    shares_devices: ClassVar[bool] = False  # servers run on the trainer's devices, one of their ranks on each, and have none else
+    within_node: ClassVar[bool] = False  # weights do not leave the node that they are on
+
+    @property
+    def servers_sleep(self) -> bool:
+        """Whether the servers give back their memory while the trainer trains."""
+        return False
+
+
+class BroadcastTransport(TransportSection):
     """Weights go into SGLang through its update groups (NCCL, gloo on CPUs); no disk."""
 
     type: Literal["broadcast"] = "broadcast"
@@ -21,9 +34,12 @@ class BroadcastTransport(Section):
     """How long one publication may take."""
 
 
-class ColocatedTransport(Section):
+class ColocatedTransport(TransportSection):
     """Trainer and servers on the same devices of one node: tensors are handed over in shared memory (CUDA IPC; files in memory on
     CPUs)."""
+
+    shares_devices = True
+    within_node = True
 
     type: Literal["colocated"] = "colocated"
     bucket_mb: PositiveInt = 512
@@ -35,9 +51,16 @@ class ColocatedTransport(Section):
     timeout_s: PositiveFloat = 600.0
     """How long one publication may take."""
 
+    @property
+    def servers_sleep(self) -> bool:
+        """`release`."""
+        return self.release
 
-class DiskTransport(Section):
+
+class DiskTransport(TransportSection):
     """Weights are written as safetensors on a file system that trainer and servers share; for servers that are elsewhere."""
+
+    needs_session = False
 
     type: Literal["disk"] = "disk"
     directory: str

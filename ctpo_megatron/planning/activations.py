@@ -36,7 +36,7 @@ class Kept:
 class Work:
     """A micro-batch on one rank: what activations are proportional to."""
 
-    tokens: int  # on this rank, so a pack's tokens / cp
+    tokens: int  # on this rank, so the tokens of a micro-batch / cp
     element: int  # bytes of an activation: 2 in bfloat16, 4 in float32
     recompute: str = "none"
 

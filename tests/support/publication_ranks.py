@@ -18,6 +18,7 @@ from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.weights import Transport
 from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.weights.proof.canary import join_canary
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 
@@ -45,7 +46,8 @@ class Rank(TrainerActor):
     """The trainer's own rank, whose weights move without training, and whose wire may be tampered with once."""
 
     def __init__(self, config: RunConfig, info: RankInfo) -> None:
-        super().__init__(config, info.rank, str(Path(config.run_dir) / f"rank_{info.rank}.log"))
+        log = Path(config.run_dir) / f"rank_{info.rank}.log"
+        super().__init__(config, read_hf_config(config.model.path), info.rank, str(log))
         self.build((info.master_addr, info.master_port), 1, 1)
         self.moves = 0
         self.before: dict[str, Tensor] = {}  # of the last publication

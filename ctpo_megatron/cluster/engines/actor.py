@@ -10,7 +10,6 @@ from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.server import Part, SGLangServer, server_args, server_env
 from ctpo_megatron.errors import ProcessDied
-from ctpo_megatron.models.routing import replayed_routing
 from ctpo_megatron.ports import free_port
 
 POLL_S = 0.25
@@ -21,11 +20,21 @@ class EngineActor:
     """One server of the run, or its part on one of `rollout.engine.nodes`. Its processes end with the actor at the latest.
 
     `seed`: of its sampling. `gpus`: of the trainer, that the server sees; empty: it has the actor's own, or none.
+    `routed_experts`: whether it returns which experts it chose for each token.
     """
 
-    def __init__(self, config: RunConfig, seed: int, log_path: str, api_key: str, gpus: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int,
+        log_path: str,
+        api_key: str,
+        gpus: tuple[str, ...] = (),
+        routed_experts: bool = False,
+    ) -> None:
         redirect_output(Path(log_path))
         self._config, self._seed, self._log, self._api_key, self._gpus = config, seed, Path(log_path), api_key, gpus
+        self._routed_experts = routed_experts
         self._host = node_address(config)
         self._server: SGLangServer | None = None
         self._closed = threading.Event()
@@ -46,8 +55,8 @@ class EngineActor:
             port=port,
             seed=self._seed,
             host=self._host,
-            routed_experts=replayed_routing(config) is not None,
-            memory_saver=bool(self._gpus) and config.servers_sleep,
+            routed_experts=self._routed_experts,
+            memory_saver=bool(self._gpus) and config.weights.servers_sleep,
             part=Part(rank, head),
         )
         self._server = SGLangServer(

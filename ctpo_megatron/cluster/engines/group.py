@@ -52,9 +52,22 @@ class _Server:
 
 
 class EngineGroup:
-    """A server for each of `places`. `pool` learns what becomes of them."""
+    """A server for each of `places`. `pool` learns what becomes of them.
 
-    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], pool: Fleet) -> None:
+    `routed_experts`: whether they return which experts they chose for each token.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        api_key: str,
+        places: list[ServerPlace],
+        pool: Fleet,
+        *,
+        routed_experts: bool = False,
+    ) -> None:
+        self._routed_experts = routed_experts
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
@@ -134,7 +147,7 @@ class EngineGroup:
         remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
             log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
-            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus)
+            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, self._routed_experts)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
         return _Server(name, parts, [part.actor.launch.remote(rank, head) for rank, part in enumerate(parts)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,9 @@ from torch import Tensor
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
+from ctpo_megatron.cluster.threads import set_threads
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
@@ -26,11 +27,12 @@ from ctpo_megatron.weights.transports.prefetch import begun
 class TrainerActor:
     """Rank `rank` of the trainer. Calls are executed one after another, `watch` and `settle` beside them."""
 
-    def __init__(self, config: RunConfig, rank: int, log_path: str) -> None:
+    def __init__(self, config: RunConfig, shape: ModelShape, rank: int, log_path: str) -> None:
         redirect_output(Path(log_path))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter at INFO
         self.config = config
+        self.shape = shape
         self.rank = rank
         self.sender: WeightSender | None = None
         self._connected = False
@@ -48,11 +50,7 @@ class TrainerActor:
 
     def build(self, master: tuple[str, int], threads: int, total_steps: int) -> RankCoords:
         """Join the process group, build and load the model. Returns where this rank sits."""
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
-        import torch
-
-        torch.set_num_threads(threads)
+        set_threads(threads)
         from ctpo_megatron.mcore.hf.buffers import BucketMemory
         from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 
@@ -68,6 +66,7 @@ class TrainerActor:
             recompute=config.train.recompute,
             total_steps=total_steps,
             moe=config.moe,
+            shape=self.shape,
         )
         self._buckets = BucketMemory(self.engine.device)
         reference = config.algorithm.reference
@@ -153,7 +152,7 @@ class TrainerActor:
 
     def _make_room(self) -> None:
         """Servers on the same GPU are about to start or wake: give it back what torch keeps for later. Nothing on a CPU."""
-        if self.config.servers_sleep:
+        if self.config.weights.servers_sleep:
             import torch
 
             torch.cuda.empty_cache()
