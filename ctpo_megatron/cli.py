@@ -161,16 +161,18 @@ def _run(job: Coroutine[Any, Any, None]) -> None:
     """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first."""
     received: list[int] = []
 
-    def cancel(task: asyncio.Task, number: int) -> None:
+    def cancel(task: asyncio.Task[None], number: int) -> None:
         received.append(number)
         if len(received) == 1:  # a second signal must not interrupt the cleaning up
             print(f"{signal.Signals(number).name}: ending the run's processes ...", file=sys.stderr, flush=True)
             task.cancel()
 
     async def with_signals() -> None:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(job)
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, cancel, asyncio.current_task(), number)
-        await job
+            loop.add_signal_handler(number, cancel, task, number)
+        await task
 
     try:
         asyncio.run(with_signals())

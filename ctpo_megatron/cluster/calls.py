@@ -36,12 +36,12 @@ async def call_all(calls: list[tuple[Process, ray.ObjectRef]], timeout_s: float 
         if failed and pending:
             await asyncio.wait(pending, timeout=PEERS_FAIL_WITHIN_S)
         errors = [
-            (process, future.exception())
+            (process, error)
             for (process, _), future in zip(calls, futures, strict=True)
-            if future.done() and future.exception() is not None
+            if future.done() and (error := future.exception()) is not None
         ]
         if errors:
-            raise explain(*max(errors, key=lambda e: _weight(e[1])))
+            raise explain(*max(errors, key=lambda each: _weight(each[1])))
         if pending:
             late = [process for (process, _), future in zip(calls, futures, strict=True) if not future.done()]
             raise ProcessDied(
@@ -74,7 +74,7 @@ def _reason(error: RayActorError) -> str:
     return str(error).splitlines()[0]
 
 
-def _weight(error: BaseException | None) -> int:
+def _weight(error: BaseException) -> int:
     """How likely this is the cause and not a consequence: deaths, then our own errors, then peers that lost a connection."""
     if isinstance(error, (ActorDiedError, ActorUnavailableError)):
         return 3

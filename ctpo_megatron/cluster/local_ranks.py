@@ -6,7 +6,7 @@ import multiprocessing as mp
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from ctpo_megatron.cluster.threads import set_threads, threads_per_rank
@@ -28,7 +28,7 @@ def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -
     context = mp.get_context("spawn")
     port, threads = free_port(HOST), threads_per_rank(world_size)
     ends: list[Connection] = []
-    processes: list[BaseProcess] = []
+    processes: list[SpawnProcess] = []
     try:
         for rank in range(world_size):
             mine, theirs = context.Pipe()
@@ -51,7 +51,7 @@ def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -
                 process.join()
 
 
-def _answers(ends: list[Connection], processes: list[BaseProcess]) -> list[Any]:
+def _answers(ends: list[Connection], processes: list[SpawnProcess]) -> list[Any]:
     results: dict[int, Any] = {}
     errors: list[BaseException] = []
     open_ends = {end: rank for rank, end in enumerate(ends)}
@@ -59,8 +59,9 @@ def _answers(ends: list[Connection], processes: list[BaseProcess]) -> list[Any]:
         ready = wait(list(open_ends), timeout=PEERS_FAIL_WITHIN_S if errors else None)
         if not ready:
             break
-        for end in ready:
+        for end in [each for each in open_ends if each in ready]:
             rank = open_ends.pop(end)
+            result: Any
             try:
                 ok, result = end.recv()
             except EOFError:

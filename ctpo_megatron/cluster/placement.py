@@ -53,6 +53,7 @@ def place(topology: Topology, group: PlacementGroup) -> Places:
         )
     order = sorted(range(topology.ranks), key=lambda bundle: (node_of[bundle], bundle))
     ranks = [_options(group, bundle, 1.0, min(1.0, bundles[bundle].get("GPU", 0.0))) for bundle in order]
+    servers: list[tuple[RayOptions, ...]]
     if topology.shares_gpus:
         servers = [(_options(group, bundle, 1.0, 0.0),) for bundle in order[:: topology.server_tp]]
     else:

@@ -72,14 +72,21 @@ class EngineActor:
 
         Raises EngineError when it does not within rollout.engine.start_timeout_s.
         """
-        self._server.wait_healthy(self._config.rollout.engine.start_timeout_s)
-        return self._server.url
+        server = self._launched()
+        server.wait_healthy(self._config.rollout.engine.start_timeout_s)
+        return server.url
 
     def watch(self) -> None:
         """Returns when the actor is closed; raises ProcessDied as soon as the server has died."""
+        server = self._launched()
         while not self._closed.wait(POLL_S):
-            if not self._server.alive() and not self._closed.is_set():
-                raise ProcessDied(f"the SGLang server ended with exit code {self._server.exit_code}\n{self._server.log_tail()}")
+            if not server.alive() and not self._closed.is_set():
+                raise ProcessDied(f"the SGLang server ended with exit code {server.exit_code}\n{server.log_tail()}")
+
+    def _launched(self) -> SGLangServer:
+        if self._server is None:
+            raise RuntimeError("the server has not been launched yet: call `launch` first")
+        return self._server
 
     def close(self) -> None:
         """End the server; nothing of it is left afterwards. Safe to call twice."""

@@ -87,7 +87,8 @@ class EngineGroup:
     async def watch(self) -> None:
         """Raises ProcessDied when all servers are lost for good."""
         await self._started.wait()
-        await asyncio.shield(self._tending)
+        if self._tending is not None:
+            await asyncio.shield(self._tending)
         raise ProcessDied(f"no inference server is left:\n{self._pool.report()}")
 
     async def close(self) -> None:
