@@ -20,7 +20,7 @@ RayOptions = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class ServerPlace:
+class ServerPlacement:
     """Ray's options for the actors of a server, one for each of its nodes, and the GPUs that it sees.
 
     No `gpus`: the server sees those that Ray gives to its actors.
@@ -31,14 +31,14 @@ class ServerPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
-    """Ray's options for the actors of a run, by rank, and by server and node of it."""
+class Placement:
+    """Ray's options for the actors of a run: those of each rank, and those of each server, one for each of its nodes."""
 
     ranks: list[RayOptions] = field(default_factory=list)
     servers: list[tuple[RayOptions, ...]] = field(default_factory=list)
 
 
-def place(topology: Topology, group: PlacementGroup) -> Places:
+def place(topology: Topology, group: PlacementGroup) -> Placement:
     """Ray's options for every actor of the run in `group`, which was reserved for `topology.bundles`.
 
     Ranks are numbered in the order of their nodes, so that neighbours, tensor parallel first, share one. Raises InputError when
@@ -61,10 +61,10 @@ def place(topology: Topology, group: PlacementGroup) -> Places:
         parts = [_options(group, bundle, 1.0, bundles[bundle].get("GPU", 0.0)) for bundle in own]
         nodes = topology.server_nodes
         servers = [tuple(parts[at : at + nodes]) for at in range(0, len(parts), nodes)]
-    return Places(ranks, servers)
+    return Placement(ranks, servers)
 
 
-def share_gpus(gpus: list[list[str]], servers: list[tuple[RayOptions, ...]], tp: int) -> list[ServerPlace]:
+def share_gpus(gpus: list[list[str]], servers: list[tuple[RayOptions, ...]], tp: int) -> list[ServerPlacement]:
     """For each server, the GPUs that it sees: first the `tp` that it uses, then the others, since weights come from any of them.
 
     `gpus`: those of each trainer rank, by CUDA's names.
@@ -72,7 +72,7 @@ def share_gpus(gpus: list[list[str]], servers: list[tuple[RayOptions, ...]], tp:
     found = []
     for number, parts in enumerate(servers):
         own, others = gpus[number * tp : (number + 1) * tp], gpus[: number * tp] + gpus[(number + 1) * tp :]
-        found.append(ServerPlace(parts, tuple(chain(*own, *others))))
+        found.append(ServerPlacement(parts, tuple(chain(*own, *others))))
     return found
 
 

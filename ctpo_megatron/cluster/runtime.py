@@ -19,7 +19,7 @@ import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.group import EngineGroup
-from ctpo_megatron.cluster.placement import Places, RayOptions, ServerPlace, place, share_gpus
+from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
 from ctpo_megatron.cluster.threads import threads_per_rank
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
@@ -33,6 +33,7 @@ from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.types import RoutingShape
 
 CLOSE_TIMEOUT_S = 30.0
+DEATH_SHOWS_WITHIN_S = 2.0  # after a call has failed because of it
 
 
 class Runtime:
@@ -83,12 +84,12 @@ class Runtime:
         self.topology = topology = self.topology.on(config.cluster.device)
         topology.check_sharing()
         group = await reserve(topology.bundles, config.cluster.start_timeout_s)
-        places = place(topology, group)
-        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(places.ranks)]
+        placement = place(topology, group)
+        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(placement.ranks)]
         self._trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if self._ranks else None
-        if places.servers and not topology.shares_gpus:
-            self._engines = self._engine_group([ServerPlace(parts) for parts in places.servers])
-        await self.guard(self._come_up_sharing(places) if topology.shares_gpus else self._come_up())
+        if placement.servers and not topology.shares_gpus:
+            self._engines = self._engine_group([ServerPlacement(parts) for parts in placement.servers])
+        await self.guard(self._come_up_sharing(placement) if topology.shares_gpus else self._come_up())
 
     async def _come_up(self) -> None:
         starts = [] if self._engines is None else [self._engines.start()]
@@ -96,17 +97,17 @@ class Runtime:
             starts.append(self._build_trainer())
         await asyncio.gather(*starts)
 
-    async def _come_up_sharing(self, places: Places) -> None:
+    async def _come_up_sharing(self, placement: Placement) -> None:
         await self._build_trainer()
         gpus = await self.trainer.gpus()
-        self._engines = self._engine_group(share_gpus(gpus, places.servers, self.topology.server_tp))
+        self._engines = self._engine_group(share_gpus(gpus, placement.servers, self.topology.server_tp))
         await self._engines.start()
 
     async def _build_trainer(self) -> None:
         threads = threads_per_rank(self.topology.ranks) if self.topology.device == "cpu" else 1
         await asyncio.wait_for(self.trainer.build(threads, self._total_steps), self.config.cluster.start_timeout_s)
 
-    def _engine_group(self, places: list[ServerPlace]) -> EngineGroup:
+    def _engine_group(self, places: list[ServerPlacement]) -> EngineGroup:
         records = self.routing is not None
         return EngineGroup(self.config, self._run_dir, self.api_key, places, self.pool, routed_experts=records)
 
@@ -123,7 +124,7 @@ class Runtime:
         try:
             await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
             if task.done() and not task.cancelled() and task.exception() is not None and not watch.done():
-                await asyncio.wait([watch], timeout=2.0)  # was the failure the consequence of a death?
+                await asyncio.wait([watch], timeout=DEATH_SHOWS_WITHIN_S)  # was the failure the consequence of a death?
             if watch.done():
                 watch.result()
             return await task

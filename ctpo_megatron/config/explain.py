@@ -121,10 +121,10 @@ def _unknown_key(key: str, parents: tuple[int | str, ...], section: type[Section
         guess = f" It is an option of another type than {chosen!r}."
     else:
         guess = near_miss(key, allowed) or (f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else "")
-    place = ".".join(str(part) for part in parents) or "the top level"
+    parent = ".".join(str(part) for part in parents) or "the top level"
     if chosen is not None and parents:
-        place += f" of type {chosen!r}"
-    return f"unknown key.{guess} Allowed in {place}: {', '.join(allowed)}."
+        parent += f" of type {chosen!r}"
+    return f"unknown key.{guess} Allowed in {parent}: {', '.join(allowed)}."
 
 
 def _wrong_type(key: str, section: type[Section], found: Any) -> str:

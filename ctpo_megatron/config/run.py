@@ -22,7 +22,7 @@ class RunConfig(Section):
     run_dir: str
     """Everything the run writes. Survives resuming."""
     seed: NonNegativeInt = 1
-    """Of the order of prompts and of sampling."""
+    """Seed of the order of prompts and of sampling."""
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()

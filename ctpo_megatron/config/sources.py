@@ -112,8 +112,8 @@ def _mapping(path: Path) -> dict[str, Any]:
         values: Any = None if loaded is None else OmegaConf.to_container(loaded)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: not valid YAML: {error.problem or error.context}.") from error
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{position}: not valid YAML: {error.problem or error.context}.") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML: {_first_line(error)}.") from error
     if not values:

@@ -28,7 +28,7 @@ class Kept:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all parts together."""
         return self.input + self.norms + self.attention + self.mlp
 
 

@@ -34,12 +34,12 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all parts together."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
     def resident(self) -> int:
-        """What stays on the GPU while servers on it generate."""
+        """Bytes that stay on the GPU while servers on it generate."""
         return self.weights + self.gradients + self.optimizer + self.reserve
 
 

@@ -16,7 +16,7 @@ from ctpo_megatron.planning.servers import Servers, plan_servers
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The GPUs that are to be had. Sizes in GiB, as GPUs are sold: an 80 GB GPU has 80 GiB, all but half of one usable."""
+    """The GPUs of a cluster. Sizes in GiB, as GPUs are sold: an 80 GB GPU has 80 GiB, all but half of one usable."""
 
     gpu_gib: float = 80.0
     engine_gpu_gib: float | None = None  # of the servers' GPUs; None: the same
@@ -25,7 +25,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole of it."""
+    """What a run needs and does, and why it cannot run on the hardware if it cannot."""
 
     stages: list[Stage]
     batches: Batches

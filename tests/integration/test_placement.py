@@ -88,14 +88,14 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
         run, shape = config(qwen3, servers=2, tp=2), read_hf_config(qwen3)
         topology = topology_of(run)
         group = await reserve(topology.bundles, 60)
-        places = place(topology, group)
+        placement = place(topology, group)
         remote = ray.remote(TrainerActor)
         logs = [str(tmp_path / f"{rank}.log") for rank in range(GPUS)]
-        ranks = [remote.options(**each).remote(run, shape, rank, logs[rank]) for rank, each in enumerate(places.ranks)]
+        ranks = [remote.options(**each).remote(run, shape, rank, logs[rank]) for rank, each in enumerate(placement.ranks)]
         gpus = await asyncio.gather(*(asyncio.wrap_future(rank.gpus.remote().future()) for rank in ranks))
         assert sorted(gpu for mine in gpus for gpu in mine) == [str(gpu) for gpu in range(GPUS)]
         assert all(len(mine) == 1 for mine in gpus)
-        shared = share_gpus(gpus, places.servers, run.rollout.engine.tp)
+        shared = share_gpus(gpus, placement.servers, run.rollout.engine.tp)
         before = running_servers()
         engines = EngineGroup(run, tmp_path, "key", shared, Fleet(patience_s=1))
         try:

@@ -10,7 +10,7 @@ import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.actor import EngineActor
-from ctpo_megatron.cluster.placement import ServerPlace
+from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import UP, Fleet, Member
 from ctpo_megatron.errors import CtpoError, ProcessDied
@@ -62,7 +62,7 @@ class EngineGroup:
         config: RunConfig,
         run_dir: Path,
         api_key: str,
-        places: list[ServerPlace],
+        places: list[ServerPlacement],
         pool: Fleet,
         *,
         routed_experts: bool = False,
