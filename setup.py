@@ -35,7 +35,15 @@ setup(
         #   git clone https://github.com/NVIDIA/apex && cd apex
         #   APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .
         "gpu": ["transformer-engine[pytorch]>=2.8"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.120", "requests>=2.32", "ruff>=0.9", "matplotlib>=3.10"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.120",
+            "requests>=2.32",
+            "ruff>=0.9",
+            "matplotlib>=3.10",
+        ],
     },
     entry_points={
         "console_scripts": ["ctpo = ctpo_megatron.cli:main"],

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import signal
 import sys
 from collections.abc import Coroutine
@@ -13,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError
 
@@ -139,11 +138,13 @@ def slurm(
     """Print a job file for SLURM that runs `ctpo train` on this configuration."""
     from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
     from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.topology import topology_of
 
     words = overrides or []
     options = SlurmOptions(nodes, gpus_per_node, time, partition, account)
     launch = Path(__file__).resolve().parents[1] / "launch"
-    print(render_sbatch(load_config(config, words), config, words, options, launch), end="")
+    loaded = load_config(config, words)
+    print(render_sbatch(loaded.name, topology_of(loaded), config, words, options, launch), end="")
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
@@ -152,8 +153,7 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
 
     config = load_config(path, overrides or [])
     if config.cluster.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        require_token()
     return config
 
 
@@ -161,16 +161,18 @@ def _run(job: Coroutine[Any, Any, None]) -> None:
     """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first."""
     received: list[int] = []
 
-    def cancel(task: asyncio.Task, number: int) -> None:
+    def cancel(task: asyncio.Task[None], number: int) -> None:
         received.append(number)
         if len(received) == 1:  # a second signal must not interrupt the cleaning up
             print(f"{signal.Signals(number).name}: ending the run's processes ...", file=sys.stderr, flush=True)
             task.cancel()
 
     async def with_signals() -> None:
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(job)
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, cancel, asyncio.current_task(), number)
-        await job
+            loop.add_signal_handler(number, cancel, task, number)
+        await task
 
     try:
         asyncio.run(with_signals())

@@ -18,7 +18,7 @@ ROLES = ("system", "user", "assistant")
 
 
 class PromptTokenizer(Protocol):
-    """SenderOrder a conversation into the tokens that generation starts from."""
+    """Turns a conversation into the tokens that generation starts from."""
 
     def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of `messages`, generation prompt included."""

@@ -11,14 +11,14 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
-from ctpo_megatron.jobs.inputs import check_model, check_servers, load_prompts, prepare_run_dir
+from ctpo_megatron.jobs.inputs import check_servers, load_prompts, prepare_run_dir, read_model
 from ctpo_megatron.jobs.publication import make_publisher
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
+from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.checkpoints import Checkpoints
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.train import TrainLoop
-from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.rollout.chat import ChatTokenizer
@@ -29,8 +29,8 @@ from ctpo_megatron.types import Prompt
 async def train_job(config: RunConfig, *, resume: bool) -> None:
     """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
     begun = time.monotonic()
-    check_model(config)
-    check_servers(config)
+    shape = read_model(config)
+    check_servers(config, shape)
     chat = ChatTokenizer(config.model.path)
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
@@ -39,7 +39,7 @@ async def train_job(config: RunConfig, *, resume: bool) -> None:
     run_dir = prepare_run_dir(config)
     total = config.train.steps * config.train.optimizer_steps
     async with (
-        Runtime(config, run_dir, trainer=True, engines=True, total_steps=total) as runtime,
+        Runtime(config, shape, topology_of(config), run_dir, total_steps=total) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
         loop = await runtime.guard(_prepare(runtime, rollouts, run_dir, prompts, held_out, checkpoint))
@@ -88,7 +88,7 @@ async def _prepare(
         report=report,
         checkpoints=Checkpoints(runtime.trainer, run_dir / "checkpoints", config.checkpoint, state_after),
         first_step=first_step,
-        attention_weight=attention_weight(read_hf_config(config.model.path)) if config.train.balance == "flops" else 0.0,
+        attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
     )
 
 

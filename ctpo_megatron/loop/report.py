@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.loop.evaluate import Evaluation
 from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.loop.statistics import load_histograms

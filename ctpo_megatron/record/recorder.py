@@ -8,7 +8,7 @@ from types import TracebackType
 
 from rich.console import Console
 
-from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record.board import Board
 from ctpo_megatron.record.files import MetricsFile
 

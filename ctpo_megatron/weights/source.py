@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.batch import MicroBatch
-from ctpo_megatron.config.cluster import Transport
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import Transport
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.mcore.hf.buffers import BucketMemory
 from ctpo_megatron.models.shape import ModelShape

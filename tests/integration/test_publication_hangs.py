@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Member, State
 from ctpo_megatron.mcore.rank import RankInfo

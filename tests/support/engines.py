@@ -14,8 +14,8 @@ import requests
 import torch
 from safetensors.torch import load_file
 
-from ctpo_megatron.config.cluster import BroadcastTransport
 from ctpo_megatron.config.rollout import EngineConfig
+from ctpo_megatron.config.weights import BroadcastTransport
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.layout import EngineLayout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import requests
 
-from ctpo_megatron.config.cluster import Transport
+from ctpo_megatron.config.weights import Transport
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.server import new_api_key

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ctpo_megatron.batch import MicroBatch
-from ctpo_megatron.config.cluster import BroadcastTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import BroadcastTransport, Transport
 from ctpo_megatron.engine.checksums import EngineDigests, PartDigests
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOUR = ROOT / "docs" / "tour.md"
-ROOMS = ("algorithms", "parallel", "rollout", "data", "mcore", "weights", "jobs", "loop", "cluster", "planning", "engine", "record")
+ROOMS = ("algorithms", "parallel", "rollout", "data", "mcore", "weights", "jobs", "loop", "cluster", "planning", "engine")
 
 
 def files_named(text: str) -> list[str]:

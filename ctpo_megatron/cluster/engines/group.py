@@ -11,7 +11,7 @@ import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.actor import EngineActor
-from ctpo_megatron.cluster.placement import ServerPlace
+from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import UP, Fleet, Member
 from ctpo_megatron.errors import CtpoError, ProcessDied
@@ -53,9 +53,22 @@ class _Server:
 
 
 class EngineGroup:
-    """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost."""
+    """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost.
 
-    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], fleet: Fleet) -> None:
+    `routed_experts`: whether they return which experts they chose for each token.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        api_key: str,
+        places: list[ServerPlacement],
+        fleet: Fleet,
+        *,
+        routed_experts: bool = False,
+    ) -> None:
+        self._routed_experts = routed_experts
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
@@ -136,7 +149,7 @@ class EngineGroup:
         remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
             log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
-            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus)
+            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, self._routed_experts)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
         return _Server(name, parts, [part.actor.launch.remote(rank, head) for rank, part in enumerate(parts)])

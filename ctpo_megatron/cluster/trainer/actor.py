@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,10 @@ from torch import Tensor
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
+from ctpo_megatron.cluster.threads import set_threads
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.weights.protocol import Sent, Server
@@ -39,11 +40,12 @@ class _Built:
 class TrainerActor:
     """Rank `rank` of the trainer. Calls are executed one after another, `watch` and `settle` beside them; `build` comes first."""
 
-    def __init__(self, config: RunConfig, rank: int, log_path: str) -> None:
+    def __init__(self, config: RunConfig, shape: ModelShape, rank: int, log_path: str) -> None:
         redirect_output(Path(log_path))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter at INFO
         self.config = config
+        self.shape = shape
         self.rank = rank
         self._result: _Built | None = None
         self._closed = threading.Event()
@@ -66,11 +68,7 @@ class TrainerActor:
 
     def build(self, master: tuple[str, int], threads: int, total_steps: int) -> RankCoords:
         """Join the process group, build and load the model. Returns where this rank sits."""
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
-        import torch
-
-        torch.set_num_threads(threads)
+        set_threads(threads)
         from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
         from ctpo_megatron.weights.source import RankWeights
 
@@ -86,6 +84,7 @@ class TrainerActor:
             recompute=config.train.recompute,
             total_steps=total_steps,
             moe=config.moe,
+            shape=self.shape,
         )
         reference = config.algorithm.reference
         snapshot = None if reference is None else rank.snapshot(reference.path)
@@ -142,7 +141,7 @@ class TrainerActor:
 
     def _free_memory(self) -> None:
         """Give memory that torch keeps for later back to the GPU, for servers on it that are about to start or wake."""
-        if self.config.servers_sleep:
+        if self.config.weights.servers_sleep:
             import torch
 
             torch.cuda.empty_cache()

@@ -24,7 +24,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ctpo_megatron.config.cluster import BroadcastTransport
+from ctpo_megatron.config.weights import BroadcastTransport
 from ctpo_megatron.engine.calls import Answers
 from ctpo_megatron.engine.update_group import join_update_group, leave_update_group
 from ctpo_megatron.errors import WeightSyncError

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, Transport
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, Transport
 from ctpo_megatron.weights.protocol import WeightSender
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender
 from ctpo_megatron.weights.transports.colocated import ColocatedSender

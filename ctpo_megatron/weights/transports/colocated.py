@@ -28,7 +28,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from ctpo_megatron.config.cluster import ColocatedTransport
+from ctpo_megatron.config.weights import ColocatedTransport
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 from ctpo_megatron.weights.transports.flat import Flat, flatten

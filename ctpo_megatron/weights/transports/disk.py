@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
-from ctpo_megatron.config.cluster import DiskTransport
+from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.digest import tensor_digest
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Bucket, Sent

@@ -1,4 +1,4 @@
-"""The order of the senders: one after the other, in a fixed order, each told how the one before it fared.
+"""Order of the senders: one after the other, in a fixed order, each told how the one before it fared.
 
 A server handles requests one at a time, and a broadcast holds it until it is over: two senders at once would wait for each other
 on two servers that saw them in different orders. So joining and sending go round the senders in the order of their ranks.

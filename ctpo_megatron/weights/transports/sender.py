@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from ctpo_megatron.config.cluster import Transport
+from ctpo_megatron.config.weights import Transport
 from ctpo_megatron.engine.calls import ServerCalls
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Server

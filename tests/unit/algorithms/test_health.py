@@ -28,7 +28,7 @@ from ctpo_megatron.algorithms.prepare import Streams, prepare
 from ctpo_megatron.algorithms.recipe import make_recipe
 from ctpo_megatron.algorithms.record import merge
 from ctpo_megatron.algorithms.tokens import Tokens
-from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.loop.health import health_histograms, health_metrics
 from ctpo_megatron.loop.report import RunReport
 from ctpo_megatron.loop.statistics import train_metrics

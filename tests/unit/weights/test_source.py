@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctpo_megatron.batch import MicroBatch
-from ctpo_megatron.config.cluster import DiskTransport
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.models.config import parse_config

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ctpo_megatron.config.cluster import DiskTransport, Transport
+from ctpo_megatron.config.weights import DiskTransport, Transport
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets
 from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor
