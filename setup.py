@@ -15,11 +15,13 @@ setup(
         "ray[default]>=2.60,<3",
         "torch>=2.11",
         "transformers>=5.19,<6",
+        "tokenizers>=0.21",
         "tensorboard>=2.21,<3",
         "math-verify>=0.9,<1",
         "numpy>=2",
         "packaging>=24",
         "pydantic>=2.10",
+        "pydantic-core>=2.27",
         "omegaconf>=2.3",
         "pyyaml>=6",
         "typer>=0.15",
@@ -29,20 +31,28 @@ setup(
         "safetensors>=0.5",
         "numba>=0.60",
         "pyarrow>=18",
+        "jinja2>=3.1",
     ],
     extras_require={
         # NVIDIA apex is not on PyPI (the package of that name there is another one); on GPU hosts build it from source:
         #   git clone https://github.com/NVIDIA/apex && cd apex
         #   APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .
         "gpu": ["transformer-engine[pytorch]>=2.8"],
-        "dev": [
+        "dev": [  # what the tests and tools need besides
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "pytest-instafail>=0.5",
             "hypothesis>=6.120",
-            "requests>=2.32",
-            "ruff>=0.9",
+            "psutil>=6",
             "matplotlib>=3.10",
+            "annotated-types>=0.7",
+            "ruff>=0.9",
+            "mypy>=2.4",
+            "types-psutil>=7",
+            "types-PyYAML>=6",
+            "types-requests>=2.32",
+            "requests>=2.32",
         ],
     },
     entry_points={
