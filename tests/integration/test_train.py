@@ -166,7 +166,7 @@ def schedulers(below: list[psutil.Process]) -> list[psutil.Process]:
 
 def parts_of_servers(below: list[psutil.Process]) -> list[psutil.Process]:
     """Their main processes. Others have the same command line: forks that have not yet become something else."""
-    named = {process.pid: process for process in below if "sglang_entry" in " ".join(process.cmdline())}
+    named = {process.pid: process for process in below if "engine.sglang.entry" in " ".join(process.cmdline())}
     return [process for process in named.values() if process.ppid() not in named]
 
 
