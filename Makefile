@@ -1,7 +1,8 @@
 # make install      the environment in .venv (needs git, make, Python 3.11 or newer; no GPU)
 # make quickstart   the whole loop on this machine: data, a tiny model, cold start, reinforcement learning
 # make test         all tests          make test-fast   the unit tests
-# make lint         ruff               make clean       remove .venv and caches; runs/ stays
+# make lint         style, format and types, in seconds; CI runs it first
+# make clean        remove .venv and caches; runs/ stays
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -26,7 +27,9 @@ test-fast: install
 
 lint: install
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import secrets
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -13,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError
 from ctpo_megatron.jobs.stop import StopSignal
@@ -140,11 +139,13 @@ def slurm(
     """Print a job file for SLURM that runs `ctpo train` on this configuration."""
     from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
     from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.topology import topology_of
 
     words = overrides or []
     options = SlurmOptions(nodes, gpus_per_node, time, partition, account)
     launch = Path(__file__).resolve().parents[1] / "launch"
-    print(render_sbatch(load_config(config, words), config, words, options, launch), end="")
+    loaded = load_config(config, words)
+    print(render_sbatch(loaded.name, topology_of(loaded), config, words, options, launch), end="")
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
@@ -153,8 +154,7 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
 
     config = load_config(path, overrides or [])
     if config.cluster.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        require_token()
     return config
 
 
@@ -163,7 +163,7 @@ def _run(job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
     received: list[int] = []
     stop = StopSignal()
 
-    def cancel(task: asyncio.Future[None], number: int) -> None:
+    def cancel(task: asyncio.Task[None], number: int) -> None:
         received.append(number)
         if len(received) == 1:  # a second signal must not interrupt the cleaning up
             name = signal.Signals(number).name
@@ -172,10 +172,11 @@ def _run(job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
             task.cancel()
 
     async def with_signals() -> None:
-        work = asyncio.ensure_future(job(stop))
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(job(stop))
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, cancel, work, number)
-        await work
+            loop.add_signal_handler(number, cancel, task, number)
+        await task
 
     try:
         asyncio.run(with_signals())

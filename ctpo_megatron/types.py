@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,6 +95,24 @@ class TopK:
     def joined(cls, parts: list[TopK]) -> TopK:
         """One stream after the other; at least one is needed."""
         return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.logp for p in parts]))
+
+
+@dataclass(slots=True)
+class Generation:
+    """What an inference engine sampled after a prompt: streams of equal length. A stop token that ended it is the last entry."""
+
+    token_ids: list[int] = field(default_factory=list)
+    rollout_logp: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
+    versions: list[int] = field(default_factory=list)  # policy version that sampled each token
+    finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
+    top: TopK | None = None  # the likeliest tokens at each place, at the sampling temperature
+    experts: NDArray[np.signedinteger] | None = None  # [tokens, expert layers, top_k], see `EngineClient.generate`
+
+    def append(self, part: Generation) -> None:
+        """Add the tokens of `part`."""
+        self.token_ids += part.token_ids
+        self.rollout_logp += part.rollout_logp
+        self.versions += part.versions
 
 
 @dataclass(slots=True)

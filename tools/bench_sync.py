@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from ctpo_megatron.cluster.local_ranks import run_local_ranks
 from ctpo_megatron.config.rollout import EngineConfig
-from ctpo_megatron.engine.server import SGLangServer, new_api_key, server_args, server_env
+from ctpo_megatron.engine.server import SGLangServer, new_api_key
+from ctpo_megatron.engine.server_args import server_args, server_env
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.owners import make_buckets, nbytes
 from ctpo_megatron.models.tensors import HfTensor, hf_tensors
@@ -73,7 +74,7 @@ def median(rows: list[Row], way: str, what: str, name: str) -> float:
 
 
 def ratios(rows: list[Row]) -> dict[str, float]:
-    """Of full publications: medians of the ratios within each repeat. Those of broadcasts have bounds.
+    """Ratios of full publications: medians of the ratios within each repeat. Those of broadcasts have bounds.
 
     `bandwidth` is that of the update, while servers are paused; `whole` counts the first bucket too, which is gathered before.
     """
@@ -184,7 +185,13 @@ def main(
     for row in rows:
         row["bucket"] = max(buckets)
     found = ratios(rows)
-    about = {"torch": torch.__version__, "cores": os.cpu_count(), "load before": load, "dtype": dtype, "tensors": len(tensors)}
+    about: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+        "load before": load,
+        "dtype": dtype,
+        "tensors": len(tensors),
+    }
     about |= {"buckets": buckets, **config}
     if json_file:
         json_file.write_text(json.dumps({"about": about, "ratios": found, "rows": rows}, indent=1))

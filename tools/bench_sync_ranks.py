@@ -7,16 +7,17 @@ import os
 import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.engine.control import ServerControl
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.http import Requests
@@ -28,13 +29,11 @@ from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.owners import make_buckets, nbytes
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import hf_tensors
-from ctpo_megatron.weights.proof.canary import TOLERANCE, canary_batch
-from ctpo_megatron.weights.proof.expected import Expected
-from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
-from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.proof.canary import TOLERANCE, join_canary
+from ctpo_megatron.weights.protocol import Bucket, Sent, Server
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
+from ctpo_megatron.weights.source import RankWeights
 from ctpo_megatron.weights.transports.choose import make_sender
-from ctpo_megatron.weights.transports.order import SenderOrder
-from ctpo_megatron.weights.transports.prefetch import begun
 
 HOST = "127.0.0.1"
 TP = 2  # of the trainer
@@ -62,25 +61,29 @@ class Task:
     ways: tuple[str, ...]
 
 
-@dataclass
 class Trainer:
     """`publisher.WeightSource` over the ranks of this bench. Rank 0 is the driver too, the others `follow` it."""
 
-    engine: TrainerRank
-    task: Task
-    sender: WeightSender | None = None
-    buckets: BucketMemory = field(default_factory=lambda: BucketMemory(torch.device("cpu")))
-    begun: Iterator[Bucket] = field(default_factory=lambda: iter(()))  # what is to be sent
-    sent: Sent | None = None  # by this rank, at last
-    memory: int = 0  # bytes for buckets: those kept, and by which this rank grew at most while it sent
-    cpu_s: list[float] = field(default_factory=list)  # by rank, of the last `send`
+    def __init__(self, rank: TrainerRank, task: Task) -> None:
+        self.rank, self._task = rank, task
+        self._buckets = BucketMemory(torch.device("cpu"))
+        self._weights: RankWeights | None = None
+        self.sent = Sent(0)  # by this rank, at last
+        self.memory = 0  # bytes for buckets: those kept, and by which this rank grew at most while it sent
+        self.cpu_s: list[float] = []  # by rank, of the last publication
+
+    @property
+    def weights(self) -> RankWeights:
+        """On their way by the transport in use."""
+        if self._weights is None:
+            raise ValueError("use() comes first")
+        return self._weights
 
     async def connect(self, servers: list[Server], api_key: str) -> None:
-        """Only rank 0 sends."""
-        await asyncio.to_thread(self.sender.connect, servers, api_key)
+        await asyncio.to_thread(self.everywhere, "join", servers, api_key)
 
-    async def prepare(self, _version: int) -> None:
-        await asyncio.to_thread(self.everywhere, "begin", None)
+    async def prepare(self, version: int) -> None:
+        await asyncio.to_thread(self.everywhere, "begin", version)
 
     async def publish(self, version: int) -> Sent:
         return await asyncio.to_thread(self.everywhere, "send", version)
@@ -88,10 +91,10 @@ class Trainer:
     async def canary_logp(self, token_ids: list[int]) -> list[float]:
         return await asyncio.to_thread(self.everywhere, "logp", token_ids)
 
-    def everywhere(self, what: str, argument: Any) -> Any:
+    def everywhere(self, what: str, *arguments: Any) -> Any:
         """Let all ranks do it. Returns what it gave on rank 0."""
-        dist.broadcast_object_list([what, argument], src=0)
-        return getattr(self, what)(argument)
+        dist.broadcast_object_list([what, arguments], src=0)
+        return getattr(self, what)(*arguments)
 
     def follow(self) -> None:
         """Do what rank 0 does, until it stops."""
@@ -100,31 +103,39 @@ class Trainer:
             dist.broadcast_object_list(order, src=0)
             if order[0] == "stop":
                 return
-            getattr(self, order[0])(order[1])
+            getattr(self, order[0])(*order[1])
 
-    def begin(self, _nothing: None) -> None:
-        self.begun = begun(self.engine.stream(self.task.bucket_mb * 2**20, memory=self.buckets))
+    def use(self, transport: Transport) -> None:
+        """Publish by `transport` from now on; buckets lie in the same memory whatever the transport."""
+        self.leave()
+        self._weights = RankWeights(self.rank, transport, tp=1, address=HOST, memory=self._buckets)
+
+    def leave(self) -> None:
+        if self._weights is not None:
+            self._weights.close()
+
+    def join(self, servers: list[Server], api_key: str) -> None:
+        self.weights.connect(servers, api_key)
+
+    def begin(self, version: int) -> None:
+        self.weights.prepare(version)
 
     def send(self, version: int) -> Sent:
-        buckets, begin = self.begun, time.process_time()
-        kept = self.buckets.nbytes
+        begin, kept = time.process_time(), self._buckets.nbytes
         with extra_memory() as found:
-            if self.sender is not None:
-                self.sent = self.sender.send(buckets, version)
-            else:
-                self.sent = Sent(version, tensors=sum(map(len, buckets)))
+            self.sent = self.weights.publish(version)
         self.memory, self.cpu_s = kept + found[0], [0.0] * TP
         dist.all_gather_object(self.cpu_s, time.process_time() - begin)
         return self.sent
 
     def logp(self, token_ids: list[int]) -> list[float]:
-        (logp,) = self.engine.logp(self.engine.place([canary_batch(token_ids, multiple=2 * TP)]), temperature=1.0)
-        return logp[: len(token_ids) - 1].tolist()
+        return join_canary([self.weights.canary_logp(token_ids)], len(token_ids))
 
     @torch.no_grad()
     def change(self, count: int) -> None:
         """Turn the signs of `count` tensors: output projections and down-projections in turn, of layers here and there."""
-        layers = unwrap(self.engine.models[0]).decoder.layers
+        model: Any = unwrap(self.rank.models[0])  # torch types every attribute of a module as a tensor or a module
+        layers = model.decoder.layers
         for number in range(count):
             layer = layers[number * len(layers) // count]
             (layer.mlp.linear_fc2 if number % 2 else layer.self_attention.linear_proj).weight.neg_()
@@ -135,20 +146,16 @@ def extra_memory() -> Iterator[list[int]]:
     """Bytes by which this process's resident memory rose at most during the body; filled in at its end."""
     found = [0]
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is from now on
-    rest = _status("VmRSS")
+    before = psutil.Process().memory_info().rss
     yield found
-    found[0] = max(0, _status("VmHWM") - rest)
-
-
-def _status(name: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return 1024 * int(line.split()[1])
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    found[0] = max(0, 1024 * int(line.split()[1]) - before)
 
 
 def cpu_of(group: int) -> float:
     """CPU seconds of a process group so far."""
-    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in group_members(group)]
-    return sum(int(each[11]) + int(each[12]) for each in fields) / os.sysconf("SC_CLK_TCK")
+    times = [psutil.Process(pid).cpu_times() for pid in group_members(group)]
+    return sum(each.user + each.system for each in times)
 
 
 class TimedControl(ServerControl):
@@ -197,7 +204,7 @@ class Driver:
 
     def __init__(self, trainer: Trainer, task: Task, control: TimedControl) -> None:
         self._trainer, self._task, self._control = trainer, task, control
-        shape = trainer.engine.shape
+        shape = trainer.rank.shape
         self._layout = EngineLayout(shape, 1, cpu=True)
         self._proof = Proof(self._layout, shape.vocab_size, TOLERANCE[task.dtype])
         self._version = 0
@@ -215,13 +222,14 @@ class Driver:
         plain, first, delta = "full", "full, before deltas", "delta"
         rows = []
         for deltas, names in ((False, [plain]), (True, [first, delta])):
-            self._trainer.sender = make_sender(
-                self._transport(kind, deltas), torch.device("cpu"), HOST, SenderOrder.alone(), lambda: Expected(self._layout)
-            )
-            pool = Fleet(patience_s=TIMEOUT_S)
-            pool.join("server", self._task.url)
-            publisher = Publisher(
-                *(pool, self._control, self._trainer, self._proof),
+            self._trainer.everywhere("use", self._transport(kind, deltas))
+            fleet = Fleet(patience_s=TIMEOUT_S)
+            fleet.join("server", self._task.url)
+            publisher = WeightPublisher(
+                fleet,
+                self._control,
+                self._trainer,
+                self._proof,
                 api_key=self._task.key,
                 timeout_s=TIMEOUT_S,
                 session=kind != "disk",
@@ -229,12 +237,12 @@ class Driver:
             for name in names:
                 self._trainer.everywhere("change", self._task.changed)
                 rows.append({"way": kind, "what": name, **await self._publish(publisher)})
-            self._trainer.sender.close()
+            self._trainer.everywhere("leave")
         return rows
 
     async def ready_made(self, buckets: list[Bucket]) -> Row:
         """Buckets that lie ready, without digests: what the server's side of an update and the wire between them take."""
-        sender = make_sender(self._transport("broadcast", False), torch.device("cpu"), HOST, SenderOrder.alone(), None)
+        sender = make_sender(self._transport("broadcast", False), torch.device("cpu"), HOST)
         control, url = self._control, self._task.url
         await asyncio.to_thread(sender.connect, [Server(url)], self._task.key)
         await control.pause(url)
@@ -246,7 +254,7 @@ class Driver:
         cpu = control.cpu_at["close"] - control.cpu_at["open"]
         return {"bytes": sent.bytes, "update": control.seconds("open", "close"), "update, server cpu": cpu}
 
-    async def _publish(self, publisher: Publisher) -> Row:
+    async def _publish(self, publisher: WeightPublisher) -> Row:
         """Seconds by phase. Raises WeightSyncError when the server does not hold, or does not compute, what was sent."""
         self._version += 1
         cpu = cpu_of(self._task.server)
@@ -278,9 +286,9 @@ class BareBroadcast:
     def __init__(self, task: Task, rank: int, sizes: list[int]) -> None:
         bound = timedelta(seconds=TIMEOUT_S)
         self._store = dist.TCPStore(HOST, task.bare_port, 2, is_master=rank == 0, timeout=bound)
-        self._group = dist.ProcessGroupGloo(self._store, rank, 2, bound)
-        room = torch.zeros(max(sizes), dtype=torch.uint8)
-        self._buffers = [room[:size] for size in sizes]
+        self._group: Any = dist.ProcessGroupGloo(self._store, rank, 2, bound)  # torch's stubs leave its collectives out
+        memory = torch.zeros(max(sizes), dtype=torch.uint8)
+        self._buffers = [memory[:size] for size in sizes]
 
     def run(self) -> float:
         """Seconds from one barrier to the next."""
@@ -300,9 +308,9 @@ def measure(info: RankInfo, task: Task, sizes: list[int]) -> list[Row]:
         for _ in range(task.repeats + 1):
             bare.run()
         return []
-    rank = replace(info, world_size=TP)
-    engine = TrainerRank(task.model, ParallelConfig(tp=TP), None, rank, device="cpu", dtype=task.dtype, seed=1)
-    trainer = Trainer(engine, task)
+    trainer_info = replace(info, world_size=TP)
+    rank = TrainerRank(task.model, ParallelConfig(tp=TP), None, trainer_info, device="cpu", dtype=task.dtype, seed=1)
+    trainer = Trainer(rank, task)
     rows: list[Row] = []
     if info.rank == 0:
         try:
@@ -311,18 +319,18 @@ def measure(info: RankInfo, task: Task, sizes: list[int]) -> list[Row]:
             dist.broadcast_object_list(["stop", None], src=0)
     else:
         trainer.follow()
-    engine.close()
+    rank.close()
     return rows
 
 
 def ready_buckets(shape: ModelShape, dtype: torch.dtype, bucket_bytes: int) -> list[Bucket]:
     """Zeros under all names of the model, cut as a publication cuts them; all in the same memory."""
     cut = make_buckets(hf_tensors(shape), dtype.itemsize, bucket_bytes)
-    room = torch.zeros(max(sum(nbytes(each, dtype.itemsize) for each in bucket) for bucket in cut), dtype=torch.uint8)
+    memory = torch.zeros(max(sum(nbytes(each, dtype.itemsize) for each in bucket) for bucket in cut), dtype=torch.uint8)
     buckets = []
     for bucket in cut:
         sizes = [nbytes(each, dtype.itemsize) for each in bucket]
-        parts = room[: sum(sizes)].split(sizes)
+        parts = memory[: sum(sizes)].split(sizes)
         buckets.append([(each.name, part.view(dtype).view(each.shape)) for each, part in zip(bucket, parts, strict=True)])
     return buckets
 
@@ -333,7 +341,7 @@ async def drive(trainer: Trainer, task: Task, sizes: list[int]) -> list[Row]:
     rows: list[Row] = []
     async with Requests(task.key, TIMEOUT_S) as requests:
         driver = Driver(trainer, task, TimedControl(requests, task.server))
-        ready = ready_buckets(trainer.engine.shape, getattr(torch, task.dtype), task.bucket_mb * 2**20)
+        ready = ready_buckets(trainer.rank.shape, getattr(torch, task.dtype), task.bucket_mb * 2**20)
         for repeat in range(task.repeats + 1):
             found = [{"way": "bare", "what": "full", "bytes": sum(sizes), "transfer": await asyncio.to_thread(bare.run)}]
             found[0]["trainer cpu"] = bare.cpu_s

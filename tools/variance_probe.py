@@ -19,8 +19,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
-import os
-import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +34,7 @@ from torch import Tensor
 from ctpo_megatron.algorithms import gradient_variance as gv
 from ctpo_megatron.algorithms import group_advantages
 from ctpo_megatron.checkpoints.files import MANIFEST, STEP_NAME
+from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.samples import build_sample
@@ -122,8 +121,7 @@ async def prepare(pair: Pair, trajectories: Path | None, out: Path, *, prompts: 
     if trajectories is None and pair.config.data.eval is None:
         raise InputError("the run has no held-out prompts; give some with data.eval=FILE")
     if exports or trajectories is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `ctpo` does; Ray reads it when it is imported
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        require_token()
     if exports:
         await export(pair.config, exports, out)
     target, behaviour = (exports.get(path, path) for path in (pair.target, pair.behaviour))
@@ -136,9 +134,11 @@ async def prepare(pair: Pair, trajectories: Path | None, out: Path, *, prompts: 
 async def export(config: RunConfig, targets: dict[Path, Path], out: Path) -> None:
     """Write checkpoints as model directories: `targets` maps the one to the other."""
     from ctpo_megatron.cluster.runtime import Runtime
+    from ctpo_megatron.jobs.inputs import read_model
+    from ctpo_megatron.jobs.topology import topology_of
 
-    steps = config.train.steps * config.train.optimizer_steps
-    async with Runtime(config, out.resolve(), trainer=True, engines=False, total_steps=steps) as runtime:
+    steps, shape = config.train.steps * config.train.optimizer_steps, read_model(config)
+    async with Runtime(config, shape, topology_of(config, engines=False), out.resolve(), total_steps=steps) as runtime:
         for checkpoint, directory in targets.items():
             await runtime.guard(runtime.trainer.load(checkpoint.resolve()))
             await runtime.guard(runtime.trainer.save_hf(directory.resolve()))
@@ -147,19 +147,20 @@ async def export(config: RunConfig, targets: dict[Path, Path], out: Path) -> Non
 async def sample(config: RunConfig, model: Path, file: Path, out: Path, *, prompts: int, samples: int) -> None:
     """Sample the held-out prompts at the run's training temperature, into a file like those in RUN/rollouts."""
     from ctpo_megatron.cluster.runtime import Runtime
-    from ctpo_megatron.jobs.inputs import check_model, load_prompts
+    from ctpo_megatron.jobs.inputs import load_prompts, read_model
     from ctpo_megatron.jobs.rollouts import open_rollouts
+    from ctpo_megatron.jobs.topology import topology_of
     from ctpo_megatron.loop.evaluate import evaluate
     from ctpo_megatron.rollout.chat import ChatTokenizer
     from ctpo_megatron.rollout.tools import make_tool
 
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})})
-    check_model(config)
+    shape = read_model(config)
     chat = ChatTokenizer(config.model.path)
     held_out, tool = load_prompts(config.data.eval, config, chat), make_tool(config.rollout.tool)
     sizes = {"prompts": prompts, "samples": samples, "temperature": config.rollout.temperature}
     async with (
-        Runtime(config, out.resolve(), trainer=False, engines=True) as runtime,
+        Runtime(config, shape, topology_of(config, trainer=False), out.resolve()) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
         result = await runtime.guard(evaluate(rollouts.rollouter, held_out, config.eval.model_copy(update=sizes)))

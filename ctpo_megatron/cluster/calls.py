@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from ctpo_megatron.cluster.logs import tail
 from ctpo_megatron.errors import CtpoError, ProcessDied
 
-GRACE_S = 3.0  # after a rank dies its peers fail too, within moments; the death is what we want to report
+PEERS_FAIL_WITHIN_S = 3.0  # after one rank has failed; when it died, its peers may tell so before its own death is known
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ async def call_all(calls: list[tuple[Process, ray.ObjectRef]], timeout_s: float 
         _, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
         failed = any(f.done() and not f.cancelled() and f.exception() for f in futures)
         if failed and pending:
-            await asyncio.wait(pending, timeout=GRACE_S)
+            await asyncio.wait(pending, timeout=PEERS_FAIL_WITHIN_S)
         errors = [
-            (process, future.exception())
+            (process, error)
             for (process, _), future in zip(calls, futures, strict=True)
-            if future.done() and future.exception() is not None
+            if future.done() and (error := future.exception()) is not None
         ]
         if errors:
-            raise explain(*max(errors, key=lambda e: _weight(e[1])))
+            raise explain(*max(errors, key=lambda each: _weight(each[1])))
         if pending:
             late = [process for (process, _), future in zip(calls, futures, strict=True) if not future.done()]
             raise ProcessDied(
@@ -74,7 +74,7 @@ def _reason(error: RayActorError) -> str:
     return str(error).splitlines()[0]
 
 
-def _weight(error: BaseException | None) -> int:
+def _weight(error: BaseException) -> int:
     """How likely this is the cause and not a consequence: deaths, then our own errors, then peers that lost a connection."""
     if isinstance(error, (ActorDiedError, ActorUnavailableError)):
         return 3

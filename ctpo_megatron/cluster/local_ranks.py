@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from ctpo_megatron.cluster.threads import set_threads, threads_per_rank
 from ctpo_megatron.errors import CtpoError, ProcessDied
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.ports import free_port
 
 HOST = "127.0.0.1"
-GRACE_S = 3.0  # after one rank failed: its peers fail too, and one of them may know more
+PEERS_FAIL_WITHIN_S = 3.0  # after one rank has failed; one of its peers may know more about the cause
 END_S = 5.0
 
 
@@ -26,9 +26,9 @@ def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -
     without an answer. No process is left behind.
     """
     context = mp.get_context("spawn")
-    port, threads = free_port(HOST), max(1, (os.cpu_count() or 1) // world_size)
+    port, threads = free_port(HOST), threads_per_rank(world_size)
     ends: list[Connection] = []
-    processes: list[BaseProcess] = []
+    processes: list[SpawnProcess] = []
     try:
         for rank in range(world_size):
             mine, theirs = context.Pipe()
@@ -51,16 +51,17 @@ def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -
                 process.join()
 
 
-def _answers(ends: list[Connection], processes: list[BaseProcess]) -> list[Any]:
+def _answers(ends: list[Connection], processes: list[SpawnProcess]) -> list[Any]:
     results: dict[int, Any] = {}
     errors: list[BaseException] = []
     open_ends = {end: rank for rank, end in enumerate(ends)}
     while open_ends:
-        ready = wait(list(open_ends), timeout=GRACE_S if errors else None)
+        ready = wait(list(open_ends), timeout=PEERS_FAIL_WITHIN_S if errors else None)
         if not ready:
             break
-        for end in ready:
+        for end in [each for each in open_ends if each in ready]:
             rank = open_ends.pop(end)
+            result: Any
             try:
                 ok, result = end.recv()
             except EOFError:
@@ -83,11 +84,7 @@ def _is_told(error: BaseException) -> bool:
 
 
 def _rank(answer: Connection, threads: int, info: RankInfo, function: Callable[..., Any], args: tuple) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
-    import torch
-
-    torch.set_num_threads(threads)
+    set_threads(threads)
     try:
         answer.send((True, function(info, *args)))
     except CtpoError as error:

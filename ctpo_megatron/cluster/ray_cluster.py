@@ -49,7 +49,10 @@ def _init(config: RunConfig, cpus: int) -> None:
 
 
 def resolve_device(config: RunConfig) -> RunConfig:
-    """`cluster.device` as `cpu` or `cuda`, by what the cluster offers. Raises InputError when cuda is asked for and missing."""
+    """`config` with `cluster.device` set to `cpu` or `cuda`, by what the cluster offers.
+
+    Raises InputError when cuda is asked for and missing.
+    """
     gpus = ray.cluster_resources().get("GPU", 0)
     wanted = config.cluster.device
     if wanted == "cuda" and not gpus:
@@ -75,7 +78,7 @@ async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Placemen
 
 
 def node_address(config: RunConfig) -> str:
-    """Where processes on this node shall listen: the loopback in a cluster that was started for the run, else Ray's address."""
+    """The address on which processes of this node listen: the loopback in a cluster started for the run, else Ray's address."""
     if config.cluster.address is None:
         return "127.0.0.1"
     mine = ray.get_runtime_context().get_node_id()

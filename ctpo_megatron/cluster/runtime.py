@@ -10,8 +10,6 @@ The death of a trainer's rank ends the run. A server that is lost is started aga
 from __future__ import annotations
 
 import asyncio
-import functools
-import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -20,51 +18,64 @@ import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.group import EngineGroup
-from ctpo_megatron.cluster.placement import (
-    Places,
-    RayOptions,
-    ServerPlace,
-    bundles_of,
-    check_shared,
-    place,
-    share_gpus,
-    shares_gpus,
-)
+from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
+from ctpo_megatron.cluster.threads import threads_per_rank
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.record.events import Emit, discard
+from ctpo_megatron.types import RoutingShape
 
 CLOSE_TIMEOUT_S = 30.0
+DEATH_SHOWS_WITHIN_S = 2.0  # after a call has failed because of it
 
 
 class Runtime:
-    """Use as `async with Runtime(config, ...) as runtime`; leaving the block ends every process it started."""
+    """Use as `async with Runtime(...) as runtime`; leaving the block ends every process it started.
+
+    `shape`: of the model in config.model.path. `topology`: which processes there are. `total_steps`: optimizer steps of the run.
+    `emit` receives what happens to the inference servers. Once it has started, `config` and `topology` name the device that is
+    used, cpu or cuda.
+    """
 
     def __init__(
         self,
         config: RunConfig,
+        shape: ModelShape,
+        topology: Topology,
         run_dir: Path,
         *,
-        trainer: bool,
-        engines: bool,
         total_steps: int = 0,
         emit: Emit = discard,
     ) -> None:
         self.config = config
-        self.pool = server_pool(config, trained=trainer)
+        self.shape = shape
+        self.topology = topology
+        self.fleet = make_fleet(config, trained=topology.ranks > 0, emit=emit)
         self.api_key = new_api_key()
-        self.trainer: TrainerGroup | None = None
         self._run_dir = run_dir
-        self._wanted = {"trainer": trainer, "engines": engines}
+        self._trainer: TrainerGroup | None = None
         self._total_steps = total_steps
-        self._emit = emit
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
+
+    @property
+    def trainer(self) -> TrainerGroup:
+        """All ranks of the trainer. Raises RuntimeError before they are started, and in a run that has none."""
+        if self._trainer is None:
+            raise RuntimeError("this run has no trainer: its topology has no ranks, or they are not started yet")
+        return self._trainer
+
+    @property
+    def routing(self) -> RoutingShape | None:
+        """What the servers' record of chosen experts looks like; None where the trainer does not replay them."""
+        return self.shape.routing if self.config.moe.routing_replay else None
 
     async def __aenter__(self) -> Runtime:
         try:
@@ -78,44 +89,42 @@ class Runtime:
         await asyncio.shield(self.close())
 
     async def _start(self) -> None:
-        wanted = self._wanted
-        connect(self.config, round(sum(bundle["CPU"] for bundle in bundles_of(self.config, **wanted))))
+        connect(self.config, round(sum(bundle["CPU"] for bundle in self.topology.bundles)))
         self.config = config = resolve_device(self.config)
-        shared = shares_gpus(config, **wanted)
-        if shared:
-            check_shared(config)
-        group = await reserve(bundles_of(config, **wanted), config.cluster.start_timeout_s)
-        places = place(config, group, **wanted)
-        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(places.ranks)]
-        self.trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if self._ranks else None
-        if places.servers and not shared:
-            self._engines = self._engine_group([ServerPlace(parts) for parts in places.servers])
-        await self.guard(self._come_up_sharing(places) if shared else self._come_up())
+        self.topology = topology = self.topology.on(config.cluster.device)
+        topology.check_sharing()
+        group = await reserve(topology.bundles, config.cluster.start_timeout_s)
+        placement = place(topology, group)
+        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(placement.ranks)]
+        self._trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if self._ranks else None
+        if placement.servers and not topology.shares_gpus:
+            self._engines = self._engine_group([ServerPlacement(parts) for parts in placement.servers])
+        await self.guard(self._come_up_sharing(placement) if topology.shares_gpus else self._come_up())
 
     async def _come_up(self) -> None:
         starts = [] if self._engines is None else [self._engines.start()]
-        if self.trainer is not None:
+        if self._trainer is not None:
             starts.append(self._build_trainer())
         await asyncio.gather(*starts)
 
-    async def _come_up_sharing(self, places: Places) -> None:
+    async def _come_up_sharing(self, placement: Placement) -> None:
         await self._build_trainer()
         gpus = await self.trainer.gpus()
-        self._engines = self._engine_group(share_gpus(gpus, places.servers, self.config.rollout.engine.tp))
+        self._engines = self._engine_group(share_gpus(gpus, placement.servers, self.topology.server_tp))
         await self._engines.start()
 
     async def _build_trainer(self) -> None:
-        cluster = self.config.cluster
-        threads = max(1, (os.cpu_count() or 1) // len(self._ranks)) if cluster.device == "cpu" else 1
-        await asyncio.wait_for(self.trainer.build(threads, self._total_steps), cluster.start_timeout_s)
+        threads = threads_per_rank(self.topology.ranks) if self.topology.device == "cpu" else 1
+        await asyncio.wait_for(self.trainer.build(threads, self._total_steps), self.config.cluster.start_timeout_s)
 
-    def _engine_group(self, places: list[ServerPlace]) -> EngineGroup:
-        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.pool)
+    def _engine_group(self, places: list[ServerPlacement]) -> EngineGroup:
+        records = self.routing is not None
+        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.fleet, routed_experts=records)
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
         remote = ray.remote(concurrency_groups={"watch": 1, "checkpoint": 1})(TrainerActor)
-        actor = remote.options(**options).remote(self.config, rank, str(log))
+        actor = remote.options(**options).remote(self.config, self.shape, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)
 
     async def guard(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -125,7 +134,7 @@ class Runtime:
         try:
             await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
             if task.done() and not task.cancelled() and task.exception() is not None and not watch.done():
-                await asyncio.wait([watch], timeout=2.0)  # was the failure the consequence of a death?
+                await asyncio.wait([watch], timeout=DEATH_SHOWS_WITHIN_S)  # was the failure the consequence of a death?
             if watch.done():
                 watch.result()
             return await task
@@ -135,7 +144,7 @@ class Runtime:
             await asyncio.gather(task, watch, return_exceptions=True)
 
     async def _watch(self) -> None:
-        watches = [] if self._engines is None else [self._engines.watch()]
+        watches: list[Coroutine[Any, Any, Any]] = [] if self._engines is None else [self._engines.watch()]
         if self._ranks:
             calls = [(rank, rank.actor.watch.options(concurrency_group="watch").remote()) for rank in self._ranks]
             watches.append(call_all(calls, timeout_s=None))
@@ -167,12 +176,12 @@ class Runtime:
         ray.shutdown()
 
 
-def server_pool(config: RunConfig, *, trained: bool) -> Fleet:
+def make_fleet(config: RunConfig, *, trained: bool, emit: Emit) -> Fleet:
     """The servers of a run. Requests wait as long as what may keep one from serving: a start, an update, a training step."""
     engine, cluster = config.rollout.engine, config.cluster
     return Fleet(
         patience_s=engine.start_timeout_s + config.weights.timeout_s + (cluster.call_timeout_s if trained else 0.0),
         restarts=engine.restarts,
         fixed_version=None if trained else 0,
-        say=functools.partial(print, flush=True),
+        emit=emit,
     )

@@ -7,8 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import InputError
+from ctpo_megatron.planning.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +22,18 @@ class SlurmOptions:
     account: str | None = None
 
 
-def gpus_needed(config: RunConfig) -> int:
-    """GPUs of a run: one per trainer rank, `rollout.engine.tp` per inference server, unless servers use the trainer's."""
-    servers = 0 if config.weights.type == "colocated" else config.rollout.engine.servers * config.rollout.engine.tp
-    return config.parallel.world_size + servers
+def render_sbatch(name: str, topology: Topology, config: Path, overrides: list[str], options: SlurmOptions, launch: Path) -> str:
+    """The text of a job file called `name` that trains the configuration in the file `config` with `overrides`.
 
-
-def render_sbatch(config: RunConfig, path: Path, overrides: list[str], options: SlurmOptions, launch: Path) -> str:
-    """The text of a job file that trains `path` with `overrides`. `launch` is the project's launch directory.
-
-    Raises InputError when `launch` lacks the job's script, or the nodes asked for hold too few GPUs.
+    `topology` is that of the run, `launch` the project's launch directory. Raises InputError when `launch` lacks the
+    job's script, or the nodes asked for hold too few GPUs.
     """
     script = launch / "ctpo.sbatch"
     if not script.is_file():
         raise InputError(f"{script}: no such file. `ctpo slurm` needs the project's launch directory, as in a git checkout.")
     lines = {
-        "job-name": re.sub(r"[^\w.-]+", "-", config.name),
-        "nodes": _nodes(config, options),
+        "job-name": re.sub(r"[^\w.-]+", "-", name),
+        "nodes": _nodes(topology, options),
         "ntasks-per-node": 1,
         "gpus-per-node": options.gpus_per_node or None,
         "time": options.time,
@@ -47,25 +42,23 @@ def render_sbatch(config: RunConfig, path: Path, overrides: list[str], options: 
         "output": "slurm-%j.out",
     }
     head = [f"#SBATCH --{name}={value}" for name, value in lines.items() if value is not None]
-    command = shlex.join(["bash", str(script.resolve()), str(path), *overrides])
+    command = shlex.join(["bash", str(script.resolve()), str(config), *overrides])
     return "\n".join(["#!/bin/bash", *head, "#SBATCH --exclusive", "#SBATCH --no-requeue", "", f"exec {command}", ""])
 
 
-def _nodes(config: RunConfig, options: SlurmOptions) -> int:
+def _nodes(topology: Topology, options: SlurmOptions) -> int:
     per_node = options.gpus_per_node
     if per_node == 0:
         return options.nodes or 1
-    needed = gpus_needed(config)
-    engine = config.rollout.engine
-    if engine.tp_per_node > per_node:
+    if topology.server_tp_per_node > per_node:
         raise InputError(
-            f"rollout.engine.tp={engine.tp} on rollout.engine.nodes={engine.nodes} does not fit on nodes of {per_node} GPUs; let "
-            f"each server spread over {-(-engine.tp // per_node)} nodes"
+            f"rollout.engine.tp={topology.server_tp} on rollout.engine.nodes={topology.server_nodes} does not fit on nodes of "
+            f"{per_node} GPUs; let each server spread over {-(-topology.server_tp // per_node)} nodes"
         )
-    fewest = -(-needed // per_node)
+    fewest = topology.nodes(per_node)
     if options.nodes is not None and options.nodes < fewest:
         raise InputError(
-            f"--nodes {options.nodes} with {per_node} GPUs each hold {options.nodes * per_node} GPUs; the run needs {needed} "
-            f"(parallel: {config.parallel.world_size}, servers: {needed - config.parallel.world_size}), at least {fewest} nodes"
+            f"--nodes {options.nodes} with {per_node} GPUs each hold {options.nodes * per_node} GPUs; the run needs "
+            f"{topology.gpus} (parallel: {topology.ranks}, servers: {topology.server_gpus}), at least {fewest} nodes"
         )
     return options.nodes or fewest

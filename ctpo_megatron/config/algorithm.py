@@ -17,7 +17,7 @@ class ReferenceConfig(Section):
     """A penalty on the distance from a reference policy; docs/objectives.md has the estimators and their gradients."""
 
     coeff: NonNegativeFloat = 1e-3
-    """Of the penalty in the loss."""
+    """Weight of the penalty in the loss."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimator of the KL divergence at each token."""
     path: str | None = None
@@ -49,7 +49,7 @@ class AlgorithmConfig(Section):
 
     @property
     def top_k(self) -> int:
-        """How many of the sampling policy's likeliest tokens the objective compares at each place."""
+        """How many of the sampling policy's top-k tokens the objective compares at each position; 0: none."""
         return TOP_K if getattr(self.objective, "divergence", "").startswith("topk") else 0
 
     @model_validator(mode="after")

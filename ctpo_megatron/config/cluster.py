@@ -1,10 +1,10 @@
-"""Where things run, how weights travel, and the alarms of a run."""
+"""Ray and devices: where things run."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 
 from ctpo_megatron.config.base import Section
 
@@ -20,79 +20,3 @@ class ClusterConfig(Section):
     """How long all actors together may take to come up."""
     call_timeout_s: PositiveFloat = 7200.0
     """How long one call to the trainer (a training step, a checkpoint) may take before the run is given up."""
-
-
-class BroadcastTransport(Section):
-    """Weights go into SGLang through its update groups (NCCL, gloo on CPUs); no disk."""
-
-    type: Literal["broadcast"] = "broadcast"
-    bucket_mb: PositiveInt = 512
-    """Weights gathered and sent at a time, by each sender; it holds two such buckets."""
-    delta: bool = False
-    """Send only tensors that differ bitwise from what the servers hold."""
-    timeout_s: PositiveFloat = 600.0
-    """How long one publication may take."""
-
-
-class ColocatedTransport(Section):
-    """Trainer and servers on the same devices of one node: tensors are handed over in shared memory (CUDA IPC; files in memory on
-    CPUs)."""
-
-    type: Literal["colocated"] = "colocated"
-    bucket_mb: PositiveInt = 512
-    """Weights gathered and handed over at a time, by each sender; it holds two such buckets."""
-    delta: bool = False
-    """Hand over only tensors that differ bitwise from what the servers hold; needs `release: false`."""
-    release: bool = True
-    """Servers give back the memory of weights and KV cache while the trainer trains. Needs train.staleness 0."""
-    timeout_s: PositiveFloat = 600.0
-    """How long one publication may take."""
-
-
-class DiskTransport(Section):
-    """Weights are written as safetensors on a file system that trainer and servers share; for servers that are elsewhere."""
-
-    type: Literal["disk"] = "disk"
-    directory: str
-    """Where versions are written, the same path on every node: DIRECTORY/v000012 and so on."""
-    bucket_mb: PositiveInt = 2048
-    """Size of one file, and of the weights gathered at a time by each sender."""
-    delta: bool = False
-    """Write only tensors that differ bitwise from what the servers hold."""
-    keep: PositiveInt = 2
-    """Versions left on the disk, the newest."""
-    timeout_s: PositiveFloat = 1800.0
-    """How long one publication may take."""
-
-
-Transport = Annotated[BroadcastTransport | ColocatedTransport | DiskTransport, Field(discriminator="type")]
-
-
-class AttestConfig(Section):
-    """The proof, after each publication, that the servers hold the weights that were sent. It cannot be turned off."""
-
-    canary_tolerance: PositiveFloat | None = None
-    """Largest allowed difference between the trainer's and a server's log-prob of any token of the canary prompt. null: 0.001 for
-    float32, 0.5 for bfloat16."""
-
-
-class DriftConfig(Section):
-    """Agreement of trainer and engine about the log-probs of sampled tokens, measured at every step."""
-
-    max: PositiveFloat | None = None
-    """Largest allowed absolute difference of any token's log-prob. null: only measured."""
-    mean: PositiveFloat | None = None
-    """Largest allowed mean absolute difference. null: only measured."""
-
-
-class LogConfig(Section):
-    """What is written down while a run goes on."""
-
-    tensorboard: bool = True
-    """Write RUN_DIR/tb."""
-    rollouts_per_step: NonNegativeInt = 2
-    """Trajectories shown as text in TensorBoard at each step."""
-    save_rollouts: bool = True
-    """Write every trajectory to RUN_DIR/rollouts."""
-    every: PositiveInt = 1
-    """Steps between plain lines in the log."""

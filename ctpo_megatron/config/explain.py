@@ -1,4 +1,4 @@
-"""SenderOrder pydantic's errors into lines for a person: where it was written, the key, what was found, what is allowed."""
+"""Turns pydantic's errors into lines for a person: where it was written, the key, what was found, what is allowed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def _line(details: ErrorDetails, sources: list[Source], main: str) -> str:
 
 def _walk(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], type[Section]]:
     """The path as the user wrote it (pydantic adds the names of union members) and the section that holds its last key."""
-    section, path = RunConfig, []
+    section: type[Section] = RunConfig
+    path: list[int | str] = []
     options: list[type[Section]] = [RunConfig]
     for part in loc:
         tags = {type_name(option): option for option in options}
@@ -120,10 +121,10 @@ def _unknown_key(key: str, parents: tuple[int | str, ...], section: type[Section
         guess = f" It is an option of another type than {chosen!r}."
     else:
         guess = near_miss(key, allowed) or (f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else "")
-    place = ".".join(str(part) for part in parents) or "the top level"
+    parent = ".".join(str(part) for part in parents) or "the top level"
     if chosen is not None and parents:
-        place += f" of type {chosen!r}"
-    return f"unknown key.{guess} Allowed in {place}: {', '.join(allowed)}."
+        parent += f" of type {chosen!r}"
+    return f"unknown key.{guess} Allowed in {parent}: {', '.join(allowed)}."
 
 
 def _wrong_type(key: str, section: type[Section], found: Any) -> str:
@@ -145,5 +146,5 @@ def _show(value: Any) -> str:
     """A value as a person wrote it, cut to a readable length."""
     if isinstance(value, dict):
         return f"a section with {', '.join(map(str, value)) or 'nothing in it'}"
-    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else repr(value)
+    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -35,9 +35,9 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage: more than 1 interleaves them, which shortens the pipeline's bubble. Every optimizer step
     then has a multiple of pp micro-batches."""
     first_stage_layers: PositiveInt | None = None
-    """Layers of the first pipeline stage, where they shall differ from the others. null: an equal share."""
+    """Layers of the first pipeline stage, where it has more or fewer than the others. null: an equal share."""
     last_stage_layers: PositiveInt | None = None
-    """The same of the last stage."""
+    """Layers of the last pipeline stage, where it has more or fewer than the others. null: an equal share."""
     cp: PositiveInt = 1
     """Context parallel, zigzag layout."""
     ep: PositiveInt = 1
@@ -75,9 +75,9 @@ class MoeConfig(Section):
     """Training of mixtures of experts; without effect on dense models."""
 
     aux_loss_coeff: NonNegativeFloat | None = None
-    """Of the load-balancing loss. null: as the model's config.json says."""
+    """Coefficient of the load-balancing loss. null: as the model's config.json says."""
     z_loss_coeff: NonNegativeFloat = 0.0
-    """Of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Coefficient of the router's z-loss (ST-MoE, arXiv 2202.08906, eq. 5)."""
     bias_update_rate: NonNegativeFloat = 0.0
     """Step of the balancing bias of routers that have one (arXiv 2408.15664). 0: the bias stays as it was loaded."""
     routing_replay: bool = False

@@ -231,7 +231,7 @@ class MaskedWeights(Section):
 
     type: Literal["mask"] = "mask"
     level: Level = "token"
-    """As for `truncate`."""
+    """token: its own ratio; prefix: product up to the token; sequence: product of all; geometric: its root."""
     low: NonNegativeFloat = 0.5
     """Smaller weights become 0."""
     high: PositiveFloat = 2.0

@@ -6,18 +6,12 @@ from pydantic import NonNegativeInt, model_validator
 
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import Section
-from ctpo_megatron.config.cluster import (
-    AttestConfig,
-    BroadcastTransport,
-    ClusterConfig,
-    ColocatedTransport,
-    DriftConfig,
-    LogConfig,
-    Transport,
-)
+from ctpo_megatron.config.cluster import ClusterConfig
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
+from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, EvalConfig, RolloutConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
+from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
 
 
 class RunConfig(Section):
@@ -28,7 +22,7 @@ class RunConfig(Section):
     run_dir: str
     """Everything the run writes. Survives resuming."""
     seed: NonNegativeInt = 1
-    """Of the order of prompts and of sampling."""
+    """Seed of the order of prompts and of sampling."""
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
@@ -46,23 +40,6 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
-
-    @property
-    def servers_sleep(self) -> bool:
-        """Whether the servers give back their memory while the trainer trains."""
-        return isinstance(self.weights, ColocatedTransport) and self.weights.release
-
-    @property
-    def sharing_problem(self) -> str | None:
-        """Why servers cannot be put on the trainer's GPUs where they are to be; None where nothing is in the way."""
-        used, world = self.rollout.engine.servers * self.rollout.engine.tp, self.parallel.world_size
-        if self.weights.type != "colocated" or used == world:
-            return None
-        return (
-            "weights.type=colocated puts the servers on the trainer's GPUs, one of their ranks on each: "
-            f"rollout.engine.servers * rollout.engine.tp = {used} must equal parallel.tp * cp * dp * pp = {world}; "
-            "change one of them, or use weights.type=broadcast, with GPUs for the servers"
-        )
 
     @model_validator(mode="after")
     def _batches_divide(self) -> RunConfig:
@@ -90,8 +67,8 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _colocated_servers_stay_on_one_node(self) -> RunConfig:
-        if self.weights.type == "colocated" and self.rollout.engine.nodes > 1:
+    def _servers_stay_where_weights_reach_them(self) -> RunConfig:
+        if self.weights.within_node and self.rollout.engine.nodes > 1:
             raise ValueError(
                 f"rollout.engine.nodes={self.rollout.engine.nodes}, but weights.type=colocated hands weights over within a node; "
                 "use weights.type=broadcast"
@@ -100,13 +77,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sleeping_servers_do_nothing_else(self) -> RunConfig:
-        if self.servers_sleep and self.train.staleness:
+        if self.weights.servers_sleep and self.train.staleness:
             raise ValueError(
                 f"train.staleness={self.train.staleness} samples while the trainer trains, but with weights.type=colocated the "
                 "servers have given back their memory then; set train.staleness=0, or weights.release=false if there is room for "
                 "both"
             )
-        if self.servers_sleep and self.weights.delta:
+        if self.weights.servers_sleep and self.weights.delta:
             raise ValueError(
                 "weights.delta=true sends what has changed, but with weights.type=colocated the servers give back the memory of "
                 "all weights; set weights.delta=false, or weights.release=false if there is room for both"

@@ -62,7 +62,7 @@ def read_overrides(overrides: list[str]) -> Source:
         if not equals or not key.strip():
             raise ConfigError(f"{COMMAND_LINE}: {text!r} is not an override; write dotted.key=value, like train.steps=10.")
         try:
-            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{COMMAND_LINE}: {text!r}: the value is not valid YAML ({_first_line(error)}).") from error
         values = merge(values, parsed)
@@ -74,20 +74,25 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        other_type = both and "type" in old and "type" in value and old["type"] != value["type"]
-        merged[key] = merge(old, value) if both and not other_type else value
+        if isinstance(old, dict) and isinstance(value, dict) and not _types_differ(old, value):
+            value = merge(old, value)
+        merged[key] = value
     return merged
+
+
+def _types_differ(below: dict[str, Any], above: dict[str, Any]) -> bool:
+    return "type" in below and "type" in above and below["type"] != above["type"]
 
 
 def resolve(values: dict[str, Any], name: str) -> dict[str, Any]:
     """`values` with every `${dotted.key}` replaced by what it points to. Raises ConfigError that names the file `name`."""
     try:
-        return OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
+        resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         where = f"{name}: {key}" if key else name
         raise ConfigError(f"{where}: {_first_line(error)}. ${{a.b}} must name a key of this configuration.") from error
+    return resolved
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -104,11 +109,11 @@ def _mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as a text file: {error}.") from error
     try:
         loaded = OmegaConf.create(text) if text.strip() else None
-        values = None if loaded is None else OmegaConf.to_container(loaded)
+        values: Any = None if loaded is None else OmegaConf.to_container(loaded)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: not valid YAML: {error.problem or error.context}.") from error
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{position}: not valid YAML: {error.problem or error.context}.") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML: {_first_line(error)}.") from error
     if not values:

@@ -39,7 +39,7 @@ class OptimizerConfig(Section):
     exp_avg_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the first moment; other than float32 needs precision_aware."""
     exp_avg_sq_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """The same of the second moment."""
+    """Number format of the second moment; other than float32 needs precision_aware."""
     cpu_offload: float = Field(0.0, ge=0, le=1)
     """Fraction of the optimizer's state that is kept and updated in the host's memory. More than 0 needs a GPU."""
 
@@ -67,7 +67,7 @@ class TrainConfig(Section):
     optimizer_steps: PositiveInt = 4
     """Optimizer steps per rollout batch; must divide prompts_per_step."""
     max_tokens_per_micro_batch: PositiveInt = 8192
-    """Tokens of one forward-backward pass on each rank; a pack that cp ranks share holds cp times as many."""
+    """Tokens of one forward-backward pass on each rank; a micro-batch that cp ranks share holds cp times as many."""
     balance: Literal["tokens", "flops"] = "tokens"
     """What the data-parallel ranks get equal shares of. flops: attention's square of the length counts too."""
     staleness: NonNegativeInt = 0

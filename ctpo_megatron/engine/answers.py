@@ -1,4 +1,4 @@
-"""What a server's answer tells besides tokens: the experts that each token went to, and the likeliest tokens at each place."""
+"""What a server's answer holds besides tokens: the experts that each token went to, and the top-k tokens at each place."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def read_experts(meta: dict[str, Any], shape: RoutingShape, tokens: int, url: st
 
 
 def forget_older(experts: Experts, labels: list[int | None], version: int) -> None:
-    """Mark as unknown, -1, what is not the routing that a token was sampled with.
+    """Set to -1, unknown, the experts in `experts` that a token was not sampled with.
 
-    `labels[i]` is the policy version that sampled the token after token i, None where nobody did. A server that goes on with
+    `labels[i]` is the policy version that sampled the token after token i, None where none did. A server that goes on with
     newer weights computes all tokens before once more, and so returns the newer routing of those too.
     """
     older = [label is not None and label != version for label in labels]
@@ -49,7 +49,7 @@ def forget_older(experts: Experts, labels: list[int | None], version: int) -> No
 
 
 def read_top(meta: dict[str, Any], k: int, tokens: int, url: str) -> TopK:
-    """The `k` likeliest tokens at each of `tokens` places. Raises EngineError where the answer has another number of either."""
+    """The `k` most probable tokens at each of `tokens` places. Raises EngineError where the answer has others."""
     rows = meta.get("output_top_logprobs") or []
     if len(rows) != tokens or any(len(row) != k for row in rows):
         sizes = sorted({len(row) for row in rows})

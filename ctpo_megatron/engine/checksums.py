@@ -6,6 +6,12 @@ from typing import Any
 
 from ctpo_megatron.errors import WeightSyncError
 
+EngineDigests = list[dict[str, int]]
+"""Per tensor-parallel rank of an engine, the digest (`engine.digest`) of each tensor, by the engine's own name for it."""
+
+PartDigests = tuple[int, ...]
+"""Digests of the parts of one Hugging Face tensor, one for each place that the engine has for a part of it."""
+
 PREFIX = "ctpo2:"  # of a digest as `engine.digest` defines it; another definition gets another number
 
 
@@ -14,8 +20,8 @@ def write_digest(digest: int) -> str:
     return f"{PREFIX}{digest:016x}"
 
 
-def read_digests(answer: Any, url: str) -> list[dict[str, int]]:
-    """Per tensor-parallel rank, the digest of each tensor that the server at `url` holds, from one `ServerControl.checksums`.
+def read_digests(answer: Any, url: str) -> EngineDigests:
+    """The digests of all tensors that the server at `url` holds, from what one `ServerControl.checksums` returned.
 
     Raises WeightSyncError for an answer of another form, and for hashes that are not this package's digests.
     """

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,48 +13,30 @@ from ctpo_megatron.engine.control import ServerControl
 from ctpo_megatron.engine.fleet import Fleet, Lease
 from ctpo_megatron.engine.http import Requests
 from ctpo_megatron.errors import EngineError, EngineRefused
-from ctpo_megatron.types import RoutingShape, TopK
+from ctpo_megatron.types import Generation, RoutingShape, TopK
 
 MAX_FAILURES = 20  # of servers, at one generation
 REASONS = ("stop", "length", "abort")
 
 
-@dataclass(slots=True)
-class Generation:
-    """What one request sampled; streams of equal length. The token that ended it is part of it."""
-
-    token_ids: list[int] = field(default_factory=list)
-    rollout_logp: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
-    versions: list[int] = field(default_factory=list)  # policy version that sampled each token
-    finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
-    top: TopK | None = None  # the likeliest tokens at each place, at the sampling temperature
-    experts: NDArray[np.signedinteger] | None = None  # of input and sampled tokens but the last, see `EngineClient.generate`
-
-    def append(self, part: Generation) -> None:
-        """Add the tokens of `part`."""
-        self.token_ids += part.token_ids
-        self.rollout_logp += part.rollout_logp
-        self.versions += part.versions
-
-
 class EngineClient:
     """All servers of a run behind one object; used as an async context manager.
 
-    `pool` says who serves; `control` is for everything but generation. `routing`: how the model routes, where the servers report
-    it (`--enable-return-routed-experts`). `top_k`: how many of the likeliest tokens they shall report with each sampled one.
-    Both only for requests that say what is `recorded`. Every request is bounded by `request_timeout_s`.
+    `fleet` knows which servers serve; `control` is for everything but generation. `routing`: how the model routes, where the
+    servers report it (`--enable-return-routed-experts`). `top_k`: of how many most probable tokens the servers report log-probs
+    at each place. Both hold only for requests that say what is `recorded`. Every request is bounded by `request_timeout_s`.
     """
 
     def __init__(
         self,
-        pool: Fleet,
+        fleet: Fleet,
         api_key: str,
         *,
         request_timeout_s: float,
         routing: RoutingShape | None = None,
         top_k: int = 0,
     ) -> None:
-        self.pool = pool
+        self.fleet = fleet
         self._routing, self._top_k = routing, top_k
         self._requests = Requests(api_key, request_timeout_s)
         self.control = ServerControl(self._requests)
@@ -95,10 +76,10 @@ class EngineClient:
                 **{"top_p": 1.0, "top_k": -1, "min_p": 0.0},
             }
             body = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
-            lease = await self.pool.acquire(session)
+            lease = await self.fleet.acquire(session)
             answer = await self._answer(lease, body | record.wish())
             part = None if answer is None else _read(answer, lease.member.url)
-            if part is None or not await self.pool.accept(lease, part.versions):
+            if answer is None or part is None or not await self.fleet.accept(lease, part.versions):
                 failures += 1
                 if failures == MAX_FAILURES:
                     raise EngineError(f"{failures} attempts at one generation failed, the last one on {lease.member.url}")
@@ -112,9 +93,9 @@ class EngineClient:
                 return done
 
     async def _answer(self, lease: Lease, body: dict[str, Any]) -> dict[str, Any] | None:
-        """What the server says; None when it has failed, which suspends it. Raises EngineRefused."""
+        """The server's answer; None when it has failed, which suspends it. Raises EngineRefused."""
         request = asyncio.ensure_future(self._requests.post(f"{lease.member.url}/generate", body))
-        broken = asyncio.ensure_future(self.pool.broken(lease))
+        broken = asyncio.ensure_future(self.fleet.broken(lease))
         try:
             await asyncio.wait([request, broken], return_when=asyncio.FIRST_COMPLETED)
             return None if broken.done() else request.result()
@@ -122,7 +103,7 @@ class EngineClient:
             raise
         except EngineError as error:
             if not lease.broken:
-                self.pool.suspend(lease.member, str(error))
+                self.fleet.suspend(lease.member, str(error))
             return None
         finally:
             request.cancel()
@@ -131,7 +112,7 @@ class EngineClient:
 
 
 class _Record:
-    """The experts and likeliest tokens of one generation, gathered over the answers it took."""
+    """The routed experts and top-k tokens of one generation, gathered over the answers it took."""
 
     def __init__(self, input_ids: list[int], recorded: int | None, routing: RoutingShape | None, top_k: int) -> None:
         wanted = recorded is not None
@@ -141,12 +122,12 @@ class _Record:
         self._top: list[TopK] = []
 
     def wish(self) -> dict[str, Any]:
-        """What a request has to say to be answered with a record of what is not known yet."""
+        """The fields of a request that ask for a record of what is not known yet."""
         experts = {"return_routed_experts": True, "routed_experts_start_len": self._next} if self._routing else {}
         return experts | ({"top_logprobs_num": self._top_k} if self._top_k else {})
 
     def read(self, done: Generation, meta: dict[str, Any], url: str) -> None:
-        """Take what an answer tells; `done` holds its tokens already. Aborted requests that never ran tell nothing."""
+        """Add the record in an answer, whose tokens `done` holds already. Aborted requests that never ran have none."""
         if self._top_k:
             fresh = len(done.token_ids) - sum(len(top.ids) for top in self._top)
             self._top.append(read_top(meta, self._top_k, fresh, url))
@@ -156,13 +137,13 @@ class _Record:
         if experts is None:
             return
         after = range(self._next + 1 - self._inputs, len(done.token_ids))  # places of the labels among the sampled tokens
-        newest = done.versions[-1] if done.versions else None
-        forget_older(experts, [done.versions[i] if i >= 0 else None for i in after], newest)
+        if done.versions:
+            forget_older(experts, [done.versions[i] if i >= 0 else None for i in after], done.versions[-1])
         self._experts.append(experts)
         self._next += len(experts)
 
     def close(self, done: Generation, url: str) -> None:
-        """Put everything into `done`. Raises EngineError where a server that shall report experts never did."""
+        """Put the whole record into `done`. Raises EngineError where a server that shall report experts never did."""
         if self._top_k:
             done.top = TopK.joined(self._top)
         if self._routing is not None:
@@ -175,7 +156,7 @@ class _Record:
 
 
 def _read(answer: dict[str, Any], url: str) -> Generation:
-    """One answer. Raises EngineError where its streams have unequal lengths, or it ended for a reason that is not known."""
+    """The tokens of one answer. Raises EngineError where its streams differ in length, or its finish reason is unknown."""
     meta = answer["meta_info"]
     token_ids, reason = answer["output_ids"], meta["finish_reason"]["type"]
     logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or []]

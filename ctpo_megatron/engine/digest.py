@@ -31,7 +31,7 @@ def tensor_digest(tensor: Tensor, row: int = 0, column: int = 0) -> int:
     `row` and `column` say where its first element lies when it is a part of a larger one of the same number format; a vector is a
     matrix of one row. All bits count: NaN payloads and the sign of zero too. Any other content, as far as it does not depend on
     the keys, has another digest but for odds of less than 2**-28, and that only where nothing but signs of float32 differ: a key
-    has 33 bits left to tell by what a word's last bit is multiplied. It protects against mistakes, not against somebody who knows
+    has 33 bits left to tell by what a word's last bit is multiplied. It protects against mistakes, not against a person who knows
     the keys.
     """
     if tensor.numel() == 0:
@@ -63,7 +63,7 @@ def _words(tensor: Tensor, before: int) -> Tensor:
 
 
 def _by_torch(words: Tensor, row_keys: Tensor, column_keys: Tensor) -> int:
-    """On any device, in several passes over memory."""
+    """The digest on any device, in several passes over memory."""
     blocks = words.split(max(1, _BLOCK // words.shape[1]))
     sums = [((block.to(torch.int64) & 0xFFFFFFFF) * column_keys).sum(1) for block in blocks]
     return int((torch.cat(sums) * row_keys).sum()) % MODULUS
@@ -71,7 +71,7 @@ def _by_torch(words: Tensor, row_keys: Tensor, column_keys: Tensor) -> int:
 
 @lru_cache(maxsize=1)
 def _compiled() -> Callable[..., int] | None:
-    """The same on a CPU in one pass, as fast as memory is read: several times as fast as torch. None where numba is missing."""
+    """`_by_torch` on CPUs in one pass, at the speed of memory, several times as fast as torch. None where numba is missing."""
     try:
         import numba
     except ImportError:
@@ -97,7 +97,7 @@ def _unsigned(tensor: Tensor) -> np.ndarray:
 
 
 def _table_size(count: int) -> int:
-    """Tables of keys come in powers of two, so that few are made."""
+    """The length of the table that has `count` keys: a power of two, so that few tables are made."""
     return 2 ** math.ceil(math.log2(max(count, 2**10)))
 
 
@@ -111,7 +111,7 @@ def _keys(count: int, stream: int, device: torch.device) -> Tensor:
 
 
 def _shift(words: Tensor, bits: int) -> Tensor:
-    """To the right, filling with zeros."""
+    """`words` shifted to the right by `bits`, filled with zeros."""
     return (words >> bits) & (2 ** (64 - bits) - 1)
 
 

@@ -11,7 +11,7 @@
                   |                    |  v                 |
                   +---------------- SUSPENDED <-------------+           lose (none left): GONE, from every state
 
-`rest` makes every server that is up SLEEPING, `update` ends it. While they rest nobody who was lost is started again.
+`offload` makes every server that is up SLEEPING, `update` ends it. While servers sleep, none that was lost is started again.
 
 Requests go to SERVING servers only. A token counts when the version that it carries was proven on its server (`serve`), and is
 not older than what the server had been given when the request began.
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ctpo_megatron.errors import EngineError
+from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
 
 class State(enum.StrEnum):
@@ -48,7 +49,7 @@ MEMORY: frozenset[Memory] = frozenset(("weights", "kv_cache", "cuda_graph"))
 
 @dataclass(eq=False, slots=True)
 class Member:
-    """One server from its start to its end; who is started again is a new one."""
+    """One server from its start to its end; one that is started again is a new member."""
 
     name: str
     url: str
@@ -83,45 +84,44 @@ class Lease:
 class Fleet:
     """The servers of a run; belongs to one event loop.
 
-    `patience_s`: how long a request may wait for a server. `restarts`: how often each one is started again. `fixed_version`: of
-    weights that never change, as there is no trainer; then whoever joins serves at once, and whoever fails is started again.
+    `patience_s`: how long a request may wait for a server. `restarts`: how often each one is started again. `fixed_version`: the
+    version of weights that never change, where there is no trainer: a server that joins serves at once, and one that fails is
+    started again. `emit` receives an event whenever a server is lost, suspended, back, or serves again.
     """
 
-    def __init__(
-        self, *, patience_s: float, restarts: int = 0, fixed_version: int | None = None, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, *, patience_s: float, restarts: int = 0, fixed_version: int | None = None, emit: Emit = discard) -> None:
         self._patience_s = patience_s
         self._restarts = restarts
         self._fixed_version = fixed_version
-        self._say = say
+        self._emit = emit
         self._members: dict[str, Member] = {}
         self._lost: dict[str, int] = {}
         self._rejoined = 0
-        self._resting = False
+        self._offloaded = False
         self._changed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
-        """A server called `name` answers at `url`, perhaps in place of one that was lost."""
+        """The new member: a server called `name` answers at `url`, perhaps in place of one that was lost."""
         member = Member(name, url, tp)
         self._members[name] = member
         self._rejoined += name in self._lost
         if name in self._lost:
             member.reason = "it was started again and does not hold the current weights yet"
-            self._say(f"{name} is back at {url}")
+            self._emit(ServerRestarted(name, url))
         if self._fixed_version is not None:
             self.serve([member], self._fixed_version)
         self._notify()
         return member
 
     def update(self, members: Iterable[Member]) -> None:
-        """A publication to them begins: no new request goes to them."""
+        """Note that a publication to `members` begins: no new request goes to them."""
         for member in members:
             member.state = State.UPDATING
         self._notify()
 
-    def rest(self) -> list[Member]:
-        """The trainer needs the servers' memory, until `awake`: those that are up, none of which gets a request any more."""
-        self._resting = True
+    def offload(self) -> list[Member]:
+        """The servers that are up, which shall give their memory to the trainer until `awake`; no request goes to them now."""
+        self._offloaded = True
         members = self.members(*UP)
         for member in members:
             member.state = State.SLEEPING
@@ -129,38 +129,38 @@ class Fleet:
         return members
 
     def awake(self) -> None:
-        """The trainer is done: servers may be started again."""
-        self._resting = False
+        """Allow servers to be started again: the trainer needs their memory no more."""
+        self._offloaded = False
         self._notify()
 
-    async def room(self) -> None:
-        """Returns when there is memory for a server to start with."""
-        await self._until(lambda: not self._resting)
+    async def memory_free(self) -> None:
+        """Return when there is memory for a server to start with."""
+        await self._until(lambda: not self._offloaded)
 
     def serve(self, members: Iterable[Member], version: int) -> None:
-        """They are proven to hold `version`; requests may go to them."""
+        """Let requests go to `members`, which are proven to hold `version`."""
         for member in members:
             if member.reason:
-                self._say(f"{member.name} serves again, with version {version}")
+                self._emit(ServerServing(member.name, version))
             member.state, member.version, member.reason = State.SERVING, version, ""
             member.proven.add(version)
         self._notify()
 
     def suspend(self, member: Member, reason: str) -> None:
-        """Nothing may be sampled from it before a publication to it has succeeded; what it is doing for a request is dropped."""
+        """Send nothing to `member` before a publication to it has succeeded; what it is doing for a request is dropped."""
         if member.state not in UP:
             return
         if self._fixed_version is not None:
             self.lose(member, reason)
             return
         if member.state is not State.SUSPENDED:
-            self._say(f"{member.name} is suspended: {reason}")
+            self._emit(ServerSuspended(member.name, reason))
         member.state, member.version, member.reason = State.SUSPENDED, None, reason
         member.failures += 1
         self._notify()
 
     def lose(self, member: Member, reason: str) -> None:
-        """It has died, or failed once too often; its process shall end, and start again if it may."""
+        """Give up `member`, which has died or failed once too often; its process shall end, and start again if it may."""
         if member.state is State.GONE or self._members.get(member.name) is not member:
             return
         deaths = self._lost[member.name] = self._lost.get(member.name, 0) + 1
@@ -169,11 +169,11 @@ class Fleet:
         member.failures += 1
         ending = f"starting it again, {deaths} of {self._restarts}" if again else f"rollout.engine.restarts = {self._restarts}"
         member.reason = f"{reason}\n({ending})"
-        self._say(f"{member.name} is lost: {member.reason}")
+        self._emit(ServerLost(member.name, member.reason, again))
         self._notify()
 
     def members(self, *states: State) -> list[Member]:
-        """Those in one of `states`, in the order in which their names first came."""
+        """The servers in one of `states`, in the order in which their names first came."""
         return [member for member in self._members.values() if member.state in states]
 
     @property
@@ -208,9 +208,11 @@ class Fleet:
             ) from None
         if self.hopeless:
             raise EngineError(f"no inference server is left:\n{self.report()}")
-        everyone, serving = list(self._members.values()), self.members(State.SERVING)
-        home = everyone[session % len(everyone)]
-        member = home if home.state is State.SERVING else serving[session // len(everyone) % len(serving)]
+        known, serving = list(self._members.values()), self.members(State.SERVING)
+        home = known[session % len(known)]
+        member = home if home.state is State.SERVING else serving[session // len(known) % len(serving)]
+        if member.version is None:  # `serve` sets both
+            raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
         return Lease(member, member.version, member.failures)
 
     async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
@@ -229,11 +231,11 @@ class Fleet:
         return not wrong
 
     async def broken(self, lease: Lease) -> None:
-        """Returns when the request need not be waited for any more."""
+        """Return when the request need not be waited for any more."""
         await self._until(lambda: lease.broken)
 
     async def lost(self, member: Member) -> None:
-        """Returns when it is lost."""
+        """Return when `member` is lost."""
         await self._until(lambda: member.state not in UP)
 
     async def _until(self, condition: Callable[[], bool]) -> None:

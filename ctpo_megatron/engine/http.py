@@ -1,10 +1,21 @@
-"""Requests to one inference server, each bounded in time."""
+"""Requests to inference servers: the one place that says what counts as a failure, and which failures are tried again.
+
+    failure        what happened                             tried again    the server counts as
+    unreachable    the connection failed or broke            yes            gone
+    silent         no answer within the bound                no             gone
+    broken         an answer of 500 or above                 yes            at fault
+    refused        an answer of 400 to 499                   no             at fault; raised as EngineRefused
+
+Only what may be done twice is tried again: generations and the driver's control of a server (`Requests`). What the senders of
+weights ask for is asked once (`engine.calls`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import aiohttp
 
@@ -12,51 +23,101 @@ from ctpo_megatron.errors import EngineError, EngineRefused
 
 RETRIES = 5
 BACKOFF_S = 0.2
+SHOWN_CHARACTERS = 500  # of an answer, in a message
+
+Method = Literal["GET", "POST"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a request brought no usable answer; the table above lists the kinds."""
+
+    kind: Literal["unreachable", "silent", "broken", "refused"]
+    message: str
+
+    @property
+    def gone(self) -> bool:
+        """Whether the server gave no answer at all."""
+        return self.kind in ("unreachable", "silent")
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether another try may succeed."""
+        return self.kind in ("unreachable", "broken")
+
+    @property
+    def error(self) -> EngineError:
+        """The exception for callers that need the answer."""
+        return EngineRefused(self.message) if self.kind == "refused" else EngineError(self.message)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A usable answer: the decoded JSON, or the text of an answer of another type."""
+
+    value: Any
+
+
+def open_session(api_key: str, *, reuse: bool) -> aiohttp.ClientSession:
+    """Connections that carry the run's key, as many at once as the caller asks for. Call it inside the event loop.
+
+    `reuse`: a connection serves one request after the other. A server may close an idle one in the moment of the next request,
+    which then fails: where nothing is tried again each request needs a connection of its own.
+    """
+    connector = aiohttp.TCPConnector(limit=0, force_close=not reuse)
+    return aiohttp.ClientSession(headers={"Authorization": f"Bearer {api_key}"}, connector=connector)
+
+
+async def ask(
+    session: aiohttp.ClientSession, method: Method, url: str, body: dict[str, Any] | None, timeout_s: float
+) -> Answer | Failure:
+    """The answer to one request, asked once and given up after `timeout_s`."""
+    try:
+        async with session.request(method, url, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
+            text = await answer.text()
+            if answer.status < 400:
+                return Answer(json.loads(text) if answer.content_type == "application/json" else text)
+            kind: Literal["broken", "refused"] = "broken" if answer.status >= 500 else "refused"
+            return Failure(kind, f"{url} answered {answer.status}: {text[:SHOWN_CHARACTERS]}")
+    except TimeoutError:
+        return Failure("silent", f"{url} did not answer within {timeout_s:.0f} s")
+    except aiohttp.ClientError as error:
+        return Failure("unreachable", f"{url} {type(error).__name__}: {error}")
 
 
 class Requests:
-    """A pool of connections with the run's key; used as an async context manager.
-
-    Connection errors and answers of 500 and above are tried again with growing pauses, then raised as EngineError. So is
-    silence for `timeout_s`, at once. Answers of 400 to 499 raise EngineRefused at once.
-    """
+    """Requests with the run's key, each bounded by `timeout_s` and tried up to RETRIES times; an async context manager."""
 
     def __init__(self, api_key: str, timeout_s: float) -> None:
-        self._headers = {"Authorization": f"Bearer {api_key}"}
+        self._api_key = api_key
         self._timeout_s = timeout_s
-        self._http: aiohttp.ClientSession | None = None
+        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Requests:
-        connector = aiohttp.TCPConnector(limit=0)  # the caller bounds what is in flight
-        self._http = aiohttp.ClientSession(headers=self._headers, connector=connector)
+        self._session = open_session(self._api_key, reuse=True)
         return self
 
     async def __aexit__(self, *_error: object) -> None:
-        await self._http.close()
+        if self._session is not None:
+            await self._session.close()
 
     async def get(self, url: str, *, timeout_s: float | None = None) -> Any:
-        """The decoded answer."""
+        """The decoded answer. Raises EngineError, or EngineRefused, as the module's table says."""
         return await self._request("GET", url, None, timeout_s or self._timeout_s)
 
     async def post(self, url: str, body: dict[str, Any], *, timeout_s: float | None = None) -> Any:
-        """The decoded answer."""
+        """The decoded answer. Raises EngineError, or EngineRefused, as the module's table says."""
         return await self._request("POST", url, body, timeout_s or self._timeout_s)
 
-    async def _request(self, method: str, url: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
-        limit = aiohttp.ClientTimeout(total=timeout_s)
-        for attempt in range(RETRIES):
-            try:
-                async with self._http.request(method, url, json=body, timeout=limit) as answer:
-                    text = await answer.text()
-                    if answer.status < 400:
-                        return json.loads(text) if answer.content_type == "application/json" else text
-                    problem = f"answered {answer.status}: {text[:500]}"
-                    if answer.status < 500:
-                        raise EngineRefused(f"{url} {problem}")
-            except TimeoutError:
-                raise EngineError(f"{url} did not answer within {timeout_s:.0f} s") from None
-            except aiohttp.ClientError as error:
-                problem = f"{type(error).__name__}: {error}"
-            if attempt < RETRIES - 1:
-                await asyncio.sleep(BACKOFF_S * 2**attempt)
-        raise EngineError(f"{url} {problem}")
+    async def _request(self, method: Method, url: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+        if self._session is None:
+            raise EngineError(f"{url} cannot be asked: Requests is used as an async context manager, and was not entered")
+        answer = await ask(self._session, method, url, body, timeout_s)
+        for attempt in range(RETRIES - 1):
+            if isinstance(answer, Answer) or not answer.may_pass:
+                break
+            await asyncio.sleep(BACKOFF_S * 2**attempt)
+            answer = await ask(self._session, method, url, body, timeout_s)
+        if isinstance(answer, Failure):
+            raise answer.error
+        return answer.value

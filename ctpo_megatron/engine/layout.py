@@ -79,7 +79,7 @@ class EngineLayout:
 
     @property
     def tensors(self) -> KeysView[str]:
-        """Names of the tensors that every rank of the engine has."""
+        """Names of the tensors that each rank of the engine has."""
         return self._stacks.keys()
 
     @property
@@ -96,7 +96,7 @@ class EngineLayout:
         return self._sources[name].tensor.precise
 
     def sources(self, engine_name: str) -> list[str]:
-        """The Hugging Face tensors that an engine's tensor is made of; none for one that is not known here."""
+        """Names of the Hugging Face tensors that an engine's tensor is made of; empty for one that is not known here."""
         return self._stacks.get(engine_name, [])
 
     def placements(self, name: str) -> list[Placement]:
@@ -116,7 +116,7 @@ class EngineLayout:
         return Placement(rank, source.engine_name, cuts[0], cuts[1], source.at, 0)
 
     def _engine_name(self, name: str) -> str:
-        """As `/weights_checker` calls the parameter that holds the Hugging Face tensor."""
+        """The name that `/weights_checker` gives to the parameter that holds the Hugging Face tensor."""
         mixture = FAMILIES[self._shape.family].mixture
         expert = rf"\.{mixture.block}\.experts\.\d+\."
         name = re.sub(rf"{expert}({mixture.gate}|{mixture.up})\.weight$", f".{mixture.block}.experts.w13_weight", name)
@@ -130,7 +130,7 @@ class EngineLayout:
         return re.sub(r"\.self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.", ".self_attn.fused_qkv_a_proj_with_mqa.", name)
 
     def _cut(self, tensor: HfTensor) -> tuple[int | None, int, int]:
-        """Along which dimension SGLang's layers cut it, into how many pieces, of which size.
+        """The dimension along which SGLang's layers cut a tensor, the number of pieces, and their size.
 
         Column-parallel layers cut along the first dimension, row-parallel ones along the second.
         """
@@ -142,7 +142,7 @@ class EngineLayout:
             if -(-size // multiple) * multiple % self.tp:
                 multiple *= self.tp
             size = -(-size // multiple) * multiple
-        elif module in ("k_proj", "v_proj"):
+        elif module in ("k_proj", "v_proj") and isinstance(self._shape.attention, HeadAttention):
             pieces = min(self.tp, self._shape.attention.num_kv_heads)
         elif module in ("o_proj", "down_proj", mixture.down):
             dim, size = 1, tensor.shape[1]

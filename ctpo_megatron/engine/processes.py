@@ -1,4 +1,7 @@
-"""What a process group leaves behind, and how to end it. Standard library only: every server process imports this."""
+"""The processes of a group, the shared memory that they leave behind, and their end.
+
+Every process of a server imports this module at its start, so it imports little.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import os
 import signal
 import time
 from pathlib import Path
+
+import psutil
 
 _SHM = "/dev/shm/"
 _PR_SET_CHILD_SUBREAPER = 36
@@ -30,21 +35,20 @@ def reap_group(group: int, wait_s: float = 10.0) -> None:
 
 
 def group_members(group: int) -> list[int]:
-    """Process ids in the process group, zombies left out."""
+    """Process ids in the process group, without zombies."""
     members = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            # the name, in parentheses, may hold anything; state, parent and group follow it
-            state, _parent, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == group and state != "Z":
-                members.append(int(entry.name))
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                members.append(pid)
     return members
 
 
 def group_shared_memory(group: int) -> set[str]:
-    """Files in /dev/shm that the group's processes have mapped. A process that is killed does not unlink them itself."""
+    """Paths of the files in /dev/shm that the group's processes have mapped. A process that is killed does not unlink them.
+
+    They are read from `maps`: psutil reads `smaps`, for which the kernel walks all pages of a server.
+    """
     found = set()
     for pid in group_members(group):
         with contextlib.suppress(OSError):
@@ -56,24 +60,14 @@ def group_shared_memory(group: int) -> set[str]:
 
 
 def unlink_shared_memory(paths: set[str]) -> None:
-    """Remove those files; one that is gone already is fine."""
+    """Remove the files at `paths`; one that is gone already is fine."""
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
 
 
-def group_rss_bytes(group: int) -> int:
-    """Resident memory of the whole group; pages that processes share are counted once per process that shares them."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    total = 0
-    for pid in group_members(group):
-        with contextlib.suppress(OSError):
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page
-    return total
-
-
 def end_group(group: int, wait_s: float = 10.0) -> list[int]:
-    """SIGKILL every process of the group, remove its shared memory, and wait. Returns the ids that would not go."""
+    """The ids of those processes that would not go: all of the group get SIGKILL, and its shared memory is removed."""
     segments = group_shared_memory(group)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)

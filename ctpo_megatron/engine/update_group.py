@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import cast
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import Backend, PrefixStore, _abort_process_group, _new_process_group_helper, _world
+from torch.distributed.distributed_c10d import (
+    Backend,
+    GroupName,
+    PrefixStore,
+    _abort_process_group,
+    _new_process_group_helper,
+    _world,
+)
 
 
 def join_update_group(store: dist.TCPStore, name: str, *, world_size: int, backend: str, timeout: timedelta) -> dist.ProcessGroup:
@@ -21,13 +29,14 @@ def join_update_group(store: dist.TCPStore, name: str, *, world_size: int, backe
         [],
         Backend(backend),
         PrefixStore(name, store),
-        group_name=name,
+        group_name=GroupName(name),
         timeout=timeout,
     )
+    group = cast(dist.ProcessGroup, group)  # no member it would only be for ranks that are left out, and there are none
     _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
     return group
 
 
 def leave_update_group(group: dist.ProcessGroup) -> None:
-    """Forget the group; its connections close, and what is still under way in it ends with an error."""
+    """Forget the group: its connections close, and what is still under way in it ends with an error."""
     _abort_process_group(group)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.jobs.inputs import check_model, load_prompts, prepare_run_dir
+from ctpo_megatron.jobs.inputs import load_prompts, prepare_run_dir, read_model
 from ctpo_megatron.jobs.rollouts import open_rollouts
+from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.record import write_summary
+from ctpo_megatron.record.events import print_sentence
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 
@@ -17,13 +19,13 @@ async def eval_job(config: RunConfig) -> None:
     """Print the accuracy and write RUN_DIR/eval.json."""
     if config.data.eval is None:
         raise ConfigError("data.eval is not set; give the file to evaluate on")
-    check_model(config)
+    shape = read_model(config)
     chat = ChatTokenizer(config.model.path)
     prompts = load_prompts(config.data.eval, config, chat)
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)
     async with (
-        Runtime(config, run_dir, trainer=False, engines=True) as runtime,
+        Runtime(config, shape, topology_of(config, trainer=False), run_dir, emit=print_sentence) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
         result = await runtime.guard(evaluate(rollouts.rollouter, prompts, config.eval, step=0))

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError, ModelError
+from ctpo_megatron.jobs.knobs import helpful_changes
+from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import read_json
 from ctpo_megatron.models.shape import ModelShape
@@ -30,13 +32,18 @@ def plan_job(
     """Print the plan of `config`, read from the file `where`. Raises ConfigError, after printing, for what cannot run."""
     source = find_model_config(config, where, model_config)
     shape = parse_config(read_json(source), str(source))
-    plan = make_plan(config, shape, hardware)
+    plan = plan_of(config, shape, hardware)
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for part in _report(config, shape, plan, hardware, source):
         console.print(part, "")
     if plan.problems:
         raise ConfigError(f"{where} cannot run:\n" + "\n".join(f"- {problem}" for problem in plan.problems))
     console.print(_verdict(config, plan, hardware))
+
+
+def plan_of(config: RunConfig, shape: ModelShape, hardware: Hardware) -> Plan:
+    """The plan of `config` on `hardware`, with advice where it does not fit. Raises ConfigError for an impossible layout."""
+    return make_plan(planned_run(config), shape, hardware, lambda: helpful_changes(config, shape, hardware.gpu_gib))
 
 
 def find_model_config(config: RunConfig, where: Path, given: Path | None) -> Path:
@@ -127,10 +134,10 @@ def _batches(config: RunConfig, plan: Plan) -> Table:
         f"{b.optimizer_steps} per rollout step; {b.per_replica:g} samples per replica (dp {parallel.dp})",
     )
     ranks = f"; {config.train.max_tokens_per_micro_batch:,} on each of {parallel.cp} ranks" if parallel.cp > 1 else ""
-    table.add_row("micro-batch", f"up to {b.pack_tokens:,} tokens", f"whole samples, packed{ranks}")
+    table.add_row("micro-batch", f"up to {b.micro_batch_tokens:,} tokens", f"whole samples, packed{ranks}")
     for packing in b.packings:
         bubble = f"; pipeline idle {packing.bubble:.0%}" if parallel.pp > 1 else ""
-        each = f"{packing.per_pack} sample{'s' if packing.per_pack > 1 else ''}"
+        each = f"{packing.per_micro_batch} sample{'s' if packing.per_micro_batch > 1 else ''}"
         table.add_row(
             f"at {packing.tokens:,} tokens",
             f"{packing.micro_batches} micro-batches of {each}",

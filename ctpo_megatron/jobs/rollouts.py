@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
-from ctpo_megatron.models.routing import replayed_routing
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import ToolRunner
@@ -27,14 +26,14 @@ class OpenRollouts:
 @asynccontextmanager
 async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None) -> AsyncIterator[OpenRollouts]:
     """Sampling from the runtime's servers; connections and judges are closed on leaving."""
-    config, rollout = runtime.config, runtime.config.rollout
+    rollout = runtime.config.rollout
     reward = MathReward(rollout.reward)
     client = EngineClient(
-        runtime.pool,
+        runtime.fleet,
         runtime.api_key,
         request_timeout_s=rollout.engine.request_timeout_s,
-        routing=replayed_routing(config),
-        top_k=config.algorithm.top_k,
+        routing=runtime.routing,
+        top_k=runtime.config.algorithm.top_k,
     )
     try:
         async with client:

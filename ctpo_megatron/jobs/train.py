@@ -10,15 +10,15 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
-from ctpo_megatron.jobs.inputs import check_model, check_servers, load_prompts, prepare_run_dir
+from ctpo_megatron.jobs.inputs import check_servers, load_prompts, prepare_run_dir, read_model
 from ctpo_megatron.jobs.publication import make_publisher
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.jobs.stop import StopSignal
+from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, newest, refuse_earlier, restore
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.train import TrainLoop, weights_published
-from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.record.events import Emit, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
@@ -40,8 +40,8 @@ class _Inputs:
 async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> None:
     """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
     begun = time.monotonic()
-    check_model(config)
-    check_servers(config)
+    shape = read_model(config)
+    check_servers(config, shape)
     chat = ChatTokenizer(config.model.path)
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
@@ -53,7 +53,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
         stop.listen(lambda signal: events(StopAsked(signal)))
         total = config.train.steps * config.train.optimizer_steps
         async with (
-            Runtime(config, run_dir, trainer=True, engines=True, total_steps=total, emit=events) as runtime,
+            Runtime(config, shape, topology_of(config), run_dir, total_steps=total, emit=events) as runtime,
             open_rollouts(runtime, chat, tool) as rollouts,
         ):
             inputs = _Inputs(prompts, held_out, run_dir, resumable)
@@ -93,7 +93,7 @@ async def _prepare(runtime: Runtime, rollouts: OpenRollouts, inputs: _Inputs, em
         checkpoints=Checkpoints(runtime.trainer, run_dir / "checkpoints", config.checkpoint, emit),
         first_step=first_step,
         accuracies=accuracies,
-        attention_weight=attention_weight(read_hf_config(config.model.path)) if config.train.balance == "flops" else 0.0,
+        attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
         emit=emit,
     )
 

@@ -47,7 +47,7 @@ class Publisher(Protocol):
         """After it returns every new token is sampled by `version`. Returns scalars: seconds by phase, servers."""
         ...
 
-    async def rest(self) -> None:
+    async def offload(self) -> None:
         """Servers that share the trainer's memory give it back until the next `publish`; others are left alone."""
         ...
 

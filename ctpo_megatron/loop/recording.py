@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.loop.evaluate import Evaluation
 from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.loop.statistics import load_histograms

@@ -105,7 +105,7 @@ class TrainLoop:
         with timer("batch"):
             batches = make_batches(groups, self.config, self.attention_weight)
         with timer("sleep"):
-            await self.publisher.rest()
+            await self.publisher.offload()
         with timer("train"):
             stats = await self.trainer.update(batches, version=step)
         with timer("publish"):

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.parallel.gloo import share_gloo_device
 
 # Optional imports of megatron that come with SGLang. Without a GPU flash_mla fails with OSError, where megatron catches only
 # ImportError; flashinfer loads, but takes 5 s and is of no use.
@@ -102,6 +103,7 @@ def _bridge_cpu() -> None:
     """Apply every bridge, once per process."""
     for name in ABSENT_ON_CPU:
         sys.modules.setdefault(name, None)  # makes `import name` raise ImportError
+    share_gloo_device()
     _bridge_torch_cuda()
     _import_megatron()
     _bridge_random_state()

@@ -14,7 +14,7 @@ from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
 from ctpo_megatron.algorithms.record import nonfinite_stats
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
-from ctpo_megatron.config.cluster import DriftConfig
+from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.errors import MismatchError
 from ctpo_megatron.mcore.host_weights import Snapshot
 from ctpo_megatron.mcore.rank import TrainerRank

@@ -26,6 +26,7 @@ from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import Snapshot
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.rules import check_layout
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
@@ -49,7 +50,10 @@ class RankInfo:
 
 
 class TrainerRank:
-    """Model, optimizer and schedule of one rank. `optimizer=None` builds a model that only computes log-probs."""
+    """Model, optimizer and schedule of one rank. `optimizer=None` builds a model that only computes log-probs.
+
+    `shape`: of the model in `model_path`, where the caller has read it already.
+    """
 
     def __init__(
         self,
@@ -64,8 +68,9 @@ class TrainerRank:
         recompute: str = "none",
         total_steps: int | None = None,
         moe: MoeConfig | None = None,
+        shape: ModelShape | None = None,
     ) -> None:
-        self.shape = read_hf_config(model_path)
+        self.shape = shape or read_hf_config(model_path)
         check_layout(self.shape, parallel)
         if parallel.world_size != rank.world_size:
             raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")

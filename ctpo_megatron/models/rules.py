@@ -32,9 +32,9 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
     middle = parallel.pp - sum(end is not None for end in ends)
     each = (num_layers - sum(end or 0 for end in ends)) // middle if middle else 0
     stages = [each] * parallel.pp
-    for place, end in zip((0, -1), ends, strict=True):
+    for stage, end in zip((0, -1), ends, strict=True):
         if end is not None:
-            stages[place] = end
+            stages[stage] = end
     return stages
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.models.shape import HeadAttention, ModelShape
+from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape
 
 FLOAT = 4  # bytes
 BLOCK, FEWEST_WORDS = 2**23, 128  # of parallel.vocab, which needs torch; a test holds them equal
@@ -28,7 +28,7 @@ class Kept:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all parts together."""
         return self.input + self.norms + self.attention + self.mlp
 
 
@@ -36,7 +36,7 @@ class Kept:
 class Work:
     """A micro-batch on one rank: what activations are proportional to."""
 
-    tokens: int  # on this rank, so a pack's tokens / cp
+    tokens: int  # on this rank, so the tokens of a micro-batch / cp
     element: int  # bytes of an activation: 2 in bfloat16, 4 in float32
     recompute: str = "none"
 
@@ -45,15 +45,13 @@ def layer_kept(shape: ModelShape, layer: int, parallel: ParallelConfig, work: Wo
     """What layer number `layer` keeps with recompute `none` or `selective`."""
     rows = -(-work.tokens // parallel.tp)  # sequence parallelism
     stream = rows * shape.hidden_size * work.element
-    is_mixture = shape.experts is not None and shape.experts.layers[layer]
-    again = work.recompute == "selective"
+    experts, again = shape.experts, work.recompute == "selective"
     # norms are recomputed in models with experts only (mcore/model/transformer.py)
-    norms = stream if again and shape.experts is not None else 3 * stream
-    mlp = (
-        _mixture(shape, parallel, work, rows)
-        if is_mixture
-        else 3 * shape.ffn_hidden_size // parallel.tp * work.tokens * work.element
-    )
+    norms = stream if again and experts is not None else 3 * stream
+    if experts is not None and experts.layers[layer]:
+        mlp = _mixture(experts, shape.hidden_size, parallel, work, rows)
+    else:
+        mlp = 3 * shape.ffn_hidden_size // parallel.tp * work.tokens * work.element
     return Kept(stream, norms, _attention(shape, parallel.tp, work, rows), mlp)
 
 
@@ -91,11 +89,10 @@ def _attention(shape: ModelShape, tp: int, work: Work, rows: int) -> int:
     return (latents * rows + heads * (up + value) * work.tokens) * work.element + sums
 
 
-def _mixture(shape: ModelShape, parallel: ParallelConfig, work: Work, rows: int) -> int:
-    experts = shape.experts
+def _mixture(experts: Experts, hidden: int, parallel: ParallelConfig, work: Work, rows: int) -> int:
     scores = 2 * experts.count * rows * FLOAT  # the router's logits and probabilities
     shared = 3 * experts.shared_ffn_hidden_size // parallel.tp * work.tokens * work.element
     chosen = rows * experts.top_k * parallel.etp  # tokens that reach this rank's experts, chosen evenly
     activations = 2 if work.recompute == "selective" else 3  # gate and up, and their product
-    width = shape.hidden_size + activations * experts.ffn_hidden_size // parallel.etp
+    width = hidden + activations * experts.ffn_hidden_size // parallel.etp
     return scores + shared + chosen * width * work.element

@@ -68,7 +68,7 @@ def _offsets(names: list[str], sizes: dict[str, int], strides: dict[str, int]) -
     for index in range(count):
         offset = 0
         for name in names:
-            index, place = divmod(index, sizes[name])
-            offset += place * strides[name]
+            index, coordinate = divmod(index, sizes[name])
+            offset += coordinate * strides[name]
         found.append(offset)
     return found

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes
 from ctpo_megatron.planning.groups import expert_data_parallel
 from ctpo_megatron.planning.parameters import Parameters, stage_layers, stage_parameters
+from ctpo_megatron.planning.run import FORMAT_BYTES, PlannedRun
 
 GIB = 2**30
 # Ours, not measured: CUDA context, NCCL's buffers, workspaces of cuBLAS and TransformerEngine, the allocator's waste.
 RESERVE = 6 * GIB
 ASLEEP = 2 * GIB  # ours, not measured: CUDA context and workspaces of a server on the same GPU that has given back the rest
-FORMATS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all parts together."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
     def resident(self) -> int:
-        """What stays on the GPU while servers on it generate."""
+        """Bytes that stay on the GPU while servers on it generate."""
         return self.weights + self.gradients + self.optimizer + self.reserve
 
 
@@ -54,18 +54,18 @@ class Stage:
     host_optimizer: int  # bytes of the optimizer's state in the host's memory
 
 
-def plan_stages(config: RunConfig, shape: ModelShape, micro_batches: int) -> list[Stage]:
-    """Every pipeline stage of `config`, whose layout must pass `check_layout`. `micro_batches` of one optimizer step."""
-    parallel, element = config.parallel, element_bytes(config)
-    work = Work(config.train.max_tokens_per_micro_batch, element, config.train.recompute)
+def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[Stage]:
+    """Every pipeline stage of `run`, whose layout must pass `check_layout`. `micro_batches`: those of one optimizer step."""
+    parallel, element = run.parallel, run.element_bytes
+    work = Work(run.train.max_tokens_per_micro_batch, element, run.train.recompute)
     found = []
     parameters = stage_parameters(shape, parallel)
     for number, chunks in enumerate(stage_layers(shape, parallel)):
         held = [[layer_kept(shape, layer, parallel, work) for layer in chunk] for chunk in chunks]
         flying = in_flight(number, parallel.pp, parallel.vpp, micro_batches)
         mixtures = sum(layer in shape.expert_layers for chunk in chunks for layer in chunk)
-        state = optimizer_bytes(parameters[number], config, element)
-        offloaded = round(state * config.optimizer.cpu_offload)
+        state = optimizer_bytes(parameters[number], parallel, run.optimizer, element)
+        offloaded = round(state * run.optimizer.cpu_offload)
         memory = StageMemory(
             weights=parameters[number].total * element,
             gradients=parameters[number].total * 4,
@@ -74,35 +74,26 @@ def plan_stages(config: RunConfig, shape: ModelShape, micro_batches: int) -> lis
             working=_working(held, work.recompute),
             head=head_working(shape, parallel.tp, work) if number == parallel.pp - 1 else 0,
             # held for every micro-batch of the optimizer step
-            replay=replay_bytes(shape, mixtures, parallel.tp, work) * micro_batches if config.moe.routing_replay else 0,
-            publication=2 * config.weights.bucket_mb * 2**20,
-            reserve=0 if config.cluster.device == "cpu" else RESERVE + (ASLEEP if config.servers_sleep else 0),
+            replay=replay_bytes(shape, mixtures, parallel.tp, work) * micro_batches if run.moe.routing_replay else 0,
+            publication=2 * run.weights.bucket_mb * 2**20,
+            reserve=0 if run.on_cpu else RESERVE + (ASLEEP if run.weights.servers_sleep else 0),
         )
         found.append(Stage(sum(map(len, chunks)), parameters[number], flying, memory, offloaded))
     return found
 
 
-def element_bytes(config: RunConfig) -> int:
-    """Bytes of a weight: as model.dtype says; `auto` is bfloat16 unless the run is to be on CPUs."""
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if config.cluster.device == "cpu" else "bfloat16"
-    return FORMATS[dtype]
-
-
-def optimizer_bytes(parameters: Parameters, config: RunConfig, element: int) -> int:
-    """A rank's share of AdamW's state: sharded over dp * cp, that of experts over the ranks that hold the same experts.
+def optimizer_bytes(parameters: Parameters, parallel: ParallelConfig, optimizer: OptimizerConfig, element: int) -> int:
+    """Bytes of a rank's share of AdamW's state: sharded over dp * cp, that of experts over the ranks that hold the same experts.
 
     megatron cuts its buffers at multiples of 128 numbers, so a rank's share may be larger by as much per bucket.
     """
-    parallel = config.parallel
     numbers = -(-parameters.dense // (parallel.dp * parallel.cp)) - (-parameters.experts // expert_data_parallel(parallel))
-    return numbers * state_bytes(config.optimizer, element)
+    return numbers * state_bytes(optimizer, element)
 
 
 def state_bytes(optimizer: OptimizerConfig, element: int) -> int:
     """Bytes per parameter: two moments, and a float32 copy of weights that are kept in 16 bits."""
-    return FORMATS[optimizer.exp_avg_dtype] + FORMATS[optimizer.exp_avg_sq_dtype] + (4 if element == 2 else 0)
+    return FORMAT_BYTES[optimizer.exp_avg_dtype] + FORMAT_BYTES[optimizer.exp_avg_sq_dtype] + (4 if element == 2 else 0)
 
 
 def in_flight(stage: int, pp: int, vpp: int, micro_batches: int) -> int:

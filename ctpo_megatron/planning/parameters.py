@@ -22,7 +22,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """Both kinds."""
+        """Parameters of both kinds."""
         return self.dense + self.experts
 
     def __add__(self, other: Parameters) -> Parameters:
@@ -30,7 +30,7 @@ class Parameters:
 
 
 def stage_layers(shape: ModelShape, parallel: ParallelConfig) -> list[list[tuple[int, ...]]]:
-    """Layer numbers, from 0, as [pipeline stage][model chunk], placed as megatron places them.
+    """Layer numbers, from 0, as [pipeline stage][model chunk], dealt out as megatron does.
 
     With interleaving, chunk 0 of all stages comes first in the model, then chunk 1. The layout must pass `check_layout`.
     """

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ctpo_megatron.config import RunConfig
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.batches import Batches, plan_batches
 from ctpo_megatron.planning.groups import Group, rank_groups
-from ctpo_megatron.planning.knobs import helpful_changes
 from ctpo_megatron.planning.memory import GIB, Stage, plan_stages
+from ctpo_megatron.planning.run import PlannedRun
 from ctpo_megatron.planning.servers import Servers, plan_servers
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """The GPUs that are to be had. Sizes in GiB, as GPUs are sold: an 80 GB GPU has 80 GiB, all but half of one usable."""
+    """The GPUs of a cluster. Sizes in GiB, as GPUs are sold: an 80 GB GPU has 80 GiB, all but half of one usable."""
 
     gpu_gib: float = 80.0
     engine_gpu_gib: float | None = None  # of the servers' GPUs; None: the same
@@ -25,7 +25,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The whole of it."""
+    """What a run needs and does, and why it cannot run on the hardware if it cannot."""
 
     stages: list[Stage]
     batches: Batches
@@ -42,48 +42,48 @@ class Plan:
         return max(stage.memory.total for stage in self.stages)
 
 
-def make_plan(config: RunConfig, shape: ModelShape, hardware: Hardware) -> Plan:
-    """Plan `config` on `hardware`. Raises ConfigError where the layout does not divide the model."""
-    check_layout(shape, config.parallel)
-    batches = plan_batches(config)
-    stages = plan_stages(config, shape, batches.packings[0].micro_batches)
-    on_cpu = config.cluster.device == "cpu"
-    engine_gib = hardware.engine_gpu_gib or hardware.gpu_gib
-    shared = config.weights.type == "colocated" and not on_cpu
-    engine_gib = hardware.gpu_gib if shared else engine_gib
-    taken = _taken(config, stages) if shared else 0
-    servers = plan_servers(config, shape, None if on_cpu else round(engine_gib * GIB), taken)
-    server_gpus = 0 if shared else servers.servers * servers.gpus_each
+def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Callable[[], list[str]]) -> Plan:
+    """Plan `run` on `hardware`. Raises ConfigError where the layout does not divide the model.
+
+    `advise`: changes of the configuration that would lower the trainer's memory, asked for where that does not fit.
+    """
+    check_layout(shape, run.parallel)
+    batches, topology = plan_batches(run), run.topology
+    stages = plan_stages(run, shape, batches.packings[0].micro_batches)
+    shared = topology.shares_gpus
+    engine_gib = hardware.gpu_gib if shared else hardware.engine_gpu_gib or hardware.gpu_gib
+    taken = _taken(run, stages) if shared else 0
+    servers = plan_servers(run, shape, None if run.on_cpu else round(engine_gib * GIB), taken)
     problems = []
-    if not on_cpu:
-        problems += [config.sharing_problem] if config.sharing_problem else []
-        problems += _trainer_problems(config, shape, stages, hardware.gpu_gib)
+    if not run.on_cpu:
+        problems += [topology.sharing_problem] if topology.sharing_problem else []
+        problems += _trainer_problems(stages, hardware.gpu_gib, advise)
         problems += _server_problems(servers, engine_gib, hardware.gpus_per_node, taken)
-        if shared and config.parallel.world_size > hardware.gpus_per_node:
+        if topology.needs_one_node and topology.ranks > hardware.gpus_per_node:
             problems.append("weights.type=colocated needs all GPUs on one node (--gpus-per-node); use weights.type=broadcast.")
     return Plan(
         stages=stages,
         batches=batches,
-        groups=rank_groups(config.parallel),
+        groups=rank_groups(run.parallel),
         servers=servers,
-        trainer_gpus=config.parallel.world_size,
-        server_gpus=server_gpus,
-        nodes=-(-(config.parallel.world_size + server_gpus) // hardware.gpus_per_node),
+        trainer_gpus=topology.ranks,
+        server_gpus=topology.server_gpus,
+        nodes=topology.nodes(hardware.gpus_per_node),
         problems=problems,
     )
 
 
-def _taken(config: RunConfig, stages: list[Stage]) -> int:
+def _taken(run: PlannedRun, stages: list[Stage]) -> int:
     """Bytes that the trainer keeps, on its fullest GPU, while servers on it generate: all of them unless they take turns."""
-    return max(stage.memory.resident if config.servers_sleep else stage.memory.total for stage in stages)
+    return max(stage.memory.resident if run.weights.servers_sleep else stage.memory.total for stage in stages)
 
 
-def _trainer_problems(config: RunConfig, shape: ModelShape, stages: list[Stage], gpu_gib: float) -> list[str]:
+def _trainer_problems(stages: list[Stage], gpu_gib: float, advise: Callable[[], list[str]]) -> list[str]:
     number, stage = max(enumerate(stages), key=lambda item: item[1].memory.total)
     needed = stage.memory.total / GIB
     if needed <= gpu_gib:
         return []
-    advice = "; ".join(helpful_changes(config, shape, gpu_gib)) or "none of the usual changes helps enough"
+    advice = "; ".join(advise()) or "none of the usual changes helps enough"
     return [
         f"a rank of pipeline stage {number} needs {needed:.1f} GiB, {needed - gpu_gib:.1f} GiB more than --gpu-gb {gpu_gib:g}. "
         f"What one change at a time would do: {advice}."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.rollout import CPU_KV_TOKENS
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
-from ctpo_megatron.planning.memory import GIB, element_bytes
+from ctpo_megatron.planning.memory import GIB
 from ctpo_megatron.planning.parameters import model_parameters
+from ctpo_megatron.planning.run import PlannedRun
 
 FRACTION_FLAG = "--mem-fraction-static"
 # SGLang 0.5.23 leaves this much of a GPU of more than 60 GiB free of weights and cache, and 1 GiB per 8 tensor-parallel ranks
@@ -41,12 +41,12 @@ class Servers:
         return max(0, self.weights + self.longest * self.bytes_per_token - self.budget)
 
 
-def plan_servers(config: RunConfig, shape: ModelShape, gpu_bytes: int | None, taken: int = 0) -> Servers:
-    """The servers of `config` on GPUs of `gpu_bytes`; None: on CPUs, where the cache is as large as it is asked to be.
+def plan_servers(run: PlannedRun, shape: ModelShape, gpu_bytes: int | None, taken: int = 0) -> Servers:
+    """The servers of `run` on GPUs of `gpu_bytes`; None: on CPUs, where the cache is as large as it is asked to be.
 
     `taken`: what a trainer on the same GPU keeps while they generate; SGLang gives them the same share of what is left.
     """
-    engine, element = config.rollout.engine, element_bytes(config)
+    engine, element = run.rollout.engine, run.element_bytes
     weights = server_parameters(shape, engine.tp) * element
     per_token = token_bytes(shape, engine.tp, element)
     if gpu_bytes is None:
@@ -64,8 +64,8 @@ def plan_servers(config: RunConfig, shape: ModelShape, gpu_bytes: int | None, ta
         budget=budget,
         bytes_per_token=per_token,
         cache_tokens=tokens,
-        longest=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
-        asked=-(-config.rollout.concurrency // engine.servers),
+        longest=run.longest,
+        asked=-(-run.rollout.concurrency // engine.servers),
     )
 
 

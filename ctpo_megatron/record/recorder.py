@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record.board import Board
 from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.record.files import MetricsFile

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctpo_megatron.errors import RolloutError
-from ctpo_megatron.rollout.protocols import Chat, Generation, Generator, Reward, Sampling, ToolRunner
+from ctpo_megatron.rollout.protocols import Chat, Generator, Reward, Sampling, ToolRunner
 from ctpo_megatron.rollout.tools import extract_code
-from ctpo_megatron.types import AttemptId, Prompt, Status, Trajectory, Turn
+from ctpo_megatron.types import AttemptId, Generation, Prompt, Status, Trajectory, Turn
 
 
 class ToolEnvironment:

@@ -6,44 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ctpo_megatron.types import AttemptId, Prompt, TopK, Trajectory
-
-
-class Generation(Protocol):
-    """One answer of an inference engine. The streams have equal lengths; a stop token that ended it is the last entry."""
-
-    @property
-    def token_ids(self) -> list[int]:
-        """Sampled token ids."""
-        ...
-
-    @property
-    def rollout_logp(self) -> list[float]:
-        """The engine's log-prob of each, at the sampling temperature."""
-        ...
-
-    @property
-    def versions(self) -> list[int]:
-        """The policy version that sampled each."""
-        ...
-
-    @property
-    def finish(self) -> str:
-        """`stop` where the last token is a stop token, `length` where max_new_tokens was reached."""
-        ...
-
-    @property
-    def top(self) -> TopK | None:
-        """The top-k tokens at the place of each, where the engine was asked for them."""
-        ...
-
-    @property
-    def experts(self) -> NDArray[np.signedinteger] | None:
-        """Experts of the tokens from `recorded` to the one before the last, where the engine was asked for them."""
-        ...
+from ctpo_megatron.types import AttemptId, Generation, Prompt, Trajectory
 
 
 class Generator(Protocol):

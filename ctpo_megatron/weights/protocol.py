@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ctpo_megatron.engine.calls import Server
+from ctpo_megatron.engine.checksums import EngineDigests
 
 Bucket = list[tuple[str, Tensor]]
 """Full tensors under their Hugging Face names, gathered and sent together."""
@@ -25,17 +26,18 @@ Bucket = list[tuple[str, Tensor]]
 
 @dataclass(slots=True)
 class Sent:
-    """What one sender, or all of them together, has sent for a version."""
+    """What one sender, or all senders together, sent for a version."""
 
     version: int
     tensors: int = 0
     bytes: int = 0
-    # per rank of an engine, of each tensor in the engine's own layout: sum mod 2**64 of what the Hugging Face tensors add to it
-    digests: list[dict[str, int]] = field(default_factory=list)
+    digests: EngineDigests = field(
+        default_factory=list
+    )  # of an engine's tensors, as far as the Hugging Face tensors sent make them
     seconds: dict[str, float] = field(default_factory=dict)  # by phase: gather, send, digest ...
 
     def merge(self, other: Sent) -> Sent:
-        """Both together; digests of the parts of one engine tensor add up."""
+        """The sum of both; digests of the parts of one engine tensor add up mod 2**64."""
         digests = [dict(each) for each in self.digests or other.digests]
         if self.digests and other.digests:
             for mine, theirs in zip(digests, other.digests, strict=True):

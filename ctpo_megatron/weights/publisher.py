@@ -1,11 +1,11 @@
-"""Puts a policy version in front of the rollouts, and proves that it is there: docs/weights.md has the whole protocol.
+"""Brings a policy version to the servers, and proves that they hold it: docs/weights.md has the whole protocol.
 
     prepare -> pause -> connect, if servers have changed -> send -> digests -> version, empty caches -> resume -> canary -> serve
 
-Servers that share the trainer's memory rest between two publications: they take memory for weights again before these are sent,
+Servers that share the trainer's memory sleep between two publications: they take memory for weights again before these are sent,
 and for the KV cache after the digests, when the senders have given back their buckets.
 
-A server that fails at any step is named and suspended, and tried once more from scratch; then it is lost, and the rest goes on.
+A server that fails at any step is named and suspended, and tried once more from scratch; then it is lost, and the others go on.
 One that gives no sign of life is lost at once.
 """
 
@@ -30,6 +30,7 @@ from ctpo_megatron.weights.protocol import Sent, Server
 PAUSE_TIMEOUT_S = 60.0  # to stop sampling, to open a session, to give memory back; it takes one forward at most
 ALIVE_TIMEOUT_S = 10.0  # to say anything at all, after a failure
 ATTEMPTS = 2  # at one server in one publication
+WEIGHTS: tuple[Memory] = ("weights",)
 PHASES = ("gather", "digest", "send", "wait")  # of the senders' own seconds
 
 
@@ -55,23 +56,24 @@ class WeightSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a server has to show before anything is sampled from it."""
+    """The standard that a server has to meet before anything is sampled from it."""
 
     layout: EngineLayout  # of one server
     vocab_size: int
     tolerance: float  # of log-probs, see `weights.proof.canary`
 
 
-class Publisher:
-    """Brings the trainer's weights to the servers of a pool. Its calls come one after the other, while the trainer is idle.
+class WeightPublisher:
+    """Brings the trainer's weights to the servers of a fleet. Call it while the trainer is idle, one call after the other.
 
-    `session`: whether the transport wants an update session open. `release`: whether servers give back their memory in `rest`.
+    `session`: whether the transport wants an update session open. `release`: whether servers give back their memory in
+    `offload`.
     `timeout_s` bounds each step at each server.
     """
 
     def __init__(
         self,
-        pool: Fleet,
+        fleet: Fleet,
         control: ServerControl,
         trainer: WeightSource,
         proof: Proof,
@@ -81,7 +83,7 @@ class Publisher:
         session: bool = True,
         release: bool = False,
     ) -> None:
-        self._pool = pool
+        self._fleet = fleet
         self._control = control
         self._trainer = trainer
         self._proof = proof
@@ -94,53 +96,54 @@ class Publisher:
         self._history: list[Sent] = []  # of the two newest versions
 
     async def publish(self, version: int) -> dict[str, float]:
-        """Bring all servers that are up to `version`. Generations in flight go on under it from their next token.
+        """Seconds by phase, counts of servers, and `publish/changed`, after all servers that are up hold `version`.
 
-        Returns seconds by phase, the number of servers, and `publish/changed`, the share of their tensors that differ from the
-        version before: 0 after a step that moved the weights means that old ones were sent, as both ends agree. Servers that
-        fail twice are lost; those that are being started are left to `heal`. Raises WeightSyncError when no server is left.
+        Generations in flight go on under it from their next token. `publish/changed` is the share of the servers' tensors that
+        differ from the version before: 0 after a step that moved the weights means that old ones were sent, as both ends agree.
+        Servers that fail twice are lost; those that are being started are left to `heal`. Raises WeightSyncError when no server
+        is left.
         """
         self._version = version
-        self._pool.awake()
+        self._fleet.awake()
         timer = PhaseTimer()
         with timer("total"):
-            await self._bring_up(self._pool.members(*UP), timer)
-        if self._pool.hopeless:
-            raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._pool.report()}")
+            await self._bring_up(self._fleet.members(*UP), timer)
+        if self._fleet.hopeless:
+            raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
-        return seconds | self._changed() | self._pool.metrics()
+        return seconds | self._changed() | self._fleet.metrics()
 
     def _changed(self) -> dict[str, float]:
-        """Nothing where only one version has been sent."""
+        """The share of tensors that differ from the version before; nothing where only one version has been sent."""
         if len(self._history) < 2:
             return {}
         before, now = ([value for rank in sent.digests for _, value in sorted(rank.items())] for sent in self._history)
         return {"publish/changed": sum(old != new for old, new in zip(before, now, strict=True)) / max(len(now), 1)}
 
-    async def rest(self) -> None:
-        """All servers that are up give back their memory, until the next publication; without `release` nothing happens.
+    async def offload(self) -> None:
+        """Let all servers that are up give back their memory until the next publication; without `release` nothing happens.
 
-        Whoever fails is suspended, or lost if it gives no sign of life. Generations in flight wait, and keep their tokens.
+        A server that fails is suspended, or lost if it gives no sign of life. Generations in flight wait, and keep their tokens.
         """
         if self._release:
-            attempt = _Attempt(self._pool.rest())
+            attempt = _Attempt(self._fleet.offload())
             await attempt.each(self._sleep)
             await self._drop_blamed(attempt, Counter())
 
     async def heal(self) -> None:
         """Bring servers that are up but do not serve to the current version. The trainer must still hold that version."""
-        waiting = self._pool.members(State.JOINING, State.SUSPENDED)
+        waiting = self._fleet.members(State.JOINING, State.SUSPENDED)
         if waiting:
             await self._bring_up(waiting, PhaseTimer())
-        if self._pool.hopeless:
-            raise WeightSyncError(f"no inference server is left:\n{self._pool.report()}")
+        if self._fleet.hopeless:
+            raise WeightSyncError(f"no inference server is left:\n{self._fleet.report()}")
 
     async def _bring_up(self, members: list[Member], timer: PhaseTimer) -> None:
-        """Until each of them serves or is lost: every attempt that does not succeed has somebody to blame."""
+        """Publish to `members` until each serves or is lost. Every attempt that fails names a server, so this ends."""
         failures: Counter[str] = Counter()
         while members:
             attempt = _Attempt(members)
-            await self._attempt(attempt, timer)
+            await self._publish_once(attempt, timer)
             if attempt.blamed:
                 self._connected = []
             await self._drop_blamed(attempt, failures)
@@ -152,29 +155,32 @@ class Publisher:
         for (member, reason), alive in zip(attempt.blamed.items(), answers, strict=True):
             failures[member.url] += 1
             if alive and failures[member.url] < ATTEMPTS:
-                self._pool.suspend(member, reason)
+                self._fleet.suspend(member, reason)
             elif member.state in UP:  # its death may be known already
-                self._pool.lose(member, reason)
+                self._fleet.lose(member, reason)
 
     async def _answers(self, member: Member) -> bool:
-        """Whether it gives a sign of life. One that hangs must end: others may be held up with it in a broken broadcast."""
+        """Whether `member` gives a sign of life. One that hangs must end: others may be held up with it in a broken broadcast."""
         try:
             await self._control.version(member.url, timeout_s=min(ALIVE_TIMEOUT_S, self._timeout_s))
         except EngineError:
             return False
         return True
 
-    async def _attempt(self, attempt: _Attempt, timer: PhaseTimer) -> None:
-        """One publication; whoever is blamed has failed in it. Where sending fails, nobody serves."""
+    async def _publish_once(self, attempt: _Attempt, timer: PhaseTimer) -> None:
+        """Publish once to the members of `attempt`, which afterwards knows which of them failed; the others serve.
+
+        Where sending fails, no member serves: what has arrived is undefined at all of them. So the method ends there.
+        """
         known = all(member.version is not None for member in attempt.left)
         if attempt.left:
             with timer("prepare"):
                 await self._trainer.prepare(self._version)
-        self._pool.update(attempt.left)
+        self._fleet.update(attempt.left)
         with timer("paused"):
             with timer("pause"):
                 await attempt.each(self._pause)
-            await self._wake(attempt, ("weights",), timer)
+            await self._wake(attempt, WEIGHTS, timer)
             if self._session:
                 with timer("pause"):
                     await attempt.each(lambda member: self._control.open_update(member.url, timeout_s=self._limit))
@@ -187,11 +193,11 @@ class Publisher:
             await attempt.each(lambda member: self._control.resume(member.url, timeout_s=self._timeout_s))
         with timer("canary"):
             await self._canary(attempt)
-        self._pool.serve(attempt.left, self._version)
+        self._fleet.serve(attempt.left, self._version)
 
     @property
     def _limit(self) -> float:
-        """Seconds for what is quick."""
+        """Seconds for steps that are quick."""
         return min(PAUSE_TIMEOUT_S, self._timeout_s)
 
     async def _pause(self, member: Member) -> None:
@@ -206,7 +212,7 @@ class Publisher:
             await self._control.sleep(member.url, kinds, timeout_s=self._limit)
 
     async def _wake(self, attempt: _Attempt, kinds: Collection[Memory], timer: PhaseTimer) -> None:
-        """Those that have given back memory of these `kinds` take it again."""
+        """Let the members that have given back memory of these `kinds` take it again."""
 
         async def wake(member: Member) -> None:
             asleep = member.given_back.intersection(kinds)
@@ -219,7 +225,7 @@ class Publisher:
                 await attempt.each(wake)
 
     async def _send(self, attempt: _Attempt, known: bool, timer: PhaseTimer) -> Sent | None:
-        """What was sent; None when somebody failed. `known`: nobody's weights are in doubt."""
+        """What was sent; None when a server failed. `known`: it is known of all servers which version they hold."""
         if not attempt.left:
             return None
         try:
@@ -240,7 +246,7 @@ class Publisher:
         return sent
 
     async def _install(self, member: Member, sent: Sent) -> None:
-        """The server holds what was sent, says so, and forgets what it computed with older weights."""
+        """Prove that the server holds what was sent, and let it answer as the new version, with an empty cache."""
         limit = self._timeout_s
         if self._session:
             await self._control.close_update(member.url, timeout_s=limit)
@@ -252,7 +258,7 @@ class Publisher:
             raise WeightSyncError(f"{member.url} reports version {version} of the weights; it was given {self._version}")
 
     async def _canary(self, attempt: _Attempt) -> None:
-        """The servers compute what the trainer computes; all of them at once."""
+        """Prove that the servers compute what the trainer computes; all of them are asked at once."""
         tokens = canary_tokens(self._proof.vocab_size, self._version)
         found: dict[Member, list[float]] = {}
 
@@ -268,7 +274,7 @@ class Publisher:
 
 
 class _Attempt:
-    """One publication to some servers: who is still in it, and who failed with what."""
+    """One publication to some servers: those that are still in it, and those that failed, each with its reason."""
 
     def __init__(self, members: Iterable[Member]) -> None:
         self._members = list(members)
@@ -276,11 +282,11 @@ class _Attempt:
 
     @property
     def left(self) -> list[Member]:
-        """Those that have not failed, nor died meanwhile."""
+        """The members that have neither failed nor died meanwhile."""
         return [member for member in self._members if member not in self.blamed and member.state in UP]
 
     async def each(self, step: Callable[[Member], Awaitable[None]]) -> None:
-        """Take a step at all of them at once; who fails is blamed."""
+        """Take a step at all that are left, at once; those that fail are blamed."""
         members = self.left
         outcomes = await asyncio.gather(*(step(member) for member in members), return_exceptions=True)
         for member, outcome in zip(members, outcomes, strict=True):
@@ -290,7 +296,7 @@ class _Attempt:
                 raise outcome
 
     def blame(self, error: WeightSyncError) -> None:
-        """Those that the error names, or everybody."""
+        """Blame the members that the error names; all that are left where it names none of them."""
         named = [member for member in self.left if member.url in error.servers]
         for member in named or self.left:
             self.blamed[member] = str(error)

@@ -15,7 +15,7 @@ from tests.support.tiny import VOCAB, micro_batches, write_model
 
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig, ReferenceConfig
-from ctpo_megatron.config.cluster import DriftConfig
+from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import DppoObjective
 from ctpo_megatron.config.train import OptimizerConfig

@@ -25,7 +25,7 @@ from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.weights.proof.attest import attest, compare
 from ctpo_megatron.weights.proof.canary import TOLERANCE, canary_batch, canary_gap, canary_tokens, check_canary
-from ctpo_megatron.weights.proof.expected import Expected
+from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from tests.support.engines import TIMEOUT_S, RunningServer, start_server
 from tests.support.ranks import run_ranks
 from tests.support.tiny import FAMILIES, write_model
@@ -65,7 +65,7 @@ class Engine:
         assert answer.json()["success"], answer.text
 
     def expected(self, tensors: dict[str, Tensor]) -> list[dict[str, int]]:
-        expected = Expected(self.layout)
+        expected = ExpectedDigests(self.layout)
         expected.add(list(tensors.items()))
         return expected.digests()
 

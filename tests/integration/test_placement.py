@@ -16,18 +16,18 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from ctpo_megatron.cluster.engines.group import EngineGroup
-from ctpo_megatron.cluster.placement import bundles_of, check_shared, place, share_gpus, shares_gpus
+from ctpo_megatron.cluster.placement import place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import reserve
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.config.rollout import EngineConfig, RolloutConfig
 from ctpo_megatron.engine.fleet import Fleet
-from ctpo_megatron.errors import ConfigError, InputError
+from ctpo_megatron.errors import InputError
+from ctpo_megatron.jobs.topology import topology_of
+from ctpo_megatron.models.config import read_hf_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 
 GPUS = 4
-BOTH = {"trainer": True, "engines": True}
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +85,17 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
     """A rank for each GPU; each server beside the first of its ranks, seeing their GPUs first, and the others after them."""
 
     async def scenario() -> None:
-        run = config(qwen3, servers=2, tp=2)
-        group = await reserve(bundles_of(run, **BOTH), 60)
-        places = place(run, group, **BOTH)
+        run, shape = config(qwen3, servers=2, tp=2), read_hf_config(qwen3)
+        topology = topology_of(run)
+        group = await reserve(topology.bundles, 60)
+        placement = place(topology, group)
         remote = ray.remote(TrainerActor)
         logs = [str(tmp_path / f"{rank}.log") for rank in range(GPUS)]
-        ranks = [remote.options(**each).remote(run, rank, logs[rank]) for rank, each in enumerate(places.ranks)]
+        ranks = [remote.options(**each).remote(run, shape, rank, logs[rank]) for rank, each in enumerate(placement.ranks)]
         gpus = await asyncio.gather(*(asyncio.wrap_future(rank.gpus.remote().future()) for rank in ranks))
         assert sorted(gpu for mine in gpus for gpu in mine) == [str(gpu) for gpu in range(GPUS)]
         assert all(len(mine) == 1 for mine in gpus)
-        shared = share_gpus(gpus, places.servers, run.rollout.engine.tp)
+        shared = share_gpus(gpus, placement.servers, run.rollout.engine.tp)
         before = running_servers()
         engines = EngineGroup(run, tmp_path, "key", shared, Fleet(patience_s=1))
         try:
@@ -116,21 +117,13 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
     asyncio.run(scenario())
 
 
-def test_bundles(cluster: None, qwen3: Path) -> None:
-    """One for each rank where GPUs are shared, and one for each process elsewhere."""
-    shared, apart = config(qwen3, servers=2, tp=2), config(qwen3, servers=2, tp=2, kind="broadcast")
-    assert bundles_of(shared, **BOTH) == [{"CPU": 2.0, "GPU": 1.0}] * 4
-    assert bundles_of(apart, **BOTH) == [{"CPU": 1.0, "GPU": 1.0}] * 4 + [{"CPU": 1.0, "GPU": 2.0}] * 2
-    wide = apart.model_copy(update={"rollout": RolloutConfig(engine=EngineConfig(servers=2, tp=4, nodes=2))})
-    assert bundles_of(wide, **BOTH) == [{"CPU": 1.0, "GPU": 1.0}] * 4 + [{"CPU": 1.0, "GPU": 2.0}] * 4
-    assert bundles_of(shared, trainer=False, engines=True) == [{"CPU": 1.0, "GPU": 2.0}] * 2, "`ctpo eval` has no trainer"
-    on_cpu = shared.model_copy(update={"cluster": shared.cluster.model_copy(update={"device": "cpu"})})
-    assert bundles_of(on_cpu, **BOTH) == [{"CPU": 1.0}] * 6
-    assert [shares_gpus(each, **BOTH) for each in (shared, apart, on_cpu)] == [True, False, False]
+def test_a_colocated_run_on_cpus_has_a_bundle_for_each_process(cluster: None, qwen3: Path) -> None:
+    """All of them on one node: memory is shared there, and no GPU is."""
+    on_cpu = topology_of(config(qwen3, servers=2, tp=2)).on("cpu")
 
     async def places() -> None:
-        group = await reserve(bundles_of(on_cpu, **BOTH), 60)
-        found = place(on_cpu, group, **BOTH)
+        group = await reserve(on_cpu.bundles, 60)
+        found = place(on_cpu, group)
         nodes = placement_group_table(group)["bundles_to_node_id"]
         assert len(set(nodes.values())) == 1
         assert (len(found.ranks), len(found.servers)) == (4, 2)
@@ -146,15 +139,10 @@ def test_several_nodes_are_refused(cluster: None, qwen3: Path) -> None:
 
     async def scenario() -> None:
         run = config(qwen3, servers=2 * GPUS, tp=1, dp=2 * GPUS)
-        group = await reserve(bundles_of(run, **BOTH), 60)
+        topology = topology_of(run)
+        group = await reserve(topology.bundles, 60)
         with pytest.raises(InputError, match=r"only on 2 nodes together; use weights.type=broadcast"):
-            place(run, group, **BOTH)
+            place(topology, group)
         remove_placement_group(group)
 
     asyncio.run(scenario())
-
-
-def test_each_gpu_is_used_once(qwen3: Path) -> None:
-    check_shared(config(qwen3, servers=4, tp=1))
-    with pytest.raises(ConfigError, match=r"rollout.engine.servers \* rollout.engine.tp = 2 must equal .* = 4"):
-        check_shared(config(qwen3, servers=2, tp=1))

@@ -87,7 +87,7 @@ async def killed(driver: Driver, found: dict[str, Any], root: Path) -> None:
     }
     victim.server.stop()
     driver.servers[1] = await asyncio.to_thread(start_server, victim.model, root / "late.log", key=victim.api_key)
-    late = driver.pool.join("server 1", driver.servers[1].url)
+    late = driver.fleet.join("server 1", driver.servers[1].url)
     odd = await asyncio.gather(*(driver.generate(session, 8) for session in (1, 3, 5)))
     found["killed"] |= {"before healing": [set(each.versions) for each in odd], "state": late.state}
     await driver.publisher.heal()

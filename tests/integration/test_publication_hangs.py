@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Member, State
 from ctpo_megatron.mcore.rank import RankInfo
@@ -76,7 +76,7 @@ async def whole_and_part(driver: Driver, transport: Transport) -> dict[str, Any]
 async def hangs_while_sampling(driver: Driver) -> dict[str, Any]:
     """The second server stands still while nothing is published; the next publication gives it up."""
     victim = driver.servers[1]
-    async with EngineClient(driver.pool, victim.api_key, request_timeout_s=ANSWER_S) as client:
+    async with EngineClient(driver.fleet, victim.api_key, request_timeout_s=ANSWER_S) as client:
         running = await driver.sampling(SHORT, client, at=victim)
         with stopped(victim):
             generations = await asyncio.gather(*running)
@@ -87,7 +87,7 @@ async def hangs_while_sampling(driver: Driver) -> dict[str, Any]:
             found |= {"then said": driver.spoken(), "then serving": driver.serving(), "lost": metrics["servers/lost"]}
     # it goes on where it stood, and joins as one that was started again would
     await driver.client.control.version(victim.url)
-    driver.pool.join("server 1", victim.url)
+    driver.fleet.join("server 1", victim.url)
     await driver.publisher.heal()
     found |= {"healed": driver.serving(), "versions": set((await driver.generate(1, 8)).versions), "current": driver.version}
     driver.spoken()
@@ -96,7 +96,7 @@ async def hangs_while_sampling(driver: Driver) -> dict[str, Any]:
 
 async def hangs_in_an_update(driver: Driver) -> dict[str, Any]:
     """The second server stands still with a bucket on its way to it."""
-    victim, (_, member) = driver.servers[1], driver.pool.members(State.SERVING)
+    victim, (_, member) = driver.servers[1], driver.fleet.members(State.SERVING)
     await driver.use(BroadcastTransport(timeout_s=UPDATE_S))
     await driver.publish()
     driver.trainer.mine.strike = lambda: stop(victim)
@@ -119,7 +119,7 @@ async def hangs_in_an_update(driver: Driver) -> dict[str, Any]:
 
 async def end_when_lost(driver: Driver, member: Member) -> None:
     """What `cluster.engines.group` does with a lost server, before it starts it again."""
-    await driver.pool.lost(member)
+    await driver.fleet.lost(member)
     await asyncio.to_thread(driver.servers[1].server.stop)
 
 

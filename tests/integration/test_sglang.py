@@ -17,15 +17,15 @@ import pytest
 import requests
 import torch
 
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.errors import EngineError, EngineRefused, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.toy.model import make_toy_model
-from ctpo_megatron.types import TrainSample
+from ctpo_megatron.types import Generation, TrainSample
 from ctpo_megatron.weights.protocol import Sent, Server
-from ctpo_megatron.weights.publisher import Publisher
+from ctpo_megatron.weights.publisher import WeightPublisher
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender
 from tests.support.engines import (
     HOST,
@@ -73,12 +73,12 @@ class LocalTrainer:
 
 
 @asynccontextmanager
-async def publishing(server: RunningServer, model: torch.nn.Module) -> AsyncIterator[tuple[EngineClient, Publisher]]:
+async def publishing(server: RunningServer, model: torch.nn.Module) -> AsyncIterator[tuple[EngineClient, WeightPublisher]]:
     sender = await asyncio.to_thread(server.sender)
     try:
         async with server.client() as client:
             trainer, key = LocalTrainer(sender, model), server.api_key
-            yield client, Publisher(client.pool, client.control, trainer, server.proof(), api_key=key, timeout_s=TIMEOUT_S)
+            yield client, WeightPublisher(client.fleet, client.control, trainer, server.proof(), api_key=key, timeout_s=TIMEOUT_S)
     finally:
         await asyncio.to_thread(sender.close)
 
@@ -94,9 +94,9 @@ def perturbed(directory: Path, seed: int) -> torch.nn.Module:
 
 
 def serving(url: str) -> Fleet:
-    pool = Fleet(patience_s=1)
-    pool.serve([pool.join("server", url)], 0)
-    return pool
+    fleet = Fleet(patience_s=1)
+    fleet.serve([fleet.join("server", url)], 0)
+    return fleet
 
 
 async def sample(client: EngineClient, temperature: float, *, tokens: int = 48, session: int = 0) -> Generation:

@@ -15,7 +15,7 @@ import torch
 from ctpo_megatron.engine.fleet import MEMORY, State
 from ctpo_megatron.engine.sglang.sleep import give_back
 from ctpo_megatron.weights.protocol import Sent
-from ctpo_megatron.weights.publisher import Publisher
+from ctpo_megatron.weights.publisher import WeightPublisher
 from tests.integration.test_sglang import LocalTrainer, check_against, perturbed, publishing, sample
 from tests.support.engines import TIMEOUT_S, RunningServer, in_flight
 
@@ -44,17 +44,17 @@ def test_a_server_sleeps(server: RunningServer, qwen3: Path, capsys: pytest.Capt
         model = perturbed(qwen3, seed=3)
         async with publishing(server, model) as (client, plain):
             trainer = Forgetful(plain._trainer._sender, model)
-            publisher = Publisher(
-                client.pool, client.control, trainer, server.proof(), api_key=server.api_key, timeout_s=TIMEOUT_S, release=True
+            publisher = WeightPublisher(
+                client.fleet, client.control, trainer, server.proof(), api_key=server.api_key, timeout_s=TIMEOUT_S, release=True
             )
             await publisher.publish(40)
             running = asyncio.ensure_future(sample(client, 1.0, tokens=1500))
             await in_flight(server.url, server.api_key, running=1)
-            before = server.server.rss_bytes()
-            await publisher.rest()
-            given_back = before - server.server.rss_bytes()
+            before = server.rss_bytes()
+            await publisher.offload()
+            given_back = before - server.rss_bytes()
             assert 0.8 * KV_CACHE < given_back < 1.5 * KV_CACHE
-            (member,) = client.pool.members(*State)
+            (member,) = client.fleet.members(*State)
             assert (member.state, member.given_back) == (State.SLEEPING, MEMORY)
             metrics = await publisher.publish(41)
             assert metrics["publish/wake"] > 0
@@ -63,7 +63,7 @@ def test_a_server_sleeps(server: RunningServer, qwen3: Path, capsys: pytest.Capt
             assert 0 < generation.versions.count(40) < len(generation.versions)
             check_against(model, generation, 1.0)
             capsys.readouterr()
-            await publisher.rest()
+            await publisher.offload()
             trainer.forget = True
             await publisher.publish(42)
             said = capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 
 from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
 from ctpo_megatron.config.load import load_config
+from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
 from tests.support.slurm_cluster import SlurmCluster, obstacle
@@ -43,7 +44,8 @@ def test_a_run_spreads_over_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> No
     overrides += ["train.steps=1", "train.prompts_per_step=4", "train.optimizer_steps=1", "rollout.group_size=2"]
     overrides += ["eval.prompts=4"]
     options = SlurmOptions(nodes=2, gpus_per_node=0)
-    text = render_sbatch(load_config(CONFIG, overrides), CONFIG, overrides, options, ROOT / "launch")
+    run = load_config(CONFIG, overrides)
+    text = render_sbatch(run.name, topology_of(run), CONFIG, overrides, options, ROOT / "launch")
     (tmp_path / "job.sbatch").write_text(text)
     job_id = slurm.submit(f"--output={output}", str(tmp_path / "job.sbatch"))
     job = slurm.wait(job_id, JOB_TIMEOUT_S)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Server
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender

@@ -9,21 +9,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import requests
 import torch
 from safetensors.torch import load_file
 
-from ctpo_megatron.config.cluster import BroadcastTransport
 from ctpo_megatron.config.rollout import EngineConfig
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.config.weights import BroadcastTransport
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.layout import EngineLayout
-from ctpo_megatron.engine.server import SGLangServer, new_api_key, server_args, server_env
+from ctpo_megatron.engine.processes import group_members
+from ctpo_megatron.engine.server import SGLangServer, new_api_key
+from ctpo_megatron.engine.server_args import server_args, server_env
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.ports import free_port
-from ctpo_megatron.types import RoutingShape
+from ctpo_megatron.types import Generation, RoutingShape
 from ctpo_megatron.weights.proof.canary import TOLERANCE
-from ctpo_megatron.weights.proof.expected import Expected
+from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Server
 from ctpo_megatron.weights.publisher import Proof
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender
@@ -48,14 +51,18 @@ class RunningServer:
     def url(self) -> str:
         return self.server.url
 
+    def rss_bytes(self) -> int:
+        """Resident memory of all its processes; shared pages count once per process."""
+        return sum(psutil.Process(pid).memory_info().rss for pid in group_members(self.server.pid))
+
     def client(self) -> EngineClient:
         """Takes the server as it is: the version that it reports counts as proven."""
         key = {"Authorization": f"Bearer {self.api_key}"}
         version = requests.get(f"{self.url}/model_info", headers=key, timeout=TIMEOUT_S).json()["weight_version"]
-        pool = Fleet(patience_s=TIMEOUT_S)
-        pool.serve([pool.join("server", self.url, self.tp)], int(version))
+        fleet = Fleet(patience_s=TIMEOUT_S)
+        fleet.serve([fleet.join("server", self.url, self.tp)], int(version))
         record = {"routing": self.routing, "top_k": self.top_k}
-        return EngineClient(pool, self.api_key, request_timeout_s=TIMEOUT_S, **record)
+        return EngineClient(fleet, self.api_key, request_timeout_s=TIMEOUT_S, **record)
 
     def proof(self) -> Proof:
         shape = read_hf_config(self.model)
@@ -65,8 +72,8 @@ class RunningServer:
         """Connected; the caller closes it. Without `digests` it sends whatever it is given."""
         layout = self.proof().layout
         config, device = BroadcastTransport(timeout_s=TIMEOUT_S), torch.device("cpu")
-        new_expected = (lambda: Expected(layout)) if digests else None
-        sender = BroadcastSender(config, device=device, address=HOST, new_expected=new_expected)
+        new_account = (lambda: ExpectedDigests(layout)) if digests else None
+        sender = BroadcastSender(config, device=device, address=HOST, new_account=new_account)
         sender.connect([Server(self.url, self.tp)], self.api_key)
         return sender
 

@@ -188,12 +188,12 @@ def blaming(*urls: str) -> Callable[[FakeServer, dict[str, int]], dict[str, int]
 
 @asynccontextmanager
 async def fakes(count: int, **options: Any) -> AsyncIterator[tuple[list[FakeServer], Fleet, EngineClient, list[str]]]:
-    """That many servers that have joined a pool, a client of it, and what the pool says."""
+    """That many servers that have joined a fleet, a client of it, and a sentence for each event."""
     said: list[str] = []
     async with AsyncExitStack() as stack:
         servers = [await stack.enter_async_context(FakeServer().serving()) for _ in range(count)]
-        pool = Fleet(**{"patience_s": 5.0, "say": said.append} | options)
+        fleet = Fleet(**{"patience_s": 5.0, "emit": lambda event: said.append(event.sentence)} | options)
         for number, server in enumerate(servers):
-            pool.join(f"server {number}", server.url)
-        client = await stack.enter_async_context(EngineClient(pool, "key", request_timeout_s=5.0))
-        yield servers, pool, client, said
+            fleet.join(f"server {number}", server.url)
+        client = await stack.enter_async_context(EngineClient(fleet, "key", request_timeout_s=5.0))
+        yield servers, fleet, client, said

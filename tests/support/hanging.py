@@ -16,7 +16,7 @@ def stop(running: RunningServer) -> None:
 
 @contextmanager
 def stopped(running: RunningServer) -> Iterator[None]:
-    """Inside it; then the server goes on, unless it was ended meanwhile."""
+    """The server stands still inside the body and goes on afterwards, unless it was ended meanwhile."""
     stop(running)
     try:
         yield

@@ -47,6 +47,9 @@ ONLY_IN = {
     "ray": ("cluster/",),
     "sglang": ("engine/sglang/",),
 }
+# The whole configuration is read from this layer on, and by `config` itself; below it a unit is given the sections that it needs.
+WHOLE_CONFIG_FROM = 4
+WHOLE_CONFIG, WHOLE_CONFIG_MODULES = "RunConfig", (f"{PACKAGE}.config.run", f"{PACKAGE}.config.load")
 NO_TORCH = {"errors", "types", "ports", "config", "models", "record", "rollout", "planning", "doctor"}
 
 
@@ -79,6 +82,8 @@ def _problems(place: Path, source: str, tree: ast.Module) -> Iterator[tuple[int,
     lines = source.count("\n")
     if lines > MAX_FILE_LINES:
         yield lines, f"{lines} lines; at most {MAX_FILE_LINES}"
+    if unit != "config" and ORDER.get(unit, (WHOLE_CONFIG_FROM, 0))[0] < WHOLE_CONFIG_FROM:
+        yield from ((line, f"{unit} uses {WHOLE_CONFIG}; give it sections of it") for line in _whole_config_lines(tree, place))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
@@ -101,6 +106,16 @@ def _import_problems(unit: str, place: Path, name: str) -> Iterator[str]:
         yield f"imports {top}, which belongs in {', '.join(allowed)}"
     if top == "torch" and unit in NO_TORCH:
         yield f"imports torch; {unit} does without"
+
+
+def _whole_config_lines(tree: ast.Module, place: Path) -> list[int]:
+    """The lines that get at the whole configuration: by its name, or by a module that is only about it."""
+    lines = {each.line for each in imports(tree, place) if each.name in WHOLE_CONFIG_MODULES}
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.ImportFrom) and any(alias.name == WHOLE_CONFIG for alias in node.names)
+        if named or (isinstance(node, ast.Attribute) and node.attr == WHOLE_CONFIG):
+            lines.add(node.lineno)
+    return sorted(lines)
 
 
 def imports(tree: ast.Module, place: Path) -> Iterator[Import]:

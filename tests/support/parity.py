@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ctpo_megatron.algorithms import sequence_weights
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
-from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
+from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank

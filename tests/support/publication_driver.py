@@ -1,4 +1,4 @@
-"""What a run's driver does in the tests of publications: servers, a pool, a client and a publisher on rank 0 of a trainer."""
+"""What a run's driver does in the tests of publications: servers, a fleet, a client and a publisher on rank 0 of a trainer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from ctpo_megatron.config.cluster import Transport
-from ctpo_megatron.engine.client import EngineClient, Generation
+import requests
+
+from ctpo_megatron.config.weights import Transport
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.mcore.rank import RankInfo
-from ctpo_megatron.weights.publisher import Publisher
+from ctpo_megatron.types import Generation
+from ctpo_megatron.weights.publisher import WeightPublisher
 from tests.support.engines import START_S, TIMEOUT_S, RunningServer, in_flight, start_server
-from tests.support.publication_ranks import Rank, Ranks, follow, run_config
+from tests.support.publication_ranks import Rank, Ranks, follow
 
 PROMPT = list(range(7, 71))
 SESSIONS = 8  # spread evenly over the servers
@@ -27,14 +30,14 @@ class Driver:
 
     def __init__(self, rank: Rank, servers: list[RunningServer], client: EngineClient, said: list[str]) -> None:
         self.trainer, self.servers, self.client, self.said = Ranks(rank), servers, client, said
-        self.pool = client.pool
+        self.fleet = client.fleet
         self.publisher = self._new_publisher(TIMEOUT_S)
         self.version = 0
 
-    def _new_publisher(self, timeout_s: float, *, session: bool = True) -> Publisher:
+    def _new_publisher(self, timeout_s: float, *, session: bool = True) -> WeightPublisher:
         first = self.servers[0]
         common = {"api_key": first.api_key, "timeout_s": timeout_s, "session": session}
-        return Publisher(self.pool, self.client.control, self.trainer, first.proof(), **common)
+        return WeightPublisher(self.fleet, self.client.control, self.trainer, first.proof(), **common)
 
     async def use(self, transport: Transport) -> None:
         """From now on versions travel by `transport`."""
@@ -72,17 +75,18 @@ class Driver:
     async def cached_tokens(self, server: RunningServer) -> int:
         """How much of the prompt the server takes from its prefix cache."""
         body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-        answer = await self.client._requests.post(f"{server.url}/generate", body)
-        return answer["meta_info"]["cached_tokens"]
+        key = {"Authorization": f"Bearer {server.api_key}"}
+        answer = await asyncio.to_thread(requests.post, f"{server.url}/generate", json=body, headers=key, timeout=TIMEOUT_S)
+        return answer.json()["meta_info"]["cached_tokens"]
 
     def spoken(self) -> str:
-        """What the pool has said since the last time."""
+        """What was told of the servers since the last time."""
         text = "\n".join(self.said)
         self.said.clear()
         return text
 
     def serving(self) -> list[str]:
-        return [member.name for member in self.pool.members(State.SERVING)]
+        return [member.name for member in self.fleet.members(State.SERVING)]
 
 
 @asynccontextmanager
@@ -95,18 +99,18 @@ async def driving(info: RankInfo, model: Path, root: Path, servers: int, restart
             for number in range(servers):
                 running.append(start_server(model, root / f"server_{number}.log", wait=False, key=key))
             stack.callback(lambda: [server.server.stop() for server in running])
-        rank = Rank(run_config(model, root, TIMEOUT_S), info)
+        rank = Rank(model, info, TIMEOUT_S)
         stack.callback(rank.close)
         if info.rank > 0:
             yield None
             follow(rank)
             return
         said: list[str] = []
-        pool = Fleet(patience_s=TIMEOUT_S, restarts=restarts, say=said.append)
+        fleet = Fleet(patience_s=TIMEOUT_S, restarts=restarts, emit=lambda event: said.append(event.sentence))
         for number, server in enumerate(running):
             await asyncio.to_thread(server.server.wait_healthy, START_S)
-            pool.join(f"server {number}", server.url)
-        client = await stack.enter_async_context(EngineClient(pool, running[0].api_key, request_timeout_s=TIMEOUT_S))
+            fleet.join(f"server {number}", server.url)
+        client = await stack.enter_async_context(EngineClient(fleet, running[0].api_key, request_timeout_s=TIMEOUT_S))
         driver = Driver(rank, running, client, said)
         stack.callback(driver.trainer.end)
         yield driver

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,57 +14,138 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.cluster.trainer.actor import TrainerActor
-from ctpo_megatron.config import RunConfig
-from ctpo_megatron.config.cluster import Transport
-from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import BroadcastTransport, Transport
+from ctpo_megatron.engine.checksums import EngineDigests, PartDigests
+from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.weights.proof.canary import join_canary
+from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
+from ctpo_megatron.weights.source import RankWeights
+from tests.support.engines import HOST
 
 BUCKET_BYTES = 200_000  # several buckets for each sender
 EXPERT = "model.layers.1.mlp.experts.2."
-Wire = Callable[[Bucket, int], Bucket]
 
 
-def run_config(model: Path, root: Path, timeout_s: float) -> RunConfig:
-    """Of a trainer of two pipeline stages."""
-    return RunConfig.model_validate(
-        {
-            "name": "publication",
-            "run_dir": str(root),
-            "model": {"path": str(model), "dtype": "float32"},
-            "data": {"train": "none.jsonl"},
-            "parallel": {"pp": 2},
-            "weights": {"type": "broadcast", "timeout_s": timeout_s},
-            "cluster": {"device": "cpu"},
-        }
-    )
+class FaultyStream:
+    """A trainer rank (`weights.source.StreamsWeights`) whose weights go wrong in the publication after `plant`.
 
+    With `cached` the digests are of what is sent. With all other faults they are of what should have been sent: see `Account`.
+    """
 
-class Rank(TrainerActor):
-    """The trainer's own rank, whose weights move without training, and whose wire may be tampered with once."""
-
-    def __init__(self, config: RunConfig, info: RankInfo) -> None:
-        super().__init__(config, info.rank, str(Path(config.run_dir) / f"rank_{info.rank}.log"))
-        self.build((info.master_addr, info.master_port), 1, 1)
-        self.moves = 0
+    def __init__(self, rank: TrainerRank, strike: Callable[[], None]) -> None:
+        self._rank, self._strike = rank, strike
+        self._fault = ""
+        self.wire = False  # whether the fault comes after the digests
         self.before: dict[str, Tensor] = {}  # of the last publication
         self.now: dict[str, Tensor] = {}
-        self.fault: str | None = None
-        self.strike: Callable[[], None] = lambda: None
 
-    def use(self, weights: Transport) -> None:
+    @property
+    def shape(self) -> ModelShape:
+        return self._rank.shape
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self._rank.parallel
+
+    @property
+    def device(self) -> torch.device:
+        return self._rank.device
+
+    def senders(self) -> list[int]:
+        return self._rank.senders()
+
+    def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        return self._rank.place(micro_batches)
+
+    def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        return self._rank.logp(micro_batches, temperature)
+
+    def plant(self, fault: str | None) -> None:
+        """What goes wrong in the next publication: once, its second attempt is sound."""
+        self._fault = fault or ""
+
+    def stream(self, bucket_bytes: int, *, memory: object) -> Iterator[Bucket]:
+        """Small buckets of plain memory, whatever was asked for."""
+        del bucket_bytes, memory
+        fault, self._fault = self._fault, ""
+        self.wire = fault not in ("", "cached")
+        self.before, self.now = self.now, {}
+        return self._spoilt(fault)
+
+    def _spoilt(self, fault: str) -> Iterator[Bucket]:
+        number = 0  # of the buckets that this rank sends
+        for bucket in self._rank.stream(BUCKET_BYTES):
+            self.now |= {name: tensor.clone() for name, tensor in bucket}
+            yield self._tampered(fault, bucket, number)
+            number += bool(bucket)
+
+    def _tampered(self, fault: str, bucket: Bucket, number: int) -> Bucket:
+        second = bool(bucket) and (self._rank.rank.rank, number) == (0, 1)  # of the first sender
+        if fault == "cached":
+            return [(name, self.before[name]) for name, _ in bucket]
+        if fault == "stale":
+            return [(name, self.before[name] if name.startswith(EXPERT) else tensor) for name, tensor in bucket]
+        if fault == "swapped":
+            return swapped(bucket)
+        if fault == "struck" and second:
+            self._strike()
+        return [] if fault == "dropped" and second else bucket
+
+
+def swapped(bucket: Bucket) -> Bucket:
+    """Both norms of each layer in each other's place."""
+    tensors = dict(bucket)
+    for one in [name for name in tensors if name.endswith("input_layernorm.weight")]:
+        other = one.replace("input", "post_attention")
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+    return list(tensors.items())
+
+
+class Account:
+    """Digests (`weights.transports.prefetch.DigestAccount`) of what a faulty stream should have given."""
+
+    def __init__(self, layout: EngineLayout, source: FaultyStream) -> None:
+        self._digests, self._source = ExpectedDigests(layout), source
+
+    def add(self, bucket: Bucket) -> Mapping[str, PartDigests]:
+        return self._digests.add([(name, self._source.now[name]) for name, _ in bucket] if self._source.wire else bucket)
+
+    def digests(self) -> EngineDigests:
+        if self._source.wire:  # tensors that never came too
+            self._digests.add(list(self._source.now.items()))
+        return self._digests.digests()
+
+
+class Rank:
+    """A rank of a trainer of two pipeline stages, whose weights move without training and may go wrong once on their way."""
+
+    def __init__(self, model: Path, info: RankInfo, timeout_s: float) -> None:
+        self.rank = info.rank
+        self.strike: Callable[[], None] = lambda: None
+        parallel = ParallelConfig(pp=2)
+        self.trainer_rank = TrainerRank(str(model), parallel, None, info, device="cpu", dtype="float32", seed=1)
+        self.source = FaultyStream(self.trainer_rank, lambda: self.strike())
+        self.moves = 0
+        self.weights = self._over(BroadcastTransport(timeout_s=timeout_s))
+
+    def _over(self, transport: Transport) -> RankWeights:
+        return RankWeights(self.source, transport, tp=1, address=HOST, new_account=lambda layout: Account(layout, self.source))
+
+    def use(self, transport: Transport) -> None:
         """Another transport, from the next connection on."""
-        if self.sender is not None:
-            self.sender.close()
-        self.config = self.config.model_copy(update={"weights": weights})
-        self.sender, self._connected = None, False
+        self.weights.close()
+        self.weights = self._over(transport)
 
     @torch.no_grad()
     def move(self, only: str = "") -> None:
         """Other weights, as after a step; or only those of parameters called `only` on the first stage."""
         self.moves += 1
-        for model in self.engine.models:
+        for model in self.trainer_rank.models:
             for name, parameter in model.named_parameters():
                 if only in name and not (only and self.rank > 0):
                     ends = ("word_embeddings.weight", "output_layer.weight")  # tied ones are one tensor on two stages
@@ -72,53 +153,23 @@ class Rank(TrainerActor):
                     parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
 
     def plant(self, fault: str | None) -> None:
-        """What goes wrong in the next publication, before its digests (`cached`) or after them."""
-        self.fault = fault
+        self.source.plant(fault)
+
+    def connect(self, servers: list[Server], api_key: str) -> None:
+        self.weights.connect(servers, api_key)
+
+    def prepare(self, version: int) -> None:
+        self.weights.prepare(version)
 
     def publish(self, version: int) -> Sent:
-        """See `TrainerActor.publish`; small buckets, and the planted fault."""
-        fault, self.fault = self.fault, None
-        (prepared, stream), self._prepared = self._prepared, None
-        assert prepared == version
-        start = getattr(type(self.sender), "_start", None)  # of a bucket on its way; there is no such thing on disks
-        wire = {"dropped": self._drop, "swapped": self._swap, "stale": self._stale, "struck": self._strike}.get(fault or "")
-        if start is not None:
-            self.sender._start = functools.partial(start, self.sender) if wire is None else self._tampered(start, wire)
-        self.before, self.now = self.now, {}
-        return self.sender.send(self._noted(stream, cached=fault == "cached"), version)
+        return self.weights.publish(version)
 
-    def _stream(self) -> Iterator[Bucket]:
-        return self.engine.stream(BUCKET_BYTES)
+    def canary_logp(self, token_ids: list[int]) -> list[float]:
+        return self.weights.canary_logp(token_ids)
 
-    def _noted(self, stream: Iterator[Bucket], *, cached: bool) -> Iterator[Bucket]:
-        for bucket in stream:
-            self.now |= {name: tensor.clone() for name, tensor in bucket}
-            yield [(name, self.before[name]) for name, _ in bucket] if cached else bucket
-
-    def _tampered(self, start: Callable[..., Any], wire: Wire) -> Callable[..., Any]:
-        def tampered(bucket: Bucket, number: int, deadline: float) -> Callable[[], None]:
-            bucket = wire(bucket, number)
-            return start(self.sender, bucket, number, deadline) if bucket else lambda: None
-
-        return tampered
-
-    def _drop(self, bucket: Bucket, number: int) -> Bucket:
-        return [] if (self.rank, number) == (0, 1) else bucket
-
-    def _swap(self, bucket: Bucket, _number: int) -> Bucket:
-        tensors = dict(bucket)
-        for one in [name for name in tensors if name.endswith("input_layernorm.weight")]:
-            other = one.replace("input", "post_attention")
-            tensors[one], tensors[other] = tensors[other], tensors[one]
-        return list(tensors.items())
-
-    def _stale(self, bucket: Bucket, _number: int) -> Bucket:
-        return [(name, self.before[name] if name.startswith(EXPERT) else tensor) for name, tensor in bucket]
-
-    def _strike(self, bucket: Bucket, number: int) -> Bucket:
-        if (self.rank, number) == (0, 1):
-            self.strike()
-        return bucket
+    def close(self) -> None:
+        self.weights.close()
+        self.trainer_rank.close()
 
 
 @dataclass

@@ -12,9 +12,9 @@ import torch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.data.samples import build_sample
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
-from ctpo_megatron.types import TrainSample, Turn
+from ctpo_megatron.types import Generation, TrainSample, Turn
 
 MARGIN = 1e-4  # of router logits: closer ones are decided by rounding
 TOP = 1e-4  # largest difference of a log-prob

@@ -11,8 +11,8 @@ import requests
 import torch
 import torch.distributed as dist
 
-from ctpo_megatron.config.cluster import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.weights.protocol import Sent, Server
 

@@ -42,6 +42,11 @@ def test_every_unit_in_the_order_exists() -> None:
         ("weights/a.py", "import ray\n", "weights/a.py:1: imports ray, which belongs in cluster/"),
         ("loop/a.py", "from ctpo_megatron.mcore import step\n", "loop imports mcore; it may know it by a Protocol only"),
         ("models/a.py", "import torch\n", "imports torch; models does without"),
+        ("planning/a.py", "from ctpo_megatron.config import RunConfig\n", "planning/a.py:1: planning uses RunConfig; give it"),
+        ("models/a.py", "from ctpo_megatron.config.run import RunConfig as R\n", "models/a.py:1: models uses RunConfig; give it"),
+        ("mcore/a.py", "from ..config.run import RunConfig\n", "mcore/a.py:1: mcore uses RunConfig; give it sections of it"),
+        ("data/a.py", "import ctpo_megatron.config.load\n", "data/a.py:1: data uses RunConfig; give it sections of it"),
+        ("weights/a.py", "from ctpo_megatron import config as c\nx = c.RunConfig\n", "weights/a.py:2: weights uses RunConfig"),
         ("helpers/a.py", "x = 1\n", "'helpers' has no place in the layers"),
         ("data/a.py", "x = 1\n" * (MAX_FILE_LINES + 1), f"401 lines; at most {MAX_FILE_LINES}"),
         ("data/a.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES, f"f has 61 lines; at most {MAX_FUNCTION_LINES}"),
@@ -59,6 +64,8 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
     good = {
         "engine/sglang/platform.py": "import sglang, torch\nfrom ctpo_megatron.models import tensors\n",
         "mcore/a.py": "import megatron.core\nfrom ctpo_megatron.batch import MicroBatch\nfrom .b import x\n",
+        "cluster/a.py": "from ctpo_megatron.config import RunConfig\n",
+        "config/load.py": "from ctpo_megatron.config.run import RunConfig\n",
         "cli.py": "from ctpo_megatron.jobs.train import train_job\n",
     }
     for place, source in good.items():
@@ -68,7 +75,7 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
 
 
 def test_light_commands_load_nothing_heavy() -> None:
-    modules = ["config.load", "record", "doctor", "cluster.slurm", "cli"]
+    modules = ["config.load", "record", "doctor", "cluster.slurm", "cluster.ray_token", "jobs.topology", "cli"]
     code = f"import sys, json\nimport {', '.join(f'ctpo_megatron.{m}' for m in modules)}\n"
     code += f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -8,26 +8,36 @@ from pathlib import Path
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.engine.server import Part, SGLangServer, server_args, server_env
-from ctpo_megatron.errors import ProcessDied
-from ctpo_megatron.models.routing import replayed_routing
+from ctpo_megatron.engine.server import SGLangServer
+from ctpo_megatron.engine.server_args import Part, server_args, server_env
+from ctpo_megatron.errors import EngineError, ProcessDied
 from ctpo_megatron.ports import free_port
 
 POLL_S = 0.25
-GPU_GRACE_S = 20.0  # SGLang gives device memory back in order when it may end by itself
+GPU_END_TIMEOUT_S = 20.0  # for a server on GPUs to end by itself: it then gives device memory back in order
 
 
 class EngineActor:
     """One server of the run, or its part on one of `rollout.engine.nodes`. Its processes end with the actor at the latest.
 
-    `seed`: of its sampling. `gpus`: of the trainer, that the server sees; empty: it has the actor's own, or none.
+    `seed`: of its sampling. `gpus`: those of the trainer that the server sees; empty: it has the actor's own, or none.
+    `routed_experts`: whether it returns which experts it chose for each token.
     """
 
-    def __init__(self, config: RunConfig, seed: int, log_path: str, api_key: str, gpus: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int,
+        log_path: str,
+        api_key: str,
+        gpus: tuple[str, ...] = (),
+        routed_experts: bool = False,
+    ) -> None:
         redirect_output(Path(log_path))
         self._config, self._seed, self._log, self._api_key, self._gpus = config, seed, Path(log_path), api_key, gpus
+        self._routed_experts = routed_experts
         self._host = node_address(config)
-        self._server: SGLangServer | None = None
+        self._launched: SGLangServer | None = None
         self._closed = threading.Event()
 
     def head(self) -> str:
@@ -46,11 +56,11 @@ class EngineActor:
             port=port,
             seed=self._seed,
             host=self._host,
-            routed_experts=replayed_routing(config) is not None,
-            memory_saver=bool(self._gpus) and config.servers_sleep,
+            routed_experts=self._routed_experts,
+            memory_saver=bool(self._gpus) and config.weights.servers_sleep,
             part=Part(rank, head),
         )
-        self._server = SGLangServer(
+        self._launched = SGLangServer(
             arguments,
             url=f"http://{self._host}:{port}",
             api_key=self._api_key,
@@ -58,22 +68,31 @@ class EngineActor:
             env=server_env(engine, device=device, gpus=self._gpus),
         )
 
+    @property
+    def _server(self) -> SGLangServer:
+        """The server. Raises EngineError before `launch`."""
+        if self._launched is None:
+            raise EngineError(f"the server whose log is {self._log} was not launched")
+        return self._launched
+
     def start(self) -> str:
         """The server's URL, once it answers; after `launch`.
 
         Raises EngineError when it does not within rollout.engine.start_timeout_s.
         """
-        self._server.wait_healthy(self._config.rollout.engine.start_timeout_s)
-        return self._server.url
+        server = self._server
+        server.wait_healthy(self._config.rollout.engine.start_timeout_s)
+        return server.url
 
     def watch(self) -> None:
-        """Returns when the actor is closed; raises ProcessDied as soon as the server has died."""
+        """Return when the actor is closed. Raises ProcessDied as soon as the server has died."""
+        server = self._server
         while not self._closed.wait(POLL_S):
-            if not self._server.alive() and not self._closed.is_set():
-                raise ProcessDied(f"the SGLang server ended with exit code {self._server.exit_code}\n{self._server.log_tail()}")
+            if not server.alive() and not self._closed.is_set():
+                raise ProcessDied(f"the SGLang server ended with exit code {server.exit_code}\n{server.log_tail()}")
 
     def close(self) -> None:
         """End the server; nothing of it is left afterwards. Safe to call twice."""
         self._closed.set()
-        if self._server is not None:
-            self._server.stop(GPU_GRACE_S if self._config.cluster.device == "cuda" else 0.0)
+        if self._launched is not None:
+            self._launched.stop(GPU_END_TIMEOUT_S if self._config.cluster.device == "cuda" else 0.0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.actor import EngineActor
-from ctpo_megatron.cluster.placement import ServerPlace
+from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import UP, Fleet, Member
 from ctpo_megatron.errors import CtpoError, ProcessDied
@@ -20,7 +21,7 @@ END_TIMEOUT_S = 30.0  # for a lost server's processes to end in order
 
 @dataclass(frozen=True)
 class _Server:
-    """The actors of one server, one for each of its nodes, and what they were told first."""
+    """The actors of one server, one for each of its nodes, and the calls that launched its parts."""
 
     name: str
     parts: list[Process]
@@ -52,20 +53,33 @@ class _Server:
 
 
 class EngineGroup:
-    """A server for each of `places`. `pool` learns what becomes of them."""
+    """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost.
 
-    def __init__(self, config: RunConfig, run_dir: Path, api_key: str, places: list[ServerPlace], pool: Fleet) -> None:
+    `routed_experts`: whether they return which experts they chose for each token.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        api_key: str,
+        places: list[ServerPlacement],
+        fleet: Fleet,
+        *,
+        routed_experts: bool = False,
+    ) -> None:
+        self._routed_experts = routed_experts
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
         self._places = places
-        self._pool = pool
+        self._fleet = fleet
         self._servers = [self._launch(index, 0) for index in range(len(places))]
         self._started = asyncio.Event()
-        self._tending: asyncio.Future | None = None
+        self._tending: asyncio.Future[Any] | None = None  # from `start` on
 
     async def start(self) -> None:
-        """Until all answer. Raises EngineError or ProcessDied where one does not."""
+        """Wait until all servers answer. Raises EngineError or ProcessDied where one does not."""
         urls = await self._urls(self._servers)
         members = [self._join(server, url) for server, url in zip(self._servers, urls, strict=True)]
         self._tending = asyncio.gather(*(self._tend(index, member) for index, member in enumerate(members)))
@@ -74,18 +88,19 @@ class EngineGroup:
     async def watch(self) -> None:
         """Raises ProcessDied when all servers are lost for good."""
         await self._started.wait()
-        await asyncio.shield(self._tending)
-        raise ProcessDied(f"no inference server is left:\n{self._pool.report()}")
+        if self._tending is not None:
+            await asyncio.shield(self._tending)
+        raise ProcessDied(f"no inference server is left:\n{self._fleet.report()}")
 
     async def close(self) -> None:
-        """Watch no longer and end all servers; `Runtime.close` bounds it."""
+        """End the watch and all servers; `Runtime.close` bounds it."""
         if self._tending is not None:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
         await asyncio.gather(*(server.end() for server in self._servers))
 
     async def _tend(self, index: int, member: Member) -> None:
-        """Start the server again whenever it is lost; returns when that has been done often enough."""
+        """Start the server again whenever it is lost; return when it is gone for good."""
         restarts = 0
         while True:
             await self._until_lost(self._servers[index], member)
@@ -93,31 +108,31 @@ class EngineGroup:
                 await self._servers[index].end()
                 if member.gone:
                     return
-                await self._pool.room()
+                await self._fleet.memory_free()
                 restarts += 1
                 server = self._servers[index] = self._launch(index, restarts)
                 try:
                     (url,) = await self._urls([server])
                 except CtpoError as error:
-                    self._pool.lose(member, str(error))
+                    self._fleet.lose(member, str(error))
                 else:
                     member = self._join(server, url)
 
     async def _until_lost(self, server: _Server, member: Member) -> None:
-        """One of its processes has died, which the pool learns from here, or the pool has given it up."""
+        """Wait until one of its processes has died, which the fleet is told here, or the fleet has given it up."""
         died = asyncio.ensure_future(server.watch())
-        lost = asyncio.ensure_future(self._pool.lost(member))
+        lost = asyncio.ensure_future(self._fleet.lost(member))
         try:
             await asyncio.wait([died, lost], return_when=asyncio.FIRST_COMPLETED)
             if not lost.done():
-                self._pool.lose(member, str(died.exception() or ProcessDied("its actor was closed")))
+                self._fleet.lose(member, str(died.exception() or ProcessDied("its actor was closed")))
         finally:
             died.cancel()
             lost.cancel()
             await asyncio.gather(died, lost, return_exceptions=True)
 
     async def _urls(self, servers: list[_Server]) -> list[str]:
-        """Of each, once all its parts are there. Raises the most telling error as soon as one fails."""
+        """The URL of each server, once all its parts are there. Raises the most telling error as soon as one fails."""
         timeout_s = self._config.cluster.start_timeout_s
         await call_all([call for server in servers for call in zip(server.parts, server.launched, strict=True)], timeout_s)
         calls = [(part, part.actor.start.remote()) for server in servers for part in server.parts]
@@ -125,16 +140,16 @@ class EngineGroup:
         return urls[:: len(servers[0].parts)]  # of the first parts, which answer requests
 
     def _join(self, server: _Server, url: str) -> Member:
-        return self._pool.join(server.name, url, self._config.rollout.engine.tp)
+        return self._fleet.join(server.name, url, self._config.rollout.engine.tp)
 
     def _launch(self, index: int, restarts: int) -> _Server:
-        """New actors in its place. A server that is started again draws other random numbers than before."""
+        """New actors at place `index`. A server that is started again draws other random numbers than before."""
         config, place, name = self._config, self._places[index], f"inference server {index}"
         seed = config.seed + index + restarts * len(self._places)
         remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
             log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
-            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus)
+            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, self._routed_experts)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
         return _Server(name, parts, [part.actor.launch.remote(rank, head) for rank, part in enumerate(parts)])

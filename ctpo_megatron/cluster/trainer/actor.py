@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 from torch import Tensor
@@ -15,26 +14,48 @@ from torch import Tensor
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
+from ctpo_megatron.cluster.threads import set_threads
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
-from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
-from ctpo_megatron.weights.transports.prefetch import begun
+from ctpo_megatron.weights.protocol import Sent, Server
+
+if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
+    from ctpo_megatron.mcore.host_weights import Snapshot
+    from ctpo_megatron.mcore.rank import TrainerRank
+    from ctpo_megatron.weights.source import RankWeights
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What `TrainerActor.build` makes."""
+
+    rank: TrainerRank
+    weights: RankWeights
+    reference: Snapshot | None  # weights of the reference policy
 
 
 class TrainerActor:
-    """Rank `rank` of the trainer. Calls are executed one after another, `watch` and `settle` beside them."""
+    """Rank `rank` of the trainer. Calls are executed one after another, `watch` and `settle` beside them; `build` comes first."""
 
-    def __init__(self, config: RunConfig, rank: int, log_path: str) -> None:
+    def __init__(self, config: RunConfig, shape: ModelShape, rank: int, log_path: str) -> None:
         redirect_output(Path(log_path))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter at INFO
         self.config = config
+        self.shape = shape
         self.rank = rank
-        self.sender: WeightSender | None = None
-        self._connected = False
-        self._prepared: tuple[int, Iterator[Bucket]] | None = None  # a version, and its buckets from the first one on
+        self._result: _Built | None = None
         self._closed = threading.Event()
+
+    @property
+    def _built(self) -> _Built:
+        """What was built. Raises ConfigError before `build`."""
+        if self._result is None:
+            raise ConfigError(f"trainer rank {self.rank} was asked to work before it was built")
+        return self._result
 
     def address(self) -> tuple[str, int]:
         """This node's address and a free port on it, where the ranks will meet."""
@@ -47,16 +68,12 @@ class TrainerActor:
 
     def build(self, master: tuple[str, int], threads: int, total_steps: int) -> RankCoords:
         """Join the process group, build and load the model. Returns where this rank sits."""
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's, before its first tensor: large pages for buckets of weights
-        import torch
-
-        torch.set_num_threads(threads)
-        from ctpo_megatron.mcore.hf.buffers import BucketMemory
+        set_threads(threads)
         from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+        from ctpo_megatron.weights.source import RankWeights
 
         config = self.config
-        self.engine = TrainerRank(
+        rank = TrainerRank(
             config.model.path,
             config.parallel,
             config.optimizer,
@@ -67,120 +84,91 @@ class TrainerActor:
             recompute=config.train.recompute,
             total_steps=total_steps,
             moe=config.moe,
+            shape=self.shape,
         )
-        self._buckets = BucketMemory(self.engine.device)
         reference = config.algorithm.reference
-        self.reference = None if reference is None else self.engine.snapshot(reference.path)
-        self._make_room()
-        return self.engine.coords
+        snapshot = None if reference is None else rank.snapshot(reference.path)
+        weights = RankWeights(rank, config.weights, tp=config.rollout.engine.tp, address=node_address(config))
+        self._result = _Built(rank, weights, snapshot)
+        self._free_memory()
+        return rank.coords
 
     def update(self, batches: list[list[MicroBatch]], experts: list[list[Tensor | None]], version: int) -> dict[str, float]:
-        """See `loop.protocols.Trainer.update`. `experts`: of each pack what this rank's routers see of its record."""
+        """Statistics of `loop.protocols.Trainer.update`. `experts`: the routed experts of each micro-batch, as far as this rank's
+        routers need them."""
         from ctpo_megatron.mcore.policy import update_policy
 
         config = self.config
         with_own = [
-            [replace(mb, own_experts=own) for mb, own in zip(packs, owns, strict=True)]
-            for packs, owns in zip(batches, experts, strict=True)
+            [replace(mb, own_experts=own) for mb, own in zip(micro_batches, owns, strict=True)]
+            for micro_batches, owns in zip(batches, experts, strict=True)
         ]
         stats = update_policy(
-            self.engine,
+            self._built.rank,
             with_own,
             algorithm=config.algorithm,
             temperature=config.rollout.temperature,
             drift=config.drift,
             version=version,
-            reference=self.reference,
+            reference=self._built.reference,
         )
-        self._make_room()
+        self._free_memory()
         return stats
 
     def supervise(self, batch: list[MicroBatch]) -> dict[str, float]:
-        """See `loop.protocols.Trainer.supervise`."""
+        """Statistics of `loop.protocols.Trainer.supervise`."""
         from ctpo_megatron.mcore.policy import supervise
 
-        return supervise(self.engine, batch)
+        return supervise(self._built.rank, batch)
 
     def canary_logp(self, token_ids: list[int]) -> list[float]:
-        """See `TrainerGroup.canary_logp`: this rank's part of the padded prompt; empty before the last pipeline stage."""
-        from ctpo_megatron.weights.proof.canary import canary_batch
-
-        parallel = self.config.parallel
-        batch = canary_batch(token_ids, multiple=2 * parallel.cp * parallel.tp)
-        count = parallel.pp if parallel.vpp > 1 else 1  # as interleaving wants it
-        logps = self.engine.logp(self.engine.place([batch] * count), temperature=1.0)
-        return logps[0].tolist() if logps else []
+        """Log-probs of this rank's part of the padded prompt: `RankWeights.canary_logp`."""
+        return self._built.weights.canary_logp(token_ids)
 
     def connect(self, servers: list[Server], api_key: str) -> None:
-        """Let the sending ranks reach the servers; called again whenever those have changed, and after a failed publication."""
-        from ctpo_megatron.engine.layout import EngineLayout
-        from ctpo_megatron.weights.proof.expected import Expected
-        from ctpo_megatron.weights.transports.choose import make_sender
-        from ctpo_megatron.weights.transports.order import open_order
-
-        weights, address, device = self.config.weights, node_address(self.config), self.engine.device
-        if not self._connected:
-            turns = open_order(self.engine.senders(), address, weights.timeout_s)
-            layout = EngineLayout(self.engine.shape, self.config.rollout.engine.tp, cpu=device.type == "cpu")
-            self.sender = None if turns is None else make_sender(weights, device, address, turns, lambda: Expected(layout))
-            self._connected = True
-        if self.sender is not None:
-            self.sender.connect(servers, api_key)
+        """Let the sending ranks reach the servers: `RankWeights.connect`."""
+        self._built.weights.connect(servers, api_key)
 
     def prepare(self, version: int) -> None:
-        """Gather the first bucket of all, in step with the other ranks, before the servers have to wait for it."""
-        self._prepared = None  # of a publication that did not come about
-        self._prepared = (version, begun(self._stream()))
-
-    def _stream(self) -> Iterator[Bucket]:
-        return self.engine.stream(self.config.weights.bucket_mb * 2**20, memory=self._buckets)
+        """Gather the first bucket in step with the other ranks: `RankWeights.prepare`."""
+        self._built.weights.prepare(version)
 
     def publish(self, version: int) -> Sent:
-        """Export the weights in step with the other ranks; the sending ranks pass them on. Empty on other ranks."""
-        prepared, self._prepared = self._prepared, None
-        buckets = prepared[1] if prepared and prepared[0] == version else self._stream()
-        if self.sender is not None:
-            sent = self.sender.send(buckets, version)
-        else:
-            sent = Sent(version)
-            for _ in buckets:
-                pass
-        if self.engine.device.type != "cpu":  # torch keeps a GPU's memory by itself
-            self._buckets.release()
-        self._make_room()
+        """What this rank sent, in step with the other ranks: `RankWeights.publish`."""
+        sent = self._built.weights.publish(version)
+        self._free_memory()
         return sent
 
-    def _make_room(self) -> None:
-        """Servers on the same GPU are about to start or wake: give it back what torch keeps for later. Nothing on a CPU."""
-        if self.config.servers_sleep:
+    def _free_memory(self) -> None:
+        """Give memory that torch keeps for later back to the GPU, for servers on it that are about to start or wake."""
+        if self.config.weights.servers_sleep:
             import torch
 
             torch.cuda.empty_cache()
 
     def save(self, directory: str, background: bool) -> None:
-        """See `loop.protocols.Trainer.save`."""
-        self.engine.save(Path(directory), background=background)
+        """Save this rank's part of a checkpoint: `loop.protocols.Trainer.save`."""
+        self._built.rank.save(Path(directory), background=background)
 
     def settle(self, timeout_s: float) -> None:
-        """See `loop.protocols.Trainer.settle`."""
-        self.engine.settle(timeout_s)
+        """Wait for the save in flight: `loop.protocols.Trainer.settle`."""
+        self._built.rank.settle(timeout_s)
 
     def load(self, directory: str) -> None:
-        """See `loop.protocols.Trainer.load`."""
-        self.engine.load(Path(directory))
+        """Go on from this rank's part of a checkpoint: `loop.protocols.Trainer.load`."""
+        self._built.rank.load(Path(directory))
 
     def save_hf(self, directory: str) -> None:
-        """See `loop.protocols.Trainer.save_hf`."""
-        self.engine.save_hf(Path(directory))
+        """Write this rank's part of a Hugging Face model directory: `loop.protocols.Trainer.save_hf`."""
+        self._built.rank.save_hf(Path(directory))
 
     def watch(self) -> None:
-        """Returns when the actor is closed; its caller learns at once when the process dies."""
+        """Return when the actor is closed; the caller learns at once when the process dies."""
         self._closed.wait()
 
     def close(self) -> None:
-        """Leave all groups."""
-        if self.sender is not None:
-            self.sender.close()
-        if hasattr(self, "engine"):
-            self.engine.close()
+        """Leave all groups. Safe before `build`."""
+        if self._result is not None:
+            self._result.weights.close()
+            self._result.rank.close()
         self._closed.set()

@@ -36,14 +36,14 @@ class TrainerGroup:
         return await self._each("gpus")
 
     async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
-        """See `loop.protocols.Trainer.update`."""
+        """The reduced statistics of one optimizer step per batch (`loop.protocols.Trainer.update`)."""
         shares = self._shares(lambda dp: [[without_experts(mb) for mb in batch.micro_batches[dp]] for batch in batches])
         own = [[experts_at(coords, batch.micro_batches[coords.dp_rank]) for batch in batches] for coords in self._coords]
         sent = zip(self.ranks, shares, own, strict=True)
         return (await self._calls([rank.actor.update.remote(share, mine, version) for rank, share, mine in sent]))[0]
 
     async def supervise(self, batch: TrainBatch) -> dict[str, float]:
-        """See `loop.protocols.Trainer.supervise`."""
+        """The reduced statistics of one supervised step (`loop.protocols.Trainer.supervise`)."""
         shares = self._shares(batch.micro_batches.__getitem__)
         return (await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]))[0]
 
@@ -66,20 +66,20 @@ class TrainerGroup:
         return functools.reduce(Sent.merge, await self._each("publish", version))
 
     async def save(self, directory: Path, *, background: bool) -> None:
-        """See `loop.protocols.Trainer.save`."""
+        """Each rank saves its part of a checkpoint (`loop.protocols.Trainer.save`)."""
         await self._each("save", str(directory), background)
 
     async def settle(self) -> None:
-        """See `loop.protocols.Trainer.settle`. Runs beside the other calls."""
+        """Wait for the save in flight, beside the other calls (`loop.protocols.Trainer.settle`)."""
         settle = [rank.actor.settle.options(concurrency_group="checkpoint") for rank in self.ranks]
         await self._calls([each.remote(self._timeout_s) for each in settle])
 
     async def load(self, directory: Path) -> None:
-        """See `loop.protocols.Trainer.load`."""
+        """All ranks go on from a checkpoint (`loop.protocols.Trainer.load`)."""
         await self._each("load", str(directory))
 
     async def save_hf(self, directory: Path) -> None:
-        """See `loop.protocols.Trainer.save_hf`."""
+        """The ranks write the model in Hugging Face format together (`loop.protocols.Trainer.save_hf`)."""
         await self._each("save_hf", str(directory))
 
     def _shares(self, of_rank: Any) -> list[ray.ObjectRef]:
@@ -95,10 +95,10 @@ class TrainerGroup:
 
 
 def without_experts(mb: MicroBatch) -> MicroBatch:
-    """A pack as all ranks of a replica receive it; a record of routing is large, and each rank gets only its own part."""
+    """A micro-batch as the ranks of a replica receive it: without the record of routing, of which each rank gets its own part."""
     return replace(mb, routed_experts=None)
 
 
 def experts_at(coords: RankCoords, micro_batches: list[MicroBatch]) -> list[Tensor | None]:
-    """Of each pack what the routers of one rank see of the record; None without one."""
+    """What the routers of one rank see of each micro-batch's record of routing; None where it has none."""
     return [None if mb.routed_experts is None else own_experts(mb.routed_experts, mb.cu_seqlens, coords) for mb in micro_batches]

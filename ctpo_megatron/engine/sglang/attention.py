@@ -44,7 +44,8 @@ def plan(new_lens: list[int], total_lens: list[int], slots: Tensor) -> list[_Par
     for length in new_lens:
         starts.append(starts[-1] + length)
     order = sorted(range(len(new_lens)), key=lambda i: (new_lens[i], total_lens[i]))
-    parts, members = [], []
+    parts: list[_Part] = []
+    members: list[int] = []
     for i in order:
         queries = max(new_lens[j] for j in [*members[-1:], i])
         keys = max([total_lens[j] for j in members] + [total_lens[i]])
@@ -77,7 +78,7 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
     """Causal self-attention of decoder models; anything else is left to `torch_native`."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """See `AttentionBackend`: computed once, used by every layer."""
+        """Plan a batch once, for every layer to use."""
         super().init_forward_metadata(forward_batch)
         total = forward_batch.seq_lens.tolist()
         new = [1] * len(total) if forward_batch.forward_mode.is_decode() else forward_batch.extend_seq_lens.tolist()
@@ -85,13 +86,13 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         self._parts = plan(new, total, slots)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True) -> Tensor:
-        """See `AttentionBackend`."""
+        """Attention of queries [T, heads * dim] after prefixes in the cache; as long as the queries."""
         if not _plain(layer):
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True) -> Tensor:
-        """See `AttentionBackend`."""
+        """Attention of one query for each sequence, [B, heads * dim]; as many rows as queries."""
         if not _plain(layer):
             return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(q, k, v, layer, forward_batch, save_kv_cache)

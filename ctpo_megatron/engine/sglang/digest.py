@@ -15,12 +15,12 @@ TARGET = "sglang.srt.utils.weight_checker._hash_tensor"
 
 
 def activate() -> None:
-    """Put our digest in the place of SGLang's hash."""
+    """Put this package's digest in the place of SGLang's hash."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(TARGET, hash_tensor, HookType.REPLACE)
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """As `sglang.srt.utils.weight_checker._hash_tensor`: the digest of a parameter, as text."""
+    """The digest of a parameter as text, in the place of `sglang.srt.utils.weight_checker._hash_tensor`."""
     return write_digest(tensor_digest(tensor))

@@ -22,5 +22,5 @@ def register() -> None:
 
 
 def sleep(_result: None, scheduler: Scheduler) -> None:
-    """Until a request comes, at most a second; not at all without `--sleep-on-idle`."""
+    """Sleep until a request comes, at most a second; not at all without `--sleep-on-idle`."""
     scheduler.maybe_sleep_on_idle()

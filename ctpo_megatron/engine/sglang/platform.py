@@ -22,13 +22,13 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     _enum = PlatformEnum.OOT
 
     def get_default_attention_backend(self) -> str:
-        """See `SRTPlatform`."""
+        """The name of the attention backend: PyTorch's own."""
         return "torch_native"
 
     def get_dispatch_key_name(self) -> str:
-        """See `SRTPlatform`: the `forward_native` methods."""
+        """The key under which SGLang's layers find their plain PyTorch methods, `forward_native`."""
         return "native"
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
-        """Never: there is no device to pin memory for."""
+        """False: there is no device to pin memory for."""
         return False

@@ -22,4 +22,4 @@ def register() -> None:
 
 
 def leave_as_it_is(buffer: torch.Tensor, *_options: Any) -> None:
-    """No device will ever read or write this memory."""
+    """Do nothing: no device will ever read or write this memory."""

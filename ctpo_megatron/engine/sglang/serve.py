@@ -11,6 +11,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
 from ctpo_megatron.engine.sglang import attention, paused, routed, sleep
+from ctpo_megatron.parallel.gloo import share_gloo_device
 
 
 class LeanEngine(Engine):
@@ -39,7 +40,7 @@ class ForkingEngine(LeanEngine):
 
 
 def serve(argv: list[str], api_key: str) -> None:
-    """Blocks until the server is told to stop. `argv` as for `sglang.launch_server`."""
+    """Serve until told to stop. `argv` as for `sglang.launch_server`."""
     routed.register()
     paused.register()
     sleep.register()
@@ -47,6 +48,8 @@ def serve(argv: list[str], api_key: str) -> None:
     attention.register()
     server_args = prepare_server_args(argv)
     server_args.api_key = api_key
+    if server_args.device == "cpu":
+        share_gloo_device()  # the schedulers, its forks, make ten groups each
     engine = ForkingEngine if server_args.device == "cpu" else LeanEngine
     manager, templates, ports, schedulers, watchdog, _daemons = engine._launch_subprocesses(
         server_args, init_tokenizer_manager, run_scheduler_process, run_detokenizer_process

@@ -3,7 +3,7 @@
 SGLang's memory saver is for GPUs: it unmaps memory and maps other memory at the same addresses. Elsewhere SGLang 0.5.23 keeps
 everything, and `/release_memory_occupation` ends the server, which waits for a CUDA device that is not there. Two hooks of
 SGLang's plugin framework mend that: the memory saver gives the pages of weights and KV cache to the system, which has zeros for
-whoever touches them again; and there is no device to wait for. tests/integration/test_sleep.py tells when this is no longer
+the next touch of an address; and there is no device to wait for. tests/integration/test_sleep.py tells when this is no longer
 needed.
 """
 
@@ -43,7 +43,7 @@ def save_memory(_result: None, scheduler: Scheduler) -> None:
 
 
 def do_not_wait(_device: object = None) -> None:
-    """There is no device."""
+    """Return at once: there is no device."""
 
 
 class PageSaver:
@@ -61,7 +61,7 @@ class PageSaver:
             give_back([(address, address + size) for address, size in zip(addresses, sizes, strict=True)])
 
     def resume(self, _tag: str) -> None:
-        """Nothing to do: the system has a page for whoever touches it."""
+        """Nothing to do: the system gives a page when an address is touched."""
 
 
 def _weights(model: torch.nn.Module) -> list[Span]:
@@ -84,7 +84,7 @@ def give_back(spans: list[Span]) -> None:
 
 
 def _own_memory() -> Iterator[Span]:
-    """This process's private memory that is not a file's."""
+    """The spans of this process's private memory that is not a file's."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, rights, _offset, _device, inode = line.split(maxsplit=5)[:5]
         if rights.endswith("p") and inode == "0":

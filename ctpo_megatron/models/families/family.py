@@ -85,7 +85,8 @@ def softmax_experts(keys: Keys, *, count: int, ffn: int, layers: tuple[bool, ...
 def sigmoid_experts(keys: Keys) -> Experts:
     """A mixture as DeepSeek-V3 has it: sigmoid gates, choice within groups and with a bias, shared experts, dense layers first.
 
-    `aux_loss_alpha`, where there is one, is the coefficient of a load-balancing loss over sequences; here it is over packs.
+    `aux_loss_alpha`, where there is one, is the coefficient of a load-balancing loss over sequences; here that loss is over
+    micro-batches.
     """
     count = keys.size("n_routed_experts" if "n_routed_experts" in keys.values else "num_local_experts")
     top_k, groups, kept = _top_k(keys, count), keys.size("n_group", 1), keys.size("topk_group", 1)

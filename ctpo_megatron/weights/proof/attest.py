@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ctpo_megatron.engine.checksums import EngineDigests
 from ctpo_megatron.engine.layout import DERIVED, EngineLayout
 from ctpo_megatron.errors import WeightSyncError
 
@@ -38,10 +39,11 @@ class Difference:
         return f"{text} (made of {', '.join(self.sources[:SHOWN_SOURCES])}{more})"
 
 
-def compare(layout: EngineLayout, expected: list[dict[str, int]], reported: list[dict[str, int]]) -> list[Difference]:
-    """Everything in which the digests of what was sent (`Sent.digests`) and of what one server holds (`read_digests`) differ.
+def compare(layout: EngineLayout, expected: EngineDigests, reported: EngineDigests) -> list[Difference]:
+    """The tensors whose digest in `expected` (of what was sent) is not that in `reported` (of what one server holds).
 
-    Empty: every tensor of the model was sent and is held, on every rank, and nothing else is held but what DERIVED names.
+    The list is empty when every tensor of the model was sent and is held on every rank, and no other is held but those that
+    DERIVED names.
     Raises WeightSyncError when the server has another number of ranks than the layout.
     """
     if len(reported) != layout.tp:
@@ -59,7 +61,7 @@ def compare(layout: EngineLayout, expected: list[dict[str, int]], reported: list
 
 
 def explain(url: str, version: int, differences: Sequence[Difference]) -> str:
-    """A message for people; `differences` are not empty."""
+    """The message for a person about `differences`, of which there is at least one."""
     tensors = len({each.tensor for each in differences})
     lines = [f"{url} does not hold version {version} of the weights: {tensors} of its tensors are not proven."]
     lines += [f"  {each}" for each in differences[:SHOWN]]
@@ -77,8 +79,11 @@ def explain(url: str, version: int, differences: Sequence[Difference]) -> str:
     return "\n".join(lines)
 
 
-def attest(layout: EngineLayout, version: int, expected: list[dict[str, int]], reported: dict[str, list[dict[str, int]]]) -> None:
-    """Raises WeightSyncError, naming servers and tensors, unless every server of `reported` (by URL) holds what was sent."""
+def attest(layout: EngineLayout, version: int, expected: EngineDigests, reported: dict[str, EngineDigests]) -> None:
+    """Check that every server of `reported`, by URL, holds what was sent.
+
+    `expected` are the digests that the senders found. Raises WeightSyncError, which names the servers and tensors that differ.
+    """
     problems = [
         explain(url, version, differences)
         for url, digests in reported.items()

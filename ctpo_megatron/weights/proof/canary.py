@@ -19,12 +19,12 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 def canary_tokens(vocab_size: int, version: int) -> list[int]:
-    """Token ids of the prompt for a version; each has its own, so that no prefix cache answers with older weights."""
+    """Token ids of the prompt for a version; each version has its own, so that no prefix cache answers with older weights."""
     return random.Random(version).choices(range(vocab_size), k=LENGTH)
 
 
 def canary_batch(token_ids: list[int], multiple: int) -> MicroBatch:
-    """The prompt as a pack that the trainer computes log-probs of: label k is token k + 1.
+    """The prompt as a micro-batch that the trainer computes log-probs of: label k is token k + 1.
 
     `multiple`: its length is filled up to one, as context and sequence parallelism want it; the last labels are then nothing.
     """
@@ -49,7 +49,7 @@ def canary_batch(token_ids: list[int], multiple: int) -> MicroBatch:
 
 
 def join_canary(shards: list[list[float]], length: int) -> list[float]:
-    """Log-probs of tokens 1 ... `length` - 1 of the prompt, from the context-parallel ranks' parts of its pack."""
+    """Log-probs of tokens 1 ... `length` - 1 of the prompt, from the context-parallel ranks' parts of its micro-batch."""
     parts = [torch.tensor(shard) for shard in shards]
     bounds = torch.tensor([0, sum(map(len, shards))], dtype=torch.int32)
     return zigzag_unshard(parts, bounds)[: length - 1].tolist()
@@ -64,7 +64,7 @@ def canary_gap(trainer: list[float], server: list[float]) -> float:
 
 
 def check_canary(url: str, version: int, gap: float, tolerance: float) -> None:
-    """Raises WeightSyncError where `gap` is more than `tolerance`."""
+    """Check that `gap` is at most `tolerance`, which a NaN is not. Raises WeightSyncError."""
     if not gap <= tolerance:
         raise WeightSyncError(
             f"{url} computes other log-probs than the trainer with version {version} of the weights: on the canary prompt they "

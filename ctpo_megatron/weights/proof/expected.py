@@ -7,13 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ctpo_megatron.engine.checksums import EngineDigests, PartDigests
 from ctpo_megatron.engine.digest import MODULUS, tensor_digest
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import WeightSyncError, near_miss
 from ctpo_megatron.weights.protocol import Bucket
 
 
-class Expected:
+class ExpectedDigests:
     """Adds up the digests of engine tensors from Hugging Face tensors that come in any order, cut into any buckets.
 
     `dtype`: number format in which the engines keep weights, where it is not that of the tensors that come.
@@ -22,29 +23,29 @@ class Expected:
     def __init__(self, layout: EngineLayout, dtype: torch.dtype | None = None) -> None:
         self._layout = layout
         self._dtype = dtype
-        self._parts: dict[str, tuple[int, ...]] = {}  # by Hugging Face name, in the order of its placements
+        self._parts: dict[str, PartDigests] = {}  # by Hugging Face name, in the order of its placements
 
-    def add(self, bucket: Bucket) -> Mapping[str, tuple[int, ...]]:
-        """Take note of these tensors; one that has come before is replaced. They may change afterwards.
+    def add(self, bucket: Bucket) -> Mapping[str, PartDigests]:
+        """The digests of all tensors so far, by name, with those of `bucket` added; they are equal where tensors are equal as
+        the engines store them. A tensor that came before is replaced. The tensors may change afterwards.
 
-        Returns the digests of the parts of all tensors so far: equal ones for equal tensors, as the engines store them.
         Raises WeightSyncError for a tensor that the engine has no place for, or that has another shape.
         """
         for name, tensor in bucket:
             self._parts[name] = self._digests_of(name, tensor)
         return self._parts
 
-    def digests(self) -> list[dict[str, int]]:
-        """Per rank of an engine, of each of its tensors of which a part has come: what the parts add up to."""
-        ranks: list[dict[str, int]] = [{} for _ in range(self._layout.tp)]
+    def digests(self) -> EngineDigests:
+        """The digests of all engine tensors of which a part has come, each the sum of its parts."""
+        ranks: EngineDigests = [{} for _ in range(self._layout.tp)]
         for name, digests in self._parts.items():
             for place, digest in zip(self._layout.placements(name), digests, strict=True):
                 mine = ranks[place.rank]
                 mine[place.tensor] = (mine.get(place.tensor, 0) + digest) % MODULUS
         return ranks
 
-    def _digests_of(self, name: str, tensor: Tensor) -> tuple[int, ...]:
-        """Of each of its placements; equal ones, as of tensors that are not cut, are computed once."""
+    def _digests_of(self, name: str, tensor: Tensor) -> PartDigests:
+        """The digest of `tensor` at each of its placements; those of a tensor that is not cut are equal, and computed once."""
         if name not in self._layout.names:
             raise WeightSyncError(f"the engine has no place for the tensor {name}.{near_miss(name, self._layout.names)}")
         size = self._layout.size(name)
@@ -61,6 +62,6 @@ class Expected:
         return tuple(digests)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
-        """As a matrix in the engine's number format."""
+        """The tensor as a matrix in the engine's number format."""
         dtype = torch.float32 if self._layout.is_precise(name) else self._dtype
         return torch.atleast_2d(tensor if dtype is None else tensor.to(dtype))

@@ -10,8 +10,8 @@ One publication, after the driver has paused generation:
     POST /update_weight_version, /flush_cache ------------------------------------->  answer as the new version, cache empty
 
 Each sender has its own group with all ranks of all servers; SGLang keeps groups by name. A server that dies or hangs makes the
-broadcast fail or time out: the sender aborts its group, says who it was, and goes on gathering without sending, so no rank of the
-trainer is left waiting. Whoever calls then ends that server and connects the survivors anew. gloo passes a broadcast on along a
+broadcast fail or time out: the sender aborts its group, names the server, and goes on gathering without sending, so that no
+trainer rank is left waiting. The driver then ends that server and connects the survivors anew. gloo passes a broadcast on along a
 tree: a survivor may wait for the one that hangs, and is free when that one's connections close.
 """
 
@@ -24,84 +24,68 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ctpo_megatron.config.cluster import BroadcastTransport
-from ctpo_megatron.engine.calls import Answers, ServerCalls
+from ctpo_megatron.config.weights import BroadcastTransport
+from ctpo_megatron.engine.calls import Answers
 from ctpo_megatron.engine.update_group import join_update_group, leave_update_group
 from ctpo_megatron.errors import WeightSyncError
-from ctpo_megatron.weights.protocol import Bucket, Sent, Server
-from ctpo_megatron.weights.transports.delta import Changes
+from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.flat import Flat, flatten
 from ctpo_megatron.weights.transports.order import SenderOrder
-from ctpo_megatron.weights.transports.prefetch import Expected, Finish, deliver, intake
+from ctpo_megatron.weights.transports.prefetch import DigestAccount, Finish, deliver, send_account
+from ctpo_megatron.weights.transports.sender import ConnectingSender
 
-PROBE_TIMEOUT_S = 10.0  # a server that does not even say what it is within this time is not worth a group
 LEAVE_TIMEOUT_S = 10.0
 
 
-class BroadcastSender:
-    """See `transport.WeightSender`. Servers reach this process at `address`; `config.timeout_s` bounds each call."""
+class BroadcastSender(ConnectingSender):
+    """A `protocol.WeightSender`. Servers reach this process at `address`; `config.timeout_s` bounds each call."""
 
     def __init__(
         self,
         config: BroadcastTransport,
+        order: SenderOrder | None = None,
+        new_account: Callable[[], DigestAccount] | None = None,
         *,
         device: torch.device,
         address: str,
-        turns: SenderOrder | None = None,
-        new_expected: Callable[[], Expected] | None = None,
     ) -> None:
-        self._timeout_s = config.timeout_s
+        super().__init__(config, order, new_account)
         self._device = device
         self._address = address
-        self._turns = turns or SenderOrder.alone()
-        self._new_expected = new_expected
-        self._changes = Changes(config.delta)
-        self._name = f"ctpo_weights_{self._turns.place}"
-        self._calls: ServerCalls | None = None
+        self._name = f"ctpo_weights_{self._order.place}"
         self._store: dist.TCPStore | None = None
         self._group: dist.ProcessGroup | None = None
 
-    def connect(self, servers: list[Server], api_key: str) -> None:
-        """See `WeightSender.connect`."""
-        deadline = time.monotonic() + self._timeout_s
-        self.close()
-        self._changes.forget()
-        with self._turns.take(deadline):
-            self._calls = ServerCalls(servers, api_key)
-            self._calls.probe(min(PROBE_TIMEOUT_S, self._timeout_s)).finish(deadline)
-            self._join(deadline)
-
     def send(self, buckets: Iterable[Bucket], version: int) -> Sent:
-        """See `WeightSender.send`."""
+        """Implement `WeightSender.send`."""
         deadline = time.monotonic() + self._timeout_s
         try:
-            with intake(buckets, version, self._changes, self._new_expected) as account:
-                return deliver(account, self._turns, deadline, lambda bucket, number: self._start(bucket, number, deadline))
+            with send_account(buckets, version, self._changes, self._new_account) as account:
+                return deliver(account, self._order, deadline, lambda bucket, number: self._start(bucket, number, deadline))
         except BaseException:
             self._abandon()
             raise
 
     def close(self) -> None:
-        """See `WeightSender.close`."""
+        """Implement `WeightSender.close`."""
         self._abandon()
-        if self._calls is not None:
+        if self._connected is not None:
             # asked of all: one may have joined where another did not. A dead one cannot leave in order, and need not
-            leave = {"group_name": self._name}
-            self._calls.post("/destroy_weights_update_group", lambda _: leave, LEAVE_TIMEOUT_S, "leaving").wait(LEAVE_TIMEOUT_S)
-            self._calls.close()
-            self._calls = None
+            leave, path = {"group_name": self._name}, "/destroy_weights_update_group"
+            self._connected.post(path, lambda _: leave, LEAVE_TIMEOUT_S, "leaving").wait(LEAVE_TIMEOUT_S)
+        super().close()
 
-    def _join(self, deadline: float) -> None:
+    def join(self, deadline: float) -> None:
         """Make the group: this process is rank 0, each server's ranks follow."""
-        servers, left = self._calls.servers, deadline - time.monotonic()
-        offsets = [1 + sum(server.tp for server in servers[:number]) for number in range(len(servers))]
-        world_size, timeout = 1 + sum(server.tp for server in servers), timedelta(seconds=left)
+        calls, left = self._calls, deadline - time.monotonic()
+        offsets = [1 + sum(server.tp for server in calls.servers[:number]) for number in range(len(calls.servers))]
+        world_size, timeout = 1 + sum(server.tp for server in calls.servers), timedelta(seconds=left)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         self._store = dist.TCPStore(self._address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         address = {"master_address": self._address, "master_port": self._store.port}
         common = {**address, "world_size": world_size, "backend": backend, "group_name": self._name}
         path, what = "/init_weights_update_group", f"joining the update group of {world_size} ranks"
-        joins = self._calls.post(path, lambda server: {**common, "rank_offset": offsets[server]}, left, what)
+        joins = calls.post(path, lambda server: {**common, "rank_offset": offsets[server]}, left, what)
         problem = ""
         try:
             self._group = join_update_group(self._store, self._name, world_size=world_size, backend=backend, timeout=timeout)
@@ -113,16 +97,19 @@ class BroadcastSender:
 
     def _start(self, bucket: Bucket, number: int, deadline: float) -> Finish:
         """Set the bucket under way to all servers."""
-        if self._calls is None or self._group is None:
-            raise WeightSyncError("no inference server is connected: call connect() before send(), and again after a failure")
+        calls, group = self._calls, self._group
+        if group is None:
+            raise WeightSyncError("the group with the inference servers was given up: call connect() again after a failure")
         flat = flatten(bucket, self._device)
         body = {**flat.metadata, "group_name": self._name, "load_format": "flattened_bucket", "flush_cache": False}
-        what = f"bucket {number} ({bucket[0][0]} ... {bucket[-1][0]}) of sender {self._turns.place}"
-        answers = self._calls.post("/update_weights_from_distributed", lambda _: body, deadline - time.monotonic(), what)
+        what = f"bucket {number} ({bucket[0][0]} ... {bucket[-1][0]}) of sender {self._order.place}"
+        answers = calls.post("/update_weights_from_distributed", lambda _: body, deadline - time.monotonic(), what)
         try:
-            work = dist.broadcast(flat.data, src=0, group=self._group, async_op=True)
+            work = dist.broadcast(flat.data, src=0, group=group, async_op=True)
         except RuntimeError as error:
             raise answers.blame(f"does not receive: {error}", self._abandon) from error
+        if work is None:  # so torch tells a process that is not in the group
+            raise WeightSyncError("this process is not in the group with the inference servers: call connect() again")
 
         def finish(_kept: Flat = flat) -> None:  # until it has been read
             self._wait_for(work, answers, deadline)
@@ -146,7 +133,7 @@ class BroadcastSender:
             raise answers.blame(f"did not receive it: {error}", self._abandon) from error
 
     def _abandon(self) -> None:
-        """Give up the group: its connections close, which frees whoever waits in it."""
+        """Give up the group: its connections close, which frees the servers that wait in it."""
         group, self._group, self._store = self._group, None, None
         if group is not None:
             leave_update_group(group)

@@ -10,7 +10,7 @@ What travels is a handle, one for each rank of the server, in SGLang's own form:
 tensors, which SGLang reads with an unpickler that admits nothing else. All tensors of a bucket lie in one piece of memory. A
 device is named by its UUID, since two processes may number devices differently; a server must see the sender's device.
 
-While the trainer trains, servers on its devices give their memory back: `Publisher.rest`.
+While the trainer trains, servers on its devices give their memory back: `WeightPublisher.offload`.
 """
 
 from __future__ import annotations
@@ -28,80 +28,61 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from ctpo_megatron.config.cluster import ColocatedTransport
-from ctpo_megatron.engine.calls import ServerCalls
+from ctpo_megatron.config.weights import ColocatedTransport
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
-from ctpo_megatron.weights.transports.broadcast import PROBE_TIMEOUT_S
-from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import Flat, flatten
 from ctpo_megatron.weights.transports.order import SenderOrder
-from ctpo_megatron.weights.transports.prefetch import Expected, Finish, deliver, intake
+from ctpo_megatron.weights.transports.prefetch import DigestAccount, Finish, deliver, send_account
+from ctpo_megatron.weights.transports.sender import ConnectingSender
 
 _DEVICE = 6  # which argument of torch's `rebuild_cuda_tensor` is the device
 
 
-class ColocatedSender:
-    """See `transport.WeightSender`. `address`: of this node, as it stands in the servers' URLs."""
+class ColocatedSender(ConnectingSender):
+    """A `protocol.WeightSender`. `address`: of this node, as it stands in the servers' URLs."""
 
     def __init__(
         self,
         config: ColocatedTransport,
+        order: SenderOrder | None = None,
+        new_account: Callable[[], DigestAccount] | None = None,
         *,
         device: torch.device,
         address: str,
-        turns: SenderOrder | None = None,
-        new_expected: Callable[[], Expected] | None = None,
     ) -> None:
-        self._timeout_s = config.timeout_s
+        super().__init__(config, order, new_account)
         self._device = device
         self._local = {address, "127.0.0.1", "localhost"}
-        self._turns = turns or SenderOrder.alone()
-        self._new_expected = new_expected
-        self._changes = Changes(config.delta)
-        self._calls: ServerCalls | None = None
 
-    def connect(self, servers: list[Server], api_key: str) -> None:
-        """See `WeightSender.connect`. Servers on other nodes are refused."""
-        deadline = time.monotonic() + self._timeout_s
-        self.close()
-        self._changes.forget()
-        with self._turns.take(deadline):
-            away = [server.url for server in servers if urlsplit(server.url).hostname not in self._local]
-            if away:
-                raise WeightSyncError(
-                    f"weights.type=colocated hands memory over within a node, but {', '.join(away)} is not on "
-                    f"{sorted(self._local)}; use weights.type=broadcast, or disk",
-                    servers=away,
-                )
-            self._calls = ServerCalls(servers, api_key)
-            self._calls.probe(min(PROBE_TIMEOUT_S, self._timeout_s)).finish(deadline)
+    def admit(self, servers: list[Server]) -> None:
+        """Refuse servers on other nodes."""
+        away = [server.url for server in servers if urlsplit(server.url).hostname not in self._local]
+        if away:
+            raise WeightSyncError(
+                f"weights.type=colocated hands memory over within a node, but {', '.join(away)} is not on "
+                f"{sorted(self._local)}; use weights.type=broadcast, or disk",
+                servers=away,
+            )
 
     def send(self, buckets: Iterable[Bucket], version: int) -> Sent:
-        """See `WeightSender.send`."""
+        """Implement `WeightSender.send`."""
         deadline = time.monotonic() + self._timeout_s
-        with intake(buckets, version, self._changes, self._new_expected) as account:
-            return deliver(account, self._turns, deadline, lambda bucket, number: self._start(bucket, number, deadline))
-
-    def close(self) -> None:
-        """See `WeightSender.close`."""
-        if self._calls is not None:
-            self._calls.close()
-            self._calls = None
+        with send_account(buckets, version, self._changes, self._new_account) as account:
+            return deliver(account, self._order, deadline, lambda bucket, number: self._start(bucket, number, deadline))
 
     def _start(self, bucket: Bucket, number: int, deadline: float) -> Finish:
         """Let all servers map and load the bucket."""
-        if self._calls is None:
-            raise WeightSyncError("no inference server is connected: call connect() before send(), and again after a failure")
+        calls = self._calls
         flat = flatten(bucket, self._device)
         # a handle is for one reader: torch counts the readers of CUDA memory by handles
-        handles = [[handle(flat.bucket) for _ in range(server.tp)] for server in self._calls.servers]
+        handles = [[handle(flat.bucket) for _ in range(server.tp)] for server in calls.servers]
 
         def body(server: int) -> dict[str, Any]:
             return {"serialized_named_tensors": handles[server], "flush_cache": False}
 
-        what = f"bucket {number} ({bucket[0][0]} ... {bucket[-1][0]}) of sender {self._turns.place}"
-        answers = self._calls.post("/update_weights_from_tensor", body, deadline - time.monotonic(), what)
+        what = f"bucket {number} ({bucket[0][0]} ... {bucket[-1][0]}) of sender {self._order.place}"
+        answers = calls.post("/update_weights_from_tensor", body, deadline - time.monotonic(), what)
 
         def finish(_kept: Flat = flat) -> None:  # until all servers have mapped it
             answers.finish(deadline)
@@ -110,7 +91,7 @@ class ColocatedSender:
 
 
 def handle(bucket: Bucket) -> str:
-    """What another process of this node needs to map the tensors of `bucket`, for one reader."""
+    """The text that lets one other process of this node map the tensors of `bucket`."""
     before = torch.multiprocessing.get_sharing_strategy()
     # by name: passing file descriptors needs a key that only processes of one family share
     torch.multiprocessing.set_sharing_strategy("file_system")
@@ -126,7 +107,7 @@ class _HandlePickler(ForkingPickler):
     """torch's pickle of shared tensors, with a device's UUID in place of its number, as SGLang expects it."""
 
     def reducer_override(self, value: Any) -> Any:
-        """See `pickle.Pickler`."""
+        """Implement `pickle.Pickler.reducer_override`: how `value` is rebuilt, or NotImplemented for the usual way."""
         if isinstance(value, Tensor) and value.is_cuda:
             rebuild, arguments = reduce_tensor(value)
             uuid = str(torch.cuda.get_device_properties(arguments[_DEVICE]).uuid)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ctpo_megatron.engine.checksums import PartDigests
 from ctpo_megatron.engine.digest import tensor_digest
 from ctpo_megatron.models.owners import unit_of
 from ctpo_megatron.weights.protocol import Bucket
-
-Digests = tuple[int, ...]
 
 
 class Changes:
@@ -16,15 +15,15 @@ class Changes:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self._held: dict[str, Digests] = {}
-        self._sent: dict[str, Digests] = {}
+        self._held: dict[str, PartDigests] = {}
+        self._sent: dict[str, PartDigests] = {}
 
     @property
     def full(self) -> bool:
         """Whether nothing is known of what the servers hold."""
         return not self._held
 
-    def pick(self, bucket: Bucket, digests: Mapping[str, Digests] | None = None) -> Bucket:
+    def pick(self, bucket: Bucket, digests: Mapping[str, PartDigests] | None = None) -> Bucket:
         """The tensors of `bucket` to send, in its order: units (see `unit_of`) in which anything differs bitwise.
 
         `digests`: of every tensor of the bucket, all of it in one or several parts, where they are known already.
@@ -37,10 +36,10 @@ class Changes:
         return [(name, tensor) for name, tensor in bucket if unit_of(name) in changed]
 
     def commit(self) -> None:
-        """All that was picked has arrived."""
+        """Note that all that was picked has arrived."""
         self._held |= self._sent
         self._sent = {}
 
     def forget(self) -> None:
-        """The servers are others, or what they hold is not known: the next publication is a full one."""
+        """Make the next publication a full one: the servers are others, or what they hold is not known."""
         self._held, self._sent = {}, {}

@@ -25,94 +25,76 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory
-from ctpo_megatron.config.cluster import DiskTransport
-from ctpo_megatron.engine.calls import ServerCalls
+from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.digest import tensor_digest
 from ctpo_megatron.errors import WeightSyncError
-from ctpo_megatron.weights.protocol import Bucket, Sent, Server
-from ctpo_megatron.weights.transports.broadcast import PROBE_TIMEOUT_S
-from ctpo_megatron.weights.transports.delta import Changes
+from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.order import SenderOrder
-from ctpo_megatron.weights.transports.prefetch import Expected, SendAccount, intake
+from ctpo_megatron.weights.transports.prefetch import DigestAccount, SendAccount, send_account
+from ctpo_megatron.weights.transports.sender import ConnectingSender
 
 MANIFEST = "manifest.json"
 _VERSION = re.compile(r"v\d+(\.tmp)?")
 
 
-class DiskSender:
-    """See `transport.WeightSender`."""
+class DiskSender(ConnectingSender):
+    """A `protocol.WeightSender` by way of files below `config.directory`."""
 
     def __init__(
-        self, config: DiskTransport, *, turns: SenderOrder | None = None, new_expected: Callable[[], Expected] | None = None
+        self,
+        config: DiskTransport,
+        order: SenderOrder | None = None,
+        new_account: Callable[[], DigestAccount] | None = None,
     ) -> None:
-        self._timeout_s = config.timeout_s
+        super().__init__(config, order, new_account)
         self._root = Path(config.directory).absolute()
         self._keep = config.keep
-        self._turns = turns or SenderOrder.alone()
-        self._new_expected = new_expected
-        self._changes = Changes(config.delta)
         self._base: int | None = None  # version that the servers hold
-        self._calls: ServerCalls | None = None
-
-    def connect(self, servers: list[Server], api_key: str) -> None:
-        """See `WeightSender.connect`."""
-        deadline = time.monotonic() + self._timeout_s
-        self.close()
-        self._forget()
-        with self._turns.take(deadline):
-            self._calls = ServerCalls(servers, api_key)
-            self._calls.probe(min(PROBE_TIMEOUT_S, self._timeout_s)).finish(deadline)
 
     def send(self, buckets: Iterable[Bucket], version: int) -> Sent:
-        """See `WeightSender.send`. Raises WeightSyncError also when the files cannot be written."""
+        """Implement `WeightSender.send`. Raises WeightSyncError also when the files cannot be written."""
         deadline = time.monotonic() + self._timeout_s
         target = self._root / f"v{version:06d}"
         work = target.with_name(target.name + TEMPORARY_SUFFIX)
         try:
-            with intake(buckets, version, self._changes, self._new_expected) as account:
-                with self._turns.take(deadline, lambda: self._write(account, work)), account.timed("send"):
-                    if self._turns.last:
+            with send_account(buckets, version, self._changes, self._new_account) as account:
+                with self._order.take_with(lambda: self._write(account, work), deadline), account.timed("send"):
+                    if self._order.last:
                         self._publish(work, target, deadline)
-                self._turns.conclude(deadline)  # the last sender publishes what all have written
+                self._order.conclude(deadline)  # the last sender publishes what all have written
                 self._base = version
                 return account.finish()
         except (OSError, SafetensorError) as error:
-            self._forget()
+            self.forget()
             raise WeightSyncError(f"publishing weights: {work} cannot be written: {error}") from error
         except BaseException:
-            self._forget()
+            self.forget()
             raise
 
-    def close(self) -> None:
-        """See `WeightSender.close`."""
-        if self._calls is not None:
-            self._calls.close()
-            self._calls = None
-
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Make the next publication a full one."""
+        super().forget()
         self._base = None
-        self._changes.forget()
 
     def _write(self, account: SendAccount, work: Path) -> None:
-        """This sender's files, and what is in them."""
+        """Write this sender's files, and a part of the manifest that lists them."""
         work.mkdir(parents=True, exist_ok=True)
         base = None if self._changes.full else self._base
         tensors: dict[str, dict[str, Any]] = {}
         number = 0
         while (bucket := account.next()) is not None:
-            file = f"model-{self._turns.place:03d}-{number:05d}.safetensors"
+            file = f"model-{self._order.place:03d}-{number:05d}.safetensors"
             with account.timed("write"):
                 save_file({name: tensor.cpu() for name, tensor in bucket}, work / file, metadata={"format": "pt"})
             tensors |= {name: _entry(file, bucket, place) for place, (name, _) in enumerate(bucket)}
             number += 1
         part = {"version": account.sent.version, "base": base, "tensors": tensors}
-        (work / _part(self._turns.place)).write_text(json.dumps(part), encoding="utf-8")
+        (work / _part(self._order.place)).write_text(json.dumps(part), encoding="utf-8")
 
     def _publish(self, work: Path, target: Path, deadline: float) -> None:
-        """Everybody has written: name the version, let the servers load it, remove older ones."""
-        if self._calls is None:
-            raise WeightSyncError("no inference server is connected: call connect() before send(), and again after a failure")
-        parts = [json.loads((work / _part(place)).read_text(encoding="utf-8")) for place in range(self._turns.count)]
+        """Name the version, which all senders have written, let the servers load it, and remove older ones."""
+        calls = self._calls
+        parts = [json.loads((work / _part(place)).read_text(encoding="utf-8")) for place in range(self._order.count)]
         tensors = {name: entry for part in parts for name, entry in part["tensors"].items()}
         bases = {part["base"] for part in parts}
         manifest = {**parts[0], "base": bases.pop() if len(bases) == 1 else None, "tensors": tensors}
@@ -125,7 +107,7 @@ class DiskSender:
         if tensors:
             body = {"model_path": str(target), "load_format": "safetensors", "flush_cache": False}
             what = f"loading {target}"
-            self._calls.post("/update_weights_from_disk", lambda _: body, deadline - time.monotonic(), what).finish(deadline)
+            calls.post("/update_weights_from_disk", lambda _: body, deadline - time.monotonic(), what).finish(deadline)
         self._remove_old(target)
 
     def _remove_old(self, newest: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ class Flat:
     data: Tensor
 
     @property
-    def metadata(self) -> dict[str, list]:
-        """What SGLang needs to take it apart again."""
+    def metadata(self) -> dict[str, list[Any]]:
+        """The fields of a request that let SGLang take `data` apart again."""
         return {
             "names": [name for name, _ in self.bucket],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in self.bucket],
@@ -28,7 +29,7 @@ class Flat:
 
 
 def flatten(bucket: Bucket, device: torch.device) -> Flat:
-    """Without a copy where the tensors lie so already; otherwise reordered, the widest number format first.
+    """The bucket in one piece: not copied where its tensors lie so already, otherwise reordered, the widest number format first.
 
     SGLang needs each tensor aligned to its own item size.
     """
@@ -55,4 +56,4 @@ def _as_it_lies(bucket: Bucket, device: torch.device) -> Tensor | None:
         if not (same and tensor.is_contiguous() and here == expected and (here - start) % tensor.element_size() == 0):
             return None
         expected += tensor.nbytes
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, start, (expected - start,))
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, start, (expected - start,), (1,))

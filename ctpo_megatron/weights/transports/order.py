@@ -1,4 +1,4 @@
-"""SenderOrder of the senders: one after the other, in a fixed order, each told how the one before it fared.
+"""Order of the senders: one after the other, in a fixed order, each told how the one before it fared.
 
 A server handles requests one at a time, and a broadcast holds it until it is over: two senders at once would wait for each other
 on two servers that saw them in different orders. So joining and sending go round the senders in the order of their ranks.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ctpo_megatron.errors import WeightSyncError
 
 T = TypeVar("T")
-GRACE_S = 10.0  # beyond a sender's own bound, in which it finds out which server failed, and says so
+VERDICT_TIME_S = 10.0  # that a sender may take, beyond its own bound, to find out which server failed and to say so
 
 
 class SenderOrder:
@@ -32,21 +32,25 @@ class SenderOrder:
 
     @classmethod
     def alone(cls) -> SenderOrder:
-        """Of a single sender."""
+        """The order of a single sender."""
         return cls(None, 0, 1)
 
     @property
     def last(self) -> bool:
-        """Whether nobody comes after this sender."""
+        """Whether no sender comes after this one."""
         return self.place == self.count - 1
 
-    @contextmanager
-    def take(self, deadline: float, prepare: Callable[[], T] = lambda: None) -> Iterator[T]:
-        """The body runs when those before have had their turn in this round; `deadline` counts as `time.monotonic()` does.
+    def take(self, deadline: float) -> AbstractContextManager[None]:
+        """This sender's turn: the body runs when the senders before have had theirs in this round.
 
-        `prepare` runs before the wait, and its result is given to the body. Raises WeightSyncError when a sender before failed,
-        with the servers it blamed, or did not end in time. However preparation and body end, the next sender learns of it.
+        `deadline` counts as `time.monotonic()` does. Raises WeightSyncError when a sender before failed, with the servers it
+        blamed, or did not end in time. However the body ends, the next sender learns of it.
         """
+        return self.take_with(lambda: None, deadline)
+
+    @contextmanager
+    def take_with(self, prepare: Callable[[], T], deadline: float) -> Iterator[T]:
+        """As `take`, but `prepare` runs before the wait and its result is given to the body; its failure counts as the body's."""
         self._round += 1
         outcome: dict[str, Any] = {"problem": None}
         try:
@@ -70,8 +74,10 @@ class SenderOrder:
             self._await(self.count - 1, deadline)
 
     def _await(self, place: int, deadline: float) -> None:
+        if self._store is None:  # a single sender waits for none
+            return
         key = self._key(place)
-        left = max(0.0, deadline - time.monotonic()) + GRACE_S
+        left = max(0.0, deadline - time.monotonic()) + VERDICT_TIME_S
         try:
             self._store.wait([key], timedelta(seconds=left))
             before = json.loads(self._store.get(key))
@@ -93,10 +99,11 @@ def open_order(senders: list[int], address: str, timeout_s: float) -> SenderOrde
     """
     rank, first, timeout = dist.get_rank(), senders[0], timedelta(seconds=timeout_s)
     store = dist.TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False) if rank == first else None
-    where: list[tuple[str, int] | None] = [None if store is None else (address, store.port)]
+    where: list[Any] = [address, 0 if store is None else store.port]
     dist.broadcast_object_list(where, src=first)
     if rank not in senders:
         return None
     if store is None:
-        store = dist.TCPStore(*where[0], is_master=False, timeout=timeout, wait_for_workers=False)
+        host, port = where
+        store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
     return SenderOrder(store, senders.index(rank), len(senders))

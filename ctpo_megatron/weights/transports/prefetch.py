@@ -2,10 +2,10 @@
 
     gather 0 | wait for the turn | start 0 | gather 1 | finish 0 | start 1 | gather 2 | finish 1 | ...
 
-So a sender holds two buckets at most. The very first one is gathered before the servers are paused (`begun`). A bucket's digests
-are found in a thread beside, until the next one is gathered; only where deltas are sent they come first, as they tell what has
-changed. Whatever goes wrong, the stream is read to its end: other ranks give their pieces to it and would wait for each other's
-collectives otherwise.
+So a sender holds two buckets at most. The very first one is gathered before the servers are paused (`prefetched`). Digests of a
+bucket are found in a second thread while the next bucket is gathered. Where deltas are sent they are found before the bucket is
+sent, as they tell what has changed. The stream is read to its end also after a failure: the other ranks give their pieces to it
+in collectives, and would wait for ever otherwise.
 """
 
 from __future__ import annotations
@@ -15,33 +15,37 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from ctpo_megatron.engine.checksums import EngineDigests, PartDigests
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.order import SenderOrder
 
+T = TypeVar("T")
 
-class Expected(Protocol):
+
+class DigestAccount(Protocol):
     """Adds up what the engines should hold when all buckets have arrived."""
 
-    def add(self, bucket: Bucket) -> Mapping[str, tuple[int, ...]]:
-        """Take note of these tensors; they may change afterwards. Returns digests by name, of these and perhaps of others."""
+    def add(self, bucket: Bucket) -> Mapping[str, PartDigests]:
+        """The digests by name of the tensors in `bucket`, and perhaps of others. The tensors may change afterwards."""
         ...
 
-    def digests(self) -> list[dict[str, int]]:
-        """Of all tensors so far, as `Sent.digests`."""
+    def digests(self) -> EngineDigests:
+        """The digests of the engines' tensors, from all buckets so far."""
         ...
 
 
 Finish = Callable[[], None]
+"""Waits until a bucket has arrived at all servers. Raises WeightSyncError."""
 
 
-def begun(stream: Iterator[Bucket]) -> Iterator[Bucket]:
-    """The stream, whose first bucket is read now; it keeps none that it has given."""
+def prefetched(stream: Iterator[T]) -> Iterator[T]:
+    """The stream, of which the first item is read now. It keeps no item that it has given out."""
     first = [next(stream)]
 
-    def rest() -> Iterator[Bucket]:
+    def rest() -> Iterator[T]:
         yield first.pop()
         yield from stream
 
@@ -50,11 +54,11 @@ def begun(stream: Iterator[Bucket]) -> Iterator[Bucket]:
 
 @dataclass(slots=True)
 class SendAccount:
-    """Reads a stream of buckets and keeps the account: digests of all, and of all that is sent number and bytes."""
+    """The account of one publication of one sender: it reads the stream, finds digests, and counts tensors and bytes sent."""
 
     stream: Iterator[Bucket]
     changes: Changes
-    expected: Expected | None
+    expected: DigestAccount | None  # None: no digests are wanted
     sent: Sent
     beside: Executor  # of one thread
     digesting: Future[object] | None = None  # the last bucket's digests
@@ -76,7 +80,7 @@ class SendAccount:
                 return bucket
 
     def _digest(self, bucket: Bucket) -> Bucket:
-        """Have its digests found, and say what of it to send."""
+        """The tensors of `bucket` to send. Its digests are found, at once or beside."""
         self._settle()
         if self.expected is None:
             return self.changes.pick(bucket)
@@ -92,7 +96,7 @@ class SendAccount:
             digesting.result()
 
     def finish(self) -> Sent:
-        """All has arrived."""
+        """What was sent in all, once everything has arrived."""
         with self.timed("digest"):
             self._settle()
         self.changes.commit()
@@ -111,14 +115,15 @@ class SendAccount:
 
 
 @contextmanager
-def intake(
-    buckets: Iterable[Bucket], version: int, changes: Changes, new_expected: Callable[[], Expected] | None
+def send_account(
+    buckets: Iterable[Bucket], version: int, changes: Changes, new_account: Callable[[], DigestAccount] | None
 ) -> Iterator[SendAccount]:
-    """An account of one publication. When the body fails, the stream is read to its end, and the next publication is full."""
+    """An account of one publication. However the body ends, the stream is read to its end; after a failure the next publication
+    is a full one."""
     stream = iter(buckets)
     beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
     try:
-        yield SendAccount(stream, changes, new_expected() if new_expected else None, Sent(version), beside)
+        yield SendAccount(stream, changes, new_account() if new_account else None, Sent(version), beside)
     except BaseException:
         changes.forget()
         raise
@@ -128,10 +133,10 @@ def intake(
             pass
 
 
-def deliver(account: SendAccount, turns: SenderOrder, deadline: float, start: Callable[[Bucket, int], Finish]) -> Sent:
-    """Pass on all buckets in this sender's turn; `start` sets one under way and returns how to wait for its arrival."""
+def deliver(account: SendAccount, order: SenderOrder, deadline: float, start: Callable[[Bucket, int], Finish]) -> Sent:
+    """What was sent, after all buckets have arrived. `start` sets the bucket of a number under way, in this sender's turn."""
     begin = time.monotonic()
-    with turns.take(deadline, account.next) as bucket:
+    with order.take_with(account.next, deadline) as bucket:
         account.sent.seconds["wait"] = time.monotonic() - begin - account.sent.seconds.get("gather", 0.0)
         number = 0
         while bucket is not None:

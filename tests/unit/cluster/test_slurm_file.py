@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ctpo_megatron.cluster.slurm import SlurmOptions, gpus_needed, render_sbatch
+from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import InputError
+from ctpo_megatron.jobs.topology import topology_of
 
 ROOT = Path(__file__).resolve().parents[3]
 LAUNCH = ROOT / "launch"
@@ -31,11 +32,12 @@ def config(name: str = "a run", tp: int = 2, dp: int = 4, servers: int = 4, engi
 
 
 def lines(options: SlurmOptions, **kwargs) -> list[str]:
-    return render_sbatch(config(**kwargs), Path("my config.yaml"), ["train.steps=3", "name=a b"], options, LAUNCH).splitlines()
+    run, words = config(**kwargs), ["train.steps=3", "name=a b"]
+    return render_sbatch(run.name, topology_of(run), Path("my config.yaml"), words, options, LAUNCH).splitlines()
 
 
 def test_the_fewest_nodes_that_hold_all_gpus() -> None:
-    assert gpus_needed(config()) == 16
+    assert topology_of(config()).gpus == 16
     assert "#SBATCH --nodes=2" in lines(SlurmOptions())
     assert "#SBATCH --nodes=4" in lines(SlurmOptions(gpus_per_node=4))
     assert "#SBATCH --nodes=3" in lines(SlurmOptions(), dp=5)
@@ -71,7 +73,7 @@ def test_too_few_gpus_are_refused() -> None:
 
 def test_a_missing_launch_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs the project's launch directory"):
-        render_sbatch(config(), Path("c.yaml"), [], SlurmOptions(), tmp_path)
+        render_sbatch("a run", topology_of(config()), Path("c.yaml"), [], SlurmOptions(), tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -175,19 +175,11 @@ def test_rules_across_sections_come_through_as_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", ["train.staleness=1", "weights.delta=true"])
 def test_servers_that_sleep_do_nothing_else(tmp_path: Path, other: str) -> None:
     path = write(tmp_path, GOOD)
-    assert load_config(path, ["weights.type=colocated"]).servers_sleep
+    assert load_config(path, ["weights.type=colocated"]).weights.servers_sleep
     message = refusal(path, "weights.type=colocated", other)
     assert f"run.yaml: {other}" in message
     assert "or weights.release=false" in message
-    assert not load_config(path, ["weights.type=colocated", "weights.release=false", other]).servers_sleep
-
-
-def test_servers_that_share_gpus_use_each_once(tmp_path: Path) -> None:
-    path = write(tmp_path, GOOD)
-    shared = ["weights.type=colocated", "parallel.dp=4", "rollout.engine.tp=2"]
-    assert load_config(path, ["parallel.dp=4"]).sharing_problem is None
-    assert load_config(path, [*shared, "rollout.engine.servers=2"]).sharing_problem is None
-    assert "rollout.engine.servers * rollout.engine.tp = 2 must equal" in load_config(path, shared).sharing_problem
+    assert not load_config(path, ["weights.type=colocated", "weights.release=false", other]).weights.servers_sleep
 
 
 def test_nodes_of_a_server(tmp_path: Path) -> None:

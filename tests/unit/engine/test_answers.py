@@ -13,7 +13,7 @@ import torch
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.engine.answers import read_experts, read_top
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
 from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, train_metrics
@@ -21,7 +21,7 @@ from ctpo_megatron.parallel import RankCoords, own_experts
 from ctpo_megatron.record.trajectories import as_row
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Sampling, Score
-from ctpo_megatron.types import Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
+from ctpo_megatron.types import Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
 from tests.support.trajectories import ATTEMPT, GROUP
 
 SHAPE = RoutingShape(num_layers=3, expert_layers=(1, 2), experts=16, top_k=2)
@@ -38,11 +38,11 @@ class Server(EngineClient):
     """Answers from a script as SGLang does; the rows of a record are those of the version that answers."""
 
     def __init__(self, runs: list[Run], *, top_k: int = 0, silent_at: int | None = None) -> None:
-        pool = Fleet(patience_s=1)
-        member = pool.join("server", "http://server")
+        fleet = Fleet(patience_s=1)
+        member = fleet.join("server", "http://server")
         for version in sorted({version for _, version, _ in runs}, reverse=True):
-            pool.serve([member], version)
-        super().__init__(pool, "key", request_timeout_s=1, routing=SHAPE, top_k=top_k)
+            fleet.serve([member], version)
+        super().__init__(fleet, "key", request_timeout_s=1, routing=SHAPE, top_k=top_k)
         self._requests = self
         self.runs, self.asked, self.silent_at = runs, [], silent_at
 

@@ -9,9 +9,11 @@ from collections import Counter
 import pytest
 from aiohttp import web
 
-from ctpo_megatron.engine.client import EngineClient, Generation
+from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.errors import EngineError, EngineRefused
+from ctpo_megatron.record.events import Event, ServerLost, ServerRestarted, ServerServing, ServerSuspended
+from ctpo_megatron.types import Generation
 from tests.support.fake_servers import FakeServer, fakes
 
 
@@ -37,22 +39,22 @@ async def waits(*tasks: asyncio.Future) -> bool:
 
 def test_sessions_stay_where_they_are() -> None:
     async def scenario() -> None:
-        pool = Fleet(patience_s=1)
-        members = [pool.join(str(number), f"http://{number}") for number in range(4)]
-        pool.serve(members, 0)
+        fleet = Fleet(patience_s=1)
+        members = [fleet.join(str(number), f"http://{number}") for number in range(4)]
+        fleet.serve(members, 0)
 
         async def homes() -> list[str]:
-            return [(await pool.acquire(session)).member.name for session in range(48)]
+            return [(await fleet.acquire(session)).member.name for session in range(48)]
 
         before = await homes()
         assert set(Counter(before).values()) == {12}
-        pool.suspend(members[1], "test")
+        fleet.suspend(members[1], "test")
         during = await homes()
         assert [home for home in during if home == "1"] == []
         assert [(a, b) for a, b in zip(before, during, strict=True) if a not in (b, "1")] == [], "others do not move"
         orphans = Counter(b for a, b in zip(before, during, strict=True) if a == "1")
         assert set(orphans.values()) == {4}, "and take equal parts of what it had"
-        pool.serve([members[1]], 1)
+        fleet.serve([members[1]], 1)
         assert await homes() == before
 
     asyncio.run(scenario())
@@ -62,14 +64,14 @@ def test_only_serving_servers_are_asked() -> None:
     """Nobody asks a server that joins or is being updated; the wait is bounded, and its error says why nobody serves."""
 
     async def scenario() -> None:
-        async with fakes(1, patience_s=0.5) as ((server,), pool, client, _):
-            (member,) = pool.members(State.JOINING)
+        async with fakes(1, patience_s=0.5) as ((server,), fleet, client, _):
+            (member,) = fleet.members(State.JOINING)
             waiting = generate(client)
             assert await waits(waiting)
             assert server.generations == []
-            pool.serve([member], 0)
+            fleet.serve([member], 0)
             assert (await waiting).versions == [0] * 8
-            pool.update([member])
+            fleet.update([member])
             begin = time.monotonic()
             with pytest.raises(EngineError, match=rf"within 0 s:\nserver 0 \({server.url}\) is updating"):
                 await generate(client)
@@ -83,22 +85,22 @@ def test_a_generation_goes_on_elsewhere() -> None:
     """Its server dies after the first part: the second server is asked to go on from there. The next one to fail is the last."""
 
     async def scenario() -> None:
-        async with fakes(2) as ((first, second), pool, client, said):
-            pool.serve(pool.members(State.JOINING), 0)
+        async with fakes(2) as ((first, second), fleet, client, said):
+            fleet.serve(fleet.members(State.JOINING), 0)
             first.faults["/generate"] = lambda: web.Response(status=500) if first.generations else None
             done = await generate(client)
             assert (done.token_ids, done.rollout_logp, done.versions) == ([1] * 8, [-0.5] * 8, [0] * 8)
             assert [body["input_ids"] for body in second.generations] == [[1, 2, 3, 1, 1, 1, 1]]
             assert second.generations[0]["sampling_params"]["max_new_tokens"] == 4
-            assert pool.metrics() == {"servers/serving": 1, "servers/lost": 0, "servers/rejoined": 0}
+            assert fleet.metrics() == {"servers/serving": 1, "servers/lost": 0, "servers/rejoined": 0}
             assert f"server 0 is suspended: {first.url}/generate answered 500" in said[0]
             await second.die()
             last = generate(client, tokens=1)
             assert await waits(last)
-            pool.lose(pool.members(State.SUSPENDED)[0], "gone")
-            while pool.members(State.SERVING):
+            fleet.lose(fleet.members(State.SUSPENDED)[0], "gone")
+            while fleet.members(State.SERVING):
                 await asyncio.sleep(0.05)
-            pool.lose(pool.members(State.SUSPENDED)[0], "dead")
+            fleet.lose(fleet.members(State.SUSPENDED)[0], "dead")
             with pytest.raises(EngineError, match=r"no inference server is left:\nserver 0 .*: gone\n.*\nserver 1 .*: dead"):
                 await last
 
@@ -109,23 +111,23 @@ def test_a_hanging_server_is_left() -> None:
     """Whoever suspends or loses a server frees the requests that wait for it."""
 
     async def scenario() -> None:
-        async with fakes(2) as ((first, second), pool, client, _):
-            members = pool.members(State.JOINING)
-            pool.serve(members, 0)
+        async with fakes(2) as ((first, second), fleet, client, _):
+            members = fleet.members(State.JOINING)
+            fleet.serve(members, 0)
             first.hold = asyncio.Event()
             running = generate(client)
             await begun(first)
             assert await waits(running)
-            pool.suspend(members[0], "hangs")
+            fleet.suspend(members[0], "hangs")
             assert len((await asyncio.wait_for(running, 2)).token_ids) == 8
             assert len(second.generations) == 2
-            pool.update([members[0]])  # at once repaired: what it was asked before is not waited for all the same
-            pool.serve([members[0]], 0)
+            fleet.update([members[0]])  # at once repaired: what it was asked before is not waited for all the same
+            fleet.serve([members[0]], 0)
             running = generate(client)
             while len(first.generations) < 2:
                 await asyncio.sleep(0.01)
-            pool.suspend(members[0], "hangs again")
-            pool.update([members[0]])
+            fleet.suspend(members[0], "hangs again")
+            fleet.update([members[0]])
             assert len((await asyncio.wait_for(running, 2)).token_ids) == 8
 
     asyncio.run(scenario())
@@ -136,14 +138,14 @@ def test_a_wrong_version_suspends(version: str) -> None:
     """Older than it was given, even if it once served that; newer than what was proven: not a token of it is used."""
 
     async def scenario() -> None:
-        async with fakes(2) as (servers, pool, client, said):
+        async with fakes(2) as (servers, fleet, client, said):
             for number in (2, 3):
-                pool.serve(pool.members(State.JOINING, State.SERVING), number)
+                fleet.serve(fleet.members(State.JOINING, State.SERVING), number)
             servers[0].version, servers[1].version = version, "3"
             assert (await generate(client)).versions == [3] * 8
             assert len(servers[0].generations) == 1
             assert f"{servers[0].url} answered with version {version} of the weights; it was given 3" in said[0]
-            assert [member.url for member in pool.members(State.SUSPENDED)] == [servers[0].url]
+            assert [member.url for member in fleet.members(State.SUSPENDED)] == [servers[0].url]
 
     asyncio.run(scenario())
 
@@ -153,22 +155,22 @@ def test_tokens_wait_for_the_proof(proven: bool) -> None:
     """A server has resumed with new weights that are not proven yet: what it samples counts once they are, or it is repeated."""
 
     async def scenario() -> None:
-        async with fakes(2) as (servers, pool, client, _):
-            member, other = pool.members(State.JOINING)
-            pool.serve([member, other], 5)
+        async with fakes(2) as (servers, fleet, client, _):
+            member, other = fleet.members(State.JOINING)
+            fleet.serve([member, other], 5)
             servers[0].hold = asyncio.Event()
             servers[0].version, servers[1].version = "6", "5"
             running = generate(client, tokens=4)
             await begun(servers[0])
-            pool.update([member])
+            fleet.update([member])
             servers[0].hold.set()
             assert await waits(running), "sampled, not yet proven"
             if proven:
-                pool.serve([member], 6)
+                fleet.serve([member], 6)
                 assert (await running).versions == [6] * 4
                 assert servers[1].generations == []
             else:
-                pool.suspend(member, "the canary died")
+                fleet.suspend(member, "the canary died")
                 assert (await running).versions == [5] * 4
                 assert len(servers[1].generations) == 1
 
@@ -179,12 +181,12 @@ def test_refused_requests_are_errors() -> None:
     """What a server refuses another one would refuse too."""
 
     async def scenario() -> None:
-        async with fakes(2) as (servers, pool, client, _):
-            pool.serve(pool.members(State.JOINING), 0)
+        async with fakes(2) as (servers, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
             servers[0].faults["/generate"] = lambda: web.Response(status=400, text="too long")
             with pytest.raises(EngineRefused, match=r"/generate answered 400: too long"):
                 await generate(client)
-            assert len(pool.members(State.SERVING)) == 2
+            assert len(fleet.members(State.SERVING)) == 2
 
     asyncio.run(scenario())
 
@@ -194,38 +196,64 @@ def test_restarts_are_counted() -> None:
 
     async def scenario() -> None:
         said: list[str] = []
-        pool = Fleet(patience_s=0.2, restarts=2, say=said.append)
-        member = pool.join("server 0", "http://a")
+        fleet = Fleet(patience_s=0.2, restarts=2, emit=lambda event: said.append(event.sentence))
+        member = fleet.join("server 0", "http://a")
         for number in (1, 2):
-            lost = asyncio.ensure_future(pool.lost(member))
-            pool.lose(member, "died")
+            lost = asyncio.ensure_future(fleet.lost(member))
+            fleet.lose(member, "died")
             await lost
-            assert (member.state, pool.hopeless) == (State.STARTING, False)
+            assert (member.state, fleet.hopeless) == (State.STARTING, False)
             assert f"starting it again, {number} of 2" in said[-1]
-            before, member = member, pool.join("server 0", f"http://{number}")
+            before, member = member, fleet.join("server 0", f"http://{number}")
             assert member.state is State.JOINING
-            pool.lose(before, "nobody cares any more")
+            fleet.lose(before, "nobody cares any more")
             assert member.state is State.JOINING
-        assert pool.metrics() == {"servers/serving": 0, "servers/lost": 2, "servers/rejoined": 2}
-        pool.lose(member, "died")
-        assert (member.gone, pool.hopeless) == (True, True)
-        assert "rollout.engine.restarts = 2" in pool.report()
-        pool.suspend(member, "late")
+        assert fleet.metrics() == {"servers/serving": 0, "servers/lost": 2, "servers/rejoined": 2}
+        fleet.lose(member, "died")
+        assert (member.gone, fleet.hopeless) == (True, True)
+        assert "rollout.engine.restarts = 2" in fleet.report()
+        fleet.suspend(member, "late")
         assert member.gone
 
     asyncio.run(scenario())
+
+
+def test_events_say_what_happened() -> None:
+    """One typed event for each change that matters to a person; none for a server that serves as expected."""
+    events: list[Event] = []
+
+    async def scenario() -> None:
+        fleet = Fleet(patience_s=0.2, restarts=1, emit=events.append)
+        member = fleet.join("server 0", "http://a")
+        fleet.serve([member], 1)
+        fleet.suspend(member, "hangs")
+        fleet.suspend(member, "still hangs")
+        fleet.serve([member], 2)
+        fleet.lose(member, "died")
+        fleet.serve([fleet.join("server 0", "http://b")], 2)
+        fleet.lose(fleet.members(State.SERVING)[0], "died again")
+
+    asyncio.run(scenario())
+    assert events == [
+        ServerSuspended("server 0", "hangs"),
+        ServerServing("server 0", 2),
+        ServerLost("server 0", "died\n(starting it again, 1 of 1)", again=True),
+        ServerRestarted("server 0", "http://b"),
+        ServerServing("server 0", 2),
+        ServerLost("server 0", "died again\n(rollout.engine.restarts = 1)", again=False),
+    ]
 
 
 def test_without_a_trainer() -> None:
     """Weights never change: who joins serves, who fails is started again."""
 
     async def scenario() -> None:
-        pool = Fleet(patience_s=0.2, restarts=1, fixed_version=0, say=lambda _: None)
-        member = pool.join("server 0", "http://a")
-        assert (await pool.acquire(0)).version == 0
-        pool.suspend(member, "answered 500")
+        fleet = Fleet(patience_s=0.2, restarts=1, fixed_version=0)
+        member = fleet.join("server 0", "http://a")
+        assert (await fleet.acquire(0)).version == 0
+        fleet.suspend(member, "answered 500")
         assert member.state is State.STARTING
-        pool.join("server 0", "http://b")
-        assert (await pool.acquire(0)).member.url == "http://b"
+        fleet.join("server 0", "http://b")
+        assert (await fleet.acquire(0)).member.url == "http://b"
 
     asyncio.run(scenario())

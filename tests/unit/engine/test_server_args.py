@@ -7,7 +7,8 @@ import os
 import pytest
 
 from ctpo_megatron.config.rollout import EngineConfig
-from ctpo_megatron.engine.server import CPU_KV_TOKENS, Part, new_api_key, server_args, server_env
+from ctpo_megatron.engine.server import new_api_key
+from ctpo_megatron.engine.server_args import CPU_KV_TOKENS, Part, server_args, server_env
 
 
 def arguments(engine: EngineConfig, device: str) -> list[str]:

@@ -22,7 +22,7 @@ from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup, Turn
-from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeTrainer, fakes
 from tests.support.oracles import OBJECTIVES
 from tests.support.runs import ROOT
@@ -102,11 +102,11 @@ def published() -> set[str]:
     async def scenario() -> set[str]:
         shape = parse_config(MODEL)
         proof = Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
-        async with fakes(1) as (servers, pool, client, _):
+        async with fakes(1) as (servers, fleet, client, _):
             trainer = FakeTrainer(servers, list(proof.layout.tensors))
-            publisher = Publisher(pool, client.control, trainer, proof, api_key="key", timeout_s=5.0, release=True)
+            publisher = WeightPublisher(fleet, client.control, trainer, proof, api_key="key", timeout_s=5.0, release=True)
             names = set(await publisher.publish(1))
-            await publisher.rest()
+            await publisher.offload()
             return names | set(await publisher.publish(2))
 
     return asyncio.run(asyncio.wait_for(scenario(), 50))

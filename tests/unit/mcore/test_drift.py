@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ctpo_megatron.algorithms import LocalScan, raise_if_nonfinite
-from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.errors import MismatchError, NonFiniteError
 from ctpo_megatron.loop.statistics import train_metrics

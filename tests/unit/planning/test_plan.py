@@ -16,7 +16,8 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ConfigError, ModelError
-from ctpo_megatron.jobs.plan import find_model_config, plan_job, ranges
+from ctpo_megatron.jobs.plan import find_model_config, plan_job, plan_of, ranges
+from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Work, layer_kept
@@ -24,7 +25,7 @@ from ctpo_megatron.planning.batches import plan_batches
 from ctpo_megatron.planning.groups import expert_data_parallel, rank_groups
 from ctpo_megatron.planning.memory import GIB, in_flight
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters, stage_layers, stage_parameters
-from ctpo_megatron.planning.plan import Hardware, make_plan
+from ctpo_megatron.planning.plan import Hardware
 from ctpo_megatron.planning.servers import server_parameters, token_bytes
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -57,7 +58,7 @@ def test_totals_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_layouts_fit_into_80_gb_with_room(name: str) -> None:
     hardware = Hardware(80.0, LARGE_SERVERS.get(name))
-    plan = make_plan(config_of(name), shape_of(name), hardware)
+    plan = plan_of(config_of(name), shape_of(name), hardware)
     assert plan.problems == []
     assert plan.fullest / GIB < 0.95 * 80
     assert plan.servers.samples >= 8
@@ -123,12 +124,12 @@ def test_a_gpt_layer_of_korthikanti_without_what_is_not_there() -> None:
 
 
 def test_batches_of_the_paper() -> None:
-    batches = plan_batches(config_of("qwen3-14b"))
+    batches = plan_batches(planned_run(config_of("qwen3-14b")))
     assert (batches.samples, batches.mini_prompts, batches.mini_samples) == (4096, 32, 256)
-    assert (batches.longest, batches.pack_tokens, batches.total_optimizer_steps) == (24000, 24576, 4880)
+    assert (batches.longest, batches.micro_batch_tokens, batches.total_optimizer_steps) == (24000, 24576, 4880)
     longest, quarter, _ = batches.packings
-    assert (longest.per_pack, longest.micro_batches, quarter.per_pack, quarter.micro_batches) == (1, 256, 4, 64)
-    piped = plan_batches(config_of("qwen3-235b-a22b")).packings[0]
+    assert (longest.per_micro_batch, longest.micro_batches, quarter.per_micro_batch, quarter.micro_batches) == (1, 256, 4, 64)
+    piped = plan_batches(planned_run(config_of("qwen3-235b-a22b"))).packings[0]
     assert piped.bubble == pytest.approx(7 / (128 + 7))
 
 
@@ -158,7 +159,7 @@ def test_what_cannot_fit_is_refused_with_the_shortage_and_what_helps(capsys, mon
     told = capsys.readouterr()
     assert end.value.code == 2
     assert "Memory of a trainer rank" in told.out
-    plan = make_plan(config_of("qwen3-14b", "parallel.tp=1", "train.recompute=none"), shape_of("qwen3-14b"), Hardware())
+    plan = plan_of(config_of("qwen3-14b", "parallel.tp=1", "train.recompute=none"), shape_of("qwen3-14b"), Hardware())
     assert f"{plan.fullest / GIB - 80:.1f} GiB more than --gpu-gb 80" in told.err
     assert "parallel.pp=2: " in told.err
     assert "optimizer.cpu_offload=1.0: " in told.err
@@ -167,16 +168,16 @@ def test_what_cannot_fit_is_refused_with_the_shortage_and_what_helps(capsys, mon
 def test_advice_is_true() -> None:
     """What a change is said to bring is what a plan with it says."""
     shape = shape_of("qwen3-30b-a3b")
-    (problem,) = make_plan(config_of("qwen3-30b-a3b"), shape, Hardware(50.0, 80.0)).problems
+    (problem,) = plan_of(config_of("qwen3-30b-a3b"), shape, Hardware(50.0, 80.0)).problems
     for change in problem.split("would do: ")[1].rstrip(".").split("; "):
         words, _, rest = change.partition(": ")
-        again = make_plan(config_of("qwen3-30b-a3b", *words.split()), shape, Hardware(50.0, 80.0))
+        again = plan_of(config_of("qwen3-30b-a3b", *words.split()), shape, Hardware(50.0, 80.0))
         assert float(rest.split()[0]) == pytest.approx(again.fullest / GIB, abs=0.051), change
 
 
 def test_servers_that_do_not_fit_are_refused() -> None:
     def problems(*overrides: str) -> list[str]:
-        return make_plan(config_of("deepseek-v3", *overrides), shape_of("deepseek-v3"), Hardware()).problems
+        return plan_of(config_of("deepseek-v3", *overrides), shape_of("deepseek-v3"), Hardware()).problems
 
     assert problems() == []
     (small,) = problems("rollout.engine.tp=8", "rollout.engine.nodes=1")
@@ -189,9 +190,9 @@ def test_servers_that_do_not_fit_are_refused() -> None:
 def test_servers_on_the_trainers_gpus() -> None:
     """They need no GPUs of their own, and have what the trainer leaves of its: all but what stays there, if they take turns."""
     shape, four = shape_of("qwen3-4b"), ["weights.type=colocated", "rollout.engine.servers=4"]
-    apart = make_plan(config_of("qwen3-4b"), shape, Hardware())
-    turns = make_plan(config_of("qwen3-4b", *four), shape, Hardware())
-    beside = make_plan(config_of("qwen3-4b", *four, "weights.release=false"), shape, Hardware())
+    apart = plan_of(config_of("qwen3-4b"), shape, Hardware())
+    turns = plan_of(config_of("qwen3-4b", *four), shape, Hardware())
+    beside = plan_of(config_of("qwen3-4b", *four, "weights.release=false"), shape, Hardware())
     assert [plan.problems for plan in (apart, turns, beside)] == [[], [], []]
     assert [(plan.server_gpus, plan.trainer_gpus) for plan in (apart, turns, beside)] == [(4, 4), (0, 4), (0, 4)]
     (stage,) = turns.stages
@@ -203,7 +204,7 @@ def test_servers_on_the_trainers_gpus() -> None:
 def test_servers_that_cannot_share_the_trainers_gpus() -> None:
     def problems(*overrides: str, hardware: Hardware | None = None) -> list[str]:
         config = config_of("qwen3-4b", "weights.type=colocated", *overrides)
-        return make_plan(config, shape_of("qwen3-4b"), hardware or Hardware()).problems
+        return plan_of(config, shape_of("qwen3-4b"), hardware or Hardware()).problems
 
     (uneven,) = problems("rollout.engine.servers=3")
     assert "rollout.engine.servers * rollout.engine.tp = 3 must equal" in uneven
@@ -215,16 +216,16 @@ def test_servers_that_cannot_share_the_trainers_gpus() -> None:
 
 def test_a_layout_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.pp.* = 3 .*40 layers"):
-        make_plan(config_of("qwen3-14b", "parallel.pp=3"), shape_of("qwen3-14b"), Hardware())
+        plan_of(config_of("qwen3-14b", "parallel.pp=3"), shape_of("qwen3-14b"), Hardware())
 
 
 def test_offloaded_and_smaller_optimizer_states() -> None:
     shape = shape_of("qwen3-4b")
-    (whole,) = make_plan(config_of("qwen3-4b"), shape, Hardware()).stages
-    (half,) = make_plan(config_of("qwen3-4b", "optimizer.cpu_offload=0.5"), shape, Hardware()).stages
+    (whole,) = plan_of(config_of("qwen3-4b"), shape, Hardware()).stages
+    (half,) = plan_of(config_of("qwen3-4b", "optimizer.cpu_offload=0.5"), shape, Hardware()).stages
     assert half.memory.optimizer + half.host_optimizer == whole.memory.optimizer
     formats = ["optimizer.precision_aware=true", "optimizer.exp_avg_dtype=bfloat16", "optimizer.exp_avg_sq_dtype=bfloat16"]
-    (small,) = make_plan(config_of("qwen3-4b", *formats), shape, Hardware()).stages
+    (small,) = plan_of(config_of("qwen3-4b", *formats), shape, Hardware()).stages
     assert small.memory.optimizer * 12 == whole.memory.optimizer * 8
 
 

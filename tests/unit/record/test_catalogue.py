@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.catalogue import CATALOGUE, Reduction, charts, find, require_known
 from tests.support.runs import ROOT

@@ -16,7 +16,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from ctpo_megatron.config.cluster import LogConfig
+from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record import PhaseTimer, Recorder, progress, write_summary
 from ctpo_megatron.record.catalogue import charts
 from ctpo_megatron.record.files import jsonable

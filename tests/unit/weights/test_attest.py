@@ -20,7 +20,7 @@ from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.tensors import hf_tensors
 from ctpo_megatron.weights.proof.attest import Difference, attest, compare
 from ctpo_megatron.weights.proof.canary import canary_batch, canary_gap, canary_tokens, check_canary, join_canary
-from ctpo_megatron.weights.proof.expected import Expected
+from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Sent
 
 COMMON = {
@@ -61,7 +61,7 @@ def model(family: str, seed: int = 1) -> dict[str, Tensor]:
 
 
 def digests(layout: EngineLayout, tensors: dict[str, Tensor]) -> list[dict[str, int]]:
-    expected = Expected(layout)
+    expected = ExpectedDigests(layout)
     expected.add(list(tensors.items()))
     return expected.digests()
 
@@ -124,7 +124,7 @@ def test_any_order_and_any_senders(family: str, seed: int, senders: int, tp: int
     layout, tensors = layout_of(family, tp), model(family)
     order, shuffle = list(tensors.items()), random.Random(seed)
     shuffle.shuffle(order)
-    parts = [Expected(layout) for _ in range(senders)]
+    parts = [ExpectedDigests(layout) for _ in range(senders)]
     for named in order:
         shuffle.choice(parts).add([named])
     sent = Sent(1, digests=parts[0].digests())
@@ -137,7 +137,7 @@ def test_any_order_and_any_senders(family: str, seed: int, senders: int, tp: int
 def test_one_stale_tensor_is_named(family: str) -> None:
     """Each tensor of the model in turn is old in the engine: the engine tensor that it is in is named, on its ranks, no other."""
     layout, new, old = layout_of(family, 2), model(family), model(family, seed=2)
-    held, engine = digests(layout, new), Expected(layout)
+    held, engine = digests(layout, new), ExpectedDigests(layout)
     engine.add(list(new.items()))
     for name in new:
         of_old = engine.add([(name, old[name])])[name]
@@ -213,9 +213,9 @@ def test_messages() -> None:
     assert "http://a" not in text
     assert f"model.layers.0.self_attn.qkv_proj.weight holds something else than was sent (made of {name}" in text
     with pytest.raises(WeightSyncError, match=r"no place for the tensor model.norm.wait. Did you mean 'model.norm.weight'"):
-        Expected(layout).add([("model.norm.wait", torch.ones(32))])
+        ExpectedDigests(layout).add([("model.norm.wait", torch.ones(32))])
     with pytest.raises(WeightSyncError, match=r"model.norm.weight has the shape \[31\]; the engine expects \[32\]"):
-        Expected(layout).add([("model.norm.weight", torch.ones(31))])
+        ExpectedDigests(layout).add([("model.norm.weight", torch.ones(31))])
     with pytest.raises(ConfigError, match=r"rollout.engine.tp = 3"):
         layout_of("qwen3", 3)
     with pytest.raises(ConfigError, match=r"a multiple of 32 \* tp = 64 .* the model has 48"):

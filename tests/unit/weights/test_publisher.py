@@ -17,7 +17,7 @@ from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import ProcessDied, WeightSyncError
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.weights.protocol import Sent
-from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeServer, FakeTrainer, blaming, fakes
 
 ORDER = [
@@ -52,13 +52,13 @@ QKV = "model.layers.1.self_attn.qkv_proj.weight"
 class Site:
     """Servers, trainer and publisher of a test."""
 
-    def __init__(self, servers: list[FakeServer], pool: Fleet, client: EngineClient, said: list[str], proof: Proof) -> None:
-        self.servers, self.pool, self.client, self.said = servers, pool, client, said
+    def __init__(self, servers: list[FakeServer], fleet: Fleet, client: EngineClient, said: list[str], proof: Proof) -> None:
+        self.servers, self.fleet, self.client, self.said = servers, fleet, client, said
         self.trainer = FakeTrainer(servers, list(proof.layout.tensors))
-        self.publisher = Publisher(pool, client.control, self.trainer, proof, api_key="key", timeout_s=2.0)
+        self.publisher = WeightPublisher(fleet, client.control, self.trainer, proof, api_key="key", timeout_s=2.0)
 
     def states(self) -> list[State]:
-        found = {member.name: member.state for state in State for member in self.pool.members(state)}
+        found = {member.name: member.state for state in State for member in self.fleet.members(state)}
         return [found[f"server {number}"] for number in range(len(found))]
 
     def urls(self, *numbers: int) -> list[str]:
@@ -78,8 +78,8 @@ def proof() -> Proof:
 
 @asynccontextmanager
 async def site(count: int, proof: Proof, **options: int) -> AsyncIterator[Site]:
-    async with fakes(count, **options) as (servers, pool, client, said):
-        yield Site(servers, pool, client, said, proof)
+    async with fakes(count, **options) as (servers, fleet, client, said):
+        yield Site(servers, fleet, client, said, proof)
 
 
 def run(scenario: Callable[[], object]) -> None:
@@ -121,7 +121,7 @@ def test_a_late_server(proof: Proof) -> None:
     async def scenario() -> None:
         async with site(2, proof) as s, FakeServer().serving() as late:
             await s.publisher.publish(3)
-            member = s.pool.join("server 2", late.url)
+            member = s.fleet.join("server 2", late.url)
             s.servers.append(late)
             s.trainer.fakes = s.servers
             assert s.states() == [State.SERVING, State.SERVING, State.JOINING]

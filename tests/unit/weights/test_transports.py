@@ -1,14 +1,12 @@
-"""What the transports of weights decide without a server: who sends what, in which turn, what has changed, who is to blame."""
+"""What the transports of weights decide without a server: who sends what, in which turn, and what has changed."""
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import threading
 import time
 import weakref
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -16,16 +14,15 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ctpo_megatron.config.cluster import DiskTransport, Transport
-from ctpo_megatron.engine.calls import ServerCalls
+from ctpo_megatron.config.weights import DiskTransport, Transport
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets
 from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor
-from ctpo_megatron.weights.protocol import Bucket, Sent, Server
+from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import flatten
 from ctpo_megatron.weights.transports.order import SenderOrder
-from ctpo_megatron.weights.transports.prefetch import deliver, intake
+from ctpo_megatron.weights.transports.prefetch import deliver, send_account
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS = 4, 8
@@ -136,7 +133,7 @@ def test_turns_go_round_in_order() -> None:
         turns = SenderOrder(client(shared), place, 3)
         for number in range(2):
             time.sleep(0.05 * (2 - place))  # the last asks first
-            with turns.take(time.monotonic() + 20, lambda: events.append("ready")):
+            with turns.take_with(lambda: events.append("ready"), time.monotonic() + 20):
                 events.append((number, place))
             turns.conclude(time.monotonic() + 20)
 
@@ -173,14 +170,14 @@ def test_preparation_that_fails_is_passed_on() -> None:
     def broken() -> None:
         raise ValueError("no bucket")
 
-    with pytest.raises(ValueError, match="no bucket"), first.take(time.monotonic() + 5, broken):
+    with pytest.raises(ValueError, match="no bucket"), first.take_with(broken, time.monotonic() + 5):
         pytest.fail("must not send")
     with pytest.raises(WeightSyncError, match="ValueError: no bucket"), second.take(time.monotonic() + 5):
         pytest.fail("must not send")
 
 
 def test_a_silent_sender_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctpo_megatron.weights.transports.order.GRACE_S", 0.2)
+    monkeypatch.setattr("ctpo_megatron.weights.transports.order.VERDICT_TIME_S", 0.2)
     shared = store()
     turns, begin = SenderOrder(client(shared), 1, 2), time.monotonic()
     with pytest.raises(WeightSyncError, match="sender 1 of 2 waited"), turns.take(begin + 0.3):
@@ -200,7 +197,7 @@ def test_next_bucket_is_gathered_while_the_present_one_travels() -> None:
         events.append(f"start {bucket[0][0]}")
         return lambda: events.append(f"finish {number}")
 
-    with intake(stream(), 7, Changes(enabled=False), None) as account:
+    with send_account(stream(), 7, Changes(enabled=False), None) as account:
         sent = deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert events == ["gather 0", "start t0", "gather 1", "gather 2", "finish 0", "start t2", "finish 1"]
     assert (sent.version, sent.tensors, sent.bytes) == (7, 2, 16)
@@ -228,7 +225,7 @@ def test_a_sender_holds_two_buckets() -> None:
 
         return finish
 
-    with intake(stream(), 1, Changes(enabled=False), None) as account:
+    with send_account(stream(), 1, Changes(enabled=False), None) as account:
         deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert held == [0, 1, 1, 1, 1, 1]
 
@@ -246,7 +243,7 @@ def test_a_failed_sender_reads_its_stream_to_the_end() -> None:
     def start(_bucket: Bucket, _number: int):
         raise WeightSyncError("gone")
 
-    with pytest.raises(WeightSyncError, match="gone"), intake(stream(), 1, changes, None) as account:
+    with pytest.raises(WeightSyncError, match="gone"), send_account(stream(), 1, changes, None) as account:
         deliver(account, SenderOrder.alone(), time.monotonic() + 5, start)
     assert gathered == [0, 1, 2, 3, 4]
     assert changes.full, "what the servers hold is not known"
@@ -256,72 +253,6 @@ def test_sent_adds_up() -> None:
     one, two = Sent(3, 1, 10, [{"a": 2**64 - 1}], {"send": 1.0}), Sent(3, 2, 20, [{"a": 2, "b": 5}], {"send": 2.0, "gather": 1.0})
     both = one.merge(two).merge(Sent(3))
     assert both == Sent(3, 3, 30, [{"a": 1, "b": 5}], {"send": 3.0, "gather": 1.0})
-
-
-class Servers:
-    """Small HTTP servers: one answers well, one refuses, one never answers until it is let go."""
-
-    def __init__(self) -> None:
-        self.release = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                if self.path.startswith(("/hang", "/busy")):
-                    outer.release.wait(20)
-                code = 400 if self.path.startswith("/refuse") or (self.path == "/hang/freed" and outer.release.is_set()) else 200
-                self.send_response(code)
-                self.send_header("Content-Length", "2")
-                self.end_headers()
-                with contextlib.suppress(BrokenPipeError):  # who asked has given up
-                    self.wfile.write(b"no")
-
-            def do_GET(self) -> None:
-                self.path = self.path.replace("/busy", "/alive")
-                self.do_POST()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self) -> Servers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release.set()
-        self.http.shutdown()
-        self.http.server_close()
-
-
-def ask(paths: list[str], deadline_s: float, abandon=lambda: None) -> WeightSyncError:
-    """The verdict on servers whose URLs end with `paths`."""
-    calls = ServerCalls([Server(path) for path in paths], "key")
-    with pytest.raises(WeightSyncError) as raised:
-        calls.post("", lambda _: {}, 20, "testing").finish(time.monotonic() + deadline_s, abandon)
-    calls.close()
-    return raised.value
-
-
-def test_the_server_at_fault_is_named() -> None:
-    with Servers() as servers:
-        good, refusing, hanging = (f"{servers.url}/{path}" for path in ("good", "refuse", "hang"))
-        gone = "http://127.0.0.1:9/x"
-        begin = time.monotonic()
-        assert ask([good, refusing, hanging], 10).servers == (refusing,)
-        assert ask([good, refusing, gone, hanging], 10).servers == (gone,), "others refuse because it is gone"
-        assert time.monotonic() - begin < 8, "a server that cannot answer any more was waited for"
-        assert ask([good, hanging], 0.3).servers == (hanging,)
-        assert ask([f"{servers.url}/busy", hanging], 0.2).servers == (hanging,), "the other one shows that it lives"
-        assert len(ask([f"{hanging}/1", f"{hanging}/2"], 0.2).servers) == 2
-
-
-def test_freed_servers_are_not_to_blame() -> None:
-    with Servers() as servers, Servers() as other:
-        freed, silent = f"{servers.url}/hang/freed", f"{other.url}/hang"
-        assert ask([freed, silent], 0.3, servers.release.set).servers == (silent,)
 
 
 def test_error_keeps_its_servers_on_the_way_out_of_a_process() -> None:

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.batches import plan_batches
@@ -51,5 +52,7 @@ def _with(config: RunConfig, changes: dict[str, object]) -> RunConfig:
 
 
 def _fullest(config: RunConfig, shape: ModelShape) -> float:
-    micro_batches = plan_batches(config).packings[0].micro_batches
-    return max(stage.memory.total for stage in plan_stages(config, shape, micro_batches)) / GIB
+    """GiB of the fullest trainer rank."""
+    run = planned_run(config)
+    micro_batches = plan_batches(run).packings[0].micro_batches
+    return max(stage.memory.total for stage in plan_stages(run, shape, micro_batches)) / GIB

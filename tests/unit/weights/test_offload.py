@@ -14,14 +14,14 @@ from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import MEMORY, Fleet, Member, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.models.config import parse_config
-from ctpo_megatron.weights.publisher import Proof, Publisher
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeServer, FakeTrainer, blaming, fakes
 
 MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 MODEL |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 75, "max_position_embeddings": 128, "hidden_act": "silu"}
 SLEEP = "/release_memory_occupation"
 WAKE = "/resume_memory_occupation"
-TO_REST = ["/pause_generation", f"{SLEEP} cuda_graph kv_cache weights"]
+TO_OFFLOAD = ["/pause_generation", f"{SLEEP} cuda_graph kv_cache weights"]
 WEIGHTS_ARRIVE = ["/begin_weight_update", "/end_weight_update", "/weights_checker", "/update_weight_version", "/flush_cache"]
 TO_PUBLISH = [
     *("/pause_generation", f"{WAKE} weights", *WEIGHTS_ARRIVE, "/model_info"),
@@ -31,17 +31,17 @@ TO_PUBLISH = [
 
 @dataclass
 class Site:
-    """Servers, and a publisher that lets them rest."""
+    """Servers, and a publisher that lets them give back their memory."""
 
     servers: list[FakeServer]
-    pool: Fleet
+    fleet: Fleet
     client: EngineClient
     said: list[str]
     trainer: FakeTrainer
-    publisher: Publisher
+    publisher: WeightPublisher
 
     def members(self) -> list[Member]:
-        return self.pool.members(*State)
+        return self.fleet.members(*State)
 
     def states(self) -> list[State]:
         return [member.state for member in self.members()]
@@ -57,17 +57,17 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def resting(count: int, *, release: bool = True, **options: int) -> AsyncIterator[Site]:
-    """Servers that have served version 1, and rest now."""
+async def offloaded(count: int, *, release: bool = True, **options: int) -> AsyncIterator[Site]:
+    """Servers that have served version 1, and have given back their memory."""
     shape = parse_config(MODEL)
     proof = Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
-    async with fakes(count, **options) as (servers, pool, client, said):
+    async with fakes(count, **options) as (servers, fleet, client, said):
         trainer = FakeTrainer(servers, list(proof.layout.tensors))
-        publisher = Publisher(pool, client.control, trainer, proof, api_key="key", timeout_s=2.0, release=release)
-        site = Site(servers, pool, client, said, trainer, publisher)
+        publisher = WeightPublisher(fleet, client.control, trainer, proof, api_key="key", timeout_s=2.0, release=release)
+        site = Site(servers, fleet, client, said, trainer, publisher)
         await publisher.publish(1)
         site.forget_calls()
-        await publisher.rest()
+        await publisher.offload()
         yield site
 
 
@@ -79,9 +79,9 @@ def test_the_order() -> None:
     """Paused before they give memory back; weights have theirs before they come, the cache only when the digests agree."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             assert s.states() == [State.SLEEPING] * 2
-            assert [server.calls for server in s.servers] == [TO_REST] * 2
+            assert [server.calls for server in s.servers] == [TO_OFFLOAD] * 2
             s.forget_calls()
             metrics = await s.publisher.publish(2)
             assert [server.calls for server in s.servers] == [TO_PUBLISH] * 2
@@ -92,11 +92,11 @@ def test_the_order() -> None:
     run(scenario)
 
 
-def test_nobody_is_asked_while_they_rest() -> None:
-    """A request waits for the next publication, and gets tokens of its version; `heal` leaves those that rest alone."""
+def test_none_is_asked_while_they_sleep() -> None:
+    """A request waits for the next publication, and gets tokens of its version; `heal` leaves those that sleep alone."""
 
     async def scenario() -> None:
-        async with resting(1) as s:
+        async with offloaded(1) as s:
             sample = s.client.generate([1], max_new_tokens=4, temperature=1.0, stop_token_ids=[], session=0)
             waiting = asyncio.ensure_future(sample)
             await s.publisher.heal()
@@ -111,10 +111,10 @@ def test_nobody_is_asked_while_they_rest() -> None:
 
 def test_without_release_they_go_on() -> None:
     async def scenario() -> None:
-        async with resting(1, release=False) as s:
+        async with offloaded(1, release=False) as s:
             assert s.states() == [State.SERVING]
             assert s.servers[0].calls == []
-            await asyncio.wait_for(s.pool.room(), 1)
+            await asyncio.wait_for(s.fleet.memory_free(), 1)
 
     run(scenario)
 
@@ -123,7 +123,7 @@ def test_an_answer_that_does_not_come() -> None:
     """One server gives its memory back and never says so: suspended, and woken like the others at the next publication."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             await s.publisher.publish(2)
 
             def silent() -> web.Response:
@@ -131,11 +131,11 @@ def test_an_answer_that_does_not_come() -> None:
                 return web.Response(status=500, text="stuck")
 
             s.servers[0].faults[SLEEP] = silent
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.states() == [State.SUSPENDED, State.SLEEPING]
             assert "stuck" in s.said[-1]
             del s.servers[0].faults[SLEEP]
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.servers[0].calls.count(f"{SLEEP} cuda_graph kv_cache weights") == 1, "nothing is given back twice"
             await s.publisher.publish(3)
             assert s.states() == [State.SERVING] * 2
@@ -148,7 +148,7 @@ def test_a_broken_publication_takes_memory_once() -> None:
     """Sending fails after the weights have their memory: the second attempt does not ask for it again."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             s.forget_calls()
             s.trainer.faults = [blaming()]
             await s.publisher.publish(2)
@@ -160,36 +160,36 @@ def test_a_broken_publication_takes_memory_once() -> None:
     run(scenario)
 
 
-def test_half_awake_servers_rest_again() -> None:
+def test_half_awake_servers_sleep_again() -> None:
     """All that was taken is given back, and nothing else."""
 
     async def scenario() -> None:
-        async with resting(1) as s:
+        async with offloaded(1) as s:
             (member,) = s.members()
             await s.client.control.wake(member.url, ["weights"])
             member.given_back -= {"weights"}
             s.forget_calls()
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.servers[0].calls == ["/pause_generation", f"{SLEEP} weights"]
 
     run(scenario)
 
 
 def test_death_and_return() -> None:
-    """Who dies at rest is lost, and not started before the trainer is done; who comes back is awake, and is told so."""
+    """A server that dies asleep is lost, and not started before the trainer is done; its successor is awake, and is not woken."""
 
     async def scenario() -> None:
-        async with resting(2, restarts=1) as s, FakeServer().serving() as late:
+        async with offloaded(2, restarts=1) as s, FakeServer().serving() as late:
             await s.servers[1].die()
-            s.pool.lose(s.members()[1], "it died")
-            restart = asyncio.ensure_future(s.pool.room())
-            await s.publisher.rest()
+            s.fleet.lose(s.members()[1], "it died")
+            restart = asyncio.ensure_future(s.fleet.memory_free())
+            await s.publisher.offload()
             await asyncio.sleep(0.05)
             assert not restart.done()
             await s.publisher.publish(2)
             await asyncio.wait_for(restart, 1)
             assert s.states() == [State.SERVING, State.STARTING]
-            s.pool.join("server 1", late.url)
+            s.fleet.join("server 1", late.url)
             s.trainer.fakes = [s.servers[0], late]
             await s.publisher.heal()
             assert s.states() == [State.SERVING] * 2
@@ -199,13 +199,13 @@ def test_death_and_return() -> None:
 
 
 def test_a_server_that_dies_at_the_moment() -> None:
-    """It gives no sign of life when it is to give back its memory: lost at once; the other one rests."""
+    """It gives no sign of life when it is to give back its memory: lost at once; the other one sleeps."""
 
     async def scenario() -> None:
-        async with resting(2) as s:
+        async with offloaded(2) as s:
             await s.publisher.publish(2)
             await s.servers[0].die()
-            await s.publisher.rest()
+            await s.publisher.offload()
             assert s.states() == [State.GONE, State.SLEEPING]
 
     run(scenario)

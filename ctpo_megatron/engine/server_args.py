@@ -1,0 +1,87 @@
+"""What one SGLang server is started with: its arguments, and the variables of its environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctpo_megatron.config.rollout import CPU_KV_TOKENS, EngineConfig
+
+_CPU_ARGUMENTS = (
+    *("--attention-backend", "torch_batched", "--sampling-backend", "pytorch"),
+    *("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled"),
+    "--disable-overlap-schedule",
+    "--sleep-on-idle",  # schedulers that have nothing to do would otherwise poll, on cores that the trainer needs
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The processes of a server on one of its nodes. The first one answers requests; all meet at `head`, HOST:PORT there."""
+
+    rank: int = 0
+    head: str = ""
+
+
+def server_args(
+    model_path: str | Path,
+    engine: EngineConfig,
+    *,
+    device: str,
+    dtype: str,
+    port: int,
+    seed: int,
+    host: str = "127.0.0.1",
+    routed_experts: bool = False,
+    memory_saver: bool = False,
+    part: Part = Part(),
+) -> list[str]:
+    """Arguments of one server, as `sglang.launch_server` takes them. `engine.extra_args` come last and so win.
+
+    `routed_experts`: requests may ask for the experts that each token went to. SGLang refuses to start a dense model with it.
+    `memory_saver`: it can give back its GPUs' memory; on a CPU it always can. `part`: of a server on `engine.nodes` nodes.
+    The weights it loads are version 0. It speaks token ids only, so it needs no tokenizer; and no grammar is ever asked for.
+    """
+    arguments = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
+    arguments += ["--device", device, "--dtype", dtype, "--tp-size", str(engine.tp), "--random-seed", str(seed)]
+    arguments += ["--weight-version", "0", "--skip-tokenizer-init", "--grammar-backend", "none", "--skip-server-warmup"]
+    arguments += ["--log-level-http", "warning"]  # not a line per request
+    if device == "cpu":
+        arguments += _CPU_ARGUMENTS
+    if engine.nodes > 1:
+        arguments += ["--nnodes", str(engine.nodes), "--node-rank", str(part.rank), "--dist-init-addr", part.head]
+    if routed_experts:
+        arguments += ["--enable-return-routed-experts"]
+    if memory_saver:
+        arguments += ["--enable-memory-saver"]
+    kv_tokens = engine.max_total_tokens or (CPU_KV_TOKENS if device == "cpu" else None)
+    if kv_tokens is not None:
+        arguments += ["--max-total-tokens", str(kv_tokens)]
+    return [*arguments, *engine.extra_args]
+
+
+def server_env(engine: EngineConfig, *, device: str, gpus: Sequence[str] = ()) -> dict[str, str]:
+    """Variables that SGLang, CUDA and OpenMP read and have no argument for; to be added to the parent's.
+
+    `gpus` are the trainer's that the server shall see, by CUDA's names; it uses the first ones. Empty: it has its own.
+    """
+    if gpus:  # the check would refuse them: a stage of the trainer's pipeline may need more than another one
+        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}
+    if device != "cpu":
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    ranks = engine.tp * engine.servers
+    # Half of the cores: the other half is for the trainer. Threads that wait must sleep: spinning on a busy core made
+    # generation twenty times slower.
+    env = {"OMP_NUM_THREADS": str(max(1, len(cores) // ranks // 2)), "OMP_WAIT_POLICY": "passive"}
+    env["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's: buckets of weights come in large pages; small ones cost more than the transport
+    # glibc's: what a bucket of weights lay in stays with the process, as new memory costs more than receiving and loading it
+    env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
+        here = engine.tp_per_node
+        share = max(1, len(cores) // here)
+        shares = [cores[rank * share : (rank + 1) * share] or [cores[rank % len(cores)]] for rank in range(here)]
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, each)) for each in shares * engine.nodes)
+    return env

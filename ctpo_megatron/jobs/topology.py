@@ -1,0 +1,28 @@
+"""From a whole configuration to what planning takes of it. Loads nothing heavy, for commands that start nothing."""
+
+from __future__ import annotations
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.planning.run import PlannedRun
+from ctpo_megatron.planning.topology import Topology, make_topology
+
+
+def topology_of(config: RunConfig, *, trainer: bool = True, engines: bool = True) -> Topology:
+    """Where the processes of `config` are, when it runs with a trainer, with servers, or with both."""
+    weights, device = config.weights, config.cluster.device
+    return make_topology(config.parallel, config.rollout.engine, weights, device, trainer=trainer, engines=engines)
+
+
+def planned_run(config: RunConfig) -> PlannedRun:
+    """What a plan of `ctpo train` on `config` is made from."""
+    return PlannedRun(
+        model=config.model,
+        data=config.data,
+        parallel=config.parallel,
+        moe=config.moe,
+        optimizer=config.optimizer,
+        train=config.train,
+        rollout=config.rollout,
+        weights=config.weights,
+        topology=topology_of(config),
+    )

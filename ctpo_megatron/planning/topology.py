@@ -1,0 +1,115 @@
+"""Where the processes of a run are: which devices they use, who shares them, and what is reserved for each.
+
+Decided here once, and read by placement in Ray, by SLURM's job files and by `ctpo plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.rollout import EngineConfig
+from ctpo_megatron.config.weights import Transport
+from ctpo_megatron.errors import ConfigError
+
+Bundle = dict[str, float]  # what Ray reserves together on one node: {"CPU": 1.0, "GPU": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Trainer ranks and servers of a run. Numbers that count GPUs are those of a run that is not on CPUs."""
+
+    device: str  # cpu or cuda; auto: not yet known, and taken for cuda
+    ranks: int  # of the trainer; 0: the run has none
+    servers: int  # 0: the run has none
+    server_tp: int = 1  # ranks of one server
+    server_nodes: int = 1  # that each server spreads over
+    colocated: bool = False  # the transport puts the servers on the trainer's devices
+    within_node: bool = False  # the transport does not leave a node
+
+    @property
+    def server_tp_per_node(self) -> int:
+        """Ranks of one server on one node."""
+        return self.server_tp // self.server_nodes
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether the servers use the trainer's GPUs."""
+        return self.colocated and self.ranks > 0 and self.servers > 0 and self.device != "cpu"
+
+    @property
+    def needs_one_node(self) -> bool:
+        """Whether all processes have to be on the same node."""
+        return self.within_node and self.ranks > 0 and self.servers > 0
+
+    @property
+    def server_gpus(self) -> int:
+        """GPUs of the servers besides the trainer's; of a run on CPUs: the servers' ranks."""
+        return 0 if self.shares_gpus else self.servers * self.server_tp
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the run: one per trainer rank, `server_tp` per server, unless servers use the trainer's."""
+        return self.ranks + self.server_gpus
+
+    def nodes(self, gpus_per_node: int) -> int:
+        """The fewest nodes that hold all GPUs."""
+        return -(-self.gpus // gpus_per_node)
+
+    @property
+    def bundles(self) -> list[Bundle]:
+        """What is reserved in Ray: for each trainer rank first, then for each part of a server that has no share in those.
+
+        A part is what a server has on one of its nodes. A bundle has GPUs only once `device` is known to be cuda.
+        """
+        on_gpus = self.device == "cuda"
+        if self.shares_gpus:
+            return [_bundle(2.0, 1.0 if on_gpus else 0.0)] * self.ranks
+        rank, part = _bundle(1.0, 1.0 if on_gpus else 0.0), _bundle(1.0, float(self.server_tp_per_node) if on_gpus else 0.0)
+        return [rank] * self.ranks + [part] * (self.servers * self.server_nodes)
+
+    @property
+    def sharing_problem(self) -> str | None:
+        """Why servers cannot use the trainer's GPUs where they are to; None where nothing is in the way."""
+        used = self.servers * self.server_tp
+        if not self.shares_gpus or used == self.ranks:
+            return None
+        return (
+            "weights.type=colocated puts the servers on the trainer's GPUs, one of their ranks on each: "
+            f"rollout.engine.servers * rollout.engine.tp = {used} must equal parallel.tp * cp * dp * pp = {self.ranks}; "
+            "change one of them, or use weights.type=broadcast, with GPUs for the servers"
+        )
+
+    def check_sharing(self) -> None:
+        """Raises ConfigError where servers that share the trainer's GPUs do not use each of them once."""
+        if self.sharing_problem:
+            raise ConfigError(self.sharing_problem)
+
+    def on(self, device: str) -> Topology:
+        """The same processes on `device`, cpu or cuda."""
+        return replace(self, device=device)
+
+
+def make_topology(
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    weights: Transport,
+    device: str,
+    *,
+    trainer: bool = True,
+    engines: bool = True,
+) -> Topology:
+    """The topology of a run with a trainer, with servers, or with both."""
+    return Topology(
+        device=device,
+        ranks=parallel.world_size if trainer else 0,
+        servers=engine.servers if engines else 0,
+        server_tp=engine.tp,
+        server_nodes=engine.nodes,
+        colocated=weights.shares_devices,
+        within_node=weights.within_node,
+    )
+
+
+def _bundle(cpus: float, gpus: float) -> Bundle:
+    return {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}

@@ -1,0 +1,144 @@
+"""One trainer rank's part in publications: reaching servers, gathering weights with the other ranks, sending."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import Transport
+from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.mcore.hf.buffers import BucketMemory
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.weights.proof.canary import canary_batch
+from ctpo_megatron.weights.proof.expected import ExpectedDigests
+from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
+from ctpo_megatron.weights.transports.choose import make_sender
+from ctpo_megatron.weights.transports.order import open_order
+from ctpo_megatron.weights.transports.prefetch import DigestAccount, prefetched
+
+
+class StreamsWeights(Protocol):
+    """The part of `mcore.rank.TrainerRank` that a publication needs. All methods are collective."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model."""
+        ...
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The layout of the trainer's ranks."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank's weights lie."""
+        ...
+
+    def senders(self) -> list[int]:
+        """The ranks that `stream` gives weights to, in their order."""
+        ...
+
+    def stream(self, bucket_bytes: int, *, memory: BucketMemory | None) -> Iterator[Bucket]:
+        """Full weights in buckets, each on the rank that sends it; empty buckets where this rank gives pieces away."""
+        ...
+
+    def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's shards of micro-batches."""
+        ...
+
+    def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        """Log-probs of the labels of each placed shard; an empty list before the last pipeline stage."""
+        ...
+
+
+class RankWeights:
+    """The weights of one trainer rank on their way to the servers. All ranks call its methods in the same order.
+
+    `transport` is the section of the configuration; `tp` the tensor-parallel size of each server; `address` this node's, for the
+    servers and the other ranks to reach. `memory` holds buckets from one publication to the next. `new_account` makes the account
+    of one publication's digests.
+    """
+
+    def __init__(
+        self,
+        rank: StreamsWeights,
+        transport: Transport,
+        *,
+        tp: int,
+        address: str,
+        memory: BucketMemory | None = None,
+        new_account: Callable[[EngineLayout], DigestAccount] = ExpectedDigests,
+    ) -> None:
+        self._rank = rank
+        self._transport = transport
+        self._tp = tp
+        self._address = address
+        self._memory = memory or BucketMemory(rank.device)
+        self._new_account = new_account
+        self._sender: WeightSender | None = None  # of a rank that sends
+        self._ordered = False  # whether the senders have found their order
+        self._prepared: tuple[int, Iterator[Bucket]] | None = None  # a version, and its buckets from the first one on
+
+    def connect(self, servers: list[Server], api_key: str) -> None:
+        """Let the sending ranks reach `servers`, and no others; called again after a failed publication.
+
+        Raises WeightSyncError, naming the servers that did not come.
+        """
+        if not self._ordered:
+            self._sender = self._make_sender()
+            self._ordered = True
+        if self._sender is not None:
+            self._sender.connect(servers, api_key)
+
+    def _make_sender(self) -> WeightSender | None:
+        """This rank's sender; None where it sends nothing."""
+        device = self._rank.device
+        order = open_order(self._rank.senders(), self._address, self._transport.timeout_s)
+        layout = EngineLayout(self._rank.shape, self._tp, cpu=device.type == "cpu")
+        if order is None:
+            return None
+        return make_sender(self._transport, device, self._address, order, lambda: self._new_account(layout))
+
+    def prepare(self, version: int) -> None:
+        """Gather the first bucket of all, before the servers have to wait for it."""
+        self._prepared = None  # of a publication that did not come about
+        self._prepared = (version, prefetched(self._stream()))
+
+    def publish(self, version: int) -> Sent:
+        """What this rank sent of `version`; nothing on ranks that send nothing. Raises WeightSyncError; then connect again."""
+        prepared, self._prepared = self._prepared, None
+        buckets = prepared[1] if prepared and prepared[0] == version else self._stream()
+        if self._sender is not None:
+            sent = self._sender.send(buckets, version)
+        else:
+            sent = Sent(version)
+            for _ in buckets:
+                pass
+        if self._rank.device.type != "cpu":  # torch keeps a GPU's memory by itself
+            self._memory.release()
+        return sent
+
+    def canary_logp(self, token_ids: list[int]) -> list[float]:
+        """Log-probs of this rank's part of the padded prompt, at temperature 1; empty before the last pipeline stage.
+
+        `proof.canary.join_canary` joins the parts of the context-parallel ranks.
+        """
+        parallel = self._rank.parallel
+        batch = canary_batch(token_ids, multiple=2 * parallel.cp * parallel.tp)
+        count = parallel.pp if parallel.vpp > 1 else 1  # as interleaving wants it
+        logps = self._rank.logp(self._rank.place([batch] * count), temperature=1.0)
+        return logps[0].tolist() if logps else []
+
+    def close(self) -> None:
+        """Leave the servers. Safe to call twice."""
+        if self._sender is not None:
+            self._sender.close()
+
+    def _stream(self) -> Iterator[Bucket]:
+        return self._rank.stream(self._transport.bucket_mb * 2**20, memory=self._memory)

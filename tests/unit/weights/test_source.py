@@ -1,0 +1,133 @@
+"""A trainer rank's half of a publication, over a rank without a model and a server that takes whatever it is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import DiskTransport
+from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.tensors import hf_tensors
+from ctpo_megatron.weights.proof.expected import ExpectedDigests
+from ctpo_megatron.weights.protocol import Bucket, Server
+from ctpo_megatron.weights.source import RankWeights
+from tests.support.willing_server import willing_server
+
+MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+MODEL |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 75, "max_position_embeddings": 128, "hidden_act": "silu"}
+
+
+class FakeRank:
+    """Streams each tensor of the model in a bucket of its own, filled with `value`; counts what was gathered."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *, pp: int = 1, vpp: int = 1, last: bool = True) -> None:
+        self.shape = parse_config(MODEL)
+        self.parallel = ParallelConfig(pp=pp, vpp=vpp)
+        self.value = 1.0
+        self.gathered = 0
+        self.last = last
+        self.asked: list[int] = []  # micro-batches of each call of logp
+
+    def senders(self) -> list[int]:
+        return [0]
+
+    def stream(self, bucket_bytes: int, *, memory: object) -> Iterator[Bucket]:
+        assert bucket_bytes == 2**20
+        assert memory is not None
+        for tensor in hf_tensors(self.shape):
+            self.gathered += 1
+            yield [(tensor.name, torch.full(tensor.shape, self.value))]
+
+    def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        return micro_batches
+
+    def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
+        assert temperature == 1.0
+        self.asked.append(len(micro_batches))
+        return [torch.arange(len(batch.labels)).float() for batch in micro_batches] if self.last else []
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def rank() -> FakeRank:
+    return FakeRank()
+
+
+@pytest.fixture
+def weights(rank: FakeRank, tmp_path: Path, _one_rank: None) -> Iterator[RankWeights]:
+    found = RankWeights(rank, DiskTransport(directory=str(tmp_path), bucket_mb=1, timeout_s=10), tp=1, address="127.0.0.1")
+    yield found
+    found.close()
+
+
+def test_a_prepared_publication(rank: FakeRank, weights: RankWeights, tmp_path: Path) -> None:
+    """The first bucket is gathered before anything is sent, and once only; what is sent is what the digests say."""
+    count = len(hf_tensors(rank.shape))
+    with willing_server() as (url, asked):
+        weights.connect([Server(url)], "key")
+        weights.prepare(1)
+        assert (rank.gathered, asked) == (1, ["/model_info"])
+        sent = weights.publish(1)
+        assert asked == ["/model_info", "/update_weights_from_disk"]
+    assert (rank.gathered, sent.version, sent.tensors) == (count, 1, count)
+    expected = ExpectedDigests(EngineLayout(rank.shape, 1, cpu=True))
+    expected.add([(tensor.name, torch.ones(tensor.shape)) for tensor in hf_tensors(rank.shape)])
+    assert sent.digests == expected.digests()
+    manifest = json.loads((tmp_path / "v000001" / "manifest.json").read_text())
+    assert manifest["tensors"].keys() == {tensor.name for tensor in hf_tensors(rank.shape)}
+
+
+def test_what_was_prepared_for_another_version_is_not_sent(rank: FakeRank, weights: RankWeights, tmp_path: Path) -> None:
+    with willing_server() as (url, _):
+        weights.connect([Server(url)], "key")
+        weights.prepare(1)
+        rank.value = 2.0
+        weights.publish(2)
+    tensors = [tensor for file in (tmp_path / "v000002").glob("*.safetensors") for tensor in load_file(file).values()]
+    assert {float(tensor.mean()) for tensor in tensors} == {2.0}
+
+
+def test_sending_without_servers(rank: FakeRank, weights: RankWeights) -> None:
+    """The error says what to do, and the stream is read to its end all the same: other ranks would wait."""
+    with willing_server() as (url, _):
+        weights.connect([Server(url)], "key")
+    weights.close()
+    weights.close()
+    with pytest.raises(WeightSyncError, match="no inference server is connected: call connect"):
+        weights.publish(1)
+    assert rank.gathered == len(hf_tensors(rank.shape))
+
+
+def test_a_rank_that_sends_nothing_gathers_all_the_same(weights: RankWeights, rank: FakeRank) -> None:
+    weights.prepare(1)  # never connected, as ranks without a sender
+    assert (weights.publish(1).tensors, rank.gathered) == (0, len(hf_tensors(rank.shape)))
+
+
+@pytest.mark.parametrize(("pp", "vpp", "calls"), [(1, 1, 1), (2, 1, 1), (2, 2, 2)])
+def test_canary(pp: int, vpp: int, calls: int) -> None:
+    """As many copies of the prompt as interleaved stages need; ranks before the last stage have no log-probs."""
+    begin, end = FakeRank(pp=pp, vpp=vpp, last=False), FakeRank(pp=pp, vpp=vpp)
+    nowhere = DiskTransport(directory="/nowhere")
+    first, last = (RankWeights(rank, nowhere, tp=1, address="127.0.0.1") for rank in (begin, end))
+    assert first.canary_logp([1, 2, 3]) == []
+    assert last.canary_logp([1, 2, 3]) == [0.0, 1.0, 2.0, 3.0], "filled up to a multiple of two"
+    assert end.asked == [calls]
