@@ -17,6 +17,7 @@ setup(
         "transformers>=5.19,<6",
         "tokenizers>=0.21",
         "tensorboard>=2.21,<3",
+        "tensorboardX>=2.6",
         "math-verify>=0.9,<1",
         "numpy>=2",
         "packaging>=24",

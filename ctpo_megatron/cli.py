@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError
+from ctpo_megatron.jobs.stop import StopSignal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -31,7 +32,7 @@ def train(
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.train import train_job
 
-    _run(train_job(loaded, resume=resume))
+    _run(lambda stop: train_job(loaded, stop, resume=resume))
 
 
 @app.command()
@@ -40,7 +41,7 @@ def sft(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.sft import sft_job
 
-    _run(sft_job(loaded))
+    _run(lambda _stop: sft_job(loaded))
 
 
 @app.command("eval")
@@ -49,7 +50,7 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(eval_job(loaded))
+    _run(lambda _stop: eval_job(loaded))
 
 
 @app.command()
@@ -157,19 +158,22 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     return config
 
 
-def _run(job: Coroutine[Any, Any, None]) -> None:
+def _run(job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
     """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first."""
     received: list[int] = []
+    stop = StopSignal()
 
     def cancel(task: asyncio.Task[None], number: int) -> None:
         received.append(number)
         if len(received) == 1:  # a second signal must not interrupt the cleaning up
-            print(f"{signal.Signals(number).name}: ending the run's processes ...", file=sys.stderr, flush=True)
+            name = signal.Signals(number).name
+            print(f"{name}: ending the run's processes ...", file=sys.stderr, flush=True)
+            stop.tell(name)
             task.cancel()
 
     async def with_signals() -> None:
         loop = asyncio.get_running_loop()
-        task = loop.create_task(job)
+        task = loop.create_task(job(stop))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, cancel, task, number)
         await task

@@ -25,14 +25,39 @@ class Status(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class GroupId:
+    """Names a group of its run, from admission to the record. Written `g00000012`, of an evaluation `e00000004-g00000012`.
+
+    `number` counts the admitted groups of the run from 0, and goes on where a run is resumed; in an evaluation it is the prompt's
+    place among the held-out ones. `evaluation` is the number of training steps before that evaluation, None in training.
+    """
+
+    number: int
+    evaluation: int | None = None
+
+    def __str__(self) -> str:
+        name = f"g{self.number:08d}"
+        return name if self.evaluation is None else f"e{self.evaluation:08d}-{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptId:
+    """Names an attempt: its group, and its place in it from 0. Written `g00000012.3`."""
+
+    group: GroupId
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.group}.{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One task. `index` is its row in the data file; `answer` is what the reward compares with."""
 
     index: int
     messages: tuple[dict[str, str], ...]
     answer: str
-    data_source: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +155,8 @@ class Trajectory:
     tool_errors: int = 0
     seconds: float = 0.0
     experts: NDArray[np.signedinteger] | None = None
+    undecided: bool = False  # whether its answer could not be compared with the right one; the reward is 0 then
+    id: AttemptId = field(kw_only=True)
 
     @property
     def response_length(self) -> int:
@@ -149,6 +176,7 @@ class TrajectoryGroup:
     prompt: Prompt
     trajectories: list[Trajectory]
     step: int = 0
+    id: GroupId = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,10 @@ import psutil
 import typer
 
 from ctpo_megatron.config.load import load_config
+from ctpo_megatron.record.events import StepTrained
 
 POLL_S = 0.5
+FIRST_STEP = f'"event": "{StepTrained.name}"'  # in a line of events.jsonl
 
 
 def main(
@@ -39,7 +41,7 @@ def main(
             peak = 0
             while run.poll() is None:
                 peak = max(peak, resident_bytes(run.pid))
-                if first_step is None and "time/step" in read(run_dir / "metrics.jsonl"):
+                if first_step is None and FIRST_STEP in read(run_dir / "events.jsonl"):
                     first_step = time.monotonic() - begun
                 time.sleep(POLL_S)
         if run.returncode:

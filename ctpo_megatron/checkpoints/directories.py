@@ -11,15 +11,15 @@ _REPLACED_SUFFIX = ".replaced" + TEMPORARY_SUFFIX
 
 
 def temporary_directory(target: Path) -> Path:
-    """An empty TARGET.tmp beside `target`; what an earlier, interrupted write left there is removed."""
+    """Returns an empty TARGET.tmp beside `target`; what an earlier, interrupted write left there is removed."""
     work = target.with_name(target.name + TEMPORARY_SUFFIX)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     return work
 
 
-def publish_directory(work: Path, target: Path) -> None:
-    """Give `work` its final name, in place of what `target` may be. Both lie in the same directory."""
+def complete_directory(work: Path, target: Path) -> None:
+    """Flush `work` to the disk and rename it to `target`, in place of what may be there. Both lie in the same directory."""
     for file in work.rglob("*"):
         _flush(file)
     _flush(work)

@@ -2,7 +2,8 @@
 
 A checkpoint is a directory step_00000012 with
 
-    checkpoint.json   the manifest: the caller's state, the schedule's place, size and hash of every other file
+    checkpoint.json   the manifest: the schedule's place, size and hash of every other file
+    run.json          the driver's part: how far the run is; missing where only weights are kept
     shards.json       which tensor lies where in which file, and the hash of it as its rank held it
     model/            config.json and the tokenizer of the model
     random/           random states, one file per rank
@@ -16,23 +17,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.checkpoints.digests import text_digest
-from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory, temporary_directory
+from ctpo_megatron.checkpoints.hashes import text_hash
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
 
 MANIFEST = "checkpoint.json"
+RUN = "run.json"
 SHARDS = "shards.json"
 MODEL = "model"
-VERSION = 2
+VERSION = 3
 STEP_NAME = re.compile(r"step_(\d{8,})")
 _DAMAGED_SUFFIX = ".damaged"
 
 
 def all_checkpoints(root: str | Path) -> list[Path]:
-    """The checkpoints in `root` by step, the oldest first: each was verified when it got its name, and may be damaged now."""
+    """Returns the checkpoints in `root` by step, oldest first: each was verified when it got its name, and may be damaged now."""
     root = Path(root)
     if not root.is_dir():
         return []
@@ -40,19 +43,13 @@ def all_checkpoints(root: str | Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The training step in a checkpoint's name."""
+    """Returns the training step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def verified_checkpoints(root: str | Path) -> list[Path]:
-    """Those whose manifest is as it was written and whose files have the sizes it names."""
+    """Returns those whose manifest is as it was written and whose files have the sizes that it names, the oldest first."""
     return [path for path in all_checkpoints(root) if _has_its_sizes(path)]
-
-
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """The verified checkpoint with the highest step in `root`, or None."""
-    found = verified_checkpoints(root)
-    return found[-1] if found else None
 
 
 def set_aside(checkpoint: Path) -> Path:
@@ -82,9 +79,10 @@ def prune(root: str | Path, keep: int) -> None:
 
 
 def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
-    """Content of checkpoint.json, after comparing the sizes of all files.
+    """Returns the content of checkpoint.json, after comparing the sizes of all files.
 
-    Keys: version, world_size, dtype, scheduler_steps, state, weights (hash of the model's shards), files (name -> size, digest).
+    Keys: version, world_size, dtype, scheduler_steps, weights (hash of the model's shards), files (name -> `size` and the hash,
+    `digest`).
     Raises DamagedCheckpoint for what is not as it was written, CheckpointError for a checkpoint that is not there or has another
     version.
     """
@@ -99,12 +97,29 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def publish_checkpoint(work: Path, target: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a verified checkpoint and give it its name. `content` is the manifest without its own digest."""
+def begin_checkpoint(target: Path, parts: Mapping[str, str]) -> Path:
+    """Make the directory in which the checkpoint `target` will be written, and put files with the texts `parts` into it.
+
+    Returns that directory, `work_directory(target)`. One process begins a checkpoint; then the ranks write their parts
+    into it, and the manifest names all files that are there.
+    """
+    work = temporary_directory(target)
+    for name, text in parts.items():
+        (work / name).write_text(text, encoding="utf-8")
+    return work
+
+
+def work_directory(target: Path) -> Path:
+    """Returns where the checkpoint `target` is written before it gets its name."""
+    return target.with_name(target.name + TEMPORARY_SUFFIX)
+
+
+def commit_checkpoint(work: Path, target: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a verified checkpoint and give it its name. `content` is the manifest without its own hash."""
     content = json.loads(json.dumps(content))  # as it will be read: keys are strings
-    text = json.dumps({**content, "digest": _own_digest(content)}, indent=1)
+    text = json.dumps({**content, "digest": _own_hash(content)}, indent=1)
     (work / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    publish_directory(work, target)
+    complete_directory(work, target)
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -120,17 +135,23 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or "digest" not in manifest:
         version = manifest.get("version") if isinstance(manifest, dict) else None
         if isinstance(version, int) and version != VERSION:
-            raise CheckpointError(f"{checkpoint}: format version {version}; this release reads version {VERSION}.")
+            raise _other_version(checkpoint, version)
         raise DamagedCheckpoint(f"{file}: not a checkpoint's manifest.")
-    if manifest.pop("digest") != _own_digest(manifest):
+    if manifest.pop("digest") != _own_hash(manifest):
         raise DamagedCheckpoint(f"{file}: its content does not have the hash that was written.")
     if manifest.get("version") != VERSION:
-        raise CheckpointError(f"{checkpoint}: format version {manifest.get('version')}; this release reads version {VERSION}.")
+        raise _other_version(checkpoint, manifest.get("version"))
     return manifest
 
 
-def _own_digest(content: dict[str, Any]) -> str:
-    return text_digest(json.dumps(content, sort_keys=True))
+def _other_version(checkpoint: Path, version: object) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint}: format version {version}; this release reads version {VERSION}. Go on with the release that wrote it."
+    )
+
+
+def _own_hash(content: dict[str, Any]) -> str:
+    return text_hash(json.dumps(content, sort_keys=True))
 
 
 def _has_its_sizes(checkpoint: Path) -> bool:

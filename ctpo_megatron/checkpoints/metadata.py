@@ -32,7 +32,7 @@ ALLOWED = {
 
 
 def read_metadata(checkpoint: Path) -> Any:
-    """torch's Metadata. Raises DamagedCheckpoint when the file names any class or function that such an index has no need of."""
+    """Returns torch's Metadata. Raises DamagedCheckpoint when the file names a class or function that no such index needs."""
     file = checkpoint / METADATA
     try:
         with file.open("rb") as stream:
@@ -43,7 +43,7 @@ def read_metadata(checkpoint: Path) -> Any:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """Only what `ALLOWED` lists."""
+        """Returns what `ALLOWED` lists. Raises UnpicklingError for anything else."""
         import torch
 
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

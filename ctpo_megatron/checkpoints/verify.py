@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.checkpoints.digests import bytes_digest, file_digest, tensor_digest
 from ctpo_megatron.checkpoints.files import SHARDS, read_manifest
+from ctpo_megatron.checkpoints.hashes import bytes_hash, file_hash, tensor_hash
 from ctpo_megatron.errors import DamagedCheckpoint
 
 
@@ -26,10 +26,10 @@ def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
-    """The same for some of the files."""
+    """Compare the hashes of the files called `names` with the manifest's. Raises as `verify_checkpoint` does."""
     for name in names:
         try:
-            found = file_digest(checkpoint / name)
+            found = file_hash(checkpoint / name)
         except OSError as error:
             raise DamagedCheckpoint(f"{checkpoint / name}: cannot be read: {error}.") from error
         if found != manifest["files"][name]["digest"]:
@@ -38,23 +38,23 @@ def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str
 
 
 def _damaged_tensor(checkpoint: Path, name: str) -> str | None:
-    """Which tensor of a file is not as its rank held it; None where the file holds none, or the list of them is broken too."""
+    """Returns the first tensor of a file that is not as its rank held it; None without tensors, or where their list is broken."""
     try:
         shards = json.loads((checkpoint / SHARDS).read_text(encoding="utf-8")).get(name, [])
         content = (checkpoint / name).read_bytes()
-        damaged = [key for key, *_, digest, begin, end in shards if _digest(content[begin:end], digest) != digest]
+        damaged = [key for key, *_, digest, begin, end in shards if _hash_of_stored(content[begin:end], digest) != digest]
     except (OSError, ValueError, TypeError, AttributeError):
         return None
     return f"tensor {damaged[0]}" if damaged else None
 
 
-def _digest(content: bytes, expected: str) -> str | None:
-    """Hash of the tensor stored as `content`; None when it cannot be read."""
+def _hash_of_stored(content: bytes, expected: str) -> str | None:
+    """Returns the hash of the tensor stored as `content`; None when it cannot be read."""
     import torch
 
-    if bytes_digest(content) == expected:  # an object, stored as its bytes
+    if bytes_hash(content) == expected:  # an object, stored as its bytes
         return expected
     try:
-        return tensor_digest(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+        return tensor_hash(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception:  # noqa: BLE001 - torch raises many kinds for broken archives; the caller reports the damage
         return None

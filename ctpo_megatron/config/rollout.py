@@ -54,7 +54,7 @@ class MathReward(Section):
 
     type: Literal["math"] = "math"
     timeout_s: PositiveFloat = 5.0
-    """Time to compare one answer; beyond it the reward is 0 and is counted."""
+    """Time to compare one answer; beyond it the reward is 0 and `reward/undecided` counts it."""
 
 
 class EngineConfig(Section):

@@ -27,7 +27,7 @@ class PromptTokenizer(Protocol):
 
 def read_prompts(path: str | Path, *, system_prompt: str | None = None) -> list[Prompt]:
     """All rows of a .parquet or .jsonl file with the columns `prompt` (list of {role, content}) and `reward_model`
-    (struct with `ground_truth`); `data_source` and `extra_info` are optional, further columns are ignored.
+    (struct with `ground_truth`); further columns are ignored.
 
     `system_prompt` is put before conversations without a system message. Raises DataError, naming the row, where one cannot
     be used: no row is ever left out.
@@ -57,13 +57,14 @@ class PromptSampler:
             raise DataError("no prompts to sample from; at least one is needed")
         self._prompts = list(prompts)
         self._seed = seed
+        self._fingerprint = _fingerprint(self._prompts)
         self._start_epoch(0)
 
     @classmethod
     def restore(cls, prompts: Sequence[Prompt], state: dict[str, Any]) -> PromptSampler:
         """The sampler that `state()` described. Raises DataError where `prompts` are not the ones it was made with."""
         sampler = cls(prompts, state["seed"])
-        if state["fingerprint"] != sampler._fingerprint():
+        if state["fingerprint"] != sampler._fingerprint:
             raise DataError(
                 f"the prompts changed since the state was saved: {state['count']} rows then, {len(prompts)} now, with other "
                 "contents. Resume with the same file, or start a new run."
@@ -89,7 +90,7 @@ class PromptSampler:
             "epoch": self._epoch,
             "position": self._position,
             "count": len(self._prompts),
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint,
         }
 
     def _start_epoch(self, epoch: int) -> None:
@@ -97,15 +98,17 @@ class PromptSampler:
         self._position = 0
         self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for prompt in self._prompts:
-            digest.update(repr((prompt.index, prompt.messages, prompt.answer)).encode())
-        return digest.hexdigest()
+
+def _fingerprint(prompts: Sequence[Prompt]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for prompt in prompts:
+        found.update(repr((prompt.index, prompt.messages, prompt.answer)).encode())
+    return found.hexdigest()
 
 
 def _prompt(place: str, index: int, row: dict[str, Any], system_prompt: str | None) -> Prompt:
     messages = check_messages(place, "prompt", row["prompt"], ROLES)
+    _check_extra(place, row.get("extra_info"))
     if messages[-1]["role"] != "user":
         raise DataError(f"{place}: the last message of 'prompt' has role {messages[-1]['role']!r}; it must be 'user'")
     if system_prompt is not None and all(message["role"] != "system" for message in messages):
@@ -114,8 +117,6 @@ def _prompt(place: str, index: int, row: dict[str, Any], system_prompt: str | No
         index=index,
         messages=messages,
         answer=_answer(place, row["reward_model"]),
-        data_source=row.get("data_source") or "",
-        extra=_extra(place, row.get("extra_info")),
     )
 
 
@@ -129,9 +130,6 @@ def _answer(place: str, reward_model: Any) -> str:
     return str(answer)
 
 
-def _extra(place: str, extra: Any) -> dict[str, Any]:
-    if extra is None:
-        return {}
-    if not isinstance(extra, dict):
+def _check_extra(place: str, extra: Any) -> None:
+    if extra is not None and not isinstance(extra, dict):
         raise DataError(f"{place}: 'extra_info' is {quote(extra)}; needed: a struct, or nothing")
-    return extra

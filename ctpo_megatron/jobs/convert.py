@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory
 from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.explain import explain
 from ctpo_megatron.config.model import ParallelConfig
@@ -50,7 +50,7 @@ def _convert(function: Callable, source: Path, out: Path, parallel: ParallelConf
     work = out.with_name(out.name + ".unverified")
     try:
         verified = run_local_ranks(parallel.world_size, function, str(source), str(work), parallel)[0]
-        publish_directory(work, out)
+        complete_directory(work, out)
     finally:
         for left in (work, work.with_name(work.name + TEMPORARY_SUFFIX)):
             shutil.rmtree(left, ignore_errors=True)

@@ -10,6 +10,7 @@ from ctpo_megatron.jobs.rollouts import open_rollouts
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.record import write_summary
+from ctpo_megatron.record.events import print_sentence
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 
@@ -24,12 +25,10 @@ async def eval_job(config: RunConfig) -> None:
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)
     async with (
-        Runtime(
-            config, shape, topology_of(config, trainer=False), run_dir, emit=lambda event: print(event.sentence, flush=True)
-        ) as runtime,
+        Runtime(config, shape, topology_of(config, trainer=False), run_dir, emit=print_sentence) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
-        result = await runtime.guard(evaluate(rollouts.rollouter, prompts, config.eval))
+        result = await runtime.guard(evaluate(rollouts.rollouter, prompts, config.eval, step=0))
     write_summary(run_dir, result.metrics(), name="eval.json")
     print(
         f"eval: accuracy {result.accuracy:.1%} on {len(result.groups)} prompts x {config.eval.samples}, "

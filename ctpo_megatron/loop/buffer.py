@@ -2,7 +2,7 @@
 
 Group k belongs to training step k // groups_per_step. It may start once policy version `step - staleness` is published, so at
 most (staleness + 1) * groups_per_step groups are open at any time. With staleness 0 no group of a step starts before the weights
-of the step before are in the engines: synchronous training. A step takes exactly its own groups, however long the slowest
+of the step before are on the servers: synchronous training. A step takes exactly its own groups, however long the slowest
 takes, so no prompt is favoured for being quick.
 
     admit() ----> rollout ----> put(group) ----> take(step)
@@ -50,17 +50,17 @@ class GroupBuffer:
             self._changed.notify_all()
 
     async def take(self, step: int) -> list[TrajectoryGroup]:
-        """All groups of `step`, ordered by prompt, once the last one is in."""
+        """Returns all groups of `step`, ordered by prompt, once the last one is in."""
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._groups[step]) == self._per_step)
         return sorted(self._groups.pop(step), key=lambda group: group.prompt.index)
 
     def finished(self, step: int) -> int:
-        """How many groups of `step` are in."""
+        """Returns how many groups of `step` are in."""
         return len(self._groups[step])
 
     async def published(self, version: int) -> None:
-        """The engines now sample from `version`."""
+        """Note that the servers now sample from `version`."""
         async with self._changed:
             self._version = version
             self._changed.notify_all()

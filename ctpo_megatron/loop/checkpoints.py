@@ -1,17 +1,24 @@
-"""When a run saves, waits for what it saved, and lets old checkpoints go."""
+"""When a run saves, waits for what it saved, lets old checkpoints go, and which checkpoint it goes on from.
+
+The driver writes run.json into the directory of a checkpoint that is begun, the ranks of the trainer write the rest, and one
+manifest commits both (`checkpoints.files`).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ctpo_megatron.checkpoints.files import prune
+from ctpo_megatron.checkpoints.files import RUN, all_checkpoints, begin_checkpoint, prune, read_manifest, set_aside, step_of
+from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.config.train import CheckpointConfig
-from ctpo_megatron.errors import CtpoError
+from ctpo_megatron.errors import CheckpointError, CtpoError, DamagedCheckpoint, InputError
 from ctpo_megatron.loop.protocols import Trainer
+from ctpo_megatron.loop.state import RunState
+from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit
 
 
 class Checkpoints:
@@ -21,17 +28,19 @@ class Checkpoints:
                                -> failed: `check` before the next step ends the run with that error
     """
 
-    def __init__(self, trainer: Trainer, root: Path, config: CheckpointConfig, state: Callable[[int], dict[str, Any]]) -> None:
+    def __init__(self, trainer: Trainer, root: Path, config: CheckpointConfig, emit: Emit) -> None:
         self.root = root
-        self._trainer, self._config, self._state = trainer, config, state
+        self._trainer, self._config, self._emit = trainer, config, emit
         self._writing: asyncio.Task[None] | None = None
 
-    async def save(self, step: int) -> None:
-        """Save the state after `step` training steps, once the save before is settled."""
+    async def save(self, state: RunState) -> None:
+        """Save the trainer as it is, with `state`, once the save before is settled."""
         await self.settle()
         begun = time.monotonic()
-        await self._trainer.save(checkpoint_directory(self.root, step), self._state(step), background=self._config.background)
-        self._writing = asyncio.ensure_future(self._finish(step, begun))
+        directory = checkpoint_directory(self.root, state.step)
+        begin_checkpoint(directory, {RUN: json.dumps(state.dump(), indent=1) + "\n"})
+        await self._trainer.save(directory, background=self._config.background)
+        self._writing = asyncio.ensure_future(self._finish(state.step, begun))
         if not self._config.background:
             await self.settle()
 
@@ -53,14 +62,100 @@ class Checkpoints:
         try:
             await self.settle()
         except CtpoError as error:
-            print(f"the checkpoint in flight is lost: {error}", flush=True)
+            self._emit(CheckpointLost(str(error)))
 
     async def _finish(self, step: int, begun: float) -> None:
         await self._trainer.settle()
-        print(f"checkpoint of step {step} verified after {time.monotonic() - begun:.1f} s", flush=True)
+        self._emit(CheckpointVerified(step, time.monotonic() - begun))
         prune(self.root, self._config.keep)
 
 
 def checkpoint_directory(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` training steps lives."""
+    """Returns where the checkpoint after `step` training steps lives."""
     return root / f"step_{step:08d}"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumable:
+    """A checkpoint to go on from, and the state of the run that it holds."""
+
+    checkpoint: Path
+    state: RunState
+
+
+def refuse_earlier(root: Path) -> None:
+    """Raise InputError where `root` holds checkpoints: a new run may not mix its own with those of an earlier one."""
+    found = all_checkpoints(root)
+    if found:
+        raise InputError(
+            f"{root} holds checkpoints of an earlier run, up to {found[-1].name}: go on from it with --resume, choose another "
+            "run_dir, or delete that directory"
+        )
+
+
+def newest(root: Path, steps: int, emit: Emit) -> Resumable:
+    """Returns the newest checkpoint in `root` that a run of `steps` training steps can go on from; sets damaged ones aside.
+
+    Raises InputError where there is none, or where nothing is left to train, and CheckpointError for one that holds no run or
+    was written by another release. The trainer's own files are compared by `restore`.
+    """
+    found = _newest_intact(root, emit)
+    if found is None:
+        raise InputError(f"--resume: no checkpoint in {root}; start without --resume, and set checkpoint.every to save some")
+    done = found.state.step
+    if done >= steps:
+        raise InputError(
+            f"--resume: {found.checkpoint} already has {done} of train.steps={steps} steps; raise train.steps to go on"
+        )
+    return found
+
+
+async def restore(trainer: Trainer, chosen: Resumable, emit: Emit) -> Resumable:
+    """Load `chosen` into the trainer; returns it, or the one before where its ranks find it damaged.
+
+    Damaged ones are set aside. Raises CheckpointError where none is left.
+    """
+    found: Resumable | None = chosen
+    while found is not None:
+        try:
+            await trainer.load(found.checkpoint)
+        except DamagedCheckpoint as damage:
+            _set_aside(found.checkpoint, damage, emit)
+            found = _newest_intact(chosen.checkpoint.parent, emit)
+        else:
+            return found
+    root = chosen.checkpoint.parent
+    raise CheckpointError(f"no checkpoint in {root} is as it was written; the damaged ones were set aside there")
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """Returns the driver's part of a checkpoint.
+
+    Raises DamagedCheckpoint where manifest or part are not as they were written, CheckpointError where it holds none, or makes
+    no sense.
+    """
+    manifest = read_manifest(checkpoint)
+    if RUN not in manifest["files"]:
+        raise CheckpointError(f"{checkpoint}: it holds no {RUN}, so no run can go on from it; it may be one of weights only.")
+    verify_files(checkpoint, manifest, [RUN])
+    state = RunState.parse(json.loads((checkpoint / RUN).read_text(encoding="utf-8")), str(checkpoint / RUN))
+    if state.step != step_of(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint}: its {RUN} is the state after step {state.step}; the directory must have been renamed."
+        )
+    return state
+
+
+def _newest_intact(root: Path, emit: Emit) -> Resumable | None:
+    while found := all_checkpoints(root):
+        try:
+            return Resumable(found[-1], read_state(found[-1]))
+        except DamagedCheckpoint as damage:
+            _set_aside(found[-1], damage, emit)
+    return None
+
+
+def _set_aside(damaged: Path, damage: DamagedCheckpoint, emit: Emit) -> None:
+    aside = set_aside(damaged)
+    before = all_checkpoints(damaged.parent)
+    emit(CheckpointDamaged(str(damage), str(aside), str(before[-1]) if before else None))

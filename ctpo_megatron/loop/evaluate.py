@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ctpo_megatron.config.rollout import EvalConfig
 from ctpo_megatron.loop.protocols import Rollouts
-from ctpo_megatron.types import Prompt, TrajectoryGroup
+from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Evaluation:
     groups: list[TrajectoryGroup]
 
     def metrics(self) -> dict[str, float]:
-        """As scalars for the record."""
+        """Returns the means under the record's names."""
         return {
             "eval/accuracy": self.accuracy,
             "eval/tool_rate": self.tool_rate,
@@ -31,19 +31,22 @@ class Evaluation:
         }
 
 
-async def evaluate(rollouts: Rollouts, prompts: list[Prompt], config: EvalConfig) -> Evaluation:
-    """Sample every prompt `config.samples` times and average the rewards."""
+async def evaluate(rollouts: Rollouts, prompts: list[Prompt], config: EvalConfig, *, step: int) -> Evaluation:
+    """Sample every prompt `config.samples` times and average the rewards. `step`: training steps before it, for the ids."""
     begun = time.monotonic()
     chosen = prompts[: config.prompts]
     groups = await asyncio.gather(
-        *(rollouts.group(prompt, size=config.samples, temperature=config.temperature) for prompt in chosen)
+        *(
+            rollouts.group(prompt, GroupId(number, evaluation=step), size=config.samples, temperature=config.temperature)
+            for number, prompt in enumerate(chosen)
+        )
     )
-    all_of_them = [trajectory for group in groups for trajectory in group.trajectories]
-    count = len(all_of_them)
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    count = len(trajectories)
     return Evaluation(
-        accuracy=sum(t.reward for t in all_of_them) / count,
-        tool_rate=sum(t.tool_calls > 0 for t in all_of_them) / count,
-        response_tokens=sum(t.response_length for t in all_of_them) / count,
+        accuracy=sum(t.reward for t in trajectories) / count,
+        tool_rate=sum(t.tool_calls > 0 for t in trajectories) / count,
+        response_tokens=sum(t.response_length for t in trajectories) / count,
         seconds=time.monotonic() - begun,
         groups=list(groups),
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ctpo_megatron.batch import TrainBatch
-from ctpo_megatron.types import Prompt, TrajectoryGroup
+from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 
 class Trainer(Protocol):
@@ -20,16 +20,19 @@ class Trainer(Protocol):
         """One optimizer step of supervised training."""
         ...
 
-    async def save(self, directory: Path, state: dict[str, Any], *, background: bool) -> None:
-        """Save everything needed to go on, with `state` beside it. `background`: returns when it is copied; then `settle`."""
+    async def save(self, directory: Path, *, background: bool) -> None:
+        """Save all ranks' state as the checkpoint `directory`, which `checkpoints.files.begin_checkpoint` began.
+
+        `background`: returns when it is copied; then `settle`.
+        """
         ...
 
     async def settle(self) -> None:
         """Wait until the save in flight is verified and has its name; raises what went wrong with it."""
         ...
 
-    async def load(self, directory: Path) -> dict[str, Any]:
-        """Go on from a checkpoint; returns its `state`."""
+    async def load(self, directory: Path) -> None:
+        """Go on from a checkpoint, after comparing all its files with their hashes. Raises DamagedCheckpoint."""
         ...
 
     async def save_hf(self, directory: Path) -> None:
@@ -56,6 +59,11 @@ class Publisher(Protocol):
 class Rollouts(Protocol):
     """Makes judged trajectories."""
 
-    async def group(self, prompt: Prompt, *, size: int, temperature: float, record: bool = False) -> TrajectoryGroup:
-        """`size` attempts at one prompt; `record`: with what the trainer needs of the engine besides tokens and log-probs."""
+    async def group(
+        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+    ) -> TrajectoryGroup:
+        """Returns `size` attempts at one prompt, called by `group`.
+
+        `record`: with what the trainer needs of the engine besides tokens and log-probs.
+        """
         ...

@@ -11,7 +11,7 @@ from ctpo_megatron.types import Status, Trajectory, TrajectoryGroup
 
 
 def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, float]:
-    """Rewards, lengths, tool use and staleness of a rollout batch."""
+    """Returns rewards, lengths, tool use and staleness of a rollout batch."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     rewards = [t.reward for t in trajectories]
     count = len(trajectories)
@@ -20,6 +20,7 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
     return _replayed(trajectories) | {
         "reward/mean": sum(rewards) / count,
         "reward/std": statistics.pstdev(rewards),
+        "reward/undecided": sum(t.undecided for t in trajectories),
         "reward/mixed_groups": sum(len({t.reward for t in g.trajectories}) > 1 for g in groups) / len(groups),
         "rollout/response_tokens": sum(t.response_length for t in trajectories) / count,
         "rollout/response_tokens_max": max(t.response_length for t in trajectories),
@@ -36,7 +37,7 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
 
 
 def _replayed(trajectories: list[Trajectory]) -> dict[str, float]:
-    """Share of the tokens that the trainer routes as the engine did; nothing where no routing is recorded."""
+    """Returns the share of the tokens that the trainer routes as the engine did; nothing where no routing is recorded."""
     known = [t.experts[:, 0, 0] >= 0 for t in trajectories if t.experts is not None]
     return {"routing/replayed": float(np.concatenate(known).mean())} if known else {}
 

@@ -11,24 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ctpo_megatron.algorithms.advantages import compute_advantages
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.packing import build_train_batch
-from ctpo_megatron.data.prompts import PromptSampler
 from ctpo_megatron.data.samples import build_samples
+from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.checkpoints import Checkpoints
 from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
-from ctpo_megatron.loop.report import RunReport
+from ctpo_megatron.loop.recording import RunRecord
+from ctpo_megatron.loop.report import RunTotals, StepCost
+from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
-from ctpo_megatron.record import PhaseTimer
-from ctpo_megatron.types import Prompt, TrajectoryGroup
+from ctpo_megatron.record import PhaseTimer, progress
+from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, WeightsPublished, discard
+from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 T = TypeVar("T")
 
@@ -38,15 +41,18 @@ class TrainLoop:
     """Everything a run is made of; `run` drives it from `first_step` to the end."""
 
     config: RunConfig
-    sampler: PromptSampler
+    admission: Admission
     eval_prompts: list[Prompt]
     rollouts: Rollouts
     trainer: Trainer
     publisher: Publisher
-    report: RunReport
+    record: RunRecord
     checkpoints: Checkpoints | None = None
     first_step: int = 0
+    accuracies: dict[int, float] = field(default_factory=dict)  # held-out accuracy by the training steps before it
     attention_weight: float = 0.0  # see `make_batches`
+    emit: Emit = discard
+    totals: RunTotals = field(default_factory=RunTotals)
 
     async def run(self) -> None:
         """Train to the configured number of steps. Exceptions of any part come out as they are."""
@@ -75,15 +81,16 @@ class TrainLoop:
     async def _produce(self) -> None:
         rollout = self.config.rollout
 
-        async def one(prompt: Prompt, step: int) -> None:
-            group = await self.rollouts.group(prompt, size=rollout.group_size, temperature=rollout.temperature, record=True)
-            group.step = step
-            await self.buffer.put(group)
+        async def one(prompt: Prompt, group: GroupId, step: int) -> None:
+            size, temperature = rollout.group_size, rollout.temperature
+            made = await self.rollouts.group(prompt, group, size=size, temperature=temperature, record=True)
+            made.step = step
+            await self.buffer.put(made)
 
         async with asyncio.TaskGroup() as running:
             while (step := await self.buffer.admit()) is not None:
-                (prompt,) = self.sampler.next(1)
-                running.create_task(one(prompt, step))
+                group, prompt = self.admission.next(step)
+                running.create_task(one(prompt, group, step))
 
     async def _consume(self) -> None:
         for step in range(self.first_step, self.config.train.steps):
@@ -103,20 +110,30 @@ class TrainLoop:
             stats = await self.trainer.update(batches, version=step)
         with timer("publish"):
             published = await self.publisher.publish(step + 1)
+        self.emit(weights_published(step + 1, published))
         metrics = rollout_metrics(groups, step) | train_metrics(stats) | published
-        self.report.step(step + 1, groups, metrics, timer.seconds, time.monotonic() - begun)
+        cost = StepCost.of(groups, timer.seconds, time.monotonic() - begun)
+        self.record.step(step + 1, groups, metrics | cost.metrics())
+        self.totals.add_step(cost, metrics.get("drift/max", 0.0))
+        self.emit(StepTrained(step + 1, cost.wall))
         last = step + 1 == self.config.train.steps
         if last or self._due(self.config.eval.every, step):
             await self._evaluate(step + 1)
         if self._due(self.config.checkpoint.every, step) and self.checkpoints is not None:
             with timer("checkpoint"):
-                await self.checkpoints.save(step + 1)
-            self.report.checkpoint(step + 1, timer.seconds["checkpoint"])
+                await self.checkpoints.save(self._state_after(step))
+            self.record.checkpoint(step + 1, timer.seconds["checkpoint"])
+        self.admission.forget(step + 1)
         await self.buffer.published(step + 1)
+
+    def _state_after(self, step: int) -> RunState:
+        """Returns the run's state when training step `step`, counted from 0, is done; rollouts may be further."""
+        position = self.admission.after(step)
+        return RunState(step + 1, position.groups, position.cursor, dict(self.accuracies))
 
     async def _take(self, step: int) -> list[TrajectoryGroup]:
         """The groups of `step`; meanwhile the progress bar follows how many are in."""
-        with self.report.progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
+        with progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
             groups = await self._with_servers(self.buffer.take(step), lambda: show(self.buffer.finished(step)))
             show(self.config.train.prompts_per_step)
         return groups
@@ -124,8 +141,11 @@ class TrainLoop:
     async def _evaluate(self, step: int) -> None:
         if not self.eval_prompts:
             return
-        result = await self._with_servers(evaluate(self.rollouts, self.eval_prompts, self.config.eval))
-        self.report.evaluation(step, result)
+        result = await self._with_servers(evaluate(self.rollouts, self.eval_prompts, self.config.eval, step=step))
+        self.accuracies[step] = result.accuracy
+        self.record.evaluation(step, result)
+        self.totals.add_evaluation(result.seconds)
+        self.emit(EvaluationDone(step, result.accuracy, result.seconds))
 
     async def _with_servers(self, rollouts: Coroutine[Any, Any, T], show: Callable[[], None] = lambda: None) -> T:
         """Wait for rollouts. The trainer is idle meanwhile, and brings servers that come late to the version that it holds."""
@@ -166,7 +186,12 @@ def make_batches(groups: list[TrajectoryGroup], config: RunConfig, attention_wei
     ]
 
 
-async def first_failure(*tasks: asyncio.Future) -> None:
+def weights_published(version: int, metrics: Mapping[str, float]) -> WeightsPublished:
+    """Returns the event of a publication, from the `metrics` that the publisher gave."""
+    return WeightsPublished(version, int(metrics["servers/serving"]), metrics["publish/total"])
+
+
+async def first_failure(*tasks: asyncio.Future[None]) -> None:
     """Wait for all tasks; raise the first exception as soon as one fails, unwrapped from its exception group."""
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     for task in done:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -229,8 +229,10 @@ class TrainerRank:
         with megatron_region(self.device):
             save_hf(self.models, self.shape, self.model_path, directory)
 
-    def save(self, directory: str | Path, state: dict[str, Any], *, background: bool = False) -> None:
-        """Save a checkpoint of weights, optimizer, schedule and `state` as they are now, once the one before is settled.
+    def save(self, directory: str | Path, *, background: bool = False) -> None:
+        """Save weights, optimizer and schedule as they are now, once the save before is settled.
+
+        The checkpoint at `directory` was begun by `begin_checkpoint`.
 
         `background`: return when they are copied to host memory; the rest goes on beside training, see `settle`.
         """
@@ -240,7 +242,7 @@ class TrainerRank:
             raise ConfigError("save on an engine that was built without an optimizer.")
         self.settle()
         with megatron_region(self.device):
-            save_checkpoint(directory, self._trained(), state, self._saver, moved=self._moved)
+            save_checkpoint(directory, self._trained(), self._saver, moved=self._moved)
         self._moved = False
         if not background:
             self.settle()
@@ -250,12 +252,12 @@ class TrainerRank:
         if self._saver is not None:
             self._saver.settle(timeout_s)
 
-    def load(self, directory: str | Path) -> dict[str, Any]:
-        """Read a checkpoint and return its `state`."""
+    def load(self, directory: str | Path) -> None:
+        """Read weights, optimizer and schedule from a checkpoint."""
         from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint
 
         with megatron_region(self.device):
-            return load_checkpoint(directory, self._trained())
+            load_checkpoint(directory, self._trained())
 
     def _trained(self) -> Trained:
         from ctpo_megatron.mcore.checkpoint.checkpoint import Trained

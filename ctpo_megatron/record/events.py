@@ -1,7 +1,7 @@
-"""What happens in a run, as typed events: one object a line in RUN_DIR/events.jsonl, and a sentence each for the console.
+"""What happens in a run, as typed events: one object a line in RUN_DIR/events.jsonl, and for some a sentence on the console.
 
-Whoever sees something happen emits an event and knows nothing of who reads it. A line holds `time` (seconds since 1970), `event`
-(the class's `name`) and the fields of the class.
+The part that sees something happen emits an event and knows nothing of its readers. A line holds `time` (seconds since 1970),
+`event` (the class's `name`) and the fields of the class. Events are history: a run that is resumed appends to those of before.
 """
 
 from __future__ import annotations
@@ -11,20 +11,24 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TextIO
 
-from ctpo_megatron.record.files import jsonable
+from ctpo_megatron.record.files import drop_half_line, jsonable
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened. Subclasses have a `name` and a `sentence` of their own."""
+    """Something that happened. Subclasses have a `name` and a `sentence` of their own.
+
+    `console`: whether its sentence is printed; what would only be noise there is False.
+    """
 
     name: ClassVar[str]
+    console: ClassVar[bool] = True
 
     @property
     def sentence(self) -> str:
-        """The event for a person, in one line."""
+        """Returns the event for a person, in one line."""
         raise NotImplementedError(f"{type(self).__name__} has no sentence")
 
 
@@ -32,28 +36,46 @@ Emit = Callable[[Event], None]
 
 
 def discard(_event: Event) -> None:
-    """Emit to nobody: for parts that are used outside a run."""
+    """Drop an event: for parts that are used outside a run."""
+
+
+def print_sentence(event: Event) -> None:
+    """Print an event's sentence, where its class is one for the console."""
+    if event.console:
+        print(event.sentence, flush=True)
 
 
 class EventLog:
-    """Appends events to a file and hands each to `readers`; complete after every line. Call it to emit."""
+    """Appends events to a file and hands each to `readers`; complete after every line. Call it to emit.
+
+    The file and its directory are made by the first event.
+    """
 
     def __init__(self, path: Path, readers: Iterable[Emit] = ()) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file: TextIO | None = None
         self._readers = tuple(readers)
 
     def __call__(self, event: Event) -> None:
         """Write `event` down and tell the readers."""
         line = {"time": round(time.time(), 3), "event": event.name, **jsonable(asdict(event))}
+        if self._file is None:
+            self._file = self._open()
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         for reader in self._readers:
             reader(event)
 
+    def _open(self) -> TextIO:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        drop_half_line(self._path)
+        return self._path.open("a", encoding="utf-8")
+
     def close(self) -> None:
-        """Close the file. Safe to call twice."""
-        self._file.close()
+        """Close the file. Safe to call twice; an event that comes later opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +87,7 @@ class RunReady(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"ready after {self.seconds:.0f} s"
 
 
@@ -79,7 +101,7 @@ class RunResumed(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"resumed from {self.checkpoint} at step {self.step}"
 
 
@@ -88,12 +110,13 @@ class StepTrained(Event):
     """A training step is done and its weights are published. `step` counts from 1."""
 
     name: ClassVar[str] = "step"
+    console: ClassVar[bool] = False  # the recorder prints the numbers of a step
     step: int
     seconds: float
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"step {self.step} done in {self.seconds:.1f} s"
 
 
@@ -102,13 +125,14 @@ class EvaluationDone(Event):
     """The policy after `step` training steps was evaluated on the held-out prompts."""
 
     name: ClassVar[str] = "evaluation"
+    console: ClassVar[bool] = False  # the recorder prints its numbers
     step: int
     accuracy: float
     seconds: float
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"evaluation after step {self.step}: accuracy {self.accuracy:.1%}, {self.seconds:.1f} s"
 
 
@@ -117,13 +141,14 @@ class WeightsPublished(Event):
     """`servers` servers are proven to hold `version`."""
 
     name: ClassVar[str] = "published"
+    console: ClassVar[bool] = False  # once a step
     version: int
     servers: int
     seconds: float
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"version {self.version} of the weights is on {self.servers} servers after {self.seconds:.1f} s"
 
 
@@ -138,7 +163,7 @@ class ServerLost(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"{self.server} is lost: {self.reason}"
 
 
@@ -152,7 +177,7 @@ class ServerRestarted(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"{self.server} is back at {self.url}"
 
 
@@ -166,7 +191,7 @@ class ServerSuspended(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"{self.server} is suspended: {self.reason}"
 
 
@@ -180,7 +205,7 @@ class ServerServing(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"{self.server} serves again, with version {self.version}"
 
 
@@ -194,7 +219,7 @@ class CheckpointVerified(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"checkpoint of step {self.step} verified after {self.seconds:.1f} s"
 
 
@@ -207,7 +232,7 @@ class CheckpointLost(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"the checkpoint in flight is lost: {self.reason}"
 
 
@@ -222,7 +247,7 @@ class CheckpointDamaged(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         then = f"going on from {self.instead}" if self.instead else "there is none before it"
         return f"damaged checkpoint: {self.reason} It is kept as {self.kept_as}; {then}"
 
@@ -232,11 +257,12 @@ class StopAsked(Event):
     """The run was asked to stop by a signal."""
 
     name: ClassVar[str] = "stop asked"
+    console: ClassVar[bool] = False  # the command says it on stderr
     signal: str
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"{self.signal}: ending the run's processes ..."
 
 
@@ -251,5 +277,5 @@ class RunDone(Event):
 
     @property
     def sentence(self) -> str:
-        """See `Event`."""
+        """Returns the event for a person, in one line."""
         return f"train: {self.steps} steps in {self.seconds:.0f} s; {self.summary}"

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,20 @@ def write_text(path: Path, text: str) -> None:
 
 def drop_steps(path: Path, first_step: int) -> None:
     """Remove from a JSON-lines file what a stopped attempt wrote at `first_step` or later, and a half-written last line."""
+    _keep_lines(path, lambda line: json.loads(line)["step"] < first_step)
+
+
+def drop_half_line(path: Path) -> None:
+    """Remove from a file of lines a last one that an attempt was stopped in the middle of."""
+    _keep_lines(path, lambda _line: True)
+
+
+def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
+    """Rewrite the file, if it is there, with its whole lines that are `wanted`."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < first_step]
+    kept = [line for line in lines if line.endswith("\n") and wanted(line)]
     if kept != lines:
         write_text(path, "".join(kept))
 

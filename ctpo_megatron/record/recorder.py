@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
 
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record.board import Board
+from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.record.files import MetricsFile
 
 CONSOLE_KEYS = (
@@ -40,26 +40,29 @@ class Recorder:
         self._board = Board(run_dir / "tb", stale) if config.tensorboard else None
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of `step`, names like `reward/mean`, and flush them."""
+        """Record the metrics of `step`, names like `reward/mean`; metrics.jsonl has them afterwards, TensorBoard soon.
+
+        Raises ValueError, before anything is written, for a name that is not in the catalogue.
+        """
+        require_known(metrics)
         self._metrics.write(step, metrics)
         if self._board is not None:
             self._board.scalars(step, metrics)
-            self._board.flush()
         if step % self._every == 0:
             self._console.print(console_line(step, metrics), soft_wrap=True, markup=False)
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
-        """Distribution of `values` in TensorBoard; values that are not finite are left out."""
+        """Show the distribution of `values` in TensorBoard; values that are not finite are left out."""
         if self._board is not None:
             self._board.histogram(name, values, step)
 
     def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int) -> None:
-        """A histogram in TensorBoard whose `heights` [n] between `edges` [n+1] are given."""
+        """Show a histogram in TensorBoard whose `heights` [n] between `edges` [n+1] are given."""
         if self._board is not None:
             self._board.buckets(name, edges, heights, step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Markdown in TensorBoard's text panel."""
+        """Show Markdown in TensorBoard's text panel."""
         if self._board is not None:
             self._board.text(name, text, step)
 
@@ -69,14 +72,8 @@ class Recorder:
         if self._board is not None:
             self._board.close()
 
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
 
 def console_line(step: int, metrics: Mapping[str, float]) -> str:
-    """The metrics a person watches, in a fixed order; all of them where none of these is there."""
+    """Returns the metrics a person watches, in a fixed order; all of them where none of these is there."""
     shown = [key for key in CONSOLE_KEYS if key in metrics] or list(metrics)
     return "  ".join([f"step {step}", *(f"{key} {metrics[key]:.4g}" for key in shown)])

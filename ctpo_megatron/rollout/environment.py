@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.protocols import Chat, Generator, Reward, Sampling, ToolRunner
 from ctpo_megatron.rollout.tools import extract_code
-from ctpo_megatron.types import Generation, Prompt, Status, Trajectory, Turn
+from ctpo_megatron.types import AttemptId, Generation, Prompt, Status, Trajectory, Turn
 
 
 class ToolEnvironment:
@@ -23,22 +23,25 @@ class ToolEnvironment:
         self._tool = tool
         self._reward = reward
 
-    async def run(self, prompt: Prompt, session: int, sampling: Sampling) -> Trajectory:
-        """One attempt at `prompt`, judged. Only what the assistant itself wrote is judged, not what its programs printed."""
+    async def run(self, prompt: Prompt, attempt: AttemptId, session: int, sampling: Sampling) -> Trajectory:
+        """Returns one attempt at `prompt`, judged by what the assistant itself wrote, not by what its programs printed."""
         begun = time.monotonic()
-        attempt = _Attempt(self._chat.prompt_ids(prompt.messages), sampling.max_response_tokens)
-        status = await self._play(attempt, session, sampling)
+        made = _Attempt(self._chat.prompt_ids(prompt.messages), sampling.max_response_tokens)
+        status = await self._play(made, session, sampling)
+        score = await self._reward.score(prompt, "\n".join(made.written))
         return Trajectory(
+            id=attempt,
             prompt_index=prompt.index,
-            prompt_ids=attempt.prompt_ids,
-            turns=attempt.turns,
+            prompt_ids=made.prompt_ids,
+            turns=made.turns,
             status=status,
-            text=self._chat.decode(attempt.tokens[len(attempt.prompt_ids) :], special=True),
-            reward=await self._reward.score(prompt, "\n".join(attempt.written)),
-            tool_calls=attempt.tool_calls,
-            tool_errors=attempt.tool_errors,
+            text=self._chat.decode(made.tokens[len(made.prompt_ids) :], special=True),
+            reward=score.reward,
+            undecided=score.undecided,
+            tool_calls=made.tool_calls,
+            tool_errors=made.tool_errors,
             seconds=time.monotonic() - begun,
-            experts=np.concatenate(attempt.experts) if attempt.experts else None,
+            experts=np.concatenate(made.experts) if made.experts else None,
         )
 
     async def _play(self, attempt: _Attempt, session: int, sampling: Sampling) -> Status:
@@ -47,16 +50,16 @@ class ToolEnvironment:
             if finish == "length":
                 return Status.LENGTH
             code = extract_code(attempt.written[-1]) if self._tool is not None else None
-            if code is None:
+            if self._tool is None or code is None:
                 return Status.FINISHED
             if turn == sampling.max_turns:
                 return Status.MAX_TURNS
-            if not await self._tool_turn(attempt, code):
+            if not await self._tool_turn(self._tool, attempt, code):
                 return Status.LENGTH
         raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
 
     async def _assistant_turn(self, attempt: _Attempt, session: int, sampling: Sampling) -> str:
-        """Adds a turn of the model; returns why it ended."""
+        """Add a turn of the model; returns why it ended."""
         stop = self._chat.stop_token_ids
         generation = await self._generator.generate(
             attempt.tokens,
@@ -73,9 +76,9 @@ class ToolEnvironment:
         attempt.written.append(self._chat.decode(generation.token_ids))
         return generation.finish
 
-    async def _tool_turn(self, attempt: _Attempt, code: str) -> bool:
-        """Runs `code` and adds its output; False, adding nothing, where no room for an answer would be left."""
-        result = await self._tool.run(code)
+    async def _tool_turn(self, tool: ToolRunner, attempt: _Attempt, code: str) -> bool:
+        """Run `code` and add its output; returns False, adding nothing, where no room for an answer would be left."""
+        result = await tool.run(code)
         attempt.tool_calls += 1
         attempt.tool_errors += not result.ok
         ids = self._chat.tool_ids(result.output)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ctpo_megatron.types import Generation, Prompt, Trajectory
+from ctpo_megatron.types import AttemptId, Generation, Prompt, Trajectory
 
 
 class Generator(Protocol):
@@ -24,7 +24,7 @@ class Generator(Protocol):
     ) -> Generation:
         """Continue `input_ids`. Requests of one `session` share a prefix and should meet the same server.
 
-        `recorded`: of so many leading tokens the experts are known already. None: neither experts nor likeliest tokens are
+        `recorded`: of so many leading tokens the experts are known already. None: neither experts nor top-k tokens are
         wanted.
         """
         ...
@@ -68,11 +68,19 @@ class ToolRunner(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0."""
+
+    reward: float
+    undecided: bool = False
+
+
 class Reward(Protocol):
     """Judges an answer."""
 
-    async def score(self, prompt: Prompt, text: str) -> float:
-        """Reward of the assistant's `text`."""
+    async def score(self, prompt: Prompt, text: str) -> Score:
+        """Returns what the assistant's `text` is worth as an answer to `prompt`."""
         ...
 
 
@@ -89,6 +97,6 @@ class Sampling:
 class Environment(Protocol):
     """Plays one trajectory from a prompt to its reward."""
 
-    async def run(self, prompt: Prompt, session: int, sampling: Sampling) -> Trajectory:
-        """One attempt at `prompt`."""
+    async def run(self, prompt: Prompt, attempt: AttemptId, session: int, sampling: Sampling) -> Trajectory:
+        """Returns the `attempt` at `prompt`. All its requests belong to `session`, see `Generator.generate`."""
         ...

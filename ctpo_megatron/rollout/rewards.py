@@ -11,6 +11,7 @@ from decimal import Decimal, InvalidOperation
 
 from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
 from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.protocols import Score
 from ctpo_megatron.types import Prompt
 
 BOX = "\\boxed{"
@@ -23,47 +24,43 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 class MathReward:
     """1.0 where the last box equals the prompt's answer, else 0.0. Most pairs are decided here; math-verify decides the rest.
 
-    `undecided` counts comparisons that took longer than `timeout_s` or brought their process down; their reward is 0. Close it
-    to end its processes.
+    A comparison that takes longer than `timeout_s`, or brings its process down, is undecided: its reward is 0. Close it to end
+    its processes.
     """
 
     def __init__(self, config: MathRewardConfig, *, judges: int = 2) -> None:
-        self.undecided = 0
         self._timeout_s = config.timeout_s
         self._judges = [_Judge() for _ in range(judges)]
         self._idle: asyncio.Queue[_Judge] = asyncio.Queue()
         for judge in self._judges:
             self._idle.put_nowait(judge)
 
-    async def score(self, prompt: Prompt, text: str) -> float:
-        """Reward of the assistant's `text`."""
+    async def score(self, prompt: Prompt, text: str) -> Score:
+        """Returns the reward of the assistant's `text`."""
         given = last_box(text)
         if given is None or len(given) > MAX_ANSWER_CHARS:
-            return 0.0
+            return Score(0.0)
         answer = last_box(prompt.answer) or prompt.answer
         verdict = quick_verdict(answer, given)
-        if verdict is None:
-            verdict = await self._ask(answer, given)
-        return float(verdict)
+        return await self._ask(answer, given) if verdict is None else Score(float(verdict))
 
     def close(self) -> None:
         """End the judges' processes."""
         for judge in self._judges:
             judge.close()
 
-    async def _ask(self, answer: str, given: str) -> bool:
+    async def _ask(self, answer: str, given: str) -> Score:
         judge = await self._idle.get()
         try:
-            return await judge.equal(answer, given, self._timeout_s)
+            return Score(float(await judge.equal(answer, given, self._timeout_s)))
         except _Undecided:
-            self.undecided += 1
-            return False
+            return Score(0.0, undecided=True)
         finally:
             self._idle.put_nowait(judge)
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last \boxed{...} whose braces balance, None without one."""
+    r"""Returns the content of the last \boxed{...} whose braces balance, None without one."""
     start = text.rfind(BOX)
     while start >= 0:
         depth, begin = 1, start + len(BOX)
@@ -82,12 +79,12 @@ def quick_verdict(answer: str, given: str) -> bool | None:
         return True
     if not right:
         return False
-    numbers = _decimal(left), _decimal(right)
-    if None in numbers:
+    ours, theirs = _decimal(left), _decimal(right)
+    if ours is None or theirs is None:
         return None
-    if numbers[0] == numbers[1]:
+    if ours == theirs:
         return True
-    return False if all(number == number.to_integral_value() for number in numbers) else None
+    return False if all(number == number.to_integral_value() for number in (ours, theirs)) else None
 
 
 class _Undecided(Exception):
@@ -95,60 +92,74 @@ class _Undecided(Exception):
 
 
 class _Judge:
-    """One process of `ctpo_megatron.rollout.judge`, started when first asked and again after it had to be ended."""
+    """Compares answers in one process, which is started when first asked and again after it had to be ended."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._verdicts: asyncio.StreamReader | None = None
-        self._pipe: asyncio.ReadTransport | None = None
+        self._running: _JudgeProcess | None = None
 
     async def equal(self, answer: str, given: str, timeout_s: float) -> bool:
-        """Its verdict. Raises _Undecided after `timeout_s` or where the process ended, RolloutError where it does not start."""
+        """Returns its verdict. Raises _Undecided after `timeout_s` or where the process ended, RolloutError where none starts."""
         line = b""
         try:
-            if self._process is None:
-                await self._start()
+            running = self._running
+            if running is None:
+                running = self._running = _JudgeProcess()
+                await running.start()
             request = json.dumps({"answer": answer, "given": given, "timeout_s": timeout_s})
-            line = await self._ask(request.encode() + b"\n", timeout_s)
+            line = await running.ask(request.encode() + b"\n", timeout_s)
         finally:
             if not line:  # also when cancelled: a late verdict must not be read as the next one's
                 self.close()
         if not line:
             raise _Undecided
-        return json.loads(line)
+        return bool(json.loads(line))
 
     def close(self) -> None:
         """End the process, if there is one."""
-        if self._pipe is not None:
-            self._pipe.close()
-            self._pipe = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdin.close()
-            self._process.stdout.close()
-            self._process = None
+        if self._running is not None:
+            self._running.close()
+            self._running = None
 
-    async def _start(self) -> None:
+
+class _JudgeProcess:
+    """One process of `ctpo_megatron.rollout.judge`."""
+
+    def __init__(self) -> None:
         # no asyncio subprocess: in Python 3.11 one that is cancelled while it starts waits forever
         self._process = subprocess.Popen(JUDGE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        if self._process.stdin is None or self._process.stdout is None:
+            raise RuntimeError("a process that was started with pipes has none")
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._verdicts = asyncio.StreamReader()
+        self._pipe: asyncio.ReadTransport | None = None
+
+    async def start(self) -> None:
+        """Wait until it takes requests. Raises RolloutError where it does not in time."""
         protocol = asyncio.StreamReaderProtocol(self._verdicts)
-        self._pipe, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, self._process.stdout)
-        if await self._ask(b"", START_TIMEOUT_S) != b"ready\n":
+        self._pipe, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, self._stdout)
+        if await self.ask(b"", START_TIMEOUT_S) != b"ready\n":
             raise RolloutError(
                 f"the process that compares answers did not start within {START_TIMEOUT_S:g} s "
                 f"(exit code {self._process.poll()}); see why with: {' '.join(JUDGE)}"
             )
 
-    async def _ask(self, request: bytes, timeout_s: float) -> bytes:
-        """Its next line, empty where there is none in time."""
+    async def ask(self, request: bytes, timeout_s: float) -> bytes:
+        """Send `request`; returns the next line, empty where there is none in time."""
         try:
-            self._process.stdin.write(request)
+            self._stdin.write(request)
             async with asyncio.timeout(timeout_s):
                 return await self._verdicts.readline()
         except (TimeoutError, BrokenPipeError):
             return b""
+
+    def close(self) -> None:
+        """End it."""
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process.kill()
+        self._process.wait()
+        self._stdin.close()
+        self._stdout.close()
 
 
 def _normalized(text: str) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.rollout.protocols import Environment, Sampling
-from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, Trajectory, TrajectoryGroup
 
 
 class Rollouter:
@@ -17,21 +16,26 @@ class Rollouter:
         self._environment = environment
         self._config = config
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._sessions = itertools.count()
 
-    async def group(self, prompt: Prompt, *, size: int, temperature: float, record: bool = False) -> TrajectoryGroup:
-        """`size` attempts at one prompt. The first attempt that fails ends the others, and its exception comes out.
+    async def group(
+        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+    ) -> TrajectoryGroup:
+        """Returns `size` attempts at one prompt. The first attempt that fails ends the others, and its exception comes out.
 
-        `record`: with what training needs of the engine besides tokens and log-probs.
+        `record`: with what training needs of the engine besides tokens and log-probs. Sessions are numbered through, from group
+        to group and attempt to attempt, which spreads them evenly over the servers.
         """
         sampling = Sampling(temperature, self._config.max_turns, self._config.max_response_tokens, record)
+        ids = [AttemptId(group, number) for number in range(size)]
         try:
             async with asyncio.TaskGroup() as running:
-                attempts = [running.create_task(self._attempt(prompt, next(self._sessions), sampling)) for _ in range(size)]
+                attempts = [
+                    running.create_task(self._attempt(prompt, each, group.number * size + each.number, sampling)) for each in ids
+                ]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
-        return TrajectoryGroup(prompt, [attempt.result() for attempt in attempts])
+        return TrajectoryGroup(prompt, [attempt.result() for attempt in attempts], id=group)
 
-    async def _attempt(self, prompt: Prompt, session: int, sampling: Sampling) -> Trajectory:
+    async def _attempt(self, prompt: Prompt, attempt: AttemptId, session: int, sampling: Sampling) -> Trajectory:
         async with self._slots:
-            return await self._environment.run(prompt, session, sampling)
+            return await self._environment.run(prompt, attempt, session, sampling)

@@ -61,7 +61,7 @@ class BubblewrapPython:
             raise RolloutError(f"bubblewrap failed to run a program: {call.stderr.strip()}")
         if call.exit_code == 0:
             return True, call.stdout
-        return False, _append(call.stdout, _last_words(call))
+        return False, _append(call.stdout, _last_words(call.stderr, call.exit_code))
 
 
 @functools.cache
@@ -194,18 +194,21 @@ def _shown(file: BinaryIO) -> str:
 @contextmanager
 def _side_channels() -> Iterator[tuple[int, tuple[int, int]]]:
     """Yields (status reader, (status writer, filter reader)); the latter two are for bubblewrap."""
+    program = filter_program()
+    if program is None:
+        raise RolloutError(f"the sandbox has no system-call filter for {os.uname().machine}")
     status_read, status_write = os.pipe()
     filter_read, filter_write = os.pipe()
     try:
         os.set_blocking(status_read, False)
-        os.write(filter_write, filter_program())
-        os.close(filter_write)
-        filter_write = None
+        try:
+            os.write(filter_write, program)
+        finally:
+            os.close(filter_write)
         yield status_read, (status_write, filter_read)
     finally:
-        for fd in (status_read, status_write, filter_read, filter_write):
-            if fd is not None:
-                os.close(fd)
+        for fd in (status_read, status_write, filter_read):
+            os.close(fd)
 
 
 def _reported(status: int, name: str) -> int | None:
@@ -218,12 +221,12 @@ def _reported(status: int, name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _last_words(call: _Call) -> str:
-    """Why a program failed, in one line."""
-    if call.exit_code > 128 and not call.stderr.strip():
-        return f"Killed: {signal.Signals(call.exit_code - 128).name}"
-    lines = call.stderr.strip().splitlines()
-    return lines[-1] if lines else f"SystemExit: {call.exit_code}"
+def _last_words(stderr: str, exit_code: int) -> str:
+    """Returns why a program failed, in one line."""
+    if exit_code > 128 and not stderr.strip():
+        return f"Killed: {signal.Signals(exit_code - 128).name}"
+    lines = stderr.strip().splitlines()
+    return lines[-1] if lines else f"SystemExit: {exit_code}"
 
 
 def _append(text: str, line: str) -> str:

@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.families import MODELS
-from tests.support.ranks import free_port, run_ranks
-from tests.support.tiny import micro_batches, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.checkpoints.files import latest_checkpoint
-from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from tests.support.checkpoints import PART, begin_together, newest_name
+from tests.support.families import MODELS
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import micro_batches, write_model
 
 pytestmark = pytest.mark.dist
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, warmup_steps=3, weight_decay=0.1)
 STEPS = 3  # trained after resuming
-STATE = {"step": 2, "cursor": {"epoch": 1, "row": 7}, "seen": [1, 2]}
 
 # (family, number format, layout that saves, layouts that go on)
 CASES = [
@@ -56,7 +55,7 @@ def test_resumed_run_equals_uninterrupted_run(models: dict[str, Path], tmp_path:
             for rank in ranks:
                 uninterrupted, resumed = rank[case]["uninterrupted"], rank[case]["resumed"][number]
                 where = f"{family} {dtype} {saved} -> {layout}"
-                assert resumed["state"] == STATE, where
+                assert resumed["part"] == PART, where
                 assert_equal(resumed["loaded"], rank[case]["saved"], where)
                 if layout == saved:
                     assert resumed["steps"] == uninterrupted["steps"], where
@@ -73,9 +72,9 @@ def test_fewer_ranks_go_on(models: dict[str, Path], tmp_path: Path) -> None:
     layouts = {"qwen3": {"tp": 2, "pp": 2}, "qwen3_moe": {"pp": 2, "dp": 2, "ep": 2}}
     ports = {family: free_port() for family in layouts}
     expected = run_ranks(4, save_and_go_on, models, layouts, tmp_path, ports)[0]
-    for rank in run_ranks(2, resume, models, dict.fromkeys(layouts, {"tp": 2}), tmp_path, ports):
+    for rank in run_ranks(2, resume, models, {family: {"tp": 2} for family in layouts}, tmp_path, ports):
         for family, found in rank.items():
-            assert found["state"] == STATE, family
+            assert found["part"] == PART, family
             for ours, theirs in zip(found["steps"], expected[family], strict=True):
                 assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), family
 
@@ -84,7 +83,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named(models: dict[str, Path], tmp_
     for errors in run_ranks(2, misuse, models, tmp_path, [free_port(), free_port()]):
         assert "does not exist" in errors["absent"]
         assert "checkpoint.json is missing" in errors["unfinished"]
-        assert "not JSON serializable" in errors["state"]
+        assert "call begin_checkpoint first" in errors["not begun"]
         assert "cannot be read into this model" in errors["other model"]
         assert errors["survivor"] == "step_00000001"
 
@@ -120,7 +119,8 @@ def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: 
         engine = start(family, saved, dtype)
         before = weights(engine)
         train(engine, 2)
-        engine.save(directory, STATE)
+        begin_together(directory)
+        engine.save(directory)
         result: dict[str, Any] = {"saved": weights(engine), "resumed": []}
         result["uninterrupted"] = {"draws": draws(), "steps": train(engine, STEPS), "weights": weights(engine)}
         result["moved"] = max((float(np.abs(result["saved"][name] - before[name]).max()) for name in before), default=1.0)
@@ -129,7 +129,8 @@ def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: 
             engine = start(family, layout, dtype)
             if layout != saved:
                 train(engine, 1)  # what is loaded may also replace something
-            resumed: dict[str, Any] = {"state": engine.load(directory), "draws": draws(), "loaded": weights(engine)}
+            engine.load(directory)
+            resumed: dict[str, Any] = {"draws": draws(), "loaded": weights(engine), "part": (directory / "run.json").read_text()}
             result["resumed"].append(resumed | {"steps": train(engine, STEPS), "weights": weights(engine)})
             engine.close()
         results.append(result)
@@ -143,7 +144,8 @@ def save_and_go_on(
     for family, layout in layouts.items():
         engine = engine_for(replace(rank, master_port=ports[family]), models[family], layout)
         train(engine, 2)
-        engine.save(root / family / "step_00000002", STATE, background=True)
+        begin_together(root / family / "step_00000002")
+        engine.save(root / family / "step_00000002", background=True)
         found[family] = train(engine, STEPS)
         engine.close()
     return found
@@ -155,7 +157,9 @@ def resume(
     found = {}
     for family, layout in layouts.items():
         engine = engine_for(replace(rank, master_port=ports[family]), models[family], layout)
-        found[family] = {"state": engine.load(root / family / "step_00000002"), "steps": train(engine, STEPS)}
+        directory = root / family / "step_00000002"
+        engine.load(directory)
+        found[family] = {"part": (directory / "run.json").read_text(), "steps": train(engine, STEPS)}
         engine.close()
     return found
 
@@ -173,15 +177,16 @@ def misuse(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]
         dist.barrier()
 
     good = root / "step_00000001"
-    engine.save(good, {})
+    begin_together(good)
+    engine.save(good)
     refused("absent", lambda: engine.load(root / "step_00000009"))
-    refused("state", lambda: engine.save(root / "step_00000002", {"tensor": torch.zeros(1)}))
+    refused("not begun", lambda: engine.save(root / "step_00000002"))
     if rank.rank == 0:
         (root / "step_00000003.tmp").mkdir()
         (root / "step_00000004").mkdir()
     dist.barrier()
     refused("unfinished", lambda: engine.load(root / "step_00000004"))
-    errors["survivor"] = latest_checkpoint(root).name
+    errors["survivor"] = newest_name(root)
     engine.close()
 
     engine = engine_for(replace(rank, master_port=ports[1]), models["qwen2"], {"dp": 2})

@@ -14,19 +14,19 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tests.support.ranks import run_ranks
-from tests.dist.test_checkpoint import engine_for, train, weights
-from tests.support.tiny import write_model
 
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
-from ctpo_megatron.checkpoints.files import latest_checkpoint
-from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from tests.dist.test_checkpoint import engine_for, train, weights
+from tests.support.checkpoints import begin_together, newest_name
+from tests.support.ranks import run_ranks
+from tests.support.tiny import write_model
 
 pytestmark = pytest.mark.dist
 
 FILES = (
     "__1_0.distcp", ".metadata", "common.pt", "metadata.json", "random/rank_00001.pt", "shards.json", "model/config.json",
-    "checkpoint.json",
+    "checkpoint.json", "run.json",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before_in_use(model: Path, tmp_p
     with pytest.raises(RuntimeError, match="exit code -9"):
         run_ranks(2, death, model, tmp_path)
     assert "step_00000002 cannot be written" in (tmp_path / "told").read_text()
-    assert latest_checkpoint(tmp_path).name == "step_00000001"
+    assert newest_name(tmp_path) == "step_00000001"
 
 
 EXPECTED = {
@@ -72,7 +72,7 @@ def mishaps(rank: RankInfo, path: Path, root: Path) -> dict[str, Any]:
     from ctpo_megatron.mcore.checkpoint import checkpoint as module
 
     train(engine, 1)
-    engine.save(step(root, 1), {})
+    save(engine, step(root, 1))
     train(engine, 1)
     found: dict[str, Any] = {"told": {}, "latest after a failure": []}
     snapshots = []
@@ -84,7 +84,7 @@ def mishaps(rank: RankInfo, path: Path, root: Path) -> dict[str, Any]:
     take = module.take_snapshot
     with patch.object(module, "take_snapshot", kept), slow_writer(module):
         moment = weights(engine)
-        engine.save(step(root, 2), {"step": 2}, background=True)
+        save(engine, step(root, 2), background=True)
         train(engine, 2)
         found["unfinished while training"] = not step(root, 2).exists()
         engine.settle(120)
@@ -92,19 +92,20 @@ def mishaps(rank: RankInfo, path: Path, root: Path) -> dict[str, Any]:
 
     def refused(name: str, fault: Any) -> None:
         with fault, pytest.raises(CheckpointError) as caught:
-            engine.save(step(root, 3), {})
+            save(engine, step(root, 3))
         found["told"][name] = str(caught.value)
-        found["latest after a failure"].append(latest_checkpoint(root).name)
+        found["latest after a failure"].append(newest_name(root))
         train(engine, 1)
 
     refused("stale", patch.object(module, "take_snapshot", lambda *_: snapshots[0]))
     for name, fault in write_faults(rank, root).items():
         refused(name, fault)
-    engine.save(step(root, 4), {"step": 4})
-    found["latest"] = latest_checkpoint(root).name
+    save(engine, step(root, 4))
+    found["latest"] = newest_name(root)
     found["damaged"] = {name: damages(engine, rank, step(root, 4), name) for name in FILES}
-    assert engine.load(step(root, 4)) == {"step": 4}
-    assert engine.load(step(root, 2)) == {"step": 2}
+    for number in (4, 2):
+        engine.load(step(root, number))
+        assert (step(root, number) / "run.json").read_text() == f"step_{number:08d}"
     now = weights(engine)
     found["saved at the call"] = all((now[name] == value).all() for name, value in moment.items())
     engine.close()
@@ -119,11 +120,11 @@ def write_faults(rank: RankInfo, root: Path) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def flipped(*args: Any, **options: Any) -> Any:
-        metadata = save(*args, **options)
+        metadata = written(*args, **options)
         flip(step(root, 3).with_name("step_00000003.tmp") / "__1_0.distcp", 0.5)
         return metadata
 
-    save = writer.torch_checkpoint.save
+    written = writer.torch_checkpoint.save
     if rank.rank == 0:
         return {name: nullcontext() for name in EXPECTED if name != "stale"}
     return {
@@ -172,6 +173,11 @@ def flip(file: Path, place: float) -> None:
     file.write_bytes(content)
 
 
+def save(engine: TrainerRank, target: Path, *, background: bool = False) -> None:
+    begin_together(target, target.name)
+    engine.save(target, background=background)
+
+
 def step(root: Path, number: int) -> Path:
     return root / f"step_{number:08d}"
 
@@ -180,11 +186,11 @@ def death(rank: RankInfo, path: Path, root: Path) -> None:
     engine = engine_for(rank, path, {"dp": 2})
     from ctpo_megatron.mcore.checkpoint import writer
 
-    engine.save(step(root, 1), {})
+    save(engine, step(root, 1))
     train(engine, 1)
     if rank.rank == 1:
         writer._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the shards are written, the random states are not
     try:
-        engine.save(step(root, 2), {})
+        save(engine, step(root, 2))
     except CheckpointError as error:
         (root / "told").write_text(str(error))

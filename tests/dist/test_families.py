@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tests.support.checkpoints import begin_together
 from tests.support.families import MODELS, TEMPERATURE, Z_LOSS, Reference, reference, write_family
 from tests.support.ranks import free_port, run_ranks
 from tests.support.tiny import micro_batches
@@ -257,7 +258,8 @@ def biases(rank: RankInfo, path: Path, ports: list[int]) -> dict[str, np.ndarray
         engine.train_step(mine, lambda logp, pack, _scan: (-logp[pack.mask].sum() / 100, {}), TEMPERATURE)
         found[case] = bias_of(engine)
         if case == "moved":
-            engine.save(path.with_name("checkpoint"), {})
+            begin_together(path.with_name("checkpoint"))
+            engine.save(path.with_name("checkpoint"))
         engine.close()
     engine = start(replace(rank, master_port=ports[0]), path, {})
     engine.load(path.with_name("checkpoint"))

@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.toy.model import Kind, make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
-from tests.support.runs import END_S, START_S, Finished, Started, gone, left_in_shared_memory, shared_memory
+from tests.support.runs import END_S, Finished, Started, gone, left_in_shared_memory, shared_memory
 
 RUN_S = 300.0
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between trainer and engine, float32 on CPUs
@@ -50,8 +51,27 @@ def check_run(run: Finished, steps: int) -> None:
         assert all(math.isfinite(value) for value in row.values()), row
         assert row["train/grad_norm"] >= 0
         assert row["drift/max"] < AGREEMENT
+    for row in run.metrics:
+        require_known(row.keys() - {"step", "time"})
+    assert run.happened("done")[-1]["steps"] == steps
+    assert run.happened("published")[-1]["version"] == steps
+    assert "ready after" in run.output
+    assert f"train: {steps} steps in" in run.output
+    check_ids(run, steps)
     assert run.summary["weight_version"] == steps
     assert run.summary["mismatch_max"] < AGREEMENT
+
+
+def check_ids(run: Finished, steps: int) -> None:
+    """Every attempt that was trained on or evaluated has a name of its own, over all commands that the run took."""
+    names = []
+    for path in sorted((run.run_dir / "rollouts").iterdir()):
+        rows = run.trajectories(path.name)
+        assert all(row["id"].startswith(f"{row['group']}.") for row in rows), path
+        names += [row["id"] for row in rows]
+    assert len(names) == len(set(names)) > 0
+    trained = {row["group"] for step in range(1, steps + 1) for row in run.trajectories(f"step_{step:08d}.jsonl")}
+    assert trained == {f"g{number:08d}" for number in range(len(trained))}
 
 
 def check_synced_weights(run: Finished, steps: int, start: Path) -> None:
@@ -106,6 +126,12 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     resumed = start(toy, "moe.yaml", tmp_path, *more, kind="qwen3_moe").finish(RUN_S)
     check_run(resumed, 3)
     assert [row for row in resumed.metrics if row["step"] <= 2] == before
+    kinds = [event["event"] for event in resumed.events]
+    assert kinds.count("ready") == 2  # events are history, and stay
+    assert [event["step"] for event in resumed.happened("resumed")] == [2]
+    assert [event["step"] for event in resumed.happened("checkpoint verified")] == [1, 2, 3]
+    assert f"resumed from {tmp_path / 'checkpoints' / 'step_00000002'} at step 2" in resumed.output
+    assert "checkpoint of step 3 verified after" in resumed.output
     check_synced_weights(resumed, 3, toy["qwen3_moe"])
 
 
@@ -136,7 +162,7 @@ def test_trainer_and_servers_take_turns(toy, tmp_path):
 def test_signal_leaves_nothing(toy, tmp_path, number):
     shared_before = shared_memory()
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
-    run.wait_for("ready after", START_S)
+    run.wait_for_event("ready")
     below = run.descendants()
     assert any("sglang" in " ".join(process.cmdline()) for process in below)
     if number == signal.SIGINT:
@@ -146,6 +172,9 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     ended = run.finish(END_S)
     assert ended.code == 128 + number, ended.output
     assert "Traceback" not in ended.output
+    assert f"{number.name}: ending the run's processes ..." in ended.output
+    assert [event["signal"] for event in ended.happened("stop asked")] == [number.name]
+    assert ended.happened("done") == []
     assert gone(below) == []
     assert left_in_shared_memory(shared_before) == set()
 
@@ -174,7 +203,7 @@ def test_a_server_that_dies_is_started_again(toy, tmp_path):
     """The only server, on two nodes, loses its second half between two steps: the run waits, it comes back, nothing is lost."""
     sizes = ("train.steps=3", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
     run = start(toy, "quickstart.yaml", tmp_path, *sizes, "rollout.engine.tp=2", "rollout.engine.nodes=2")
-    run.wait_for("step 1  reward", START_S)
+    run.wait_for_event("step", step=1)
     below = run.descendants()
     words = [" ".join(part.cmdline()) for part in parts_of_servers(below)]
     assert len(words) == 2
@@ -204,7 +233,7 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     """Of a trainer's rank, and of the last server when it has been started again as often as it may."""
     shared_before = shared_memory()
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8", "rollout.engine.restarts=0")
-    run.wait_for("ready after", START_S)
+    run.wait_for_event("ready")
     below = run.descendants()
     victim(below).kill()
     ended = run.finish(END_S)

@@ -35,12 +35,20 @@ class Finished:
     def metrics(self) -> list[dict]:
         return [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
 
+    @property
+    def events(self) -> list[dict]:
+        return read_events(self.run_dir)
+
+    def happened(self, name: str) -> list[dict]:
+        """The events of that name."""
+        return [event for event in self.events if event["event"] == name]
+
     def trajectories(self, name: str) -> list[dict]:
         return [json.loads(line) for line in (self.run_dir / "rollouts" / name).read_text().splitlines()]
 
 
 class Started:
-    """A command that runs; `text` is what it has printed so far."""
+    """A command that runs; `text` is what it has printed so far, `events` what has happened."""
 
     def __init__(self, command: str, config: str, run_dir: Path, *overrides: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,13 +63,21 @@ class Started:
     def text(self) -> str:
         return self._log.read_text()
 
-    def wait_for(self, words: str, timeout_s: float = START_S) -> None:
-        """Until `words` are printed; fails when the command ends or time runs out before."""
+    @property
+    def events(self) -> list[dict]:
+        return read_events(self.run_dir)
+
+    def wait_for_event(self, name: str, timeout_s: float = START_S, **fields: object) -> dict:
+        """The first event of that name with these `fields`; fails when the command ends or time runs out before it comes."""
         deadline = time.monotonic() + timeout_s
-        while words not in self.text:
-            if self.process.poll() is not None or time.monotonic() > deadline:
+        while True:
+            ended = self.process.poll() is not None
+            found = [each for each in self.events if each["event"] == name and fields.items() <= each.items()]
+            if found:
+                return found[0]
+            if ended or time.monotonic() > deadline:
                 self.end()
-                raise AssertionError(f"{words!r} was not printed (exit code {self.process.poll()}):\n{self.text}")
+                raise AssertionError(f"no event {name!r} with {fields} (exit code {self.process.poll()}):\n{self.text}")
             time.sleep(0.2)
 
     def interrupt(self, number: int) -> None:
@@ -89,6 +105,13 @@ class Started:
             for process in left:
                 process.kill()
             self.process.wait(10)
+
+
+def read_events(run_dir: Path) -> list[dict]:
+    """What has happened in a run so far; a line that is being written is left out."""
+    path = run_dir / "events.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def gone(processes: list[psutil.Process], timeout_s: float = 10.0) -> list[psutil.Process]:

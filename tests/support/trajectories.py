@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from ctpo_megatron.types import Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 
 PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "1")
+GROUP = GroupId(0)
+ATTEMPT = AttemptId(GROUP, 0)
 
 
 def trajectory(reward: float, *turns: list[int]) -> Trajectory:
-    """SenderOrder by their token ids; the policy writes the first, a tool answers, and so on."""
+    """An attempt from the token ids of its turns; the policy writes the first, a tool answers, and so on."""
     roles = ["assistant" if number % 2 == 0 else "tool" for number in range(len(turns))]
     made = [Turn(role, ids, [0.0] * len(ids), [0] * len(ids)) for role, ids in zip(roles, turns, strict=True)]
-    return Trajectory(0, [9], made, Status.FINISHED, reward=reward)
+    return Trajectory(0, [9], made, Status.FINISHED, reward=reward, id=ATTEMPT)
 
 
 def group_of(*trajectories: Trajectory) -> TrajectoryGroup:
-    return TrajectoryGroup(PROMPT, list(trajectories))
+    return TrajectoryGroup(PROMPT, list(trajectories), id=GROUP)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from ctpo_megatron import cli
-from ctpo_megatron.checkpoints.directories import temporary_directory
-from ctpo_megatron.checkpoints.files import VERSION, publish_checkpoint
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
+from tests.support.checkpoints import write_checkpoint
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
@@ -99,7 +98,7 @@ def test_resume_without_a_checkpoint(capsys, monkeypatch, tmp_path, good):
 def test_checkpoints_of_two_runs_are_not_mixed(capsys, monkeypatch, tmp_path, good):
     """Pruning keeps the highest steps: those of the earlier run, in the place of the new one's."""
     earlier = tmp_path / "earlier" / "checkpoints" / "step_00000009"
-    publish_checkpoint(temporary_directory(earlier), earlier, {"version": VERSION, "files": {}, "state": {"step": 9}})
+    write_checkpoint(earlier.parent, 9)
     where = f"run_dir={tmp_path / 'earlier'}"
     assert "up to step_00000009" in refused(capsys, monkeypatch, tmp_path, good, where)
     assert "already has 9 of train.steps=9" in refused(capsys, monkeypatch, tmp_path, good, where, "train.steps=9", "--resume")

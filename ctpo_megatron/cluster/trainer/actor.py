@@ -6,7 +6,7 @@ import logging
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from torch import Tensor
@@ -146,17 +146,17 @@ class TrainerActor:
 
             torch.cuda.empty_cache()
 
-    def save(self, directory: str, state: dict[str, Any], background: bool) -> None:
+    def save(self, directory: str, background: bool) -> None:
         """Save this rank's part of a checkpoint: `loop.protocols.Trainer.save`."""
-        self._built.rank.save(Path(directory), state, background=background)
+        self._built.rank.save(Path(directory), background=background)
 
     def settle(self, timeout_s: float) -> None:
         """Wait for the save in flight: `loop.protocols.Trainer.settle`."""
         self._built.rank.settle(timeout_s)
 
-    def load(self, directory: str) -> dict[str, Any]:
-        """The `state` of a checkpoint that was loaded: `loop.protocols.Trainer.load`."""
-        return self._built.rank.load(Path(directory))
+    def load(self, directory: str) -> None:
+        """Go on from this rank's part of a checkpoint: `loop.protocols.Trainer.load`."""
+        self._built.rank.load(Path(directory))
 
     def save_hf(self, directory: str) -> None:
         """Write this rank's part of a Hugging Face model directory: `loop.protocols.Trainer.save_hf`."""

@@ -65,18 +65,18 @@ class TrainerGroup:
         """Send from all sending ranks; what they sent together. Raises WeightSyncError, then `connect` again first."""
         return functools.reduce(Sent.merge, await self._each("publish", version))
 
-    async def save(self, directory: Path, state: dict[str, Any], *, background: bool) -> None:
+    async def save(self, directory: Path, *, background: bool) -> None:
         """Each rank saves its part of a checkpoint (`loop.protocols.Trainer.save`)."""
-        await self._each("save", str(directory), state, background)
+        await self._each("save", str(directory), background)
 
     async def settle(self) -> None:
         """Wait for the save in flight, beside the other calls (`loop.protocols.Trainer.settle`)."""
         settle = [rank.actor.settle.options(concurrency_group="checkpoint") for rank in self.ranks]
         await self._calls([each.remote(self._timeout_s) for each in settle])
 
-    async def load(self, directory: Path) -> dict[str, Any]:
-        """The state in the checkpoint from which all ranks now go on (`loop.protocols.Trainer.load`)."""
-        return (await self._each("load", str(directory)))[0]
+    async def load(self, directory: Path) -> None:
+        """All ranks go on from a checkpoint (`loop.protocols.Trainer.load`)."""
+        await self._each("load", str(directory))
 
     async def save_hf(self, directory: Path) -> None:
         """The ranks write the model in Hugging Face format together (`loop.protocols.Trainer.save_hf`)."""

@@ -17,7 +17,10 @@ class BackgroundSave:
 
     def __init__(self, timeout_minutes: int) -> None:
         # gloo: shards are in host memory, and the device's own collectives belong to training
-        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=timeout_minutes))
+        if not isinstance(group, dist.ProcessGroup):  # what torch gives to those who are not in it
+            raise RuntimeError("this rank is not in the group of its own checkpoints")
+        self.group = group
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._begun = 0.0

@@ -4,7 +4,7 @@ Every rank writes and reads its part. The format describes whole tensors, so a r
 
     snapshot   in the caller's thread: this rank's shards are copied to host memory; training may go on
     write      under a temporary name, in a thread: shards, read back and compared with the snapshot
-    publish    on rank 0: compared with the predecessor, the manifest written, renamed
+    commit     on rank 0: compared with the predecessor, the manifest written, renamed
 
 and a checkpoint whose save did not reach the end does not count. The files are described in `files`.
 """
@@ -12,7 +12,6 @@ and a checkpoint whose save did not reach the end does not count. The files are 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, temporary_directory
-from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest
+from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest, work_directory
 from ctpo_megatron.checkpoints.metadata import read_metadata
 from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
 from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
-from ctpo_megatron.mcore.checkpoint.commit import publish
+from ctpo_megatron.mcore.checkpoint.commit import commit
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
 from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
 from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
@@ -44,41 +42,38 @@ from ctpo_megatron.mcore.hf.load import unwrap
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a rank goes into a checkpoint. Without optimizer and schedule it is one of weights only."""
+    """Holds what of a rank goes into a checkpoint. Without optimizer and schedule it is one of weights only."""
 
     models: list[torch.nn.Module]
     optimizer: MegatronOptimizer | None
     schedule: OptimizerParamScheduler | None
     model_path: str  # whose config.json and tokenizer are copied into it
 
-    def header(self, state: dict[str, Any]) -> dict[str, Any]:
-        """The manifest's beginning."""
+    def header(self) -> dict[str, Any]:
+        """Returns the manifest's beginning."""
         dtype = next(unwrap(self.models[0]).parameters()).dtype
         return {
             "version": VERSION,
             "world_size": dist.get_world_size(),
             "dtype": str(dtype).removeprefix("torch."),
             "scheduler_steps": None if self.schedule is None else self.schedule.num_steps,
-            "state": state,
         }
 
 
-def save_checkpoint(
-    directory: str | Path, trained: Trained, state: dict[str, Any], saver: BackgroundSave, *, moved: bool = False
-) -> None:
+def save_checkpoint(directory: str | Path, trained: Trained, saver: BackgroundSave, *, moved: bool = False) -> None:
     """Begin to save; every rank calls it, and `saver.settle` afterwards. What is saved is the state at this call.
 
-    `state` has to be what JSON knows; rank 0's is kept. `moved`: weights must differ from those of the checkpoint before.
-    Raises CheckpointError on every rank when the save cannot begin; `settle` raises it when it cannot be finished. What stood
-    at `directory` before stands until the new one is verified.
+    The checkpoint was begun by `begin_checkpoint`, and what lies in its directory becomes a part. `moved`: weights must differ
+    from those of the checkpoint before. Raises CheckpointError on every rank when the save cannot begin; `settle` raises it when
+    it cannot be finished. What stood at `directory` before stands until the new one is verified.
     """
     target = Path(directory)
-    header = trained.header(state)
-    work = target.with_name(target.name + TEMPORARY_SUFFIX)
+    header = trained.header()
+    work = work_directory(target)
 
     def begin() -> None:
-        json.dumps(header)  # refuses what JSON does not know before anything is written
-        temporary_directory(target)
+        if not work.is_dir():
+            raise CheckpointError(f"{work} is not there; call begin_checkpoint first, on a file system that rank 0 sees")
         (work / MODEL).mkdir()
         copy_companions(Path(trained.model_path), work / MODEL, header["dtype"])
 
@@ -88,8 +83,8 @@ def save_checkpoint(
     saver.start(lambda group: _finish(snapshot, work, target, header, group, moved))
 
 
-def load_checkpoint(directory: str | Path, trained: Trained) -> dict[str, Any]:
-    """Take weights, optimizer, schedule and random states from a checkpoint; returns the `state` it was saved with.
+def load_checkpoint(directory: str | Path, trained: Trained) -> None:
+    """Take weights, optimizer, schedule and random states from a checkpoint.
 
     Every rank calls it. The ranks first compare all files with their hashes, each a share. The schedule's place is restored, its
     settings are the present ones. Random states are restored where the number of ranks is the same; otherwise they stay as the
@@ -113,11 +108,10 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> dict[str, Any]:
         trained.schedule.step(manifest["scheduler_steps"])
         if manifest["world_size"] == dist.get_world_size():
             random_state.restore(source, dist.get_rank())
-    return manifest["state"]
 
 
 def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any], group: dist.ProcessGroup, moved: bool) -> None:
-    """The part of a save that runs beside training."""
+    """Do the part of a save that runs beside training."""
     report, complaint = None, None
     with _told(f"checkpoint {target} cannot be written"):
         try:
@@ -133,13 +127,13 @@ def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any]
         complaints = [f"rank {rank}: {each}" for rank, (_, each) in enumerate(reports) if each]
         if complaints:
             raise CheckpointError("; ".join(complaints))
-        publish(work, target, header, [report for report, _ in reports], snapshot.weights, moved=moved)
+        commit(work, target, header, [report for report, _ in reports], snapshot.weights, moved=moved)
 
     on_first_rank(finish, f"checkpoint {target} does not count", group)
 
 
 def _verified_together(source: Path) -> dict[str, Any]:
-    """The manifest, after the ranks have compared all files; what one of them finds, all raise."""
+    """Returns the manifest, after the ranks have compared all files; what one of them finds, all raise."""
     manifest, damage, other = {}, None, None
     try:
         manifest = read_manifest(source)

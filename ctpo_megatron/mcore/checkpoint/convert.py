@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.checkpoints.digests import tensor_digest
-from ctpo_megatron.checkpoints.files import MODEL, read_manifest
+from ctpo_megatron.checkpoints.files import MODEL, begin_checkpoint, read_manifest
+from ctpo_megatron.checkpoints.hashes import tensor_hash
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import CheckpointError, ModelError
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
@@ -36,30 +36,32 @@ BUCKET_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read back and compared."""
+    """Counts what was read back and compared."""
 
     tensors: int
     bytes: int
 
 
 def checkpoint_shape(checkpoint: Path) -> ModelShape:
-    """The model of a checkpoint, from the config.json in it. Raises CheckpointError where there is no checkpoint."""
+    """Returns the model of a checkpoint, from the config.json in it. Raises CheckpointError where there is no checkpoint."""
     read_manifest(checkpoint)
     file = checkpoint / MODEL / "config.json"
     return parse_config(read_json(file), str(file))
 
 
 def weights_to_megatron(rank: RankInfo, source: str, target: str, parallel: ParallelConfig) -> Verified:
-    """The weights of the model directory `source` as a checkpoint at `target`."""
+    """Write the weights of the model directory `source` as a checkpoint at `target`; returns what was compared."""
     shape = parse_config(read_json(Path(source) / "config.json"), f"{source}/config.json")
     with _model(rank, shape, parallel, shape.dtype, source) as trained:
         from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
         from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+        from ctpo_megatron.mcore.collective import on_first_rank
         from ctpo_megatron.mcore.hf.load import load_hf
 
         load_hf(trained.models, shape, source)
         saver = BackgroundSave(TIMEOUT_MINUTES)
-        save_checkpoint(target, trained, {}, saver)
+        on_first_rank(lambda: begin_checkpoint(Path(target), {}), f"checkpoint {target} cannot be begun")
+        save_checkpoint(target, trained, saver)
         saver.settle()
         _forget(trained.models, shape)  # what is compared has come from the disk
         load_checkpoint(target, trained)
@@ -67,7 +69,7 @@ def weights_to_megatron(rank: RankInfo, source: str, target: str, parallel: Para
 
 
 def weights_to_hf(rank: RankInfo, source: str, target: str, parallel: ParallelConfig) -> Verified:
-    """The weights of the checkpoint `source` as a model directory at `target`."""
+    """Write the weights of the checkpoint `source` as a model directory at `target`; returns what was compared."""
     shape, dtype = checkpoint_shape(Path(source)), read_manifest(source)["dtype"]
     companions = str(Path(source) / MODEL)
     with _model(rank, shape, parallel, dtype, companions) as trained:
@@ -81,7 +83,7 @@ def weights_to_hf(rank: RankInfo, source: str, target: str, parallel: ParallelCo
 
 @contextlib.contextmanager
 def _model(rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: str, path: str) -> Iterator[Trained]:
-    """This rank's part of the model, with weights not yet loaded."""
+    """Yields this rank's part of the model, with weights not yet loaded."""
     if dtype not in DTYPES:
         raise ModelError(f"{path}: its weights are {dtype}; what can be converted is {' or '.join(DTYPES)}.")
     device = prepare_host("cpu")
@@ -134,7 +136,7 @@ def _compare(models: list[torch.nn.Module], shape: ModelShape, directory: Path) 
 
 
 def _equal(stored: Tensor | None, tensor: Tensor) -> bool:
-    """Equal bytes; a router's bias that is stored narrower than the model keeps it may be widened."""
+    """Returns whether the bytes are equal; a router's bias that is stored narrower than the model keeps it is widened first."""
     if stored is None or stored.shape != tensor.shape or stored.dtype.itemsize > tensor.dtype.itemsize:
         return False
-    return tensor_digest(stored.to(tensor.dtype)) == tensor_digest(tensor)
+    return tensor_hash(stored.to(tensor.dtype)) == tensor_hash(tensor)

@@ -19,7 +19,7 @@ SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_a
 def optimizer_shards(
     optimizer: MegatronOptimizer, model_shards: dict[str, Any], metadata: dict[str, Any], *, loading: bool
 ) -> dict[str, Any]:
-    """megatron's description of this rank's part. The data-parallel ranks gather it, so all have to call it."""
+    """Returns megatron's description of this rank's part. The data-parallel ranks gather it, so all have to call it."""
     begin_state(optimizer)
     with padding_counted(optimizer):
         return optimizer.sharded_state_dict(model_shards, is_loading=loading, metadata={**metadata, **SHARDING})

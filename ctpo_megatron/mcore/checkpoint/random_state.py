@@ -12,16 +12,16 @@ from megatron.core import tensor_parallel
 
 
 def random_file(rank: int) -> str:
-    """Where in a checkpoint the states of a rank lie."""
+    """Returns where in a checkpoint the states of a rank lie."""
     return f"random/rank_{rank:05d}.pt"
 
 
 def capture() -> dict[str, Any]:
-    """The states as plain values and tensors, so that reading them back runs no foreign code."""
+    """Returns the states as plain values and tensors, so that reading them back runs no foreign code."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
+        "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "device": torch.cuda.get_rng_state(),
         "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),

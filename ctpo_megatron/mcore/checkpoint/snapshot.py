@@ -32,7 +32,7 @@ Place = tuple[str, tuple[int, ...] | None]  # name of a stored tensor or object,
 
 @dataclass
 class Snapshot:
-    """What this rank has to write. Nothing in it is shared with the model or the optimizer."""
+    """What this rank has to write; the model and the optimizer share nothing with it."""
 
     shards: dict[str, Any]  # torch's description, for its writer
     tensors: dict[Place, Tensor]  # the same shards as megatron describes them: what the disk is compared with
@@ -43,9 +43,10 @@ class Snapshot:
 
 
 def sharded_state(models: list[torch.nn.Module], optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
-    """megatron's description of this rank's shards. Names and offsets in it are global: no layout shows in them."""
+    """Returns megatron's description of this rank's shards. Names and offsets in it are global: no layout shows in them."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    sharded = {f"model{number}": unwrap(model).sharded_state_dict(metadata=metadata) for number, model in enumerate(models)}
+    unwrapped: list[Any] = [unwrap(model) for model in models]  # megatron's own modules, which torch's types know nothing of
+    sharded = {f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(unwrapped)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer_shards(optimizer, sharded, metadata, loading=loading)
     return sharded
@@ -74,7 +75,7 @@ def take_snapshot(models: list[torch.nn.Module], optimizer: MegatronOptimizer | 
 
 
 class _Format(SaveShardedStrategy):
-    """Only the name of the format: megatron's planner of parallel saving asks for one."""
+    """Stands for the format's name, which megatron's planner of parallel saving asks for."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1)
@@ -88,7 +89,7 @@ class _Format(SaveShardedStrategy):
 
 
 def _host_copy(tensor: Tensor) -> Tensor:
-    """Always a copy, also of a CPU tensor: the optimizer goes on changing the original."""
+    """Returns a copy, also of a CPU tensor: the optimizer goes on changing the original."""
     pinned = tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device=torch.device("cpu"), pin_memory=pinned)
     return copy.copy_(tensor.detach(), non_blocking=pinned)

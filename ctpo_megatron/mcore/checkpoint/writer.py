@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch import Tensor
 
-from ctpo_megatron.checkpoints.digests import bytes_digest, file_digest, new_digest, tensor_digest
+from ctpo_megatron.checkpoints.hashes import bytes_hash, file_hash, new_hash, tensor_hash
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.mcore.checkpoint.random_state import random_file
 from ctpo_megatron.mcore.checkpoint.snapshot import Place, Snapshot
@@ -29,7 +29,7 @@ from ctpo_megatron.mcore.checkpoint.snapshot import Place, Snapshot
 
 @dataclass
 class RankReport:
-    """What one rank wrote and found again on the disk."""
+    """Names what one rank wrote and found again on the disk."""
 
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> size, digest
     shards: dict[str, list[list[Any]]] = field(default_factory=dict)  # file -> [name, offset, shape, dtype, digest, begin, end]
@@ -41,8 +41,8 @@ def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -
     Raises CheckpointError when the disk holds something else than the rank, and what torch and the system raise.
     """
     rank = dist.get_rank(group)
-    held = {place: tensor_digest(tensor) for place, tensor in snapshot.tensors.items()}
-    held |= {place: bytes_digest(content) for place, content in snapshot.objects.items()}
+    held = {place: tensor_hash(tensor) for place, tensor in snapshot.tensors.items()}
+    held |= {place: bytes_hash(content) for place, content in snapshot.objects.items()}
     metadata = torch_checkpoint.save(
         snapshot.shards,
         # per_thread_copy_ahead: the shards are in host memory already
@@ -65,18 +65,18 @@ def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -
 
 
 def _write(work: Path, name: str, content: bytes, report: RankReport) -> None:
-    """A small file, read back at once."""
+    """Write a small file and read it back at once."""
     file = work / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
-    digest = file_digest(file)
-    if digest != bytes_digest(content):
+    digest = file_hash(file)
+    if digest != bytes_hash(content):
         raise CheckpointError(f"{file}: the disk does not hold what was written")
     report.files[name] = {"size": len(content), "digest": digest}
 
 
 def _of_rank(metadata: Any, rank: int) -> dict[str, list[tuple[int, int, Place]]]:
-    """Begin and length of the shards in each file that this rank wrote, in their order."""
+    """Returns begin and length of the shards in each file that this rank wrote, in their order."""
     files: dict[str, list[tuple[int, int, Place]]] = {}
     for index, info in metadata.storage_data.items():
         if info.relative_path.startswith(f"__{rank}_"):
@@ -93,8 +93,8 @@ def _read_back(
     held: dict[Place, str],
     report: RankReport,
 ) -> None:
-    """Read a file once: its own hash, and each shard in it against what this rank held. Takes what it found out of `held`."""
-    file, digest, size = work / name, new_digest(), 0
+    """Read a file once: hash it, and compare each shard in it with what this rank held. Takes what it found out of `held`."""
+    file, digest, size = work / name, new_hash(), 0
     report.shards[name] = []
     with file.open("rb") as stream:
         for begin, length, place in stored:
@@ -103,7 +103,7 @@ def _read_back(
             key, offset = place
             shard = _loaded(content[begin - size :], offset is None, file, key)
             size = begin + length
-            found = bytes_digest(shard) if isinstance(shard, bytes) else tensor_digest(shard)
+            found = bytes_hash(shard) if isinstance(shard, bytes) else tensor_hash(shard)
             if found != held.pop(place, None) or not _same_kind(shard, snapshot.tensors.get(place)):
                 raise CheckpointError(f"{file}: {key} at {offset} is not what the rank held")
             shape, dtype = (None, "bytes") if isinstance(shard, bytes) else (list(shard.shape), str(shard.dtype)[6:])

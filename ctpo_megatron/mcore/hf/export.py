@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory, temporary_directory
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory, temporary_directory
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.load import unwrap
@@ -56,7 +56,7 @@ def save_hf(
             total = sum(nbytes(tensor, like.element_size()) for tensor in hf_tensors(shape))
             index = {"metadata": {"total_size": total}, "weight_map": files}
             (work / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        publish_directory(work, target)
+        complete_directory(work, target)
 
     on_first_rank(finish, f"model directory {target} cannot be finished")
 

@@ -24,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, publish_directory
+from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory
 from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.digest import tensor_digest
 from ctpo_megatron.errors import WeightSyncError
@@ -103,7 +103,7 @@ class DiskSender(ConnectingSender):
             if file.name not in wanted:
                 file.unlink()
         (work / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        publish_directory(work, target)
+        complete_directory(work, target)
         if tensors:
             body = {"model_path": str(target), "load_format": "safetensors", "flush_cache": False}
             what = f"loading {target}"

@@ -31,7 +31,7 @@ from ctpo_megatron.algorithms.record import merge
 from ctpo_megatron.algorithms.tokens import Tokens
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.loop.health import health_histograms, health_metrics
-from ctpo_megatron.loop.report import RunReport
+from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.statistics import train_metrics
 from ctpo_megatron.mcore.host import ABSENT_ON_CPU
 from ctpo_megatron.mcore.policy import merge_stats
@@ -259,11 +259,10 @@ def test_histograms_follow_the_scalars() -> None:
 
 def test_tensorboard_reads_the_panel_back(tmp_path: Path) -> None:
     metrics = panel([[0.0] * 4 + [3.0] + [0.0] * 15, *[0.1 * path for path in paths(30, 20)]])
-    seconds = {"rollout": 1.0, "train": 1.0}
     recorder = Recorder(tmp_path, LogConfig(), console=Console(file=io.StringIO()))
-    report = RunReport(tmp_path, LogConfig(save_rollouts=False), recorder, {})
-    report.step(7, [], metrics, seconds, 2.0)
-    report.close()
+    record = RunRecord(tmp_path, LogConfig(save_rollouts=False), recorder)
+    record.step(7, [], metrics)
+    record.close()
     read = EventAccumulator(str(tmp_path / "tb"), size_guidance={"histograms": 0}).Reload()
     for name, value in metrics.items():
         assert [(e.step, e.value) for e in read.Scalars(name)] == [(7, pytest.approx(value, rel=1e-6))]

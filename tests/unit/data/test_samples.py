@@ -12,6 +12,7 @@ from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.data.sft import read_demonstrations
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.types import Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from tests.support.trajectories import ATTEMPT, GROUP
 
 PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "1")
 
@@ -22,7 +23,7 @@ def test_the_example_of_the_docstring():
         Turn("tool", [9], [0.0], [-1]),
         Turn("assistant", [4], [-0.3], [5]),
     ]
-    group = TrajectoryGroup(PROMPT, [Trajectory(0, [7, 8], turns, Status.FINISHED)])
+    group = TrajectoryGroup(PROMPT, [Trajectory(0, [7, 8], turns, Status.FINISHED, id=ATTEMPT)], id=GROUP)
     (sample,) = build_samples(group, [2.0], 11)
     assert sample.input_ids == [7, 8, 5, 6, 9]
     assert sample.labels == [8, 5, 6, 9, 4]
@@ -48,8 +49,8 @@ def turns_of(lengths: list[int]) -> list[Turn]:
 @given(prompt=st.integers(1, 8), lengths=st.lists(st.integers(1, 6), min_size=1, max_size=6))
 def test_each_written_token_is_a_label_with_its_own_streams(prompt, lengths):
     turns = turns_of(lengths)
-    trajectory = Trajectory(0, list(range(1, prompt + 1)), turns, Status.FINISHED)
-    (sample,) = build_samples(TrajectoryGroup(PROMPT, [trajectory]), [-1.5], 0)
+    trajectory = Trajectory(0, list(range(1, prompt + 1)), turns, Status.FINISHED, id=ATTEMPT)
+    (sample,) = build_samples(TrajectoryGroup(PROMPT, [trajectory], id=GROUP), [-1.5], 0)
     assert len(sample) == prompt + sum(lengths) - 1
     assert sample.input_ids[1:] == sample.labels[:-1]
     written = [
@@ -66,21 +67,25 @@ def test_each_written_token_is_a_label_with_its_own_streams(prompt, lengths):
 def test_each_written_token_gets_its_own_advantage_and_others_none(lengths):
     turns = turns_of(lengths)
     own = [float(i) for turn in turns if turn.role == "assistant" for i in turn.token_ids]
-    (sample,) = build_samples(TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns, Status.FINISHED)]), [own], 0)
+    (sample,) = build_samples(
+        TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns, Status.FINISHED, id=ATTEMPT)], id=GROUP), [own], 0
+    )
     masked_in = zip(sample.labels, sample.mask, strict=True)
     assert sample.advantages == [float(label) if wrote else 0.0 for label, wrote in masked_in]
     for wrong in (own[1:], [*own, 1.0]):
         with pytest.raises(ValueError, match=f"{len(wrong)} advantages for {len(own)} tokens"):
-            build_samples(TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns, Status.FINISHED)]), [wrong], 0)
+            build_samples(TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns, Status.FINISHED, id=ATTEMPT)], id=GROUP), [wrong], 0)
 
 
 def test_one_advantage_per_trajectory():
-    group = TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns_of([2]), Status.FINISHED)] * 2)
+    group = TrajectoryGroup(PROMPT, [Trajectory(0, [1], turns_of([2]), Status.FINISHED, id=ATTEMPT)] * 2, id=GROUP)
     assert [max(s.advantages, key=abs) for s in build_samples(group, [1.0, -2.0], 0)] == [1.0, -2.0]
     with pytest.raises(ValueError, match=r"shorter|longer"):
         build_samples(group, [1.0], 0)
     with pytest.raises(ValueError, match="at least one prompt token"):
-        build_samples(TrajectoryGroup(PROMPT, [Trajectory(0, [], turns_of([2]), Status.FINISHED)]), [1.0], 0)
+        build_samples(
+            TrajectoryGroup(PROMPT, [Trajectory(0, [], turns_of([2]), Status.FINISHED, id=ATTEMPT)], id=GROUP), [1.0], 0
+        )
 
 
 class Letters:

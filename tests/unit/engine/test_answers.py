@@ -16,12 +16,13 @@ from ctpo_megatron.engine.answers import read_experts, read_top
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
-from ctpo_megatron.loop.report import as_row
 from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, train_metrics
 from ctpo_megatron.parallel import RankCoords, own_experts
+from ctpo_megatron.record.trajectories import as_row
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import Sampling
+from ctpo_megatron.rollout.protocols import Sampling, Score
 from ctpo_megatron.types import Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
+from tests.support.trajectories import ATTEMPT, GROUP
 
 SHAPE = RoutingShape(num_layers=3, expert_layers=(1, 2), experts=16, top_k=2)
 STOP = 9
@@ -159,8 +160,8 @@ class Tool:
 
 
 class Worth:
-    async def score(self, prompt: Prompt, text: str) -> float:
-        return 1.0
+    async def score(self, prompt: Prompt, text: str) -> Score:
+        return Score(1.0)
 
 
 PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "a")
@@ -170,7 +171,7 @@ def played() -> Trajectory:
     """Two turns with a tool's text between them, the second at a newer version."""
     server = Server([([1, STOP], 4, "stop"), ([2, 3, STOP], 5, "stop")], top_k=2)
     environment = ToolEnvironment(server, Chat(), Tool(), Worth())
-    trajectory = asyncio.run(environment.run(PROMPT, 0, Sampling(1.0, 3, 50, record=True)))
+    trajectory = asyncio.run(environment.run(PROMPT, ATTEMPT, 0, Sampling(1.0, 3, 50, record=True)))
     assert [body["routed_experts_start_len"] for body in server.asked] == [0, 4]
     return trajectory
 
@@ -179,24 +180,24 @@ def test_every_input_of_a_trajectory_has_its_experts() -> None:
     """The tool's text, and the token that ended the turn before it, come with the next request."""
     trajectory = played()
     assert trajectory.experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5, 5, 5, 5])
-    (sample_,) = build_samples(TrajectoryGroup(PROMPT, [trajectory]), [1.0], 0)
+    (sample_,) = build_samples(TrajectoryGroup(PROMPT, [trajectory], id=GROUP), [1.0], 0)
     assert len(sample_.experts) == len(sample_) == 9
     for t, wrote in enumerate(sample_.mask):
         assert (sample_.top.ids[t, 0] == sample_.labels[t]) == wrote
         assert np.isfinite(sample_.top.logp[t]).all() == wrote
     trajectory.experts = trajectory.experts[:-1]
     with pytest.raises(ValueError, match="differ in length"):
-        build_samples(TrajectoryGroup(PROMPT, [trajectory]), [1.0], 0)
+        build_samples(TrajectoryGroup(PROMPT, [trajectory], id=GROUP), [1.0], 0)
 
 
 def test_what_is_written_down() -> None:
     trajectory = played()
     trajectory.experts[:3] = -1
-    metrics = rollout_metrics([TrajectoryGroup(PROMPT, [trajectory])], 5)
+    metrics = rollout_metrics([TrajectoryGroup(PROMPT, [trajectory], id=GROUP)], 5)
     assert metrics["routing/replayed"] == pytest.approx(6 / 9)
     trajectory.experts = None
-    assert "routing/replayed" not in rollout_metrics([TrajectoryGroup(PROMPT, [trajectory])], 5)
-    row = as_row(played())
+    assert "routing/replayed" not in rollout_metrics([TrajectoryGroup(PROMPT, [trajectory], id=GROUP)], 5)
+    row = as_row(PROMPT, played())
     assert "experts" not in row
     assert [turn.keys() for turn in row["turns"]] == [{"role", "token_ids", "rollout_logp", "versions"}] * 3
     metrics = train_metrics({"moe/load_entropy/layer_1": 0.5, "moe/load_entropy/layer_2": 0.75})
@@ -205,7 +206,7 @@ def test_what_is_written_down() -> None:
 
 @pytest.mark.parametrize(("cp", "tp", "stages"), [(1, 1, [(0, 1)]), (2, 1, [(0, 1)]), (1, 2, [(0,), (1,)]), (2, 2, [(1,), (0,)])])
 def test_all_seats_together_hold_every_entry_once(cp: int, tp: int, stages: list[tuple[int, ...]]) -> None:
-    samples = build_samples(TrajectoryGroup(PROMPT, [played() for _ in range(3)]), [1.0, 1.0, 1.0], 0)
+    samples = build_samples(TrajectoryGroup(PROMPT, [played() for _ in range(3)], id=GROUP), [1.0, 1.0, 1.0], 0)
     ((whole,),) = pack(samples, dp=1, max_tokens=200, cp=cp, tp=tp)
     padding = whole.routed_experts[:, 0, 0] == -1
     assert len(whole.routed_experts) == whole.tokens
@@ -227,7 +228,7 @@ def test_all_seats_together_hold_every_entry_once(cp: int, tp: int, stages: list
 
 
 def test_samples_with_and_without_a_record_go_into_one_pack() -> None:
-    first, second = (build_samples(TrajectoryGroup(PROMPT, [played()]), [1.0], 0)[0] for _ in range(2))
+    first, second = (build_samples(TrajectoryGroup(PROMPT, [played()], id=GROUP), [1.0], 0)[0] for _ in range(2))
     second = type(second)(**{**{name: getattr(second, name) for name in second.__slots__}, "experts": None, "top": None})
     ((whole,),) = pack([first, second], dp=1, max_tokens=200)
     known = whole.routed_experts[:, 0, 0] >= 0

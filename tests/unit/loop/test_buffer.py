@@ -7,11 +7,11 @@ import asyncio
 import pytest
 
 from ctpo_megatron.loop.buffer import GroupBuffer
-from ctpo_megatron.types import Prompt, TrajectoryGroup
+from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 
 def group(index: int, step: int) -> TrajectoryGroup:
-    return TrajectoryGroup(Prompt(index, ({"role": "user", "content": "x"},), "1"), [], step)
+    return TrajectoryGroup(Prompt(index, ({"role": "user", "content": "x"},), "1"), [], step, id=GroupId(index))
 
 
 async def admitted_now(buffer: GroupBuffer) -> list[int]:

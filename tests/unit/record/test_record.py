@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record import PhaseTimer, Recorder, progress, write_summary
+from ctpo_megatron.record.catalogue import charts
 from ctpo_megatron.record.files import jsonable
 
 
@@ -36,7 +40,7 @@ def silent() -> Console:
 
 
 def test_steps_reach_the_file_and_tensorboard(tmp_path: Path) -> None:
-    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+    with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
         recorder.step(0, {"eval/accuracy": 0.25})
         recorder.step(1, {"reward/mean": 0.5, "train/loss": np.float32(2.0)})
         on_disk_before_closing = rows(tmp_path)
@@ -51,12 +55,12 @@ def test_steps_reach_the_file_and_tensorboard(tmp_path: Path) -> None:
 
 def test_a_resumed_run_shows_one_curve(tmp_path: Path) -> None:
     """Steps 0..5 were written, the checkpoint was after step 3; the second attempt writes 4 and 5 again, differently."""
-    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+    with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
         for step in range(6):
             recorder.step(step, {"reward/mean": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "rewa')  # killed in the middle of a line
-    with Recorder(tmp_path, LogConfig(), first_step=3, console=silent()) as recorder:
+    with closing(Recorder(tmp_path, LogConfig(), first_step=3, console=silent())) as recorder:
         for step in (4, 5):
             recorder.step(step, {"reward/mean": step + 100.0})
     expected = [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 104.0), (5, 105.0)]
@@ -66,24 +70,24 @@ def test_a_resumed_run_shows_one_curve(tmp_path: Path) -> None:
 
 def test_a_fresh_run_in_an_old_directory_starts_over(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
-        with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+        with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
             recorder.step(0, {"reward/mean": value})
     assert [row["reward/mean"] for row in rows(tmp_path)] == [2.0]
     assert points(tmp_path, "reward/mean") == [(0, 2.0)]
 
 
 def test_numbers_that_are_not_finite_stay_readable(tmp_path: Path) -> None:
-    values = {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32("nan")}
-    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+    values = {"train/ratio": math.nan, "train/ratio_max": math.inf, "train/ratio_min": -math.inf, "train/loss": np.float32("nan")}
+    with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
         recorder.step(1, values)
     strict = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
-    assert [strict[key] for key in "abcd"] == ["NaN", "Infinity", "-Infinity", "NaN"]
-    assert math.isnan(float(strict["a"]))
-    assert float(strict["c"]) == -math.inf
+    assert [strict[key] for key in values] == ["NaN", "Infinity", "-Infinity", "NaN"]
+    assert math.isnan(float(strict["train/ratio"]))
+    assert float(strict["train/ratio_min"]) == -math.inf
 
 
 def test_histograms_count_the_finite_values(tmp_path: Path) -> None:
-    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+    with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
         recorder.histogram("len", [1, 2, 2, 4, math.nan, math.inf], 3)
         recorder.histogram("none", [math.nan], 3)
         recorder.histogram("same", [5.0, 5.0], 3)
@@ -98,15 +102,26 @@ def test_histograms_count_the_finite_values(tmp_path: Path) -> None:
 
 def test_text_is_kept_as_given(tmp_path: Path) -> None:
     text = "# Frage\n\n    é \ud800 <b>"
-    with Recorder(tmp_path, LogConfig(), console=silent()) as recorder:
+    with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
         recorder.text("rollout/0", text, 2)
-    (event,) = board(tmp_path).Tensors("rollout/0")
+    (event,) = board(tmp_path).Tensors("rollout/0/text_summary")
     assert event.tensor_proto.string_val[0].decode() == text.replace("\ud800", "?")
 
 
+def test_charts_are_those_of_the_catalogue(tmp_path: Path) -> None:
+    with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
+        recorder.step(1, {"health/clip_fraction/decile_3": 0.5})
+    (event,) = board(tmp_path).Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    found = {category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart} for category in layout.category}
+    assert found == {group: {title: names for title, (_, names) in titles.items()} for group, titles in charts().items()}
+    (pattern,) = found["health"]["health: clip_fraction"]
+    assert re.fullmatch(pattern, "health/clip_fraction/decile_3")
+
+
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
-    with Recorder(tmp_path, LogConfig(tensorboard=False), console=silent()) as recorder:
-        recorder.step(1, {"a": 1.0})
+    with closing(Recorder(tmp_path, LogConfig(tensorboard=False), console=silent())) as recorder:
+        recorder.step(1, {"reward/mean": 1.0})
         recorder.histogram("h", [1.0], 1)
         recorder.text("t", "x", 1)
     assert not (tmp_path / "tb").exists()
@@ -115,9 +130,9 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
 
 def test_console_lines_follow_the_configured_pace(tmp_path: Path) -> None:
     console = silent()
-    with Recorder(tmp_path, LogConfig(every=2), console=console) as recorder:
+    with closing(Recorder(tmp_path, LogConfig(every=2), console=console)) as recorder:
         for step in range(1, 5):
-            recorder.step(step, {"other": 9.0, "train/loss": 0.123456, "reward/mean": 0.5})
+            recorder.step(step, {"reward/std": 9.0, "train/loss": 0.123456, "reward/mean": 0.5})
     assert console.file.getvalue().splitlines() == [f"step {n}  reward/mean 0.5  train/loss 0.1235" for n in (2, 4)]
 
 

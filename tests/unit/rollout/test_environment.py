@@ -15,10 +15,11 @@ from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import Sampling, ToolResult, ToolRunner
+from ctpo_megatron.rollout.protocols import Sampling, Score, ToolResult, ToolRunner
 from ctpo_megatron.rollout.rewards import last_box
 from ctpo_megatron.rollout.rollouter import Rollouter
-from ctpo_megatron.types import Prompt, Status, Trajectory
+from ctpo_megatron.types import GroupId, Prompt, Status, Trajectory
+from tests.support.trajectories import ATTEMPT, GROUP
 
 END = ord("|")
 PROMPT = Prompt(4, ({"role": "user", "content": "question"},), "56")
@@ -71,8 +72,8 @@ class Script:
 class Boxes:
     """The real rule for the box, with plain equality."""
 
-    async def score(self, prompt: Prompt, text: str) -> float:
-        return float(last_box(text) == prompt.answer)
+    async def score(self, prompt: Prompt, text: str) -> Score:
+        return Score(float(last_box(text) == prompt.answer))
 
 
 CALCULATOR = Calculator()
@@ -81,7 +82,7 @@ CALCULATOR = Calculator()
 def play(*lines: str, budget: int = 1000, turns: int = 5, tool: ToolRunner | None = CALCULATOR) -> tuple[Trajectory, Script]:
     script = Script(list(lines))
     environment = ToolEnvironment(script, Letters(), tool, Boxes())
-    return asyncio.run(environment.run(PROMPT, 9, Sampling(1.0, turns, budget))), script
+    return asyncio.run(environment.run(PROMPT, ATTEMPT, 9, Sampling(1.0, turns, budget))), script
 
 
 def test_a_tool_call_and_an_answer():
@@ -103,10 +104,10 @@ def test_a_tool_call_and_an_answer():
 
 async def group_of(trajectory: Trajectory):
     class Same:
-        async def run(self, prompt, session, sampling):
+        async def run(self, prompt, attempt, session, sampling):
             return trajectory
 
-    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, size=1, temperature=1.0)
+    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, temperature=1.0)
 
 
 def test_an_error_of_the_program_is_told_and_counted():
@@ -182,7 +183,7 @@ def test_an_engine_that_breaks_its_promise_is_an_error(answer, words):
 
     environment = ToolEnvironment(Engine(), Letters(), None, Boxes())
     with pytest.raises(RolloutError, match=words):
-        asyncio.run(environment.run(PROMPT, 0, Sampling(1.0, 1, 10)))
+        asyncio.run(environment.run(PROMPT, ATTEMPT, 0, Sampling(1.0, 1, 10)))
 
 
 class Counting:
@@ -194,7 +195,7 @@ class Counting:
         self.sampling: Sampling | None = None
         self.fails_at = fails_at
 
-    async def run(self, prompt, session, sampling):
+    async def run(self, prompt, attempt, session, sampling):
         self.sessions.append(session)
         self.sampling = sampling
         self.running += 1
@@ -206,7 +207,7 @@ class Counting:
         finally:
             self.running -= 1
             self.ended += 1
-        return Trajectory(prompt.index, [1], [], Status.FINISHED)
+        return Trajectory(prompt.index, [1], [], Status.FINISHED, id=attempt)
 
 
 def test_groups_share_the_bound_and_each_attempt_has_its_session():
@@ -214,13 +215,15 @@ def test_groups_share_the_bound_and_each_attempt_has_its_session():
     rollouter = Rollouter(environment, RolloutConfig(concurrency=3, max_turns=2, max_response_tokens=7))
 
     async def two():
-        return await asyncio.gather(*(rollouter.group(PROMPT, size=5, temperature=0.7) for _ in range(2)))
+        return await asyncio.gather(*(rollouter.group(PROMPT, GroupId(n), size=5, temperature=0.7) for n in (7, 8)))
 
     groups = asyncio.run(two())
     assert [len(g.trajectories) for g in groups] == [5, 5]
     assert groups[0].prompt is PROMPT
     assert environment.most == 3
-    assert len(set(environment.sessions)) == 10
+    assert sorted(environment.sessions) == list(range(35, 45))  # as even over any number of servers as counting is
+    assert [str(t.id) for t in groups[1].trajectories] == [f"g00000008.{n}" for n in range(5)]
+    assert [group.id for group in groups] == [GroupId(7), GroupId(8)]
     assert environment.sampling == Sampling(0.7, 2, 7)
 
 
@@ -228,5 +231,5 @@ def test_a_failure_ends_the_group_and_comes_out_as_itself():
     environment = Counting(fails_at=2)
     rollouter = Rollouter(environment, RolloutConfig())
     with pytest.raises(RolloutError, match="the server is gone"):
-        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, size=4, temperature=1.0), 10))
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, temperature=1.0), 10))
     assert environment.running == 0

@@ -83,9 +83,12 @@ def test_equal_in_mathematics_and_nothing_evaluated(tmp_path):
     async def scores() -> None:
         reward = MathReward(MathRewardConfig(timeout_s=20), judges=1)
         mark = tmp_path / "made"
+        undecided: list[bool] = []
 
         async def score(answer: str, text: str) -> float:
-            return await reward.score(Prompt(0, (), answer), text)
+            found = await reward.score(Prompt(0, (), answer), text)
+            undecided.append(found.undecided)
+            return found.reward
 
         assert await score("204", "no box: 204") == 0.0
         assert await score("204", r"\boxed{204}") == 1.0
@@ -100,16 +103,17 @@ def test_equal_in_mathematics_and_nothing_evaluated(tmp_path):
         assert await score("x+1", r"\boxed{1-x}") == 0.0
         assert await score("x+1", rf"\boxed{{__import__('os').mkdir('{mark}')}}") == 0.0
         assert await score("x+1", r"\boxed{" + "x" * 2000 + "}") == 0.0
-        assert reward.undecided == 0
+        assert not any(undecided)
         # a number too large to exist: it is given up in time, counted, and the next answer is judged again
         reward._timeout_s = 1.0
         begun = time.monotonic()
         assert await score("5", r"\boxed{9^{9^{9^{9}}}}") == 0.0
         assert time.monotonic() - begun < 5.0
-        assert reward.undecided == 1
+        assert undecided[-1]
         assert children() == []
         reward._timeout_s = 20.0
         assert await score("1/2", r"\boxed{0.5}") == 1.0
+        assert undecided.count(True) == 1
         reward.close()
         assert not mark.exists()
         assert children() == []

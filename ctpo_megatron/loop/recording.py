@@ -1,0 +1,49 @@
+"""What is written down of a step: scalars, histograms, some trajectories as text, and all of them as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ctpo_megatron.config.record import LogConfig
+from ctpo_megatron.loop.evaluate import Evaluation
+from ctpo_megatron.loop.health import health_histograms
+from ctpo_megatron.loop.statistics import load_histograms
+from ctpo_megatron.record import Recorder
+from ctpo_megatron.record.trajectories import TrajectoryFiles, as_markdown
+from ctpo_megatron.types import TrajectoryGroup
+
+
+class RunRecord:
+    """Passes a run's steps and evaluations on to the recorder and to the files of trajectories, as `config` asks for it."""
+
+    def __init__(self, run_dir: Path, config: LogConfig, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._texts = config.rollouts_per_step
+        self._files = TrajectoryFiles(run_dir) if config.save_rollouts else None
+
+    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
+        """Write down training step `step`, counted from 1."""
+        self._recorder.step(step, metrics)
+        attempts = [(group.prompt, trajectory) for group in groups for trajectory in group.trajectories]
+        self._recorder.histogram("reward", [t.reward for _, t in attempts], step)
+        self._recorder.histogram("response_tokens", [t.response_length for _, t in attempts], step)
+        for name, (edges, heights) in (health_histograms(metrics) | load_histograms(metrics)).items():
+            self._recorder.buckets(name, edges, heights, step)
+        for index, (prompt, trajectory) in enumerate(attempts[: self._texts]):
+            self._recorder.text(f"rollout/{index}", as_markdown(prompt, trajectory), step)
+        if self._files is not None:
+            self._files.write("step", step, groups)
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Write down an evaluation of the policy after `step` training steps."""
+        self._recorder.step(step, result.metrics())
+        if self._files is not None:
+            self._files.write("eval", step, result.groups)
+
+    def checkpoint(self, step: int, seconds: float) -> None:
+        """Write down how long training stood still for the checkpoint after `step` training steps."""
+        self._recorder.step(step, {"time/checkpoint": seconds})
+
+    def close(self) -> None:
+        """Flush what is not yet on disk. Safe to call twice."""
+        self._recorder.close()

@@ -1,0 +1,213 @@
+"""Every metric of a run: what it is called, its unit, what it means, and how values of it are joined.
+
+A metric that is not listed here is not recorded. docs/metrics.md and TensorBoard's charts are made from this list.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ctpo_megatron.errors import near_miss
+
+
+class Reduction(enum.StrEnum):
+    """How values of a metric become one, over micro-batches, ranks and optimizer steps."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    MAX = "max"
+    MIN = "min"
+    LAST = "last"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number."""
+
+    name: str
+    unit: str  # `share`: of 1; `ratio`: no unit, around 1; `nats`: of log-probs
+    meaning: str
+    reduction: Reduction = Reduction.MEAN
+
+    @property
+    def group(self) -> str:
+        """The name's first part, which TensorBoard sorts by."""
+        return self.name.partition("/")[0]
+
+    @property
+    def is_family(self) -> bool:
+        """Whether the name has a placeholder."""
+        return "{" in self.name
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression for the names of the family, or for the one name."""
+        return "".join(r"\d+" if part.startswith("{") else re.escape(part) for part in re.split(r"(\{\w+\})", self.name))
+
+
+SUM, MEAN, MAX, MIN, LAST = Reduction.SUM, Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.LAST
+
+REWARD = (
+    Metric("reward/mean", "reward", "Mean reward of the trajectories that the step trained on."),
+    Metric("reward/std", "reward", "Standard deviation of these rewards."),
+    Metric("reward/mixed_groups", "share", "Groups whose rewards differ; only these have advantages other than 0."),
+    Metric(
+        "reward/undecided", "answers", "Answers that could not be compared with the right one in time; their reward is 0.", SUM
+    ),
+)
+ROLLOUT = (
+    Metric("rollout/response_tokens", "tokens", "Tokens after the prompt, those of the tool included, per trajectory."),
+    Metric("rollout/response_tokens_max", "tokens", "The same of the longest trajectory.", MAX),
+    Metric("rollout/sampled_tokens", "tokens", "Tokens that the policy wrote, per trajectory."),
+    Metric("rollout/prompt_tokens", "tokens", "Tokens of the prompt, per trajectory."),
+    Metric("rollout/turns", "turns", "Turns of the policy, per trajectory."),
+    Metric("rollout/truncated", "share", "Trajectories that a budget of tokens or turns ended."),
+    Metric("rollout/staleness_mean", "versions", "How much older than the trained policy the one was that wrote a token."),
+    Metric("rollout/staleness_max", "versions", "The same of the oldest token.", MAX),
+    Metric("tool/rate", "share", "Trajectories that called the tool."),
+    Metric("tool/calls", "calls", "Calls of the tool, per trajectory."),
+    Metric("tool/error_rate", "share", "Calls of the tool in which the policy's code failed."),
+)
+TRAIN = (
+    Metric("train/loss", "loss", "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens."),
+    Metric("train/grad_norm", "norm", "Norm of the gradient before it is clipped."),
+    Metric("train/grad_norm_max", "norm", "The largest such norm of the optimizer steps.", MAX),
+    Metric("train/lr", "rate", "Learning rate."),
+    Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
+    Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote."),
+    Metric("train/kl_old", "nats", "Estimate of the distance to the policy of the ratios: minus the log-ratio, per token."),
+    Metric("train/kl", "nats", "Distance to the reference policy by the chosen estimator, per token; with a reference only."),
+    Metric("train/ratio", "ratio", "The objective's unclipped ratio, per token."),
+    Metric("train/ratio_sq", "ratio", "Its square."),
+    Metric("train/ratio_max", "ratio", "The largest ratio.", MAX),
+    Metric("train/ratio_min", "ratio", "The smallest ratio.", MIN),
+    Metric("train/log_ratio_sq", "nats²", "Square of the objective's log-ratio, per token."),
+    Metric("train/clip_fraction", "share", "Tokens without a gradient because a bound was crossed."),
+    Metric("train/clip_high", "share", "Tokens that the upper bound clipped."),
+    Metric("train/clip_low", "share", "Tokens that the lower bound clipped."),
+    Metric("train/clip_dual", "share", "Tokens that the dual bound clipped: a large ratio and a negative advantage."),
+    Metric("train/correction", "ratio", "Weight that corrects for the engine's distribution, per token; with a correction only."),
+    Metric("train/correction_zero", "share", "Tokens whose such weight is 0."),
+    Metric("train/correction_max", "ratio", "The largest such weight.", MAX),
+    Metric("sft/loss", "nats", "Supervised loss of an optimizer step, per token."),
+    Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
+)
+AGREEMENT = (
+    Metric("drift/mean", "nats", "Distance of the trainer's and the engine's log-probs, per token of the present version."),
+    Metric("drift/max", "nats", "The largest such distance.", MAX),
+    Metric(
+        "drift/from_token_{position}",
+        "nats",
+        "The mean distance on tokens with N ≤ t < 2N among the policy's tokens of their trajectory, N the name's number.",
+    ),
+    Metric("routing/replayed", "share", "Tokens that the trainer sends to the experts that the engine chose."),
+    Metric("routing/changed", "share", "Replayed choices that the trainer's own routers would have made differently."),
+    Metric("moe/load_max_over_mean/layer_{n}", "ratio", "Tokens of a layer's busiest expert over the mean; 1 is even."),
+    Metric("moe/load_entropy/layer_{n}", "share", "Entropy of a layer's load over its largest value; 1 is even."),
+)
+HEALTH = (
+    Metric(
+        "health/log_ratio_std/from_token_{position}",
+        "nats",
+        "Standard deviation of S_t over the tokens with N ≤ t < 2N, N the name's number (the last: all from there on).",
+    ),
+    Metric("health/log_ratio_mean/from_token_{position}", "nats", "Mean of S_t over the same tokens."),
+    Metric("health/log_ratio_fit/from_token_{position}", "nats", "σ √t at the mean t of the same tokens: the fitted line."),
+    Metric("health/log_ratio_sigma", "nats", "σ of the fitted law std(S_t) = σ √t, through the origin."),
+    Metric("health/log_ratio_growth", "exponent", "b of std(S_t) ∝ t^b; 0.5 is the square root."),
+    Metric(
+        "health/clip_fraction/decile_{k}",
+        "share",
+        "Clipped tokens (upper, lower or dual) among those with k/10 to (k+1)/10 of their trajectory's tokens before them.",
+    ),
+    Metric(
+        "health/effective_sample_size",
+        "share",
+        "(Σ w)² / (n Σ w²) of the unclipped ratios w over n tokens: 1 where all are equal, 1/n where one is all.",
+    ),
+)
+EVALUATION = (
+    Metric("eval/accuracy", "reward", "Mean reward on the held-out prompts."),
+    Metric("eval/tool_rate", "share", "Trajectories of the evaluation that called the tool."),
+    Metric("eval/response_tokens", "tokens", "Tokens after the prompt, per trajectory of the evaluation."),
+)
+SERVERS = (
+    Metric("servers/serving", "servers", "Inference servers that serve after the publication.", LAST),
+    Metric("servers/lost", "servers", "Losses of servers since the command began.", LAST),
+    Metric("servers/rejoined", "servers", "Returns of servers that were lost, since the command began.", LAST),
+)
+PUBLICATION = (
+    Metric("publish/total", "seconds", "The whole publication of a step's weights, over all attempts.", SUM),
+    Metric("publish/prepare", "seconds", "Gathering the first bucket; the servers sample meanwhile.", SUM),
+    Metric("publish/paused", "seconds", "How long the servers stood still, from the first pause to the last resume.", SUM),
+    Metric("publish/pause", "seconds", "Stopping generation and opening the update.", SUM),
+    Metric("publish/wake", "seconds", "Servers on the trainer's GPUs taking memory back.", SUM),
+    Metric("publish/connect", "seconds", "Joining senders and servers, where servers have changed.", SUM),
+    Metric("publish/transfer", "seconds", "From the first bucket to the last.", SUM),
+    Metric("publish/gather", "seconds", "Gathering tensors from the trainer's ranks, added up over senders.", SUM),
+    Metric("publish/digest", "seconds", "Hashing them, added up over senders.", SUM),
+    Metric("publish/send", "seconds", "Sending them, added up over senders.", SUM),
+    Metric("publish/wait", "seconds", "The senders' waiting for servers or other ranks, added up over them.", SUM),
+    Metric("publish/attest", "seconds", "Comparing what the servers hold with what was sent.", SUM),
+    Metric("publish/canary", "seconds", "Comparing what trainer and servers compute.", SUM),
+    Metric(
+        "publish/changed",
+        "share",
+        "The servers' tensors that differ from the version before; 0 where the weights moved: old ones were sent.",
+        LAST,
+    ),
+)
+TIME = (
+    Metric("time/step", "seconds", "The whole training step.", SUM),
+    Metric("time/rollout", "seconds", "Waiting for the step's groups.", SUM),
+    Metric("time/batch", "seconds", "Advantages and packing.", SUM),
+    Metric("time/sleep", "seconds", "Servers on the trainer's GPUs giving memory back.", SUM),
+    Metric("time/train", "seconds", "Log-probs, gradients and optimizer steps.", SUM),
+    Metric("time/publish", "seconds", "Publishing the new weights.", SUM),
+    Metric("time/checkpoint", "seconds", "Training standing still for a checkpoint.", SUM),
+    Metric("time/eval", "seconds", "The evaluation.", SUM),
+    Metric("perf/rollout_tokens_per_s", "tokens/s", "Tokens that the policy wrote, by the seconds of `time/rollout`."),
+    Metric("perf/train_tokens_per_s", "tokens/s", "Tokens of whole trajectories, by the seconds of `time/train`."),
+)
+CATALOGUE: tuple[Metric, ...] = (
+    *REWARD,
+    *EVALUATION,
+    *ROLLOUT,
+    *TRAIN,
+    *AGREEMENT,
+    *HEALTH,
+    *TIME,
+    *PUBLICATION,
+    *SERVERS,
+)
+
+
+@functools.cache
+def find(name: str) -> Metric | None:
+    """Returns the metric or the family that `name` belongs to; None where there is none."""
+    return next((metric for metric in CATALOGUE if re.fullmatch(metric.pattern, name)), None)
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Raise ValueError for the first of `names` that is not in the catalogue."""
+    for name in names:
+        if find(name) is None:
+            known = [metric.name for metric in CATALOGUE]
+            raise ValueError(f"{name!r} is not a metric of record/catalogue.py; list it there.{near_miss(name, known)}")
+
+
+def charts() -> dict[str, dict[str, list[str | list[str]]]]:
+    """Returns TensorBoard's charts: of each group one for every unit, and one for every family of metrics.
+
+    It is the layout that tensorboardX takes: category -> title -> kind of chart, regular expressions of the names in it.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for metric in CATALOGUE:
+        title = metric.name.rpartition("/")[0] if metric.is_family else metric.unit
+        title = f"{metric.group}: {title.removeprefix(metric.group + '/')}"
+        found.setdefault(metric.group, {}).setdefault(title, []).append(f"^{metric.pattern}$")
+    return {group: {title: ["Multiline", names] for title, names in by_title.items()} for group, by_title in found.items()}

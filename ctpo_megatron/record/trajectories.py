@@ -1,0 +1,52 @@
+"""Trajectories for people and programs: a line of JSON each in RUN_DIR/rollouts, and Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ctpo_megatron.record.files import jsonable
+from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup
+
+
+class TrajectoryFiles:
+    """The files RUN_DIR/rollouts/KIND_STEP.jsonl; a later attempt at a step replaces what an earlier one wrote."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._directory = run_dir / "rollouts"
+
+    def write(self, kind: str, step: int, groups: Iterable[TrajectoryGroup]) -> None:
+        """Write all trajectories of `groups`. `kind` is `step` or `eval`, `step` the number of training steps by then."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with (self._directory / f"{kind}_{step:08d}.jsonl").open("w", encoding="utf-8") as file:
+            for group in groups:
+                for trajectory in group.trajectories:
+                    file.write(json.dumps(as_row(group.prompt, trajectory)) + "\n")
+
+
+def as_row(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
+    """Returns a trajectory as JSON values, its ids as `id` and `group`; what the engine recorded for the trainer is left out."""
+    plain = asdict(replace(trajectory, experts=None, turns=[replace(turn, top=None) for turn in trajectory.turns]))
+    for key in ("experts", "id"):
+        del plain[key]
+    for turn in plain["turns"]:
+        del turn["top"]
+    row: dict[str, Any] = jsonable(plain)
+    return {"id": str(trajectory.id), "group": str(trajectory.id.group), "answer": prompt.answer, **row}
+
+
+def as_markdown(prompt: Prompt, trajectory: Trajectory) -> str:
+    """Returns a trajectory for a person, for TensorBoard's text panel."""
+    question = prompt.messages[-1]["content"]
+    return (
+        f"**reward {trajectory.reward:g}**, answer `{prompt.answer}`, {trajectory.status}, "
+        f"{trajectory.tool_calls} tool calls, {trajectory.id}\n\n"
+        f"    {_indent(question)}\n\n---\n\n    {_indent(trajectory.text)}\n"
+    )
+
+
+def _indent(text: str) -> str:
+    return text.replace("\n", "\n    ")

@@ -1,0 +1,138 @@
+"""Every name that the parts of a run make is in the catalogue, and every name of the catalogue is made by one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ctpo_megatron.algorithms import policy_loss
+from ctpo_megatron.algorithms.reference import reference_penalty
+from ctpo_megatron.config.load import load_config
+from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.loop.evaluate import evaluate
+from ctpo_megatron.loop.report import StepCost
+from ctpo_megatron.loop.sft import run_sft
+from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
+from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup, Turn
+from ctpo_megatron.weights.publisher import Proof, WeightPublisher
+from tests.support.fake_servers import FakeTrainer, fakes
+from tests.support.oracles import OBJECTIVES
+from tests.support.runs import ROOT
+
+MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+MODEL |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 75, "max_position_embeddings": 128, "hidden_act": "silu"}
+
+
+def loss_stats(**options: Any) -> dict[str, torch.Tensor]:
+    """Statistics of a loss on a few tokens."""
+    tokens = 2 * torch.rand(12, dtype=torch.float64) - 1
+    fixed = {"mask": torch.ones(12, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 4, 12])}
+    given = {"logp": (tokens - 1).requires_grad_(), "old_logp": torch.full_like(tokens, -1), "advantages": tokens}
+    return policy_loss(options.pop("objective"), **given, **fixed, rollout_logp=given["old_logp"] + 0.1, **options).stats
+
+
+def reference_stats() -> dict[str, torch.Tensor]:
+    logp = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
+    fixed = {"mask": torch.ones(4, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 4]), "weights": torch.ones(1)}
+    return reference_penalty("k3", logp=logp, reference_logp=logp.detach() - 1, **fixed).stats
+
+
+def as_handed_on(stats: dict[str, torch.Tensor]) -> dict[str, float]:
+    """As the trainer hands statistics to the driver, without those that it looks at itself."""
+    entries = {f"{key}/{i}": x for key, value in stats.items() if value.dim() for i, x in enumerate(value.tolist())}
+    entries |= {key: value.item() for key, value in stats.items() if not value.dim()}
+    return {key: value for key, value in entries.items() if key != "min/nonfinite"}
+
+
+def trained() -> set[str]:
+    """What comes of an update, with everything that a run can ask for."""
+    found = as_handed_on(loss_stats(objective={"type": "ctpo"}, correction={"type": "truncate", "level": "token"}))
+    found |= as_handed_on(reference_stats())
+    found |= {"loss": 1.0, "grad_norm": 1.0, "max/grad_norm": 1.0, "lr": 1.0, "sum/entropy": 1.0, "sum/drift_tokens": 12.0}
+    found |= {"moe/load_entropy/layer_1": 1.0, "moe/load_max_over_mean/layer_1": 1.0, "routing/changed": 0.0}
+    found |= {"sum/drift_bin_3": 1.0, "sum/drift_tokens_bin_3": 2.0}
+    return set(train_metrics(found))
+
+
+def group(number: int = 0) -> TrajectoryGroup:
+    turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [0, 0])]
+    name = GroupId(number)
+    experts = np.zeros((2, 1, 1), np.int8)
+    made = [Trajectory(0, [3], turns, Status.FINISHED, experts=experts, id=AttemptId(name, n)) for n in range(2)]
+    return TrajectoryGroup(Prompt(0, ({"role": "user", "content": "q"},), "1"), made, id=name)
+
+
+def evaluated() -> set[str]:
+    class Sampled:
+        async def group(self, prompt: Prompt, name: GroupId, **_: Any) -> TrajectoryGroup:
+            return group()
+
+    config = load_config(ROOT / "configs" / "quickstart.yaml", []).eval
+    return set(asyncio.run(evaluate(Sampled(), [group().prompt], config, step=0)).metrics())
+
+
+def supervised() -> set[str]:
+    names: set[str] = set()
+
+    class Ranks:
+        async def supervise(self, batch: Any) -> dict[str, float]:
+            return {"sum/nll": 1.0, "sum/tokens": 2.0, "grad_norm": 1.0}
+
+    class Notes:
+        def step(self, step: int, metrics: dict[str, float]) -> None:
+            names.update(metrics)
+
+    sample = TrainSample([1, 2], [2, 3], [True, True], [0.0, 0.0], [-1, -1], [0.0, 0.0])
+    config = load_config(ROOT / "configs" / "quickstart_sft.yaml", ["sft.steps=1"])
+    asyncio.run(run_sft(config, [sample], Ranks(), Notes()))
+    return names
+
+
+def published() -> set[str]:
+    """By servers that have given back their memory, at the second publication: all phases there are."""
+
+    async def scenario() -> set[str]:
+        shape = parse_config(MODEL)
+        proof = Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
+        async with fakes(1) as (servers, fleet, client, _):
+            trainer = FakeTrainer(servers, list(proof.layout.tensors))
+            publisher = WeightPublisher(fleet, client.control, trainer, proof, api_key="key", timeout_s=5.0, release=True)
+            names = set(await publisher.publish(1))
+            await publisher.offload()
+            return names | set(await publisher.publish(2))
+
+    return asyncio.run(asyncio.wait_for(scenario(), 50))
+
+
+def timed() -> set[str]:
+    return set(StepCost.of([group()], dict.fromkeys(("rollout", "batch", "sleep", "train", "publish"), 1.0), 5.0).metrics())
+
+
+def test_what_is_made_is_what_is_listed() -> None:
+    made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
+    made |= {"time/checkpoint"}  # by RunRecord.checkpoint
+    require_known(made)
+    assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
+
+
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES)))
+def test_every_objective_reports_known_names(objective: str) -> None:
+    require_known(train_metrics(as_handed_on(loss_stats(objective={"type": objective}))))
+
+
+def test_the_readers_of_a_run_know_the_names() -> None:
+    """Tools that read metrics.jsonl name metrics as the catalogue does."""
+    for tool in ("quickstart.py", "ablate.py"):
+        text = (Path(ROOT) / "tools" / tool).read_text()
+        groups = "|".join(sorted({metric.group for metric in CATALOGUE}))
+        named = re.findall(rf'"((?:{groups})/[a-z_]+)"', text)
+        assert named, tool
+        require_known(named)

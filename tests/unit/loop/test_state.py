@@ -1,0 +1,68 @@
+"""The driver's part of a checkpoint: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.loop.admission import Admission
+from ctpo_megatron.loop.state import RunState
+from ctpo_megatron.types import AttemptId, GroupId, Prompt
+
+STATE = RunState(step=12, groups=48, cursor={"seed": 1, "epoch": 2, "position": 3}, accuracies={9: 0.25, 10: 0.5, 0: 0.0})
+
+
+def test_what_is_dumped_comes_back_through_json() -> None:
+    assert RunState.parse(json.loads(json.dumps(STATE.dump(), allow_nan=False)), "run.json") == STATE
+    assert list(STATE.dump()["accuracies"]) == ["0", "9", "10"]
+    with pytest.raises(FrozenInstanceError):
+        STATE.step = 13  # type: ignore[misc]  # that is the point
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": -1}, "step: .*greater than or equal to 0"),
+        ({"step": "12"}, "step: .*valid integer"),
+        ({"groups": None}, "groups: "),
+        ({"cursor": 3}, "cursor: "),
+        ({"accuracies": {"x": 0.5}}, "accuracies.x"),
+        ({"accuracies": {"1": math.nan}}, "accuracies.1"),
+        ({"version": 2}, "version: "),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=f"there/run.json: this is not the state of a run: {words}"):
+        RunState.parse(STATE.dump() | change, "there/run.json")
+    with pytest.raises(CheckpointError, match="groups: "):
+        RunState.parse({key: value for key, value in STATE.dump().items() if key != "groups"}, "there")
+    with pytest.raises(CheckpointError, match="it: "):
+        RunState.parse([1], "there")
+
+
+def test_the_position_of_a_step_is_behind_its_own_groups() -> None:
+    """Two groups a step; the third step is being sampled while the first is trained on."""
+    prompts = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(5)]
+    admission = Admission(PromptSampler(prompts, seed=3), groups=10)
+    admitted = [admission.next(step) for step in (0, 0, 1, 1, 2)]
+    assert [str(group) for group, _ in admitted] == [f"g000000{n}" for n in (10, 11, 12, 13, 14)]
+    position = admission.after(1)
+    assert position.groups == 14
+    again = Admission(PromptSampler.restore(prompts, position.cursor), position.groups)
+    assert again.next(2) == admitted[4]
+    admission.forget(2)
+    with pytest.raises(KeyError):
+        admission.after(1)
+
+
+def test_ids_name_one_thing_each() -> None:
+    assert str(AttemptId(GroupId(12), 3)) == "g00000012.3"
+    assert str(AttemptId(GroupId(12, evaluation=4), 0)) == "e00000004-g00000012.0"
+    ids = {GroupId(n, step) for n in range(3) for step in (None, 0, 1)}
+    assert len({str(each) for each in ids}) == len(ids) == 9

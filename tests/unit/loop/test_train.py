@@ -1,0 +1,160 @@
+"""The loop over parts that answer at once: what it trains on, writes down and goes on from."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from ctpo_megatron.batch import TrainBatch
+from ctpo_megatron.checkpoints.files import VERSION, commit_checkpoint, work_directory
+from ctpo_megatron.checkpoints.hashes import file_hash
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.load import load_config
+from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.loop.admission import Admission
+from ctpo_megatron.loop.checkpoints import Checkpoints, newest, restore
+from ctpo_megatron.loop.recording import RunRecord
+from ctpo_megatron.loop.report import RunTotals, StepCost
+from ctpo_megatron.loop.train import TrainLoop
+from ctpo_megatron.record import Recorder
+from ctpo_megatron.record.events import EvaluationDone, Event, StepTrained, WeightsPublished
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from tests.support.runs import ROOT
+
+PROMPTS = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(7)]
+SEED = 5
+
+
+class Ranks:
+    """Trains nothing, publishes nothing, and saves what the driver wrote."""
+
+    async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+        return {}
+
+    async def supervise(self, batch: TrainBatch) -> dict[str, float]:
+        raise NotImplementedError
+
+    async def save(self, directory: Path, *, background: bool) -> None:
+        work = work_directory(directory)
+        (run,) = work.iterdir()
+        files = {run.name: {"size": run.stat().st_size, "digest": file_hash(run)}}
+        commit_checkpoint(work, directory, {"version": VERSION, "files": files})
+
+    async def settle(self) -> None: ...
+
+    async def load(self, directory: Path) -> None: ...
+
+    async def save_hf(self, directory: Path) -> None: ...
+
+    async def publish(self, version: int) -> dict[str, float]:
+        return {"publish/total": 0.0, "servers/serving": 2.0}
+
+    async def offload(self) -> None: ...
+
+    async def heal(self) -> None: ...
+
+
+@dataclass
+class Sampled:
+    """Notes which prompts were sampled for training, with the ids of their groups, in the order of admission."""
+
+    seen: list[tuple[int, str]] = field(default_factory=list)
+
+    async def group(
+        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+    ) -> TrajectoryGroup:
+        if record:
+            self.seen.append((prompt.index, str(group)))
+        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [0, 0])]
+        made = [Trajectory(prompt.index, [3], turns, Status.FINISHED, reward=n % 2, id=AttemptId(group, n)) for n in range(size)]
+        return TrajectoryGroup(prompt, made, id=group)
+
+
+def config(*overrides: str) -> RunConfig:
+    fixed = ("train.optimizer_steps=1", "train.staleness=1", "rollout.group_size=2", "checkpoint.every=1", f"seed={SEED}")
+    return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, "eval.every=2", "eval.prompts=2", *overrides])
+
+
+async def train(config: RunConfig, run_dir: Path, *, resume: bool) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
+    ranks, rollouts, events, root = Ranks(), Sampled(), [], run_dir / "checkpoints"
+    first_step, accuracies, admission = 0, {}, Admission(PromptSampler(PROMPTS, SEED))
+    if resume:
+        found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
+        first_step, accuracies = found.state.step, dict(found.state.accuracies)
+        admission = Admission(PromptSampler.restore(PROMPTS, found.state.cursor), found.state.groups)
+    recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()))
+    loop = TrainLoop(
+        config=config,
+        admission=admission,
+        eval_prompts=PROMPTS,
+        rollouts=rollouts,
+        trainer=ranks,
+        publisher=ranks,
+        record=RunRecord(run_dir, config.log, recorder),
+        checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append),
+        first_step=first_step,
+        accuracies=accuracies,
+        emit=events.append,
+    )
+    await loop.run()
+    loop.record.close()
+    return rollouts.seen, loop, events
+
+
+def rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "rollouts" / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("per_step", [1, 2, 5])
+def test_a_resumed_run_goes_on_at_the_right_prompt_whatever_a_step_takes_now(tmp_path: Path, per_step: int) -> None:
+    """Three steps of three groups, then two of `per_step`: no prompt is left out, none comes twice."""
+    first, _, _ = asyncio.run(train(config("train.steps=3", "train.prompts_per_step=3"), tmp_path, resume=False))
+    more = config("train.steps=5", f"train.prompts_per_step={per_step}")
+    second, loop, _ = asyncio.run(train(more, tmp_path, resume=True))
+    expected = [prompt.index for prompt in PromptSampler(PROMPTS, SEED).next(9 + 2 * per_step)]
+    assert [index for index, _ in first + second] == expected
+    assert [group for _, group in first + second] == [str(GroupId(n)) for n in range(len(expected))]
+    assert sorted(loop.accuracies) == [0, 2, 3, 4, 5]
+
+
+def test_what_was_in_flight_when_a_run_ended_is_sampled_again_under_the_same_ids(tmp_path: Path) -> None:
+    """The groups of step 3 were admitted, one step ahead, when the checkpoint after step 2 was written."""
+    sizes = ("train.prompts_per_step=3",)
+    first, _, _ = asyncio.run(train(config("train.steps=3", *sizes), tmp_path, resume=False))
+    (tmp_path / "checkpoints" / "step_00000003").rename(tmp_path / "lost")
+    second, _, _ = asyncio.run(train(config("train.steps=3", *sizes), tmp_path, resume=True))
+    assert second == first[6:]
+
+
+def test_ids_and_events_reach_the_record(tmp_path: Path) -> None:
+    _, loop, events = asyncio.run(train(config("train.steps=2", "train.prompts_per_step=2"), tmp_path, resume=False))
+    trained = [row for step in (1, 2) for row in rows(tmp_path, f"step_{step:08d}.jsonl")]
+    assert sorted(row["id"] for row in trained) == [f"g0000000{n}.{k}" for n in range(4) for k in range(2)]
+    assert {row["group"] for row in rows(tmp_path, "eval_00000002.jsonl")} == {f"e00000002-g0000000{n}" for n in range(2)}
+    assert [event.step for event in events if isinstance(event, StepTrained)] == [1, 2]
+    assert [event.step for event in events if isinstance(event, EvaluationDone)] == [0, 2]
+    assert [event for event in events if isinstance(event, WeightsPublished)] == [WeightsPublished(v, 2, 0.0) for v in (1, 2)]
+    summary = loop.totals.summary()
+    assert summary["step_seconds"].keys() == {"rollout", "batch", "sleep", "train", "publish", "total"}
+    assert summary["rollout_tokens_per_s"] > 0
+
+
+def test_totals_are_sums_over_steps_and_the_largest_drift() -> None:
+    totals = RunTotals()
+    for drift in (0.25, 0.5, 0.125):
+        totals.add_step(StepCost({"rollout": 2.0, "train": 1.0}, 4.0, sampled_tokens=10, trained_tokens=30), drift)
+    totals.add_evaluation(0.5)
+    assert totals.summary() == {
+        "rollout_tokens_per_s": 5.0,
+        "train_tokens_per_s": 30.0,
+        "step_seconds": {"rollout": 2.0, "train": 1.0, "total": 4.0},
+        "eval_seconds": 0.5,
+        "mismatch_max": 0.5,
+    }
