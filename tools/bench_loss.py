@@ -104,7 +104,7 @@ def dense_ctpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
 
 
 def dense_sums(d: Tensor, log_ratio: Tensor, ratio: Tensor, mask: Tensor, clips: list[Tensor]) -> list[Tensor]:
-    """What `algorithms.record` reports of the tokens, as float64 sums."""
+    """What `algorithms.statistics` reports of the tokens, as float64 sums."""
     counts = [mask.sum(), *(clip.sum() for clip in clips), (clips[0] | clips[1] | clips[2]).sum()]
     moments = [x.sum(dtype=torch.float64) for x in (ratio, ratio.square(), torch.where(mask, d, 0.0))]
     square = torch.where(mask, log_ratio, 0.0).square().sum(dtype=torch.float64)

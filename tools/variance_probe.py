@@ -9,7 +9,7 @@ Both policies are then read with transformers in float32, which leaves out how s
 log-probs serve to prove that the trajectories are mu's.
 
 The variance at a position is the trace of the covariance, over the trajectories that reach it, of the gradient with respect to
-the output layer: exact and cheap (ctpo_megatron/algorithms/gradient_variance.py). Positions count policy tokens only, as CTPO
+the output layer: exact and cheap (tools/gradient_variance.py). Positions count policy tokens only, as CTPO
 does. Intervals come from resampling whole prompts, since a prompt's trajectories share the baseline of their advantages; the
 ratio of two variances is taken within a resample. docs/variance.md says how to read the result.
 """
@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ctpo_megatron.algorithms import gradient_variance as gv
+import gradient_variance as gv
 from ctpo_megatron.algorithms import group_advantages
 from ctpo_megatron.checkpoints.files import MANIFEST, STEP_NAME
 from ctpo_megatron.config import RunConfig

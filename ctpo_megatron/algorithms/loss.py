@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ctpo_megatron.algorithms.aggregation import sequence_weights
-from ctpo_megatron.algorithms.evaluate import evaluate
+from ctpo_megatron.algorithms.per_token import per_token_loss
 from ctpo_megatron.algorithms.prepare import Streams, prepare
 from ctpo_megatron.algorithms.recipe import make_recipe
-from ctpo_megatron.algorithms.record import Stats, found_in
+from ctpo_megatron.algorithms.statistics import Stats, found_in
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
 from ctpo_megatron.algorithms.tokens import Support
 from ctpo_megatron.config.objectives import Aggregation, Correction, Objective
@@ -70,7 +70,7 @@ def policy_loss(
     anchor = rollout_logp if recipe.anchor == "rollout" else old_logp
     streams = Streams(logp, old_logp, rollout_logp, anchor, advantages, mask, cu_seqlens, restarts, support)
     ready = prepare(recipe, streams, scan)
-    token_loss, stats = evaluate(recipe, ready)
+    token_loss, stats = per_token_loss(recipe, ready)
     stats |= found_in(streams, ready, sequence_ids, scan)
     if weights is None:
         weights = sequence_weights(

@@ -53,7 +53,7 @@ def load_histograms(metrics: dict[str, float]) -> dict[str, tuple[list[float], l
 
 
 def train_metrics(stats: dict[str, float]) -> dict[str, float]:
-    """Reduced statistics of the optimizer steps as readable means. See `algorithms.record.token_stats` for the raw keys."""
+    """Reduced statistics of the optimizer steps as readable means. See `algorithms.statistics.token_stats` for the raw keys."""
     tokens = max(stats.get("sum/tokens", 0.0), 1.0)
     drift_tokens = max(stats.get("sum/drift_tokens", 0.0), 1.0)
     out: dict[str, float] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms import Channel, Scan, Support, nll_loss, policy_loss, raise_if_nonfinite, reference_penalty
 from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
-from ctpo_megatron.algorithms.record import nonfinite_stats
+from ctpo_megatron.algorithms.statistics import nonfinite_stats
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.cluster import DriftConfig

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.algorithms import LocalScan, Scan, Support, evaluate, policy_loss, sequence_weights
-from ctpo_megatron.algorithms.record import merge
+from ctpo_megatron.algorithms import LocalScan, Scan, Support, per_token, policy_loss, sequence_weights
+from ctpo_megatron.algorithms.statistics import merge
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.parallel import ContextParallelScan, Layout, shard, unshard
 from tests.support.naive_scan import borders
@@ -97,7 +97,7 @@ def shares(case: Case, spread: Spread, scan: Scan, rank: int = 0, world: int = 1
     replica, cp_rank = divmod(rank, spread.cp)
     weights = None if spread.micro_batches == 1 else whole_batch_weights(case)
     found = {}
-    with patch.object(evaluate, "PART", spread.part):
+    with patch.object(per_token, "PART", spread.part):
         for number, members in enumerate(spread.packs(len(case.rows))):
             if number % (world // spread.cp) == replica:
                 found[number] = _share(case, spread, members, weights, scan, cp_rank)

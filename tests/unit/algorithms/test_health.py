@@ -21,12 +21,12 @@ from tensorboard.data_compat import migrate_value
 from tensorboard.util.tensor_util import make_ndarray
 
 from ctpo_megatron.algorithms import LocalScan, policy_loss
-from ctpo_megatron.algorithms import evaluate as evaluation
-from ctpo_megatron.algorithms.evaluate import evaluate
+from ctpo_megatron.algorithms import per_token
+from ctpo_megatron.algorithms.per_token import per_token_loss
 from ctpo_megatron.algorithms.health import DECILES, POSITION_BINS, position_bin
 from ctpo_megatron.algorithms.prepare import Streams, prepare
 from ctpo_megatron.algorithms.recipe import make_recipe
-from ctpo_megatron.algorithms.record import merge
+from ctpo_megatron.algorithms.statistics import merge
 from ctpo_megatron.algorithms.tokens import Tokens
 from ctpo_megatron.config.cluster import LogConfig
 from ctpo_megatron.loop.health import health_histograms, health_metrics
@@ -178,7 +178,7 @@ def test_parts_and_shards_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, masks = [rng.normal(0, 0.2, n) for n in lengths], [rng.random(n) < 0.8 for n in lengths]
     whole = stats_of(rows, masks)
     same(merge(shard_stats(rows, masks, rank) for rank in range(2)), whole)
-    monkeypatch.setattr(evaluation, "PART", 7)
+    monkeypatch.setattr(per_token, "PART", 7)
     same(stats_of(rows, masks), whole)
 
 
@@ -194,7 +194,7 @@ def shard_stats(rows: list[Any], masks: list[Any], rank: int) -> dict[str, Any]:
         return zigzag_shard(value, cu_seqlens, rank, 2) if isinstance(value, torch.Tensor) else value
 
     tokens = Tokens(*map(shard, ready.tokens))
-    return evaluate(recipe, ready._replace(tokens=tokens, place=shard(ready.place)))[1]
+    return per_token_loss(recipe, ready._replace(tokens=tokens, place=shard(ready.place)))[1]
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:

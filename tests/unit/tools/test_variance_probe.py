@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms import gradient_variance as gv
+import gradient_variance as gv
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.errors import DataError, InputError, MismatchError, NonFiniteError
 from ctpo_megatron.toy.model import make_toy_model

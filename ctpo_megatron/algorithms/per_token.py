@@ -16,7 +16,7 @@ from ctpo_megatron.algorithms.correction import correction_factor
 from ctpo_megatron.algorithms.health import health_stats
 from ctpo_megatron.algorithms.prepare import Prepared
 from ctpo_megatron.algorithms.recipe import Recipe
-from ctpo_megatron.algorithms.record import Stats, largest, merge, token_stats
+from ctpo_megatron.algorithms.statistics import Stats, largest, merge, token_stats
 from ctpo_megatron.algorithms.tokens import Tokens
 
 PART = 2**16  # tokens
@@ -36,7 +36,7 @@ class _Linearised(torch.autograd.Function):
         return grad * slope, None, None
 
 
-def evaluate(recipe: Recipe, ready: Prepared) -> tuple[Tensor, Stats]:
+def per_token_loss(recipe: Recipe, ready: Prepared) -> tuple[Tensor, Stats]:
     """Per-token loss [T] with grad, zero where masked and times the correction's factor, and its statistics."""
     tokens = ready.tokens
     value, slope = torch.zeros_like(tokens.logp), torch.zeros_like(tokens.logp)
