@@ -79,7 +79,7 @@ def engine_step(engine: TrainerRank, samples: list[TrainSample]) -> Callable[[],
     placed = engine.place(packs)
 
     def share(logp: Tensor, mb: MicroBatch, scan: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        out = nll_loss(logp=logp, mask=mb.mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
+        out = nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=mb.sequences.cu_seqlens, weights=mb.sequences.weights, scan=scan)
         return out.loss, {}
 
     def step() -> float:

@@ -28,8 +28,8 @@ class Generation:
     rollout_logp: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
     versions: list[int] = field(default_factory=list)  # policy version that sampled each token
     finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
-    top: TopK | None = None  # the likeliest tokens at each place, at the sampling temperature
-    experts: NDArray[np.signedinteger] | None = None  # of input and sampled tokens but the last, see `EngineClient.generate`
+    top_k: TopK | None = None  # the top-k tokens at each place, at the sampling temperature
+    routed_experts: NDArray[np.signedinteger] | None = None  # of input and sampled tokens but the last: `EngineClient.generate`
 
     def append(self, part: Generation) -> None:
         """Add the tokens of `part`."""
@@ -164,11 +164,11 @@ class _Record:
     def close(self, done: Generation, url: str) -> None:
         """Put everything into `done`. Raises EngineError where a server that shall report experts never did."""
         if self._top_k:
-            done.top = TopK.joined(self._top)
+            done.top_k = TopK.joined(self._top)
         if self._routing is not None:
             if not self._experts:
                 raise EngineError(f"{url} reports no experts; was it started with --enable-return-routed-experts?")
-            done.experts = np.concatenate([*self._experts, self._routing.unknown(self._left(done))])
+            done.routed_experts = np.concatenate([*self._experts, self._routing.unknown(self._left(done))])
 
     def _left(self, done: Generation) -> int:
         return self._inputs + len(done.token_ids) - 1 - self._next

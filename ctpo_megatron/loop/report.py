@@ -106,10 +106,10 @@ class RunReport:
 
 def as_row(trajectory: Trajectory) -> dict[str, Any]:
     """A trajectory as plain numbers and text; what the engine recorded for the trainer alone is left out."""
-    row = asdict(replace(trajectory, experts=None, turns=[replace(turn, top=None) for turn in trajectory.turns]))
-    del row["experts"]
+    row = asdict(replace(trajectory, routed_experts=None, turns=[replace(turn, top_k=None) for turn in trajectory.turns]))
+    del row["routed_experts"]
     for turn in row["turns"]:
-        del turn["top"]
+        del turn["top_k"]
     return row
 
 

@@ -38,7 +38,7 @@ class ToolEnvironment:
             tool_calls=attempt.tool_calls,
             tool_errors=attempt.tool_errors,
             seconds=time.monotonic() - begun,
-            experts=np.concatenate(attempt.experts) if attempt.experts else None,
+            routed_experts=np.concatenate(attempt.experts) if attempt.experts else None,
         )
 
     async def _play(self, attempt: _Attempt, session: int, sampling: Sampling) -> Status:
@@ -67,9 +67,9 @@ class ToolEnvironment:
             recorded=sum(map(len, attempt.experts)) if sampling.record else None,
         )
         _check(generation, attempt.left, stop)
-        attempt.add(Turn("assistant", generation.token_ids, generation.rollout_logp, generation.versions, generation.top))
-        if generation.experts is not None:  # of the prompt or the tool's text before this turn too
-            attempt.experts.append(generation.experts)
+        attempt.add(Turn("assistant", generation.token_ids, generation.rollout_logp, generation.versions, generation.top_k))
+        if generation.routed_experts is not None:  # of the prompt or the tool's text before this turn too
+            attempt.experts.append(generation.routed_experts)
         attempt.written.append(self._chat.decode(generation.token_ids))
         return generation.finish
 

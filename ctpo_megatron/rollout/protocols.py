@@ -36,12 +36,12 @@ class Generation(Protocol):
         ...
 
     @property
-    def top(self) -> TopK | None:
-        """The likeliest tokens at the place of each, where the engine was asked for them."""
+    def top_k(self) -> TopK | None:
+        """The top-k tokens at the place of each, where the engine was asked for them."""
         ...
 
     @property
-    def experts(self) -> NDArray[np.signedinteger] | None:
+    def routed_experts(self) -> NDArray[np.signedinteger] | None:
         """Experts of the tokens from `recorded` to the one before the last, where the engine was asked for them."""
         ...
 

@@ -17,6 +17,7 @@ import torch
 from tests.support.ranks import free_port, run_ranks
 from tests.support.tiny import micro_batches, write_model
 
+from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
@@ -214,7 +215,7 @@ def freed_before_sent(rank: RankInfo, path: Path) -> dict[str, int]:
     with patch.object(p2p_communication, "_p2p_ops", watched):
         for case in ("as chosen", "as on GPUs"):
             config.deallocate_pipeline_outputs |= case == "as on GPUs"
-            engine.train_step(engine.place(micro_batches()), lambda logp, *_: (logp.sum(), {}), 1.0)
+            engine.train_step(engine.place(micro_batches()), lambda logp, *_: (logp.sum(), Stats()), 1.0)
             assert freed, "nothing was sent"
             found[case] = sum(freed)
             freed.clear()

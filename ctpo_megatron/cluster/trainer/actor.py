@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from torch import Tensor
 
-from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.batch import MicroBatch, Replay
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
+from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
 from ctpo_megatron.weights.transports.prefetch import begun
 
@@ -71,18 +71,18 @@ class TrainerActor:
         )
         self._buckets = BucketMemory(self.engine.device)
         reference = config.algorithm.reference
-        self.reference = None if reference is None else self.engine.snapshot(reference.path)
+        self.reference = None if reference is None else self.engine.host_weights(reference.path)
         self._make_room()
         return self.engine.coords
 
-    def update(self, batches: list[list[MicroBatch]], experts: list[list[Tensor | None]], version: int) -> dict[str, float]:
-        """See `loop.protocols.Trainer.update`. `experts`: of each pack what this rank's routers see of its record."""
+    def update(self, batches: list[list[MicroBatch]], replays: list[list[Replay | None]], version: int) -> Values:
+        """See `loop.protocols.Trainer.update`. `replays`: what this rank's routers see of each micro-batch's record."""
         from ctpo_megatron.mcore.policy import update_policy
 
         config = self.config
         with_own = [
-            [replace(mb, own_experts=own) for mb, own in zip(packs, owns, strict=True)]
-            for packs, owns in zip(batches, experts, strict=True)
+            [replace(mb, replay=replay) for mb, replay in zip(micro_batches, own, strict=True)]
+            for micro_batches, own in zip(batches, replays, strict=True)
         ]
         stats = update_policy(
             self.engine,
@@ -96,7 +96,7 @@ class TrainerActor:
         self._make_room()
         return stats
 
-    def supervise(self, batch: list[MicroBatch]) -> dict[str, float]:
+    def supervise(self, batch: list[MicroBatch]) -> Values:
         """See `loop.protocols.Trainer.supervise`."""
         from ctpo_megatron.mcore.policy import supervise
 

@@ -9,7 +9,7 @@ import random
 
 import torch
 
-from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.batch import MicroBatch, Sequences, TokenStreams
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.parallel import zigzag_unshard
 
@@ -24,7 +24,7 @@ def canary_tokens(vocab_size: int, version: int) -> list[int]:
 
 
 def canary_batch(token_ids: list[int], multiple: int) -> MicroBatch:
-    """The prompt as a pack that the trainer computes log-probs of: label k is token k + 1.
+    """The prompt as a micro-batch that the trainer computes log-probs of: label k is token k + 1.
 
     `multiple`: its length is filled up to one, as context and sequence parallelism want it; the last labels are then nothing.
     """
@@ -32,24 +32,28 @@ def canary_batch(token_ids: list[int], multiple: int) -> MicroBatch:
     total = -(-length // multiple) * multiple
     tokens = torch.tensor(token_ids + [0] * (total - length + 1))
     return MicroBatch(
-        input_ids=tokens[:-1],
-        labels=tokens[1:],
-        position_ids=torch.arange(total),
-        mask=torch.arange(total) < length - 1,
-        advantages=torch.zeros(total),
-        rollout_logp=torch.zeros(total),
-        versions=torch.full((total,), -1, dtype=torch.int32),
-        cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
-        lengths=torch.tensor([length]),
-        groups=torch.zeros(1, dtype=torch.int64),
-        weights=torch.ones(1, dtype=torch.float64),
-        sequence_ids=torch.zeros(1, dtype=torch.int64),
-        restarts=torch.zeros(total, dtype=torch.bool),
+        TokenStreams(
+            input_ids=tokens[:-1],
+            labels=tokens[1:],
+            position_ids=torch.arange(total),
+            mask=torch.arange(total) < length - 1,
+            advantages=torch.zeros(total),
+            rollout_logp=torch.zeros(total),
+            versions=torch.full((total,), -1, dtype=torch.int32),
+            restarts=torch.zeros(total, dtype=torch.bool),
+        ),
+        Sequences(
+            cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
+            lengths=torch.tensor([length]),
+            groups=torch.zeros(1, dtype=torch.int64),
+            weights=torch.ones(1, dtype=torch.float64),
+            ids=torch.zeros(1, dtype=torch.int64),
+        ),
     )
 
 
 def join_canary(shards: list[list[float]], length: int) -> list[float]:
-    """Log-probs of tokens 1 ... `length` - 1 of the prompt, from the context-parallel ranks' parts of its pack."""
+    """Log-probs of tokens 1 ... `length` - 1 of the prompt, from the context-parallel ranks' parts of its micro-batch."""
     parts = [torch.tensor(shard) for shard in shards]
     bounds = torch.tensor([0, sum(map(len, shards))], dtype=torch.int32)
     return zigzag_unshard(parts, bounds)[: length - 1].tolist()
