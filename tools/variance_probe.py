@@ -27,13 +27,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import gradient_variance as gv
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import gradient_variance as gv
 from ctpo_megatron.algorithms import group_advantages
 from ctpo_megatron.checkpoints.files import MANIFEST, STEP_NAME
 from ctpo_megatron.config import RunConfig
@@ -156,6 +156,8 @@ async def sample(config: RunConfig, model: Path, file: Path, out: Path, *, promp
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})})
     check_model(config)
     chat = ChatTokenizer(config.model.path)
+    if config.data.eval is None:
+        raise InputError("the run has no held-out prompts; give some with data.eval=FILE")
     held_out, tool = load_prompts(config.data.eval, config, chat), make_tool(config.rollout.tool)
     sizes = {"prompts": prompts, "samples": samples, "temperature": config.rollout.temperature}
     async with (
@@ -237,7 +239,7 @@ class Reading:
 
     logp: Tensor  # [M] float64, at the sampling temperature
     hidden: Tensor  # [K, H] last hidden states of the kept tokens
-    head: torch.nn.Module  # output layer, [n, H] -> [n, V]; still on the device
+    head: torch.nn.Linear  # output layer, [n, H] -> [n, V]; still on the device
 
 
 @torch.no_grad()
@@ -308,7 +310,7 @@ def measure(pair: Pair, target: Path, behaviour: Path, packed: Packed, bins: lis
     device = new.head.weight.device
     by_bin, by_position = [], []
     for each in bins:
-        squares, freedom, norms = 0.0, 0.0, []
+        squares, freedom, norms = torch.zeros(()), torch.zeros(()), []
         for t in each.positions:
             here = (position == t).nonzero()[:, 0]
             kernel = gv.gradient_kernel(new.hidden[here].to(device), labels[here].to(device), new.head, temperature).cpu()
@@ -318,7 +320,8 @@ def measure(pair: Pair, target: Path, behaviour: Path, packed: Packed, bins: lis
             values = dict(zip(gv.ESTIMATORS, (more[:, 0] / count[0]).tolist(), strict=True))
             by_position.append({"position": t, "tokens": len(here), "variance": values})
         inside = torch.isin(position, torch.tensor(each.positions))
-        about = {"first": each.first, "last": each.last, "positions": len(each.positions), "tokens": int(inside.sum())}
+        about: dict[str, float] = {"first": each.first, "last": each.last, "positions": len(each.positions)}
+        about |= {"tokens": int(inside.sum())}
         about |= {"effective_tokens": gv.effective_number(torch.cat(norms)), "prompts": len(prompt[inside].unique())}
         about |= {"log_ratio_rms": float(log_ratio[inside].square().mean().sqrt())}
         by_bin.append(about | gv.intervals(squares / freedom))

@@ -34,7 +34,7 @@ def health_sums(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Tens
         [ones, tokens.position.double(), log_ratio, log_ratio.square()], position_bin(tokens.position), mask, POSITION_BINS
     )
     (by_fate,) = _sums([ones], decile + DECILES * clipped, mask, 2 * DECILES)
-    unclipped, cut = by_fate.split(DECILES)
+    unclipped, cut = by_fate[:DECILES], by_fate[DECILES:]
     return {
         "health/tokens": by_bin[0],
         "health/position": by_bin[1],

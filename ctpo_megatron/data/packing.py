@@ -81,9 +81,10 @@ def build_train_batch(
 ) -> TrainBatch:
     """One optimizer step over `samples`: packed, with each sequence's weight in the loss under `aggregation`.
 
-    `max_tokens` is per rank, so a micro-batch that cp ranks share holds cp times as many. `first_id` is the
-    number of the first sample, for error messages. `attention_weight`: see `balance`. Under interleaving the number of micro-batches is a multiple of pp, as
-    megatron's schedule asks. Raises ValueError for samples without any token of the policy, and as `pack` does.
+    `max_tokens` is per rank, so a micro-batch that cp ranks share holds cp times as many. `first_id` is the number of the first
+    sample, for error messages. `attention_weight` says what is balanced, as in `pack`. Under interleaving the number of
+    micro-batches is a multiple of pp, as megatron's schedule asks. Raises ValueError for samples without any
+    token of the policy, and as `pack` does.
     """
     lengths = [sum(sample.mask) for sample in samples]
     if sum(lengths) == 0:

@@ -29,7 +29,7 @@ from ctpo_megatron.config.cluster import DriftConfig
 from ctpo_megatron.errors import MismatchError
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.rank import TrainerRank
-from ctpo_megatron.record.values import Value, Values, merge_values, scalar
+from ctpo_megatron.record.values import Mean, Value, Values, merge_values, scalar
 
 
 def update_policy(
@@ -182,12 +182,12 @@ def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> Stats
 
 def check_drift(measured: dict[str, Value], bound: DriftConfig, version: int) -> None:
     """Raise MismatchError when a bound is passed; a NaN passes every bound."""
-    mean = measured["drift/mean"]
+    tokens = measured["drift/mean"].weight if isinstance(measured["drift/mean"], Mean) else 0.0
     for kind, limit in {"max": bound.max, "mean": bound.mean}.items():
         value = scalar(measured[f"drift/{kind}"])
         if limit is not None and not value <= limit:
             raise MismatchError(
                 f"trainer and inference engine disagree about the log-probs of policy version {version}: {kind} |difference| is "
-                f"{value:.3g}, drift.{kind} allows {limit:.3g} ({max(mean.weight, 1.0):.0f} tokens). Either the weights did not "
+                f"{value:.3g}, drift.{kind} allows {limit:.3g} ({tokens:.0f} tokens). Either the weights did not "
                 f"arrive, or the two compute differently (dtype, kernels); raise drift.{kind} only if you know which."
             )

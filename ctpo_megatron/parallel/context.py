@@ -57,7 +57,7 @@ class ContextParallelScan:
         flags = [piece.closed.to(torch.int64).unsqueeze(0) for piece in pieces if piece.closed is not None]
         in_order = self._in_token_order(torch.cat(rows + flags))  # [rows, N, pieces of a sequence]
         sizes = [row.shape[0] for row in rows]
-        states = in_order[: sum(sizes)].split(sizes)
+        states = torch.split(in_order[: sum(sizes)], sizes)
         closed = iter(in_order[sum(sizes) :])
         return [
             self._carry(piece.channel, _from_int64(state, piece.state.dtype), None if piece.closed is None else next(closed))

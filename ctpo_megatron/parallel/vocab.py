@@ -1,10 +1,10 @@
 """Log-probs of words from hidden states and the output matrix, without the logits of more than some words at a time.
 
 Logits are the largest tensor of a step: a micro-batch of 4,096 tokens over 151,936 words takes 2.5 GB in float32, several times
-over in autograd. So the vocabulary is walked block by block. The forward keeps, per token, the largest logit, the sum of exponentials
-and what entropy needs, as flash attention does (arXiv 2205.14135); the backward computes each block again but the last, which is
-still there, and the only one of a small vocabulary. A block writes its rows of the weight's gradient once and whole. Products are
-in the model's number format, sums and exponentials in float32.
+over in autograd. So the vocabulary is walked block by block. The forward keeps, per token, the largest logit, the sum of
+exponentials and what entropy needs, as flash attention does (arXiv 2205.14135); the backward computes each block again but the
+last, which is still there, and the only one of a small vocabulary. A block writes its rows of the weight's gradient once and
+whole. Products are in the model's number format, sums and exponentials in float32.
 
 Under tensor parallelism each rank walks its slice of the vocabulary, and one all-gather of a few numbers per token joins them.
 """

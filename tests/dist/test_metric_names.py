@@ -20,16 +20,31 @@ from tests.support.tiny import micro_batches, write_model
 
 pytestmark = pytest.mark.dist
 
-BINS = range(1, 5)  # positions up to 31 are there
+LAYERS = 2
+STEP = """
+    clip_dual clip_fraction clip_high clip_low correction correction_max correction_zero entropy grad_norm
+    grad_norm_max kl kl_old log_ratio_sq loss lr ratio ratio_max ratio_min ratio_sq tokens
+""".split()
+POSITIONS = [1, 2, 4, 8, 16]  # where ranges of positions begin; no sequence has more than 31 tokens of the policy
+BY_POSITION = ["drift", "health/log_ratio_mean", "health/log_ratio_std", "health/log_ratio_fit"]
+NAMES = {
+    *(f"train/{name}" for name in STEP),
+    *("drift/mean", "drift/max"),
+    *(f"{name}/from_token_{first}" for name in BY_POSITION for first in POSITIONS),
+    *(f"health/clip_fraction/decile_{k}" for k in range(10)),
+    *("health/effective_sample_size", "health/log_ratio_growth", "health/log_ratio_sigma"),
+    *(f"moe/{name}/layer_{n}" for name in ("load_entropy", "load_max_over_mean") for n in range(LAYERS)),
+    "routing/changed",
+}
 
 
-def test_names(tmp_path: Path) -> None:
-    (found,) = run_ranks(1, names_of_an_update, write_model(tmp_path / "model", "qwen3_moe"))
-    import json; json.dump(found, open("/tmp/math_values.json", "w"))
+def test_the_names_of_the_trainers_metrics(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, names_of_an_update, write_model(tmp_path / "model", "qwen3_moe", layers=LAYERS))
+    assert found == NAMES
 
 
-def names_of_an_update(rank: RankInfo, path: Path) -> list[str]:
-    """What an update of two optimizer steps with a correction, a reference and a replayed routing reports."""
+def names_of_an_update(rank: RankInfo, path: Path) -> set[str]:
+    """What an update of two optimizer steps with a correction, a reference policy and a replayed routing reports."""
     engine = TrainerRank(str(path), ParallelConfig(), OptimizerConfig(lr=1e-3), rank, device="cpu", seed=1)
     from ctpo_megatron.mcore.policy import update_policy
 
@@ -37,8 +52,9 @@ def names_of_an_update(rank: RankInfo, path: Path) -> list[str]:
         reference={"path": str(path), "estimator": "k3", "coeff": 0.1},
         correction={"type": "truncate", "level": "token", "low": 0.5, "high": 2.0},
     )
-    packs = [replace(pack, replay=Replay(torch.zeros(pack.positions, 2, 2, dtype=torch.int8))) for pack in micro_batches()]
+    routing = [torch.zeros(pack.positions, LAYERS, 2, dtype=torch.int8) for pack in micro_batches()]
+    packs = [replace(pack, replay=Replay(ids)) for pack, ids in zip(micro_batches(), routing, strict=True)]
     options = {"algorithm": algorithm, "temperature": 1.0, "drift": DriftConfig(), "version": 0}
     stats = update_policy(engine, [packs[:2], packs[2:]], reference=engine.host_weights(), **options)
     engine.close()
-    return train_metrics(stats)
+    return set(train_metrics(stats))

@@ -20,11 +20,12 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, EXPERT_BIAS, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The GPTModel inside megatron's wrappers (data parallelism, 16-bit)."""
-    while not hasattr(model, "decoder"):
-        model = model.module
-    return model
+def unwrap(model: nn.Module) -> Any:
+    """The GPTModel, a class without types, inside megatron's wrappers (data parallelism, 16-bit)."""
+    inner: Any = model
+    while not hasattr(inner, "decoder"):
+        inner = inner.module
+    return inner
 
 
 def layer_numbers(model: nn.Module) -> list[int]:

@@ -45,10 +45,10 @@ def export_stream(
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
     `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: a rank that receives
-    gets its own buckets, and every rank an empty list for a bucket that only takes pieces away; all get one for the first bucket of
-    all, so that they can begin together and go on later. A bucket holds at most `bucket_bytes`,
-    unless a single unit is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are
-    copies: they do not change when the model is trained further. They lie in `memory`, which may be kept for the next stream.
+    gets its own buckets, and every rank an empty list for a bucket that only takes pieces away. All ranks get one for the first
+    bucket of all, so that they can begin together and go on later. A bucket holds at most `bucket_bytes`, unless a single unit
+    is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are copies: they do
+    not change when the model is trained further. They lie in `memory`, which may be kept for the next stream.
     Layers of multi-token prediction, which are not trained, are left out.
     """
     coords = current_coords()
@@ -88,11 +88,11 @@ class _Gathering:
                 if length == 0 or rank not in (holder, sender):  # a piece of nothing but the vocabulary's padding
                     continue
                 slot = full[tensor.name].narrow(tensor.cut.dim or 0, start, length) if rank == sender else None
-                if holder == rank and slot is not None:
-                    own.append((slot, self._piece(tensor, length)))
-                elif holder == rank:
+                if slot is None:  # this rank holds the piece, and another one sends the whole
                     piece = self._piece(tensor, length).to(self._dtype_of(tensor)).contiguous()
                     transfers.append(dist.P2POp(dist.isend, piece, sender))
+                elif holder == rank:
+                    own.append((slot, self._piece(tensor, length)))
                 else:
                     arriving = slot if slot.is_contiguous() else torch.empty_like(slot, memory_format=torch.contiguous_format)
                     if arriving is not slot:
@@ -113,10 +113,10 @@ class _Gathering:
         return piece[:length] if tensor.key in _PADDED else piece
 
     def _allocate(self, bucket: list[HfTensor]) -> dict[str, Tensor]:
-        """Room for the bucket in one buffer; the widest number format first, so that all are aligned."""
+        """Tensors for the bucket in one buffer; the widest number format first, so that all are aligned."""
         ordered = sorted(bucket, key=lambda tensor: -self._dtype_of(tensor).itemsize)
-        rooms = self.memory.allocate([(self._dtype_of(tensor), tensor.shape) for tensor in ordered])
-        return {tensor.name: room for tensor, room in zip(ordered, rooms, strict=True)}
+        tensors = self.memory.allocate([(self._dtype_of(tensor), tensor.shape) for tensor in ordered])
+        return {tensor.name: memory for tensor, memory in zip(ordered, tensors, strict=True)}
 
     def _dtype_of(self, tensor: HfTensor) -> torch.dtype:
         return torch.float32 if tensor.precise else self.dtype

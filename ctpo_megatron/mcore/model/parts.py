@@ -50,6 +50,8 @@ def _latent_rope(rope: Rope) -> dict[str, Any]:
     scaling = rope.scaling
     if scaling is None:
         return {"rope_type": "rope", "rotary_base": rope.theta, "rotary_scaling_factor": 1.0}
+    if not isinstance(scaling, YarnScaling):
+        raise ModelError(f"latent attention with {type(scaling).__name__} of its position embedding; allowed are YaRN and none")
     return {
         "rope_type": "yarn",
         "rotary_base": rope.theta,

@@ -87,7 +87,7 @@ class ReplayRouter(TopKRouter):
         self.next: Seen | None = None  # of the micro-batch that comes
         self.load: Tensor | None = None
         self._seen: Seen | None = None  # of the one at hand
-        self._again: deque[Seen | None] = deque()
+        self._again: deque[Seen] = deque()
 
     def begin(self) -> None:
         """Before the first micro-batch of a training pass."""
@@ -110,6 +110,8 @@ class ReplayRouter(TopKRouter):
         A layer that is computed again in the backward pass runs without gradients the first time and with them the second; in
         between come other micro-batches, whose backward passes follow one another in the order of their forward passes.
         """
+        if self.next is None:
+            raise RuntimeError("a router computes before it was told of a micro-batch; see Routers.set_micro_batch")
         if not self.training:
             return self.next
         if not torch.is_grad_enabled():
@@ -117,13 +119,19 @@ class ReplayRouter(TopKRouter):
             return self.next
         return self._again.popleft() if self._again else self.next
 
+    @property
+    def _at_hand(self) -> Seen:
+        if self._seen is None:
+            raise RuntimeError("a router is asked about a micro-batch before its forward pass")
+        return self._seen
+
     def _counted(self, routing_map: Tensor) -> Tensor:
         """The map [tokens, experts] without padding."""
-        return routing_map & self._seen.counted.unsqueeze(1)
+        return routing_map & self._at_hand.counted.unsqueeze(1)
 
     def _apply_aux_loss(self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, **options: Any) -> Tensor:
         """The load in the balancing loss is that of the experts which were used; megatron's would be the router's wish."""
-        if self._seen.total == 0:  # a mean over nothing
+        if self._at_hand.total == 0:  # a mean over nothing
             return probs
         followed = self.router_replay.followed
         if followed is not None:
@@ -133,10 +141,10 @@ class ReplayRouter(TopKRouter):
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """[tokens, experts] unchanged, with the gradient of this rank's share of the z-loss, a mean over the micro-batch."""
         coeff = self.config.moe_z_loss_coeff
-        if not (coeff and self.training and torch.is_grad_enabled() and self._seen.total):
+        if not (coeff and self.training and torch.is_grad_enabled() and self._at_hand.total):
             return logits
         squares = torch.logsumexp(logits, dim=-1).square()
-        share = torch.where(self._seen.counted, squares, 0.0).sum() * (coeff / self._seen.total)
+        share = torch.where(self._at_hand.counted, squares, 0.0).sum() * (coeff / self._at_hand.total)
         return MoEAuxLossAutoScaler.apply(logits, share)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
@@ -202,7 +210,8 @@ class Routers:
             return Measured()
         counts = torch.zeros(len(layers), experts + 2, dtype=torch.int64, device=self._device)
         for place, router in zip(self.expert_layers, self._all, strict=True):
-            counts[place, :experts] = router.load
+            if router.load is not None:
+                counts[place, :experts] = router.load
             if router.router_replay.counts is not None:
                 counts[place, experts:] = router.router_replay.counts
         dist.all_reduce(counts)  # ranks have other tokens or other layers, never the same of both
