@@ -50,8 +50,8 @@ def policy_loss(
         objective: a config or a mapping with its field names, e.g. `{"type": "ctpo"}`.
         logp, old_logp, advantages, mask: [T] streams; `mask` is True on tokens the policy wrote, and nothing else counts.
         cu_seqlens: [N+1] int, borders of the WHOLE sequences, also when the streams are context-parallel shards.
-        rollout_logp: [T], log-probs of the engine that sampled. dppo, cppo, trm and corrections need it; for the others its
-            distance to old_logp is reported.
+        rollout_logp: [T], log-probs of the engine that sampled. dppo, cppo, trm and corrections need it; for the others it
+            only has to be finite.
         aggregation: token-mean, sequence-mean, sequence-sum, balanced, or {"type": "constant", "tokens": n}; see `aggregation`.
         normalizer: the aggregation's divisor; None: counted here, where fully masked sequences are left out.
         groups: [N] int, the prompt of each sequence, for `balanced`.

@@ -106,8 +106,8 @@ def nonfinite_stats(bad: Tensor, position: Tensor, sequence_ids: Tensor, cu_seql
 def raise_if_nonfinite(stats: Stats | Mapping[str, Value]) -> None:
     """Raise NonFiniteError when a log-prob of the policy's own tokens was NaN or infinite; reads `stats`, so it synchronises.
 
-    `policy_loss` itself never looks at values on the host; whoever applies its gradient calls this first, with the statistics of
-    the loss or what they were reduced to.
+    `policy_loss` itself never looks at values on the host; a caller that applies its gradient calls this first, with the
+    statistics of the loss or what they were reduced to.
     """
     if isinstance(stats, Stats):
         place = float(stats.minima[NONFINITE]) if NONFINITE in stats.minima else torch.inf

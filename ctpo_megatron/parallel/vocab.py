@@ -190,7 +190,7 @@ def vocab_parallel_logp(
 
     Args:
         hidden_TH: [T, H], the last layer's output after its norm, the same on all ranks of `group`. Its gradient is this rank's
-            part: whoever made the ranks' copies sums it over them.
+            part; the layer that made the ranks' copies sums it over them.
         weight_VH: [V / tp, H], this rank's rows of the output matrix, of the same dtype.
         labels_T: [T] int64 words.
         group: the tensor-parallel group; None for one rank.

@@ -21,10 +21,11 @@ from tests.support.tiny import micro_batches, write_model
 pytestmark = pytest.mark.dist
 
 LAYERS = 2
-STEP = """
-    clip_dual clip_fraction clip_high clip_low correction correction_max correction_zero entropy grad_norm
-    grad_norm_max kl kl_old log_ratio_sq loss lr ratio ratio_max ratio_min ratio_sq tokens
-""".split()
+STEP = (
+    *("tokens", "loss", "entropy", "grad_norm", "grad_norm_max", "lr", "kl", "kl_old", "log_ratio_sq"),
+    *("ratio", "ratio_sq", "ratio_max", "ratio_min", "clip_fraction", "clip_high", "clip_low", "clip_dual"),
+    *("correction", "correction_max", "correction_zero"),
+)
 POSITIONS = [1, 2, 4, 8, 16]  # where ranges of positions begin; no sequence has more than 31 tokens of the policy
 BY_POSITION = ["drift", "health/log_ratio_mean", "health/log_ratio_std", "health/log_ratio_fit"]
 NAMES = {
