@@ -30,6 +30,7 @@ from ctpo_megatron.mcore.reduction import once
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
+from ctpo_megatron.models.tensors import hf_tensors
 from ctpo_megatron.record.values import Max, Values, scalar
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
@@ -119,7 +120,6 @@ class TrainerRank:
     def senders(self) -> list[int]:
         """Ranks that `stream` gives weights to, in the order in which their tensors come."""
         from ctpo_megatron.mcore.hf.stream import find_holders
-        from ctpo_megatron.models.tensors import hf_tensors
 
         return list(find_holders(self.models, self.shape).shares(hf_tensors(self.shape)))
 

@@ -102,7 +102,7 @@ def scale_llama3(model: GPTModel, rope: Rope) -> None:
 
 
 def experts_options(experts: Experts, moe: MoeConfig, fused: bool) -> dict[str, Any]:
-    """Fields of the mixtures. The load-balancing loss is over a micro-batch's tokens; scores of sigmoid gates are normalised for it."""
+    """Fields of the mixtures. The load-balancing loss is over a micro-batch's tokens, sigmoid scores normalised."""
     if experts.normalise and experts.top_k == 1:
         raise ModelError("num_experts_per_tok = 1 with norm_topk_prob makes every gate 1 and the router untrainable.")
     aux = experts.aux_loss_coeff if moe.aux_loss_coeff is None else moe.aux_loss_coeff
