@@ -8,7 +8,15 @@ from itertools import chain
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import Channel, LocalScan, group_advantages, policy_loss, raise_if_nonfinite
+from ctpo_megatron.algorithms import (
+    Channel,
+    LocalScan,
+    group_advantages,
+    make_recipe,
+    policy_loss,
+    raise_if_nonfinite,
+    recipe_loss,
+)
 from ctpo_megatron.errors import NonFiniteError
 
 LP = [-0.10, -0.50, -1.20, -9.0, -3.0, -0.02, -2.00, -0.70, -0.30, -7.0]
@@ -218,3 +226,22 @@ def test_extremes_of_the_ratio_are_those_of_the_policys_tokens():
     large, _ = run([([-0.5, -1.0], [-1.0, -1.0], [1, 0], 1.0)])
     assert small.stats.maxima["ratio_max"].item() == small.stats.minima["ratio_min"].item() == pytest.approx(math.exp(-0.5))
     assert large.stats.maxima["ratio_max"].item() == large.stats.minima["ratio_min"].item() == pytest.approx(math.exp(0.5))
+
+
+def test_a_recipe_made_before_gives_the_same_loss():
+    streams = {
+        "logp": torch.tensor(LP, dtype=torch.float64),
+        "old_logp": torch.tensor(OLP, dtype=torch.float64),
+        "rollout_logp": torch.tensor(OLP, dtype=torch.float64) + 0.1,
+        "advantages": torch.ones(len(LP), dtype=torch.float64),
+        "mask": torch.tensor(MASK).bool(),
+        "cu_seqlens": torch.tensor([0, 4, len(LP)]),
+    }
+    correction = {"type": "truncate", "level": "prefix"}
+    recipe = make_recipe({"type": "ctpo", "power": 0.0}, "token-mean", correction, has_rollout=True)
+    expected = policy_loss({"type": "ctpo", "power": 0.0}, aggregation="token-mean", correction=correction, **streams)
+    found = recipe_loss(recipe, **streams)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.token_loss, expected.token_loss)
+    with pytest.raises(ValueError, match="needs rollout_logp"):
+        recipe_loss(recipe, **{**streams, "rollout_logp": None})
