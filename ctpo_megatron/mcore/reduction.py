@@ -28,7 +28,7 @@ def reduce_stats(per_micro_batch: Sequence[Stats], group: dist.ProcessGroup, mea
     One all-reduce for what adds up, one for extremes where there are any, and one wait for the device: `measured` rides along and
     comes out as means. All micro-batches and ranks have the same names and shapes. Collective.
     """
-    first = per_micro_batch[0]
+    first = _in_order(per_micro_batch[0])
     total = torch.stack([_joined(_added(stats, first)) for stats in per_micro_batch]).sum(0)
     dist.all_reduce(total, group=group)
     found = [total]
@@ -39,6 +39,13 @@ def reduce_stats(per_micro_batch: Sequence[Stats], group: dist.ProcessGroup, mea
     found.append(measured.numbers.to(total))
     rest = iter(torch.cat(found).tolist())  # the one host sync of a step
     return _values(first, rest) | once(dict(zip(measured.names, rest, strict=True)))
+
+
+def _in_order(stats: Stats) -> Stats:
+    """The same statistics, each kind in the order of its names: no rank may depend on the order in which another found them."""
+    means = dict(sorted(stats.means.items()))
+    sums, maxima, minima = (dict(sorted(kind.items())) for kind in (stats.sums, stats.maxima, stats.minima))
+    return Stats(sums, means, maxima, minima)
 
 
 def _added(stats: Stats, like: Stats) -> list[Tensor]:

@@ -33,7 +33,7 @@ class WordLogp(NamedTuple):
 
 
 class _Summary(NamedTuple):
-    """Of one rank's words, with logits l already divided by the temperature."""
+    """What one rank finds for its words, with logits l already divided by the temperature."""
 
     top: Tensor  # [T], max l
     total: Tensor  # [T], sum of exp(l - top)

@@ -153,7 +153,7 @@ class ReplayRouter(TopKRouter):
 
 
 def with_replay(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """The same layers, those with experts with a `ReplayRouter`."""
+    """A copy of the layers, in which those with experts have a `ReplayRouter`."""
     return replace(block, layer_specs=[_layer(spec) for spec in block.layer_specs])
 
 
