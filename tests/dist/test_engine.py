@@ -191,7 +191,7 @@ def join(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     logp = []
     for _, by_cp in sorted(shards.items()):
         for pieces in zip(*(by_cp[cp] for cp in sorted(by_cp)), strict=True):
-            whole = zigzag_unshard([torch.from_numpy(piece) for piece in pieces], packs[len(logp)].cu_seqlens)
+            whole = zigzag_unshard([torch.from_numpy(piece) for piece in pieces], packs[len(logp)].sequences.cu_seqlens)
             logp.append(whole.numpy())
     return {**ranks[0], "logp": logp}
 

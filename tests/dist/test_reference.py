@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.numbers import flat
 from tests.support.ranks import at_own_port, free_port, run_ranks
 from tests.support.tiny import VOCAB, micro_batches, write_model
 
