@@ -159,7 +159,8 @@ def step(engine: TrainerRank, models: dict[str, Path]) -> dict[str, float]:
     per_rank = 4 // engine.parallel.dp
     packs = with_support(micro_batches())
     tokens = sum(int(pack.tokens.mask.sum()) for pack in packs)
-    mine = [replace(p, sequences=replace(p.sequences, weights=p.sequences.weights / tokens)) for p in packs[engine.coords.dp_rank * per_rank :][:per_rank]]
+    share = [(p, p.sequences) for p in packs[engine.coords.dp_rank * per_rank :][:per_rank]]
+    mine = [replace(p, sequences=replace(s, weights=s.weights / tokens)) for p, s in share]
     penalised = AlgorithmConfig(anchor="old", reference=ReferenceConfig(coeff=COEFF))
     top_k = AlgorithmConfig(objective=DppoObjective(divergence="topk_tv", delta=0.4, ratio_cap=None))
     reference = engine.host_weights(str(models["other"]))
