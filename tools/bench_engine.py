@@ -75,10 +75,10 @@ def make_samples(lengths: list[int]) -> list[TrainSample]:
     return samples
 
 
-def engine_step(engine: TrainerRank, samples: list[TrainSample]) -> Callable[[], float]:
+def rank_step(trainer: TrainerRank, samples: list[TrainSample]) -> Callable[[], float]:
     """Mean negative log-likelihood and its gradients by the trainer rank, without the optimizer's step."""
     packs = pack(samples, dp=1, max_tokens=BUDGET, weights=[1 / sum(len(s) for s in samples)] * len(samples))[0]
-    placed = engine.place(packs)
+    placed = trainer.place(packs)
 
     def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, Stats]:
         sequences = mb.sequences
@@ -86,8 +86,8 @@ def engine_step(engine: TrainerRank, samples: list[TrainSample]) -> Callable[[],
         return out.loss, Stats()
 
     def step() -> float:
-        with megatron_region(engine.device):
-            return scalar(engine._stepper.forward_backward(placed, share, 1.0)["loss"])
+        with megatron_region(trainer.device):
+            return scalar(trainer._stepper.forward_backward(placed, share, 1.0)["loss"])
 
     return step
 
@@ -133,15 +133,15 @@ def engine_rows(
         path = write_model(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
         rank = RankInfo(0, 1, "127.0.0.1", free_port("127.0.0.1"))
-        engine = TrainerRank(str(path), ParallelConfig(), OptimizerConfig(), rank, device="cpu", seed=1)
+        trainer = TrainerRank(str(path), ParallelConfig(), OptimizerConfig(), rank, device="cpu", seed=1)
         for name, lengths in CASES.items():
             samples = make_samples(lengths)
-            ours, theirs = engine_step(engine, samples), padded_step(model, samples)
+            ours, theirs = rank_step(trainer, samples), padded_step(model, samples)
             gap = abs(ours() - theirs())
             ratio = 1 / median_ratio(ours, theirs, repeats)
             least = least_long if name == "long tail" else least_equal
             rows.append({"lengths": name, "sequences": len(lengths), "tokens/s over transformers": ratio, "losses differ": gap})
             checks.append(Check(f"{name}: {ratio:.2f} times the tokens/s of transformers (at least {least})", ratio >= least))
             checks.append(Check(f"{name}: losses differ by {gap:.1e}", gap < 1e-5))
-        engine.close()
+        trainer.close()
     return rows, checks
