@@ -1,21 +1,20 @@
-"""What the trainer receives: packed micro-batches, with the weight of every sequence in the loss."""
+"""What the trainer receives: micro-batches of packed sequences, with the weight of every sequence in the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ctpo_megatron.parallel.layout import shard_indices
+from ctpo_megatron.models.coords import RankCoords
+from ctpo_megatron.parallel.layout import own_experts, shard_indices
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """N sequences packed into T label-aligned positions; padding is masked out and belongs to the sequence before it.
-
-    `cu_seqlens` always describes the WHOLE sequences, also in a context-parallel shard, whose streams have T / cp positions.
-    """
+class TokenStreams:
+    """What a micro-batch holds per token; context parallelism cuts every one of these streams. T positions, label-aligned."""
 
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64
@@ -24,63 +23,89 @@ class MicroBatch:
     advantages: Tensor  # [T] float32
     rollout_logp: Tensor  # [T] float32, 0 where masked
     versions: Tensor  # [T] int32, -1 where masked
-    cu_seqlens: Tensor  # [N+1] int32
-    lengths: Tensor  # [N] int64, of the sequences without padding
+    restarts: Tensor  # [T] bool, True on the first token of each policy version in a sequence
+    anchor_logp: Tensor | None = None  # [T] float32, of the policy that ratios are taken against
+    reference_logp: Tensor | None = None  # [T] float32, of the reference policy
+    top_k_ids: Tensor | None = None  # [T, K] int32, the top-k tokens of the policy that sampled
+    top_k_logp: Tensor | None = None  # [T, K] float32, their log-probs under it; -inf: an unused place
+    policy_top_k_logp: Tensor | None = None  # [T, K] float32, those of the policy in training, found in its forward pass
+
+    def at(self, index: Tensor) -> TokenStreams:
+        """The positions `index` of every stream."""
+        return _mapped(self, lambda stream: stream[index])
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """What a micro-batch holds per sequence: of WHOLE sequences, also in a context-parallel shard."""
+
+    cu_seqlens: Tensor  # [N+1] int32, their borders, padding included
+    lengths: Tensor  # [N] int64, without padding
     groups: Tensor  # [N] int64, the prompt's group of each sequence
     weights: Tensor  # [N] float64, of each token of a sequence in the loss; all ranks' and micro-batches' make up the mean
-    sequence_ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding
-    restarts: Tensor  # [T] bool, True on the first token of each policy version in a sequence
-    old_logp: Tensor | None = None  # [T] float32, of the trainer's policy before the first step on this batch
-    reference_logp: Tensor | None = None  # [T] float32, of the reference policy
-    support_ids: Tensor | None = None  # [T, K] int32, the likeliest tokens under the policy that sampled
-    support_logp: Tensor | None = None  # [T, K] float32, their log-probs under it; -inf: an unused place
-    policy_support_logp: Tensor | None = None  # [T, K] float32, those of the policy in training, found in its forward pass
-    routed_experts: Tensor | None = None  # [T, expert layers, k], docs/routing_replay.md; -1: the trainer routes the token itself
-    own_experts: Tensor | None = None  # what the routers of one rank see of that; see `parallel.own_experts`
+    ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The routing that experts are to follow (docs/routing_replay.md): of a whole micro-batch, or one rank's part of it."""
+
+    routed_experts: Tensor  # [T, expert layers, k], or the part of `owner`; -1: the trainer routes the token itself
+    owner: RankCoords | None = None  # None: of the whole micro-batch
+
+    def for_rank(self, coords: RankCoords, cu_seqlens: Tensor) -> Replay:
+        """The part of the rank at `coords`; see `parallel.own_experts`. Raises ValueError for the part of another rank."""
+        if self.owner == coords:
+            return self
+        if self.owner is not None:
+            raise ValueError(f"the routing is that of the rank at {self.owner}; this one is at {coords}")
+        return Replay(own_experts(self.routed_experts, cu_seqlens, coords), coords)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """N sequences packed into T label-aligned positions; padding is masked out and belongs to the sequence before it.
+
+    A context-parallel shard has T / cp positions of each stream, and everything that is said of whole sequences.
+    """
+
+    tokens: TokenStreams
+    sequences: Sequences
+    replay: Replay | None = None
 
     def __len__(self) -> int:
         """Number of sequences."""
-        return self.cu_seqlens.numel() - 1
+        return self.sequences.cu_seqlens.numel() - 1
 
     @property
-    def tokens(self) -> int:
-        """Positions in the whole pack, padding included."""
-        return int(self.cu_seqlens[-1])
+    def positions(self) -> int:
+        """Positions in the whole micro-batch, padding included."""
+        return int(self.sequences.cu_seqlens[-1])
 
     def counted(self, cp_size: int) -> Tensor:
         """[T / cp_size] bool, of a shard: False on padding."""
-        each = self.cu_seqlens.diff() // cp_size
-        return self.position_ids < self.lengths.repeat_interleave(each, output_size=self.position_ids.numel())
+        each, position_ids = self.sequences.cu_seqlens.diff() // cp_size, self.tokens.position_ids
+        return position_ids < self.sequences.lengths.repeat_interleave(each, output_size=position_ids.numel())
 
     def shard(self, cp_rank: int, cp_size: int) -> MicroBatch:
         """This rank's zigzag part of every stream."""
         if cp_size == 1:
             return self
-        index = shard_indices(self.cu_seqlens, cp_rank, cp_size)
-        cut = {name: stream[index] for name, stream in self._streams().items()}
-        return replace(self, **cut)
+        return replace(self, tokens=self.tokens.at(shard_indices(self.sequences.cu_seqlens, cp_rank, cp_size)))
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{k: None if v is None else v.to(device, non_blocking=True) for k, v in tensors.items()})
 
-    def with_anchor_logp(self, old_logp: Tensor) -> MicroBatch:
-        """A copy that carries the old policy's log-probs [T] (or this shard's part of them)."""
-        return replace(self, old_logp=old_logp)
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
 
-    def with_reference_logp(self, reference_logp: Tensor) -> MicroBatch:
-        """The same for the reference policy's log-probs."""
-        return replace(self, reference_logp=reference_logp)
+        replay = None if self.replay is None else _mapped(self.replay, moved)
+        return MicroBatch(_mapped(self.tokens, moved), _mapped(self.sequences, moved), replay)
 
-    def with_policy_support_logp(self, logp: Tensor | None) -> MicroBatch:
-        """A copy that carries the policy's own log-probs [T, K] of the support."""
-        return replace(self, policy_support_logp=logp)
-
-    def _streams(self) -> dict[str, Tensor]:
-        whole = {"cu_seqlens", "lengths", "groups", "weights", "sequence_ids", "own_experts"}
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in whole}
-        return {name: stream for name, stream in named.items() if stream is not None}
+    def with_streams(self, **streams: Tensor | None) -> MicroBatch:
+        """A copy with these streams of `TokenStreams`, [T] or [T, K] or this shard's part of them, in place of its own."""
+        changed: dict[str, Any] = dict(streams)
+        return replace(self, tokens=replace(self.tokens, **changed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,5 +117,13 @@ class TrainBatch:
     """
 
     micro_batches: list[list[MicroBatch]]  # [dp][n]
-    sequences: int  # sequences that hold at least one token of the policy
-    tokens: int  # tokens of the policy
+
+
+_Part = TypeVar("_Part", TokenStreams, Sequences, Replay)
+
+
+def _mapped(part: _Part, function: Any) -> _Part:
+    """A copy of a part of a micro-batch with `function` of each tensor in it."""
+    values = {f.name: getattr(part, f.name) for f in fields(part)}
+    changed: dict[str, Any] = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(part, **changed)

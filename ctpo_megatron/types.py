@@ -81,14 +81,14 @@ class RoutingShape:
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The likeliest next tokens under the policy that sampled, likeliest first, for each token of a stream."""
+    """The top-k next tokens under the policy that sampled, most probable first, for each token of a stream."""
 
     ids: NDArray[np.int32]  # [tokens, K]
     logp: NDArray[np.float32]  # [tokens, K], at the sampling temperature; -inf: an unused place
 
     @classmethod
     def unused(cls, tokens: int, k: int) -> TopK:
-        """Of tokens that nobody sampled."""
+        """The entry of `tokens` tokens that no policy sampled: every place unused."""
         return cls(np.zeros((tokens, k), np.int32), np.full((tokens, k), -np.inf, np.float32))
 
     @classmethod
@@ -105,8 +105,8 @@ class Generation:
     rollout_logp: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
     versions: list[int] = field(default_factory=list)  # policy version that sampled each token
     finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
-    top: TopK | None = None  # the likeliest tokens at each place, at the sampling temperature
-    experts: NDArray[np.signedinteger] | None = None  # [tokens, expert layers, top_k], see `EngineClient.generate`
+    top_k: TopK | None = None  # the top-k tokens at each place, at the sampling temperature
+    routed_experts: NDArray[np.signedinteger] | None = None  # [tokens, expert layers, top_k], see `EngineClient.generate`
 
     def append(self, part: Generation) -> None:
         """Add the tokens of `part`."""
@@ -123,16 +123,16 @@ class Turn:
     `versions[i]` the policy version that sampled it. `tool` turns carry 0.0 and -1 and are masked out of the loss.
     """
 
-    role: str  # "assistant" or "tool"
+    role: Literal["assistant", "tool"]
     token_ids: list[int]
     rollout_logp: list[float]
     versions: list[int]
-    top: TopK | None = None  # of an assistant's tokens, where the run collects it
+    top_k: TopK | None = None  # of an assistant's tokens, where the run collects it
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.rollout_logp), len(self.versions)}
-        if self.top is not None:
-            lengths |= {len(self.top.ids), len(self.top.logp)}
+        if self.top_k is not None:
+            lengths |= {len(self.top_k.ids), len(self.top_k.logp)}
         if len(lengths) != 1:
             raise ValueError(f"streams of a {self.role} turn differ in length: {sorted(lengths)}")
 
@@ -141,8 +141,8 @@ class Turn:
 class Trajectory:
     """One sampled attempt at a prompt. `text` is the decoded response, for rewards and people only.
 
-    `experts[t]` are the experts that the engine sent token t to, [tokens - 1, expert layers, top_k]; -1 where that is not known
-    (docs/routing_replay.md). The last token has not been read by anybody.
+    `routed_experts[t]` are the experts that the engine sent token t to, [tokens - 1, expert layers, top_k]; -1 where that is not
+    known (docs/routing_replay.md). The last token has gone through no model.
     """
 
     prompt_index: int
@@ -154,7 +154,7 @@ class Trajectory:
     tool_calls: int = 0
     tool_errors: int = 0
     seconds: float = 0.0
-    experts: NDArray[np.signedinteger] | None = None
+    routed_experts: NDArray[np.signedinteger] | None = None
     undecided: bool = False  # whether its answer could not be compared with the right one; the reward is 0 then
     id: AttemptId = field(kw_only=True)
 
@@ -183,12 +183,12 @@ class TrajectoryGroup:
 class TrainSample:
     """One trajectory as the trainer sees it: label-aligned streams of equal length L = tokens - 1.
 
-    Position t predicts `labels[t]` from `input_ids[: t + 1]`. Nobody shifts a stream after this point.
+    Position t predicts `labels[t]` from `input_ids[: t + 1]`. No stream is shifted after this point.
 
     Example: prompt `[7, 8]`, sampled `[5, 6]`, tool `[9]`, sampled `[4]` gives
         input_ids     7  8  5  6  9
         labels        8  5  6  9  4
-        mask     0  1  1  0  1
+        mask          0  1  1  0  1
     """
 
     input_ids: list[int]
@@ -198,14 +198,14 @@ class TrainSample:
     versions: list[int]  # version that sampled the label; -1 where masked
     advantages: list[float]  # 0.0 where masked
     group: int = 0  # samples of one prompt share it
-    experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it itself
-    top: TopK | None = None  # of each label, where the run collects it; unused where masked
+    routed_experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it
+    top_k: TopK | None = None  # of each label, where the run collects it; unused where masked
 
     def __post_init__(self) -> None:
         streams: list[Any] = [self.input_ids, self.labels, self.mask, self.rollout_logp, self.versions]
         streams += [self.advantages]
-        streams += [] if self.experts is None else [self.experts]
-        streams += [] if self.top is None else [self.top.ids, self.top.logp]
+        streams += [] if self.routed_experts is None else [self.routed_experts]
+        streams += [] if self.top_k is None else [self.top_k.ids, self.top_k.logp]
         if len({len(stream) for stream in streams}) != 1:
             raise ValueError(f"streams of a sample differ in length: {[len(stream) for stream in streams]}")
 

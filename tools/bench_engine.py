@@ -1,4 +1,4 @@
-"""The first part of tools/bench_train.py: one rank of the engine against the same model of transformers with padding."""
+"""The first part of tools/bench_train.py: one trainer rank against the same model of transformers with padding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from bench_loss import Check
 from torch import Tensor
 
-from ctpo_megatron.algorithms import nll_loss
+from ctpo_megatron.algorithms import Scan, Stats, nll_loss
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
@@ -21,11 +21,13 @@ from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.host import megatron_region
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.ports import free_port
+from ctpo_megatron.record.values import scalar
 from ctpo_megatron.types import TrainSample
 
 BUDGET = 2048  # positions of a micro-batch, padding included, on both sides
 TOKENS = 4096  # of a step
-SHAPE = {
+VOCAB = 4096  # a quarter of all parameters, as in Qwen3-0.6B; what the head computes twice weighs accordingly
+SHAPE: dict[str, Any] = {
     "model_type": "qwen3",
     "num_hidden_layers": 4,
     "hidden_size": 256,
@@ -33,7 +35,7 @@ SHAPE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 32,
-    "vocab_size": 4096,  # a quarter of all parameters, as in Qwen3-0.6B; what the head computes twice weighs accordingly
+    "vocab_size": VOCAB,
     "tie_word_embeddings": True,
 }
 
@@ -68,23 +70,24 @@ def make_samples(lengths: list[int]) -> list[TrainSample]:
     generator = torch.Generator().manual_seed(3)
     samples = []
     for length in lengths:
-        ids = torch.randint(0, SHAPE["vocab_size"], (length + 1,), generator=generator).tolist()
+        ids = torch.randint(0, VOCAB, (length + 1,), generator=generator).tolist()
         samples.append(TrainSample(ids[:-1], ids[1:], [True] * length, [0.0] * length, [0] * length, [0.0] * length))
     return samples
 
 
-def engine_step(engine: TrainerRank, samples: list[TrainSample]) -> Callable[[], float]:
-    """Mean negative log-likelihood and its gradients by the engine, without the optimizer's step."""
+def rank_step(trainer: TrainerRank, samples: list[TrainSample]) -> Callable[[], float]:
+    """Mean negative log-likelihood and its gradients by the trainer rank, without the optimizer's step."""
     packs = pack(samples, dp=1, max_tokens=BUDGET, weights=[1 / sum(len(s) for s in samples)] * len(samples))[0]
-    placed = engine.place(packs)
+    placed = trainer.place(packs)
 
-    def share(logp: Tensor, mb: MicroBatch, scan: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        out = nll_loss(logp=logp, mask=mb.mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
-        return out.loss, {}
+    def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, Stats]:
+        sequences = mb.sequences
+        out = nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=sequences.cu_seqlens, weights=sequences.weights, scan=scan)
+        return out.loss, Stats()
 
     def step() -> float:
-        with megatron_region(engine.device):
-            return engine._stepper.forward_backward(placed, share, 1.0)["loss"]
+        with megatron_region(trainer.device):
+            return scalar(trainer._stepper.forward_backward(placed, share, 1.0)["loss"])
 
     return step
 
@@ -130,15 +133,15 @@ def engine_rows(
         path = write_model(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
         rank = RankInfo(0, 1, "127.0.0.1", free_port("127.0.0.1"))
-        engine = TrainerRank(str(path), ParallelConfig(), OptimizerConfig(), rank, device="cpu", seed=1)
+        trainer = TrainerRank(str(path), ParallelConfig(), OptimizerConfig(), rank, device="cpu", seed=1)
         for name, lengths in CASES.items():
             samples = make_samples(lengths)
-            ours, theirs = engine_step(engine, samples), padded_step(model, samples)
+            ours, theirs = rank_step(trainer, samples), padded_step(model, samples)
             gap = abs(ours() - theirs())
             ratio = 1 / median_ratio(ours, theirs, repeats)
             least = least_long if name == "long tail" else least_equal
             rows.append({"lengths": name, "sequences": len(lengths), "tokens/s over transformers": ratio, "losses differ": gap})
             checks.append(Check(f"{name}: {ratio:.2f} times the tokens/s of transformers (at least {least})", ratio >= least))
             checks.append(Check(f"{name}: losses differ by {gap:.1e}", gap < 1e-5))
-        engine.close()
+        trainer.close()
     return rows, checks

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms import policy_loss
+from ctpo_megatron.algorithms import Stats, policy_loss
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
 
 TOKENS = 1_000_000
@@ -104,7 +104,7 @@ def dense_ctpo(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
 
 
 def dense_sums(d: Tensor, log_ratio: Tensor, ratio: Tensor, mask: Tensor, clips: list[Tensor]) -> list[Tensor]:
-    """What `algorithms.record` reports of the tokens, as float64 sums."""
+    """What `algorithms.statistics` reports of the tokens, as float64 sums."""
     counts = [mask.sum(), *(clip.sum() for clip in clips), (clips[0] | clips[1] | clips[2]).sum()]
     moments = [x.sum(dtype=torch.float64) for x in (ratio, ratio.square(), torch.where(mask, d, 0.0))]
     square = torch.where(mask, log_ratio, 0.0).square().sum(dtype=torch.float64)
@@ -121,12 +121,15 @@ def dense_health(prefix: Tensor, position: Tensor, length: Tensor, mask: Tensor,
     return [*sums, tenth.bincount(None, 10), tenth.bincount(clipped.double(), 10)]
 
 
-def packed_step(pack: Pack, objective: str, **more: Any) -> Callable[[], tuple[Tensor, Tensor, dict[str, Tensor]]]:
+Step = Callable[[], tuple[Tensor, Tensor | None, Any]]  # loss, gradient, statistics
+
+
+def packed_step(pack: Pack, objective: str, **more: Any) -> Step:
     """`policy_loss` and its backward: loss, gradient [T], statistics."""
     logp = pack.packed["logp"].clone().requires_grad_()
     streams = {**pack.packed, "logp": logp, **more}
 
-    def step() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def step() -> tuple[Tensor, Tensor | None, Stats]:
         logp.grad = None
         out = policy_loss({"type": objective}, **streams)
         out.loss.backward()
@@ -135,12 +138,12 @@ def packed_step(pack: Pack, objective: str, **more: Any) -> Callable[[], tuple[T
     return step
 
 
-def padded_step(pack: Pack, record: bool) -> Callable[[], tuple[Tensor, Tensor, list[Tensor]]]:
+def padded_step(pack: Pack, record: bool) -> Step:
     """The dense reference and its backward: loss, gradient [B, T], statistics."""
     logp = pack.padded["logp"].clone().requires_grad_()
     streams = {**pack.padded, "logp": logp}
 
-    def step() -> tuple[Tensor, Tensor, list[Tensor]]:
+    def step() -> tuple[Tensor, Tensor | None, list[Tensor]]:
         logp.grad = None
         loss, sums = dense_ctpo(**streams, record=record)
         loss.backward()
@@ -198,7 +201,7 @@ def speed_report(rounds: int, repeats: int) -> list[Check]:
     for name, lengths in PACKS.items():
         pack = make_pack(lengths)
         steps = [packed_step(pack, "ctpo"), padded_step(pack, record=True), padded_step(pack, record=False)]
-        checks.append(same_loss(name, pack, steps[0](), steps[1]()))
+        checks.append(same_loss(name, pack, steps[0], steps[1]))
         packed, padded, bare = best_medians(steps, rounds, repeats)
         ratio = padded / packed
         waste = pack.padded["logp"].numel() / sum(lengths)
@@ -208,12 +211,15 @@ def speed_report(rounds: int, repeats: int) -> list[Check]:
     return checks
 
 
-def same_loss(name: str, pack: Pack, packed: tuple[Tensor, Tensor, dict], padded: tuple[Tensor, Tensor, list]) -> Check:
+def same_loss(name: str, pack: Pack, packed_step: Step, padded_step: Step) -> Check:
     """That both compute the same: loss, gradient and number of clipped tokens."""
+    packed, padded = packed_step(), padded_step()
+    if packed[1] is None or padded[1] is None:
+        raise RuntimeError("a step left no gradient")
     loss = abs(packed[0].item() - padded[0].item())
     expected = padded[1].view(-1)[pack.place]
     grad = ((packed[1] - expected).abs().sum() / expected.abs().sum()).item()
-    clipped = abs(packed[2]["sum/clip_fraction"].item() - padded[2][4].item())
+    clipped = abs(packed[2].means["clip_fraction"].total.item() - padded[2][4].item())
     text = f"{name}: losses differ by {loss:.1e}, gradients by {grad:.1e} of their size, clipped tokens by {clipped:.0f}"
     return Check(text, max(loss, grad) <= TOLERANCE and clipped <= TOLERANCE * TOKENS)
 

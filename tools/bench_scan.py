@@ -15,7 +15,6 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctpo_megatron.algorithms import Channel
 from ctpo_megatron.parallel import ContextParallelScan
+from ctpo_megatron.parallel.gather import all_gather_single
 from ctpo_megatron.parallel.layout import shard_indices
 
 MIN_GATHER_RATIO = 10.0
@@ -147,7 +147,7 @@ def by_stream_gathers(shard: Shard) -> Tensor:
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     gathered = x.new_empty(group.size() * x.numel())
-    dist.all_gather_into_tensor(gathered, x, group=group)
+    all_gather_single(gathered, x, group)
     return gathered
 
 
@@ -176,12 +176,13 @@ class CountCollectives(TorchDispatchMode):
 def compare_ways(rank: int, size: int, rounds: int, repeats: int, folder: str) -> None:
     """One rank: every way on every pack; rank 0 writes what it found into `folder`."""
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", FutureWarning)  # newer torch has another name for all_gather_into_tensor
     store, bound = f"file://{folder}/store{size}", datetime.timedelta(minutes=5)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=bound)
-    found = []
+    world, found = dist.group.WORLD, []
+    if world is None:
+        raise RuntimeError("torch.distributed has no default group")
     for pack, (sequences, length) in CP_PACKS.items():
-        shard = make_shard(dist.group.WORLD, sequences, length)
+        shard = make_shard(world, sequences, length)
         upstream = torch.randn(shard.logp.numel(), generator=torch.Generator().manual_seed(rank))
         counts = [count(way, shard, upstream) for way in WAYS.values()]
         elapsed = torch.tensor([[time_each(shard, upstream) for _ in range(repeats)] for _ in range(rounds)])

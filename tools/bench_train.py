@@ -123,7 +123,7 @@ def balance_rows() -> tuple[list[Row], list[Check]]:
     by_tokens = rows[0]
     bounds = {"imbalance": MAX_IMBALANCE, "padding at most": MAX_PADDING, "CPU s": MAX_PLANNING_S}
     checks = [
-        Check(f"balancing, {name}: {by_tokens[name]:.4f} (at most {most})", by_tokens[name] <= most)
+        Check(f"balancing, {name}: {by_tokens[name]:.4f} (at most {most})", float(by_tokens[name]) <= most)
         for name, most in bounds.items()
     ]
     return rows, checks

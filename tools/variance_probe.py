@@ -9,7 +9,7 @@ Both policies are then read with transformers in float32, which leaves out how s
 log-probs serve to prove that the trajectories are mu's.
 
 The variance at a position is the trace of the covariance, over the trajectories that reach it, of the gradient with respect to
-the output layer: exact and cheap (ctpo_megatron/algorithms/gradient_variance.py). Positions count policy tokens only, as CTPO
+the output layer: exact and cheap (tools/gradient_variance.py). Positions count policy tokens only, as CTPO
 does. Intervals come from resampling whole prompts, since a prompt's trajectories share the baseline of their advantages; the
 ratio of two variances is taken within a resample. docs/variance.md says how to read the result.
 """
@@ -21,17 +21,17 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import gradient_variance as gv
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ctpo_megatron.algorithms import gradient_variance as gv
 from ctpo_megatron.algorithms import group_advantages
 from ctpo_megatron.checkpoints.files import MANIFEST, STEP_NAME
 from ctpo_megatron.cluster.ray_token import require_token
@@ -40,6 +40,7 @@ from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.samples import build_sample
 from ctpo_megatron.errors import CtpoError, DataError, InputError, MismatchError
 from ctpo_megatron.record import write_summary
+from ctpo_megatron.record.trajectories import as_row
 from ctpo_megatron.types import TrainSample, Turn
 
 MIN_PROMPTS = 10  # that reach a position, for an interval to mean something
@@ -157,14 +158,16 @@ async def sample(config: RunConfig, model: Path, file: Path, out: Path, *, promp
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})})
     shape = read_model(config)
     chat = ChatTokenizer(config.model.path)
+    if config.data.eval is None:
+        raise InputError("the run has no held-out prompts; give some with data.eval=FILE")
     held_out, tool = load_prompts(config.data.eval, config, chat), make_tool(config.rollout.tool)
     sizes = {"prompts": prompts, "samples": samples, "temperature": config.rollout.temperature}
     async with (
         Runtime(config, shape, topology_of(config, trainer=False), out.resolve()) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
-        result = await runtime.guard(evaluate(rollouts.rollouter, held_out, config.eval.model_copy(update=sizes)))
-    found = [{"answer": group.prompt.answer} | asdict(each) for group in result.groups for each in group.trajectories]
+        result = await runtime.guard(evaluate(rollouts.rollouter, held_out, config.eval.model_copy(update=sizes), step=0))
+    found = [as_row(group.prompt, each) for group in result.groups for each in group.trajectories]
     file.write_text("".join(json.dumps(each) + "\n" for each in found))
 
 
@@ -238,7 +241,7 @@ class Reading:
 
     logp: Tensor  # [M] float64, at the sampling temperature
     hidden: Tensor  # [K, H] last hidden states of the kept tokens
-    head: torch.nn.Module  # output layer, [n, H] -> [n, V]; still on the device
+    head: torch.nn.Linear  # output layer, [n, H] -> [n, V]; still on the device
 
 
 @torch.no_grad()
@@ -309,7 +312,7 @@ def measure(pair: Pair, target: Path, behaviour: Path, packed: Packed, bins: lis
     device = new.head.weight.device
     by_bin, by_position = [], []
     for each in bins:
-        squares, freedom, norms = 0.0, 0.0, []
+        squares, freedom, norms = torch.zeros(()), torch.zeros(()), []
         for t in each.positions:
             here = (position == t).nonzero()[:, 0]
             kernel = gv.gradient_kernel(new.hidden[here].to(device), labels[here].to(device), new.head, temperature).cpu()
@@ -319,7 +322,8 @@ def measure(pair: Pair, target: Path, behaviour: Path, packed: Packed, bins: lis
             values = dict(zip(gv.ESTIMATORS, (more[:, 0] / count[0]).tolist(), strict=True))
             by_position.append({"position": t, "tokens": len(here), "variance": values})
         inside = torch.isin(position, torch.tensor(each.positions))
-        about = {"first": each.first, "last": each.last, "positions": len(each.positions), "tokens": int(inside.sum())}
+        about: dict[str, float] = {"first": each.first, "last": each.last, "positions": len(each.positions)}
+        about |= {"tokens": int(inside.sum())}
         about |= {"effective_tokens": gv.effective_number(torch.cat(norms)), "prompts": len(prompt[inside].unique())}
         about |= {"log_ratio_rms": float(log_ratio[inside].square().mean().sqrt())}
         by_bin.append(about | gv.intervals(squares / freedom))

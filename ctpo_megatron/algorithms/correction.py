@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms.operators import MAX_ABS
-from ctpo_megatron.algorithms.scan import Channel
+from ctpo_megatron.algorithms.scan import Channel, Reach
 
-REACH = {"prefix": "prefix", "sequence": "sequence", "geometric": "sequence"}
+REACH: dict[str, Reach] = {"prefix": "prefix", "sequence": "sequence", "geometric": "sequence"}
 
 
 def mismatch(old_logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def position_bin(position: Tensor) -> Tensor:
     return (torch.frexp(position).exponent - 1).clamp(max=POSITION_BINS - 1)
 
 
-def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Tensor]:
+def health_sums(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Tensor]:
     """Sums over a part's unmasked tokens: [POSITION_BINS] and [DECILES] float64.
 
     `place` [T] counts a trajectory's policy tokens like tokens.position, but not anew at restarts: deciles are of whole
@@ -34,14 +34,14 @@ def health_stats(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Ten
         [ones, tokens.position.double(), log_ratio, log_ratio.square()], position_bin(tokens.position), mask, POSITION_BINS
     )
     (by_fate,) = _sums([ones], decile + DECILES * clipped, mask, 2 * DECILES)
-    unclipped, cut = by_fate.split(DECILES)
+    unclipped, cut = by_fate[:DECILES], by_fate[DECILES:]
     return {
-        "sum/health/tokens": by_bin[0],
-        "sum/health/position": by_bin[1],
-        "sum/health/log_ratio": by_bin[2],
-        "sum/health/log_ratio_sq": by_bin[3],
-        "sum/health/decile_tokens": unclipped + cut,
-        "sum/health/decile_clipped": cut,
+        "health/tokens": by_bin[0],
+        "health/position": by_bin[1],
+        "health/log_ratio": by_bin[2],
+        "health/log_ratio_sq": by_bin[3],
+        "health/decile_tokens": unclipped + cut,
+        "health/decile_clipped": cut,
     }
 
 

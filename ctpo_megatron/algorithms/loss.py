@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ctpo_megatron.algorithms.aggregation import sequence_weights
-from ctpo_megatron.algorithms.evaluate import evaluate
+from ctpo_megatron.algorithms.per_token import per_token_loss
 from ctpo_megatron.algorithms.prepare import Streams, prepare
-from ctpo_megatron.algorithms.recipe import make_recipe
-from ctpo_megatron.algorithms.record import Stats, found_in
+from ctpo_megatron.algorithms.recipe import Recipe, make_recipe
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
+from ctpo_megatron.algorithms.statistics import Stats, input_stats
 from ctpo_megatron.algorithms.tokens import Support
 from ctpo_megatron.config.objectives import Aggregation, Correction, Objective
 
@@ -22,7 +22,7 @@ class PolicyLoss(NamedTuple):
 
     loss: Tensor  # scalar with grad; under context parallelism this rank's share, to be summed over the group
     token_loss: Tensor  # [T] with grad, before aggregation; zero where masked
-    stats: Stats  # on the device; keys start with sum/, max/ or min/: how they combine over ranks and micro-batches
+    stats: Stats  # on the device
 
 
 def policy_loss(
@@ -50,8 +50,8 @@ def policy_loss(
         objective: a config or a mapping with its field names, e.g. `{"type": "ctpo"}`.
         logp, old_logp, advantages, mask: [T] streams; `mask` is True on tokens the policy wrote, and nothing else counts.
         cu_seqlens: [N+1] int, borders of the WHOLE sequences, also when the streams are context-parallel shards.
-        rollout_logp: [T], log-probs of the engine that sampled. dppo, cppo, trm and corrections need it; for the others its
-            distance to old_logp is reported.
+        rollout_logp: [T], log-probs of the engine that sampled. dppo, cppo, trm and corrections need it; for the others it
+            only has to be finite.
         aggregation: token-mean, sequence-mean, sequence-sum, balanced, or {"type": "constant", "tokens": n}; see `aggregation`.
         normalizer: the aggregation's divisor; None: counted here, where fully masked sequences are left out.
         groups: [N] int, the prompt of each sequence, for `balanced`.
@@ -66,12 +66,50 @@ def policy_loss(
     finite is found by `raise_if_nonfinite(stats)`.
     """
     recipe = make_recipe(objective, aggregation, correction, has_rollout=rollout_logp is not None)
+    return recipe_loss(
+        recipe,
+        logp=logp,
+        old_logp=old_logp,
+        advantages=advantages,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        rollout_logp=rollout_logp,
+        normalizer=normalizer,
+        groups=groups,
+        weights=weights,
+        restarts=restarts,
+        support=support,
+        sequence_ids=sequence_ids,
+        scan=scan,
+    )
+
+
+def recipe_loss(
+    recipe: Recipe,
+    *,
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    rollout_logp: Tensor | None = None,
+    normalizer: float | None = None,
+    groups: Tensor | None = None,
+    weights: Tensor | None = None,
+    restarts: Tensor | None = None,
+    support: Support | None = None,
+    sequence_ids: Tensor | None = None,
+    scan: Scan | None = None,
+) -> PolicyLoss:
+    """`policy_loss` of a recipe that was made before, for callers with many micro-batches; arguments and errors as there."""
     scan = scan or LocalScan()
     anchor = rollout_logp if recipe.anchor == "rollout" else old_logp
+    if anchor is None:
+        raise ValueError("the objective takes its ratio against the rollout policy; it needs rollout_logp")
     streams = Streams(logp, old_logp, rollout_logp, anchor, advantages, mask, cu_seqlens, restarts, support)
     ready = prepare(recipe, streams, scan)
-    token_loss, stats = evaluate(recipe, ready)
-    stats |= found_in(streams, ready, sequence_ids, scan)
+    token_loss, stats = per_token_loss(recipe, ready)
+    stats |= input_stats(streams, ready, sequence_ids, scan)
     if weights is None:
         weights = sequence_weights(
             recipe.aggregation, ready.lengths, normalizer=normalizer, constant=recipe.constant, groups=groups, signs=ready.signs

@@ -16,7 +16,7 @@ from ctpo_megatron.algorithms.tokens import Given, Quantile, Statistic, Support,
 
 
 class Streams(NamedTuple):
-    """A pack as it comes, or this rank's shard of it. Anything may stand where `mask` is False."""
+    """A micro-batch as it comes, or this rank's shard of it. Anything may stand where `mask` is False."""
 
     logp: Tensor  # [T] with grad
     old_logp: Tensor  # [T]
@@ -48,6 +48,8 @@ def prepare(recipe: Recipe, streams: Streams, scan: Scan) -> Prepared:
     statistics = recipe.method.statistics(given, **recipe.options)
     gap, correcting = None, None
     if recipe.correction is not None:
+        if streams.rollout_logp is None:
+            raise ValueError("a correction needs rollout_logp, the sampling engine's log-probs")
         gap = mismatch(streams.old_logp, streams.rollout_logp, streams.mask).to(logp.dtype)
         correcting = correction_channel(recipe.correction.level, gap)
     asked = _channels(given, statistics if correcting is None else {**statistics, "/mismatch": correcting}, streams.restarts)

@@ -32,7 +32,10 @@ def make_recipe(
     *,
     has_rollout: bool,
 ) -> Recipe:
-    """Raises pydantic.ValidationError for what is not known, ValueError for what does not go together."""
+    """The recipe of these configs, or of mappings with their field names. `has_rollout`: whether rollout_logp will be given.
+
+    Raises pydantic.ValidationError for what is not known, ValueError for what does not go together.
+    """
     config = _objective.validate_python(objective)
     form = _aggregation.validate_python(aggregation)
     factors = None if correction is None else _correction.validate_python(correction)

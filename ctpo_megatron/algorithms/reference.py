@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms.loss import PolicyLoss
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
+from ctpo_megatron.algorithms.statistics import Stats, Weighted
 from ctpo_megatron.algorithms.tokens import MAX_LOG_RATIO
 
 
@@ -40,7 +41,7 @@ def reference_penalty(
         cu_seqlens, scan: as in `policy_loss`.
         weights: [N], of a token of each sequence, the same as in the loss that this is added to.
 
-    The statistic `sum/kl` is the plain sum over tokens. Raises ValueError for another estimator.
+    The statistic `kl` is the plain mean over tokens. Raises ValueError for another estimator.
     """
     scan = scan or LocalScan()
     gap = torch.where(mask, logp - reference_logp.detach(), 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -54,4 +55,8 @@ def reference_penalty(
     else:
         raise ValueError(f"estimator {estimator!r}; allowed are k1, k2, k3")
     per_token = scan.per_token(weights.to(token), cu_seqlens, token.numel())
-    return PolicyLoss((token * per_token).sum(), token, {"sum/kl": token.detach().sum(dtype=torch.float64)})
+    return PolicyLoss((token * per_token).sum(), token, _stats(token.detach(), mask))
+
+
+def _stats(token: Tensor, mask: Tensor) -> Stats:
+    return Stats(means={"kl": Weighted(token.sum(dtype=torch.float64), mask.sum().double())})

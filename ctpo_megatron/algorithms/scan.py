@@ -2,8 +2,8 @@
 
 Sums of log-ratios are accumulated as int64 fixed point, so they are exact in any order: a token's prefix sum is the same bit
 for every packing, device and context-parallel size. A log-ratio is clamped to +-20 before it enters, so a sequence may hold
-about 1.6 million tokens before int64 could overflow; longer packs are refused. Minima and maxima never round. What is left
-(discounted returns, position-weighted sums, sums of unbounded values) is float64.
+about 1.6 million tokens before int64 could overflow; longer micro-batches are refused. Minima and maxima never round.
+What is left (discounted returns, position-weighted sums, sums of unbounded values) is float64.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Scan(Protocol):
     exact: bool
 
     def run(self, channels: Sequence[Channel], cu_seqlens: Tensor) -> list[Scanned]:
-        """Scan all channels at once: under context parallelism one collective. Raises ValueError for packs that are too long."""
+        """Scan all channels at once: under context parallelism one collective. Raises ValueError for what is too long."""
         ...
 
     def per_token(self, values: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms.loss import PolicyLoss
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
+from ctpo_megatron.algorithms.statistics import Stats, Weighted
 
 
 def nll_loss(
@@ -19,7 +20,8 @@ def nll_loss(
     """
     scan = scan or LocalScan()
     token_loss = torch.where(mask, -logp, 0.0)
-    stats = {"sum/tokens": mask.sum().double(), "sum/nll": token_loss.detach().sum(dtype=torch.float64)}
+    count = mask.sum().double()
+    stats = Stats(sums={"tokens": count}, means={"nll": Weighted(token_loss.detach().sum(dtype=torch.float64), count)})
     if weights is None:
         return PolicyLoss(token_loss.sum() / mask.sum().clamp(min=1), token_loss, stats)
     per_token = scan.per_token(weights.to(token_loss), cu_seqlens, token_loss.numel())

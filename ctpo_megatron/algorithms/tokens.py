@@ -1,4 +1,4 @@
-"""What every objective is given about the tokens of a pack, and what it gives back.
+"""What every objective is given about the tokens of a micro-batch, and what it gives back.
 
 An objective is a `Method`: the statistics of whole sequences that it needs, and a loss that looks at one token at a time.
 Statistics carry no gradient; a token's gradient comes through its own log-prob alone.

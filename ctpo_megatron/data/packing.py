@@ -4,11 +4,11 @@ Invariants, for dp ranks, cp context-parallel and tp tensor-parallel ranks:
 - every rank gets the same number of micro-batches, and none is empty;
 - every sample is in exactly one micro-batch, whole; which one is `balance`'s business;
 - each sequence's length is a multiple of 2 * cp (of 1 without context parallelism), so that zigzag can cut it;
-- a pack's length T is at most max_tokens, and T / cp is a multiple of tp, so that sequence parallelism can cut it;
+- a micro-batch's length T is at most max_tokens, and T / cp is a multiple of tp, so that sequence parallelism can cut it;
 - padding follows the sequence it belongs to, continues its positions, and is masked out.
 
-Padding is the share of positions, over all packs, that hold no sample's token: what the multiples above ask for, and the packs
-of one position that ranks without samples get.
+Padding is the share of positions, over all micro-batches, that hold no sample's token: what the multiples above ask for, and the
+micro-batches of one position that ranks without samples get.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ctpo_megatron.algorithms import sequence_weights
-from ctpo_megatron.batch import MicroBatch, TrainBatch
+from ctpo_megatron.batch import MicroBatch, Replay, Sequences, TokenStreams, TrainBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import Aggregation, Constant
 from ctpo_megatron.data.balance import plan_micro_batches, round_up
@@ -45,8 +45,8 @@ def pack(
     """Micro-batches [dp][n] that hold all `samples`; see the module's invariants.
 
     `weights` are those of the samples in the loss, 1 by default; `first_id` is the number of the first sample. The number n is a
-    multiple of `multiple`, and `attention_weight` says what is balanced; see `balance`. `max_tokens` bounds the whole pack that
-    one data-parallel rank's cp ranks share. Raises ValueError where a single sample, padded, is longer than that.
+    multiple of `multiple`, and `attention_weight` says what is balanced; see `balance`. `max_tokens` bounds the whole micro-batch
+    that one data-parallel rank's cp ranks share. Raises ValueError where a single sample, padded, is longer than that.
     """
     step, unit = length_steps(cp, tp)
     capacity = max_tokens // unit * unit
@@ -61,7 +61,7 @@ def pack(
             )
     weighted = [1.0] * len(samples) if weights is None else weights
     bins = plan_micro_batches(lengths, capacity=capacity, dp=dp, multiple=multiple, attention_weight=attention_weight)
-    samples, filler = _with_top(samples)
+    samples, filler = _with_top_k(samples)
 
     def micro_batch(members: Sequence[int]) -> MicroBatch:
         chosen = [(samples[i], weighted[i], first_id + i) for i in members]
@@ -81,13 +81,13 @@ def build_train_batch(
 ) -> TrainBatch:
     """One optimizer step over `samples`: packed, with each sequence's weight in the loss under `aggregation`.
 
-    `max_tokens` is per rank, so a pack that cp ranks share holds cp times as many. `first_id` is the number of the first sample,
-    for error messages. `attention_weight`: see `balance`. Under interleaving the number of micro-batches is a multiple of pp, as
-    megatron's schedule asks. Raises ValueError for samples without any token of the policy, and as `pack` does.
+    `max_tokens` is per rank, so a micro-batch that cp ranks share holds cp times as many. `first_id` is the number of the first
+    sample, for error messages. `attention_weight` says what is balanced, as in `pack`. Under interleaving the number of
+    micro-batches is a multiple of pp, as megatron's schedule asks. Raises ValueError for samples without any
+    token of the policy, and as `pack` does.
     """
     lengths = [sum(sample.mask) for sample in samples]
-    tokens, sequences = sum(lengths), sum(length > 0 for length in lengths)
-    if tokens == 0:
+    if sum(lengths) == 0:
         raise ValueError(f"none of the {len(samples)} samples holds a token of the policy; there is nothing to train on")
     weights = sequence_weights(
         aggregation.type,
@@ -107,26 +107,26 @@ def build_train_batch(
         multiple=parallel.pp if parallel.vpp > 1 else 1,
         attention_weight=attention_weight,
     )
-    return TrainBatch(micro_batches, sequences, tokens)
+    return TrainBatch(micro_batches)
 
 
 def length_steps(cp: int, tp: int) -> tuple[int, int]:
-    """What a sequence's length and a pack's length have to be multiples of."""
+    """What a sequence's length and a micro-batch's length have to be multiples of."""
     step = 2 * cp if cp > 1 else 1
     return step, math.lcm(step, cp * tp)
 
 
-def _with_top(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:
-    """The samples and a filler, all of them with top-k streams where one sample has them: packs must not differ in kind."""
-    k = next((sample.top.ids.shape[1] for sample in samples if sample.top is not None), None)
+def _with_top_k(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:
+    """The samples and a filler, all of them with top-k streams where one has them: all micro-batches are of one kind."""
+    k = next((sample.top_k.ids.shape[1] for sample in samples if sample.top_k is not None), None)
     if k is None:
         return samples, FILLER
-    with_top = [s if s.top is not None else replace(s, top=TopK.unused(len(s), k)) for s in (*samples, FILLER)]
-    return with_top[:-1], with_top[-1]
+    filled = [s if s.top_k is not None else replace(s, top_k=TopK.unused(len(s), k)) for s in (*samples, FILLER)]
+    return filled[:-1], filled[-1]
 
 
 def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, unit: int) -> MicroBatch:
-    """One pack; each sequence padded to `step`, the last one further until the total is a multiple of `unit`.
+    """One micro-batch; each sequence padded to `step`, the last one further until the total is a multiple of `unit`.
 
     `chosen` holds samples with their weights and numbers.
     """
@@ -142,7 +142,7 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
         return torch.tensor(padded, dtype=dtype)
 
     def rows(values: Sequence[np.ndarray | None], padding: float) -> torch.Tensor | None:
-        """The same of streams that have a row of numbers for each token; those that are missing are padding throughout."""
+        """A stream with a row of numbers for each token; None where no sample has one, padding where some have none."""
         like = next((value for value in values if value is not None), None)
         if like is None:
             return None
@@ -152,23 +152,28 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
                 whole[end - length : end - length + len(value)] = value
         return torch.from_numpy(whole)
 
+    routed_experts = rows([s.routed_experts for s in samples], -1)
     return MicroBatch(
-        input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
-        labels=stream([s.labels for s in samples], 0, torch.int64),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        mask=stream([s.mask for s in samples], False, torch.bool),
-        advantages=stream([s.advantages for s in samples], 0.0, torch.float32),
-        rollout_logp=stream([s.rollout_logp for s in samples], 0.0, torch.float32),
-        versions=stream([s.versions for s in samples], -1, torch.int32),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        lengths=torch.tensor([len(sample) if number >= 0 else 0 for sample, number in zip(samples, ids, strict=True)]),
-        groups=torch.tensor([sample.group for sample in samples]),
-        weights=torch.tensor(weights, dtype=torch.float64),
-        sequence_ids=torch.tensor(ids),
-        restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
-        support_ids=rows([s.top and s.top.ids for s in samples], 0),
-        support_logp=rows([s.top and s.top.logp for s in samples], -math.inf),
-        routed_experts=rows([s.experts for s in samples], -1),
+        TokenStreams(
+            input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
+            labels=stream([s.labels for s in samples], 0, torch.int64),
+            position_ids=torch.cat([torch.arange(length) for length in lengths]),
+            mask=stream([s.mask for s in samples], False, torch.bool),
+            advantages=stream([s.advantages for s in samples], 0.0, torch.float32),
+            rollout_logp=stream([s.rollout_logp for s in samples], 0.0, torch.float32),
+            versions=stream([s.versions for s in samples], -1, torch.int32),
+            restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
+            top_k_ids=rows([s.top_k and s.top_k.ids for s in samples], 0),
+            top_k_logp=rows([s.top_k and s.top_k.logp for s in samples], -math.inf),
+        ),
+        Sequences(
+            cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+            lengths=torch.tensor([len(sample) if number >= 0 else 0 for sample, number in zip(samples, ids, strict=True)]),
+            groups=torch.tensor([sample.group for sample in samples]),
+            weights=torch.tensor(weights, dtype=torch.float64),
+            ids=torch.tensor(ids),
+        ),
+        None if routed_experts is None else Replay(routed_experts),
     )
 
 

@@ -13,7 +13,7 @@ from ctpo_megatron.types import TopK, TrainSample, TrajectoryGroup, Turn
 def build_samples(group: TrajectoryGroup, advantages: Sequence[float | Sequence[float]], group_id: int) -> list[TrainSample]:
     """One sample per trajectory of `group`, in order; `advantages[i]` is that of trajectory i, see `build_sample`."""
     return [
-        build_sample(trajectory.prompt_ids, trajectory.turns, advantage, group_id, experts=trajectory.experts)
+        build_sample(trajectory.prompt_ids, trajectory.turns, advantage, group_id, trajectory.routed_experts)
         for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
     ]
 
@@ -23,26 +23,26 @@ def build_sample(
     turns: Sequence[Turn],
     advantages: float | Sequence[float],
     group_id: int,
-    experts: NDArray[np.signedinteger] | None = None,
+    routed_experts: NDArray[np.signedinteger] | None = None,
 ) -> TrainSample:
     """Label-aligned streams of a prompt and its turns, of length prompt + turns - 1; see `TrainSample` for an example.
 
-    `advantages` are those of the tokens that the policy wrote, in order; a single number is that of each of them. `experts` are
-    those of all tokens but the last, as `Trajectory` holds them. Raises ValueError where a count is another, and without prompt
-    tokens, since nothing would predict the first of the response.
+    `advantages` are those of the tokens that the policy wrote, in order; a single number is that of each of them.
+    `routed_experts` are those of all tokens but the last, as `Trajectory` holds them. Raises ValueError where a count is another,
+    and without prompt tokens, since nothing would predict the first of the response.
     """
     if not prompt_ids:
         raise ValueError("a sample needs at least one prompt token")
     tokens = list(prompt_ids)
     prompt_labels = len(prompt_ids) - 1  # the first prompt token is no label
     mask = [False] * prompt_labels
-    logprobs = [0.0] * prompt_labels
+    rollout_logp = [0.0] * prompt_labels
     versions = [-1] * prompt_labels
     for turn in turns:
         wrote = turn.role == "assistant"
         tokens += turn.token_ids
         mask += [wrote] * len(turn.token_ids)
-        logprobs += turn.rollout_logp
+        rollout_logp += turn.rollout_logp
         versions += turn.versions
     written = sum(mask)
     values = [advantages] * written if isinstance(advantages, int | float) else advantages
@@ -53,19 +53,19 @@ def build_sample(
         input_ids=tokens[:-1],
         labels=tokens[1:],
         mask=mask,
-        rollout_logp=logprobs,
+        rollout_logp=rollout_logp,
         versions=versions,
         advantages=[next(remaining) if wrote else 0.0 for wrote in mask],
         group=group_id,
-        experts=experts,
-        top=_top(prompt_labels, turns),
+        routed_experts=routed_experts,
+        top_k=_top_k(prompt_labels, turns),
     )
 
 
-def _top(prompt_labels: int, turns: Sequence[Turn]) -> TopK | None:
-    """The likeliest tokens at the place of each label; None where the run does not collect them."""
-    k = next((turn.top.ids.shape[1] for turn in turns if turn.top is not None), None)
+def _top_k(prompt_labels: int, turns: Sequence[Turn]) -> TopK | None:
+    """The top-k tokens at the place of each label; None where the run does not collect them."""
+    k = next((turn.top_k.ids.shape[1] for turn in turns if turn.top_k is not None), None)
     if k is None:
         return None
-    parts = [turn.top or TopK.unused(len(turn.token_ids), k) for turn in turns]
+    parts = [turn.top_k or TopK.unused(len(turn.token_ids), k) for turn in turns]
     return TopK.joined([TopK.unused(prompt_labels, k), *parts])

@@ -63,6 +63,6 @@ def _sample(
 
 
 def _turn(message: dict[str, str], chat: ChatEncoder) -> Turn:
-    encode = chat.assistant_ids if message["role"] == "assistant" else chat.tool_ids
-    ids = encode(message["content"])
-    return Turn(message["role"], ids, [0.0] * len(ids), [-1] * len(ids))
+    wrote = message["role"] == "assistant"
+    ids = (chat.assistant_ids if wrote else chat.tool_ids)(message["content"])
+    return Turn("assistant" if wrote else "tool", ids, [0.0] * len(ids), [-1] * len(ids))

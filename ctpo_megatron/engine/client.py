@@ -145,11 +145,11 @@ class _Record:
     def close(self, done: Generation, url: str) -> None:
         """Put the whole record into `done`. Raises EngineError where a server that shall report experts never did."""
         if self._top_k:
-            done.top = TopK.joined(self._top)
+            done.top_k = TopK.joined(self._top)
         if self._routing is not None:
             if not self._experts:
                 raise EngineError(f"{url} reports no experts; was it started with --enable-return-routed-experts?")
-            done.experts = np.concatenate([*self._experts, self._routing.unknown(self._left(done))])
+            done.routed_experts = np.concatenate([*self._experts, self._routing.unknown(self._left(done))])
 
     def _left(self, done: Generation) -> int:
         return self._inputs + len(done.token_ids) - 1 - self._next

@@ -1,4 +1,4 @@
-"""The health panel of a training step: log-ratios and clipping by position, effective sample size. See docs/health.md."""
+"""The health panel of a training step: log-ratios, clipping and drift by position, effective sample size. See docs/health.md."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctpo_megatron.algorithms.health import DECILES, POSITION_BINS
+from ctpo_megatron.record.values import Mean, Sum, Value
 
 Array = NDArray[np.float64]
 STILL = 0.01  # of the fitted variance; below it are openings that the policy writes without a choice, and they obey no power law
 ROUNDING = 1e-12  # a variance that is less of the mean square than this is what float64 left of equal numbers
 
 
-def health_metrics(stats: Mapping[str, float]) -> dict[str, float]:
-    """The panel's numbers from the reduced sums of `algorithms.health` and of the ratios; those without tokens are left out."""
-    metrics = _by_position(stats) | _by_decile(stats)
-    size = effective_sample_size(stats.get("sum/ratio", 0.0), stats.get("sum/ratio_sq", 0.0), stats.get("sum/tokens", 0.0))
-    metrics["health/effective_sample_size"] = size
+def health_metrics(stats: Mapping[str, Value]) -> dict[str, float]:
+    """The panel's numbers from the sums of `algorithms.health`, the ratios and the drift; those without tokens are left out."""
+    metrics = _by_position(stats) | _by_decile(stats) | _drift_by_position(stats)
+    ratio, square = stats.get("ratio"), stats.get("ratio_sq")
+    if isinstance(ratio, Mean) and isinstance(square, Mean):
+        size = effective_sample_size(float(ratio.total), float(square.total), float(ratio.weight))
+        metrics["health/effective_sample_size"] = size
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
@@ -61,7 +64,7 @@ def growth_exponent(tokens: Array, position: Array, variance: Array) -> float:
     return float((weight * x * y).sum() / (weight * x * x).sum())
 
 
-def _by_position(stats: Mapping[str, float]) -> dict[str, float]:
+def _by_position(stats: Mapping[str, Value]) -> dict[str, float]:
     sums = np.stack([_vector(stats, name, POSITION_BINS) for name in ("tokens", "position", "log_ratio", "log_ratio_sq")])
     bins = np.flatnonzero((sums[0] > 0) & np.isfinite(sums).all(0))
     tokens = sums[0, bins]
@@ -78,10 +81,20 @@ def _by_position(stats: Mapping[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _by_decile(stats: Mapping[str, float]) -> dict[str, float]:
+def _by_decile(stats: Mapping[str, Value]) -> dict[str, float]:
     tokens, clipped = _vector(stats, "decile_tokens", DECILES), _vector(stats, "decile_clipped", DECILES)
     return {f"health/clip_fraction/decile_{k}": float(clipped[k] / tokens[k]) for k in np.flatnonzero(tokens > 0)}
 
 
-def _vector(stats: Mapping[str, float], name: str, size: int) -> Array:
-    return np.array([stats.get(f"sum/health/{name}/{i}", 0.0) for i in range(size)])
+def _drift_by_position(stats: Mapping[str, Value]) -> dict[str, float]:
+    drift = stats.get("drift/from_token", Mean(np.zeros(POSITION_BINS), np.zeros(POSITION_BINS)))
+    if not isinstance(drift, Mean):
+        raise TypeError(f"drift/from_token is a {type(drift).__name__} where a mean is needed")
+    mean = np.asarray(drift.result())
+    return {f"drift/from_token_{2**b}": float(mean[b]) for b in np.flatnonzero(drift.weight)}
+
+
+def _vector(stats: Mapping[str, Value], name: str, size: int) -> Array:
+    """One of the panel's sums by range or decile: [size]; zeros where the loss does not report it."""
+    value = stats.get(f"health/{name}", Sum(np.zeros(size)))
+    return np.asarray(value.result(), dtype=np.float64)

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Protocol
 
 from ctpo_megatron.batch import TrainBatch
+from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 
 class Trainer(Protocol):
     """All ranks of the trainer, seen as one."""
 
-    async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+    async def update(self, batches: list[TrainBatch], version: int) -> Values:
         """One optimizer step per batch on trajectories of policy `version`. Returns reduced statistics."""
         ...
 
-    async def supervise(self, batch: TrainBatch) -> dict[str, float]:
+    async def supervise(self, batch: TrainBatch) -> Values:
         """One optimizer step of supervised training."""
         ...
 

@@ -11,6 +11,7 @@ from ctpo_megatron.config.objectives import TokenMean
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.record import Recorder, progress
+from ctpo_megatron.record.values import scalar
 from ctpo_megatron.types import TrainSample
 
 SMOOTHING = 0.9  # of the moving average that the stopping rule looks at
@@ -40,10 +41,10 @@ async def run_sft(config: RunConfig, samples: list[TrainSample], trainer: Traine
                 max_tokens=config.train.max_tokens_per_micro_batch,
             )
             stats = await trainer.supervise(batch)
-            loss = stats["sum/nll"] / stats["sum/tokens"]
+            loss = scalar(stats["nll"])
             smoothed = loss if step == 1 else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
-            tokens += stats["sum/tokens"]
-            recorder.step(step, {"sft/loss": loss, "sft/loss_smoothed": smoothed, "train/grad_norm": stats["grad_norm"]})
+            tokens += scalar(stats["tokens"])
+            recorder.step(step, {"sft/loss": loss, "sft/loss_smoothed": smoothed, "train/grad_norm": scalar(stats["grad_norm"])})
             show(step)
             if sft.stop_loss is not None and smoothed < sft.stop_loss:
                 break

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 
 import numpy as np
 
 from ctpo_megatron.loop.health import health_metrics
+from ctpo_megatron.record.values import Value
 from ctpo_megatron.types import Status, Trajectory, TrajectoryGroup
 
 
@@ -38,7 +40,7 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
 
 def _replayed(trajectories: list[Trajectory]) -> dict[str, float]:
     """Returns the share of the tokens that the trainer routes as the engine did; nothing where no routing is recorded."""
-    known = [t.experts[:, 0, 0] >= 0 for t in trajectories if t.experts is not None]
+    known = [t.routed_experts[:, 0, 0] >= 0 for t in trajectories if t.routed_experts is not None]
     return {"routing/replayed": float(np.concatenate(known).mean())} if known else {}
 
 
@@ -53,30 +55,11 @@ def load_histograms(metrics: dict[str, float]) -> dict[str, tuple[list[float], l
     return histograms
 
 
-def train_metrics(stats: dict[str, float]) -> dict[str, float]:
-    """Reduced statistics of the optimizer steps as readable means. See `algorithms.record.token_stats` for the raw keys."""
-    tokens = max(stats.get("sum/tokens", 0.0), 1.0)
-    drift_tokens = max(stats.get("sum/drift_tokens", 0.0), 1.0)
-    out: dict[str, float] = {}
-    for key, value in stats.items():
-        kind, _, name = key.partition("/")
-        if kind in ("moe", "routing"):
-            out[key] = value
-            continue
-        if name.startswith(("drift_tokens", "health/")):
-            continue
-        if name.startswith("drift_bin_"):
-            bin_tokens = stats[f"sum/drift_tokens_bin_{name.removeprefix('drift_bin_')}"]
-            if bin_tokens:
-                out[f"drift/from_token_{2 ** int(name.removeprefix('drift_bin_'))}"] = value / bin_tokens
-        elif name == "drift":
-            out["drift/mean" if kind == "sum" else f"drift/{kind}"] = value / drift_tokens if kind == "sum" else value
-        elif name == "tokens":
-            out["train/tokens"] = value
-        elif kind == "sum":
-            out[f"train/{name}"] = value / tokens
-        elif name:
-            out[f"train/{name}_{kind}"] = value
-        else:
-            out[f"train/{key}"] = value
-    return out | health_metrics(stats)
+def train_metrics(stats: Mapping[str, Value]) -> dict[str, float]:
+    """Values of the optimizer steps under the names the record uses.
+
+    What has no room of its own in its name is the training step's: `train/...`. Vectors are shown as the health panel says.
+    """
+    scalars = {name: value.result() for name, value in stats.items()}
+    named = {name if "/" in name else f"train/{name}": value for name, value in scalars.items() if isinstance(value, float)}
+    return named | health_metrics(stats)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron.core import parallel_state, tensor_parallel
 
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.models.coords import RankCoords
 
 
 def init_parallel_groups(parallel: ParallelConfig, seed: int, timeout_minutes: int) -> None:
@@ -20,6 +21,22 @@ def init_parallel_groups(parallel: ParallelConfig, seed: int, timeout_minutes: i
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def current_coords(expert_layers: tuple[int, ...] = ()) -> RankCoords:
+    """This rank's place, from megatron's process groups. `expert_layers`: those that its routers are of, where that matters."""
+    return RankCoords(
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
+        etp_size=parallel_state.get_expert_tensor_parallel_world_size(),
+        expert_layers=expert_layers,
+    )
 
 
 def destroy_parallel_groups() -> None:

@@ -25,13 +25,15 @@ from ctpo_megatron.parallel.gloo import share_gloo_device
 # Optional imports of megatron that come with SGLang. Without a GPU flash_mla fails with OSError, where megatron catches only
 # ImportError; flashinfer loads, but takes 5 s and is of no use.
 ABSENT_ON_CPU = ("flash_mla", "flashinfer")
+DEPRECATED_COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
 def prepare_host(device: str = "auto", local_rank: int = 0) -> torch.device:
-    """Make this process ready for megatron on `device` (auto, cpu or cuda) and return the device it shall use.
+    """Make this process ready for megatron on `device` (auto, cpu or cuda) and return the device that it is to use.
 
     Call it before anything imports megatron. Raises ConfigError for `cuda` where torch sees no such GPU.
     """
+    silence_deprecated_collectives()
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"cluster.device is {device!r}; allowed are auto, cpu, cuda.")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
@@ -44,6 +46,16 @@ def prepare_host(device: str = "auto", local_rank: int = 0) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def silence_deprecated_collectives() -> None:
+    """Ignore torch's warnings of `all_gather_into_tensor` and `reduce_scatter_tensor`, in this process.
+
+    Megatron-Core 0.16.1 calls both for its distributed optimizer, and torch 2.14 warns that they have new names. What is of this
+    package uses the new names (`parallel.gather`). tests/dist/test_host.py tells when megatron no longer needs it.
+    """
+    for name in DEPRECATED_COLLECTIVES:
+        warnings.filterwarnings("ignore", rf"`torch\.distributed\.{name}` is deprecated", FutureWarning)
 
 
 def backend_for(device: torch.device) -> str:
@@ -101,8 +113,9 @@ class NullStream:
 @functools.cache
 def _bridge_cpu() -> None:
     """Apply every bridge, once per process."""
+    modules: dict[str, Any] = sys.modules
     for name in ABSENT_ON_CPU:
-        sys.modules.setdefault(name, None)  # makes `import name` raise ImportError
+        modules.setdefault(name, None)  # makes `import name` raise ImportError
     share_gloo_device()
     _bridge_torch_cuda()
     _import_megatron()
@@ -113,28 +126,30 @@ def _bridge_cpu() -> None:
 def _bridge_torch_cuda() -> None:
     """Functions of torch.cuda that megatron calls, with the meaning they have on a CPU."""
     cpu, stream, generator = torch.device("cpu"), NullStream(), torch.Generator()
-    torch.cuda.current_device = lambda: cpu
-    torch.cuda.synchronize = lambda _device=None: None
-    torch.cuda.Stream = torch.cuda.Event = NullStream
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda _device=None: stream
-    torch.cuda.stream = lambda _stream: stream
+    cuda: Any = torch.cuda  # whose own types these functions are not to have
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = lambda _device=None: None
+    cuda.Stream = cuda.Event = NullStream
+    cuda.current_stream = cuda.default_stream = lambda _device=None: stream
+    cuda.stream = lambda _stream: stream
     # megatron's model-parallel random states live in the "CUDA generator", here one more CPU generator
-    torch.cuda.manual_seed = generator.manual_seed
-    torch.cuda.get_rng_state = lambda _device="cuda": generator.get_state()
-    torch.cuda.set_rng_state = lambda state, _device="cuda": generator.set_state(state)
+    cuda.manual_seed = generator.manual_seed
+    cuda.get_rng_state = lambda _device="cuda": generator.get_state()
+    cuda.set_rng_state = lambda state, _device="cuda": generator.set_state(state)
 
 
 def _import_megatron() -> None:
     """Import megatron without torch.compile: its fusions are meant for GPUs, and the compiler takes seconds to load."""
-    compiler = torch.compile
-    torch.compile = lambda model=None, **_options: model if model is not None else (lambda function: function)
+    module: Any = torch
+    compiler = module.compile
+    module.compile = lambda model=None, **_options: model if model is not None else (lambda function: function)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each optional GPU extension that is absent warns once
             for name in ("models.gpt.gpt_layer_specs", "optimizer", "pipeline_parallel"):
                 importlib.import_module(f"megatron.core.{name}")
     finally:
-        torch.compile = compiler
+        module.compile = compiler
 
 
 def _bridge_random_state() -> None:
@@ -151,23 +166,26 @@ def _bridge_moe() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # tested against None where it is used
-    original = dist.all_to_all_single
+    collectives: Any = dist
+    original = collectives.all_to_all_single
 
     @functools.wraps(original)
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, **options):
+    def all_to_all_single(
+        output: torch.Tensor, input: torch.Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **options: Any
+    ) -> Any:
         # megatron passes tensors or arrays, gloo takes lists
         sizes = (None if s is None else [int(n) for n in s] for s in (output_split_sizes, input_split_sizes))
         return original(output, input, *sizes, **options)
 
-    dist.all_to_all_single = all_to_all_single
-    dist.all_gather = _gather_uneven(dist.all_gather)
+    collectives.all_to_all_single = all_to_all_single
+    collectives.all_gather = _gather_uneven(collectives.all_gather)
 
 
 def _gather_uneven(gather: Callable[..., Any]) -> Callable[..., Any]:
     """gloo gathers tensors of one size, but the ranks that share an expert's matrices (etp) bring different numbers of tokens."""
 
     @functools.wraps(gather)
-    def all_gather(tensor_list, tensor, group=None, async_op=False):
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
         rows = [out.shape[0] if out.dim() else 1 for out in tensor_list]
         if len(set(rows)) == 1:
             return gather(tensor_list, tensor, group=group, async_op=async_op)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Snapshot:
+class HostWeights:
     """One rank's shards of parameters and buffers, in the model's number formats and order; pinned where the model is on CUDA."""
 
     tensors: list[Tensor]
 
     @classmethod
     @torch.no_grad()
-    def take(cls, models: Iterable[nn.Module]) -> Snapshot:
+    def take(cls, models: Iterable[nn.Module]) -> HostWeights:
         """A copy of the weights as they are."""
         taken = [torch.empty_like(each, device="cpu", pin_memory=each.is_cuda) for each in _weights(models)]
         for host, own in zip(taken, _weights(models), strict=True):
@@ -27,7 +27,7 @@ class Snapshot:
 
     @torch.no_grad()
     def exchange(self, models: Iterable[nn.Module]) -> None:
-        """The model gets these weights and the snapshot the model's, bit for bit.
+        """The model gets these weights and this object the model's, bit for bit.
 
         Written in place, tensor by tensor, so the device holds one copy of the largest tensor besides the model. What optimizers
         keep of their own, such as the float32 copies of 16-bit weights, stays as it is.

@@ -1,106 +1,125 @@
-"""One rollout batch through the engine: old log-probs, the drift alarm, then the optimizer steps."""
+"""One rollout batch through a trainer rank: log-probs of the old policy, the drift alarm, then the optimizer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Channel, Scan, Support, nll_loss, policy_loss, raise_if_nonfinite, reference_penalty
+from ctpo_megatron.algorithms import (
+    Channel,
+    Recipe,
+    Scan,
+    Stats,
+    Support,
+    Weighted,
+    make_recipe,
+    nll_loss,
+    raise_if_nonfinite,
+    recipe_loss,
+    reference_penalty,
+)
 from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
-from ctpo_megatron.algorithms.record import nonfinite_stats
+from ctpo_megatron.algorithms.statistics import NONFINITE, nonfinite_stats
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.errors import MismatchError
-from ctpo_megatron.mcore.host_weights import Snapshot
+from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.rank import TrainerRank
+from ctpo_megatron.record.values import Mean, Value, Values, merge_values, scalar
 
 
 def update_policy(
-    engine: TrainerRank,
+    rank: TrainerRank,
     batches: list[list[MicroBatch]],
     *,
     algorithm: AlgorithmConfig,
     temperature: float,
     drift: DriftConfig,
     version: int,
-    reference: Snapshot | None = None,
-) -> dict[str, float]:
+    reference: HostWeights | None = None,
+) -> Values:
     """One optimizer step per batch; the old policy is the one that stands before the first.
 
-    `batches` hold this rank's micro-batches of each optimizer step. Returns the merged statistics of all steps (keys sum/, max/,
-    min/ over all ranks; plain keys are means over steps). Raises MismatchError, before anything is changed, when trainer and
-    engine disagree more than `drift` allows, and NonFiniteError, before the step that would use it, for a log-prob that is not
-    finite. `reference`: weights of the policy that `algorithm.reference` asks for.
+    `batches` hold this rank's micro-batches of each optimizer step. Returns the statistics of all steps as one, the same on all
+    ranks. Raises MismatchError, before anything is changed, when trainer and engine disagree more than `drift` allows, and
+    NonFiniteError, before the step that would use it, for a log-prob that is not finite. `reference`: weights of the policy that
+    `algorithm.reference` asks for.
     """
     anchored: list[list[MicroBatch]] = []
-    gaps: list[dict[str, Tensor]] = []
+    gaps: list[Stats] = []
     for batch in batches:
-        micro_batches = engine.place(batch)
-        old = engine.logp(micro_batches, temperature)
+        micro_batches = rank.place(batch)
+        old = rank.logp(micro_batches, temperature)
         if old:  # last pipeline stage; the others never look at log-probs
-            gaps += [drift_stats(mb, logp, engine.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
+            gaps += [drift_stats(mb, logp, rank.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
             anchors = [anchor_logp(mb, logp, algorithm.anchor, version) for mb, logp in zip(micro_batches, old, strict=True)]
-            micro_batches = [mb.with_anchor_logp(anchor) for mb, anchor in zip(micro_batches, anchors, strict=True)]
+            micro_batches = [mb.with_streams(anchor_logp=anchor) for mb, anchor in zip(micro_batches, anchors, strict=True)]
         anchored.append(micro_batches)
-    measured = engine.reduce(gaps)
+    measured = rank.reduce(gaps)
     raise_if_nonfinite(measured)
-    del measured["min/nonfinite"]
+    del measured[NONFINITE]
     check_drift(measured, drift, version)
     if reference is not None:
-        with engine.using(reference):
-            anchored = [_with_reference(engine, micro_batches, temperature) for micro_batches in anchored]
-    steps = []
-    loss = partial(_policy_share, algorithm=algorithm)
-    for micro_batches in anchored:
-        steps.append(engine.train_step(micro_batches, loss, temperature))
-    return merge_stats(steps) | measured
+        with rank.using(reference):
+            anchored = [_with_reference(rank, micro_batches, temperature) for micro_batches in anchored]
+    # sequences have their weights from the batch as a whole, so the recipe's aggregation is never asked
+    recipe = make_recipe(algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True)
+    loss = partial(_policy_share, recipe=recipe, algorithm=algorithm)
+    steps = [rank.train_step(micro_batches, loss, temperature) for micro_batches in anchored]
+    return merge_values(steps) | measured
 
 
-def _with_reference(engine: TrainerRank, micro_batches: list[MicroBatch], temperature: float) -> list[MicroBatch]:
-    """The packs with the reference policy's log-probs, which only the last pipeline stage has. It chooses its experts itself."""
-    logp = engine.logp([replace(mb, own_experts=None) for mb in micro_batches], temperature)
+def _with_reference(rank: TrainerRank, micro_batches: list[MicroBatch], temperature: float) -> list[MicroBatch]:
+    """The micro-batches with the reference policy's log-probs, which only the last pipeline stage has.
+
+    The reference policy chooses its experts itself.
+    """
+    logp = rank.logp([replace(mb, replay=None) for mb in micro_batches], temperature)
     if not logp:
         return micro_batches
-    return [mb.with_reference_logp(of_pack) for mb, of_pack in zip(micro_batches, logp, strict=True)]
+    return [mb.with_streams(reference_logp=reference) for mb, reference in zip(micro_batches, logp, strict=True)]
 
 
-def supervise(engine: TrainerRank, batch: list[MicroBatch]) -> dict[str, float]:
-    """One optimizer step of maximum likelihood on the unmasked labels."""
+def supervise(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
+    """One optimizer step of maximum likelihood on the unmasked labels; returns its statistics."""
 
-    def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, dict[str, Tensor]]:
-        out = nll_loss(logp=logp, mask=mb.mask, cu_seqlens=mb.cu_seqlens, weights=mb.weights, scan=scan)
+    def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, Stats]:
+        sequences = mb.sequences
+        out = nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=sequences.cu_seqlens, weights=sequences.weights, scan=scan)
         return out.loss, out.stats
 
-    return engine.train_step(engine.place(batch), share, 1.0)
+    return rank.train_step(rank.place(batch), share, 1.0)
 
 
 def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> Tensor:
     """Log-probs [T] that ratios are taken against; see `AlgorithmConfig.anchor`. `version` is the trainer's present one."""
+    tokens = mb.tokens
     if anchor == "old":
         return old_logp
     if anchor == "rollout":
-        return mb.rollout_logp
-    return torch.where(mb.versions == version, old_logp, mb.rollout_logp)
+        return tokens.rollout_logp
+    return torch.where(tokens.versions == version, old_logp, tokens.rollout_logp)
 
 
-def _policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    out = policy_loss(
-        algorithm.objective,
+def _policy_share(
+    logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig
+) -> tuple[Tensor, Stats]:
+    tokens, sequences = mb.tokens, mb.sequences
+    out = recipe_loss(
+        recipe,
         logp=logp,
-        old_logp=mb.old_logp,
-        advantages=mb.advantages,
-        mask=mb.mask,
-        cu_seqlens=mb.cu_seqlens,
-        rollout_logp=mb.rollout_logp,
-        weights=mb.weights,
-        correction=algorithm.correction,
-        restarts=mb.restarts if algorithm.restart_at_version else None,
-        sequence_ids=mb.sequence_ids,
+        old_logp=_present(tokens.anchor_logp, "anchor_logp"),
+        advantages=tokens.advantages,
+        mask=tokens.mask,
+        cu_seqlens=sequences.cu_seqlens,
+        rollout_logp=tokens.rollout_logp,
+        weights=sequences.weights,
+        restarts=tokens.restarts if algorithm.restart_at_version else None,
+        sequence_ids=sequences.ids,
         support=support_of(mb, logp),
         scan=scan,
     )
@@ -109,65 +128,66 @@ def _policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, algorithm: Algori
     penalty = reference_penalty(
         algorithm.reference.estimator,
         logp=logp,
-        reference_logp=mb.reference_logp,
-        mask=mb.mask,
-        cu_seqlens=mb.cu_seqlens,
-        weights=mb.weights,
+        reference_logp=_present(tokens.reference_logp, "reference_logp"),
+        mask=tokens.mask,
+        cu_seqlens=sequences.cu_seqlens,
+        weights=sequences.weights,
         scan=scan,
     )
     return out.loss + algorithm.reference.coeff * penalty.loss, out.stats | penalty.stats
 
 
 def support_of(mb: MicroBatch, logp: Tensor) -> Support | None:
-    """Both policies at the sampling policy's likeliest words and, where it is none of them, the sampled one: [T, K + 1].
+    """Both policies at the sampling policy's top-k tokens and, where it is none of them, the sampled one: [T, K + 1].
 
-    None where the run does not collect such words.
+    None where the run does not collect top-k tokens.
     """
-    if mb.support_ids is None:
+    tokens = mb.tokens
+    if tokens.top_k_ids is None:
         return None
-    unused = mb.support_logp == -torch.inf
-    among = ((mb.support_ids == mb.labels.unsqueeze(-1)) & ~unused).any(-1)
-    sampled = [torch.where(among, -torch.inf, of.detach()).unsqueeze(-1) for of in (logp, mb.rollout_logp)]
-    policy = torch.where(unused, -torch.inf, mb.policy_support_logp)
-    return Support(torch.cat([policy, sampled[0]], -1), torch.cat([mb.support_logp, sampled[1]], -1))
+    rollout = _present(tokens.top_k_logp, "top_k_logp")
+    unused = rollout == -torch.inf
+    among = ((tokens.top_k_ids == tokens.labels.unsqueeze(-1)) & ~unused).any(-1)
+    sampled = [torch.where(among, -torch.inf, of.detach()).unsqueeze(-1) for of in (logp, tokens.rollout_logp)]
+    policy = torch.where(unused, -torch.inf, _present(tokens.policy_top_k_logp, "policy_top_k_logp"))
+    return Support(torch.cat([policy, sampled[0]], -1), torch.cat([rollout, sampled[1]], -1))
 
 
-def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> dict[str, Tensor]:
+def _present(stream: Tensor | None, name: str) -> Tensor:
+    """A stream that the step needs. Raises ValueError where an earlier part of it did not add the stream."""
+    if stream is None:
+        raise ValueError(f"the micro-batch has no {name}")
+    return stream
+
+
+def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> Stats:
     """Distance of trainer and engine on the tokens that `version` itself sampled, in all and by position."""
-    counted = mb.mask & (mb.versions == version)
-    gap = torch.where(counted, (logp - mb.rollout_logp).abs(), 0.0)
-    (count,) = scan.run([Channel(mb.mask)], mb.cu_seqlens)
+    tokens, sequences = mb.tokens, mb.sequences
+    counted = tokens.mask & (tokens.versions == version)
+    gap = torch.where(counted, (logp - tokens.rollout_logp).abs(), 0.0)
+    (count,) = scan.run([Channel(tokens.mask)], sequences.cu_seqlens)
     position = count.values.clamp(min=1)
     bins = position_bin(position)
     by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, gap)
     count_by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, counted.to(gap.dtype))
-    stats = {"sum/drift_tokens": counted.sum().float(), "sum/drift": gap.sum(), "max/drift": gap.max()}
-    stats |= nonfinite_stats(~torch.isfinite(logp) & mb.mask, position, mb.sequence_ids, mb.cu_seqlens, scan)
-    for b in range(POSITION_BINS):
-        stats[f"sum/drift_bin_{b}"] = by_bin[b]
-        stats[f"sum/drift_tokens_bin_{b}"] = count_by_bin[b]
-    return stats
+    stats = Stats(
+        means={
+            "drift/mean": Weighted(gap.sum(), counted.sum()),
+            "drift/from_token": Weighted(by_bin, count_by_bin),
+        },
+        maxima={"drift/max": gap.max()},
+    )
+    return stats | nonfinite_stats(~torch.isfinite(logp) & tokens.mask, position, sequences.ids, sequences.cu_seqlens, scan)
 
 
-def check_drift(measured: dict[str, float], bound: DriftConfig, version: int) -> None:
+def check_drift(measured: dict[str, Value], bound: DriftConfig, version: int) -> None:
     """Raise MismatchError when a bound is passed; a NaN passes every bound."""
-    tokens = max(measured.get("sum/drift_tokens", 0.0), 1.0)
-    found = {"max": measured.get("max/drift", 0.0), "mean": measured.get("sum/drift", 0.0) / tokens}
-    for kind, value in found.items():
-        limit = getattr(bound, kind)
+    tokens = measured["drift/mean"].weight if isinstance(measured["drift/mean"], Mean) else 0.0
+    for kind, limit in {"max": bound.max, "mean": bound.mean}.items():
+        value = scalar(measured[f"drift/{kind}"])
         if limit is not None and not value <= limit:
             raise MismatchError(
                 f"trainer and inference engine disagree about the log-probs of policy version {version}: {kind} |difference| is "
-                f"{value:.3g}, drift.{kind} allows {limit:.3g} ({tokens:.0f} tokens). Either the weights did not arrive, or the "
-                f"two compute differently (dtype, kernels); raise drift.{kind} only if you know which."
+                f"{value:.3g}, drift.{kind} allows {limit:.3g} ({tokens:.0f} tokens). Either the weights did not "
+                f"arrive, or the two compute differently (dtype, kernels); raise drift.{kind} only if you know which."
             )
-
-
-def merge_stats(steps: Iterable[dict[str, float]]) -> dict[str, float]:
-    """Statistics of several optimizer steps as one: sums add, extremes combine, plain keys average."""
-    gathered: dict[str, list[float]] = {}
-    for stats in steps:
-        for key, value in stats.items():
-            gathered.setdefault(key, []).append(value)
-    rules = {"sum": sum, "max": max, "min": min}
-    return {k: rules.get(k.split("/")[0], lambda v: sum(v) / len(v))(values) for k, values in gathered.items()}

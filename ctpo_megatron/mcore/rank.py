@@ -1,4 +1,4 @@
-"""A Megatron-Core actor's engine: one rank of the trainer, without Ray.
+"""One rank of the trainer: model, optimizer and schedule of a Megatron-Core process, without Ray.
 
 Every method is collective: all ranks of the trainer call it in the same order.
 """
@@ -11,31 +11,35 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Scan, raise_if_nonfinite
+from ctpo_megatron.algorithms import Scan, Stats, raise_if_nonfinite
+from ctpo_megatron.algorithms.statistics import NONFINITE
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
+from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
-from ctpo_megatron.mcore.host_weights import Snapshot
+from ctpo_megatron.mcore.host_weights import HostWeights
+from ctpo_megatron.mcore.reduction import once
 from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.parallel import RankCoords
+from ctpo_megatron.models.tensors import hf_tensors
+from ctpo_megatron.record.values import Max, Values, scalar
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
-    from ctpo_megatron.mcore.hf.buffers import BucketMemory
     from ctpo_megatron.mcore.step import LossFn
 
 TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up
-CLOSE_TIMEOUT_S = 20.0  # for a save that nobody has waited for
+CLOSE_TIMEOUT_S = 20.0  # for a save that was not waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,6 @@ class TrainerRank:
     def senders(self) -> list[int]:
         """Ranks that `stream` gives weights to, in the order in which their tensors come."""
         from ctpo_megatron.mcore.hf.stream import find_holders
-        from ctpo_megatron.models.tensors import hf_tensors
 
         return list(find_holders(self.models, self.shape).shares(hf_tensors(self.shape)))
 
@@ -131,11 +134,11 @@ class TrainerRank:
         return self._stepper.scan
 
     def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This rank's context-parallel shards of whole packs, on its device; all other methods take these."""
+        """This rank's context-parallel shards of whole micro-batches, on its device; all other methods take these."""
         return self._stepper.place(micro_batches)
 
-    def reduce(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Statistics with keys sum/, max/, min/ over micro-batches and ranks, the same on every rank.
+    def reduce(self, stats: list[Stats]) -> Values:
+        """Statistics over micro-batches and ranks, the same on every rank.
 
         `stats` counts only where it comes from: the last pipeline stage.
         """
@@ -146,7 +149,7 @@ class TrainerRank:
         with megatron_region(self.device):
             return self._stepper.logp(micro_batches, temperature)
 
-    def snapshot(self, model_path: str | None = None) -> Snapshot:
+    def host_weights(self, model_path: str | None = None) -> HostWeights:
         """This rank's weights as they are, or those of another directory, copied to host memory for `using`.
 
         Raises ConfigError where that model has another shape.
@@ -156,57 +159,54 @@ class TrainerRank:
         if model_path is not None and replace(read_hf_config(model_path), dtype=self.shape.dtype) != self.shape:
             raise ConfigError(f"{model_path} has another shape than {self.model_path}; a reference policy needs the same.")
         with megatron_region(self.device):
-            taken = Snapshot.take(self.models)
+            taken = HostWeights.take(self.models)
             if model_path is not None:  # loaded in the model's place, then exchanged
                 load_hf(self.models, self.shape, model_path)
                 taken.exchange(self.models)
         return taken
 
-    def using(self, snapshot: Snapshot) -> AbstractContextManager[None]:
-        """Inside it the engine has the snapshot's weights; afterwards its own again, bit for bit. Only for `logp`."""
-        return snapshot.in_place_of(self.models)
+    def using(self, weights: HostWeights) -> AbstractContextManager[None]:
+        """A context in which the model has these weights; afterwards its own again, bit for bit. Only for `logp`."""
+        return weights.in_place_of(self.models)
 
-    def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> dict[str, float]:
+    def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> Values:
         """One optimizer step on placed shards; see `step.LossFn`.
 
-        Returns loss, grad_norm (before clipping; also as max/grad_norm), lr and the reduced statistics, the same on every rank.
+        Returns loss, grad_norm (before clipping; also as grad_norm_max), lr and the reduced statistics, the same on every rank.
         Raises NonFiniteError on every rank, with weights unchanged, when the loss or the gradient is not finite.
         """
         if self.optimizer is None or self.schedule is None:
-            raise ConfigError("train_step on an engine that was built without an optimizer.")
+            raise ConfigError("train_step on a trainer rank that was built without an optimizer.")
         with megatron_region(self.device):
-            metrics = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
-            raise_if_nonfinite(metrics)
-            metrics.pop("min/nonfinite", None)
-            _require_finite("loss", metrics["loss"])
-            metrics |= self._optimizer_step()
-        return metrics
+            values = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
+            raise_if_nonfinite(values)
+            values.pop(NONFINITE, None)
+            _require_finite("loss", scalar(values["loss"]))
+            return values | self._optimizer_step(self.optimizer, self.schedule)
 
-    def _optimizer_step(self) -> dict[str, float]:
+    def _optimizer_step(self, optimizer: Any, schedule: Any) -> Values:
         """What ChainedOptimizer.step does, with the check between norm and update."""
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-        self.optimizer.prepare_grads()
-        norm = self.optimizer.get_grad_norm()
+        optimizer.prepare_grads()
+        norm = optimizer.get_grad_norm()
         _require_finite("grad_norm", norm)
-        self.schedule.step(1)
-        for optimizer in self.optimizer.chained_optimizers:
-            parameters = [] if getattr(optimizer, "is_stub_optimizer", False) else optimizer.get_parameters()
+        schedule.step(1)
+        for part in optimizer.chained_optimizers:
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
             if parameters:
                 clip_grad_by_total_norm_fp32(
                     parameters,
-                    max_norm=optimizer.config.clip_grad,
+                    max_norm=part.config.clip_grad,
                     total_norm=norm,
-                    use_decoupled_grad=optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
-        self.optimizer.step_with_ready_grads()
-        norm, lr = float(norm), float(self.optimizer.param_groups[0]["lr"])
+        optimizer.step_with_ready_grads()
+        norm, lr = float(norm), float(optimizer.param_groups[0]["lr"])
         self._moved |= norm > 0 and lr > 0
-        return {"grad_norm": norm, "max/grad_norm": norm, "lr": lr}
+        return {**once({"grad_norm": norm, "lr": lr}), "grad_norm_max": Max(norm)}
 
-    def stream(
-        self, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None
-    ) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream(self, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None) -> Iterator[NamedTensors]:
         """Full weights under their Hugging Face names, in buckets, each on the rank that sends it: see `export_stream`."""
         from ctpo_megatron.mcore.hf.stream import export_stream
 
@@ -217,10 +217,6 @@ class TrainerRank:
             if bucket is None:
                 return
             yield bucket
-
-    def export(self, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The same, but all on rank 0; for models small enough for that."""
-        return self.stream(bucket_bytes, to=0)
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the weights as a Hugging Face model directory."""
@@ -239,7 +235,7 @@ class TrainerRank:
         from ctpo_megatron.mcore.checkpoint.checkpoint import save_checkpoint
 
         if self._saver is None:
-            raise ConfigError("save on an engine that was built without an optimizer.")
+            raise ConfigError("save on a trainer rank that was built without an optimizer.")
         self.settle()
         with megatron_region(self.device):
             save_checkpoint(directory, self._trained(), self._saver, moved=self._moved)

@@ -10,8 +10,8 @@ micro-batches and all data- and context-parallel ranks is the loss. On its way t
 
 so `share * n * dp` yields the plain sum. The load-balancing loss of experts does not pass through here: the schedule gives it
 the same cp / n (MoEAuxLossAutoScaler.set_loss_scale), DistributedDataParallel the same 1 / (dp * cp), and each context- and
-tensor-parallel rank holds its part of a pack's value (router.TopKRouter._apply_aux_loss), so what is added to the loss is its
-mean over all micro-batches, whatever the layout.
+tensor-parallel rank holds its part of a micro-batch's value (router.TopKRouter._apply_aux_loss), so what is added to the loss is
+its mean over all micro-batches, whatever the layout.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,24 +28,26 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ctpo_megatron.algorithms.scan import LocalScan, Scan
+from ctpo_megatron.algorithms import LocalScan, Scan, Stats, Weighted
 from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
 from ctpo_megatron.mcore.model.head import Head, in_model_precision
 from ctpo_megatron.mcore.model.routing import Routers
-from ctpo_megatron.parallel import ContextParallelScan, RankCoords, own_experts
+from ctpo_megatron.mcore.reduction import Measured, once, reduce_stats
+from ctpo_megatron.parallel import ContextParallelScan, WordLogp
+from ctpo_megatron.record.values import Values, scalar
 
-LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, dict[str, Tensor]]]
+LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, Stats]]
 """(logp [T_local] float32 with grad, this rank's shard, scan) -> (share, stats).
 
-`stats` are scalars or vectors whose keys begin with `sum/`, `max/` or `min/`, the same on every call; that is how they are
-reduced over micro-batches and ranks. A vector `sum/x` comes out as `sum/x/0`, `sum/x/1`, ...
+`stats` have the same names and shapes on every call. They are reduced over micro-batches and ranks.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class PackedInput:
-    """A shard and the pack it belongs to: megatron's description, and what routers of experts are told (`Routers.aim`)."""
+    """A shard and the micro-batch it belongs to: megatron's description, and what routers are told (`set_micro_batch`)."""
 
     shard: MicroBatch
     packed: PackedSeqParams
@@ -68,14 +71,7 @@ class Stepper:
         self.dp_cp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.dp_size = parallel_state.get_data_parallel_world_size()
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
-        self.coords = RankCoords(
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            cp_rank=self.cp_group.rank(),
-            cp_size=self.cp_group.size(),
-            tp_rank=self.tp_group.rank(),
-            tp_size=self.tp_group.size(),
-            expert_layers=routers.expert_layers,
-        )
+        self.coords = current_coords(routers.expert_layers)
         self.head = Head.of(models, vocab_size, self.tp_group)
         self.scan: Scan = ContextParallelScan(self.cp_group) if self.cp_group.size() > 1 else LocalScan()
 
@@ -83,7 +79,7 @@ class Stepper:
         """Log-probs of the labels of each shard, [T_local] float32; an empty list before the last pipeline stage."""
 
         def collect(shard: MicroBatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
-            return self.head(hidden, shard, temperature, labels_only=True).logp
+            return self._words(hidden, shard, temperature, labels_only=True).logp
 
         for model in self.models:
             model.eval()
@@ -94,35 +90,37 @@ class Stepper:
             for model in self.models:
                 model.train()
 
-    def forward_backward(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> dict[str, float]:
+    def forward_backward(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> Values:
         """Gradients of the summed shares, reduced over ranks; returns `loss` and the reduced statistics, on every rank."""
         factor = len(micro_batches) * self.dp_size
 
-        def loss(shard: MicroBatch, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            found = self.head(hidden, shard, temperature)
-            share, stats = loss_fn(found.logp, shard.with_policy_support_logp(found.support_logp), self.scan)
-            masked_entropy = torch.where(shard.mask, found.entropy, 0.0).sum()
-            return share * factor, {"sum/loss": share.detach(), "sum/entropy": masked_entropy, **stats}
+        def loss(shard: MicroBatch, hidden: Tensor) -> tuple[Tensor, Stats]:
+            found = self._words(hidden, shard, temperature)
+            share, stats = loss_fn(found.logp, shard.with_streams(policy_top_k_logp=found.top_k_logp), self.scan)
+            return share * factor, Stats(sums={"loss": share.detach()}) | entropy_stats(shard, found) | stats
 
         for model in self.models:
-            model.zero_grad_buffer()
+            model.zero_grad_buffer()  # type: ignore[operator]  # megatron's DistributedDataParallel, see `build_model`
         self.routers.begin()
         per_micro_batch = self._run(micro_batches, loss, forward_only=False)
         reduced = self.reduce(per_micro_batch, self.routers.measure())
-        reduced["loss"] = reduced.pop("sum/loss")
-        return reduced
+        return reduced | once({"loss": scalar(reduced["loss"])})
+
+    def _words(self, hidden: Tensor, shard: MicroBatch, temperature: float, *, labels_only: bool = False) -> WordLogp:
+        if self.head is None:
+            raise RuntimeError("log-probs are asked of a rank before the last pipeline stage")
+        return self.head(hidden, shard, temperature, labels_only=labels_only)
 
     def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This rank's shards of whole packs, on its device; of `routed_experts` only what its routers see."""
+        """This rank's shards of whole micro-batches, on its device; of a replay only what its routers see."""
         return [self._place(whole).to(self.device) for whole in micro_batches]
 
     def _place(self, whole: MicroBatch) -> MicroBatch:
-        if whole.routed_experts is not None:
-            own = own_experts(whole.routed_experts, whole.cu_seqlens, self.coords)
-            whole = replace(whole, routed_experts=None, own_experts=own)
+        if whole.replay is not None:
+            whole = replace(whole, replay=whole.replay.for_rank(self.coords, whole.sequences.cu_seqlens))
         return whole.shard(self.coords.cp_rank, self.coords.cp_size)
 
-    def _run(self, shards: list[MicroBatch], loss: Callable, forward_only: bool) -> list:
+    def _run(self, shards: list[MicroBatch], loss: Callable[..., Any], forward_only: bool) -> list[Any]:
         described = [self._describe(shard) for shard in shards]
         schedule = get_forward_backward_func()
         per_chunk = [iter(described) for _ in self.models]  # every chunk of an interleaved stage sees all micro-batches
@@ -131,33 +129,30 @@ class Stepper:
             data_iterator=per_chunk if len(per_chunk) > 1 else per_chunk[0],
             model=self.models,
             num_microbatches=len(shards),
-            seq_length=max(shard.input_ids.numel() for shard in shards) * self.cp_group.size(),
+            seq_length=max(shard.tokens.input_ids.numel() for shard in shards) * self.cp_group.size(),
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
     def _describe(self, shard: MicroBatch) -> PackedInput:
-        cu_seqlens = shard.cu_seqlens.cpu()
+        cu_seqlens = shard.sequences.cu_seqlens.cpu()
         if self.portable:
             packed = packed_layout(cu_seqlens, self.device, self.cp_group.rank(), self.cp_group.size())
         else:
             packed = packed_params(cu_seqlens, self.device)
         # sequence parallelism gives each tensor-parallel rank an equal run
         counted = shard.counted(self.coords.cp_size).chunk(self.coords.tp_size)[self.coords.tp_rank]
-        return PackedInput(shard, packed, counted, int(shard.lengths.sum()))
+        return PackedInput(shard, packed, counted, int(shard.sequences.lengths.sum()))
 
-    def reduce(
-        self, per_micro_batch: list[dict[str, Tensor]], measured: tuple[list[str], Tensor] | None = None
-    ) -> dict[str, float]:
-        """Statistics over micro-batches, data- and context-parallel ranks, on every rank.
+    def reduce(self, per_micro_batch: list[Stats], measured: Measured | None = None) -> Values:
+        """Statistics over micro-batches, data- and context-parallel ranks, on every rank; see `reduction.reduce_stats`.
 
-        Only the last pipeline stage's argument counts; the other stages receive what it found. `measured`: names and values [n]
-        that are the same on every rank already and join the others on their way to the host.
+        Only the last pipeline stage's argument counts; the other stages receive what it found.
         """
-        reduced: dict[str, float] = {}
+        reduced: Values = {}
         if self.is_last_stage:
-            reduced = self._reduce_on_last_stage(per_micro_batch, measured or ([], torch.zeros(0, device=self.device)))
+            reduced = reduce_stats(per_micro_batch, self.dp_cp_group, measured or Measured())
         if self.pp_group.size() > 1:
             box = [reduced]
             last = dist.get_global_rank(self.pp_group, self.pp_group.size() - 1)
@@ -165,47 +160,26 @@ class Stepper:
             reduced = box[0]
         return reduced
 
-    def _reduce_on_last_stage(
-        self, per_micro_batch: list[dict[str, Tensor]], measured: tuple[list[str], Tensor]
-    ) -> dict[str, float]:
-        first = per_micro_batch[0]
-        keys = first.keys()
-        sums = sorted(key for key in keys if key.startswith("sum/"))
-        extremes = sorted(key for key in keys if key.startswith(("max/", "min/")))
-        if len(sums) + len(extremes) < len(keys):
-            raise ValueError(f"statistics {sorted(keys - {*sums, *extremes})} must begin with sum/, max/ or min/")
-        values = torch.stack([_vector(stats, [*sums, *extremes]) for stats in per_micro_batch])
-        added = [name for key in sums for name in _entries(key, first[key])]
-        extremes = [name for key in extremes for name in _entries(key, first[key])]
-        total = values[:, : len(added)].sum(0)
-        dist.all_reduce(total, group=self.dp_cp_group)
-        if extremes:  # a minimum is the negative of the largest negative
-            sign = torch.tensor([-1.0 if key.startswith("min/") else 1.0 for key in extremes]).to(values)
-            top = (values[:, len(added) :] * sign).amax(0)
-            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.dp_cp_group)
-            total = torch.cat([total, top * sign])
-        total = torch.cat([total, measured[1].to(total)])
-        return dict(zip([*added, *extremes, *measured[0]], total.tolist(), strict=True))  # the one host sync of a step
 
-
-def _vector(stats: dict[str, Tensor], keys: list[str]) -> Tensor:
-    return torch.cat([stats[key].detach().double().reshape(-1) for key in keys])
-
-
-def _entries(key: str, value: Tensor) -> list[str]:
-    return [key] if value.dim() == 0 else [f"{key}/{i}" for i in range(value.numel())]
+def entropy_stats(shard: MicroBatch, found: WordLogp) -> Stats:
+    """The mean entropy of the policy at the tokens that it wrote."""
+    if found.entropy is None:
+        raise ValueError("the entropy was not asked for")
+    mask = shard.tokens.mask
+    return Stats(means={"entropy": Weighted(torch.where(mask, found.entropy, 0.0).sum(), mask.sum())})
 
 
 def _forward_step(
-    loss: Callable, routers: Routers, batches: Iterator[PackedInput], model: torch.nn.Module
-) -> tuple[Tensor, Callable]:
+    loss: Callable[..., Any], routers: Routers, batches: Iterator[PackedInput], model: torch.nn.Module
+) -> tuple[Tensor, Callable[..., Any]]:
     """megatron's forward step: the stage's output, and what the last stage makes of it."""
     described = next(batches)
     shard = described.shard
-    routers.aim(model, described.counted, described.total, experts=shard.own_experts)
+    followed = None if shard.replay is None else shard.replay.routed_experts
+    routers.set_micro_batch(model, described.counted, described.total, routed_experts=followed)
     output = model(
-        shard.input_ids.unsqueeze(0),
-        shard.position_ids.unsqueeze(0),
+        shard.tokens.input_ids.unsqueeze(0),
+        shard.tokens.position_ids.unsqueeze(0),
         None,
         packed_seq_params=described.packed,
         **in_model_precision(model),

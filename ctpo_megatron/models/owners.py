@@ -1,7 +1,7 @@
 """Which rank sends which tensor of the model: a pure function of what the ranks hold. Needs no megatron.
 
 A tensor is sent by the rank that holds its first piece; of equal replicas (data and context parallelism) the lowest counts. That
-makes one sender per pipeline stage and expert-parallel place, and nobody ever holds more than one place's experts.
+makes one sender per pipeline stage and expert-parallel place, and no rank ever holds more than one place's experts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, HfTensor
 
 _OUTPUT = "output"  # the end of the model: final norm and output layer
@@ -21,9 +22,7 @@ _LATENT = re.compile(r"\.(q_a_proj|kv_a_proj_with_mqa)\.")
 class Holding:
     """What one rank has of the model."""
 
-    tp_rank: int
-    ep_rank: int
-    etp_rank: int
+    coords: RankCoords
     layers: tuple[int, ...]  # numbers from 0 over the whole model
     first: bool  # has the embedding
     last: bool  # has the output layer
@@ -38,15 +37,16 @@ class Holders:
     """Which ranks hold the pieces of each tensor; `everyone` is in the order of ranks."""
 
     def __init__(self, everyone: Sequence[Holding], num_experts: int) -> None:
-        self._tp_size = 1 + max(each.tp_rank for each in everyone)
-        self._etp_size = 1 + max(each.etp_rank for each in everyone)
-        self._experts_per_rank = max(1, num_experts // (1 + max(each.ep_rank for each in everyone)))
+        self._tp_size = everyone[0].coords.tp_size
+        self._etp_size = everyone[0].coords.etp_size
+        self._experts_per_rank = max(1, num_experts // everyone[0].coords.ep_size)
         self._dense: dict[tuple[int | str, int], int] = {}  # (layer or end of the model, tp rank) -> rank
         self._experts: dict[tuple[int | str, int, int], int] = {}  # (layer, ep rank, etp rank) -> rank
         for rank, holding in enumerate(everyone):
+            coords = holding.coords
             for part in holding.parts:
-                self._dense.setdefault((part, holding.tp_rank), rank)
-                self._experts.setdefault((part, holding.ep_rank, holding.etp_rank), rank)
+                self._dense.setdefault((part, coords.tp_rank), rank)
+                self._experts.setdefault((part, coords.ep_rank, coords.etp_rank), rank)
 
     def of(self, tensor: HfTensor) -> list[int]:
         """Ranks in the order in which their pieces are joined; the first sends the whole."""

@@ -160,6 +160,8 @@ def _add_latent_attention(layer: _Layer, shape: ModelShape, attention: LatentAtt
 
 def _add_mixture(layer: _Layer, shape: ModelShape) -> None:
     names, experts, hidden = FAMILIES[shape.family].mixture, shape.experts, shape.hidden_size
+    if experts is None:
+        raise ValueError(f"layer {layer.layer} has a mixture of experts, but the model's shape has none")
     layer.add("mlp.router.weight", WHOLE, (f"{names.block}.gate.weight", (experts.count, hidden)))
     if experts.bias:
         bias = (f"{names.block}.gate.e_score_correction_bias", (experts.count,))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms.operators import Operator, check_length, segment_scan
 from ctpo_megatron.algorithms.scan import Channel, Joined, PieceTotals, Scanned, scan_pieces, segment_quantile
+from ctpo_megatron.parallel.gather import all_gather_single
 from ctpo_megatron.parallel.layout import Layout, piece_places
 
 
@@ -45,7 +46,7 @@ class ContextParallelScan:
         """See `Scan.quantile`. An order statistic is no sum of parts: this gathers the values, one per token."""
         mine = torch.where(mask, values.detach().to(torch.float64), torch.inf)
         gathered = mine.new_empty(self.size * mine.numel())
-        dist.all_gather_into_tensor(gathered, mine, group=self.group)
+        all_gather_single(gathered, mine, self.group)
         sequences = cu_seqlens.numel() - 1
         ids = self.per_token(torch.arange(sequences, device=mine.device), cu_seqlens, mine.numel()).repeat(self.size)
         return segment_quantile(gathered, torch.isfinite(gathered), ids, sequences, q)
@@ -56,7 +57,7 @@ class ContextParallelScan:
         flags = [piece.closed.to(torch.int64).unsqueeze(0) for piece in pieces if piece.closed is not None]
         in_order = self._in_token_order(torch.cat(rows + flags))  # [rows, N, pieces of a sequence]
         sizes = [row.shape[0] for row in rows]
-        states = in_order[: sum(sizes)].split(sizes)
+        states = torch.split(in_order[: sum(sizes)], sizes)
         closed = iter(in_order[sum(sizes) :])
         return [
             self._carry(piece.channel, _from_int64(state, piece.state.dtype), None if piece.closed is None else next(closed))
@@ -68,7 +69,7 @@ class ContextParallelScan:
         rows = mine.shape[0]
         mine = mine.contiguous()
         gathered = mine.new_empty((self.size * rows, mine.shape[1]))  # gloo wants the ranks joined along a dimension of `mine`
-        dist.all_gather_into_tensor(gathered, mine, group=self.group)
+        all_gather_single(gathered, mine, self.group)
         by_rank = gathered.view(self.size, rows, -1, self._per_rank)
         return torch.stack([by_rank[rank, ..., slot] for _, rank, slot in self._pieces], dim=-1)
 

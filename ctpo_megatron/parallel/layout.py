@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ctpo_megatron.models.coords import RankCoords
+
 Layout = Literal["zigzag", "contiguous"]
 
 
@@ -27,7 +29,7 @@ def piece_places(layout: Layout, cp_size: int) -> list[list[int]]:
 
 
 def shard_indices(cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Layout = "zigzag") -> Tensor:
-    """Positions in the whole pack that `cp_rank` holds, in its local order: [T / cp_size], int64, on cu_seqlens' device.
+    """Positions in the whole micro-batch that `cp_rank` holds, in its local order: [T / cp_size], int64, on cu_seqlens' device.
 
     Raises ValueError when a sequence's length is not a multiple of the layout's number of pieces.
     """
@@ -60,7 +62,7 @@ def shard(x: Tensor, cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Lay
 
 
 def unshard(shards: list[Tensor], cu_seqlens: Tensor, layout: Layout = "zigzag") -> Tensor:
-    """The whole pack [T, ...] from the shards of all ranks, in rank order; the inverse of `shard`."""
+    """The whole micro-batch [T, ...] from the shards of all ranks, in rank order; the inverse of `shard`."""
     cp_size = len(shards)
     if cp_size == 1:
         return shards[0]
@@ -78,3 +80,14 @@ def zigzag_shard(x: Tensor, cu_seqlens: Tensor, cp_rank: int, cp_size: int) -> T
 def zigzag_unshard(shards: list[Tensor], cu_seqlens: Tensor) -> Tensor:
     """`unshard` in the zigzag layout."""
     return unshard(shards, cu_seqlens, "zigzag")
+
+
+def own_experts(routed: Tensor, cu_seqlens: Tensor, coords: RankCoords) -> Tensor:
+    """What the routers at `coords` see of `routed` [T, expert layers, k]: [T / (cp * tp), the rank's expert layers, k].
+
+    Context parallelism cuts every sequence in zigzag; sequence parallelism then gives each tensor-parallel rank an equal run of
+    what is left. All ranks' parts together are the whole, each entry once per replica.
+    """
+    local = zigzag_shard(routed[:, list(coords.expert_layers)], cu_seqlens, coords.cp_rank, coords.cp_size)
+    length = len(local) // coords.tp_size
+    return local[coords.tp_rank * length : (coords.tp_rank + 1) * length].clone()

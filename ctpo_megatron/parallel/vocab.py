@@ -1,10 +1,10 @@
 """Log-probs of words from hidden states and the output matrix, without the logits of more than some words at a time.
 
-Logits are the largest tensor of a step: a pack of 4,096 tokens over 151,936 words takes 2.5 GB in float32, several times over
-in autograd. So the vocabulary is walked block by block. The forward keeps, per token, the largest logit, the sum of exponentials
-and what entropy needs, as flash attention does (arXiv 2205.14135); the backward computes each block again but the last, which is
-still there, and the only one of a small vocabulary. A block writes its rows of the weight's gradient once and whole. Products are
-in the model's number format, sums and exponentials in float32.
+Logits are the largest tensor of a step: a micro-batch of 4,096 tokens over 151,936 words takes 2.5 GB in float32, several times
+over in autograd. So the vocabulary is walked block by block. The forward keeps, per token, the largest logit, the sum of
+exponentials and what entropy needs, as flash attention does (arXiv 2205.14135); the backward computes each block again but the
+last, which is still there, and the only one of a small vocabulary. A block writes its rows of the weight's gradient once and
+whole. Products are in the model's number format, sums and exponentials in float32.
 
 Under tensor parallelism each rank walks its slice of the vocabulary, and one all-gather of a few numbers per token joins them.
 """
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ctpo_megatron.parallel.gather import all_gather_single
+
 BLOCK = 2**23  # logits held at once: 32 MiB in float32; larger blocks are not faster
 FEWEST_WORDS = 128  # of a block, however many tokens there are
 
@@ -27,11 +29,11 @@ class WordLogp(NamedTuple):
 
     logp: Tensor  # [T] with grad, of each label
     entropy: Tensor | None  # [T], of each token's distribution
-    support_logp: Tensor | None  # [T, K], of the words that were asked for
+    top_k_logp: Tensor | None  # [T, K], of the words that were asked for
 
 
 class _Summary(NamedTuple):
-    """Of one rank's words, with logits l already divided by the temperature."""
+    """What one rank finds for its words, with logits l already divided by the temperature."""
 
     top: Tensor  # [T], max l
     total: Tensor  # [T], sum of exp(l - top)
@@ -162,7 +164,7 @@ def _join(mine: _Summary, group: dist.ProcessGroup) -> _Summary:
     """All ranks' words as one: one all-gather of 3 + I numbers per token."""
     sent = torch.cat([torch.stack(mine[:3]), mine.picked.t()])
     gathered = sent.new_empty(group.size() * sent.numel())
-    dist.all_gather_into_tensor(gathered, sent.view(-1), group=group)
+    all_gather_single(gathered, sent.view(-1), group)
     gathered = gathered.view(-1, *sent.shape)
     tops, totals, weighted = gathered[:, :3].unbind(1)
     top = tops.amax(0)
@@ -182,19 +184,19 @@ def vocab_parallel_logp(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     entropy: bool = True,
-    support_ids: Tensor | None = None,
+    top_k_ids: Tensor | None = None,
 ) -> WordLogp:
     """Log-prob of each label, with grad, at the sampling temperature; entropy and other words' log-probs without.
 
     Args:
         hidden_TH: [T, H], the last layer's output after its norm, the same on all ranks of `group`. Its gradient is this rank's
-            part: whoever made the ranks' copies sums it over them.
+            part; the layer that made the ranks' copies sums it over them.
         weight_VH: [V / tp, H], this rank's rows of the output matrix, of the same dtype.
         labels_T: [T] int64 words.
         group: the tensor-parallel group; None for one rank.
         vocab_size: words from here on only make the vocabulary divisible and do not count; None: all count.
         entropy: whether to find it.
-        support_ids: [T, K] int, words whose log-probs are wanted besides the labels'.
+        top_k_ids: [T, K] int, the words whose log-probs are wanted besides the labels'.
 
     Raises ValueError where all of a rank's words are padding.
     """
@@ -206,7 +208,7 @@ def vocab_parallel_logp(
         raise ValueError(f"all words of tensor-parallel rank {first // rows} are padding: {vocab_size} words; use a smaller tp")
     used = rows if vocab_size is None else min(rows, vocab_size - first)
     ids = labels_T.unsqueeze(-1)
-    if support_ids is not None:
-        ids = torch.cat([ids, support_ids.to(ids.dtype)], dim=-1)
+    if top_k_ids is not None:
+        ids = torch.cat([ids, top_k_ids.to(ids.dtype)], dim=-1)
     logp, others = _VocabParallelLogp.apply(hidden_TH, weight_VH, ids - first, used, group, 1.0 / temperature, entropy)
-    return WordLogp(logp, others[:, 0] if entropy else None, None if support_ids is None else others[:, 1:])
+    return WordLogp(logp, others[:, 0] if entropy else None, None if top_k_ids is None else others[:, 1:])

@@ -41,7 +41,7 @@ class ToolEnvironment:
             tool_calls=made.tool_calls,
             tool_errors=made.tool_errors,
             seconds=time.monotonic() - begun,
-            experts=np.concatenate(made.experts) if made.experts else None,
+            routed_experts=np.concatenate(made.routed_experts) if made.routed_experts else None,
         )
 
     async def _play(self, attempt: _Attempt, session: int, sampling: Sampling) -> Status:
@@ -67,12 +67,12 @@ class ToolEnvironment:
             temperature=sampling.temperature,
             stop_token_ids=stop,
             session=session,
-            recorded=sum(map(len, attempt.experts)) if sampling.record else None,
+            recorded=sum(map(len, attempt.routed_experts)) if sampling.record else None,
         )
         _check(generation, attempt.left, stop)
-        attempt.add(Turn("assistant", generation.token_ids, generation.rollout_logp, generation.versions, generation.top))
-        if generation.experts is not None:  # of the prompt or the tool's text before this turn too
-            attempt.experts.append(generation.experts)
+        attempt.add(Turn("assistant", generation.token_ids, generation.rollout_logp, generation.versions, generation.top_k))
+        if generation.routed_experts is not None:  # of the prompt or the tool's text before this turn too
+            attempt.routed_experts.append(generation.routed_experts)
         attempt.written.append(self._chat.decode(generation.token_ids))
         return generation.finish
 
@@ -97,7 +97,7 @@ class _Attempt:
     tokens: list[int] = field(init=False)  # prompt and turns
     turns: list[Turn] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # text of each assistant turn
-    experts: list[NDArray[np.signedinteger]] = field(default_factory=list)  # of all tokens but the last, turn by turn
+    routed_experts: list[NDArray[np.signedinteger]] = field(default_factory=list)  # of all tokens but the last, turn by turn
     tool_calls: int = 0
     tool_errors: int = 0
 

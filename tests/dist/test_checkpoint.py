@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import CheckpointError
@@ -264,14 +265,14 @@ def train(engine: TrainerRank, steps: int) -> list[dict[str, float]]:
     mine = engine.place(micro_batches()[engine.coords.dp_rank * per_rank :][:per_rank])
 
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
-        return -torch.where(pack.mask, logp, 0.0).sum() / 80, {}
+        return -torch.where(pack.tokens.mask, logp, 0.0).sum() / 80, Stats()
 
     return [engine.train_step(mine, share, 1.0) for _ in range(steps)]
 
 
 def weights(engine: TrainerRank) -> dict[str, np.ndarray]:
     """Whole weights on rank 0, nothing elsewhere."""
-    return {name: tensor.float().numpy() for bucket in engine.export(64 * 1024) for name, tensor in bucket}
+    return {name: tensor.float().numpy() for bucket in engine.stream(64 * 1024, to=0) for name, tensor in bucket}
 
 
 def draws() -> list[float]:

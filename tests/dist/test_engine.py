@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.numbers import flat
 from tests.support.ranks import at_own_port, free_port, run_ranks
 from tests.support.tiny import FAMILIES, micro_batches, transformers_logp, write_model
 
-from ctpo_megatron.algorithms import policy_loss
+from ctpo_megatron.algorithms import Stats, policy_loss
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
@@ -190,7 +191,7 @@ def join(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     logp = []
     for _, by_cp in sorted(shards.items()):
         for pieces in zip(*(by_cp[cp] for cp in sorted(by_cp)), strict=True):
-            whole = zigzag_unshard([torch.from_numpy(piece) for piece in pieces], packs[len(logp)].cu_seqlens)
+            whole = zigzag_unshard([torch.from_numpy(piece) for piece in pieces], packs[len(logp)].sequences.cu_seqlens)
             logp.append(whole.numpy())
     return {**ranks[0], "logp": logp}
 
@@ -311,31 +312,32 @@ def exercise(rank: RankInfo, path: Path, parallel: ParallelConfig, **options: An
     found["logp"] = [x.numpy() for x in logp]
     found["steps"] = [nll_step(engine, mine), nll_step(engine, mine)]
     if logp:  # by now two steps old
-        mine = [pack.with_anchor_logp(old) for pack, old in zip(mine, logp, strict=True)]
-    found["steps"] += [engine.train_step(mine, ctpo, TEMPERATURE) for _ in range(2)]
+        mine = [pack.with_streams(anchor_logp=old) for pack, old in zip(mine, logp, strict=True)]
+    found["steps"] += [flat(engine.train_step(mine, ctpo, TEMPERATURE)) for _ in range(2)]
     found["trained"] = exported(engine)
     engine.close()
     return found
 
 
 def nll_step(engine: TrainerRank, mine: list[Any]) -> dict[str, float]:
-    tokens = sum(int(pack.mask.sum()) for pack in micro_batches())
+    tokens = sum(int(pack.tokens.mask.sum()) for pack in micro_batches())
 
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
-        picked = torch.where(pack.mask, logp, 0.0)
-        return -picked.sum() / tokens, {"sum/logp": picked.sum(), "max/logp": picked.max(), "min/logp": picked.min()}
+        picked = torch.where(pack.tokens.mask, logp, 0.0)
+        extremes = {"maxima": {"logp_max": picked.max()}, "minima": {"logp_min": picked.min()}}
+        return -picked.sum() / tokens, Stats(sums={"logp": picked.sum()}, **extremes)
 
-    return engine.train_step(mine, share, TEMPERATURE)
+    return flat(engine.train_step(mine, share, TEMPERATURE))
 
 
 def ctpo(logp: Any, pack: Any, scan: Any) -> Any:
     out = policy_loss(
         {"type": "ctpo"},
         logp=logp,
-        old_logp=pack.old_logp,
-        advantages=pack.advantages,
-        mask=pack.mask,
-        cu_seqlens=pack.cu_seqlens,
+        old_logp=pack.tokens.anchor_logp,
+        advantages=pack.tokens.advantages,
+        mask=pack.tokens.mask,
+        cu_seqlens=pack.sequences.cu_seqlens,
         normalizer=11.0,  # sequences of all packs
         scan=scan,
     )
@@ -344,7 +346,7 @@ def ctpo(logp: Any, pack: Any, scan: Any) -> Any:
 
 def exported(engine: TrainerRank) -> dict[str, np.ndarray]:
     """Whole weights on rank 0, nothing elsewhere. Small buckets, so that there are several."""
-    return {name: tensor.float().numpy().copy() for bucket in engine.export(64 * 1024) for name, tensor in bucket}
+    return {name: tensor.float().numpy().copy() for bucket in engine.stream(64 * 1024, to=0) for name, tensor in bucket}
 
 
 def largest_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> float:
@@ -360,13 +362,13 @@ def not_finite(rank: RankInfo, path: Path) -> dict[str, Any]:
     bad_gradient = 0.0 if rank.rank == 0 else 1.0  # the slope of a root is infinite at 0
 
     for share in (
-        lambda logp, _pack, _scan: (logp.sum() * bad_loss, {}),
-        lambda logp, _pack, _scan: ((logp * bad_gradient).square().sum().sqrt(), {}),
+        lambda logp, _pack, _scan: (logp.sum() * bad_loss, Stats()),
+        lambda logp, _pack, _scan: ((logp * bad_gradient).square().sum().sqrt(), Stats()),
     ):
         with pytest.raises(NonFiniteError) as caught:
             engine.train_step(mine, share, 1.0)
         errors.append(str(caught.value).split(";")[0])
-    place = int(mine[0].mask.nonzero()[2])
+    place = int(mine[0].tokens.mask.nonzero()[2])
 
     def bad_logp(logp: Any, pack: Any, scan: Any) -> Any:
         bad = torch.zeros_like(logp).index_fill_(0, torch.tensor([place]), float("nan") if rank.rank == 0 else 0.0)
@@ -381,7 +383,7 @@ def not_finite(rank: RankInfo, path: Path) -> dict[str, Any]:
 
 
 def replace_old(pack: Any, logp: Any) -> Any:
-    return pack.with_anchor_logp(logp.detach())
+    return pack.with_streams(anchor_logp=logp.detach())
 
 
 def bfloat16(rank: RankInfo, path: Path) -> dict[str, Any]:

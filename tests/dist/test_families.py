@@ -17,6 +17,7 @@ from tests.support.families import MODELS, TEMPERATURE, Z_LOSS, Reference, refer
 from tests.support.ranks import free_port, run_ranks
 from tests.support.tiny import micro_batches
 
+from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
@@ -206,27 +207,27 @@ def exercise(rank: RankInfo, path: Path, layout: dict[str, Any]) -> dict[str, An
     packs, per_rank = micro_batches(), 4 // engine.parallel.dp
     first = engine.coords.dp_rank * per_rank
     # carried through the cut of context parallelism: where each token stood
-    places = [torch.arange(pack.input_ids.numel(), dtype=torch.float32) for pack in packs]
-    mine = engine.place([replace(packs[i], rollout_logp=places[i]) for i in range(first, first + per_rank)])
+    places = [torch.arange(pack.tokens.input_ids.numel(), dtype=torch.float32) for pack in packs]
+    mine = engine.place([packs[i].with_streams(rollout_logp=places[i]) for i in range(first, first + per_rank)])
     logp = {first + i: x.numpy() for i, x in enumerate(engine.logp(mine, TEMPERATURE))}
-    rows = {first + i: pack.rollout_logp.long().numpy() for i, pack in enumerate(mine)}
+    rows = {first + i: pack.tokens.rollout_logp.long().numpy() for i, pack in enumerate(mine)}
     found = {"exported": exported(engine), "logp": logp, "rows": rows, "gradients": gradients(engine, mine)}
     engine.close()
     return found
 
 
 def exported(engine: TrainerRank) -> dict[str, np.ndarray]:
-    return {name: tensor.numpy().copy() for bucket in engine.export(100_000) for name, tensor in bucket}
+    return {name: tensor.numpy().copy() for bucket in engine.stream(100_000, to=0) for name, tensor in bucket}
 
 
 def gradients(engine: TrainerRank, mine: list[Any]) -> dict[str, np.ndarray]:
     """Of the mean negative log-prob, gathered like weights: by exporting them in the weights' place."""
     from ctpo_megatron.mcore.host import megatron_region
 
-    tokens = sum(int(pack.mask.sum()) for pack in micro_batches())
+    tokens = sum(int(pack.tokens.mask.sum()) for pack in micro_batches())
 
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
-        return -logp[pack.mask].sum() / tokens, {}
+        return -logp[pack.tokens.mask].sum() / tokens, Stats()
 
     with megatron_region(engine.device):
         engine._stepper.forward_backward(mine, share, TEMPERATURE)
@@ -255,7 +256,7 @@ def biases(rank: RankInfo, path: Path, ports: list[int]) -> dict[str, np.ndarray
         engine = start(replace(rank, master_port=port), path, {}, dtype, bias_update_rate=rate)
         mine = engine.place(micro_batches())
         engine.logp(mine, TEMPERATURE)
-        engine.train_step(mine, lambda logp, pack, _scan: (-logp[pack.mask].sum() / 100, {}), TEMPERATURE)
+        engine.train_step(mine, lambda logp, pack, _scan: (-logp[pack.tokens.mask].sum() / 100, Stats()), TEMPERATURE)
         found[case] = bias_of(engine)
         if case == "moved":
             begin_together(path.with_name("checkpoint"))
@@ -269,7 +270,7 @@ def biases(rank: RankInfo, path: Path, ports: list[int]) -> dict[str, np.ndarray
 
 
 def bias_of(engine: TrainerRank) -> np.ndarray:
-    return next(tensor.numpy().copy() for bucket in engine.export(100_000) for name, tensor in bucket if name == BIAS)
+    return next(tensor.numpy().copy() for bucket in engine.stream(100_000, to=0) for name, tensor in bucket if name == BIAS)
 
 
 def z_loss(rank: RankInfo, path: Path) -> dict[str, np.ndarray]:

@@ -176,7 +176,7 @@ def round_trips(
     results = []
     for number, ((family, layout), (first, second)) in enumerate(zip(cases, ports, strict=True)):
         engine = start(replace(rank, master_port=first), models[family], layout)
-        buckets, own = list(engine.export(BUCKET_BYTES)), list(engine.stream(BUCKET_BYTES))
+        buckets, own = list(engine.stream(BUCKET_BYTES, to=0)), list(engine.stream(BUCKET_BYTES))
         assert (rank.rank in engine.senders()) == any(own)
         with torch.no_grad():  # what was handed out must not change with the model
             for parameter in engine.models[0].parameters():

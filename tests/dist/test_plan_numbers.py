@@ -241,7 +241,7 @@ def kept_by_layers(shape: ModelShape, parallel: ParallelConfig) -> list[int]:
     counts = [Saved(layer, weights) for layer in model.decoder.layers]
     ids = torch.arange(SEQUENCES * LENGTH) % 299
     all_count = torch.ones(len(ids) // parallel.tp, dtype=torch.bool)
-    Routers(models, shape, torch.device("cpu")).aim(models[0], all_count, len(ids), experts=None)
+    Routers(models, shape, torch.device("cpu")).set_micro_batch(models[0], all_count, len(ids), routed_experts=None)
     model(ids[None], (ids % LENGTH)[None], None, packed_seq_params=layout)
     return [count.bytes for count in counts]
 

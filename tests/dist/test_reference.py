@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.support.numbers import flat
 from tests.support.ranks import at_own_port, free_port, run_ranks
 from tests.support.tiny import VOCAB, micro_batches, write_model
 
+from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig, ReferenceConfig
 from ctpo_megatron.config.record import DriftConfig
@@ -22,7 +24,7 @@ from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 from ctpo_megatron.mcore.policy import update_policy
-from ctpo_megatron.mcore.host_weights import Snapshot
+from ctpo_megatron.mcore.host_weights import HostWeights
 
 pytestmark = pytest.mark.dist
 
@@ -61,11 +63,11 @@ def test_the_penalty_is_that_of_its_definition(one_rank: dict[str, Any]) -> None
     """The first step's loss: the objective's, whose ratio is 1, and COEFF times the mean k3 of the log-probs at hand."""
     packs, expected, total, tokens = micro_batches(), 0.0, 0.0, 0
     for pack, old, ref in zip(packs, one_rank["logp"], one_rank["reference_logp"], strict=True):
-        gap = torch.where(pack.mask, torch.from_numpy(old - ref).double(), 0.0).clamp(-10, 10)
+        gap = torch.where(pack.tokens.mask, torch.from_numpy(old - ref).double(), 0.0).clamp(-10, 10)
         total += float((torch.exp(-gap) - 1 + gap).sum())
-        tokens += int(pack.mask.sum())
-        expected -= float(pack.advantages.double().sum())
-    assert one_rank["step"]["sum/kl"] == pytest.approx(total, rel=1e-4)
+        tokens += int(pack.tokens.mask.sum())
+        expected -= float(pack.tokens.advantages.double().sum())
+    assert one_rank["step"]["kl"] == pytest.approx(total, rel=1e-4)
     assert one_rank["step"]["loss"] == pytest.approx((expected + COEFF * total) / tokens, rel=1e-3)
 
 
@@ -78,8 +80,8 @@ def test_every_layout_gives_the_same(models: dict[str, Path], one_rank: dict[str
 
 
 def test_top_k_holds_some_tokens_back(one_rank: dict[str, Any]) -> None:
-    tokens = sum(int(pack.mask.sum()) for pack in micro_batches())
-    assert 0 < one_rank["step"]["topk sum/clip_fraction"] < tokens
+    tokens = sum(int(pack.tokens.mask.sum()) for pack in micro_batches())
+    assert 0 < one_rank["step"]["topk clip_fraction"] < tokens
 
 
 def test_top_k_divergence_is_measured_on_the_words_that_were_asked_for(one_rank: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ def alone(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
         engine.close()
     mine = engine.place(micro_batches())
     found["logp"] = [x.numpy() for x in engine.logp(mine, 1.0)]
-    reference = engine.snapshot(str(models["other"]))
+    reference = engine.host_weights(str(models["other"]))
     with engine.using(reference):
         found["reference_logp"] = [x.numpy() for x in engine.logp(mine, 1.0)]
     found["step"] = step(engine, models)
@@ -134,7 +136,7 @@ def alone(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
     config = (smaller / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1')
     (smaller / "config.json").write_text(config.replace('"full_attention",\n    "full_attention"', '"full_attention"'))
     with pytest.raises(ConfigError) as refused:
-        engine.snapshot(str(smaller))
+        engine.host_weights(str(smaller))
     found["error"] = str(refused.value)
     engine.close()
     engine = start(rank, models["policy"], ParallelConfig(), OptimizerConfig(lr=0.0))
@@ -156,19 +158,21 @@ def step(engine: TrainerRank, models: dict[str, Path]) -> dict[str, float]:
     """Two optimizer steps of CTPO with the penalty; statistics of the first, and the second's loss as `again`."""
     per_rank = 4 // engine.parallel.dp
     packs = with_support(micro_batches())
-    tokens = sum(int(pack.mask.sum()) for pack in packs)
-    mine = [replace(p, weights=p.weights / tokens) for p in packs[engine.coords.dp_rank * per_rank :][:per_rank]]
+    tokens = sum(int(pack.tokens.mask.sum()) for pack in packs)
+    share = [(p, p.sequences) for p in packs[engine.coords.dp_rank * per_rank :][:per_rank]]
+    mine = [replace(p, sequences=replace(s, weights=s.weights / tokens)) for p, s in share]
     penalised = AlgorithmConfig(anchor="old", reference=ReferenceConfig(coeff=COEFF))
     top_k = AlgorithmConfig(objective=DppoObjective(divergence="topk_tv", delta=0.4, ratio_cap=None))
-    reference = engine.snapshot(str(models["other"]))
+    reference = engine.host_weights(str(models["other"]))
 
-    def update(algorithm: AlgorithmConfig, reference: Snapshot | None) -> dict[str, float]:
+    def update(algorithm: AlgorithmConfig, reference: HostWeights | None) -> dict[str, float]:
         drift = DriftConfig(max=None, mean=None)
-        return update_policy(engine, [mine], algorithm=algorithm, temperature=1.0, drift=drift, version=0, reference=reference)
+        options = {"temperature": 1.0, "drift": drift, "version": 0, "reference": reference}
+        return flat(update_policy(engine, [mine], algorithm=algorithm, **options))
 
     first, second, third = update(penalised, reference), update(penalised, reference), update(top_k, None)
-    found = {key: first[key] for key in ("loss", "grad_norm", "sum/kl")} | {"again": second["loss"], "again kl": second["sum/kl"]}
-    return found | {f"topk {key}": third[key] for key in ("loss", "grad_norm", "sum/clip_fraction")}
+    found = {key: first[key] for key in ("loss", "grad_norm", "kl")} | {"again": second["loss"], "again kl": second["kl"]}
+    return found | {f"topk {key}": third[key] for key in ("loss", "grad_norm", "clip_fraction")}
 
 
 def with_support(packs: list[MicroBatch]) -> list[MicroBatch]:
@@ -176,11 +180,11 @@ def with_support(packs: list[MicroBatch]) -> list[MicroBatch]:
     generator = torch.Generator().manual_seed(8)
     found = []
     for pack in packs:
-        ids = torch.randint(0, VOCAB, (pack.tokens, TOP), generator=generator)
-        ids[::2, 0] = pack.labels[::2]
+        ids = torch.randint(0, VOCAB, (pack.positions, TOP), generator=generator)
+        ids[::2, 0] = pack.tokens.labels[::2]
         logp = torch.rand(ids.shape, generator=generator).mul_(2 / TOP).log_()
         logp[:, -1] = -torch.inf
-        found.append(replace(pack, support_ids=ids.int(), support_logp=logp))
+        found.append(pack.with_streams(top_k_ids=ids.int(), top_k_logp=logp))
     return found
 
 
@@ -194,15 +198,15 @@ def swaps(engine: TrainerRank, other_path: str) -> dict[str, bool]:
     def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
         return len(a) == len(b) > 0 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
-    weights, kept = Snapshot.take(engine.models).tensors, optimizer()
-    reference = engine.snapshot(other_path)
+    weights, kept = HostWeights.take(engine.models).tensors, optimizer()
+    reference = engine.host_weights(other_path)
     with engine.using(reference):
-        found = {"changed inside": not same(Snapshot.take(engine.models).tensors, weights)}
-    found["weights"] = same(Snapshot.take(engine.models).tensors, weights)
+        found = {"changed inside": not same(HostWeights.take(engine.models).tensors, weights)}
+    found["weights"] = same(HostWeights.take(engine.models).tensors, weights)
     found["optimizer"] = same(optimizer(), kept)
     with pytest.raises(RuntimeError, match="on purpose"), engine.using(reference):
         raise RuntimeError("on purpose")
-    found["after an error"] = same(Snapshot.take(engine.models).tensors, weights)
+    found["after an error"] = same(HostWeights.take(engine.models).tensors, weights)
     return found
 
 
@@ -213,19 +217,19 @@ def top_k(engine: TrainerRank) -> dict[str, float]:
     from ctpo_megatron.mcore.policy import support_of
 
     pack = micro_batches()[0]
-    ids = torch.stack([torch.randperm(VOCAB, generator=torch.Generator().manual_seed(t))[:TOP] for t in range(pack.tokens)])
+    ids = torch.stack([torch.randperm(VOCAB, generator=torch.Generator().manual_seed(t))[:TOP] for t in range(pack.positions)])
     own: list[torch.Tensor] = []
     largest: list[float] = []
 
     def share(logp: torch.Tensor, mb: Any, _scan: Any) -> Any:
-        own[:] = [mb.policy_support_logp, logp.detach()]
-        mb = replace(mb, rollout_logp=logp.detach())
+        own[:] = [mb.tokens.policy_top_k_logp, logp.detach()]
+        mb = mb.with_streams(rollout_logp=logp.detach())
         support = support_of(mb, logp)
-        given = Given(logp.detach(), mb.rollout_logp, mb.advantages, mb.mask, logp.detach() * 0, support)
+        given = Given(logp.detach(), mb.tokens.rollout_logp, mb.tokens.advantages, mb.tokens.mask, logp.detach() * 0, support)
         largest.append(float(divergence_from_rollout(DppoObjective(divergence="topk_tv").divergence, given).max()))
-        return logp.sum() * 0, {}
+        return logp.sum() * 0, Stats()
 
-    for logp in (torch.full((pack.tokens, TOP), -2.0), None):
-        mine = replace(pack, support_ids=ids.int(), support_logp=own[0] if logp is None else logp)
+    for logp in (torch.full((pack.positions, TOP), -2.0), None):
+        mine = pack.with_streams(top_k_ids=ids.int(), top_k_logp=own[0] if logp is None else logp)
         engine.train_step(engine.place([mine]), share, 1.0)
     return {"topk moved": largest[0], "topk same": largest[1]}

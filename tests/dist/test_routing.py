@@ -16,6 +16,7 @@ from tests.support.ranks import free_port, run_ranks
 from tests.dist.test_engine import TEMPERATURE, exported, join, nll_step, start
 from tests.support.tiny import micro_batches, write_model
 
+from ctpo_megatron.batch import Replay
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
@@ -68,7 +69,7 @@ def test_another_routing_is_followed(one_rank: dict[str, Any]) -> None:
     pack = micro_batches()[0]
     assert changed[FLIPPED]
     assert not changed[:FLIPPED].any()
-    assert not changed[int(pack.cu_seqlens[2]) :].any()
+    assert not changed[int(pack.sequences.cu_seqlens[2]) :].any()
     assert all(np.array_equal(a, b) for a, b in zip(flipped[1:], own[1:], strict=True))
 
 
@@ -83,7 +84,7 @@ def test_a_shifted_routing_is_caught(one_rank: dict[str, Any]) -> None:
 def test_the_load_is_that_of_the_tokens(one_rank: dict[str, Any]) -> None:
     """Against a count of the routing that was replayed, for a routing in which every token is known."""
     packs = recorded_packs([torch.from_numpy(routing) for routing in one_rank["routing"]], "own")
-    ids = torch.cat([pack.routed_experts for pack in packs])
+    ids = torch.cat([pack.replay.routed_experts for pack in packs])
     for layer in range(LAYERS):
         load = torch.bincount(ids[:, layer].flatten().int(), minlength=EXPERTS).double()
         share = load / load.sum()
@@ -155,7 +156,7 @@ def recorded_packs(routing: list[torch.Tensor], kind: str | None) -> list[Any]:
         if kind == "one_flipped" and number == 0:
             chosen = set(own[FLIPPED, 0].tolist())
             experts[FLIPPED, 0, 0] = min(set(range(EXPERTS)) - chosen)
-        packs.append(replace(pack, routed_experts=experts))
+        packs.append(replace(pack, replay=Replay(experts)))
     return packs
 
 
@@ -224,7 +225,7 @@ def with_empty_pack(rank: RankInfo, path: Path) -> dict[str, Any]:
     found = {}
     sample = TrainSample([5, 6, 7], [6, 7, 8], [True] * 3, [-1.0] * 3, [0] * 3, [1.0] * 3, group=0)
     (whole,), (empty,) = pack([sample], dp=2, max_tokens=8)
-    assert (whole.lengths.tolist(), empty.lengths.tolist()) == ([3], [0])
+    assert (whole.sequences.lengths.tolist(), empty.sequences.lengths.tolist()) == ([3], [0])
     for case, packs in (("one pack", [whole]), ("and an empty one", [whole, empty])):
         engine = start(rank, path, ParallelConfig())
         found[case] = nll_step(engine, engine.place(packs))
@@ -266,7 +267,7 @@ def gate_errors() -> dict[str, float]:
     }
     for name, (options, gates, judged) in cases.items():
         replay, results = Replay(), []
-        replay.target = target
+        replay.routed_experts = target
         chosen = torch.where(target >= 0, target.long(), judged(logits).topk(TOP_K).indices)
         for ours in (True, False):
             leaf = logits.clone().requires_grad_()

@@ -19,6 +19,7 @@ from tests.support.traffic import Call, Traffic
 from ctpo_megatron.algorithms import Channel, LocalScan, policy_loss
 from ctpo_megatron.algorithms.operators import MAX_TOKENS
 from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.parallel.gather import all_gather_single
 from ctpo_megatron.parallel import ContextParallelScan, shard, shard_indices, unshard, zigzag_shard, zigzag_unshard
 
 pytestmark = pytest.mark.dist
@@ -126,7 +127,7 @@ def counted_collectives(group: dist.ProcessGroup) -> list[str]:
 
     four, one = torch.zeros(4), torch.zeros(1)
     with Traffic() as traffic:
-        dist.all_gather_into_tensor(four, one, group=group)
+        all_gather_single(four, one, group)
         dist.all_gather([torch.zeros(1) for _ in range(4)], one, group=group)
         dist.all_reduce(one, group=group)
         dist.broadcast(one, 0, group=group)

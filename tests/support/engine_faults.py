@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron import batch
+from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.mcore import policy
 from ctpo_megatron.mcore.rank import TrainerRank
-from ctpo_megatron.parallel import coords
+from ctpo_megatron.parallel import layout
 from ctpo_megatron.parallel.layout import shard_indices
 
-_share, _own_experts = policy._policy_share, coords.own_experts
+_share, _own_experts = policy._policy_share, layout.own_experts
 
 
 class Fault(NamedTuple):
@@ -33,7 +33,7 @@ class Fault(NamedTuple):
 def loss_scaled_by_cp(engine: TrainerRank) -> AbstractContextManager[Any]:
     """Each context-parallel rank takes its share for the whole loss."""
 
-    def scaled(*args: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    def scaled(*args: Any, **options: Any) -> tuple[Tensor, Stats]:
         loss, stats = _share(*args, **options)
         return loss * engine.parallel.cp, stats
 
@@ -42,19 +42,19 @@ def loss_scaled_by_cp(engine: TrainerRank) -> AbstractContextManager[Any]:
 
 def labels_rolled_over_borders(engine: TrainerRank) -> AbstractContextManager[Any]:
     """Labels are the inputs of the whole pack moved by one, so the last label of a sequence is the next one's first token."""
-    return _placed(engine, lambda whole: replace(whole, labels=whole.input_ids.roll(-1)))
+    return _placed(engine, lambda whole: whole.with_streams(labels=whole.tokens.input_ids.roll(-1)))
 
 
 def padding_counted(engine: TrainerRank) -> AbstractContextManager[Any]:
     """What fills a sequence up counts as written by the policy, with the sequence's advantage."""
 
     def widened(whole: MicroBatch) -> MicroBatch:
-        mask, advantages = whole.mask.clone(), whole.advantages.clone()
-        for start, end in pairwise(whole.cu_seqlens.tolist()):
+        mask, advantages = whole.tokens.mask.clone(), whole.tokens.advantages.clone()
+        for start, end in pairwise(whole.sequences.cu_seqlens.tolist()):
             last = start + int(mask[start:end].nonzero()[-1])
             mask[last:end] = True
             advantages[last:end] = advantages[last]
-        return replace(whole, mask=mask, advantages=advantages)
+        return whole.with_streams(mask=mask, advantages=advantages)
 
     return _placed(engine, widened)
 
@@ -66,14 +66,12 @@ def data_parallel_share_doubled(engine: TrainerRank) -> AbstractContextManager[A
 
 def replay_shifted(_engine: TrainerRank) -> AbstractContextManager[Any]:
     """Every token follows the routing of the token before it."""
-    from ctpo_megatron.mcore import step  # imports megatron, so not before the engine has prepared the host
-
-    return patch.object(step, "own_experts", lambda routed, *where: _own_experts(routed.roll(1, 0), *where))
+    return patch.object(batch, "own_experts", lambda routed, *where: _own_experts(routed.roll(1, 0), *where))
 
 
 def padding_balanced(_engine: TrainerRank) -> AbstractContextManager[Any]:
     """Experts' losses take padding for tokens."""
-    return patch.object(MicroBatch, "counted", lambda shard, _cp_size: torch.ones_like(shard.mask))
+    return patch.object(MicroBatch, "counted", lambda shard, _cp_size: torch.ones_like(shard.tokens.mask))
 
 
 def zigzag_pieces_swapped(engine: TrainerRank) -> AbstractContextManager[Any]:

@@ -86,16 +86,16 @@ def reference(path: Path, z_loss: float = 0.0) -> Reference:
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     found, packs, routers = Reference(), micro_batches(), _Routers(model)
-    tokens = sum(int(pack.mask.sum()) for pack in packs)
+    tokens = sum(int(pack.tokens.mask.sum()) for pack in packs)
     loss = torch.zeros(())
     for pack in packs:
         pieces = []
-        for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
-            logits = model(pack.input_ids[None, start:end]).logits[0] / TEMPERATURE
-            pieces.append(logits.log_softmax(-1).gather(-1, pack.labels[start:end, None]).squeeze(-1))
+        for start, end in zip(pack.sequences.cu_seqlens[:-1].tolist(), pack.sequences.cu_seqlens[1:].tolist(), strict=True):
+            logits = model(pack.tokens.input_ids[None, start:end]).logits[0] / TEMPERATURE
+            pieces.append(logits.log_softmax(-1).gather(-1, pack.tokens.labels[start:end, None]).squeeze(-1))
         logp = torch.cat(pieces)
         found.logp.append(logp.detach().numpy())
-        loss = loss - logp[pack.mask].sum() / tokens + z_loss * routers.z_loss_of_pack() / len(packs)
+        loss = loss - logp[pack.tokens.mask].sum() / tokens + z_loss * routers.z_loss_of_pack() / len(packs)
     loss.backward()
     found.gradients, found.expert_counts = gradients_by_file_name(model), routers.counts
     return found

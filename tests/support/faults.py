@@ -92,10 +92,13 @@ def routing_shifted() -> AbstractContextManager[Any]:
     prepare_host("cpu")
     from ctpo_megatron.mcore.model.routing import Routers
 
-    aim = Routers.aim
-    return patch.object(
-        Routers, "aim", lambda self, *args, experts: aim(self, *args, experts=None if experts is None else experts.roll(1, 0))
-    )
+    set_micro_batch = Routers.set_micro_batch
+
+    def shifted(self: Routers, *args: Any, routed_experts: Tensor | None) -> None:
+        rolled = None if routed_experts is None else routed_experts.roll(1, 0)
+        set_micro_batch(self, *args, routed_experts=rolled)
+
+    return patch.object(Routers, "set_micro_batch", shifted)
 
 
 EVERYWHERE: dict[str, Fault] = {

@@ -22,6 +22,7 @@ from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.types import TrainSample
 from tests.support.engine_faults import Fault
+from tests.support.numbers import flat
 from tests.support.ranks import at_own_port
 from tests.support.tiny import VOCAB
 
@@ -148,7 +149,7 @@ def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSam
                 versions=[0 if mine else -1 for mine in wrote],
                 advantages=[advantage if mine else 0.0 for mine in wrote],
                 group=number // 4,
-                experts=routing.permuted(np.tile(np.arange(4, dtype=np.int8), (length, LAYERS, 1)), axis=-1)[..., :2],
+                routed_experts=routing.permuted(np.tile(np.arange(4, dtype=np.int8), (length, LAYERS, 1)), axis=-1)[..., :2],
             )
         )
     return samples
@@ -157,7 +158,7 @@ def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSam
 def packs_of(case: Case, samples: list[TrainSample], parallel: ParallelConfig) -> list[MicroBatch]:
     """The packs of a case, padded as the layout wants it."""
     if not case.replay:
-        samples = [replace(sample, experts=None) for sample in samples]
+        samples = [replace(sample, routed_experts=None) for sample in samples]
     groups = [samples[i :: case.packs] if case.packed else [samples[i]] for i in range(case.packs)]
     chosen = [sample for group in groups for sample in group]
     weights = sequence_weights("sequence-mean", torch.tensor([sum(sample.mask) for sample in chosen])).tolist()
@@ -199,7 +200,7 @@ def train(engine: TrainerRank, case: Case, samples: list[TrainSample]) -> Found:
     packs = packs_of(case, samples, engine.parallel)[engine.coords.dp_rank :: engine.parallel.dp]
     algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="rollout")
     options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftConfig(), "version": 0}
-    steps = [update_policy(engine, [packs], **options) for _ in range(2)]
+    steps = [flat(update_policy(engine, [packs], **options)) for _ in range(2)]
     return Found(steps, exported(engine))
 
 
@@ -235,7 +236,7 @@ def train_alone(rank: RankInfo, models: dict[str, Path], cases: dict[str, list[C
         engine = start(rank, path, ParallelConfig())
         (whole,) = packs_of(Case("ctpo", True, 1), draw_samples(), engine.parallel)
         (logp,) = engine.logp(engine.place([whole]), TEMPERATURE)
-        samples = draw_samples([part.tolist() for part in logp.split(whole.cu_seqlens.diff().tolist())])
+        samples = draw_samples([part.tolist() for part in logp.split(whole.sequences.cu_seqlens.diff().tolist())])
         before = exported(engine)
         found[family] = Alone(samples, before, {case: train(engine, case, samples) for case in cases[family]})
         engine.close()
@@ -244,7 +245,7 @@ def train_alone(rank: RankInfo, models: dict[str, Path], cases: dict[str, list[C
 
 def exported(engine: TrainerRank) -> dict[str, NDArray[np.float32]]:
     """Whole weights under their Hugging Face names on rank 0, nothing elsewhere."""
-    return {name: tensor.numpy().copy() for bucket in engine.export(1 << 20) for name, tensor in bucket}
+    return {name: tensor.numpy().copy() for bucket in engine.stream(1 << 20, to=0) for name, tensor in bucket}
 
 
 def largest_deviations(found: Found, expected: Found) -> dict[str, float]:

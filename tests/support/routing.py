@@ -44,7 +44,7 @@ def check_experts(model: torch.nn.Module, ids: list[int], experts: np.ndarray) -
 def check_top(model: torch.nn.Module, prompt: list[int], generation: Generation, temperature: float) -> None:
     """The likeliest tokens and their log-probs at the sampling temperature."""
     logits = model(torch.tensor([prompt + generation.token_ids])).logits[0, len(prompt) - 1 : -1].float()
-    logp, top = torch.log_softmax(logits / temperature, -1), generation.top
+    logp, top = torch.log_softmax(logits / temperature, -1), generation.top_k
     found = logp.gather(1, torch.from_numpy(top.ids).long())
     assert np.abs(found.numpy() - top.logp).max() < TOP
     assert np.abs(logp.topk(top.ids.shape[1]).values.numpy() - top.logp).max() < TOP
@@ -63,13 +63,13 @@ async def check_record(client: EngineClient, model: torch.nn.Module, prompt: lis
     generations += [await sample(client, prompt)]
     for each, generation in zip([*prompts, prompt], generations, strict=True):
         ids = each + generation.token_ids
-        check_experts(model, ids, generation.experts)
+        check_experts(model, ids, generation.routed_experts)
         check_top(model, each, generation, 0.7)
-        assert (generation.experts >= 0).all()
+        assert (generation.routed_experts >= 0).all()
     known = len(ids) - 1
     second = await sample(client, [*ids, 65, 66, 67], recorded=known)
-    check_experts(model, [*ids, 65, 66, 67, *second.token_ids], np.concatenate([generation.experts, second.experts]))
-    assert len(second.experts) == 3 + len(second.token_ids)
+    check_experts(model, [*ids, 65, 66, 67, *second.token_ids], np.concatenate([g.routed_experts for g in (generation, second)]))
+    assert len(second.routed_experts) == 3 + len(second.token_ids)
 
 
 def check_crossing(newer: torch.nn.Module, prompt: list[int], generations: list[Generation]) -> None:
@@ -77,16 +77,16 @@ def check_crossing(newer: torch.nn.Module, prompt: list[int], generations: list[
     for generation in generations:
         last = generation.versions[-1]
         sampled_by_older = [False] * (len(prompt) - 1) + [version != last for version in generation.versions]
-        assert ((generation.experts[:, 0, 0] < 0) == np.array(sampled_by_older)).all()
+        assert ((generation.routed_experts[:, 0, 0] < 0) == np.array(sampled_by_older)).all()
         assert 0 < sum(sampled_by_older) < len(generation.versions), "it was not in flight during the update"
-        check_experts(newer, prompt + generation.token_ids, generation.experts)
+        check_experts(newer, prompt + generation.token_ids, generation.routed_experts)
 
 
 async def train_samples(client: EngineClient, prompt: list[int], count: int) -> list[TrainSample]:
     """Generations as the trainer gets them."""
     generations = await asyncio.gather(*(sample(client, prompt, tokens=200, session=i) for i in range(count)))
     return [
-        build_sample(prompt, [Turn("assistant", g.token_ids, g.rollout_logp, g.versions, g.top)], 1.0, 0, g.experts)
+        build_sample(prompt, [Turn("assistant", g.token_ids, g.rollout_logp, g.versions, g.top_k)], 1.0, 0, g.routed_experts)
         for g in generations
     ]
 
@@ -95,10 +95,11 @@ def drift(rank: RankInfo, path: Path, samples: list[TrainSample], dtype: str) ->
     """Mean and largest |log-prob difference| of a trainer in `dtype` to the engine that sampled, with replay and without."""
     engine = TrainerRank(str(path), ParallelConfig(), None, rank, device="cpu", dtype=dtype, seed=1)
     found: dict[str, float] = {}
-    for name, chosen in {"with": samples, "without": [replace(s, experts=None) for s in samples]}.items():
+    for name, chosen in {"with": samples, "without": [replace(s, routed_experts=None) for s in samples]}.items():
         (packs,) = pack(chosen, dp=1, max_tokens=1024)
         placed = engine.place(packs)
-        gaps = [(logp - mb.rollout_logp)[mb.mask].abs() for mb, logp in zip(placed, engine.logp(placed, 0.7), strict=True)]
+        pairs = [(mb.tokens, logp) for mb, logp in zip(placed, engine.logp(placed, 0.7), strict=True)]
+        gaps = [(logp - tokens.rollout_logp)[tokens.mask].abs() for tokens, logp in pairs]
         found[f"mean {name}"], found[f"max {name}"] = float(torch.cat(gaps).mean()), float(torch.cat(gaps).max())
     engine.close()
     return found

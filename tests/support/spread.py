@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.algorithms import LocalScan, Scan, Support, evaluate, policy_loss, sequence_weights
-from ctpo_megatron.algorithms.record import merge
+from ctpo_megatron.algorithms import LocalScan, Scan, Support, per_token, policy_loss, sequence_weights
+from ctpo_megatron.algorithms.statistics import Stats, Weighted, merge
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.parallel import ContextParallelScan, Layout, shard, unshard
 from tests.support.naive_scan import borders
@@ -63,7 +63,7 @@ class Found(NamedTuple):
     loss: Tensor
     token_loss: Tensor  # [T]
     gradient: Tensor  # [T]
-    stats: dict[str, Tensor]
+    stats: Stats
 
 
 class Ranks:
@@ -97,7 +97,7 @@ def shares(case: Case, spread: Spread, scan: Scan, rank: int = 0, world: int = 1
     replica, cp_rank = divmod(rank, spread.cp)
     weights = None if spread.micro_batches == 1 else whole_batch_weights(case)
     found = {}
-    with patch.object(evaluate, "PART", spread.part):
+    with patch.object(per_token, "PART", spread.part):
         for number, members in enumerate(spread.packs(len(case.rows))):
             if number % (world // spread.cp) == replica:
                 found[number] = _share(case, spread, members, weights, scan, cp_rank)
@@ -151,7 +151,7 @@ def _share(case: Case, spread: Spread, members: list[int], weights: Tensor | Non
     arrays = {"share": out.loss, "token_loss": out.token_loss, "gradient": logp.grad}
     return {
         **{name: value.detach().numpy() for name, value in arrays.items()},
-        "stats": {name: value.numpy() for name, value in out.stats.items()},
+        "stats": mapped(out.stats, Tensor.numpy),
         "policy_tokens": int(mask.sum()),
     }
 
@@ -191,8 +191,15 @@ def joined(case: Case, spread: Spread, ranks: Sequence[Shares]) -> Found:
             assert not of_sequence[i][len(row.mask) :].any(), "padding has a loss"
             of_sequence[i] = of_sequence[i][: len(row.mask)]
     whole = {name: torch.cat([of_sequence[i] for i in range(len(case.rows))]) for name, of_sequence in streams.items()}
-    stats = merge({name: torch.from_numpy(value) for name, value in part["stats"].items()} for part in parts)
+    stats = merge(mapped(part["stats"], torch.from_numpy) for part in parts)
     return Found(summed([torch.from_numpy(part["share"]) for part in parts]), **whole, stats=stats)
+
+
+def mapped(stats: Stats, function: Callable[[Any], Any]) -> Stats:
+    """Statistics with `function` of each tensor or array: between processes they are arrays."""
+    plain = ({name: function(value) for name, value in part.items()} for part in (stats.sums, stats.maxima, stats.minima))
+    sums, maxima, minima = plain
+    return Stats(sums, {name: Weighted(*map(function, mean)) for name, mean in stats.means.items()}, maxima, minima)
 
 
 def summed(shares: list[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.batch import MicroBatch, Sequences, TokenStreams
 
 VOCAB = 299  # odd: padded under tensor parallelism
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def _pack(lengths: list[int], generator: torch.Generator) -> MicroBatch:
     mask = torch.rand(total, generator=generator) < 0.7
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     advantages = torch.randn(len(lengths), generator=generator).repeat_interleave(torch.tensor(lengths))
-    return MicroBatch(
+    tokens = TokenStreams(
         input_ids=torch.randint(0, VOCAB, (total,), generator=generator),
         labels=torch.randint(0, VOCAB, (total,), generator=generator),
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
@@ -97,13 +97,16 @@ def _pack(lengths: list[int], generator: torch.Generator) -> MicroBatch:
         advantages=torch.where(mask, advantages, 0.0),
         rollout_logp=torch.where(mask, -torch.rand(total, generator=generator), 0.0),
         versions=torch.where(mask, 0, -1).to(torch.int32),
+        restarts=torch.zeros(total, dtype=torch.bool),
+    )
+    sequences = Sequences(
         cu_seqlens=bounds,
         lengths=torch.tensor(lengths),
         groups=torch.arange(len(lengths)),
         weights=torch.ones(len(lengths), dtype=torch.float64),
-        sequence_ids=torch.arange(len(lengths)),
-        restarts=torch.zeros(total, dtype=torch.bool),
+        ids=torch.arange(len(lengths)),
     )
+    return MicroBatch(tokens, sequences)
 
 
 def transformers_logp(path: Path, temperature: float) -> tuple[list[Tensor], float, float]:
@@ -114,12 +117,12 @@ def transformers_logp(path: Path, temperature: float) -> tuple[list[Tensor], flo
     packs, logps = micro_batches(), []
     for pack in packs:
         pieces = []
-        for start, end in zip(pack.cu_seqlens[:-1].tolist(), pack.cu_seqlens[1:].tolist(), strict=True):
-            logits = model(pack.input_ids[None, start:end]).logits[0] / temperature
-            pieces.append(logits.log_softmax(-1).gather(-1, pack.labels[start:end, None]).squeeze(-1))
+        for start, end in zip(pack.sequences.cu_seqlens[:-1].tolist(), pack.sequences.cu_seqlens[1:].tolist(), strict=True):
+            logits = model(pack.tokens.input_ids[None, start:end]).logits[0] / temperature
+            pieces.append(logits.log_softmax(-1).gather(-1, pack.tokens.labels[start:end, None]).squeeze(-1))
         logps.append(torch.cat(pieces))
-    tokens = sum(int(pack.mask.sum()) for pack in packs)
-    loss = -sum(logp[pack.mask].sum() for logp, pack in zip(logps, packs, strict=True)) / tokens
+    tokens = sum(int(pack.tokens.mask.sum()) for pack in packs)
+    loss = -sum(logp[pack.tokens.mask].sum() for logp, pack in zip(logps, packs, strict=True)) / tokens
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return [logp.detach() for logp in logps], loss.item(), norm.item()

@@ -150,10 +150,11 @@ def publish_twice(engine: TrainerRank, transport: Transport, site: Site, base: P
 def nudge(engine: TrainerRank, factor: float) -> None:
     """Scale some tensors, by a power of two and so without a trace when undone: both ends of the model, which may be one tensor;
     a query projection, which the engine keeps in one parameter with key and value; gate and up of a layer or of one expert."""
-    from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors
+    from ctpo_megatron.mcore.groups import current_coords
+    from ctpo_megatron.mcore.hf.load import keyed_tensors
 
     for model in engine.models:
-        for key, parameter in keyed_tensors(model, engine.shape, RankPlace.current()):
+        for key, parameter in keyed_tensors(model, engine.shape, current_coords()):
             if key in NUDGED:
                 parameter *= factor
             elif key.startswith("decoder.layers.1.self_attention.linear_qkv."):

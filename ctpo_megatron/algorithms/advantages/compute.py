@@ -67,7 +67,7 @@ def _reinforce(
 
 
 def _tempo(group: TrajectoryGroup, rewards: Sequence[float], normalize_std: bool) -> TokenAdvantages:
-    """Tool output is part of the paths through the tree, but a change of value on one of its tokens is nobody's credit."""
+    """Tool output is part of the paths through the tree, but a change of value on one of its tokens is credited to no token."""
     responses = [[token for turn in trajectory.turns for token in turn.token_ids] for trajectory in group.trajectories]
     advantages = tempo_advantages(responses, rewards, normalize_std=normalize_std)
     return [_written(trajectory, values) for trajectory, values in zip(group.trajectories, advantages, strict=True)]

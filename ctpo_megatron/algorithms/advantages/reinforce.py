@@ -1,6 +1,7 @@
 """REINFORCE++ (arXiv 2501.03262): discounted returns, whitened over the rollout batch.
 
-Of the paper's reward only the outcome is here: this package has no reference policy, hence no KL term.
+Of the paper's reward only the outcome is here. Its KL term is not part of the reward: a reference policy, where there is one, is
+penalised in the loss (`algorithms/reference.py`).
 """
 
 from __future__ import annotations

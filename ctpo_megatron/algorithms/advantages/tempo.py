@@ -36,7 +36,7 @@ def value_steps(responses: Sequence[Sequence[int]], rewards: Sequence[float]) ->
 
     A response that ends where others go on gets no change there: it has no token that would carry it.
     """
-    order = sorted(range(len(responses)), key=responses.__getitem__)
+    order = sorted(range(len(responses)), key=lambda number: tuple(responses[number]))
     shared = [common_prefix(responses[a], responses[b]) for a, b in pairwise(order)]  # shared[k]: of the k-th and next
     steps: list[dict[int, float]] = [{} for _ in responses]
     nodes = [(0, len(order))]  # half-open ranges of `order`: the responses below a node of the tree

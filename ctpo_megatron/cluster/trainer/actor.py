@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ray
-from torch import Tensor
 
-from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.batch import MicroBatch, Replay
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.cluster.threads import set_threads
@@ -20,10 +19,11 @@ from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
+from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.protocol import Sent, Server
 
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
-    from ctpo_megatron.mcore.host_weights import Snapshot
+    from ctpo_megatron.mcore.host_weights import HostWeights
     from ctpo_megatron.mcore.rank import TrainerRank
     from ctpo_megatron.weights.source import RankWeights
 
@@ -34,7 +34,7 @@ class _Built:
 
     rank: TrainerRank
     weights: RankWeights
-    reference: Snapshot | None  # weights of the reference policy
+    reference: HostWeights | None  # of the reference policy
 
 
 class TrainerActor:
@@ -87,21 +87,20 @@ class TrainerActor:
             shape=self.shape,
         )
         reference = config.algorithm.reference
-        snapshot = None if reference is None else rank.snapshot(reference.path)
+        host_weights = None if reference is None else rank.host_weights(reference.path)
         weights = RankWeights(rank, config.weights, tp=config.rollout.engine.tp, address=node_address(config))
-        self._result = _Built(rank, weights, snapshot)
+        self._result = _Built(rank, weights, host_weights)
         self._free_memory()
         return rank.coords
 
-    def update(self, batches: list[list[MicroBatch]], experts: list[list[Tensor | None]], version: int) -> dict[str, float]:
-        """Statistics of `loop.protocols.Trainer.update`. `experts`: the routed experts of each micro-batch, as far as this rank's
-        routers need them."""
+    def update(self, batches: list[list[MicroBatch]], replays: list[list[Replay | None]], version: int) -> Values:
+        """Statistics of `loop.protocols.Trainer.update`. `replays`: what this rank's routers see of each micro-batch's record."""
         from ctpo_megatron.mcore.policy import update_policy
 
         config = self.config
         with_own = [
-            [replace(mb, own_experts=own) for mb, own in zip(micro_batches, owns, strict=True)]
-            for micro_batches, owns in zip(batches, experts, strict=True)
+            [replace(mb, replay=replay) for mb, replay in zip(micro_batches, own, strict=True)]
+            for micro_batches, own in zip(batches, replays, strict=True)
         ]
         stats = update_policy(
             self._built.rank,
@@ -115,7 +114,7 @@ class TrainerActor:
         self._free_memory()
         return stats
 
-    def supervise(self, batch: list[MicroBatch]) -> dict[str, float]:
+    def supervise(self, batch: list[MicroBatch]) -> Values:
         """Statistics of `loop.protocols.Trainer.supervise`."""
         from ctpo_megatron.mcore.policy import supervise
 

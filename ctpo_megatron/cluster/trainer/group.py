@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from torch import Tensor
 
-from ctpo_megatron.batch import MicroBatch, TrainBatch
+from ctpo_megatron.batch import MicroBatch, Replay, TrainBatch
 from ctpo_megatron.cluster.calls import Process, call_all
-from ctpo_megatron.parallel import RankCoords, own_experts
+from ctpo_megatron.parallel import RankCoords
+from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.proof.canary import join_canary
 from ctpo_megatron.weights.protocol import Sent, Server
 
@@ -35,14 +35,14 @@ class TrainerGroup:
         """The GPUs of each rank, by CUDA's names on its node."""
         return await self._each("gpus")
 
-    async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+    async def update(self, batches: list[TrainBatch], version: int) -> Values:
         """The reduced statistics of one optimizer step per batch (`loop.protocols.Trainer.update`)."""
-        shares = self._shares(lambda dp: [[without_experts(mb) for mb in batch.micro_batches[dp]] for batch in batches])
-        own = [[experts_at(coords, batch.micro_batches[coords.dp_rank]) for batch in batches] for coords in self._coords]
+        shares = self._shares(lambda dp: [[without_replay(mb) for mb in batch.micro_batches[dp]] for batch in batches])
+        own = [[replay_at(coords, batch.micro_batches[coords.dp_rank]) for batch in batches] for coords in self._coords]
         sent = zip(self.ranks, shares, own, strict=True)
         return (await self._calls([rank.actor.update.remote(share, mine, version) for rank, share, mine in sent]))[0]
 
-    async def supervise(self, batch: TrainBatch) -> dict[str, float]:
+    async def supervise(self, batch: TrainBatch) -> Values:
         """The reduced statistics of one supervised step (`loop.protocols.Trainer.supervise`)."""
         shares = self._shares(batch.micro_batches.__getitem__)
         return (await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]))[0]
@@ -94,11 +94,11 @@ class TrainerGroup:
         return await call_all(list(zip(self.ranks, refs, strict=True)), self._timeout_s)
 
 
-def without_experts(mb: MicroBatch) -> MicroBatch:
+def without_replay(mb: MicroBatch) -> MicroBatch:
     """A micro-batch as the ranks of a replica receive it: without the record of routing, of which each rank gets its own part."""
-    return replace(mb, routed_experts=None)
+    return replace(mb, replay=None)
 
 
-def experts_at(coords: RankCoords, micro_batches: list[MicroBatch]) -> list[Tensor | None]:
+def replay_at(coords: RankCoords, micro_batches: list[MicroBatch]) -> list[Replay | None]:
     """What the routers of one rank see of each micro-batch's record of routing; None where it has none."""
-    return [None if mb.routed_experts is None else own_experts(mb.routed_experts, mb.cu_seqlens, coords) for mb in micro_batches]
+    return [None if mb.replay is None else mb.replay.for_rank(coords, mb.sequences.cu_seqlens) for mb in micro_batches]

@@ -107,10 +107,11 @@ def _model(rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: s
 
 @torch.no_grad()
 def _forget(models: list[torch.nn.Module], shape: ModelShape) -> None:
-    from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors
+    from ctpo_megatron.mcore.groups import current_coords
+    from ctpo_megatron.mcore.hf.load import keyed_tensors
 
     for model in models:
-        for _, tensor in keyed_tensors(model, shape, RankPlace.current()):
+        for _, tensor in keyed_tensors(model, shape, current_coords()):
             tensor.fill_(math.nan)
 
 

@@ -1,4 +1,4 @@
-"""Megatron's weights as a Hugging Face model directory, written by all senders together (see hf.senders)."""
+"""Megatron's weights as a Hugging Face model directory, written by all senders together (see `models.owners`)."""
 
 from __future__ import annotations
 

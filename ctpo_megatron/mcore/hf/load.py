@@ -4,55 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ctpo_megatron.errors import ModelError
+from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.hf.cuts import pack
+from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.files import weight_files
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, EXPERT_BIAS, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
 
 
-@dataclass(frozen=True, slots=True)
-class RankPlace:
-    """Where this rank stands on the axes that decide which part of the weights it holds."""
-
-    tp_rank: int
-    tp_size: int
-    ep_rank: int
-    ep_size: int
-    etp_rank: int
-    etp_size: int
-
-    @classmethod
-    def current(cls) -> RankPlace:
-        """From megatron's process groups."""
-        return cls(
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_expert_model_parallel_rank(),
-            parallel_state.get_expert_model_parallel_world_size(),
-            parallel_state.get_expert_tensor_parallel_rank(),
-            parallel_state.get_expert_tensor_parallel_world_size(),
-        )
-
-    def share(self, tensor: HfTensor) -> tuple[int, int]:
-        """Rank and size of the group that cuts `tensor`."""
-        return (self.tp_rank, self.tp_size) if tensor.expert is None else (self.etp_rank, self.etp_size)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The GPTModel inside megatron's wrappers (data parallelism, 16-bit)."""
-    while not hasattr(model, "decoder"):
-        model = model.module
-    return model
+def unwrap(model: nn.Module) -> Any:
+    """The GPTModel, a class without types, inside megatron's wrappers (data parallelism, 16-bit)."""
+    inner: Any = model
+    while not hasattr(inner, "decoder"):
+        inner = inner.module
+    return inner
 
 
 def layer_numbers(model: nn.Module) -> list[int]:
@@ -60,10 +33,10 @@ def layer_numbers(model: nn.Module) -> list[int]:
     return [layer.layer_number - 1 for layer in unwrap(model).decoder.layers]
 
 
-def keyed_tensors(model: nn.Module, shape: ModelShape, place: RankPlace) -> Iterator[tuple[str, Tensor]]:
-    """The rank's parameters, and its routers' biases, under their keys (see hf.names)."""
+def keyed_tensors(model: nn.Module, shape: ModelShape, coords: RankCoords) -> Iterator[tuple[str, Tensor]]:
+    """The rank's parameters, and its routers' biases, under their keys (see `models.tensors`)."""
     layers, inner = layer_numbers(model), unwrap(model)
-    first_expert = place.ep_rank * (shape.num_experts // place.ep_size)
+    first_expert = coords.ep_rank * (shape.num_experts // coords.ep_size)
     biases = ((name, buffer) for name, buffer in inner.named_buffers() if name.endswith(EXPERT_BIAS))
     for name, tensor in (*inner.named_parameters(), *biases):
         yield parameter_key(name, layers, first_expert), tensor
@@ -77,7 +50,7 @@ def load_hf(models: list[nn.Module], shape: ModelShape, path: str | Path) -> Non
     Megatron's optimizers keep a copy in higher precision: call their `reload_model_params()` when they exist already.
     Raises ModelError for tensors that the directory lacks, has too many of, or has in another shape.
     """
-    place = RankPlace.current()
+    coords = current_coords()
     by_key: dict[str, list[HfTensor]] = {}
     for tensor in hf_tensors(shape):
         by_key.setdefault(tensor.key, []).append(tensor)
@@ -86,11 +59,11 @@ def load_hf(models: list[nn.Module], shape: ModelShape, path: str | Path) -> Non
     with HfReader(Path(path)) as reader:
         reader.check(shape)
         for model in models:
-            for key, parameter in keyed_tensors(model, shape, place):
+            for key, parameter in keyed_tensors(model, shape, coords):
                 if key not in by_key:
                     raise ModelError(f"{path}: megatron's parameter {key} has no counterpart in the {shape.family} format.")
                 sources = by_key[key]
-                pieces = [reader.piece(source, shape, place) for source in sources]
+                pieces = [reader.piece(source, shape, coords) for source in sources]
                 local = pack(sources[0].cut, pieces, shape)
                 if local.shape != parameter.shape:
                     raise ModelError(
@@ -134,13 +107,13 @@ class HfReader:
             if found != wanted:
                 raise ModelError(f"{self.directory}: {name} has shape {list(found)}; config.json asks for {list(wanted)}.")
 
-    def piece(self, tensor: HfTensor, shape: ModelShape, place: RankPlace) -> Tensor:
-        """The part of `tensor` that the rank at `place` holds."""
+    def piece(self, tensor: HfTensor, shape: ModelShape, coords: RankCoords) -> Tensor:
+        """The part of `tensor` that the rank at `coords` holds."""
         source = self.handles[tensor.name].get_slice(tensor.name)
         dim = tensor.cut.dim
         if dim is None:
             return source[:]
-        rank, size = place.share(tensor)
+        rank, size = coords.share(tensor)
         rows = tensor.shape[dim]
         if tensor.key in (EMBEDDING_KEY, OUTPUT_KEY):
             rows = shape.padded_vocab_size(size)

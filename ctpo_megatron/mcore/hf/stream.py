@@ -1,4 +1,4 @@
-"""Megatron's weights as full tensors under their Hugging Face names, each on the rank that sends it (see hf.senders).
+"""Megatron's weights as full tensors under their Hugging Face names, each on the rank that sends it (see `models.owners`).
 
 Pieces travel from the ranks that hold them to the tensor's sender, which joins them in one flat buffer per bucket. Other ranks,
 replicas above all, take no part.
@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ctpo_megatron.mcore.hf.buffers import BucketMemory
+from ctpo_megatron.mcore.groups import current_coords
+from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.hf.cuts import unpack
-from ctpo_megatron.mcore.hf.load import RankPlace, keyed_tensors, layer_numbers, unwrap
+from ctpo_megatron.mcore.hf.load import keyed_tensors, layer_numbers, unwrap
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
@@ -25,11 +26,9 @@ _PADDED = (EMBEDDING_KEY, OUTPUT_KEY)  # with rows for tokens that do not exist
 
 def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
     """Which rank holds what. Every rank calls it."""
-    place, inner = RankPlace.current(), [unwrap(model) for model in models]
+    inner = [unwrap(model) for model in models]
     mine = Holding(
-        tp_rank=place.tp_rank,
-        ep_rank=place.ep_rank,
-        etp_rank=place.etp_rank,
+        coords=current_coords(),
         layers=tuple(number for model in models for number in layer_numbers(model)),
         first=any(model.pre_process for model in inner),
         last=any(model.post_process for model in inner),
@@ -42,18 +41,18 @@ def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
 @torch.no_grad()
 def export_stream(
     models: list[nn.Module], shape: ModelShape, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None
-) -> Iterator[list[tuple[str, Tensor]]]:
+) -> Iterator[NamedTensors]:
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
-    `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: who receives gets
-    its own buckets, and everybody an empty list for a bucket that only takes pieces away; all get one for the first bucket of
-    all, so that they can begin together and go on later. A bucket holds at most `bucket_bytes`,
-    unless a single unit is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are
-    copies: they do not change when the model is trained further. They lie in `memory`, which may be kept for the next stream.
+    `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: a rank that receives
+    gets its own buckets, and every rank an empty list for a bucket that only takes pieces away. All ranks get one for the first
+    bucket of all, so that they can begin together and go on later. A bucket holds at most `bucket_bytes`, unless a single unit
+    is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are copies: they do
+    not change when the model is trained further. They lie in `memory`, which may be kept for the next stream.
     Layers of multi-token prediction, which are not trained, are left out.
     """
-    place = RankPlace.current()
-    parameters = {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, place)}
+    coords = current_coords()
+    parameters = {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, coords)}
     like = next(unwrap(models[0]).parameters())
     holders, rank = find_holders(models, shape), dist.get_rank()
     gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device))
@@ -75,7 +74,7 @@ class _Gathering:
     dtype: torch.dtype
     memory: BucketMemory
 
-    def run(self, bucket: list[HfTensor], sender: int) -> list[tuple[str, Tensor]]:
+    def run(self, bucket: list[HfTensor], sender: int) -> NamedTensors:
         """`sender` receives the pieces in their places, and copies its own meanwhile; the others get an empty list."""
         rank = dist.get_rank()
         full = self._allocate(bucket) if rank == sender else {}
@@ -89,11 +88,11 @@ class _Gathering:
                 if length == 0 or rank not in (holder, sender):  # a piece of nothing but the vocabulary's padding
                     continue
                 slot = full[tensor.name].narrow(tensor.cut.dim or 0, start, length) if rank == sender else None
-                if holder == rank and slot is not None:
-                    own.append((slot, self._piece(tensor, length)))
-                elif holder == rank:
+                if slot is None:  # this rank holds the piece, and another one sends the whole
                     piece = self._piece(tensor, length).to(self._dtype_of(tensor)).contiguous()
                     transfers.append(dist.P2POp(dist.isend, piece, sender))
+                elif holder == rank:
+                    own.append((slot, self._piece(tensor, length)))
                 else:
                     arriving = slot if slot.is_contiguous() else torch.empty_like(slot, memory_format=torch.contiguous_format)
                     if arriving is not slot:
@@ -114,10 +113,10 @@ class _Gathering:
         return piece[:length] if tensor.key in _PADDED else piece
 
     def _allocate(self, bucket: list[HfTensor]) -> dict[str, Tensor]:
-        """Room for the bucket in one buffer; the widest number format first, so that all are aligned."""
+        """Tensors for the bucket in one buffer; the widest number format first, so that all are aligned."""
         ordered = sorted(bucket, key=lambda tensor: -self._dtype_of(tensor).itemsize)
-        rooms = self.memory.allocate([(self._dtype_of(tensor), tensor.shape) for tensor in ordered])
-        return {tensor.name: room for tensor, room in zip(ordered, rooms, strict=True)}
+        tensors = self.memory.allocate([(self._dtype_of(tensor), tensor.shape) for tensor in ordered])
+        return {tensor.name: memory for tensor, memory in zip(ordered, tensors, strict=True)}
 
     def _dtype_of(self, tensor: HfTensor) -> torch.dtype:
         return torch.float32 if tensor.precise else self.dtype

@@ -1,7 +1,7 @@
 """Causal attention over packed sequences with torch alone: the core attention of the portable layer spec.
 
-The pack is laid out once per micro-batch: sequences of similar length are padded to a common one and go through torch's
-scaled-dot-product attention together, so time grows as the sum of squared lengths, not as the square of the pack. Under
+A micro-batch is laid out once: sequences of similar length are padded to a common one and go through torch's
+scaled-dot-product attention together, so time grows as the sum of squared lengths, not as the square of the micro-batch. Under
 context parallelism each rank keeps its queries and gathers all keys and values; the mask follows the positions in the whole
 sequence (zigzag layout: rank r holds pieces r and 2*cp-1-r of each sequence).
 """
@@ -40,7 +40,7 @@ class Padding:
 
 @dataclass
 class PackedLayout(PackedSeqParams):
-    """megatron's description of a pack, with what `PackedAttention` needs; every layer of a micro-batch shares it."""
+    """megatron's description of packed sequences, with what `PackedAttention` needs; every layer of a micro-batch shares it."""
 
     buckets: list[Bucket] = field(default_factory=list)
     queries: Padding | None = None

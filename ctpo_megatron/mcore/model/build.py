@@ -70,7 +70,7 @@ def _chunk(
         if ".experts." in name:
             # Experts are spread over ranks by ep and etp, not by tp: their gradients are to be summed over the
             # expert-data-parallel group. megatron's layers ask for that only where ep > 1.
-            parameter.allreduce = False
+            parameter.allreduce = False  # type: ignore[attr-defined]  # megatron's own mark
     model.to(device)
     if config.bf16:
         model = Float16Module(config, model)

@@ -58,17 +58,17 @@ class Head:
     def __call__(self, hidden: Tensor, shard: MicroBatch, temperature: float, *, labels_only: bool = False) -> WordLogp:
         """What `vocab_parallel_logp` finds for hidden states [1, T_local, H] of `shard`.
 
-        Besides the labels' log-probs the entropy, and the support's log-probs where the shard has one, unless `labels_only`.
+        Besides the labels' log-probs the entropy, and the top-k tokens' log-probs where the shard has some, unless `labels_only`.
         """
         return vocab_parallel_logp(
             hidden.squeeze(0),
             self.weight,
-            shard.labels,
+            shard.tokens.labels,
             group=self.group,
             temperature=temperature,
             vocab_size=self.vocab_size,
             entropy=not labels_only,
-            support_ids=None if labels_only else shard.support_ids,
+            top_k_ids=None if labels_only else shard.tokens.top_k_ids,
         )
 
 

@@ -34,7 +34,7 @@ class WholeLinear(torch.nn.Module):
     def __init__(self, config: MLATransformerConfig, in_size: int, out_size: int) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(out_size, in_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradients are partial
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron's mark: partial gradients
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., in_size] to [..., out_size], and megatron's second output, the bias not added."""

@@ -28,7 +28,7 @@ def attention_options(shape: ModelShape, fused: bool) -> dict[str, Any]:
         "kv_channels": attention.head_dim,
         "qk_layernorm": attention.qk_norm,
         "add_qkv_bias": attention.qkv_bias,
-        # the fused kernel for packs drops yarn's factor
+        # the fused kernel for packed sequences drops yarn's factor
         "apply_rope_fusion": fused and not isinstance(shape.rope.scaling, YarnScaling),
     }
 
@@ -50,6 +50,8 @@ def _latent_rope(rope: Rope) -> dict[str, Any]:
     scaling = rope.scaling
     if scaling is None:
         return {"rope_type": "rope", "rotary_base": rope.theta, "rotary_scaling_factor": 1.0}
+    if not isinstance(scaling, YarnScaling):
+        raise ModelError(f"latent attention with {type(scaling).__name__} of its position embedding; allowed are YaRN and none")
     return {
         "rope_type": "yarn",
         "rotary_base": rope.theta,
@@ -100,7 +102,7 @@ def scale_llama3(model: GPTModel, rope: Rope) -> None:
 
 
 def experts_options(experts: Experts, moe: MoeConfig, fused: bool) -> dict[str, Any]:
-    """Fields of the mixtures. The load-balancing loss is over a pack's tokens, for sigmoid gates with their scores normalised."""
+    """Fields of the mixtures. The load-balancing loss is over a micro-batch's tokens, sigmoid scores normalised."""
     if experts.normalise and experts.top_k == 1:
         raise ModelError("num_experts_per_tok = 1 with norm_topk_prob makes every gate 1 and the router untrainable.")
     aux = experts.aux_loss_coeff if moe.aux_loss_coeff is None else moe.aux_loss_coeff

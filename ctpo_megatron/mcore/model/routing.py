@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from ctpo_megatron.mcore.reduction import Measured
 from ctpo_megatron.models.shape import ModelShape
 
 TopKFn = Callable[..., tuple[Tensor, Tensor]]
@@ -39,17 +40,17 @@ class Seen:
     """What one router is told of a micro-batch."""
 
     counted: Tensor  # [tokens] bool, those of this rank; False on padding
-    total: int  # tokens of the whole pack without padding, over all context- and tensor-parallel ranks
-    experts: Tensor | None  # [tokens, k] to follow, -1: the router chooses itself; None: for all tokens
+    total: int  # tokens of the whole micro-batch without padding, over all context- and tensor-parallel ranks
+    routed_experts: Tensor | None  # [tokens, k] to follow, -1: the router chooses itself; None: for all tokens
 
 
 class Replay:
-    """Answers for one router what its top k are. `target` [tokens, k]: `Seen.experts` of the micro-batch at hand."""
+    """Answers for one router what its top k are. `routed_experts` [tokens, k]: those of the micro-batch at hand."""
 
     def __init__(self) -> None:
-        self.target: Tensor | None = None
+        self.routed_experts: Tensor | None = None
         self.training = False
-        self.followed: Tensor | None = None  # [tokens, k] of the last call that had a target
+        self.followed: Tensor | None = None  # [tokens, k] of the last call that had a routing to follow
         self.counts: Tensor | None = None  # choices replayed, and those of them that the router would not have made
 
     def get_replay_topk(
@@ -57,13 +58,13 @@ class Replay:
     ) -> tuple[Tensor, Tensor]:
         """The chosen experts' scores and numbers, [tokens, k] both; megatron calls it with `scores` [tokens, experts]."""
         values, own = default_compute_topk(scores, topk, num_groups, group_topk)
-        target = self.target
-        if target is None:
+        routed = self.routed_experts
+        if routed is None:
             self.followed = None
             return values, own
-        if target.shape != own.shape:
-            raise ValueError(f"the routing to follow is {list(target.shape)}, the router's own {list(own.shape)}")
-        given, known = target.to(own.dtype), target >= 0
+        if routed.shape != own.shape:
+            raise ValueError(f"the routing to follow is {list(routed.shape)}, the router's own {list(own.shape)}")
+        given, known = routed.to(own.dtype), routed >= 0
         self.followed = torch.where(known, given, own)
         if self.training:
             unlike = known & (given.unsqueeze(2) != own.unsqueeze(1)).all(2)
@@ -86,7 +87,7 @@ class ReplayRouter(TopKRouter):
         self.next: Seen | None = None  # of the micro-batch that comes
         self.load: Tensor | None = None
         self._seen: Seen | None = None  # of the one at hand
-        self._again: deque[Seen | None] = deque()
+        self._again: deque[Seen] = deque()
 
     def begin(self) -> None:
         """Before the first micro-batch of a training pass."""
@@ -96,7 +97,7 @@ class ReplayRouter(TopKRouter):
     def forward(self, input: Tensor, _padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `TopKRouter`: gates and map, [tokens, experts] both."""
         self._seen = seen = self._due()
-        self.router_replay.target, self.router_replay.training = seen.experts, self.training
+        self.router_replay.routed_experts, self.router_replay.training = seen.routed_experts, self.training
         gates, chosen = super().forward(input, ~seen.counted)
         if self.training:
             load = self._counted(chosen.detach()).sum(0)
@@ -109,6 +110,8 @@ class ReplayRouter(TopKRouter):
         A layer that is computed again in the backward pass runs without gradients the first time and with them the second; in
         between come other micro-batches, whose backward passes follow one another in the order of their forward passes.
         """
+        if self.next is None:
+            raise RuntimeError("a router computes before it was told of a micro-batch; see Routers.set_micro_batch")
         if not self.training:
             return self.next
         if not torch.is_grad_enabled():
@@ -116,13 +119,19 @@ class ReplayRouter(TopKRouter):
             return self.next
         return self._again.popleft() if self._again else self.next
 
+    @property
+    def _at_hand(self) -> Seen:
+        if self._seen is None:
+            raise RuntimeError("a router is asked about a micro-batch before its forward pass")
+        return self._seen
+
     def _counted(self, routing_map: Tensor) -> Tensor:
         """The map [tokens, experts] without padding."""
-        return routing_map & self._seen.counted.unsqueeze(1)
+        return routing_map & self._at_hand.counted.unsqueeze(1)
 
     def _apply_aux_loss(self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, **options: Any) -> Tensor:
         """The load in the balancing loss is that of the experts which were used; megatron's would be the router's wish."""
-        if self._seen.total == 0:  # a mean over nothing
+        if self._at_hand.total == 0:  # a mean over nothing
             return probs
         followed = self.router_replay.followed
         if followed is not None:
@@ -130,12 +139,12 @@ class ReplayRouter(TopKRouter):
         return super()._apply_aux_loss(probs, scores_for_aux_loss, routing_map, **options)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """[tokens, experts] unchanged, with the gradient of this rank's share of the z-loss, a mean over the pack."""
+        """[tokens, experts] unchanged, with the gradient of this rank's share of the z-loss, a mean over the micro-batch."""
         coeff = self.config.moe_z_loss_coeff
-        if not (coeff and self.training and torch.is_grad_enabled() and self._seen.total):
+        if not (coeff and self.training and torch.is_grad_enabled() and self._at_hand.total):
             return logits
         squares = torch.logsumexp(logits, dim=-1).square()
-        share = torch.where(self._seen.counted, squares, 0.0).sum() * (coeff / self._seen.total)
+        share = torch.where(self._at_hand.counted, squares, 0.0).sum() * (coeff / self._at_hand.total)
         return MoEAuxLossAutoScaler.apply(logits, share)
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
@@ -144,7 +153,7 @@ class ReplayRouter(TopKRouter):
 
 
 def with_replay(block: TransformerBlockSubmodules) -> TransformerBlockSubmodules:
-    """The same layers, those with experts with a `ReplayRouter`."""
+    """A copy of the layers, in which those with experts have a `ReplayRouter`."""
     return replace(block, layer_specs=[_layer(spec) for spec in block.layer_specs])
 
 
@@ -175,21 +184,22 @@ class Routers:
         for router in self._all:
             router.begin()
 
-    def aim(self, chunk: torch.nn.Module, counted: Tensor, total: int, *, experts: Tensor | None) -> None:
+    def set_micro_batch(self, chunk: torch.nn.Module, counted: Tensor, total: int, *, routed_experts: Tensor | None) -> None:
         """Before `chunk` computes a micro-batch: what its routers see of it; see `Seen`.
 
-        `experts`: [T / (cp * tp), expert layers of all this rank's chunks, k], see `parallel.own_experts`; None: none to follow.
+        `routed_experts`: [T / (cp * tp), expert layers of all this rank's chunks, k], see `parallel.own_experts`; None: none to
+        follow.
         """
-        self._replaying |= experts is not None
+        self._replaying |= routed_experts is not None
         first = 0
         for each, routers in self._chunks.items():
             if each is chunk:
                 for i, router in enumerate(routers, start=first):
-                    router.next = Seen(counted, total, None if experts is None else experts[:, i])
+                    router.next = Seen(counted, total, None if routed_experts is None else routed_experts[:, i])
             first += len(routers)
 
-    def measure(self) -> tuple[list[str], Tensor]:
-        """Names and values of what the last training pass did, the same on every rank; collective, and no wait for the device.
+    def measure(self) -> Measured:
+        """Numbers of what the last training pass did, the same on every rank; collective, and no wait for the device.
 
         `moe/load_max_over_mean/layer_n`: tokens of the busiest expert over the mean; 1 is even. `moe/load_entropy/layer_n`:
         entropy of the load over its largest value; 1 is even. `routing/changed`: the share of replayed choices that the trainer's
@@ -197,10 +207,11 @@ class Routers:
         """
         layers, experts = self._shape.expert_layers, self._shape.num_experts
         if not layers:
-            return [], torch.zeros(0, dtype=torch.float64, device=self._device)
+            return Measured()
         counts = torch.zeros(len(layers), experts + 2, dtype=torch.int64, device=self._device)
         for place, router in zip(self.expert_layers, self._all, strict=True):
-            counts[place, :experts] = router.load
+            if router.load is not None:
+                counts[place, :experts] = router.load
             if router.router_replay.counts is not None:
                 counts[place, experts:] = router.router_replay.counts
         dist.all_reduce(counts)  # ranks have other tokens or other layers, never the same of both
@@ -211,4 +222,4 @@ class Routers:
         values = torch.cat([share.amax(1) * experts, entropy])
         if self._replaying:
             names, values = [*names, "routing/changed"], torch.cat([values, replayed[1:] / replayed[:1].clamp(min=1)])
-        return names, values
+        return Measured(names, values)

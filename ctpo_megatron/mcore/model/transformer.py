@@ -50,7 +50,7 @@ def transformer_config(
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
-        variable_seq_lengths=True,  # packs differ in length
+        variable_seq_lengths=True,  # micro-batches differ in length
         moe_token_dispatcher_type="alltoall",  # the one that allows it
         cuda_graph_scope=[],
         # megatron frees what it sends before it has waited for it, which only an allocator that follows CUDA's streams survives

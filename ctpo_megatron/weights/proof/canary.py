@@ -9,7 +9,7 @@ import random
 
 import torch
 
-from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.batch import MicroBatch, Sequences, TokenStreams
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.parallel import zigzag_unshard
 
@@ -32,19 +32,23 @@ def canary_batch(token_ids: list[int], multiple: int) -> MicroBatch:
     total = -(-length // multiple) * multiple
     tokens = torch.tensor(token_ids + [0] * (total - length + 1))
     return MicroBatch(
-        input_ids=tokens[:-1],
-        labels=tokens[1:],
-        position_ids=torch.arange(total),
-        mask=torch.arange(total) < length - 1,
-        advantages=torch.zeros(total),
-        rollout_logp=torch.zeros(total),
-        versions=torch.full((total,), -1, dtype=torch.int32),
-        cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
-        lengths=torch.tensor([length]),
-        groups=torch.zeros(1, dtype=torch.int64),
-        weights=torch.ones(1, dtype=torch.float64),
-        sequence_ids=torch.zeros(1, dtype=torch.int64),
-        restarts=torch.zeros(total, dtype=torch.bool),
+        TokenStreams(
+            input_ids=tokens[:-1],
+            labels=tokens[1:],
+            position_ids=torch.arange(total),
+            mask=torch.arange(total) < length - 1,
+            advantages=torch.zeros(total),
+            rollout_logp=torch.zeros(total),
+            versions=torch.full((total,), -1, dtype=torch.int32),
+            restarts=torch.zeros(total, dtype=torch.bool),
+        ),
+        Sequences(
+            cu_seqlens=torch.tensor([0, total], dtype=torch.int32),
+            lengths=torch.tensor([length]),
+            groups=torch.zeros(1, dtype=torch.int64),
+            weights=torch.ones(1, dtype=torch.float64),
+            ids=torch.zeros(1, dtype=torch.int64),
+        ),
     )
 
 

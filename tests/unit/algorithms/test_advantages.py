@@ -323,14 +323,14 @@ def test_token_level_advantages_reach_the_micro_batches():
     (batch,) = make_batches([group, group], config)
     ((micro,),) = batch.micro_batches
     once = [2 / 3, 0, 1, -1 / 3, 0, -1, 2 / 3, 5 / 6, -1]  # zeros: tool tokens; one prompt token is no label
-    assert micro.advantages.tolist() == pytest.approx(once * 2, rel=1e-6)
-    assert micro.mask.tolist() == [value != 0 for value in once * 2]
+    assert micro.tokens.advantages.tolist() == pytest.approx(once * 2, rel=1e-6)
+    assert micro.tokens.mask.tolist() == [value != 0 for value in once * 2]
 
 
 def test_sequences_are_numbered_over_the_rollout_batch():
     groups = [group_of(trajectory(1.0, [1]), trajectory(0.0, [2])), group_of(trajectory(1.0, [3]), trajectory(0.0, [4]))]
     batches = make_batches(groups, run_config({}, optimizer_steps=2))
-    found = [micro.sequence_ids.tolist() for batch in batches for rank in batch.micro_batches for micro in rank]
+    found = [micro.sequences.ids.tolist() for batch in batches for rank in batch.micro_batches for micro in rank]
     assert found == [[0, 1], [2, 3]]
 
 
@@ -338,7 +338,7 @@ def test_whitening_is_over_the_rollout_batch_not_over_an_optimizer_step():
     # within each optimizer step all returns are equal, and would become 0
     groups = [group_of(trajectory(1.0, [1, 2]), trajectory(1.0, [1])), group_of(trajectory(0.0, [1, 2, 3]))]
     batches = make_batches(groups, run_config({"advantage": {"type": "reinforce++"}}, optimizer_steps=2))
-    found = [micro.advantages.tolist() for batch in batches for rank in batch.micro_batches for micro in rank]
+    found = [micro.tokens.advantages.tolist() for batch in batches for rank in batch.micro_batches for micro in rank]
     assert found == [pytest.approx([1, 1, 1], abs=1e-5), pytest.approx([-1, -1, -1], abs=1e-5)]
 
 

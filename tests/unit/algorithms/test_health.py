@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,27 +19,27 @@ from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary
 from tensorboard.data_compat import migrate_value
 from tensorboard.util.tensor_util import make_ndarray
 
-from ctpo_megatron.algorithms import LocalScan, policy_loss
-from ctpo_megatron.algorithms import evaluate as evaluation
-from ctpo_megatron.algorithms.evaluate import evaluate
+from ctpo_megatron.algorithms import LocalScan, per_token, policy_loss
 from ctpo_megatron.algorithms.health import DECILES, POSITION_BINS, position_bin
+from ctpo_megatron.algorithms.per_token import per_token_loss
 from ctpo_megatron.algorithms.prepare import Streams, prepare
 from ctpo_megatron.algorithms.recipe import make_recipe
-from ctpo_megatron.algorithms.record import merge
+from ctpo_megatron.algorithms.statistics import Stats, merge
 from ctpo_megatron.algorithms.tokens import Tokens
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.loop.health import health_histograms, health_metrics
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.statistics import train_metrics
-from ctpo_megatron.mcore.host import ABSENT_ON_CPU
-from ctpo_megatron.mcore.policy import merge_stats
+from ctpo_megatron.mcore.reduction import Measured, reduce_stats
 from ctpo_megatron.parallel.layout import zigzag_shard
 from ctpo_megatron.record import Recorder
+from ctpo_megatron.record.values import Mean, Sum, merge_values
+from tests.support.numbers import flat, on_host
 
 SIGMA = 0.0387  # of the size that the paper of CTPO fits (arXiv 2605.07331, figure 1)
 
 
-def stats_of(log_ratios: list[Any], masks: list[Any] | None = None, advantage: float = 1.0, **options: Any) -> dict[str, Any]:
+def stats_of(log_ratios: list[Any], masks: list[Any] | None = None, advantage: float = 1.0, **options: Any) -> Stats:
     """Statistics of a pack whose sequences have these log-ratios."""
     d = torch.cat([torch.as_tensor(x, dtype=torch.float64) for x in log_ratios])
     lengths = torch.tensor([len(x) for x in log_ratios])
@@ -51,14 +49,8 @@ def stats_of(log_ratios: list[Any], masks: list[Any] | None = None, advantage: f
     return policy_loss({"type": "ctpo"}, **given, mask=mask, cu_seqlens=cu_seqlens, **options).stats
 
 
-def flat(stats: dict[str, torch.Tensor]) -> dict[str, float]:
-    """As the trainer hands them to the driver."""
-    entries = {f"{key}/{i}": x for key, value in stats.items() if value.dim() for i, x in enumerate(value.tolist())}
-    return entries | {key: value.item() for key, value in stats.items() if not value.dim()}
-
-
 def panel(log_ratios: list[Any], **options: Any) -> dict[str, float]:
-    return health_metrics(flat(stats_of(log_ratios, **options)))
+    return health_metrics(on_host(stats_of(log_ratios, **options)))
 
 
 def paths(count: int, length: int, drift: float = 0.0) -> list[np.ndarray]:
@@ -113,8 +105,8 @@ def test_bins_by_hand() -> None:
     """Policy tokens are 1, 2, 3 of the first sequence and 1 of the second."""
     stats = stats_of([[1.0, 9.0, 2.0, 4.0], [-3.0]], masks=[[1, 0, 1, 1], [1]])
     expected = {"tokens": [2, 2, 0], "position": [2, 5, 0], "log_ratio": [-2, 10, 0], "log_ratio_sq": [10, 58, 0]}
-    assert {name: stats[f"sum/health/{name}"][:3].tolist() for name in expected} == expected
-    found = health_metrics(flat(stats))
+    assert {name: stats.sums[f"health/{name}"][:3].tolist() for name in expected} == expected
+    found = health_metrics(on_host(stats))
     assert found["health/log_ratio_mean/from_token_2"] == 5.0
     assert found["health/log_ratio_std/from_token_1"] == 2.0
     assert found["health/log_ratio_std/from_token_2"] == 2.0
@@ -149,9 +141,9 @@ def test_clip_fraction_of_deciles_by_hand() -> None:
 def test_restarts_begin_the_log_ratio_anew_and_leave_the_deciles() -> None:
     restarts = torch.arange(20) == 10
     stats = stats_of([[0.1] * 20], restarts=restarts)
-    assert stats["sum/health/tokens"][:5].tolist() == [2, 4, 8, 6, 0]
-    assert stats["sum/health/log_ratio"][3].item() == pytest.approx(2 * (0.8 + 0.9 + 1.0), rel=1e-9)
-    assert stats["sum/health/decile_tokens"].tolist() == [2] * DECILES
+    assert stats.sums["health/tokens"][:5].tolist() == [2, 4, 8, 6, 0]
+    assert stats.sums["health/log_ratio"][3].item() == pytest.approx(2 * (0.8 + 0.9 + 1.0), rel=1e-9)
+    assert stats.sums["health/decile_tokens"].tolist() == [2] * DECILES
 
 
 def test_effective_sample_size_by_hand() -> None:
@@ -170,7 +162,9 @@ def test_statistics_of_micro_batches_add_up(lengths: list[int], seed: int, data:
     whole = stats_of(rows, masks)
     halves = [stats_of(rows[:cut], masks[:cut]), stats_of(rows[cut:], masks[cut:])]
     same(merge(halves), whole)
-    assert health_metrics(merge_stats([flat(half) for half in halves])) == pytest.approx(health_metrics(flat(whole)), rel=1e-9)
+    assert health_metrics(merge_values([on_host(half) for half in halves])) == pytest.approx(
+        health_metrics(on_host(whole)), rel=1e-9
+    )
 
 
 def test_parts_and_shards_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +173,11 @@ def test_parts_and_shards_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, masks = [rng.normal(0, 0.2, n) for n in lengths], [rng.random(n) < 0.8 for n in lengths]
     whole = stats_of(rows, masks)
     same(merge(shard_stats(rows, masks, rank) for rank in range(2)), whole)
-    monkeypatch.setattr(evaluation, "PART", 7)
+    monkeypatch.setattr(per_token, "PART", 7)
     same(stats_of(rows, masks), whole)
 
 
-def shard_stats(rows: list[Any], masks: list[Any], rank: int) -> dict[str, Any]:
+def shard_stats(rows: list[Any], masks: list[Any], rank: int) -> Stats:
     """What one of two context-parallel ranks finds once everything is scanned."""
     d, mask = torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(masks))
     cu_seqlens = torch.tensor([0, *np.cumsum([len(row) for row in rows])])
@@ -195,52 +189,54 @@ def shard_stats(rows: list[Any], masks: list[Any], rank: int) -> dict[str, Any]:
         return zigzag_shard(value, cu_seqlens, rank, 2) if isinstance(value, torch.Tensor) else value
 
     tokens = Tokens(*map(shard, ready.tokens))
-    return evaluate(recipe, ready._replace(tokens=tokens, place=shard(ready.place)))[1]
+    return per_token_loss(recipe, ready._replace(tokens=tokens, place=shard(ready.place)))[1]
 
 
-def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    names = [name for name in expected if name.startswith("sum/health/")]
+def same(found: Stats, expected: Stats) -> None:
+    names = [name for name in expected.sums if name.startswith("health/")]
     assert len(names) == 6
     for name in names:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.sums[name], expected.sums[name], rtol=1e-12, atol=1e-12)
 
 
 def test_vectors_are_reduced_like_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over two micro-batches, by the trainer's own reduction on a group of one rank."""
-    for name in ABSENT_ON_CPU:  # as in a trainer rank; they are most of the time that importing megatron takes
-        monkeypatch.setitem(sys.modules, name, None)
-    from ctpo_megatron.mcore.step import Stepper
-
+    halves = [stats_of([[0.1, 0.2], [0.3]]), stats_of([[-0.4, 3.0, 0.1]])]
+    halves[0] |= Stats(maxima={"x": torch.tensor([1.0, 5.0])}, minima={"y": torch.tensor([[3.0], [2.0]])[:, 0]})
+    halves[1] |= Stats(maxima={"x": torch.tensor([2.0, 4.0])}, minima={"y": torch.tensor([-1.0, 9.0])})
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        stepper = SimpleNamespace(dp_cp_group=dist.group.WORLD)
-        halves = [stats_of([[0.1, 0.2], [0.3]]), stats_of([[-0.4, 3.0, 0.1]])]
-        extremes = [{"max/x": torch.tensor([1.0, 5.0]), "min/y": torch.tensor([[3.0], [2.0]])[:, 0]}, {}]
-        extremes[1] = {"max/x": torch.tensor([2.0, 4.0]), "min/y": torch.tensor([-1.0, 9.0])}
-        found = Stepper._reduce_on_last_stage(
-            stepper, [a | b for a, b in zip(halves, extremes, strict=True)], ([], torch.zeros(0))
-        )
+        measured = Measured(["moe/z", "moe/a"], torch.tensor([7.0, 8.0]))
+        found = reduce_stats(halves, dist.group.WORLD, measured)
     finally:
         dist.destroy_process_group()
-    expected = flat(merge(halves)) | {"max/x/0": 2.0, "max/x/1": 5.0, "min/y/0": -1.0, "min/y/1": 2.0}
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert {name: type(value) for name, value in found.items()} == {
+        name: type(value) for name, value in (on_host(halves[0]) | {"moe/z": Mean(7.0), "moe/a": Mean(8.0)}).items()
+    }
+    expected = flat(on_host(merge(halves))) | {"moe/z": 7.0, "moe/a": 8.0, "moe/z weight": 1.0, "moe/a weight": 1.0}
+    assert flat(found) == pytest.approx(expected, rel=1e-12)
+    assert (flat(found)["x/0"], flat(found)["x/1"], flat(found)["y/0"], flat(found)["y/1"]) == (2.0, 5.0, -1.0, 2.0)
 
 
 def test_what_is_missing_or_not_finite_is_left_out() -> None:
     assert health_metrics({}) == {}
-    stats = flat(stats_of([[0.1, 0.2, 0.3], [0.4, 0.1, 0.2]]))
-    stats |= {"sum/health/log_ratio/0": math.nan, "sum/ratio_sq": math.inf, "sum/health/decile_clipped/0": math.nan}
+    stats = on_host(stats_of([[0.1, 0.2, 0.3], [0.4, 0.1, 0.2]]))
+    broken = {name: np.array(stats[name].result()) for name in ("health/log_ratio", "health/decile_clipped")}
+    for vector in broken.values():
+        vector[0] = math.nan
+    stats |= {name: Sum(vector) for name, vector in broken.items()} | {"ratio_sq": Mean(math.inf, stats["ratio_sq"].weight)}
     found = health_metrics(stats)
     assert all(math.isfinite(value) for value in found.values())
     assert "health/log_ratio_std/from_token_1" not in found
     assert "health/log_ratio_std/from_token_2" in found
     assert "health/clip_fraction/decile_0" not in found
     assert found["health/log_ratio_sigma"] > 0
-    assert health_metrics(stats | {"sum/ratio_sq": 0.0}) == {k: v for k, v in found.items() if not k.endswith("_size")}
+    without = health_metrics(stats | {"ratio_sq": Mean(0.0, stats["ratio_sq"].weight)})
+    assert without == {k: v for k, v in found.items() if not k.endswith("_size")}
 
 
 def test_every_step_has_the_panel() -> None:
-    found = train_metrics(flat(stats_of(paths(4, 40))))
+    found = train_metrics(on_host(stats_of(paths(4, 40))))
     panel_alone = {name: value for name, value in found.items() if name.startswith("health/")}
     assert panel_alone == panel(paths(4, 40))
     assert not [name for name in found if "health" in name and not name.startswith("health/")]

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctpo_megatron.algorithms import LocalScan, Support, policy_loss
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
-from ctpo_megatron.parallel import ContextParallelScan
+from ctpo_megatron.parallel import ContextParallelScan, context
 
 REFUSED = (DataDependentOutputException, DynamicOutputShapeException, FakeTensorDeviceMismatchError)
 FAKE_DEVICE = "lazy:0"  # autograd works on it without hardware, as it does not on a fake "cuda"
@@ -189,7 +188,7 @@ def gather_same(gathered: Tensor, mine: Tensor, group: Group) -> None:
 
 @pytest.fixture
 def gathered_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "all_gather_into_tensor", gather_same)
+    monkeypatch.setattr(context, "all_gather_single", gather_same)
 
 
 def inputs(device: str, tokens: int, lengths: Sequence[int]) -> dict[str, Any]:

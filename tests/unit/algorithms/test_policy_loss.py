@@ -8,7 +8,15 @@ from itertools import chain
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import Channel, LocalScan, group_advantages, policy_loss, raise_if_nonfinite
+from ctpo_megatron.algorithms import (
+    Channel,
+    LocalScan,
+    group_advantages,
+    make_recipe,
+    policy_loss,
+    raise_if_nonfinite,
+    recipe_loss,
+)
 from ctpo_megatron.errors import NonFiniteError
 
 LP = [-0.10, -0.50, -1.20, -9.0, -3.0, -0.02, -2.00, -0.70, -0.30, -7.0]
@@ -76,10 +84,12 @@ def test_golden_aggregations(aggregation, loss):
 def test_golden_clip_counts():
     high = run([(LP, OLP, MASK, 1.5)])[0].stats
     low = run([(LP, OLP, MASK, -0.75)])[0].stats
-    assert (high["sum/clip_high"], high["sum/clip_low"], high["sum/clip_dual"], high["sum/tokens"]) == (2, 0, 0, 7)
-    assert (low["sum/clip_high"], low["sum/clip_low"], low["sum/clip_dual"]) == (0, 1, 2)
-    assert high["sum/kl_old"].item() / 7 == pytest.approx(0.021428571397959152, abs=1e-7)
-    assert high["max/ratio"].item() == pytest.approx(1.1853048513203657, abs=1e-6)
+    clips = ("clip_high", "clip_low", "clip_dual")
+    assert [high.means[name] for name in clips] == [(2, 7), (0, 7), (0, 7)]
+    assert [low.means[name] for name in clips] == [(0, 7), (1, 7), (2, 7)]
+    assert high.sums["tokens"] == high.means["kl_old"].weight == 7
+    assert high.means["kl_old"].total.item() / 7 == pytest.approx(0.021428571397959152, abs=1e-7)
+    assert high.maxima["ratio_max"].item() == pytest.approx(1.1853048513203657, abs=1e-6)
 
 
 def scalar_ctpo(lp, olp, mask, adv, *, ratio, lo, hi, dual, power):
@@ -214,5 +224,24 @@ def test_a_log_prob_that_is_not_finite_is_named_unless_masked(value):
 def test_extremes_of_the_ratio_are_those_of_the_policys_tokens():
     small, _ = run([([-1.5, -1.0], [-1.0, -1.0], [1, 0], 1.0)])
     large, _ = run([([-0.5, -1.0], [-1.0, -1.0], [1, 0], 1.0)])
-    assert small.stats["max/ratio"].item() == small.stats["min/ratio"].item() == pytest.approx(math.exp(-0.5))
-    assert large.stats["max/ratio"].item() == large.stats["min/ratio"].item() == pytest.approx(math.exp(0.5))
+    assert small.stats.maxima["ratio_max"].item() == small.stats.minima["ratio_min"].item() == pytest.approx(math.exp(-0.5))
+    assert large.stats.maxima["ratio_max"].item() == large.stats.minima["ratio_min"].item() == pytest.approx(math.exp(0.5))
+
+
+def test_a_recipe_made_before_gives_the_same_loss():
+    streams = {
+        "logp": torch.tensor(LP, dtype=torch.float64),
+        "old_logp": torch.tensor(OLP, dtype=torch.float64),
+        "rollout_logp": torch.tensor(OLP, dtype=torch.float64) + 0.1,
+        "advantages": torch.ones(len(LP), dtype=torch.float64),
+        "mask": torch.tensor(MASK).bool(),
+        "cu_seqlens": torch.tensor([0, 4, len(LP)]),
+    }
+    correction = {"type": "truncate", "level": "prefix"}
+    recipe = make_recipe({"type": "ctpo", "power": 0.0}, "token-mean", correction, has_rollout=True)
+    expected = policy_loss({"type": "ctpo", "power": 0.0}, aggregation="token-mean", correction=correction, **streams)
+    found = recipe_loss(recipe, **streams)
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.token_loss, expected.token_loss)
+    with pytest.raises(ValueError, match="needs rollout_logp"):
+        recipe_loss(recipe, **{**streams, "rollout_logp": None})

@@ -19,11 +19,11 @@ def policies() -> tuple[Tensor, Tensor]:
 
 
 def penalty(estimator: str, logp: Tensor, reference: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss with the weight 1, per token, and `sum/kl`, of one sequence."""
+    """Loss with the weight 1, per token, and the sum of `kl`, of one sequence."""
     mask = torch.ones(logp.numel(), dtype=torch.bool) if mask is None else mask
     bounds, ones = torch.tensor([0, logp.numel()]), torch.ones(1, dtype=torch.float64)
     out = reference_penalty(estimator, logp=logp, reference_logp=reference, mask=mask, cu_seqlens=bounds, weights=ones)
-    return out.loss, out.token_loss, out.stats["sum/kl"]
+    return out.loss, out.token_loss, out.stats.means["kl"].total
 
 
 @pytest.mark.parametrize(("estimator", "forward"), [("k1", True), ("k2", True), ("k3", False)])

@@ -32,16 +32,16 @@ def sample(length: int, number: int = 0, *, masked_in: bool = True) -> TrainSamp
 
 def sequences(micro_batch: MicroBatch) -> list[tuple[int, TrainSample, int]]:
     """(group, the sequence with its padding, its length) of each sequence."""
-    bounds = micro_batch.cu_seqlens.tolist()
+    bounds = micro_batch.sequences.cu_seqlens.tolist()
     found = []
     for number, (start, end) in enumerate(itertools.pairwise(bounds)):
         cut = slice(start, end)
-        assert micro_batch.position_ids[cut].tolist() == list(range(end - start))
+        assert micro_batch.tokens.position_ids[cut].tolist() == list(range(end - start))
         streams = (
-            *(micro_batch.input_ids, micro_batch.labels, micro_batch.mask),
-            *(micro_batch.rollout_logp, micro_batch.versions, micro_batch.advantages),
+            *(micro_batch.tokens.input_ids, micro_batch.tokens.labels, micro_batch.tokens.mask),
+            *(micro_batch.tokens.rollout_logp, micro_batch.tokens.versions, micro_batch.tokens.advantages),
         )
-        found.append((int(micro_batch.groups[number]), TrainSample(*(s[cut].tolist() for s in streams)), end - start))
+        found.append((int(micro_batch.sequences.groups[number]), TrainSample(*(s[cut].tolist() for s in streams)), end - start))
     return found
 
 
@@ -64,10 +64,10 @@ def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
     seen = []
     for micro_batch in (m for rank in packed for m in rank):
         assert len(micro_batch) >= 1
-        assert micro_batch.tokens <= max_tokens
-        assert micro_batch.tokens % cp == 0
-        assert micro_batch.tokens // cp % tp == 0
-        assert micro_batch.tokens == micro_batch.input_ids.numel()
+        assert micro_batch.positions <= max_tokens
+        assert micro_batch.positions % cp == 0
+        assert micro_batch.positions // cp % tp == 0
+        assert micro_batch.positions == micro_batch.tokens.input_ids.numel()
         found = sequences(micro_batch)
         for place, (group, padded, length) in enumerate(found):
             assert length % step == 0
@@ -96,18 +96,18 @@ def test_tokens_are_told_from_padding_in_every_shard(cp):
         shards = [each.shard(rank, cp) for rank in range(cp)]
         counted = [shard.counted(cp) for shard in shards]
         for shard, mine in zip(shards, counted, strict=True):
-            assert (mine == (shard.input_ids > 0)).all()
-        assert sum(int(mine.sum()) for mine in counted) == int(each.lengths.sum())
-    assert [int(each.lengths.sum()) for (each,) in packs[2:]] == [3, 0]
+            assert (mine == (shard.tokens.input_ids > 0)).all()
+        assert sum(int(mine.sum()) for mine in counted) == int(each.sequences.lengths.sum())
+    assert [int(each.sequences.lengths.sum()) for (each,) in packs[2:]] == [3, 0]
 
 
 def test_a_rank_without_samples_gets_a_masked_filler():
     packed = pack([sample(5)], dp=2, max_tokens=64, cp=2, tp=4)
-    (real,), (filler,) = sorted(packed, key=lambda rank: rank[0].groups.tolist(), reverse=True)
-    assert real.tokens == 8
-    assert filler.tokens == 8
-    assert not filler.mask.any()
-    assert filler.groups.tolist() == [-1]
+    (real,), (filler,) = sorted(packed, key=lambda rank: rank[0].sequences.groups.tolist(), reverse=True)
+    assert real.positions == 8
+    assert filler.positions == 8
+    assert not filler.tokens.mask.any()
+    assert filler.sequences.groups.tolist() == [-1]
 
 
 @pytest.mark.parametrize(("max_tokens", "words"), [(9, "sample 1 has 10 tokens"), (3, "at least 4")])
@@ -125,11 +125,10 @@ def test_weights_are_those_of_the_whole_batch():
 
     def by_sample(aggregation: Aggregation) -> dict[int, float]:
         packs = [m for rank in batch(aggregation).micro_batches for m in rank]
-        return {int(i): float(w) for m in packs for i, w in zip(m.sequence_ids, m.weights, strict=True)}
+        return {int(i): float(w) for m in packs for i, w in zip(m.sequences.ids, m.sequences.weights, strict=True)}
 
     lengths = [sum(s.mask) for s in samples]
     tokens = sum(lengths)
-    assert (batch(TokenMean()).tokens, batch(TokenMean()).sequences) == (tokens, 2)
     expected = {
         TokenMean(): [1 / tokens, 1 / tokens],
         SequenceMean(): [1 / (2 * lengths[0]), 1 / (2 * lengths[1])],
@@ -141,7 +140,7 @@ def test_weights_are_those_of_the_whole_batch():
         assert [found[10], found[11]] == pytest.approx(weights)
         assert found[12] == 0.0
         assert set(found) <= {10, 11, 12, -1}
-    assert sum(int(m.mask.sum()) for rank in batch(TokenMean()).micro_batches for m in rank) == tokens
+    assert sum(int(m.tokens.mask.sum()) for rank in batch(TokenMean()).micro_batches for m in rank) == tokens
     with pytest.raises(ValueError, match="nothing to train on"):
         build_train_batch([sample(5, masked_in=False)], aggregation=TokenMean(), parallel=parallel, max_tokens=32)
 
@@ -151,10 +150,10 @@ def test_restarts_mark_the_first_token_of_each_version():
         [1] * 7, [1] * 7, [False, True, True, False, True, True, True], [0.0] * 7, [-1, 3, 3, -1, 3, 5, 5], [0.0] * 7
     )
     (micro_batch,) = pack([cut, sample(3)], dp=1, max_tokens=16)[0]
-    starts = micro_batch.restarts[: len(cut)] if micro_batch.sequence_ids[0] == 0 else micro_batch.restarts[3:]
+    starts = micro_batch.tokens.restarts[: len(cut)] if micro_batch.sequences.ids[0] == 0 else micro_batch.tokens.restarts[3:]
     assert starts.tolist() == [False, True, False, False, False, True, False]
 
 
 def test_max_tokens_is_per_context_parallel_rank():
     batch = build_train_batch([sample(40)], aggregation=TokenMean(), parallel=ParallelConfig(cp=2), max_tokens=20)
-    assert batch.micro_batches[0][0].tokens == 40
+    assert batch.micro_batches[0][0].positions == 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
 from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, train_metrics
-from ctpo_megatron.parallel import RankCoords, own_experts
+from ctpo_megatron.parallel import RankCoords, own_experts, zigzag_shard
 from ctpo_megatron.record.trajectories import as_row
+from ctpo_megatron.record.values import Mean
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Sampling, Score
 from ctpo_megatron.types import Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
@@ -78,16 +80,16 @@ def expected(versions: list[int | None]) -> list[int]:
 def test_one_answer() -> None:
     """A row for every token but the last, layers without experts left out."""
     generation = sample(Server([([1, 2, STOP], 4, "stop")]))
-    assert generation.experts.shape == (5, 2, 2)
-    assert generation.experts.dtype == np.int8
-    assert generation.experts[:, 0, 0].tolist() == expected([4] * 5)
-    assert (generation.experts[:, 1] == (generation.experts[:, 0] + 1) % 16).all()
+    assert generation.routed_experts.shape == (5, 2, 2)
+    assert generation.routed_experts.dtype == np.int8
+    assert generation.routed_experts[:, 0, 0].tolist() == expected([4] * 5)
+    assert (generation.routed_experts[:, 1] == (generation.routed_experts[:, 0] + 1) % 16).all()
 
 
 def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:
     server = Server([([STOP], 4, "stop")], top_k=3)
     generation = sample(server, recorded=None)
-    assert (generation.experts, generation.top) == (None, None)
+    assert (generation.routed_experts, generation.top_k) == (None, None)
     assert not {"return_routed_experts", "top_logprobs_num"} & server.asked[0].keys()
 
 
@@ -96,17 +98,17 @@ def test_an_update_in_flight() -> None:
     server = Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")])
     generation = sample(server)
     assert generation.versions == [4, 4, 5, 5]
-    assert generation.experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5])
+    assert generation.routed_experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5])
     assert server.asked[1]["routed_experts_start_len"] == 4
 
     held_back = Server([([1, 2], 4, "abort"), ([], 4, "abort"), ([3, STOP], 5, "stop")])
-    assert sample(held_back).experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5])
+    assert sample(held_back).routed_experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5])
 
 
 def test_an_aborted_answer_without_a_record() -> None:
     """The next answer tells of all tokens, but the routing that sampled the earlier ones is lost."""
     generation = sample(Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")], silent_at=1))
-    assert generation.experts[:, 0, 0].tolist() == expected([5, 5, None, None, 5, 5])
+    assert generation.routed_experts[:, 0, 0].tolist() == expected([5, 5, None, None, 5, 5])
 
 
 def test_a_server_that_never_reports_is_an_error() -> None:
@@ -124,7 +126,7 @@ def test_a_record_of_another_model_is_an_error(values: list[int], words: str) ->
 
 
 def test_top_log_probs() -> None:
-    top = sample(Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")], top_k=3)).top
+    top = sample(Server([([1, 2], 4, "abort"), ([3, STOP], 5, "stop")], top_k=3)).top_k
     assert top.ids.tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5], [9, 10, 11]]
     assert top.logp[0].tolist() == [-0.5, -1.5, -2.5]
     with pytest.raises(EngineError, match="asked for 3"):
@@ -179,28 +181,28 @@ def played() -> Trajectory:
 def test_every_input_of_a_trajectory_has_its_experts() -> None:
     """The tool's text, and the token that ended the turn before it, come with the next request."""
     trajectory = played()
-    assert trajectory.experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5, 5, 5, 5])
+    assert trajectory.routed_experts[:, 0, 0].tolist() == expected([4, 4, 4, 4, 5, 5, 5, 5, 5])
     (sample_,) = build_samples(TrajectoryGroup(PROMPT, [trajectory], id=GROUP), [1.0], 0)
-    assert len(sample_.experts) == len(sample_) == 9
+    assert len(sample_.routed_experts) == len(sample_) == 9
     for t, wrote in enumerate(sample_.mask):
-        assert (sample_.top.ids[t, 0] == sample_.labels[t]) == wrote
-        assert np.isfinite(sample_.top.logp[t]).all() == wrote
-    trajectory.experts = trajectory.experts[:-1]
+        assert (sample_.top_k.ids[t, 0] == sample_.labels[t]) == wrote
+        assert np.isfinite(sample_.top_k.logp[t]).all() == wrote
+    trajectory.routed_experts = trajectory.routed_experts[:-1]
     with pytest.raises(ValueError, match="differ in length"):
         build_samples(TrajectoryGroup(PROMPT, [trajectory], id=GROUP), [1.0], 0)
 
 
 def test_what_is_written_down() -> None:
     trajectory = played()
-    trajectory.experts[:3] = -1
+    trajectory.routed_experts[:3] = -1
     metrics = rollout_metrics([TrajectoryGroup(PROMPT, [trajectory], id=GROUP)], 5)
     assert metrics["routing/replayed"] == pytest.approx(6 / 9)
-    trajectory.experts = None
+    trajectory.routed_experts = None
     assert "routing/replayed" not in rollout_metrics([TrajectoryGroup(PROMPT, [trajectory], id=GROUP)], 5)
     row = as_row(PROMPT, played())
-    assert "experts" not in row
+    assert "routed_experts" not in row
     assert [turn.keys() for turn in row["turns"]] == [{"role", "token_ids", "rollout_logp", "versions"}] * 3
-    metrics = train_metrics({"moe/load_entropy/layer_1": 0.5, "moe/load_entropy/layer_2": 0.75})
+    metrics = train_metrics({"moe/load_entropy/layer_1": Mean(0.5), "moe/load_entropy/layer_2": Mean(0.75)})
     assert load_histograms(metrics) == {"moe/load_entropy": ([0.0, 1.0, 2.0, 3.0], [0.0, 0.5, 0.75])}
 
 
@@ -208,30 +210,36 @@ def test_what_is_written_down() -> None:
 def test_all_seats_together_hold_every_entry_once(cp: int, tp: int, stages: list[tuple[int, ...]]) -> None:
     samples = build_samples(TrajectoryGroup(PROMPT, [played() for _ in range(3)], id=GROUP), [1.0, 1.0, 1.0], 0)
     ((whole,),) = pack(samples, dp=1, max_tokens=200, cp=cp, tp=tp)
-    padding = whole.routed_experts[:, 0, 0] == -1
-    assert len(whole.routed_experts) == whole.tokens
+    padding = whole.replay.routed_experts[:, 0, 0] == -1
+    assert len(whole.replay.routed_experts) == whole.positions
     assert int((~padding).sum()) == 27
-    assert not (whole.mask & padding).any()
-    assert torch.equal(whole.support_logp.isfinite().all(1), whole.mask)
-    entries = torch.arange(whole.routed_experts.numel()).view(whole.routed_experts.shape)
+    assert not (whole.tokens.mask & padding).any()
+    assert torch.equal(whole.tokens.top_k_logp.isfinite().all(1), whole.tokens.mask)
+    entries = torch.arange(whole.replay.routed_experts.numel()).view(whole.replay.routed_experts.shape)
     found = []
     for c in range(cp):
         local = whole.shard(c, cp)
-        assert torch.equal(local.support_ids[local.mask][:, 0], local.labels[local.mask].int())
+        assert torch.equal(local.tokens.top_k_ids[local.tokens.mask][:, 0], local.tokens.labels[local.tokens.mask].int())
         for layers in stages:
-            parts = [own_experts(entries, whole.cu_seqlens, RankCoords(0, c, cp, t, tp, layers)) for t in range(tp)]
-            assert {part.shape for part in parts} == {(whole.tokens // (cp * tp), len(layers), 2)}
+            where = [RankCoords(cp_rank=c, cp_size=cp, tp_rank=t, tp_size=tp, expert_layers=layers) for t in range(tp)]
+            parts = [own_experts(entries, whole.sequences.cu_seqlens, coords) for coords in where]
+            assert {part.shape for part in parts} == {(whole.positions // (cp * tp), len(layers), 2)}
             found += parts
-            of_stage = own_experts(whole.routed_experts, whole.cu_seqlens, RankCoords(0, c, cp, 0, 1, layers))
-            assert torch.equal(of_stage, local.routed_experts[:, list(layers)])
+            coords = RankCoords(cp_rank=c, cp_size=cp, expert_layers=layers)
+            of_stage = whole.replay.for_rank(coords, whole.sequences.cu_seqlens)
+            cut = zigzag_shard(whole.replay.routed_experts, whole.sequences.cu_seqlens, c, cp)
+            assert torch.equal(of_stage.routed_experts, cut[:, list(layers)])
+            assert of_stage.for_rank(coords, whole.sequences.cu_seqlens) is of_stage
+            with pytest.raises(ValueError, match="is that of the rank at"):
+                of_stage.for_rank(replace(coords, tp_size=8), whole.sequences.cu_seqlens)
     assert torch.equal(torch.cat([part.flatten() for part in found]).sort().values, entries.flatten())
 
 
 def test_samples_with_and_without_a_record_go_into_one_pack() -> None:
     first, second = (build_samples(TrajectoryGroup(PROMPT, [played()], id=GROUP), [1.0], 0)[0] for _ in range(2))
-    second = type(second)(**{**{name: getattr(second, name) for name in second.__slots__}, "experts": None, "top": None})
+    second = type(second)(**{**{name: getattr(second, name) for name in second.__slots__}, "routed_experts": None, "top_k": None})
     ((whole,),) = pack([first, second], dp=1, max_tokens=200)
-    known = whole.routed_experts[:, 0, 0] >= 0
+    known = whole.replay.routed_experts[:, 0, 0] >= 0
     assert known.tolist() == [True] * 9 + [False] * 9
-    assert pack([second], dp=1, max_tokens=200)[0][0].routed_experts is None
+    assert pack([second], dp=1, max_tokens=200)[0][0].replay is None
     assert TopK.unused(2, 3).logp.tolist() == [[-np.inf] * 3] * 2

@@ -14,8 +14,10 @@ from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.errors import MismatchError, NonFiniteError
 from ctpo_megatron.loop.statistics import train_metrics
-from ctpo_megatron.mcore.policy import anchor_logp, check_drift, drift_stats, merge_stats
+from ctpo_megatron.mcore.policy import anchor_logp, check_drift, drift_stats
+from ctpo_megatron.record.values import Max, Mean, Min, Sum, merge_values
 from ctpo_megatron.types import TrainSample
+from tests.support.numbers import on_host
 
 
 def micro_batch():
@@ -33,12 +35,13 @@ def micro_batch():
 
 def test_only_tokens_of_this_version_count_by_position():
     trainer = torch.tensor([-1.5, -2.0, -9.0, -30.0, -4.25])
-    stats = {k: v.item() for k, v in drift_stats(micro_batch(), trainer, LocalScan(), version=4).items()}
-    assert (stats["sum/drift_tokens"], stats["sum/drift"], stats["max/drift"]) == (3, 0.75, 0.5)
+    stats = on_host(drift_stats(micro_batch(), trainer, LocalScan(), version=4))
+    assert (stats["drift/mean"], stats["drift/max"]) == (Mean(0.75, 3), Max(0.5))
     # positions among the policy's tokens are 1, 2, -, 3, 4: bins 0, 1, 1, 2
-    assert [stats[f"sum/drift_bin_{b}"] for b in range(3)] == [0.5, 0.0, 0.25]
-    assert [stats[f"sum/drift_tokens_bin_{b}"] for b in range(3)] == [1, 1, 1]
-    named = train_metrics(stats | {"sum/tokens": 4.0})
+    assert stats["drift/from_token"].total.tolist()[:4] == [0.5, 0.0, 0.25, 0.0]
+    assert stats["drift/from_token"].weight.tolist()[:4] == [1, 1, 1, 0]
+    named = train_metrics(stats)
+    assert "drift/from_token_8" not in named
     assert named["drift/mean"] == 0.25
     assert named["drift/max"] == 0.5
     assert (named["drift/from_token_1"], named["drift/from_token_2"], named["drift/from_token_4"]) == (0.5, 0.0, 0.25)
@@ -47,9 +50,9 @@ def test_only_tokens_of_this_version_count_by_position():
 @pytest.mark.parametrize(
     ("bound", "measured"),
     [
-        (DriftConfig(max=0.4), {"max/drift": 0.5, "sum/drift": 0.5, "sum/drift_tokens": 10.0}),
-        (DriftConfig(mean=0.04), {"max/drift": 0.5, "sum/drift": 0.5, "sum/drift_tokens": 10.0}),
-        (DriftConfig(max=0.4), {"max/drift": math.nan, "sum/drift": 0.0, "sum/drift_tokens": 10.0}),
+        (DriftConfig(max=0.4), {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}),
+        (DriftConfig(mean=0.04), {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}),
+        (DriftConfig(max=0.4), {"drift/max": Max(math.nan), "drift/mean": Mean(0.0, 10.0)}),
     ],
 )
 def test_the_alarm_rings_and_says_which_bound(bound, measured):
@@ -58,30 +61,32 @@ def test_the_alarm_rings_and_says_which_bound(bound, measured):
 
 
 def test_the_alarm_is_silent_within_bounds():
-    measured = {"max/drift": 0.5, "sum/drift": 0.5, "sum/drift_tokens": 10.0}
+    measured = {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}
     check_drift(measured, DriftConfig(max=0.5, mean=0.05), 7)
     check_drift(measured, DriftConfig(), 7)
 
 
 def test_merging_steps():
     steps = [
-        {"sum/tokens": 3.0, "max/ratio": 2.0, "min/ratio": 0.5, "lr": 1.0},
-        {"sum/tokens": 4.0, "max/ratio": 1.0, "min/ratio": 0.1, "lr": 3.0},
+        {"tokens": Sum(3.0), "ratio_max": Max(2.0), "ratio_min": Min(0.5), "lr": Mean(1.0)},
+        {"tokens": Sum(4.0), "ratio_max": Max(1.0), "ratio_min": Min(0.1), "lr": Mean(3.0)},
     ]
-    assert merge_stats(steps) == {"sum/tokens": 7.0, "max/ratio": 2.0, "min/ratio": 0.1, "lr": 2.0}
+    merged = {name: value.result() for name, value in merge_values(steps).items()}
+    assert merged == {"tokens": 7.0, "ratio_max": 2.0, "ratio_min": 0.1, "lr": 2.0}
 
 
 def test_old_logp_is_sharded_with_the_rest():
-    whole = replace(micro_batch(), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
-    assert whole.with_anchor_logp(torch.arange(5.0)).shard(1, 2).old_logp.tolist() == [1.0, 2.0]
+    mb = micro_batch()
+    whole = replace(mb, sequences=replace(mb.sequences, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)))
+    assert whole.with_streams(anchor_logp=torch.arange(5.0)).shard(1, 2).tokens.anchor_logp.tolist() == [1.0, 2.0]
 
 
 def test_a_token_is_compared_with_the_version_that_sampled_it():
     mb, old = micro_batch(), torch.tensor([-1.5, -2.5, -9.0, -3.5, -4.5])
     present = anchor_logp(mb, old, "version", version=4)
-    assert present[mb.mask].tolist() == [-1.5, -2.5, -3.0, -4.5]  # the third policy token is of version 3: the engine's
+    assert present[mb.tokens.mask].tolist() == [-1.5, -2.5, -3.0, -4.5]  # the third policy token is of version 3: the engine's
     assert torch.equal(anchor_logp(mb, old, "old", version=4), old)
-    assert torch.equal(anchor_logp(mb, old, "rollout", version=4), mb.rollout_logp)
+    assert torch.equal(anchor_logp(mb, old, "rollout", version=4), mb.tokens.rollout_logp)
 
 
 def test_a_log_prob_that_is_not_finite_is_named_before_drift_is_judged():

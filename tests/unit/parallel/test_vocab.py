@@ -51,14 +51,14 @@ def naive(c: Case, temperature: float, words: int = WORDS) -> tuple[Tensor, Tens
 def test_like_log_softmax_of_all_logits(monkeypatch, block, temperature, dtype):
     monkeypatch.setattr(vocab, "BLOCK", block)
     c = case(dtype)
-    found = vocab_parallel_logp(c.hidden, c.weight, c.labels, temperature=temperature, support_ids=c.support)
+    found = vocab_parallel_logp(c.hidden, c.weight, c.labels, temperature=temperature, top_k_ids=c.support)
     (found.logp * c.upstream).sum().backward()
     logp, entropy, support_logp, grad_hidden, grad_weight = naive(c, temperature)
     torch.testing.assert_close(found.logp, logp, atol=2e-4, rtol=1e-5)  # logits go up to 900, where float32 steps are 6e-5
     torch.testing.assert_close(found.entropy, entropy, atol=2e-4, rtol=1e-4)
-    torch.testing.assert_close(found.support_logp, support_logp, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(found.top_k_logp, support_logp, atol=2e-4, rtol=1e-5)
     assert not found.entropy.requires_grad
-    assert not found.support_logp.requires_grad
+    assert not found.top_k_logp.requires_grad
     for ours, theirs in ((c.hidden.grad, grad_hidden), (c.weight.grad, grad_weight)):
         assert ours.dtype == dtype
         scale = theirs.float().abs().max()
@@ -81,7 +81,7 @@ def test_without_entropy_the_log_probs_are_the_same():
     bare = vocab_parallel_logp(c.hidden, c.weight, c.labels, entropy=False)
     assert torch.equal(bare.logp, vocab_parallel_logp(c.hidden, c.weight, c.labels).logp)
     assert bare.entropy is None
-    assert bare.support_logp is None
+    assert bare.top_k_logp is None
 
 
 def test_padding_words_do_not_count():
@@ -117,7 +117,7 @@ def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        vocab_parallel_logp(c.hidden, c.weight, c.labels, support_ids=c.support)
+        vocab_parallel_logp(c.hidden, c.weight, c.labels, top_k_ids=c.support)
     last = WORDS % vocab.FEWEST_WORDS
     assert 0 < last < WORDS / 4
     assert sorted(kept) == sorted([c.hidden.numel(), c.weight.numel(), TOKENS, TOKENS, TOKENS, TOKENS * last])

@@ -48,8 +48,8 @@ class Answer:
     rollout_logp: list[float]
     versions: list[int]
     finish: str
-    top: None = None
-    experts: None = None
+    top_k: None = None
+    routed_experts: None = None
 
 
 @dataclass

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import gradient_variance as gv
 import pytest
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms import gradient_variance as gv
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.errors import DataError, InputError, MismatchError, NonFiniteError
 from ctpo_megatron.toy.model import make_toy_model

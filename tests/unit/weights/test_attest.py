@@ -245,10 +245,10 @@ def test_canary() -> None:
     assert tokens != canary_tokens(75, 4)
     assert set(tokens) <= set(range(75))
     batch = canary_batch(tokens, 24)
-    assert batch.tokens == 72
-    assert batch.labels[:63].tolist() == tokens[1:]
-    assert batch.input_ids[:64].tolist() == tokens
-    shards = [batch.shard(rank, 2).labels.tolist() for rank in range(2)]
+    assert batch.positions == 72
+    assert batch.tokens.labels[:63].tolist() == tokens[1:]
+    assert batch.tokens.input_ids[:64].tolist() == tokens
+    shards = [batch.shard(rank, 2).tokens.labels.tolist() for rank in range(2)]
     assert join_canary(shards, len(tokens)) == tokens[1:]
     assert canary_gap([-1.0, -2.0], [-1.5, -2.25]) == 0.5
     assert canary_gap([-1.0, float("nan")], [-1.0, -1.0]) == float("inf")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctpo_megatron.config.weights import DiskTransport, Transport
 from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets
 from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor
 from ctpo_megatron.weights.protocol import Bucket, Sent
@@ -42,9 +43,9 @@ def everyone(*, tp: int, pp: int, dp: int, ep: int, etp: int) -> list[Holding]:
     per_stage = tp * dp
     return [
         Holding(
-            tp_rank=rank % tp,
-            ep_rank=rank // etp % ep,
-            etp_rank=rank % etp,
+            coords=RankCoords(
+                tp_rank=rank % tp, tp_size=tp, ep_rank=rank // etp % ep, ep_size=ep, etp_rank=rank % etp, etp_size=etp
+            ),
             layers=tuple(range(stage * LAYERS // pp, (stage + 1) * LAYERS // pp)),
             first=stage == 0,
             last=stage == pp - 1,

@@ -1,4 +1,4 @@
-"""The per-token loss of a pack, evaluated part by part.
+"""The per-token loss of a micro-batch, found part by part.
 
 Every method's loss looks at one token at a time once the statistics are scanned. So a part's value and its derivative are found
 by autograd and kept, two numbers per token, and the part's intermediates are freed before the next: memory does not depend on
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms.correction import correction_factor
-from ctpo_megatron.algorithms.health import health_stats
+from ctpo_megatron.algorithms.health import health_sums
 from ctpo_megatron.algorithms.prepare import Prepared
 from ctpo_megatron.algorithms.recipe import Recipe
-from ctpo_megatron.algorithms.record import Stats, largest, merge, token_stats
+from ctpo_megatron.algorithms.statistics import Stats, Weighted, largest, merge, token_stats
 from ctpo_megatron.algorithms.tokens import Tokens
+from ctpo_megatron.config.objectives import Correction
 
 PART = 2**16  # tokens
 
@@ -36,18 +37,23 @@ class _Linearised(torch.autograd.Function):
         return grad * slope, None, None
 
 
-def evaluate(recipe: Recipe, ready: Prepared) -> tuple[Tensor, Stats]:
+def per_token_loss(recipe: Recipe, ready: Prepared) -> tuple[Tensor, Stats]:
     """Per-token loss [T] with grad, zero where masked and times the correction's factor, and its statistics."""
     tokens = ready.tokens
     value, slope = torch.zeros_like(tokens.logp), torch.zeros_like(tokens.logp)
-    found: Stats = {}
+    found: list[Stats] = []
     for begin in range(0, max(tokens.logp.numel(), 1), PART):
         part = slice(begin, begin + PART)
         value[part], slope[part], stats = _part(recipe, tokens.part(part), ready.place[part])
         if recipe.correction is not None:
-            stats |= _correct(recipe, ready, part, value, slope)
-        found = merge([found, stats])
-    return _Linearised.apply(tokens.logp, value, slope), found
+            stats |= _correct(recipe.correction, ready, part, value, slope)
+        found.append(stats)
+    return _linearised(tokens.logp, value, slope), merge(found)
+
+
+def _linearised(logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    linearised: Tensor = _Linearised.apply(logp, value, slope)
+    return linearised
 
 
 def _part(recipe: Recipe, tokens: Tokens, place: Tensor) -> tuple[Tensor, Tensor, Stats]:
@@ -56,13 +62,14 @@ def _part(recipe: Recipe, tokens: Tokens, place: Tensor) -> tuple[Tensor, Tensor
         out = recipe.method.loss(tokens, **recipe.options)
         (slope,) = torch.autograd.grad(out.loss.sum(), tokens.logp)
     # masked tokens have advantage 0, so their loss and slope are 0
-    return out.loss.detach(), slope, token_stats(tokens, out) | health_stats(tokens, out, place)
+    return out.loss.detach(), slope, token_stats(tokens, out) | Stats(sums=health_sums(tokens, out, place))
 
 
-def _correct(recipe: Recipe, ready: Prepared, part: slice, value: Tensor, slope: Tensor) -> Stats:
+def _correct(correction: Correction, ready: Prepared, part: slice, value: Tensor, slope: Tensor) -> Stats:
     """Multiply a part's loss and derivative by the correction's factor, in place."""
-    correction, gap, scanned = recipe.correction, ready.mismatch[part], ready.scanned_mismatch
-    mask = ready.tokens.mask[part]
+    if ready.mismatch is None:
+        raise ValueError("a correction needs the mismatch that `prepare` finds for a recipe with one")
+    gap, scanned, mask = ready.mismatch[part], ready.scanned_mismatch, ready.tokens.mask[part]
     factor = correction_factor(
         "truncate" if correction.type == "truncate" else "mask",
         correction.level,
@@ -75,8 +82,8 @@ def _correct(recipe: Recipe, ready: Prepared, part: slice, value: Tensor, slope:
     value[part] *= factor
     slope[part] *= factor
     counted = torch.where(mask, factor, 0.0)
-    return {
-        "sum/correction": counted.sum(dtype=torch.float64),
-        "sum/correction_zero": ((factor == 0) & mask).sum().double(),
-        "max/correction": largest(counted),
-    }
+    count, zero = mask.sum().double(), ((factor == 0) & mask).sum().double()
+    return Stats(
+        means={"correction": Weighted(counted.sum(dtype=torch.float64), count), "correction_zero": Weighted(zero, count)},
+        maxima={"correction_max": largest(counted)},
+    )
