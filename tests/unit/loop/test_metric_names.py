@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import policy_loss
+from ctpo_megatron.algorithms import Stats, policy_loss
+from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.engine.layout import EngineLayout
@@ -21,9 +22,11 @@ from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
+from ctpo_megatron.record.values import Max, Mean, Sum, Values
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup, Turn
 from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeTrainer, fakes
+from tests.support.numbers import on_host
 from tests.support.oracles import OBJECTIVES
 from tests.support.runs import ROOT
 
@@ -31,34 +34,43 @@ MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 48, "num
 MODEL |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 75, "max_position_embeddings": 128, "hidden_act": "silu"}
 
 
-def loss_stats(**options: Any) -> dict[str, torch.Tensor]:
+def loss_stats(**options: Any) -> Values:
     """Statistics of a loss on a few tokens."""
     tokens = 2 * torch.rand(12, dtype=torch.float64) - 1
     fixed = {"mask": torch.ones(12, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 4, 12])}
     given = {"logp": (tokens - 1).requires_grad_(), "old_logp": torch.full_like(tokens, -1), "advantages": tokens}
-    return policy_loss(options.pop("objective"), **given, **fixed, rollout_logp=given["old_logp"] + 0.1, **options).stats
+    return handed_on(
+        policy_loss(options.pop("objective"), **given, **fixed, rollout_logp=given["old_logp"] + 0.1, **options).stats
+    )
 
 
-def reference_stats() -> dict[str, torch.Tensor]:
+def reference_stats() -> Values:
     logp = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
     fixed = {"mask": torch.ones(4, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 4]), "weights": torch.ones(1)}
-    return reference_penalty("k3", logp=logp, reference_logp=logp.detach() - 1, **fixed).stats
+    return handed_on(reference_penalty("k3", logp=logp, reference_logp=logp.detach() - 1, **fixed).stats)
 
 
-def as_handed_on(stats: dict[str, torch.Tensor]) -> dict[str, float]:
-    """As the trainer hands statistics to the driver, without those that it looks at itself."""
-    entries = {f"{key}/{i}": x for key, value in stats.items() if value.dim() for i, x in enumerate(value.tolist())}
-    entries |= {key: value.item() for key, value in stats.items() if not value.dim()}
-    return {key: value for key, value in entries.items() if key != "min/nonfinite"}
+def handed_on(stats: Stats) -> Values:
+    """As the trainer hands statistics to the driver, without what it looks at itself."""
+    return {name: value for name, value in on_host(stats).items() if name != "nonfinite"}
 
 
 def trained() -> set[str]:
     """What comes of an update, with everything that a run can ask for."""
-    found = as_handed_on(loss_stats(objective={"type": "ctpo"}, correction={"type": "truncate", "level": "token"}))
-    found |= as_handed_on(reference_stats())
-    found |= {"loss": 1.0, "grad_norm": 1.0, "max/grad_norm": 1.0, "lr": 1.0, "sum/entropy": 1.0, "sum/drift_tokens": 12.0}
-    found |= {"moe/load_entropy/layer_1": 1.0, "moe/load_max_over_mean/layer_1": 1.0, "routing/changed": 0.0}
-    found |= {"sum/drift_bin_3": 1.0, "sum/drift_tokens_bin_3": 2.0}
+    found = loss_stats(objective={"type": "ctpo"}, correction={"type": "truncate", "level": "token"})
+    found |= reference_stats()
+    means = (
+        "loss",
+        "grad_norm",
+        "lr",
+        "entropy",
+        "moe/load_entropy/layer_1",
+        "moe/load_max_over_mean/layer_1",
+        "routing/changed",
+    )
+    found |= {name: Mean(1.0) for name in (*means, "drift/mean")}
+    by_position = np.ones(POSITION_BINS)
+    found |= {"drift/from_token": Mean(by_position, by_position), "drift/max": Max(1.0), "grad_norm_max": Max(1.0)}
     return set(train_metrics(found))
 
 
@@ -83,8 +95,8 @@ def supervised() -> set[str]:
     names: set[str] = set()
 
     class Ranks:
-        async def supervise(self, batch: Any) -> dict[str, float]:
-            return {"sum/nll": 1.0, "sum/tokens": 2.0, "grad_norm": 1.0}
+        async def supervise(self, batch: Any) -> Values:
+            return {"nll": Mean(1.0, 2.0), "tokens": Sum(2.0), "grad_norm": Mean(1.0)}
 
     class Notes:
         def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -125,7 +137,7 @@ def test_what_is_made_is_what_is_listed() -> None:
 
 @pytest.mark.parametrize("objective", sorted(set(OBJECTIVES)))
 def test_every_objective_reports_known_names(objective: str) -> None:
-    require_known(train_metrics(as_handed_on(loss_stats(objective={"type": objective}))))
+    require_known(train_metrics(loss_stats(objective={"type": objective})))
 
 
 def test_the_readers_of_a_run_know_the_names() -> None:

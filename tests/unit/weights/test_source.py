@@ -57,7 +57,7 @@ class FakeRank:
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         assert temperature == 1.0
         self.asked.append(len(micro_batches))
-        return [torch.arange(len(batch.labels)).float() for batch in micro_batches] if self.last else []
+        return [torch.arange(len(batch.tokens.labels)).float() for batch in micro_batches] if self.last else []
 
 
 @pytest.fixture
