@@ -21,7 +21,7 @@ from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
 from ctpo_megatron.cluster.threads import threads_per_rank
-from ctpo_megatron.cluster.trainer.actor import TrainerActor
+from ctpo_megatron.cluster.trainer.actor import TrainerActor, rank_env
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
@@ -124,7 +124,8 @@ class Runtime:
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
         remote = ray.remote(concurrency_groups={"watch": 1, "checkpoint": 1})(TrainerActor)
-        actor = remote.options(**options).remote(self.config, self.shape, rank, str(log))
+        environment = rank_env(self.config.cluster.device)
+        actor = remote.options(**options, runtime_env=environment).remote(self.config, self.shape, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)
 
     async def guard(self, work: Coroutine[Any, Any, Any]) -> Any:

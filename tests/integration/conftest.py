@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from ctpo_megatron.toy.model import make_toy_model
 from tests.support.engines import RunningServer, endless, start_server
+
+torch.set_num_threads(1)  # models that are judges are small, and threads that wait for more would take the servers' cores
 
 
 @pytest.fixture(scope="session")

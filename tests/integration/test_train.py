@@ -235,6 +235,7 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8", "rollout.engine.restarts=0")
     run.wait_for_event("ready")
     below = run.descendants()
+    assert trainer(below).environ()["OMP_WAIT_POLICY"] == "passive"
     victim(below).kill()
     ended = run.finish(END_S)
     assert ended.code == 1

@@ -37,6 +37,15 @@ class _Built:
     reference: HostWeights | None  # of the reference policy
 
 
+def rank_env(device: str) -> dict[str, dict[str, str]]:
+    """Ray's runtime environment of a trainer rank on `device`: what has to be set before its process loads OpenMP.
+
+    On a CPU threads that wait must sleep. Spinning, they take the cores from the servers and from other ranks: a training step
+    of two threads took five times as long on a busy machine, and half as much processor time again on an idle one.
+    """
+    return {"env_vars": {"OMP_WAIT_POLICY": "passive"}} if device == "cpu" else {}
+
+
 class TrainerActor:
     """Rank `rank` of the trainer. Calls are executed one after another, `watch` and `settle` beside them; `build` comes first."""
 
