@@ -1,7 +1,8 @@
-"""Two workers of pytest-xdist (`-n 2`) take the tests by file, but one of them all that start servers, clusters or daemons.
+"""Two workers of pytest-xdist (`-n 2`) take the tests by file, but one of them all but one that start servers or daemons.
 
-Those look at processes, ports and shared memory of the whole machine, and would see each other's. They also wait for things that
-happen in time; so the other worker stands back and takes what they leave of the processors.
+Those look at processes, ports and daemons of the whole machine, and would see each other's. They also wait for things that happen
+in time; so the other worker stands back and takes what they leave of the processors. It would have nothing left to do long before
+the first one has, so it begins with the longest file of servers that wait for nothing but their own trainer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from typing import Any
 import pytest
 
 ALONE = "tests/integration"
+BESIDE = ("tests/integration/test_weights_dense.py",)
+
+
+def runs_alone(nodeid: str) -> bool:
+    """Whether a test belongs to the one worker whose tests do not run beside each other."""
+    return nodeid.startswith(ALONE) and not nodeid.startswith(BESIDE)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -22,7 +29,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return ALONE if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+            return ALONE if runs_alone(nodeid) else nodeid.partition("::")[0]
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
@@ -30,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """In a worker; for everything that it starts too."""
-    if hasattr(item.config, "workerinput") and not item.nodeid.startswith(ALONE):
+    if hasattr(item.config, "workerinput") and not runs_alone(item.nodeid):
         _stand_back()
 
 

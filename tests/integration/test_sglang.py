@@ -42,6 +42,7 @@ from tests.support.engines import (
 from tests.support.ranks import run_ranks
 from tests.support.routing import check_crossing, check_record, drift, train_samples
 from tests.support.routing import sample as record
+from tests.support.runs import left_in_shared_memory
 
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between SGLang and transformers, float32
 PROMPT = list(b"What is 12 * 12?")
@@ -352,7 +353,7 @@ def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
     assert coarse["mean with"] < coarse["mean without"], coarse  # its routers round, and choose otherwise
     assert coarse["max with"] < coarse["max without"], coarse
     assert not any(child.is_running() for child in children)
-    assert not set(os.listdir("/dev/shm")) & {name for name in mapped if name.startswith("sglang")}
+    assert not left_in_shared_memory(shared_before, 0.0) & {name for name in mapped if name.startswith("sglang")}
 
 
 def test_server_dies_during_update(qwen3: Path, tmp_path: Path) -> None:
