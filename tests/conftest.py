@@ -1,4 +1,4 @@
-"""Two workers of pytest-xdist (`-n 2`) take the tests by file, but one of them all but one that start servers or daemons.
+"""Two workers of pytest-xdist (`-n 2`) take the tests by file; files that start servers or daemons, but one, go to one worker.
 
 Those look at processes, ports and daemons of the whole machine, and would see each other's. They also wait for things that happen
 in time; so the other worker stands back and takes what they leave of the processors. It would have nothing left to do long before
