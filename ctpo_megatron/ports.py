@@ -10,7 +10,7 @@ FIRST, END = 20_000, 32_000  # below the range that the system takes ports of ou
 
 
 def free_port(host: str) -> int:
-    """A port of `host` that nobody listens on now and that no outgoing connection will take before it is used."""
+    """A port of `host` on which no process listens now and that no outgoing connection will take before it is used."""
     for _ in range(1000):
         port = random.randrange(FIRST, END)
         with socket.socket() as probe, contextlib.suppress(OSError):

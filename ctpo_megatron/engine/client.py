@@ -143,7 +143,7 @@ class _Record:
         self._next += len(experts)
 
     def close(self, done: Generation, url: str) -> None:
-        """Put the whole record into `done`. Raises EngineError where a server that shall report experts never did."""
+        """Put the whole record into `done`. Raises EngineError where a server that was asked to report experts never did."""
         if self._top_k:
             done.top_k = TopK.joined(self._top)
         if self._routing is not None:

@@ -120,7 +120,7 @@ class Fleet:
         self._notify()
 
     def offload(self) -> list[Member]:
-        """The servers that are up, which shall give their memory to the trainer until `awake`; no request goes to them now."""
+        """The servers that are up, which give their memory to the trainer until `awake`; no request goes to them now."""
         self._offloaded = True
         members = self.members(*UP)
         for member in members:
@@ -160,7 +160,7 @@ class Fleet:
         self._notify()
 
     def lose(self, member: Member, reason: str) -> None:
-        """Give up `member`, which has died or failed once too often; its process shall end, and start again if it may."""
+        """Give up `member`, which has died or failed once too often; its process is to end, and starts again if it may."""
         if member.state is State.GONE or self._members.get(member.name) is not member:
             return
         deaths = self._lost[member.name] = self._lost.get(member.name, 0) + 1

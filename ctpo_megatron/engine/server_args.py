@@ -65,7 +65,7 @@ def server_args(
 def server_env(engine: EngineConfig, *, device: str, gpus: Sequence[str] = ()) -> dict[str, str]:
     """Variables that SGLang, CUDA and OpenMP read and have no argument for; to be added to the parent's.
 
-    `gpus` are the trainer's that the server shall see, by CUDA's names; it uses the first ones. Empty: it has its own.
+    `gpus` are the trainer's GPUs that the server sees, by CUDA's names; it uses the first ones. Empty: it has its own.
     """
     if gpus:  # the check would refuse them: a stage of the trainer's pipeline may need more than another one
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}

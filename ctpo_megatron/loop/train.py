@@ -1,7 +1,7 @@
 """The reinforcement-learning loop: one asyncio controller for synchronous and asynchronous training.
 
     producer:  admit -> sample a group -> put                    (as many at once as the buffer admits)
-    trainer:   take(step) -> advantages, packing -> rest -> update -> publish(version + 1) -> record
+    trainer:   take(step) -> advantages, packing -> offload -> update -> publish(version + 1) -> record
 
 Both are tasks of one group, so the first failure of either ends the run with that failure. With `train.staleness` 0 the
 producer sleeps from the last group of a step until the new weights are published.
