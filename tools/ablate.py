@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from scipy.stats import t as student
 
 from ctpo_megatron.record import write_summary
 
@@ -43,7 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {  # options of algorithm.objective; what i
 }
 REFERENCE = "ctpo"  # what the others' differences are taken from
 FALL = 0.1  # of the mean reward from one rollout batch to the next that counts as a fall
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's quantile for 1, 2, ... degrees of freedom
+MOST_SEEDS = 10
 RUN_FAILED = 1  # exit code of `ctpo`; all others but 0 say nothing about the method
 COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#4d4d4d", "#cc79a7", "#e69f00", "#882255", "#999933")
 
@@ -51,7 +52,7 @@ COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#4d4d4d", "#cc79a7", "#e
 def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value for every `ctpo train`")] = None,
     methods: Annotated[str, typer.Option(help="some of them, with commas")] = ",".join(METHODS),
-    seeds: Annotated[int, typer.Option(min=1, max=len(T_975) + 1, help="1 to this number")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=MOST_SEEDS, help="1 to this number")] = 3,
     out: Annotated[Path, typer.Option(help="where everything is written")] = Path("runs/ablation"),
     report_only: Annotated[bool, typer.Option("--report-only", help="start nothing; report on the runs that ended")] = False,
 ) -> None:
@@ -208,7 +209,9 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     """Mean, extremes, and half the width of Student's 95 % interval of the mean; None where there are too few values."""
     if not values:
         return {"n": 0, "mean": None, "min": None, "max": None, "half_width": None}
-    half = T_975[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    half = None
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return {"n": len(values), "mean": statistics.fmean(values), "min": min(values), "max": max(values), "half_width": half}
 
 

@@ -52,7 +52,7 @@ def prepare(recipe: Recipe, streams: Streams, scan: Scan) -> Prepared:
             raise ValueError("a correction needs rollout_logp, the sampling engine's log-probs")
         gap = mismatch(streams.old_logp, streams.rollout_logp, streams.mask).to(logp.dtype)
         correcting = correction_channel(recipe.correction.level, gap)
-    asked = _channels(given, statistics if correcting is None else {**statistics, "/mismatch": correcting}, streams.restarts)
+    asked = channels(given, statistics if correcting is None else {**statistics, "/mismatch": correcting}, streams.restarts)
     if recipe.aggregation == "balanced":
         asked["/signs"] = Channel(torch.sign(given.advantages), reach="sequence")
     asked = dict(sorted(asked.items(), key=lambda item: item[1].reach != "sequence"))  # these keep nothing while others run
@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, streams: Streams, scan: Scan) -> Prepared:
     return Prepared(tokens, place.values, place.totals, signs, gap, of_token("/mismatch") if "/mismatch" in asked else None)
 
 
-def _channels(given: Given, statistics: Mapping[str, Statistic], restarts: Tensor | None) -> dict[str, Channel]:
+def channels(given: Given, statistics: Mapping[str, Statistic], restarts: Tensor | None) -> dict[str, Channel]:
     """What every objective needs, and the channels among `statistics`; those that look back begin anew at `restarts`."""
     asked = {"/position": Channel(given.mask), "/prefix": Channel(given.log_ratio)}
     asked |= {name: statistic for name, statistic in statistics.items() if isinstance(statistic, Channel)}

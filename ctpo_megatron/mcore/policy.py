@@ -68,7 +68,7 @@ def update_policy(
             anchored = [_with_reference(rank, micro_batches, temperature) for micro_batches in anchored]
     # sequences have their weights from the batch as a whole, so the recipe's aggregation is never asked
     recipe = make_recipe(algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True)
-    loss = partial(_policy_share, recipe=recipe, algorithm=algorithm)
+    loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
     steps = [rank.train_step(micro_batches, loss, temperature) for micro_batches in anchored]
     return merge_values(steps) | measured
 
@@ -105,9 +105,8 @@ def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> 
     return torch.where(tokens.versions == version, old_logp, tokens.rollout_logp)
 
 
-def _policy_share(
-    logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig
-) -> tuple[Tensor, Stats]:
+def policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig) -> tuple[Tensor, Stats]:
+    """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: objective, correction and reference penalty."""
     tokens, sequences = mb.tokens, mb.sequences
     out = recipe_loss(
         recipe,

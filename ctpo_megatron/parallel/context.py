@@ -60,7 +60,7 @@ class ContextParallelScan:
         states = torch.split(in_order[: sum(sizes)], sizes)
         closed = iter(in_order[sum(sizes) :])
         return [
-            self._carry(piece.channel, _from_int64(state, piece.state.dtype), None if piece.closed is None else next(closed))
+            self.carry(piece.channel, _from_int64(state, piece.state.dtype), None if piece.closed is None else next(closed))
             for piece, state in zip(pieces, states, strict=True)
         ]
 
@@ -73,7 +73,7 @@ class ContextParallelScan:
         by_rank = gathered.view(self.size, rows, -1, self._per_rank)
         return torch.stack([by_rank[rank, ..., slot] for _, rank, slot in self._pieces], dim=-1)
 
-    def _carry(self, channel: Channel, state: Tensor, closed: Tensor | None) -> Joined:
+    def carry(self, channel: Channel, state: Tensor, closed: Tensor | None) -> Joined:
         """What lies before each of this rank's pieces, from all pieces' states [K, N, pieces] in token order."""
         operator = channel.operator
         if channel.backwards:
@@ -82,7 +82,7 @@ class ContextParallelScan:
         if closed is not None:  # a piece with a restart begins a new run
             first = torch.where(closed > 0, torch.arange(state.shape[-1], device=state.device), 0).cummax(-1).values
         inclusive = segment_scan(operator, state, first)
-        before = _shift(operator, inclusive)
+        before = shift(operator, inclusive)
         if channel.backwards:
             before = before.flip(-1)
         mine = torch.stack([before[..., place] for place in self._mine], dim=-1)
@@ -98,6 +98,6 @@ def _from_int64(bits: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.clone() if dtype == torch.int64 else bits.contiguous().view(torch.float64).to(dtype)
 
 
-def _shift(operator: Operator, inclusive: Tensor) -> Tensor:
+def shift(operator: Operator, inclusive: Tensor) -> Tensor:
     """Exclusive from inclusive states [K, N, pieces]."""
     return torch.cat([operator.empty_like(inclusive).expand(*inclusive.shape[:-1], 1), inclusive[..., :-1]], dim=-1)

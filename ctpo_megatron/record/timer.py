@@ -8,10 +8,13 @@ from contextlib import contextmanager
 
 
 class PhaseTimer:
-    """Adds up wall time by name: `with timer("rollout"): ...`, then `timer.seconds["rollout"]`."""
+    """Adds up wall time by name: `with timer("rollout"): ...`, then `timer.seconds["rollout"]`.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    `seconds`: where the sums go on from, and are kept; none: they begin at nothing.
+    """
+
+    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+        self.seconds: dict[str, float] = {} if seconds is None else seconds
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

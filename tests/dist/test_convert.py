@@ -9,19 +9,19 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from tests.support.families import write_family
-from tests.support.ranks import free_port, run_ranks
 from safetensors.torch import load_file
-from tests.dist.test_checkpoint_faults import flip
 from torch import Tensor
 
+from ctpo_megatron.checkpoints.verify import verify_checkpoint
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
 from ctpo_megatron.jobs.convert import convert_to_hf
-from ctpo_megatron.checkpoints.verify import verify_checkpoint
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.files import weight_files
+from tests.dist.test_checkpoint_faults import flip
+from tests.support.families import write_family
+from tests.support.ranks import free_port, run_ranks
 
 pytestmark = pytest.mark.dist
 

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.numbers import flat
-from tests.support.ranks import at_own_port, free_port, run_ranks
-from tests.support.tiny import FAMILIES, micro_batches, transformers_logp, write_model
 
 from ctpo_megatron.algorithms import Stats, policy_loss
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
-from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
 from ctpo_megatron.mcore.host import megatron_region
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.parallel import zigzag_unshard
+from tests.support.numbers import flat
+from tests.support.ranks import at_own_port, free_port, run_ranks
+from tests.support.tiny import FAMILIES, micro_batches, transformers_logp, write_model
 
 pytestmark = pytest.mark.dist
 

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.checkpoints import begin_together
-from tests.support.families import MODELS, TEMPERATURE, Z_LOSS, Reference, reference, write_family
-from tests.support.ranks import free_port, run_ranks
-from tests.support.tiny import micro_batches
 
 from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from tests.support.checkpoints import begin_together
+from tests.support.families import MODELS, TEMPERATURE, Z_LOSS, Reference, reference, write_family
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import micro_batches
 
 pytestmark = pytest.mark.dist
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.ranks import free_port, run_ranks
-from tests.support.tiny import FAMILIES, VOCAB, write_model
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ModelError
-from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.config import read_hf_config
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import FAMILIES, VOCAB, write_model
 
 pytestmark = pytest.mark.dist
 

@@ -93,7 +93,7 @@ def test_groups_that_megatron_does_not_forget_keep_their_store(bridged: dict[str
 
 
 def test_interleaved_stages_free_what_is_still_being_sent(tmp_path: Path) -> None:
-    """Where CUDA's allocator does not watch over it, the next stage may read something else; rarely, and more so on a busy host."""
+    """Where CUDA's allocator does not watch over it, the next stage may read something else; more often on a busy host."""
     for freed in run_ranks(2, freed_before_sent, write_model(tmp_path, "qwen3", layers=4)):
         assert freed["as chosen"] == 0
         assert freed["as on GPUs"] > 0

@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 import torch
+
+from ctpo_megatron.algorithms import objectives, raise_if_nonfinite
+from ctpo_megatron.errors import NonFiniteError
+from ctpo_megatron.mcore.rank import RankInfo
 from tests.support.faults import ACROSS_RANKS, EVERYWHERE
 from tests.support.oracles_batch import Options
 from tests.support.oracles_cases import Case, Shape, draw_case
 from tests.support.ranks import run_ranks
 from tests.support.spread import Found, Ranks, Spread, in_one_pack, joined
-
-from ctpo_megatron.algorithms import objectives, raise_if_nonfinite
-from ctpo_megatron.errors import NonFiniteError
-from ctpo_megatron.mcore.rank import RankInfo
 
 pytestmark = pytest.mark.dist
 

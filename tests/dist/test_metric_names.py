@@ -10,8 +10,8 @@ import torch
 
 from ctpo_megatron.batch import Replay
 from ctpo_megatron.config.algorithm import AlgorithmConfig
-from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.loop.statistics import train_metrics
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank

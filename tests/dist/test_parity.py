@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.mcore.rank import RankInfo
 from tests.support.engine_faults import ENGINE_FAULTS
 from tests.support.families import MODELS
 from tests.support.parity import (
@@ -40,9 +43,6 @@ from tests.support.parity import (
 )
 from tests.support.ranks import free_port, run_ranks
 from tests.support.tiny import write_model
-
-from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.mcore.rank import RankInfo
 
 TIMEOUT_S = 900.0  # they take a tenth of it on two idle cores
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(TIMEOUT_S)]

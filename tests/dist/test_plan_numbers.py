@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.ranks import run_ranks
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
@@ -18,6 +17,7 @@ from ctpo_megatron.planning.activations import FLOAT, Work, layer_kept
 from ctpo_megatron.planning.groups import rank_groups
 from ctpo_megatron.planning.memory import state_bytes
 from ctpo_megatron.planning.parameters import stage_parameters
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 

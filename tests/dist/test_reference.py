@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.numbers import flat
-from tests.support.ranks import at_own_port, free_port, run_ranks
-from tests.support.tiny import VOCAB, micro_batches, write_model
 
 from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig, ReferenceConfig
-from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import DppoObjective
+from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
-from ctpo_megatron.mcore.policy import update_policy
 from ctpo_megatron.mcore.host_weights import HostWeights
+from ctpo_megatron.mcore.policy import update_policy
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from tests.support.numbers import flat
+from tests.support.ranks import at_own_port, free_port, run_ranks
+from tests.support.tiny import VOCAB, micro_batches, write_model
 
 pytestmark = pytest.mark.dist
 

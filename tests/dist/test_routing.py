@@ -8,19 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.support import faults
 import numpy as np
 import pytest
 import torch
-from tests.support.ranks import free_port, run_ranks
-from tests.dist.test_engine import TEMPERATURE, exported, join, nll_step, start
-from tests.support.tiny import micro_batches, write_model
 
 from ctpo_megatron.batch import Replay
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.packing import pack
-from ctpo_megatron.mcore.rank import TrainerRank, RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.types import TrainSample
+from tests.dist.test_engine import TEMPERATURE, exported, join, nll_step, start
+from tests.support import faults
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import micro_batches, write_model
 
 pytestmark = pytest.mark.dist
 
@@ -110,7 +110,9 @@ def test_ranks_without_samples_add_nothing(one_rank: dict[str, Any]) -> None:
         name: value for name, value in whole.items() if name.startswith("moe/")
     }
     assert empty["loss"] == whole["loss"]
-    assert empty["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1), "the balancing loss is halved, it is a mean over packs"
+    assert empty["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1), (
+        "the balancing loss is halved, it is a mean over packs"
+    )
 
 
 def test_megatrons_own_mask_of_padding_still_fails(one_rank: dict[str, Any]) -> None:
@@ -146,7 +148,7 @@ def recorded_packs(routing: list[torch.Tensor], kind: str | None) -> list[Any]:
     if kind is None:
         return micro_batches()
     generator, packs = torch.Generator().manual_seed(3), []
-    for number, (pack, own) in enumerate(zip(micro_batches(), routing, strict=True)):
+    for number, (whole, own) in enumerate(zip(micro_batches(), routing, strict=True)):
         experts = own.clone()
         if kind == "other":
             elsewhere = torch.rand(own.shape, generator=generator).argsort(-1)[..., :TOP_K] + 1
@@ -156,7 +158,7 @@ def recorded_packs(routing: list[torch.Tensor], kind: str | None) -> list[Any]:
         if kind == "one_flipped" and number == 0:
             chosen = set(own[FLIPPED, 0].tolist())
             experts[FLIPPED, 0, 0] = min(set(range(EXPERTS)) - chosen)
-        packs.append(replace(pack, replay=Replay(experts)))
+        packs.append(replace(whole, replay=Replay(experts)))
     return packs
 
 

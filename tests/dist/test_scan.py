@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.faults import OF_SCANS
-from tests.support.naive_scan import borders, every_channel
-from tests.support.ranks import run_ranks
-from tests.support.spread import Ranks
 from torch import Tensor
-from tests.support.traffic import Call, Traffic
 
 from ctpo_megatron.algorithms import Channel, LocalScan, policy_loss
 from ctpo_megatron.algorithms.operators import MAX_TOKENS
 from ctpo_megatron.mcore.rank import RankInfo
-from ctpo_megatron.parallel.gather import all_gather_single
 from ctpo_megatron.parallel import ContextParallelScan, shard, shard_indices, unshard, zigzag_shard, zigzag_unshard
+from ctpo_megatron.parallel.gather import all_gather_single
+from tests.support.faults import OF_SCANS
+from tests.support.naive_scan import borders, every_channel
+from tests.support.ranks import run_ranks
+from tests.support.spread import Ranks
+from tests.support.traffic import Call, Traffic
 
 pytestmark = pytest.mark.dist
 

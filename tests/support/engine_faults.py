@@ -19,7 +19,7 @@ from ctpo_megatron.mcore.rank import TrainerRank
 from ctpo_megatron.parallel import layout
 from ctpo_megatron.parallel.layout import shard_indices
 
-_share, _own_experts = policy._policy_share, layout.own_experts
+_share, _own_experts = policy.policy_share, layout.own_experts
 
 
 class Fault(NamedTuple):
@@ -37,7 +37,7 @@ def loss_scaled_by_cp(engine: TrainerRank) -> AbstractContextManager[Any]:
         loss, stats = _share(*args, **options)
         return loss * engine.parallel.cp, stats
 
-    return patch.object(policy, "_policy_share", scaled)
+    return patch.object(policy, "policy_share", scaled)
 
 
 def labels_rolled_over_borders(engine: TrainerRank) -> AbstractContextManager[Any]:

@@ -19,9 +19,9 @@ from tests.support import spread
 
 Fault = Callable[[], AbstractContextManager[Any]]
 _channels, _carry, _shift, _piece_places = (
-    prepare._channels,
-    context.ContextParallelScan._carry,
-    context._shift,
+    prepare.channels,
+    context.ContextParallelScan.carry,
+    context.shift,
     context.piece_places,
 )
 
@@ -102,20 +102,20 @@ def routing_shifted() -> AbstractContextManager[Any]:
 
 
 EVERYWHERE: dict[str, Fault] = {
-    "position off by one": lambda: patch.object(prepare, "_channels", position_off_by_one),
-    "tool tokens counted": lambda: patch.object(prepare, "_channels", tool_tokens_counted),
-    "reset at every turn": lambda: patch.object(prepare, "_channels", reset_at_every_turn),
+    "position off by one": lambda: patch.object(prepare, "channels", position_off_by_one),
+    "tool tokens counted": lambda: patch.object(prepare, "channels", tool_tokens_counted),
+    "reset at every turn": lambda: patch.object(prepare, "channels", reset_at_every_turn),
     "gradient through the prefix": lambda: patch.dict(
         OBJECTIVES, ctpo=OBJECTIVES["ctpo"]._replace(loss=gradient_through_the_prefix)
     ),
 }
 ACROSS_RANKS: dict[str, Fault] = {
     "pieces reversed": lambda: patch.object(context, "piece_places", pieces_reversed),
-    "own piece carried": lambda: patch.object(context, "_shift", own_piece_carried),
-    "totals not summed": lambda: patch.object(context.ContextParallelScan, "_carry", totals_of_the_first_rank),
+    "own piece carried": lambda: patch.object(context, "shift", own_piece_carried),
+    "totals not summed": lambda: patch.object(context.ContextParallelScan, "carry", totals_of_the_first_rank),
     "share not summed": lambda: patch.object(spread, "summed", share_of_the_first_rank),
 }
 OF_SCANS: dict[str, Fault] = {
     **{name: fault for name, fault in ACROSS_RANKS.items() if name != "share not summed"},
-    "suffix carried from the front": lambda: patch.object(context.ContextParallelScan, "_carry", suffix_carried_from_the_front),
+    "suffix carried from the front": lambda: patch.object(context.ContextParallelScan, "carry", suffix_carried_from_the_front),
 }

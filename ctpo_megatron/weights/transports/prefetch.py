@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ctpo_megatron.engine.checksums import EngineDigests, PartDigests
+from ctpo_megatron.record import PhaseTimer
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.order import SenderOrder
@@ -104,14 +105,10 @@ class SendAccount:
             self.sent.digests = self.expected.digests()
         return self.sent
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds of the body to `phase`."""
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self.sent.seconds[phase] = self.sent.seconds.get(phase, 0.0) + time.monotonic() - begin
+    @property
+    def timed(self) -> PhaseTimer:
+        """A timer whose seconds by phase are those of what is sent."""
+        return PhaseTimer(self.sent.seconds)
 
 
 @contextmanager
