@@ -106,7 +106,7 @@ def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> 
 
 
 def policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig) -> tuple[Tensor, Stats]:
-    """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: objective, correction and reference penalty."""
+    """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: objective, correction, penalty."""
     tokens, sequences = mb.tokens, mb.sequences
     out = recipe_loss(
         recipe,

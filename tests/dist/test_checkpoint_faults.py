@@ -129,7 +129,7 @@ def write_faults(rank: RankInfo, root: Path) -> dict[str, Any]:
         return {name: nullcontext() for name in EXPECTED if name != "stale"}
     return {
         "no space for shards": patch.object(writer.torch_checkpoint.FileSystemWriter, "write_data", full),
-        "no space for the rest": patch.object(writer, "_write", full),
+        "no space for the rest": patch.object(writer, "write_small_file", full),
         "the disk lies": patch.object(writer.torch_checkpoint, "save", flipped),
     }
 
@@ -189,7 +189,9 @@ def death(rank: RankInfo, path: Path, root: Path) -> None:
     save(engine, step(root, 1))
     train(engine, 1)
     if rank.rank == 1:
-        writer._write = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # the shards are written, the random states are not
+        writer.write_small_file = lambda *_: os.kill(
+            os.getpid(), signal.SIGKILL
+        )  # the shards are written, the random states are not
     try:
         save(engine, step(root, 2))
     except CheckpointError as error:

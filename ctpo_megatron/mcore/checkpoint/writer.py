@@ -53,9 +53,9 @@ def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -
     report = RankReport()
     if rank == 0:
         save_config(CheckpointingConfig("torch_dist", 1), str(work))
-        _write(work, COMMON_STATE_FNAME, snapshot.common, report)
+        write_small_file(work, COMMON_STATE_FNAME, snapshot.common, report)
     if snapshot.random is not None:
-        _write(work, random_file(rank), snapshot.random, report)
+        write_small_file(work, random_file(rank), snapshot.random, report)
     for name, stored in _of_rank(metadata, rank).items():
         _read_back(work, name, stored, snapshot, held, report)
     if held:
@@ -64,7 +64,7 @@ def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -
     return report
 
 
-def _write(work: Path, name: str, content: bytes, report: RankReport) -> None:
+def write_small_file(work: Path, name: str, content: bytes, report: RankReport) -> None:
     """Write a small file and read it back at once."""
     file = work / name
     file.parent.mkdir(exist_ok=True)
