@@ -50,6 +50,8 @@ def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtyp
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=True,
         # megatron's offloaded optimizer takes the gradients of the precision-aware path
+        # whole copies of the weights in float32: of 16-bit remainders a checkpoint would hold neither the weights nor what can be loaded
+        store_param_remainders=False,
         use_precision_aware_optimizer=config.precision_aware or config.cpu_offload > 0,
         exp_avg_dtype=getattr(torch, config.exp_avg_dtype),
         exp_avg_sq_dtype=getattr(torch, config.exp_avg_sq_dtype),
