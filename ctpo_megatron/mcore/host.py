@@ -1,8 +1,8 @@
 """The device and its communication backend, chosen in one place, and what Megatron-Core needs where there is no CUDA.
 
 Megatron-Core 0.16.1 asks for CUDA by name in many places. On a CPU `prepare_host` bridges them before megatron is imported;
-where CUDA is used it adds only the name that TransformerEngine alone would bring. Every bridge has a test in tests/dist/test_host.py that fails once megatron can do
-without it.
+where CUDA is used it adds only the name that TransformerEngine alone would bring. Every bridge has a test in
+tests/dist/test_host.py that fails once megatron can do without it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ def check_optimizer(config: OptimizerConfig, device: torch.device, dtype: torch.
     has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
     if config.cpu_offload and not has_transformer_engine:
         raise ConfigError(
-            f"optimizer.cpu_offload = {config.cpu_offload} needs the package transformer_engine, which is not installed; set it to 0."
+            f"optimizer.cpu_offload = {config.cpu_offload} needs the package transformer_engine, which is not installed; "
+            "set it to 0."
         )
     if not config.precision_aware:
         return
@@ -67,14 +68,15 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
 
 
 def _begin(adam: Any) -> None:
-    for group, parameter in ((group, p) for group in adam.param_groups for p in group["params"]):
-        if hasattr(adam, "initialize_state"):  # TransformerEngine's, which knows its number formats
-            adam.initialize_state(parameter, False)
-            continue
-        adam.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        if isinstance(adam, torch.optim.Adam):
-            place = parameter.device if group.get("fused") else torch.device("cpu")
-            adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=place)
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if hasattr(adam, "initialize_state"):  # TransformerEngine's, which knows its number formats
+                adam.initialize_state(parameter, False)
+                continue
+            adam.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            if isinstance(adam, torch.optim.Adam):
+                place = parameter.device if group.get("fused") else torch.device("cpu")
+                adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=place)
 
 
 def optimizer_settings(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:

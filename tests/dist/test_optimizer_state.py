@@ -1,4 +1,4 @@
-"""What of the optimizer only GPUs would show otherwise: when its state is made, how it is gathered, what a checkpoint holds of it.
+"""What of the optimizer only GPUs would show otherwise: when its state is made, how it is gathered, what is stored of it.
 
 Real megatron-core on gloo. Its offloaded optimizer runs here too: on a CPU it finds everything where it would move it.
 """
@@ -14,7 +14,7 @@ import torch
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.errors import CheckpointError, ConfigError
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from tests.support.checkpoints import begin_together
 from tests.support.families import MODELS
@@ -83,6 +83,9 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
     trainer.close()
 
     from megatron.core.optimizer import optimizer_config
+
+    with pytest.raises(ConfigError, match="needs the package transformer_engine"):
+        builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.bfloat16)
 
     builder.check_optimizer = lambda *_: None  # which refuses it where there is no GPU
     optimizer_config.is_te_min_version = lambda *_: True  # which fails where there is no TransformerEngine
@@ -191,5 +194,3 @@ def foreign(trainer: TrainerRank, directory: Path) -> str:
     finally:
         optimizer_state._plain = plain
     return str(caught.value)
-
-

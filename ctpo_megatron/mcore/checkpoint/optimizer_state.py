@@ -44,7 +44,7 @@ def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None
     separate_steps(optimizer)
 
 
-def _parts(optimizer: MegatronOptimizer, state: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """Returns each optimizer with its settings in a description, where it has both."""
     parts = optimizer.chained_optimizers
     states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
