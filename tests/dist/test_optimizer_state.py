@@ -65,6 +65,11 @@ def test_weights_are_kept_whole_by_the_precision_aware_optimizer(ranks: list[dic
     assert ranks[0]["remainders"] is False
 
 
+def test_products_in_bfloat16_are_added_up_in_float32(ranks: list[dict[str, Any]]) -> None:
+    """torch lets cuBLAS add the parts of a sum in bfloat16; the setting exists without a GPU."""
+    assert ranks[0]["bfloat16 sums"] is False
+
+
 # ---- in the ranks
 
 
@@ -76,6 +81,7 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
 
     found: dict[str, Any] = {"remainders": builder.optimizer_settings(PLAIN, torch.bfloat16).store_param_remainders}
     trainer = start(replace(rank, master_port=ports[0]), model, PLAIN)
+    found["bfloat16 sums"] = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     found["moments after build"] = moments(trainer)
     step(trainer)
     found["moments after a step"] = moments(trainer)
