@@ -118,8 +118,15 @@ class Runtime:
         await asyncio.wait_for(self.trainer.build(threads, self._total_steps), self.config.cluster.start_timeout_s)
 
     def _engine_group(self, places: list[ServerPlacement]) -> EngineGroup:
-        records = self.routing is not None
-        return EngineGroup(self.config, self._run_dir, self.api_key, places, self.fleet, routed_experts=records)
+        return EngineGroup(
+            self.config,
+            self._run_dir,
+            self.api_key,
+            places,
+            self.fleet,
+            routed_experts=self.routing is not None,
+            shared_expert=self.shape.has_shared_expert,
+        )
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"

@@ -16,7 +16,7 @@ class ClusterConfig(Section):
     """auto: cuda where torch sees a GPU, else cpu."""
     address: str | None = None
     """Ray cluster to join: `auto` for the one on this host, or HOST:PORT. null: start one here and end it afterwards."""
-    start_timeout_s: PositiveFloat = 600.0
-    """How long all actors together may take to come up."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """How long all actors together may take to come up, servers included."""
     call_timeout_s: PositiveFloat = 7200.0
     """How long one call to the trainer (a training step, a checkpoint) may take before the run is given up."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ctpo_megatron.engine.answers import forget_older, read_experts, read_top
 from ctpo_megatron.engine.control import ServerControl
 from ctpo_megatron.engine.fleet import Fleet, Lease
-from ctpo_megatron.engine.http import Requests
+from ctpo_megatron.engine.http import Requests, beside_loop
 from ctpo_megatron.errors import EngineError, EngineRefused
 from ctpo_megatron.types import Generation, RoutingShape, TopK
 
@@ -85,7 +85,8 @@ class EngineClient:
                     raise EngineError(f"{failures} attempts at one generation failed, the last one on {lease.member.url}")
                 continue
             done.append(part)
-            record.read(done, answer["meta_info"], lease.member.url)
+            meta = answer["meta_info"]
+            await beside_loop(len(meta.get("routed_experts") or ""), record.read, done, meta, lease.member.url)
             # aborted for a weight update: go on from the tokens so far; a paused server holds the request back until it resumes
             if part.finish != "abort" or len(done.token_ids) >= max_new_tokens:
                 done.finish = "length" if part.finish == "abort" else part.finish

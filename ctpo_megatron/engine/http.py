@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from ctpo_megatron.errors import EngineError, EngineRefused
 RETRIES = 5
 BACKOFF_S = 0.2
 SHOWN_CHARACTERS = 500  # of an answer, in a message
+LARGE_CHARACTERS = 2**18  # of an answer; decoding fewer takes a millisecond, not much longer than changing threads
 
 Method = Literal["GET", "POST"]
 
@@ -76,13 +78,19 @@ async def ask(
         async with session.request(method, url, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
             text = await answer.text()
             if answer.status < 400:
-                return Answer(json.loads(text) if answer.content_type == "application/json" else text)
+                is_json = answer.content_type == "application/json"
+                return Answer(await beside_loop(len(text), json.loads, text) if is_json else text)
             kind: Literal["broken", "refused"] = "broken" if answer.status >= 500 else "refused"
             return Failure(kind, f"{url} answered {answer.status}: {text[:SHOWN_CHARACTERS]}")
     except TimeoutError:
         return Failure("silent", f"{url} did not answer within {timeout_s:.0f} s")
     except aiohttp.ClientError as error:
         return Failure("unreachable", f"{url} {type(error).__name__}: {error}")
+
+
+async def beside_loop(size: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function` returns: of a large input, `size` characters, in a thread, so that other answers are read meanwhile."""
+    return function(*arguments) if size < LARGE_CHARACTERS else await asyncio.to_thread(function, *arguments)
 
 
 class Requests:

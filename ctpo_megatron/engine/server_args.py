@@ -35,12 +35,15 @@ def server_args(
     seed: int,
     host: str = "127.0.0.1",
     routed_experts: bool = False,
+    shared_expert: bool = False,
     memory_saver: bool = False,
     part: Part = Part(),
 ) -> list[str]:
     """Arguments of one server, as `sglang.launch_server` takes them. `engine.extra_args` come last and so win.
 
     `routed_experts`: requests may ask for the experts that each token went to. SGLang refuses to start a dense model with it.
+    `shared_expert`: the model has one. On GPUs SGLang would otherwise lay it among the routed ones, where published weights have
+    no tensor of that shape.
     `memory_saver`: it can give back its GPUs' memory; on a CPU it always can. `part`: of a server on `engine.nodes` nodes.
     The weights it loads are version 0. It speaks token ids only, so it needs no tokenizer; and no grammar is ever asked for.
     """
@@ -54,6 +57,8 @@ def server_args(
         arguments += ["--nnodes", str(engine.nodes), "--node-rank", str(part.rank), "--dist-init-addr", part.head]
     if routed_experts:
         arguments += ["--enable-return-routed-experts"]
+    if shared_expert and device != "cpu":  # on a CPU SGLang never joins them
+        arguments += ["--disable-shared-experts-fusion"]
     if memory_saver:
         arguments += ["--enable-memory-saver"]
     kv_tokens = engine.max_total_tokens or (CPU_KV_TOKENS if device == "cpu" else None)

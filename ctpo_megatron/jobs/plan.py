@@ -65,6 +65,9 @@ def _report(config: RunConfig, shape: ModelShape, plan: Plan, hardware: Hardware
     yield _batches(config, plan)
     yield _groups(plan, hardware, shape.experts is not None)
     yield _servers(config, plan)
+    if config.cluster.device != "cpu":
+        yield _checkpoints(plan, hardware)
+        yield _bounds(config, shape, plan)
 
 
 def _headline(config: RunConfig, shape: ModelShape, source: Path) -> Text:
@@ -110,7 +113,10 @@ def _memory(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
         style = "red" if free.startswith("-") else ""
         table.add_row(*_memory_row(number, stage), Text(free, style=style))
     offloaded = max(stage.host_optimizer for stage in plan.stages)
-    table.caption = "other: buckets of weights under publication, replayed routes, and a reserve for CUDA, NCCL and fragments"
+    table.caption = (
+        "other: micro-batches and replayed routes of a step, buckets of weights under publication, a reserve for CUDA, NCCL,"
+    )
+    table.caption += " fragments"
     if offloaded:
         table.caption += f"; {_gib(offloaded)} GiB of optimizer state per rank in the host's memory"
     table.caption_justify = "left"
@@ -119,7 +125,7 @@ def _memory(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
 
 def _memory_row(number: int, stage: Stage) -> list[str]:
     m = stage.memory
-    other = m.replay + m.publication + m.reserve
+    other = m.micro_batches + m.replay + m.contexts + m.publication + m.reserve
     parts = (m.weights, m.gradients, m.optimizer, m.activations, m.working, m.head, other, m.total)
     return [str(number), str(stage.layers), _billions(stage.parameters.total), *map(_gib, parts)]
 
@@ -174,6 +180,28 @@ def _servers(config: RunConfig, plan: Plan) -> Table:
     asked = f"rollout.concurrency {config.rollout.concurrency:,}"
     wait = f"; longer than {s.cache_tokens // s.asked:,} tokens each, some wait" if s.samples < s.asked else ""
     table.add_row("asked for", f"{s.asked:,} samples per server", asked + wait)
+    return table
+
+
+def _checkpoints(plan: Plan, hardware: Hardware) -> Table:
+    saving = max((stage.saving for stage in plan.stages), key=lambda saving: saving.gathering)
+    ranks = min(plan.trainer_gpus, hardware.gpus_per_node)
+    table = _table("Checkpoints", "host, per rank", f"host, {ranks} ranks on a node", "GPU")
+    rows = {"gathering": (saving.gathering, f"{_gib(saving.gpu)} GiB, without activations"), "writing": (saving.writing, "")}
+    for name, (each, on_gpu) in rows.items():
+        table.add_row(name, f"{_gib(each)} GiB", f"{_gib(ranks * each)} GiB", on_gpu)
+    return table
+
+
+def _bounds(config: RunConfig, shape: ModelShape, plan: Plan) -> Table:
+    """What must be reached for the configured bounds on time to hold."""
+    engine, whole = config.rollout.engine, model_parameters(shape).total * planned_run(config).element_bytes
+    table = _table("Bounds on time", "", "at least", "seconds")
+    start, request, tokens = engine.start_timeout_s, engine.request_timeout_s, config.rollout.max_response_tokens
+    reading = f"{whole / GIB / start:.2g} GiB/s"
+    table.add_row("start", f"{_gib(whole)} GiB, read on every node", reading, f"rollout.engine.start_timeout_s {start:,.0f}")
+    writing, asked = f"{tokens / request:.2g} tokens/s each", f"{plan.servers.asked:,} at once per server"
+    table.add_row("generation", f"{tokens:,} tokens, {asked}", writing, f"rollout.engine.request_timeout_s {request:,.0f}")
     return table
 
 

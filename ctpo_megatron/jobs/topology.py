@@ -25,4 +25,6 @@ def planned_run(config: RunConfig) -> PlannedRun:
         rollout=config.rollout,
         weights=config.weights,
         topology=topology_of(config),
+        has_reference=config.algorithm.reference is not None,
+        top_k=config.algorithm.top_k,
     )

@@ -1,8 +1,8 @@
 """The device and its communication backend, chosen in one place, and what Megatron-Core needs where there is no CUDA.
 
 Megatron-Core 0.16.1 asks for CUDA by name in many places. On a CPU `prepare_host` bridges them before megatron is imported;
-where CUDA is used it changes nothing. Every bridge has a test in tests/dist/test_host.py that fails once megatron can do
-without it.
+where CUDA is used it adds only the name that TransformerEngine alone would bring. Every bridge has a test in
+tests/dist/test_host.py that fails once megatron can do without it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def prepare_host(device: str = "auto", local_rank: int = 0) -> torch.device:
             "set cluster.device to cpu or give the trainer more GPUs."
         )
     torch.cuda.set_device(local_rank)
+    name_general_gemm()
     return torch.device("cuda", local_rank)
 
 
@@ -120,7 +121,16 @@ def _bridge_cpu() -> None:
     _bridge_torch_cuda()
     _import_megatron()
     _bridge_random_state()
+    name_general_gemm()
     _bridge_moe()
+
+
+def name_general_gemm() -> None:
+    """Give the routers of experts a name that they look up on every device and only TransformerEngine defines."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # tested against None where it is used
 
 
 def _bridge_torch_cuda() -> None:
@@ -161,11 +171,7 @@ def _bridge_random_state() -> None:
 
 
 def _bridge_moe() -> None:
-    """What mixtures of experts need: a name that only TransformerEngine defines, and gloo's idea of sizes."""
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # tested against None where it is used
+    """What mixtures of experts need of gloo: its idea of sizes."""
     collectives: Any = dist
     original = collectives.all_to_all_single
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ctpo_megatron.config.train import OptimizerConfig
@@ -22,9 +24,15 @@ def check_optimizer(config: OptimizerConfig, device: torch.device, dtype: torch.
             f"optimizer.cpu_offload = {config.cpu_offload} moves the optimizer's state from a GPU to the host's memory, "
             f"but the trainer runs on {device.type}, where it already is; set it to 0."
         )
+    has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+    if config.cpu_offload and not has_transformer_engine:
+        raise ConfigError(
+            f"optimizer.cpu_offload = {config.cpu_offload} needs the package transformer_engine, which is not installed; "
+            "set it to 0."
+        )
     if not config.precision_aware:
         return
-    if device.type != "cuda" or importlib.util.find_spec("transformer_engine") is None:
+    if device.type != "cuda" or not has_transformer_engine:
         raise ConfigError(
             "optimizer.precision_aware needs the FusedAdam of TransformerEngine, that is a GPU and the package "
             f"transformer_engine; the trainer runs on {device.type}"
@@ -36,8 +44,44 @@ def check_optimizer(config: OptimizerConfig, device: torch.device, dtype: torch.
 
 
 def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizer:
-    """AdamW whose state is sharded over the data-parallel ranks. Call it after the weights were loaded: it copies bf16 ones."""
-    settings = MegatronOptimizerConfig(
+    """AdamW whose state is sharded over the data-parallel ranks. Call it after the weights were loaded: it copies bf16 ones.
+
+    All of its state is there when this returns, so that what shares the device finds the memory that is left for good.
+    """
+    optimizer = get_megatron_optimizer(optimizer_settings(config, dtype), models, use_gloo_process_groups=False)
+    begin_state(optimizer)
+    return optimizer
+
+
+def begin_state(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer the state that it would make in its first step, where it has none yet."""
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if adam is None or adam.state:  # None: this rank has no parameters of the kind
+            continue
+        if not isinstance(adam, HybridDeviceOptimizer):
+            _begin(adam)
+            continue
+        for each in adam.sub_optimizers:
+            _begin(each)
+        adam._sync_sub_optimizers_state_to_hdo()  # as each of its steps ends
+
+
+def _begin(adam: Any) -> None:
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if hasattr(adam, "initialize_state"):  # TransformerEngine's, which knows its number formats
+                adam.initialize_state(parameter, False)
+                continue
+            adam.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            if isinstance(adam, torch.optim.Adam):
+                place = parameter.device if group.get("fused") else torch.device("cpu")
+                adam.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=place)
+
+
+def optimizer_settings(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:
+    """megatron's settings of AdamW for weights of `dtype`."""
+    return MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
         min_lr=config.min_lr,
@@ -50,6 +94,8 @@ def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtyp
         bf16=dtype == torch.bfloat16,
         use_distributed_optimizer=True,
         # megatron's offloaded optimizer takes the gradients of the precision-aware path
+        # a float32 copy of the weights: checkpoints of the 16-bit remainders could not be loaded, and would not hold the weights
+        store_param_remainders=False,
         use_precision_aware_optimizer=config.precision_aware or config.cpu_offload > 0,
         exp_avg_dtype=getattr(torch, config.exp_avg_dtype),
         exp_avg_sq_dtype=getattr(torch, config.exp_avg_sq_dtype),
@@ -57,7 +103,6 @@ def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtyp
         optimizer_offload_fraction=config.cpu_offload,
         overlap_cpu_optimizer_d2h_h2d=config.cpu_offload > 0,
     )
-    return get_megatron_optimizer(settings, models, use_gloo_process_groups=False)
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, total_steps: int | None) -> OptimizerParamScheduler:

@@ -44,44 +44,56 @@ def update_policy(
 ) -> Values:
     """One optimizer step per batch; the old policy is the one that stands before the first.
 
-    `batches` hold this rank's micro-batches of each optimizer step. Returns the statistics of all steps as one, the same on all
-    ranks. Raises MismatchError, before anything is changed, when trainer and engine disagree more than `drift` allows, and
-    NonFiniteError, before the step that would use it, for a log-prob that is not finite. `reference`: weights of the policy that
-    `algorithm.reference` asks for.
+    `batches` hold this rank's micro-batches of each optimizer step; the device holds those of one step at a time. Returns the
+    statistics of all steps as one, the same on all ranks. Raises MismatchError, before anything is changed, when trainer and
+    engine disagree more than `drift` allows, and NonFiniteError, before the step that would use it, for a log-prob that is not
+    finite. `reference`: weights of the policy that `algorithm.reference` asks for.
     """
-    anchored: list[list[MicroBatch]] = []
+    sharded: list[list[MicroBatch]] = []
     gaps: list[Stats] = []
     for batch in batches:
-        micro_batches = rank.place(batch)
-        old = rank.logp(micro_batches, temperature)
-        if old:  # last pipeline stage; the others never look at log-probs
-            gaps += [drift_stats(mb, logp, rank.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
-            anchors = [anchor_logp(mb, logp, algorithm.anchor, version) for mb, logp in zip(micro_batches, old, strict=True)]
-            micro_batches = [mb.with_streams(anchor_logp=anchor) for mb, anchor in zip(micro_batches, anchors, strict=True)]
-        anchored.append(micro_batches)
+        shards, differences = _anchored(rank, rank.shard(batch), algorithm.anchor, temperature, version)
+        sharded.append(shards)
+        gaps += differences
     measured = rank.reduce(gaps)
     raise_if_nonfinite(measured)
     del measured[NONFINITE]
     check_drift(measured, drift, version)
     if reference is not None:
         with rank.using(reference):
-            anchored = [_with_reference(rank, micro_batches, temperature) for micro_batches in anchored]
+            sharded = [_with_reference(rank, shards, temperature) for shards in sharded]
     # sequences have their weights from the batch as a whole, so the recipe's aggregation is never asked
     recipe = make_recipe(algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True)
     loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
-    steps = [rank.train_step(micro_batches, loss, temperature) for micro_batches in anchored]
+    steps = [rank.train_step(rank.on_device(shards), loss, temperature) for shards in sharded]
     return merge_values(steps) | measured
 
 
-def _with_reference(rank: TrainerRank, micro_batches: list[MicroBatch], temperature: float) -> list[MicroBatch]:
-    """The micro-batches with the reference policy's log-probs, which only the last pipeline stage has.
+def _anchored(
+    rank: TrainerRank, shards: list[MicroBatch], anchor: str, temperature: float, version: int
+) -> tuple[list[MicroBatch], list[Stats]]:
+    """One optimizer step's shards with the log-probs that ratios are taken against, and their distance from the engine's.
+
+    Only the last pipeline stage has log-probs. They stay on the device; the shards are there only while they are computed.
+    """
+    micro_batches = rank.on_device(shards)
+    old = rank.logp(micro_batches, temperature)
+    if not old:
+        return shards, []
+    gaps = [drift_stats(mb, logp, rank.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
+    anchors = [anchor_logp(mb, logp, anchor, version) for mb, logp in zip(micro_batches, old, strict=True)]
+    return [mb.with_streams(anchor_logp=each) for mb, each in zip(shards, anchors, strict=True)], gaps
+
+
+def _with_reference(rank: TrainerRank, shards: list[MicroBatch], temperature: float) -> list[MicroBatch]:
+    """One optimizer step's shards with the reference policy's log-probs, which only the last pipeline stage has.
 
     The reference policy chooses its experts itself.
     """
-    logp = rank.logp([replace(mb, replay=None) for mb in micro_batches], temperature)
+    logp = rank.logp(rank.on_device([replace(mb, replay=None) for mb in shards]), temperature)
     if not logp:
-        return micro_batches
-    return [mb.with_streams(reference_logp=reference) for mb, reference in zip(micro_batches, logp, strict=True)]
+        return shards
+    return [mb.with_streams(reference_logp=reference) for mb, reference in zip(shards, logp, strict=True)]
 
 
 def supervise(rank: TrainerRank, batch: list[MicroBatch]) -> Values:

@@ -133,9 +133,17 @@ class TrainerRank:
         """How prefix sums run over this rank's shards."""
         return self._stepper.scan
 
+    def shard(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's context-parallel shards of whole micro-batches, still where these are: in the host's memory."""
+        return self._stepper.shard(micro_batches)
+
+    def on_device(self, shards: list[MicroBatch]) -> list[MicroBatch]:
+        """What `shard` made, on this rank's device; all other methods take these."""
+        return self._stepper.on_device(shards)
+
     def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This rank's context-parallel shards of whole micro-batches, on its device; all other methods take these."""
-        return self._stepper.place(micro_batches)
+        """This rank's shards of whole micro-batches, on its device."""
+        return self.on_device(self.shard(micro_batches))
 
     def reduce(self, stats: list[Stats]) -> Values:
         """Statistics over micro-batches and ranks, the same on every rank.

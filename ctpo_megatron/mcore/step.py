@@ -58,7 +58,7 @@ class PackedInput:
 class Stepper:
     """Runs the schedule for a model. `portable` says that the layers are those of the portable spec.
 
-    Micro-batches are this rank's shards on its device, as `place` makes them.
+    Micro-batches are this rank's shards on its device, as `shard` and `on_device` make them.
     """
 
     def __init__(
@@ -111,11 +111,15 @@ class Stepper:
             raise RuntimeError("log-probs are asked of a rank before the last pipeline stage")
         return self.head(hidden, shard, temperature, labels_only=labels_only)
 
-    def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This rank's shards of whole micro-batches, on its device; of a replay only what its routers see."""
-        return [self._place(whole).to(self.device) for whole in micro_batches]
+    def shard(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's shards of whole micro-batches, where these are; of a replay only what its routers see."""
+        return [self._shard(whole) for whole in micro_batches]
 
-    def _place(self, whole: MicroBatch) -> MicroBatch:
+    def on_device(self, shards: list[MicroBatch]) -> list[MicroBatch]:
+        """The shards on this rank's device."""
+        return [shard.to(self.device) for shard in shards]
+
+    def _shard(self, whole: MicroBatch) -> MicroBatch:
         if whole.replay is not None:
             whole = replace(whole, replay=whole.replay.for_rank(self.coords, whole.sequences.cu_seqlens))
         return whole.shard(self.coords.cp_rank, self.coords.cp_size)

@@ -111,6 +111,11 @@ class ModelShape:
         return tuple(i for i, is_mixture in enumerate(self.experts.layers) if is_mixture) if self.experts else ()
 
     @property
+    def has_shared_expert(self) -> bool:
+        """Whether layers have an expert that sees every token, besides the routed ones."""
+        return self.experts is not None and self.experts.shared_ffn_hidden_size > 0
+
+    @property
     def routing(self) -> RoutingShape | None:
         """What a record of the experts' choice looks like; None for a dense model."""
         if self.experts is None:

@@ -8,14 +8,17 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes
-from ctpo_megatron.planning.groups import expert_data_parallel
 from ctpo_megatron.planning.parameters import Parameters, stage_layers, stage_parameters
 from ctpo_megatron.planning.run import FORMAT_BYTES, PlannedRun
+from ctpo_megatron.planning.saving import Saving, plan_saving, rank_share
 
 GIB = 2**30
 # Ours, not measured: CUDA context, NCCL's buffers, workspaces of cuBLAS and TransformerEngine, the allocator's waste.
 RESERVE = 6 * GIB
-ASLEEP = 2 * GIB  # ours, not measured: CUDA context and workspaces of a server on the same GPU that has given back the rest
+# Ours, not measured: CUDA context, workspaces and CUDA graphs of a server on the same GPU that has given back the rest. SGLang
+# gives graphs back only with SGLANG_MEMORY_SAVER_CUDA_GRAPH=1, which changes its all-reduce as well.
+ASLEEP = 4 * GIB
+CONTEXT = GIB // 2  # ours, not measured: of a process that reads memory of a GPU which is not its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,9 @@ class StageMemory:
     activations: int  # of all micro-batches in flight
     working: int  # of the layer that is in its backward pass: what it recomputes, and gradients
     head: int
-    replay: int
+    micro_batches: int  # of one optimizer step, and the log-probs that are kept for all steps of a rollout batch
+    replay: int  # of the same optimizer step
+    contexts: int  # of servers that read buckets of weights from this GPU and are on another one
     publication: int  # a bucket of weights on its way to the servers
     reserve: int
 
@@ -39,7 +44,7 @@ class StageMemory:
 
     @property
     def resident(self) -> int:
-        """Bytes that stay on the GPU while servers on it generate."""
+        """Bytes that stay on the GPU while servers on it generate. Contexts come after SGLang has taken its share."""
         return self.weights + self.gradients + self.optimizer + self.reserve
 
 
@@ -52,6 +57,7 @@ class Stage:
     in_flight: int  # model chunks whose activations are held at once; of one chunk per stage: micro-batches
     memory: StageMemory
     host_optimizer: int  # bytes of the optimizer's state in the host's memory
+    saving: Saving
 
 
 def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[Stage]:
@@ -73,22 +79,20 @@ def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[
             activations=_activations(held, work.recompute, flying),
             working=_working(held, work.recompute),
             head=head_working(shape, parallel.tp, work) if number == parallel.pp - 1 else 0,
-            # held for every micro-batch of the optimizer step
+            micro_batches=_streams(run, micro_batches),
             replay=replay_bytes(shape, mixtures, parallel.tp, work) * micro_batches if run.moe.routing_replay else 0,
+            contexts=run.topology.ranks_beside * CONTEXT,
             publication=2 * run.weights.bucket_mb * 2**20,
             reserve=0 if run.on_cpu else RESERVE + (ASLEEP if run.weights.servers_sleep else 0),
         )
-        found.append(Stage(sum(map(len, chunks)), parameters[number], flying, memory, offloaded))
+        saving = plan_saving(parameters[number], parallel, element)
+        found.append(Stage(sum(map(len, chunks)), parameters[number], flying, memory, offloaded, saving))
     return found
 
 
 def optimizer_bytes(parameters: Parameters, parallel: ParallelConfig, optimizer: OptimizerConfig, element: int) -> int:
-    """Bytes of a rank's share of AdamW's state: sharded over dp * cp, that of experts over the ranks that hold the same experts.
-
-    megatron cuts its buffers at multiples of 128 numbers, so a rank's share may be larger by as much per bucket.
-    """
-    numbers = -(-parameters.dense // (parallel.dp * parallel.cp)) - (-parameters.experts // expert_data_parallel(parallel))
-    return numbers * state_bytes(optimizer, element)
+    """Bytes of a rank's share of AdamW's state. All of it is there from the start, before servers look for free memory."""
+    return rank_share(parameters, parallel) * state_bytes(optimizer, element)
 
 
 def state_bytes(optimizer: OptimizerConfig, element: int) -> int:
@@ -104,6 +108,12 @@ def in_flight(stage: int, pp: int, vpp: int, micro_batches: int) -> int:
     """
     warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
     return min(warm_up + 1, micro_batches * vpp)
+
+
+def _streams(run: PlannedRun, micro_batches: int) -> int:
+    """A step's micro-batches, and one log-prob or two for every token of the rollout batch."""
+    tokens = run.train.max_tokens_per_micro_batch * micro_batches
+    return tokens * (run.token_bytes + run.kept_token_bytes * run.train.optimizer_steps)
 
 
 def _activations(chunks: list[list[Kept]], recompute: str, flying: int) -> int:

@@ -59,6 +59,7 @@ def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Ca
         problems += [topology.sharing_problem] if topology.sharing_problem else []
         problems += _trainer_problems(stages, hardware.gpu_gib, advise)
         problems += _server_problems(servers, engine_gib, hardware.gpus_per_node, taken)
+        problems += _room_problems(stages, servers, engine_gib, taken) if shared and not servers.missing else []
         if topology.needs_one_node and topology.ranks > hardware.gpus_per_node:
             problems.append("weights.type=colocated needs all GPUs on one node (--gpus-per-node); use weights.type=broadcast.")
     return Plan(
@@ -87,6 +88,19 @@ def _trainer_problems(stages: list[Stage], gpu_gib: float, advise: Callable[[], 
     return [
         f"a rank of pipeline stage {number} needs {needed:.1f} GiB, {needed - gpu_gib:.1f} GiB more than --gpu-gb {gpu_gib:g}. "
         f"What one change at a time would do: {advice}."
+    ]
+
+
+def _room_problems(stages: list[Stage], servers: Servers, gpu_gib: float, taken: int) -> list[str]:
+    """What comes on a shared GPU after SGLang has taken its share: contexts of other servers' ranks, and saves."""
+    left = round(gpu_gib * GIB) - taken - servers.budget
+    needed = max(stage.memory.contexts + stage.saving.gpu for stage in stages)
+    if needed <= left:
+        return []
+    return [
+        f"SGLang leaves {left / GIB:.1f} GiB of a GPU that it shares with the trainer, but servers that read its weights from "
+        f"other GPUs and a save take {needed / GIB:.1f} GiB. What helps: a smaller --mem-fraction-static in "
+        "rollout.engine.extra_args, or weights.type=broadcast, with GPUs for the servers."
     ]
 
 

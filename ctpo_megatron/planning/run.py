@@ -10,6 +10,10 @@ from ctpo_megatron.config.train import OptimizerConfig, TrainConfig
 from ctpo_megatron.config.weights import Transport
 from ctpo_megatron.planning.topology import Topology
 
+# of `batch.TokenStreams`, which needs torch; a test holds them equal
+STREAM_BYTES = 3 * 8 + 2 * 1 + 3 * 4  # ids, labels, positions; mask, restarts; advantages, log-probs, versions
+TOP_K_BYTES = 4 + 4 + 4  # a token's id, and its log-prob under either policy
+LOGP_BYTES = 4
 FORMAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -26,6 +30,18 @@ class PlannedRun:
     rollout: RolloutConfig
     weights: Transport
     topology: Topology
+    has_reference: bool  # log-probs of a reference policy are computed
+    top_k: int  # tokens at each place whose log-probs are recorded
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of a micro-batch on a rank, without the record of routing: `batch.TokenStreams`, as it is packed."""
+        return STREAM_BYTES + self.top_k * TOP_K_BYTES
+
+    @property
+    def kept_token_bytes(self) -> int:
+        """Bytes of one token that stay on the device from the old policy's pass to the token's optimizer step: log-probs."""
+        return LOGP_BYTES * (2 if self.has_reference else 1)
 
     @property
     def on_cpu(self) -> bool:

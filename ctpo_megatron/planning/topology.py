@@ -38,6 +38,11 @@ class Topology:
         return self.colocated and self.ranks > 0 and self.servers > 0 and self.device != "cpu"
 
     @property
+    def ranks_beside(self) -> int:
+        """Ranks of servers that may read memory of a trainer's GPU and are on another one; 0 unless they use the trainer's."""
+        return self.servers * self.server_tp - 1 if self.shares_gpus else 0
+
+    @property
     def needs_one_node(self) -> bool:
         """Whether all processes have to be on the same node."""
         return self.within_node and self.ranks > 0 and self.servers > 0

@@ -202,12 +202,15 @@ def unbridged(rank: RankInfo, path: Path) -> dict[str, Any]:
     engine = engine_for(rank, path, {"pp": 2})
     from ctpo_megatron.mcore.checkpoint import optimizer_state
     from ctpo_megatron.mcore.host import megatron_region
+    from ctpo_megatron.mcore.optimizer import begin_state
 
     optimizer = engine.optimizer
     part = optimizer.chained_optimizers[0]
     found: dict[str, Any] = {}
     with megatron_region(engine.device):
+        optimizer.chained_optimizers[0].optimizer.state.clear()
         found["begin_state"] = failure(optimizer.state_dict)
+        begin_state(optimizer)
     train(engine, 1)
     with megatron_region(engine.device):
         found["misplaced without padding_counted"] = misplaced(engine, contextlib.nullcontext())

@@ -88,8 +88,8 @@ def zigzag_pieces_swapped(engine: TrainerRank) -> AbstractContextManager[Any]:
 
 def _placed(engine: TrainerRank, change: Callable[[MicroBatch], MicroBatch]) -> AbstractContextManager[Any]:
     """Every whole pack is changed before it is cut and goes to the device."""
-    place = engine._stepper.place
-    return patch.object(engine._stepper, "place", lambda packs: place([change(whole) for whole in packs]))
+    shard = engine._stepper.shard
+    return patch.object(engine._stepper, "shard", lambda packs: shard([change(whole) for whole in packs]))
 
 
 ENGINE_FAULTS: dict[str, Fault] = {

@@ -21,7 +21,7 @@ class EngineActor:
     """One server of the run, or its part on one of `rollout.engine.nodes`. Its processes end with the actor at the latest.
 
     `seed`: of its sampling. `gpus`: those of the trainer that the server sees; empty: it has the actor's own, or none.
-    `routed_experts`: whether it returns which experts it chose for each token.
+    `routed_experts`: whether it returns which experts it chose for each token. `shared_expert`: whether the model has one.
     """
 
     def __init__(
@@ -32,10 +32,11 @@ class EngineActor:
         api_key: str,
         gpus: tuple[str, ...] = (),
         routed_experts: bool = False,
+        shared_expert: bool = False,
     ) -> None:
         redirect_output(Path(log_path))
         self._config, self._seed, self._log, self._api_key, self._gpus = config, seed, Path(log_path), api_key, gpus
-        self._routed_experts = routed_experts
+        self._routed_experts, self._shared_expert = routed_experts, shared_expert
         self._host = node_address(config)
         self._launched: SGLangServer | None = None
         self._closed = threading.Event()
@@ -57,6 +58,7 @@ class EngineActor:
             seed=self._seed,
             host=self._host,
             routed_experts=self._routed_experts,
+            shared_expert=self._shared_expert,
             memory_saver=bool(self._gpus) and config.weights.servers_sleep,
             part=Part(rank, head),
         )

@@ -55,7 +55,7 @@ class _Server:
 class EngineGroup:
     """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost.
 
-    `routed_experts`: whether they return which experts they chose for each token.
+    `routed_experts`: whether they return which experts they chose for each token. `shared_expert`: whether the model has one.
     """
 
     def __init__(
@@ -67,8 +67,9 @@ class EngineGroup:
         fleet: Fleet,
         *,
         routed_experts: bool = False,
+        shared_expert: bool = False,
     ) -> None:
-        self._routed_experts = routed_experts
+        self._of_model = (routed_experts, shared_expert)
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
@@ -149,7 +150,7 @@ class EngineGroup:
         remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
             log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
-            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, self._routed_experts)
+            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, *self._of_model)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
         return _Server(name, parts, [part.actor.launch.remote(rank, head) for rank, part in enumerate(parts)])

@@ -152,6 +152,8 @@ class TrainerActor:
         if self.config.weights.servers_sleep:
             import torch
 
+            if torch.cuda.is_initialized():
+                torch.cuda.ipc_collect()  # buckets that servers have read: torch holds them until it has looked
             torch.cuda.empty_cache()
 
     def save(self, directory: str, background: bool) -> None:

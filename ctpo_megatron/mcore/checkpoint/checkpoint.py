@@ -15,6 +15,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -159,5 +160,5 @@ def _told(failure: str) -> Iterator[None]:
     except CheckpointException as error:  # torch's, which tells every rank about all of them
         reasons = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
         raise CheckpointError(f"{failure}: {reasons}") from error
-    except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError) as error:
+    except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError, AssertionError, UnpicklingError) as error:
         raise CheckpointError(f"{failure}: {error}") from error

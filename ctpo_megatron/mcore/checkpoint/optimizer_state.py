@@ -1,4 +1,4 @@
-"""The distributed optimizer's state for a checkpoint, and four faults of Megatron-Core 0.16.1 on the way there and back.
+"""The distributed optimizer's state for a checkpoint, and five faults of Megatron-Core 0.16.1 on the way there and back.
 
 The state is stored in the shape of the parameters (`fully_reshardable`), so that any layout can read it.
 tests/dist/test_checkpoint.py says when one of the bridges is no longer needed.
@@ -13,32 +13,49 @@ from typing import Any
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 
+from ctpo_megatron.mcore.checkpoint.gathering import gathered_in_pieces
+
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def optimizer_shards(
     optimizer: MegatronOptimizer, model_shards: dict[str, Any], metadata: dict[str, Any], *, loading: bool
 ) -> dict[str, Any]:
-    """Returns megatron's description of this rank's part. The data-parallel ranks gather it, so all have to call it."""
-    begin_state(optimizer)
-    with padding_counted(optimizer):
-        return optimizer.sharded_state_dict(model_shards, is_loading=loading, metadata={**metadata, **SHARDING})
+    """Returns megatron's description of this rank's part. The data-parallel ranks gather it, so all have to call it.
+
+    The optimizer has its state: megatron cannot describe torch's Adam before that. Of the settings of parameter groups only plain
+    values are stored, as nothing else may be unpickled; an optimizer that is offloaded keeps classes among them.
+    """
+    with padding_counted(optimizer), gathered_in_pieces(optimizer):
+        described = optimizer.sharded_state_dict(model_shards, is_loading=loading, metadata={**metadata, **SHARDING})
+    for _, settings in _parts(optimizer, described):
+        settings["param_groups"] = [{k: v for k, v in group.items() if _plain(v)} for group in settings["param_groups"]]
+    return described
 
 
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Take what was read for the description of `optimizer_shards`."""
+    """Take what was read for the description of `optimizer_shards`; settings that are not stored stay as they are."""
+    for part, settings in _parts(optimizer, loaded):
+        groups = part.optimizer.param_groups
+        kept = {k: v for group in groups for k, v in group.items() if k != "params" and not _plain(v)}
+        settings["param_groups"] = [{**kept, **group} for group in settings["param_groups"]]
     with steps_kept(optimizer):
         optimizer.load_state_dict(loaded)
     separate_steps(optimizer)
 
 
-def begin_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam the state it would make in its first step; megatron cannot describe an optimizer before that."""
-    for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.Adam) and not part.optimizer.state:
-            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                part.optimizer.state[parameter] = {"step": torch.tensor(0.0), **moments}
+def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Returns each optimizer with its settings in a description, where it has both."""
+    parts = optimizer.chained_optimizers
+    states = [state] if len(parts) == 1 else [state[number] for number in range(len(parts))]
+    return [(part, each["optimizer"]) for part, each in zip(parts, states, strict=True) if part.optimizer is not None]
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is a number, text, a truth value, None, or a list or tuple of these."""
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        disable_bf16_reduced_precision_matmul=True,  # cuBLAS then adds the parts of a long sum in float32
         tensor_model_parallel_size=parallel.tp,
         sequence_parallel=parallel.tp > 1,
         pipeline_model_parallel_size=parallel.pp,

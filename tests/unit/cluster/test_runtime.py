@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import State
 from ctpo_megatron.jobs.topology import topology_of
@@ -18,6 +20,9 @@ from ctpo_megatron.types import RoutingShape
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
 SIZES |= {"vocab_size": 299, "max_position_embeddings": 512}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+LATENT = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+LATENT |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16}
+LATENT |= {"qk_rope_head_dim": 8, "v_head_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 DENSE, MIXTURE = parse_config({"model_type": "qwen3"} | SIZES), parse_config({"model_type": "qwen3_moe"} | SIZES | EXPERTS)
 
 
@@ -49,6 +54,36 @@ def test_chosen_experts_are_recorded_where_they_are_replayed(tmp_path: Path) -> 
     assert MIXTURE.routing is not None
     assert recorded(MIXTURE, replay=True) == MIXTURE.routing
     assert [recorded(MIXTURE, replay=False), recorded(DENSE, replay=True), recorded(DENSE, replay=False)] == [None] * 3
+
+
+def test_servers_know_what_their_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(shape: ModelShape) -> dict[str, bool]:
+        runtime = Runtime(config(replay=True), shape, topology_of(config()), tmp_path)
+        monkeypatch.setattr("ctpo_megatron.cluster.runtime.EngineGroup", lambda *_, **model: model)
+        return runtime._engine_group([])  # type: ignore[return-value]
+
+    shared = parse_config({"model_type": "deepseek_v3"} | SIZES | LATENT)
+    assert told(shared) == {"routed_experts": True, "shared_expert": True}
+    assert told(MIXTURE) == {"routed_experts": True, "shared_expert": False}
+    assert told(DENSE) == {"routed_experts": False, "shared_expert": False}
+
+
+def test_memory_for_servers_is_given_back_with_what_they_have_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a bucket that was handed over until it has looked whether its reader is done; then the cache can be emptied."""
+    import torch
+
+    def calls(*, cuda: bool, sleeping: bool) -> list[str]:
+        done: list[str] = []
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+        monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: done.append("ipc_collect"))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty_cache"))
+        actor = SimpleNamespace(config=SimpleNamespace(weights=SimpleNamespace(servers_sleep=sleeping)))
+        TrainerActor._free_memory(actor)  # type: ignore[arg-type]
+        return done
+
+    assert calls(cuda=True, sleeping=True) == ["ipc_collect", "empty_cache"]
+    assert calls(cuda=False, sleeping=True) == ["empty_cache"]
+    assert calls(cuda=True, sleeping=False) == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,22 @@ def test_one_answer() -> None:
     assert generation.routed_experts.dtype == np.int8
     assert generation.routed_experts[:, 0, 0].tolist() == expected([4] * 5)
     assert (generation.routed_experts[:, 1] == (generation.routed_experts[:, 0] + 1) % 16).all()
+
+
+def test_a_large_record_is_read_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that other answers are not held up by it: what it says is the same."""
+    small = sample(Server([([1, 2, STOP], 4, "stop")]))
+    threads: list[threading.Thread] = []
+
+    def read(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return read_experts(*arguments)
+
+    monkeypatch.setattr("ctpo_megatron.engine.client.read_experts", read)
+    monkeypatch.setattr("ctpo_megatron.engine.http.LARGE_CHARACTERS", 1)
+    large = sample(Server([([1, 2, STOP], 4, "stop")]))
+    assert (large.routed_experts == small.routed_experts).all()
+    assert [thread is threading.main_thread() for thread in threads] == [False]
 
 
 def test_nothing_is_asked_for_where_nothing_is_wanted() -> None:

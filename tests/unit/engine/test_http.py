@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ctpo_megatron.engine.http import RETRIES, Answer, Failure, Requests
+from ctpo_megatron.engine.http import LARGE_CHARACTERS, RETRIES, Answer, Failure, Requests, beside_loop
 from ctpo_megatron.engine.request_thread import RequestThread
 from ctpo_megatron.errors import EngineError, EngineRefused
 
@@ -82,6 +82,40 @@ def ask(url: str, timeout_s: float = 5.0) -> object:
 def test_answers(server: Server) -> None:
     assert (ask(f"{server.url}/json"), ask(f"{server.url}/text")) == ({"a": 1}, "words")
     assert server.asked == [("/json", "Bearer secret"), ("/text", "Bearer secret")]
+
+
+def test_a_large_answer_is_decoded_beside_the_event_loop() -> None:
+    """The loop goes on meanwhile; a small one is not worth a thread."""
+
+    async def scenario(size: int) -> tuple[bool, int]:
+        turns, stop = 0, threading.Event()
+
+        async def count() -> None:
+            nonlocal turns
+            while not stop.is_set():
+                turns += 1
+                await asyncio.sleep(0)
+
+        def decode(text: str) -> bool:
+            stop.wait(0.05)
+            return threading.current_thread() is threading.main_thread()
+
+        counting = asyncio.ensure_future(count())
+        on_loop = await beside_loop(size, decode, "x")
+        reached = turns
+        stop.set()
+        await counting
+        return on_loop, reached
+
+    assert asyncio.run(scenario(LARGE_CHARACTERS - 1)) == (True, 0)
+    on_loop, turns = asyncio.run(scenario(LARGE_CHARACTERS))
+    assert not on_loop
+    assert turns > 1
+
+
+def test_a_large_answer_is_the_same(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctpo_megatron.engine.http.LARGE_CHARACTERS", 1)
+    assert (ask(f"{server.url}/json"), ask(f"{server.url}/text")) == ({"a": 1}, "words")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,20 @@ def test_a_server_on_the_trainers_gpus() -> None:
     args = server_args("/models/m", EngineConfig(), device="cuda", dtype="bfloat16", port=20001, seed=3, memory_saver=True)
     assert "--enable-memory-saver" in args
     assert server_env(EngineConfig(), device="cuda", gpus=("3", "1"))["CUDA_VISIBLE_DEVICES"] == "3,1"
+
+
+def test_a_shared_expert_stays_apart_on_gpus() -> None:
+    """SGLang joins it with the routed ones on CUDA of its own accord, where a published tensor of it finds no place."""
+
+    def flags(device: str, **model: bool) -> list[str]:
+        return server_args("/models/m", EngineConfig(), device=device, dtype="bfloat16", port=20001, seed=3, **model)
+
+    flag = "--disable-shared-experts-fusion"
+    assert flag in flags("cuda", shared_expert=True)
+    assert flag not in flags("cuda", routed_experts=True)
+    assert flag not in flags("cpu", shared_expert=True)
+    source = Path(find_spec("sglang").origin).parent / "srt" / "arg_groups" / "field_order.py"
+    assert '"disable_shared_experts_fusion"' in source.read_text()
 
 
 def test_a_part_of_a_server() -> None:

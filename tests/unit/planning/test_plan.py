@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from ctpo_megatron import cli
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.data.packing import pack
 from ctpo_megatron.errors import ConfigError, ModelError
 from ctpo_megatron.jobs.plan import find_model_config, plan_job, plan_of, ranges
 from ctpo_megatron.jobs.topology import planned_run
@@ -23,10 +25,13 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Work, layer_kept
 from ctpo_megatron.planning.batches import plan_batches
 from ctpo_megatron.planning.groups import expert_data_parallel, rank_groups
-from ctpo_megatron.planning.memory import GIB, in_flight
+from ctpo_megatron.planning.memory import CONTEXT, GIB, in_flight
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters, stage_layers, stage_parameters
 from ctpo_megatron.planning.plan import Hardware
+from ctpo_megatron.planning.run import STREAM_BYTES
+from ctpo_megatron.planning.saving import GATHERED
 from ctpo_megatron.planning.servers import server_parameters, token_bytes
+from ctpo_megatron.types import TrainSample
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 PUBLISHED = {  # billions, as the model cards say; DeepSeek's active ones do not count the embedding, 0.93
@@ -201,6 +206,64 @@ def test_servers_on_the_trainers_gpus() -> None:
     assert beside.servers.budget < turns.servers.budget
 
 
+def test_what_comes_on_a_shared_gpu_after_sglang_took_its_share() -> None:
+    """Contexts of the servers that read from it, and saves, must find room in what SGLang leaves."""
+    four = ["weights.type=colocated", "rollout.engine.servers=4"]
+    plan = plan_of(config_of("qwen3-4b", *four), shape_of("qwen3-4b"), Hardware())
+    (stage,) = plan.stages
+    assert stage.memory.contexts == 3 * CONTEXT
+    assert plan_of(config_of("qwen3-4b"), shape_of("qwen3-4b"), Hardware()).stages[0].memory.contexts == 0
+    greedy = "rollout.engine.extra_args=[--mem-fraction-static=0.97]"
+    (full,) = plan_of(config_of("qwen3-4b", *four, greedy), shape_of("qwen3-4b"), Hardware()).problems
+    assert "a smaller --mem-fraction-static" in full
+
+
+def test_micro_batches_are_those_of_one_optimizer_step() -> None:
+    """All of its streams, and one log-prob or two for every token of all steps of the rollout batch."""
+    shape, tokens, packs, steps = shape_of("qwen3-4b"), 12288, 256, 16
+    (plain,) = plan_of(config_of("qwen3-4b"), shape, Hardware()).stages
+    assert plain.memory.micro_batches == tokens * packs * (38 + 4 * steps)
+    (guided,) = plan_of(config_of("qwen3-4b", "algorithm.reference={coeff: 0.01}"), shape, Hardware()).stages
+    assert guided.memory.micro_batches == tokens * packs * (38 + 8 * steps)
+
+
+def test_streams_of_a_token_are_those_of_a_micro_batch() -> None:
+    sample = TrainSample([1, 2], [2, 3], [False, True], [0.0, -0.5], [-1, 0], [0.0, 1.0], 0)
+    ((mb,),) = pack([sample], dp=1, max_tokens=64)
+    streams = [getattr(mb.tokens, field.name) for field in fields(mb.tokens)]
+    assert sum(stream.element_size() for stream in streams if stream is not None) == STREAM_BYTES
+
+
+def test_a_save_is_planned_for_host_and_gpu() -> None:
+    """On the host the states of all parameters of a rank and what it writes; on the GPU a piece of bounded size."""
+    shape = shape_of("qwen3-30b-a3b")
+    (stage,) = plan_of(config_of("qwen3-30b-a3b"), shape, Hardware()).stages
+    dense, experts = stage.parameters.dense, stage.parameters.experts
+    share = dense // 8 + experts // 2
+    assert stage.saving.writing == pytest.approx(14 * share, rel=1e-6)
+    assert stage.saving.gathering == pytest.approx(12 * (dense + experts) + 14 * share, rel=1e-6)
+    assert stage.saving.gpu == 2**29
+    source = (CONFIGS.parent / "ctpo_megatron" / "mcore" / "checkpoint" / "gathering.py").read_text()
+    assert f"\nGATHERED = 2**{GATHERED.bit_length() - 1}  #" in source
+
+
+def test_bounds_on_time_are_told_with_what_they_ask() -> None:
+    where, console = CONFIGS / "deepseek-v3.yaml", Console(file=io.StringIO(), width=120)
+    plan_job(load_config(where, []), where, None, Hardware(), console)
+    said = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    assert "start 1249.9 GiB, read on every node 0.17 GiB/s rollout.engine.start_timeout_s 7,200" in said
+    assert "generation 8,000 tokens, 256 at once per server 2.2 tokens/s each rollout.engine.request_timeout_s 3,600" in said
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_bounds_on_time_leave_large_models_time(name: str) -> None:
+    """To read the weights at half a GiB per second, and to write the longest answer at five tokens per second."""
+    config = config_of(name)
+    engine, gib = config.rollout.engine, 2 * model_parameters(shape_of(name)).total / GIB
+    assert gib / 0.5 < engine.start_timeout_s <= config.cluster.start_timeout_s
+    assert config.rollout.max_response_tokens / 5 < engine.request_timeout_s
+
+
 def test_servers_that_cannot_share_the_trainers_gpus() -> None:
     def problems(*overrides: str, hardware: Hardware | None = None) -> list[str]:
         config = config_of("qwen3-4b", "weights.type=colocated", *overrides)
@@ -208,7 +271,7 @@ def test_servers_that_cannot_share_the_trainers_gpus() -> None:
 
     (uneven,) = problems("rollout.engine.servers=3")
     assert "rollout.engine.servers * rollout.engine.tp = 3 must equal" in uneven
-    (full,) = problems(hardware=Hardware(36.0))
+    (full,) = problems(hardware=Hardware(39.0))
     assert "GiB of the trainer. What helps: a larger rollout.engine.tp, weights.type=broadcast" in full
     (apart,) = problems(hardware=Hardware(gpus_per_node=2))
     assert "all GPUs on one node" in apart

@@ -1,0 +1,202 @@
+"""What of the optimizer only GPUs would show otherwise: when its state is made, how it is gathered, what is stored of it.
+
+Real megatron-core on gloo. Its offloaded optimizer runs here too: on a CPU it finds everything where it would move it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.errors import CheckpointError, ConfigError
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from tests.support.checkpoints import begin_together
+from tests.support.families import MODELS
+from tests.support.ranks import free_port, run_ranks
+from tests.support.tiny import micro_batches, write_model
+
+pytestmark = pytest.mark.dist
+
+LAYOUT = {"dp": 2, "ep": 2}  # two optimizers: of experts, and of all else
+PLAIN, OFFLOADED = OptimizerConfig(lr=1e-2), OptimizerConfig(lr=1e-2, cpu_offload=1.0)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("optimizer")
+    model = write_model(root / "model", "qwen3_moe", 2, MODELS["qwen3_moe"])
+    return run_ranks(2, observed, model, root, [free_port() for _ in range(4)])
+
+
+def test_state_is_there_when_the_trainer_is_built(ranks: list[dict[str, Any]]) -> None:
+    """Servers on the same GPU size their cache by the memory that is left then."""
+    for rank in ranks:
+        assert rank["moments after build"] == rank["moments after a step"] > 0
+
+
+def test_the_state_is_gathered_in_pieces_and_is_megatrons(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["megatron gathers"] > rank["piece"] >= rank["we gather"] > 0
+        assert rank["equal"] == [True] * rank["compared"]
+        assert rank["compared"] == 6
+
+
+def test_an_offloaded_optimizer_is_saved_and_goes_on(ranks: list[dict[str, Any]]) -> None:
+    """Its parameter groups hold classes, which are not unpickled: they are not stored."""
+    for rank in ranks:
+        assert rank["classes in groups"]
+        assert rank["classes after loading"]
+        assert rank["offloaded resumed"] == rank["offloaded held"] != rank["offloaded at first"]
+
+
+def test_what_is_no_plain_value_is_refused_and_named(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert "cannot be read into this model" in rank["foreign"]
+        assert "weights_only" in rank["foreign"]
+
+
+def test_weights_are_kept_whole_by_the_precision_aware_optimizer(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["remainders"] is False
+
+
+def test_products_in_bfloat16_are_added_up_in_float32(ranks: list[dict[str, Any]]) -> None:
+    """torch lets cuBLAS add the parts of a sum in bfloat16; the setting exists without a GPU."""
+    assert ranks[0]["bfloat16 sums"] is False
+
+
+# ---- in the ranks
+
+
+def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[str, Any]:
+    from ctpo_megatron.mcore.host import prepare_host
+
+    prepare_host("cpu")
+    from ctpo_megatron.mcore import optimizer as builder
+
+    found: dict[str, Any] = {"remainders": builder.optimizer_settings(PLAIN, torch.bfloat16).store_param_remainders}
+    trainer = start(replace(rank, master_port=ports[0]), model, PLAIN)
+    found["bfloat16 sums"] = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    found["moments after build"] = moments(trainer)
+    step(trainer)
+    found["moments after a step"] = moments(trainer)
+    found |= gathered(trainer)
+    trainer.close()
+
+    from megatron.core.optimizer import optimizer_config
+
+    with pytest.raises(ConfigError, match="needs the package transformer_engine"):
+        builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.bfloat16)
+
+    builder.check_optimizer = lambda *_: None  # which refuses it where there is no GPU
+    optimizer_config.is_te_min_version = lambda *_: True  # which fails where there is no TransformerEngine
+    trainer = start(replace(rank, master_port=ports[1]), model, OFFLOADED)
+    groups = [group for part in trainer.optimizer.chained_optimizers for group in part.optimizer.param_groups]
+    found["classes in groups"] = all(isinstance(group["cpu_optimizer_cls"], type) for group in groups)
+    found["offloaded held"] = marked(trainer)
+    save(trainer, root / "step_00000001")
+    trainer.close()
+    trainer = start(replace(rank, master_port=ports[2]), model, OFFLOADED)
+    found["offloaded at first"] = held(trainer)
+    trainer.load(root / "step_00000001")
+    found["offloaded resumed"] = held(trainer)
+    groups = [group for part in trainer.optimizer.chained_optimizers for group in part.optimizer.param_groups]
+    found["classes after loading"] = all(isinstance(group["cpu_optimizer_cls"], type) for group in groups)
+    found["foreign"] = foreign(trainer, root / "step_00000002")
+    trainer.close()
+    return found
+
+
+def start(rank: RankInfo, model: Path, optimizer: OptimizerConfig) -> TrainerRank:
+    return TrainerRank(str(model), ParallelConfig(**LAYOUT), optimizer, rank, device="cpu", dtype="bfloat16", seed=1)
+
+
+def step(trainer: TrainerRank) -> dict[str, Any]:
+    from ctpo_megatron.algorithms import Stats
+
+    mine = trainer.place(micro_batches()[2 * trainer.coords.dp_rank :][:2])
+
+    def share(logp: Any, pack: Any, _scan: Any) -> Any:
+        return -torch.where(pack.tokens.mask, logp, 0.0).sum() / 80, Stats()
+
+    return trainer.train_step(mine, share, 1.0)
+
+
+def moments(trainer: TrainerRank) -> int:
+    """Numbers that the optimizers hold besides the parameters."""
+    parts = [part.optimizer for part in trainer.optimizer.chained_optimizers]
+    return sum(state[name].numel() for part in parts for state in part.state.values() for name in ("exp_avg", "exp_avg_sq"))
+
+
+def held(trainer: TrainerRank) -> list[float]:
+    """A number for each tensor of the optimizers' state."""
+    parts = [part.optimizer for part in trainer.optimizer.chained_optimizers]
+    names = ("master_param", "exp_avg", "exp_avg_sq")
+    return [state[name].double().sum().item() for part in parts for state in part.state.values() for name in names]
+
+
+def marked(trainer: TrainerRank) -> list[float]:
+    """The same, after each moment was given numbers of its own: on a CPU this optimizer cannot step, as nothing is moved."""
+    states = [state for part in trainer.optimizer.chained_optimizers for state in part.optimizer.state.values()]
+    for number, state in enumerate(states):
+        state["exp_avg"].fill_(number + 1)
+        state["exp_avg_sq"].fill_(number + 1.5)
+    return held(trainer)
+
+
+def gathered(trainer: TrainerRank) -> dict[str, Any]:
+    """The most numbers that one collective brings, and whether both ways bring the same."""
+    from ctpo_megatron.mcore.checkpoint import gathering
+    from ctpo_megatron.mcore.checkpoint.optimizer_state import padding_counted
+    from ctpo_megatron.mcore.host import megatron_region
+
+    gathering.GATHERED, sizes, ours = 1000, [0], [0]
+    theirs, single = torch.distributed.all_gather, gathering.all_gather_single
+
+    def counted(tensors: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(sum(tensor.numel() for tensor in tensors))
+        return theirs(tensors, *args, **options)
+
+    def single_counted(whole: Any, *args: Any) -> None:
+        ours.append(whole.numel())
+        single(whole, *args)
+
+    equal = []
+    with megatron_region(trainer.device), padding_counted(trainer.optimizer):
+        for part in trainer.optimizer.chained_optimizers:
+            torch.distributed.all_gather = counted
+            megatrons = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+            torch.distributed.all_gather, gathering.all_gather_single = theirs, single_counted
+            with gathering.gathered_in_pieces(trainer.optimizer):
+                pieces = part.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+            gathering.all_gather_single = single
+            assert pieces.keys() == megatrons.keys()
+            for dtype, tensors in megatrons[0].items():
+                equal += [bool(torch.equal(pieces[0][dtype][key], tensors[key])) for key in gathering.STATES]
+                assert pieces[0][dtype]["numel_unpadded"] == tensors["numel_unpadded"]
+    gathering.GATHERED = 2**26
+    return {"megatron gathers": max(sizes), "we gather": max(ours), "piece": 1000, "equal": equal, "compared": len(equal)}
+
+
+def save(trainer: TrainerRank, directory: Path) -> None:
+    begin_together(directory)
+    trainer.save(directory)
+
+
+def foreign(trainer: TrainerRank, directory: Path) -> str:
+    """What is said of a checkpoint whose settings hold a class."""
+    from ctpo_megatron.mcore.checkpoint import optimizer_state
+
+    plain, optimizer_state._plain = optimizer_state._plain, lambda _value: True
+    save(trainer, directory)
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            trainer.load(directory)
+    finally:
+        optimizer_state._plain = plain
+    return str(caught.value)
