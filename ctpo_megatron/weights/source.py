@@ -121,8 +121,6 @@ class RankWeights:
             sent = Sent(version)
             for _ in buckets:
                 pass
-        if self._rank.device.type != "cpu":  # torch keeps a GPU's memory by itself
-            self._memory.release()
         return sent
 
     def canary_logp(self, token_ids: list[int]) -> list[float]:
