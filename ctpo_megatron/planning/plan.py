@@ -110,8 +110,8 @@ def _server_problems(servers: Servers, gpu_gib: float, gpus_per_node: int, taken
         )
     if servers.communicator_bytes > servers.spare:
         found.append(
-            f"each GPU of a server has a communicator with the sender of every pipeline stage: {servers.communicators} take up to "
-            f"{servers.communicator_bytes / GIB:.1f} GiB, an estimate, and SGLang leaves {servers.spare / GIB:.1f} GiB free. "
+            f"each GPU of a server has a communicator with the sender of every pipeline stage: {servers.communicators} take up "
+            f"to {servers.communicator_bytes / GIB:.1f} GiB, an estimate, and SGLang leaves {servers.spare / GIB:.1f} GiB free. "
             f"What helps: a smaller parallel.pp, or a smaller {FRACTION_FLAG} in rollout.engine.extra_args."
         )
     return found
