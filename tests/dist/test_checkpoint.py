@@ -19,6 +19,7 @@ from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from tests.support.checkpoints import PART, begin_together, newest_name
 from tests.support.families import MODELS
+from tests.support.numbers import flat
 from tests.support.ranks import free_port, run_ranks
 from tests.support.tiny import micro_batches, write_model
 
@@ -267,7 +268,7 @@ def train(engine: TrainerRank, steps: int) -> list[dict[str, float]]:
     def share(logp: Any, pack: Any, _scan: Any) -> Any:
         return -torch.where(pack.tokens.mask, logp, 0.0).sum() / 80, Stats()
 
-    return [engine.train_step(mine, share, 1.0) for _ in range(steps)]
+    return [flat(engine.train_step(mine, share, 1.0)) for _ in range(steps)]
 
 
 def weights(engine: TrainerRank) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.errors import EngineError, EngineRefused, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.types import Generation, TrainSample
 from ctpo_megatron.weights.protocol import Sent, Server
@@ -74,10 +75,12 @@ class LocalTrainer:
 
 
 @asynccontextmanager
-async def publishing(server: RunningServer, model: torch.nn.Module) -> AsyncIterator[tuple[EngineClient, WeightPublisher]]:
+async def publishing(
+    server: RunningServer, model: torch.nn.Module, emit: Emit = discard
+) -> AsyncIterator[tuple[EngineClient, WeightPublisher]]:
     sender = await asyncio.to_thread(server.sender)
     try:
-        async with server.client() as client:
+        async with server.client(emit) as client:
             trainer, key = LocalTrainer(sender, model), server.api_key
             yield client, WeightPublisher(client.fleet, client.control, trainer, server.proof(), api_key=key, timeout_s=TIMEOUT_S)
     finally:

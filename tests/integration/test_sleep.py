@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import mmap
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from ctpo_megatron.engine.fleet import MEMORY, State
 from ctpo_megatron.engine.sglang.sleep import give_back
+from ctpo_megatron.record.events import Event, ServerServing, ServerSuspended
 from ctpo_megatron.weights.protocol import Sent
 from ctpo_megatron.weights.publisher import WeightPublisher
 from tests.integration.test_sglang import LocalTrainer, check_against, perturbed, publishing, sample
@@ -37,12 +37,14 @@ class Forgetful(LocalTrainer):
         return replace(self.last, version=version)
 
 
-def test_a_server_sleeps(server: RunningServer, qwen3: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_sleeps(server: RunningServer, qwen3: Path) -> None:
     """Its memory goes back; a generation in flight keeps its tokens; weights that are not sent again are noticed, and mended."""
+
+    events: list[Event] = []
 
     async def scenario() -> None:
         model = perturbed(qwen3, seed=3)
-        async with publishing(server, model) as (client, plain):
+        async with publishing(server, model, events.append) as (client, plain):
             trainer = Forgetful(plain._trainer._sender, model)
             publisher = WeightPublisher(
                 client.fleet, client.control, trainer, server.proof(), api_key=server.api_key, timeout_s=TIMEOUT_S, release=True
@@ -62,13 +64,14 @@ def test_a_server_sleeps(server: RunningServer, qwen3: Path, capsys: pytest.Capt
             generation = await running
             assert 0 < generation.versions.count(40) < len(generation.versions)
             check_against(model, generation, 1.0)
-            capsys.readouterr()
+            events.clear()
             await publisher.offload()
             trainer.forget = True
             await publisher.publish(42)
-            said = capsys.readouterr().out
-            assert re.search(r"is suspended: .*\n.* holds ", said)
-            assert "serves again, with version 42" in said
+            suspended, serving = events
+            assert isinstance(suspended, ServerSuspended)
+            assert " holds something else than was sent" in suspended.reason
+            assert serving == ServerServing("server", 42)
             check_against(model, await sample(client, 1.0), 1.0)
 
     asyncio.run(scenario())

@@ -92,7 +92,7 @@ def test_servers_that_are_silent_hang_or_die(
     model: Path, running: list[RunningServer], site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is named within the bound, and the others are connected anew and served. The second server does not survive this."""
-    monkeypatch.setattr("ctpo_megatron.weights.transports.broadcast.PROBE_TIMEOUT_S", 3.0)
+    monkeypatch.setattr("ctpo_megatron.weights.transports.sender.PROBE_TIMEOUT_S", 3.0)
     survivor, victim = site.servers
     sender = broadcaster(60)
     with silent_listener() as url:

@@ -24,6 +24,7 @@ from ctpo_megatron.engine.server import SGLangServer, new_api_key
 from ctpo_megatron.engine.server_args import server_args, server_env
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.ports import free_port
+from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.types import Generation, RoutingShape
 from ctpo_megatron.weights.proof.canary import TOLERANCE
 from ctpo_megatron.weights.proof.expected import ExpectedDigests
@@ -55,11 +56,11 @@ class RunningServer:
         """Resident memory of all its processes; shared pages count once per process."""
         return sum(psutil.Process(pid).memory_info().rss for pid in group_members(self.server.pid))
 
-    def client(self) -> EngineClient:
-        """Takes the server as it is: the version that it reports counts as proven."""
+    def client(self, emit: Emit = discard) -> EngineClient:
+        """Takes the server as it is: the version that it reports counts as proven. `emit`: told what becomes of the server."""
         key = {"Authorization": f"Bearer {self.api_key}"}
         version = requests.get(f"{self.url}/model_info", headers=key, timeout=TIMEOUT_S).json()["weight_version"]
-        fleet = Fleet(patience_s=TIMEOUT_S)
+        fleet = Fleet(patience_s=TIMEOUT_S, emit=emit)
         fleet.serve([fleet.join("server", self.url, self.tp)], int(version))
         record = {"routing": self.routing, "top_k": self.top_k}
         return EngineClient(fleet, self.api_key, request_timeout_s=TIMEOUT_S, **record)
