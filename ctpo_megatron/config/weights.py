@@ -15,6 +15,7 @@ class TransportSection(Section):
     needs_session: ClassVar[bool] = True  # an update session of SGLang is open while the weights arrive
     shares_devices: ClassVar[bool] = False  # servers run on the trainer's devices, one of their ranks on each, and have none else
     within_node: ClassVar[bool] = False  # weights do not leave the node that they are on
+    sends_per_stage: ClassVar[bool] = False  # one rank of each pipeline stage sends all of it; see `models.owners`
 
     @property
     def servers_sleep(self) -> bool:
@@ -24,6 +25,8 @@ class TransportSection(Section):
 
 class BroadcastTransport(TransportSection):
     """Weights go into SGLang through its update groups (NCCL, gloo on CPUs); no disk."""
+
+    sends_per_stage = True  # each sender has a communicator with all servers, which takes memory on every GPU of theirs
 
     type: Literal["broadcast"] = "broadcast"
     bucket_mb: PositiveInt = 512

@@ -12,7 +12,8 @@ whole, also where they share a word, and zeros add nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +35,32 @@ def tensor_digest(tensor: Tensor, row: int = 0, column: int = 0) -> int:
     has 33 bits left to tell by what a word's last bit is multiplied. It protects against mistakes, not against a person who knows
     the keys.
     """
+    return tensor_digests([Part(tensor, row, column)])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor, and where its first element lies in a larger one of the same number format."""
+
+    tensor: Tensor
+    row: int = 0
+    column: int = 0
+
+
+@torch.no_grad()
+def tensor_digests(parts: Iterable[Part]) -> list[int]:
+    """The digest of each part, see `tensor_digest`. All parts lie on one device.
+
+    Whatever their number, a device is waited for once: a copy to the host for each of them would take longer than the sums.
+    """
+    sums = [_sum_up(part.tensor, part.row, part.column) for part in parts]
+    on_device = [each for each in sums if isinstance(each, Tensor)]
+    copied = iter(torch.stack(on_device).tolist() if on_device else [])
+    return [(next(copied) if isinstance(each, Tensor) else each) % MODULUS for each in sums]
+
+
+def _sum_up(tensor: Tensor, row: int, column: int) -> int | Tensor:
+    """The digest: a number, or on other devices than CPUs a scalar int64 that has yet to be copied to the host."""
     if tensor.numel() == 0:
         return 0
     first = column * tensor.element_size()
@@ -62,11 +89,11 @@ def _words(tensor: Tensor, before: int) -> Tensor:
     return bytes_.view(torch.int32)
 
 
-def _by_torch(words: Tensor, row_keys: Tensor, column_keys: Tensor) -> int:
-    """The digest on any device, in several passes over memory."""
+def _by_torch(words: Tensor, row_keys: Tensor, column_keys: Tensor) -> Tensor:
+    """The digest on any device, as a scalar int64, in several passes over memory."""
     blocks = words.split(max(1, _BLOCK // words.shape[1]))
     sums = [((block.to(torch.int64) & 0xFFFFFFFF) * column_keys).sum(1) for block in blocks]
-    return int((torch.cat(sums) * row_keys).sum()) % MODULUS
+    return (torch.cat(sums) * row_keys).sum()
 
 
 @lru_cache(maxsize=1)

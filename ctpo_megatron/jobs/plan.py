@@ -177,6 +177,9 @@ def _servers(config: RunConfig, plan: Plan) -> Table:
     table.add_row("weights", f"{_gib(s.weights)} GiB per GPU", f"{_gib(s.budget)} GiB for weights and cache")
     table.add_row("cache", f"{s.cache_tokens:,} tokens per server", f"{s.bytes_per_token / 1024:.0f} KiB per token and GPU")
     table.add_row("at once", f"{s.samples:,} samples of {s.longest:,} tokens per server", f"{s.samples * s.servers:,} in all")
+    if s.communicators:
+        count = f"{s.communicators} communicator{'s' if s.communicators > 1 else ''} on each GPU"
+        table.add_row("senders", count, f"{_gib(s.communicator_bytes)} GiB, an estimate, of {_gib(s.spare)} left free")
     asked = f"rollout.concurrency {config.rollout.concurrency:,}"
     wait = f"; longer than {s.cache_tokens // s.asked:,} tokens each, some wait" if s.samples < s.asked else ""
     table.add_row("asked for", f"{s.asked:,} samples per server", asked + wait)

@@ -122,11 +122,11 @@ class TrainerRank:
         """This rank's place among the others."""
         return self._stepper.coords
 
-    def senders(self) -> list[int]:
+    def senders(self, *, per_stage: bool = False) -> list[int]:
         """Ranks that `stream` gives weights to, in the order in which their tensors come."""
         from ctpo_megatron.mcore.hf.stream import find_holders
 
-        return list(find_holders(self.models, self.shape).shares(hf_tensors(self.shape)))
+        return list(find_holders(self.models, self.shape).shares(hf_tensors(self.shape), per_stage=per_stage))
 
     @property
     def scan(self) -> Scan:
@@ -214,11 +214,13 @@ class TrainerRank:
         self._moved |= norm > 0 and lr > 0
         return {**once({"grad_norm": norm, "lr": lr}), "grad_norm_max": Max(norm)}
 
-    def stream(self, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None) -> Iterator[NamedTensors]:
+    def stream(
+        self, bucket_bytes: int, *, per_stage: bool = False, to: int | None = None, memory: BucketMemory | None = None
+    ) -> Iterator[NamedTensors]:
         """Full weights under their Hugging Face names, in buckets, each on the rank that sends it: see `export_stream`."""
         from ctpo_megatron.mcore.hf.stream import export_stream
 
-        buckets = export_stream(self.models, self.shape, bucket_bytes, to=to, memory=memory)
+        buckets = export_stream(self.models, self.shape, bucket_bytes, per_stage=per_stage, to=to, memory=memory)
         while True:
             with megatron_region(self.device):  # left before the caller goes on
                 bucket = next(buckets, None)

@@ -1,7 +1,13 @@
 """Which rank sends which tensor of the model: a pure function of what the ranks hold. Needs no megatron.
 
-A tensor is sent by the rank that holds its first piece; of equal replicas (data and context parallelism) the lowest counts. That
-makes one sender per pipeline stage and expert-parallel place, and no rank ever holds more than one place's experts.
+Of equal replicas (data and context parallelism) the lowest rank counts. Two ways to share out the tensors, by `per_stage`:
+
+    per place   the rank that holds a tensor's first piece sends it: one sender per pipeline stage and expert-parallel place, and
+                experts stay where they are
+    per stage   the first rank of a pipeline stage sends all of it: few senders, where each of them costs its receivers a
+                communicator; experts come to it bucket by bucket
+
+Either way no rank gathers more than its buckets at a time.
 """
 
 from __future__ import annotations
@@ -49,19 +55,28 @@ class Holders:
                 self._experts.setdefault((part, coords.ep_rank, coords.etp_rank), rank)
 
     def of(self, tensor: HfTensor) -> list[int]:
-        """Ranks in the order in which their pieces are joined; the first sends the whole."""
-        part = tensor.layer if tensor.layer is not None else EMBEDDING_KEY if tensor.key == EMBEDDING_KEY else _OUTPUT
+        """Ranks in the order in which their pieces are joined."""
+        part = _part(tensor)
         if tensor.expert is not None:
             pieces = 1 if tensor.cut.dim is None else self._etp_size
             return [self._experts[part, tensor.expert // self._experts_per_rank, piece] for piece in range(pieces)]
         return [self._dense[part, piece] for piece in range(1 if tensor.cut.dim is None else self._tp_size)]
 
-    def shares(self, tensors: Sequence[HfTensor]) -> dict[int, list[HfTensor]]:
+    def sender(self, tensor: HfTensor, *, per_stage: bool = False) -> int:
+        """The rank that sends the whole tensor: the one with its first piece, or the first of its pipeline stage."""
+        return self._dense[_part(tensor), 0] if per_stage else self.of(tensor)[0]
+
+    def shares(self, tensors: Sequence[HfTensor], *, per_stage: bool = False) -> dict[int, list[HfTensor]]:
         """What each sender sends, senders in the order of ranks: stage by stage, and within a stage place by place."""
         shares: dict[int, list[HfTensor]] = {}
         for tensor in tensors:
-            shares.setdefault(self.of(tensor)[0], []).append(tensor)
+            shares.setdefault(self.sender(tensor, per_stage=per_stage), []).append(tensor)
         return dict(sorted(shares.items()))
+
+
+def _part(tensor: HfTensor) -> int | str:
+    """The layer, or the end of the model, that the tensor belongs to."""
+    return tensor.layer if tensor.layer is not None else EMBEDDING_KEY if tensor.key == EMBEDDING_KEY else _OUTPUT
 
 
 def unit_of(name: str) -> str:

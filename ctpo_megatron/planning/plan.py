@@ -11,7 +11,7 @@ from ctpo_megatron.planning.batches import Batches, plan_batches
 from ctpo_megatron.planning.groups import Group, rank_groups
 from ctpo_megatron.planning.memory import GIB, Stage, plan_stages
 from ctpo_megatron.planning.run import PlannedRun
-from ctpo_megatron.planning.servers import Servers, plan_servers
+from ctpo_megatron.planning.servers import FRACTION_FLAG, Servers, plan_servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +121,11 @@ def _server_problems(servers: Servers, gpu_gib: float, gpus_per_node: int, taken
         found.append(
             f"a server's GPU needs {needed:.1f} GiB for its share of the weights and one sample of {servers.longest:,} tokens, "
             f"{servers.missing / GIB:.1f} GiB more than SGLang has for them on {where}. What helps: {larger}{elsewhere}."
+        )
+    if servers.communicator_bytes > servers.spare:
+        found.append(
+            f"each GPU of a server has a communicator with the sender of every pipeline stage: {servers.communicators} take up "
+            f"to {servers.communicator_bytes / GIB:.1f} GiB, an estimate, and SGLang leaves {servers.spare / GIB:.1f} GiB free. "
+            f"What helps: a smaller parallel.pp, or a smaller {FRACTION_FLAG} in rollout.engine.extra_args."
         )
     return found

@@ -14,6 +14,8 @@ FRACTION_FLAG = "--mem-fraction-static"
 # SGLang 0.5.23 leaves this much of a GPU of more than 60 GiB free of weights and cache, and 1 GiB per 8 tensor-parallel ranks
 # (its srt/arg_groups/memory_hook.py); cuda graphs for very large batches would take more.
 SGLANG_RESERVE = 10 * GIB
+# Ours, not measured: the most that one NCCL communicator with other nodes takes on each of its GPUs, for channels and peers.
+COMMUNICATOR = GIB // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,13 @@ class Servers:
     cache_tokens: int  # of one server
     longest: int  # tokens of a sample: prompt and response at their limits
     asked: int  # samples that one server is given at once: its share of rollout.concurrency
+    communicators: int  # that each GPU shares with the trainer's senders, one for each of them
+    spare: int  # what SGLang leaves free of weights and cache, for communicators, working memory and graphs
+
+    @property
+    def communicator_bytes(self) -> int:
+        """An estimate of what the communicators with the senders take."""
+        return self.communicators * COMMUNICATOR
 
     @property
     def samples(self) -> int:
@@ -53,6 +62,7 @@ def plan_servers(run: PlannedRun, shape: ModelShape, gpu_bytes: int | None, take
         budget = weights + (engine.max_total_tokens or CPU_KV_TOKENS) * per_token
     else:
         budget = max(0, gpu_bytes - taken) * _budget(engine.extra_args, engine.tp, gpu_bytes) // gpu_bytes
+    spare = 0 if gpu_bytes is None else max(0, gpu_bytes - taken - budget)
     tokens = max(0, budget - weights) // per_token
     if engine.max_total_tokens is not None:
         tokens = min(tokens, engine.max_total_tokens)
@@ -66,6 +76,8 @@ def plan_servers(run: PlannedRun, shape: ModelShape, gpu_bytes: int | None, take
         cache_tokens=tokens,
         longest=run.longest,
         asked=-(-run.rollout.concurrency // engine.servers),
+        communicators=run.parallel.pp if run.weights.sends_per_stage and gpu_bytes is not None else 0,
+        spare=spare,
     )
 
 

@@ -6,7 +6,8 @@
                      <-------- Sent: digests of what was sent
     compare with the digests of what the servers hold
 
-One rank per pipeline stage and expert-parallel place sends what lies there; no rank gathers all experts. Senders take turns.
+One rank per pipeline stage, or per stage and expert-parallel place, sends what lies there (`models.owners`); no rank gathers all
+experts. Senders take turns.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Brings a policy version to the servers, and proves that they hold it: docs/weights.md has the whole protocol.
 
-    prepare -> pause -> connect, if servers have changed -> send -> digests -> version, empty caches -> resume -> canary -> serve
+    prepare -> connect, if servers have changed -> pause -> send -> digests -> version, empty caches -> resume -> canary -> serve
 
 Servers that share the trainer's memory sleep between two publications: they take memory for weights again before these are sent,
 and for the KV cache after the digests, when the senders have given back their buckets.
@@ -172,11 +172,15 @@ class WeightPublisher:
 
         Where sending fails, no member serves: what has arrived is undefined at all of them. So the method ends there.
         """
-        known = all(member.version is not None for member in attempt.left)
+        if any(member.version is None for member in attempt.left):  # it is not known what it holds
+            self._connected = []
         if attempt.left:
             with timer("prepare"):
                 await self._trainer.prepare(self._version)
-        self._fleet.update(attempt.left)
+        connected = await self._connect(attempt, timer)
+        self._fleet.update(attempt.left)  # also after a failure: those that are left are tried again
+        if not connected:
+            return
         with timer("paused"):
             with timer("pause"):
                 await attempt.each(self._pause)
@@ -184,7 +188,7 @@ class WeightPublisher:
             if self._session:
                 with timer("pause"):
                     await attempt.each(lambda member: self._control.open_update(member.url, timeout_s=self._limit))
-            sent = await self._send(attempt, known, timer)
+            sent = await self._send(attempt, timer)
             if sent is None:
                 return
             with timer("attest"):
@@ -224,17 +228,27 @@ class WeightPublisher:
             with timer("wake"):
                 await attempt.each(wake)
 
-    async def _send(self, attempt: _Attempt, known: bool, timer: PhaseTimer) -> Sent | None:
-        """What was sent; None when a server failed. `known`: it is known of all servers which version they hold."""
-        if not attempt.left:
+    async def _connect(self, attempt: _Attempt, timer: PhaseTimer) -> bool:
+        """Let the senders reach the members of `attempt`, unless they do already. Whether that went well."""
+        members = attempt.left
+        if not members or members == self._connected:
+            return True
+        self._connected = []
+        try:
+            with timer("connect"):
+                await self._trainer.connect([Server(member.url, member.tp) for member in members], self._api_key)
+        except WeightSyncError as error:
+            attempt.blame(error)
+            return False
+        self._connected = members
+        return True
+
+    async def _send(self, attempt: _Attempt, timer: PhaseTimer) -> Sent | None:
+        """What was sent; None when a server failed."""
+        # again, without members that have failed since: they would be waited for
+        if not await self._connect(attempt, timer) or not attempt.left:
             return None
         try:
-            if not known or self._connected != attempt.left:
-                with timer("connect"):
-                    self._connected = []
-                    servers = [Server(member.url, member.tp) for member in attempt.left]
-                    await self._trainer.connect(servers, self._api_key)
-                    self._connected = list(attempt.left)
             with timer("transfer"):
                 sent = await self._trainer.publish(self._version)
         except WeightSyncError as error:

@@ -40,11 +40,11 @@ class StreamsWeights(Protocol):
         """Where this rank's weights lie."""
         ...
 
-    def senders(self) -> list[int]:
-        """The ranks that `stream` gives weights to, in their order."""
+    def senders(self, *, per_stage: bool) -> list[int]:
+        """The ranks that `stream` gives weights to, in their order: one for each pipeline stage, or for each place of experts."""
         ...
 
-    def stream(self, bucket_bytes: int, *, memory: BucketMemory | None) -> Iterator[Bucket]:
+    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: BucketMemory | None) -> Iterator[Bucket]:
         """Full weights in buckets, each on the rank that sends it; empty buckets where this rank gives pieces away."""
         ...
 
@@ -98,12 +98,13 @@ class RankWeights:
 
     def _make_sender(self) -> WeightSender | None:
         """This rank's sender; None where it sends nothing."""
-        device = self._rank.device
-        order = open_order(self._rank.senders(), self._address, self._transport.timeout_s)
+        device, transport = self._rank.device, self._transport
+        senders = self._rank.senders(per_stage=transport.sends_per_stage)
+        order = open_order(senders, self._address, transport.timeout_s)
         layout = EngineLayout(self._rank.shape, self._tp, cpu=device.type == "cpu")
         if order is None:
             return None
-        return make_sender(self._transport, device, self._address, order, lambda: self._new_account(layout))
+        return make_sender(transport, device, self._address, order, lambda: self._new_account(layout))
 
     def prepare(self, version: int) -> None:
         """Gather the first bucket of all, before the servers have to wait for it."""
@@ -120,8 +121,6 @@ class RankWeights:
             sent = Sent(version)
             for _ in buckets:
                 pass
-        if self._rank.device.type != "cpu":  # torch keeps a GPU's memory by itself
-            self._memory.release()
         return sent
 
     def canary_logp(self, token_ids: list[int]) -> list[float]:
@@ -141,4 +140,5 @@ class RankWeights:
             self._sender.close()
 
     def _stream(self) -> Iterator[Bucket]:
-        return self._rank.stream(self._transport.bucket_mb * 2**20, memory=self._memory)
+        transport = self._transport
+        return self._rank.stream(transport.bucket_mb * 2**20, per_stage=transport.sends_per_stage, memory=self._memory)

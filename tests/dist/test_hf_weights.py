@@ -58,6 +58,7 @@ def test_export_is_what_was_loaded(
         for other in ranks[1:]:
             assert other[number]["exported"] == {}, where
         check_streams([rank[number]["stream"] for rank in ranks], stored, layout, where)
+        check_stages([rank[number]["stages"] for rank in ranks], stored, layout, where)
         assert same_logits(models[family], tmp_path / str(number)), where
 
 
@@ -141,6 +142,15 @@ def check_streams(
         assert len({int(name.split(".")[5]) // 2 for name in stream if ".experts." in name}) <= 1 or layout.get("ep", 1) == 1
 
 
+def check_stages(streams: list[dict[str, np.ndarray]], stored: dict[str, np.ndarray], layout: dict[str, int], where: str) -> None:
+    """Sent per stage, the same tensors come from the first rank of each stage, experts from elsewhere among them."""
+    names = [name for stream in streams for name in stream]
+    assert len(names) == len(set(names)), where
+    assert_same({name: value for stream in streams for name, value in stream.items()}, stored, where)
+    per_stage = len(streams) // layout.get("pp", 1)
+    assert [bool(stream) for stream in streams] == [rank % per_stage == 0 for rank in range(len(streams))], where
+
+
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
@@ -178,13 +188,16 @@ def round_trips(
         engine = start(replace(rank, master_port=first), models[family], layout)
         buckets, own = list(engine.stream(BUCKET_BYTES, to=0)), list(engine.stream(BUCKET_BYTES))
         assert (rank.rank in engine.senders()) == any(own)
+        stages = list(engine.stream(BUCKET_BYTES, per_stage=True))
+        assert (rank.rank in engine.senders(per_stage=True)) == any(stages)
         with torch.no_grad():  # what was handed out must not change with the model
             for parameter in engine.models[0].parameters():
                 parameter.add_(1.0)
         exported = {name: tensor.numpy().copy() for bucket in buckets for name, tensor in bucket}
         sizes = [[tensor.nbytes for _, tensor in bucket] for bucket in buckets]
         stream = {name: tensor.numpy().copy() for bucket in own for name, tensor in bucket}
-        results.append({"exported": exported, "buckets": sizes, "stream": stream})
+        staged = {name: tensor.numpy().copy() for bucket in stages for name, tensor in bucket}
+        results.append({"exported": exported, "buckets": sizes, "stream": stream, "stages": staged})
         engine.close()
 
         engine = start(replace(rank, master_port=second), models[family], layout)

@@ -150,6 +150,8 @@ class FakeTrainer:
         self.fakes = fakes
         self.names = names
         self.connections: list[list[str]] = []
+        self.asked: list[int] = []  # how much the servers had been asked before each connection
+        self.unreachable: list[str] = []  # servers that the next connection fails because of
         self.prepared: list[tuple[int, int]] = []  # versions, and how much the servers had been asked by then
         self.published: list[int] = []
         self.logprob = -1.0
@@ -157,7 +159,11 @@ class FakeTrainer:
         self.faults: list[Callable[[FakeServer, dict[str, int]], dict[str, int]] | None] = []  # one per publication
 
     async def connect(self, servers: list[Server], _api_key: str) -> None:
+        self.asked.append(sum(len(fake.calls) for fake in self.fakes))
         self.connections.append([server.url for server in servers])
+        bad, self.unreachable = self.unreachable, []
+        if bad:
+            raise WeightSyncError("it did not come into the group", servers=bad)
 
     async def prepare(self, version: int) -> None:
         self.prepared.append((version, sum(len(fake.calls) for fake in self.fakes)))

@@ -56,8 +56,8 @@ class FaultyStream:
     def device(self) -> torch.device:
         return self._rank.device
 
-    def senders(self) -> list[int]:
-        return self._rank.senders()
+    def senders(self, *, per_stage: bool) -> list[int]:
+        return self._rank.senders(per_stage=per_stage)
 
     def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         return self._rank.place(micro_batches)
@@ -69,17 +69,17 @@ class FaultyStream:
         """What goes wrong in the next publication: once, its second attempt is sound."""
         self._fault = fault or ""
 
-    def stream(self, bucket_bytes: int, *, memory: object) -> Iterator[Bucket]:
+    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: object) -> Iterator[Bucket]:
         """Small buckets of plain memory, whatever was asked for."""
         del bucket_bytes, memory
         fault, self._fault = self._fault, ""
         self.wire = fault not in ("", "cached")
         self.before, self.now = self.now, {}
-        return self._spoilt(fault)
+        return self._spoilt(fault, per_stage)
 
-    def _spoilt(self, fault: str) -> Iterator[Bucket]:
+    def _spoilt(self, fault: str, per_stage: bool) -> Iterator[Bucket]:
         number = 0  # of the buckets that this rank sends
-        for bucket in self._rank.stream(BUCKET_BYTES):
+        for bucket in self._rank.stream(BUCKET_BYTES, per_stage=per_stage):
             self.now |= {name: tensor.clone() for name, tensor in bucket}
             yield self._tampered(fault, bucket, number)
             number += bool(bucket)

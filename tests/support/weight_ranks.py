@@ -121,7 +121,8 @@ def publish_twice(engine: TrainerRank, transport: Transport, site: Site, base: P
     from ctpo_megatron.weights.transports.choose import make_sender
     from ctpo_megatron.weights.transports.order import open_order
 
-    turns = open_order(engine.senders(), HOST, transport.timeout_s)
+    per_stage = transport.sends_per_stage
+    turns = open_order(engine.senders(per_stage=per_stage), HOST, transport.timeout_s)
     sender = None if turns is None else make_sender(transport, torch.device("cpu"), HOST, turns)
     before = site.load(base) if base else None
     dist.barrier()
@@ -133,7 +134,7 @@ def publish_twice(engine: TrainerRank, transport: Transport, site: Site, base: P
         if base and transport.type != "disk":
             site.all("/begin_weight_update")
         dist.barrier()
-        buckets = engine.stream(BUCKET_BYTES)
+        buckets = engine.stream(BUCKET_BYTES, per_stage=per_stage)
         found["sent"].append(sender.send(buckets, version) if sender else Sent(version, tensors=sum(map(len, buckets))))
         dist.barrier()
         if base and transport.type != "disk":

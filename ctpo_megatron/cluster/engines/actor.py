@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.gpu_memory import wait_for_gpus
 from ctpo_megatron.engine.server import SGLangServer
 from ctpo_megatron.engine.server_args import Part, server_args, server_env
 from ctpo_megatron.errors import EngineError, ProcessDied
@@ -45,9 +47,12 @@ class EngineActor:
         """HOST:PORT of this node, where the parts of the server may meet."""
         return f"{self._host}:{free_port(self._host)}"
 
-    def launch(self, rank: int = 0, head: str = "") -> None:
-        """Start the processes of part `rank`."""
+    def launch(self, rank: int = 0, head: str = "", *, again: bool = False) -> None:
+        """Start the processes of part `rank`. `again`: in the place of a server that was lost, whose GPUs may not be free yet."""
         config, device, engine = self._config, self._config.cluster.device, self._config.rollout.engine
+        env = server_env(engine, device=device, gpus=self._gpus)
+        if again and device == "cuda":
+            wait_for_gpus(os.environ | env)
         port = free_port(self._host)
         arguments = server_args(
             config.model.path,
@@ -67,7 +72,7 @@ class EngineActor:
             url=f"http://{self._host}:{port}",
             api_key=self._api_key,
             log=self._log,
-            env=server_env(engine, device=device, gpus=self._gpus),
+            env=env,
         )
 
     @property

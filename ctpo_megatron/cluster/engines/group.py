@@ -153,4 +153,4 @@ class EngineGroup:
             actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, *self._of_model)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
-        return _Server(name, parts, [part.actor.launch.remote(rank, head) for rank, part in enumerate(parts)])
+        return _Server(name, parts, [part.actor.launch.remote(rank, head, again=restarts > 0) for rank, part in enumerate(parts)])

@@ -1,4 +1,4 @@
-"""A plugin of SGLang's: `/weights_checker` answers with digests that the trainer can predict (`engine.digest`).
+"""The plugin of SGLang's: `/weights_checker` answers with digests that the trainer can predict (`engine.digest`).
 
 SGLang's own hashes, SHA-256 on CPUs, cannot be put together from the parts that the trainer has, and take longer than the update.
 SGLang finds `activate` in every process of a server through the entry-point group `sglang.srt.plugins`.
@@ -15,10 +15,13 @@ TARGET = "sglang.srt.utils.weight_checker._hash_tensor"
 
 
 def activate() -> None:
-    """Put this package's digest in the place of SGLang's hash."""
+    """Put this package's digest in the place of SGLang's hash, and register the hook of update groups."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from ctpo_megatron.engine.sglang import update_group
+
     HookRegistry.register(TARGET, hash_tensor, HookType.REPLACE)
+    update_group.register()
 
 
 def hash_tensor(tensor: Tensor) -> str:

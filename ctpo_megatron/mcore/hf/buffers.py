@@ -30,11 +30,16 @@ class BucketMemory:
 
     On a CPU new memory costs more than all that is done with it, so it is worth keeping from one publication to the next.
     A caller that keeps a view of a tensor has to keep the tensor too.
+
+    On a GPU nothing is kept, since torch's allocator does that better. A server that has mapped a bucket answers when its
+    copies are queued, not when they are done: memory that is freed waits for them (CUDA IPC counts its readers), memory that is
+    written again does not. All pieces are as large as the largest so far, so that torch can give out the same ones again.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._buffers: list[_Buffer] = []
+        self._largest = 0  # bytes of a buffer on a GPU
 
     @property
     def nbytes(self) -> int:
@@ -53,12 +58,11 @@ class BucketMemory:
         buffer.tensors = [weakref.ref(tensor) for tensor in tensors]
         return tensors
 
-    def release(self) -> None:
-        """Keep nothing."""
-        self._buffers.clear()
-
     def _buffer(self, size: int) -> _Buffer:
         """One that is free and large enough; otherwise a new one, in the place of one that is free."""
+        if self._device.type != "cpu":
+            self._largest = max(self._largest, size)
+            return _Buffer(torch.empty(self._largest, dtype=torch.uint8, device=self._device))
         free = [buffer for buffer in self._buffers if buffer.free]
         fitting = [buffer for buffer in free if buffer.memory.nbytes >= size]
         if fitting:

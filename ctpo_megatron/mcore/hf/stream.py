@@ -40,11 +40,18 @@ def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
 
 @torch.no_grad()
 def export_stream(
-    models: list[nn.Module], shape: ModelShape, bucket_bytes: int, *, to: int | None = None, memory: BucketMemory | None = None
+    models: list[nn.Module],
+    shape: ModelShape,
+    bucket_bytes: int,
+    *,
+    per_stage: bool = False,
+    to: int | None = None,
+    memory: BucketMemory | None = None,
 ) -> Iterator[NamedTensors]:
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
-    `to`: a rank that gets them all, instead of each tensor's sender. Every rank has to iterate to the end: a rank that receives
+    `per_stage`: who sends, see `models.owners`. `to`: a rank that gets them all, instead of each tensor's sender.
+    Every rank has to iterate to the end: a rank that receives
     gets its own buckets, and every rank an empty list for a bucket that only takes pieces away. All ranks get one for the first
     bucket of all, so that they can begin together and go on later. A bucket holds at most `bucket_bytes`, unless a single unit
     is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are copies: they do
@@ -57,7 +64,7 @@ def export_stream(
     holders, rank = find_holders(models, shape), dist.get_rank()
     gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device))
     tensors, first = hf_tensors(shape), True
-    for sender, share in (holders.shares(tensors) if to is None else {to: tensors}).items():
+    for sender, share in (holders.shares(tensors, per_stage=per_stage) if to is None else {to: tensors}).items():
         for bucket in make_buckets(share, like.element_size(), bucket_bytes):
             if first or rank == sender or any(rank in holders.of(tensor) for tensor in bucket):
                 yield gathering.run(bucket, sender)

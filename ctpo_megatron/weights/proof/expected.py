@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ctpo_megatron.engine.checksums import EngineDigests, PartDigests
-from ctpo_megatron.engine.digest import MODULUS, tensor_digest
-from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.engine.digest import MODULUS, Part, tensor_digests
+from ctpo_megatron.engine.layout import EngineLayout, Placement
 from ctpo_megatron.errors import WeightSyncError, near_miss
 from ctpo_megatron.weights.protocol import Bucket
 
@@ -32,7 +32,12 @@ class ExpectedDigests:
         Raises WeightSyncError for a tensor that the engine has no place for, or that has another shape.
         """
         for name, tensor in bucket:
-            self._parts[name] = self._digests_of(name, tensor)
+            self._check(name, tensor)
+        found = iter(tensor_digests(part for name, tensor in bucket for part in self._cut(name, tensor)))
+        for name, _ in bucket:
+            places = self._layout.placements(name)
+            digests = {extent: next(found) for extent in _different(places)}
+            self._parts[name] = tuple(digests[_extent(place)] for place in places)
         return self._parts
 
     def digests(self) -> EngineDigests:
@@ -44,24 +49,34 @@ class ExpectedDigests:
                 mine[place.tensor] = (mine.get(place.tensor, 0) + digest) % MODULUS
         return ranks
 
-    def _digests_of(self, name: str, tensor: Tensor) -> PartDigests:
-        """The digest of `tensor` at each of its placements; those of a tensor that is not cut are equal, and computed once."""
+    def _check(self, name: str, tensor: Tensor) -> None:
+        """Raise WeightSyncError for a tensor that the engine does not expect."""
         if name not in self._layout.names:
             raise WeightSyncError(f"the engine has no place for the tensor {name}.{near_miss(name, self._layout.names)}")
         size = self._layout.size(name)
         if tuple(tensor.shape) != size:
             raise WeightSyncError(f"{name} has the shape {list(tensor.shape)}; the engine expects {list(size)}.")
+
+    def _cut(self, name: str, tensor: Tensor) -> Iterator[Part]:
+        """The parts of `tensor` at its `_different` placements, in their order."""
         matrix = self._as_stored(name, tensor.detach())
-        done: dict[tuple[int, ...], int] = {}
-        digests = []
-        for place in self._layout.placements(name):
-            key = (place.rows.start, place.rows.stop, place.columns.start, place.columns.stop, place.row, place.column)
-            if key not in done:
-                done[key] = tensor_digest(matrix[place.rows, place.columns], place.row, place.column)
-            digests.append(done[key])
-        return tuple(digests)
+        for place in _different(self._layout.placements(name)).values():
+            yield Part(matrix[place.rows, place.columns], place.row, place.column)
 
     def _as_stored(self, name: str, tensor: Tensor) -> Tensor:
         """The tensor as a matrix in the engine's number format."""
         dtype = torch.float32 if self._layout.is_precise(name) else self._dtype
         return torch.atleast_2d(tensor if dtype is None else tensor.to(dtype))
+
+
+def _different(places: Sequence[Placement]) -> dict[tuple[int, ...], Placement]:
+    """The first placement of each extent. Ranks of the engine that hold the same part are told apart by nothing else."""
+    found: dict[tuple[int, ...], Placement] = {}
+    for place in places:
+        found.setdefault(_extent(place), place)
+    return found
+
+
+def _extent(place: Placement) -> tuple[int, ...]:
+    """What a digest depends on besides the tensor: the part's rows and columns, and where it lies in the engine's tensor."""
+    return (place.rows.start, place.rows.stop, place.columns.start, place.columns.stop, place.row, place.column)

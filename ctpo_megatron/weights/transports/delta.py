@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ctpo_megatron.engine.checksums import PartDigests
-from ctpo_megatron.engine.digest import tensor_digest
+from ctpo_megatron.engine.digest import Part, tensor_digests
 from ctpo_megatron.models.owners import unit_of
 from ctpo_megatron.weights.protocol import Bucket
 
@@ -30,7 +30,10 @@ class Changes:
         """
         if not self.enabled:
             return bucket
-        now = {name: digests[name] if digests else (tensor_digest(tensor),) for name, tensor in bucket}
+        if digests is None:
+            found = tensor_digests(Part(tensor) for _, tensor in bucket)
+            digests = {name: (digest,) for (name, _), digest in zip(bucket, found, strict=True)}
+        now = {name: digests[name] for name, _ in bucket}
         changed = {unit_of(name) for name, each in now.items() if self._held.get(name) != each}
         self._sent |= now
         return [(name, tensor) for name, tensor in bucket if unit_of(name) in changed]

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory
 from ctpo_megatron.config.weights import DiskTransport
-from ctpo_megatron.engine.digest import tensor_digest
+from ctpo_megatron.engine.digest import Part, tensor_digests
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.order import SenderOrder
@@ -86,7 +86,7 @@ class DiskSender(ConnectingSender):
             file = f"model-{self._order.place:03d}-{number:05d}.safetensors"
             with account.timed("write"):
                 save_file({name: tensor.cpu() for name, tensor in bucket}, work / file, metadata={"format": "pt"})
-            tensors |= {name: _entry(file, bucket, place) for place, (name, _) in enumerate(bucket)}
+            tensors |= _entries(file, bucket)
             number += 1
         part = {"version": account.sent.version, "base": base, "tensors": tensors}
         (work / _part(self._order.place)).write_text(json.dumps(part), encoding="utf-8")
@@ -117,10 +117,18 @@ class DiskSender(ConnectingSender):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _entry(file: str, bucket: Bucket, place: int) -> dict[str, Any]:
-    tensor = bucket[place][1]
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return {"file": file, "digest": f"{tensor_digest(tensor):016x}", "dtype": dtype, "shape": list(tensor.shape)}
+def _entries(file: str, bucket: Bucket) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each tensor of `bucket`, which lies in `file`."""
+    digests = tensor_digests(Part(tensor) for _, tensor in bucket)
+    return {
+        name: {
+            "file": file,
+            "digest": f"{digest:016x}",
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+        }
+        for (name, tensor), digest in zip(bucket, digests, strict=True)
+    }
 
 
 def _part(place: int) -> str:

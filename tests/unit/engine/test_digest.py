@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ctpo_megatron.engine import digest
-from ctpo_megatron.engine.digest import MODULUS, tensor_digest
+from ctpo_megatron.engine.digest import MODULUS, Part, tensor_digest, tensor_digests
+from tests.support.waits import Waits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -164,3 +165,15 @@ def test_every_single_bit_and_swap_is_seen() -> None:
 def test_odd_forms(tensor: Tensor) -> None:
     """Scalars, nothing, and elements that do not lie side by side."""
     assert tensor_digest(tensor) == tensor_digest(tensor.clone(memory_format=torch.contiguous_format))
+
+
+def test_many_are_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the compiled loop cannot run: one number per tensor is what is copied, all of them together."""
+    tensors = [random((rows, 24), rows) for rows in range(1, 30)] + [torch.empty(0, 4)]
+    expected = [tensor_digest(tensor, 3, 2) for tensor in tensors]
+    assert tensor_digests(Part(tensor, 3, 2) for tensor in tensors) == expected, "compiled"
+    monkeypatch.setattr(digest, "_compiled", lambda: None)
+    with Waits() as waits:
+        found = tensor_digests(Part(tensor, 3, 2) for tensor in tensors)
+    assert (found, waits.count) == (expected, 0)
+    assert tensor_digests([]) == []

@@ -30,7 +30,7 @@ from ctpo_megatron.planning.parameters import active_parameters, model_parameter
 from ctpo_megatron.planning.plan import Hardware
 from ctpo_megatron.planning.run import STREAM_BYTES
 from ctpo_megatron.planning.saving import GATHERED
-from ctpo_megatron.planning.servers import server_parameters, token_bytes
+from ctpo_megatron.planning.servers import COMMUNICATOR, server_parameters, token_bytes
 from ctpo_megatron.types import TrainSample
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -190,6 +190,21 @@ def test_servers_that_do_not_fit_are_refused() -> None:
     assert "--engine-gpu-gb" in small
     (wide,) = problems("rollout.engine.nodes=2")
     assert "needs 16 GPUs of a node, and a node has 8 (--gpus-per-node). Let each server spread over 4 nodes" in wide
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_communicators_of_a_servers_gpu(name: str) -> None:
+    """One for each pipeline stage, in what SGLang leaves free; none where weights travel otherwise, or on CPUs."""
+    hardware, shape = Hardware(80.0, LARGE_SERVERS.get(name)), shape_of(name)
+    servers = plan_of(config_of(name), shape, hardware).servers
+    assert servers.communicators == config_of(name).parallel.pp
+    assert servers.communicator_bytes == servers.communicators * COMMUNICATOR
+    assert 0 < servers.communicator_bytes < servers.spare / 2
+    tight = plan_of(config_of(name, 'rollout.engine.extra_args=["--mem-fraction-static", "0.999"]'), shape, hardware)
+    (problem,) = tight.problems
+    assert f"{servers.communicators} take up to {servers.communicator_bytes / GIB:.1f} GiB" in problem
+    assert plan_of(config_of(name, "weights.type=disk", "weights.directory=/shared"), shape, hardware).servers.communicators == 0
+    assert plan_of(config_of(name, "cluster.device=cpu"), shape, hardware).servers.communicators == 0
 
 
 def test_servers_on_the_trainers_gpus() -> None:

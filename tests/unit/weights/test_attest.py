@@ -22,6 +22,7 @@ from ctpo_megatron.weights.proof.attest import Difference, attest, compare
 from ctpo_megatron.weights.proof.canary import canary_batch, canary_gap, canary_tokens, check_canary, join_canary
 from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Sent
+from tests.support.waits import Waits
 
 COMMON = {
     "hidden_size": 32,
@@ -84,6 +85,16 @@ def dense_engine(tensors: dict[str, Tensor], tp: int, rank: int) -> dict[str, Te
         fused = re.sub(r"\.(gate|up)_proj\.", ".gate_up_proj.", re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name))
         held.setdefault(fused, []).append(piece)
     return {name: torch.cat(pieces) for name, pieces in held.items()}
+
+
+def test_a_bucket_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, without the compiled loop: no digest of a part is copied to the host by itself."""
+    layout, tensors = layout_of("qwen3", 2), model("qwen3")
+    expected = digests(layout, tensors)
+    monkeypatch.setattr("ctpo_megatron.engine.digest._compiled", lambda: None)
+    with Waits() as waits:
+        found = digests(layout, tensors)
+    assert (found, waits.count) == (expected, 0)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])

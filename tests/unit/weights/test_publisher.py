@@ -93,6 +93,7 @@ def test_a_publication(proof: Proof) -> None:
         async with site(2, proof) as s:
             metrics = await s.publisher.publish(1)
             assert s.trainer.prepared == [(1, 0)], "before anything is asked of a server"
+            assert s.trainer.asked == [0], "connected before generation is paused"
             assert [server.calls for server in s.servers] == [ORDER, ORDER]
             assert s.states() == [State.SERVING] * 2
             done = await s.client.generate([1], max_new_tokens=4, temperature=1.0, stop_token_ids=[], session=0)
@@ -131,6 +132,40 @@ def test_a_late_server(proof: Proof) -> None:
             assert s.servers[0].calls == ORDER, "the others were left alone"
             await s.publisher.publish(4)
             assert s.trainer.connections[-1] == s.urls(0, 1, 2)
+
+    run(scenario)
+
+
+def test_a_server_that_cannot_be_connected(proof: Proof) -> None:
+    """Found out while all serve: it is suspended and tried again from scratch, and the other one gets the version as ever."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s, FakeServer().serving() as late:
+            await s.publisher.publish(1)
+            s.servers.append(late)
+            s.fleet.join("server 2", late.url)
+            before = len(s.servers[0].calls)
+            s.trainer.unreachable = s.urls(2)
+            await s.publisher.publish(2)
+            assert s.trainer.connections == [s.urls(0, 1), *[s.urls(0, 1, 2)] * 2]
+            assert [server.version for server in s.servers] == ["2"] * 3
+            assert s.states() == [State.SERVING] * 3
+            assert s.trainer.published == [1, 2]
+            assert s.servers[0].calls[before:] == ORDER, "it was paused once"
+            assert s.said[0].startswith("server 2 is suspended: it did not come into the group")
+
+    run(scenario)
+
+
+def test_a_server_that_fails_between_connecting_and_sending(proof: Proof) -> None:
+    """It does not pause: the senders are connected anew without it, as they would wait for it."""
+
+    async def scenario() -> None:
+        async with site(2, proof) as s:
+            s.servers[1].faults["/pause_generation"] = lambda: web.Response(status=500)
+            await s.publisher.publish(1)
+            assert s.trainer.connections[:2] == [s.urls(0, 1), s.urls(0)]
+            assert s.states() == [State.SERVING, State.GONE]
 
     run(scenario)
 

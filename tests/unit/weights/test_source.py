@@ -40,13 +40,16 @@ class FakeRank:
         self.gathered = 0
         self.last = last
         self.asked: list[int] = []  # micro-batches of each call of logp
+        self.per_stage: list[bool] = []  # how senders and streams were asked for
 
-    def senders(self) -> list[int]:
+    def senders(self, *, per_stage: bool) -> list[int]:
+        self.per_stage = [per_stage]
         return [0]
 
-    def stream(self, bucket_bytes: int, *, memory: object) -> Iterator[Bucket]:
+    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: object) -> Iterator[Bucket]:
         assert bucket_bytes == 2**20
         assert memory is not None
+        self.per_stage.append(per_stage)
         for tensor in hf_tensors(self.shape):
             self.gathered += 1
             yield [(tensor.name, torch.full(tensor.shape, self.value))]
@@ -89,6 +92,7 @@ def test_a_prepared_publication(rank: FakeRank, weights: RankWeights, tmp_path: 
         sent = weights.publish(1)
         assert asked == ["/model_info", "/update_weights_from_disk"]
     assert (rank.gathered, sent.version, sent.tensors) == (count, 1, count)
+    assert rank.per_stage == [False, False], "files are written where experts lie"
     expected = ExpectedDigests(EngineLayout(rank.shape, 1, cpu=True))
     expected.add([(tensor.name, torch.ones(tensor.shape)) for tensor in hf_tensors(rank.shape)])
     assert sent.digests == expected.digests()

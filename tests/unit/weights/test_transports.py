@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import threading
 import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,16 @@ import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from ctpo_megatron.config.weights import DiskTransport, Transport
+from ctpo_megatron.config.load import load_config
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.coords import RankCoords
-from ctpo_megatron.models.owners import Holders, Holding, make_buckets
-from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor
+from ctpo_megatron.models.owners import Holders, Holding, make_buckets, nbytes, unit_of
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor, hf_tensors
+from ctpo_megatron.planning.parameters import stage_layers
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import flatten
@@ -27,6 +34,7 @@ from ctpo_megatron.weights.transports.prefetch import deliver, send_account
 
 CPU = torch.device("cpu")
 LAYERS, EXPERTS = 4, 8
+MODELS = Path(__file__).resolve().parents[3] / "configs" / "models"
 
 
 def tensors() -> list[HfTensor]:
@@ -77,6 +85,67 @@ def test_every_tensor_has_one_sender(layout: dict[str, int], senders: list[int])
         dense_pieces = {len(holders.of(tensor)) for tensor in share if tensor.expert is None}
         assert dense_pieces <= {layout["tp"]}
         assert {len(holders.of(tensor)) for tensor in experts} == {layout["etp"]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "senders"),
+    [
+        ({"tp": 1, "pp": 1, "dp": 4, "ep": 1, "etp": 1}, [0]),
+        ({"tp": 2, "pp": 2, "dp": 1, "ep": 2, "etp": 1}, [0, 2]),
+        ({"tp": 2, "pp": 2, "dp": 2, "ep": 2, "etp": 2}, [0, 4]),
+        ({"tp": 1, "pp": 2, "dp": 4, "ep": 4, "etp": 1}, [0, 4]),
+    ],
+)
+def test_one_sender_per_stage(layout: dict[str, int], senders: list[int]) -> None:
+    """It sends the stage's tensors, other ranks' experts too; their pieces are joined from the same ranks as ever."""
+    holders = Holders(everyone(**layout), EXPERTS)
+    shares = holders.shares(tensors(), per_stage=True)
+    assert list(shares) == senders
+    assert sorted(t.name for share in shares.values() for t in share) == sorted(t.name for t in tensors())
+    for rank, share in shares.items():
+        assert sum(tensor.expert is not None for tensor in share) == LAYERS * EXPERTS // layout["pp"]
+        assert all(holders.sender(tensor, per_stage=True) == rank for tensor in share)
+        stage = range(rank, rank + layout["tp"] * layout["dp"])
+        assert {piece for tensor in share for piece in holders.of(tensor)} <= set(stage)
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.iterdir()), ids=lambda path: path.name)
+def test_communicators_and_bytes_of_the_shipped_layouts(path: Path) -> None:
+    """By broadcast a server's rank joins one group for each pipeline stage; no bucket is larger than was asked for."""
+    config = load_config(MODELS.parent / f"{path.name}.yaml", [])
+    shape = parse_config(json.loads((path / "config.json").read_text()))
+    parallel, weights = config.parallel, config.weights
+    assert isinstance(weights, BroadcastTransport)
+    assert weights.sends_per_stage
+    found = Holders(holdings(shape, parallel), shape.num_experts).shares(hf_tensors(shape), per_stage=weights.sends_per_stage)
+    assert len(found) == parallel.pp
+    limit = weights.bucket_mb * 2**20
+    for share in found.values():
+        for bucket in make_buckets(share, 2, limit):
+            assert sum(nbytes(tensor, 2) for tensor in bucket) <= limit or len({unit_of(tensor.name) for tensor in bucket}) == 1
+    assert max(nbytes(tensor, 2) for tensor in hf_tensors(shape)) < 4 * limit, "the vocabulary"
+
+
+def holdings(shape: ModelShape, parallel: ParallelConfig) -> list[Holding]:
+    """What each rank has, in megatron's order of ranks: tp-cp-dp-pp, experts etp-ep-edp-pp."""
+    per_stage = parallel.tp * parallel.cp * parallel.dp
+    return [
+        Holding(
+            coords=RankCoords(
+                tp_rank=rank % parallel.tp,
+                tp_size=parallel.tp,
+                ep_rank=rank // parallel.etp % parallel.ep,
+                ep_size=parallel.ep,
+                etp_rank=rank % parallel.etp,
+                etp_size=parallel.etp,
+            ),
+            layers=tuple(layer for chunk in chunks for layer in chunk),
+            first=stage == 0,
+            last=stage == parallel.pp - 1,
+        )
+        for stage, chunks in enumerate(stage_layers(shape, parallel))
+        for rank in range(per_stage)
+    ]
 
 
 def test_buckets_keep_together_what_the_engine_joins() -> None:
@@ -267,6 +336,7 @@ def test_transports_in_the_configuration() -> None:
     disk = adapter.validate_python({"type": "disk", "directory": "/shared", "delta": True})
     assert disk == DiskTransport(directory="/shared", delta=True)
     assert adapter.validate_python({"type": "broadcast"}).bucket_mb == 512
+    assert [each.sends_per_stage for each in (BroadcastTransport(), ColocatedTransport(), disk)] == [True, False, False]
     with pytest.raises(ValidationError, match="directory"):
         adapter.validate_python({"type": "disk"})
     with pytest.raises(ValidationError, match="'broadcast', 'colocated', 'disk'"):

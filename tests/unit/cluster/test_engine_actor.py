@@ -1,0 +1,68 @@
+"""What the owner of a server does before it starts one on GPUs in the place of another; no process is started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ctpo_megatron.cluster.engines import actor, group
+from ctpo_megatron.cluster.engines.actor import EngineActor
+from ctpo_megatron.cluster.engines.group import EngineGroup
+from ctpo_megatron.cluster.placement import ServerPlacement
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.load import load_config
+from ctpo_megatron.engine.fleet import Fleet
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+def config_of(device: str) -> RunConfig:
+    return load_config(CONFIGS / "qwen3-4b.yaml", [f"cluster.device={device}"])
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+
+    def waited(environment: Mapping[str, str]) -> None:
+        found.append(f"waited for {environment['CUDA_VISIBLE_DEVICES']}")
+
+    monkeypatch.setattr(actor, "redirect_output", lambda _log: None)
+    monkeypatch.setattr(actor, "wait_for_gpus", waited)
+    monkeypatch.setattr(actor, "SGLangServer", lambda *_args, **_options: found.append("started"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("device", "again", "expected"),
+    [
+        ("cuda", True, ["waited for 2,3", "started"]),
+        ("cuda", False, ["started"]),
+        ("cpu", True, ["started"]),
+    ],
+)
+def test_a_server_that_starts_again_waits_for_its_gpus(
+    events: list[str], tmp_path: Path, device: str, again: bool, expected: list[str]
+) -> None:
+    EngineActor(config_of(device), 1, str(tmp_path / "log"), "key", ("2", "3")).launch(again=again)
+    assert events == expected
+
+
+def test_only_a_restart_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The first start of a run waits for nothing."""
+    launched: list[bool] = []
+    call = SimpleNamespace(remote=lambda *_args, again=False: launched.append(again))
+    handle = SimpleNamespace(launch=call, head=SimpleNamespace(remote=lambda: None))
+
+    class Remote:
+        def options(self, **_options: Any) -> Any:
+            return SimpleNamespace(remote=lambda *_args: handle)
+
+    monkeypatch.setattr(group.ray, "remote", lambda **_options: lambda _class: Remote())
+    servers = EngineGroup(config_of("cuda"), tmp_path, "key", [ServerPlacement(({},))], Fleet(patience_s=1.0))
+    servers._launch(0, 1)
+    assert launched == [False, True]
