@@ -273,6 +273,11 @@ class TrainerRank:
 
 
 def _init_distributed(rank: RankInfo, device: torch.device) -> None:
+    """Make the default group. It is bound to no device.
+
+    A group that is bound starts its communicator at once, and torch then makes every later group of the process by splitting it.
+    A split is a collective call of all trainer ranks, which a group with the servers' ranks can never be.
+    """
     timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
     # not by `init_method`: that joins what this process already has at the port, where this refuses a port that is taken
     store = dist.TCPStore(rank.master_addr, rank.master_port, rank.world_size, is_master=rank.rank == 0, timeout=timeout)
@@ -282,7 +287,6 @@ def _init_distributed(rank: RankInfo, device: torch.device) -> None:
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
     )
 
 
