@@ -55,7 +55,7 @@ class _Server:
 class EngineGroup:
     """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost.
 
-    `routed_experts`: whether they return which experts they chose for each token.
+    `routed_experts`: whether they return which experts they chose for each token. `environment`: Ray's, of their actors.
     """
 
     def __init__(
@@ -67,8 +67,10 @@ class EngineGroup:
         fleet: Fleet,
         *,
         routed_experts: bool = False,
+        environment: dict[str, Any] | None = None,
     ) -> None:
         self._routed_experts = routed_experts
+        self._environment = {"runtime_env": environment} if environment else {}
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
@@ -149,7 +151,8 @@ class EngineGroup:
         remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
             log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
-            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, self._routed_experts)
+            remote_here = remote.options(**options, **self._environment)
+            actor = remote_here.remote(config, seed, str(log), self._api_key, place.gpus, self._routed_experts)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
         return _Server(name, parts, [part.actor.launch.remote(rank, head) for rank, part in enumerate(parts)])
