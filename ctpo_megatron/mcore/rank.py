@@ -27,6 +27,7 @@ from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.reduction import once
+from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
@@ -98,7 +99,6 @@ class TrainerRank:
         from ctpo_megatron.mcore.hf.load import load_hf
         from ctpo_megatron.mcore.model.build import build_model
         from ctpo_megatron.mcore.model.routing import Routers
-        from ctpo_megatron.mcore.model.spec import use_transformer_engine
         from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule, check_optimizer
 
         if optimizer is not None:
