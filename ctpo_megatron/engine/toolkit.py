@@ -6,6 +6,7 @@ installs with torch is not looked for, and has no library to link against.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -31,6 +32,14 @@ class Part:
     remedy: str = ""
 
 
+def torch_cuda() -> str:
+    """The CUDA that the installed torch was built with, 13.0 for example; empty where there is none. It is not imported."""
+    spec = importlib.util.find_spec("torch")
+    file = Path(spec.origin).parent / "version.py" if spec is not None and spec.origin else None
+    match = re.search(r"^cuda\b.*'([\d.]+)'", file.read_text(), re.MULTILINE) if file is not None and file.exists() else None
+    return match[1] if match else ""
+
+
 def cuda_home(environment: Mapping[str, str]) -> Path:
     """Where SGLang, tvm-ffi and flashinfer look for the CUDA toolkit (`sglang.kernels.jit.utils.compile.toolchain.cuda_home`)."""
     configured = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
@@ -40,18 +49,16 @@ def cuda_home(environment: Mapping[str, str]) -> Path:
     return Path(nvcc).parent.parent if nvcc else DEFAULT_HOME
 
 
-def parts(torch_cuda: str, environment: Mapping[str, str] | None = None) -> list[Part]:
-    """The toolkit's compiler and library, a C++ compiler and Python's headers. `torch_cuda`: the CUDA of this torch, 13.0 say."""
+def parts(wanted: str, environment: Mapping[str, str] | None = None) -> list[Part]:
+    """The toolkit's compiler and library, a C++ compiler and Python's headers. `wanted`: the CUDA of this torch, 13.0 say."""
     environment = os.environ if environment is None else environment
     home = cuda_home(environment)
-    return [_nvcc(home, torch_cuda), _library(home), _host_compiler(environment), _headers()]
+    return [_nvcc(home, wanted or "13.0"), _library(home), _host_compiler(environment), _headers()]
 
 
 def check_toolkit(environment: Mapping[str, str] | None = None) -> None:
     """Raises InputError, which names all that is missing, where a server on GPUs could not compile its kernels."""
-    import torch
-
-    missing = [part for part in parts(torch.version.cuda or "", environment) if part.remedy]
+    missing = [part for part in parts(torch_cuda(), environment) if part.remedy]
     if missing:
         listed = "; ".join(f"{part.name}: {part.found} ({part.remedy})" for part in missing)
         raise InputError(f"SGLang compiles kernels when it starts on GPUs, and cannot on this node. {listed}. See `ctpo doctor`.")
@@ -63,8 +70,8 @@ def version_of(text: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
-def _nvcc(home: Path, torch_cuda: str) -> Part:
-    compiler, wanted = home / "bin" / "nvcc", torch_cuda or "13.0"
+def _nvcc(home: Path, wanted: str) -> Part:
+    compiler = home / "bin" / "nvcc"
     remedy = f"install the CUDA toolkit {wanted} or a newer {wanted.partition('.')[0]}.x and set CUDA_HOME to its directory"
     try:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=NVCC_TIMEOUT_S, check=True)
