@@ -16,7 +16,7 @@ import torch
 from ctpo_megatron.engine.toolkit import check_toolkit, cuda_home, parts, torch_cuda, version_of
 from ctpo_megatron.errors import InputError
 
-# SGLang's own search, in each of the environments that come in; its functions remember what they found, so what they wrap is called
+# SGLang's own search, in each of the environments that come in. Its functions remember what they found; what they wrap does not.
 SGLANG_FINDS = """
 import json, os, sys
 from sglang.kernels.jit.utils.compile.toolchain import cuda_home, host_compiler_path
