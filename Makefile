@@ -1,4 +1,5 @@
 # make install      the environment in .venv (needs git, make, Python 3.11 or newer; no GPU)
+# make install-gpu  besides, on a GPU host with the CUDA toolkit: TransformerEngine, built against the installed torch
 # make quickstart   the whole loop on this machine: data, a tiny model, cold start, reinforcement learning
 # make test         all tests          make test-fast   the unit tests
 # make lint         style, format and types, in seconds; CI runs it first
@@ -6,14 +7,21 @@
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+GPU_STAMP := $(VENV)/.installed-gpu
 PYTEST := $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: install quickstart test test-fast lint clean
+.PHONY: install install-gpu quickstart test test-fast lint clean
 
 install: $(STAMP)
 
 $(STAMP): requirements.lock setup.py tools/install.sh
 	sh tools/install.sh $(VENV)
+	@touch $@
+
+install-gpu: $(GPU_STAMP)
+
+$(GPU_STAMP): $(STAMP) requirements-gpu.lock
+	sh tools/install.sh --gpu $(VENV)
 	@touch $@
 
 quickstart: install

@@ -35,10 +35,9 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        # NVIDIA apex is not on PyPI (the package of that name there is another one); on GPU hosts build it from source:
-        #   git clone https://github.com/NVIDIA/apex && cd apex
-        #   APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .
-        "gpu": ["transformer-engine[pytorch]>=2.8"],
+        # By `make install-gpu`, which builds it against the torch that is installed: pip alone would build it against another.
+        # The range is what Megatron-Core 0.16.1 asks for and what was read against this torch.
+        "gpu": ["transformer-engine[core-cu13,pytorch]>=2.11,<2.12"],
         "dev": [  # what the tests and tools need besides
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -7,6 +7,7 @@ Each check returns rows and never raises for what it looks for: a missing part i
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import resource
@@ -23,12 +24,20 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 from rich.table import Table
 
+from ctpo_megatron.engine import toolkit
+from ctpo_megatron.environment import TRAINER, Reader, check_environment, environment_of, variables
+from ctpo_megatron.errors import InputError
+
 DISTRIBUTION = "ctpo_megatron"
 OLDEST_PYTHON = (3, 11)
 GIB = 2**30
 COMMAND_TIMEOUT_S = 20.0
 GPU_QUERY = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+DRIVER_QUERY = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 TORCH_QUERY = "import torch; print(torch.cuda.device_count(), torch.version.cuda)"
+OLDEST_DRIVER = {12: 525, 13: 580}  # by the major version of torch's CUDA
+ENGINE_IMPORT = "import transformer_engine.pytorch"
+IMPORT_TIMEOUT_S = 180.0
 CONFINED_TRUE = ("bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true")
 
 
@@ -56,16 +65,20 @@ class Diagnosis:
 
 
 def diagnose(run_dir: Path = Path(".")) -> Diagnosis:
-    """Look at packages, devices, sandbox, SLURM, memory and disk. Takes seconds; starts nothing that stays."""
+    """Look at packages, devices, sandbox, SLURM, memory, disk and variables. Takes seconds; starts nothing that stays."""
     gpus = gpu_rows()
+    has_gpu, torch_cuda = gpus[0].state == "ok", toolkit.torch_cuda()
     rows = [
         python_row(),
         *package_rows(requirements()),
         *gpus,
-        *extra_rows(has_gpu=gpus[0].state == "ok"),
+        *([] if gpus[0].state == "note" else [driver_row(torch_cuda)]),
+        *(toolkit_rows(torch_cuda) if has_gpu else []),
+        *extra_rows(has_gpu=has_gpu),
         sandbox_row(),
         slurm_row(),
-        *host_rows(run_dir),
+        *host_rows(run_dir, has_gpu=has_gpu),
+        *environment_rows("cuda" if has_gpu else "cpu"),
     ]
     return Diagnosis(rows, verdict(rows))
 
@@ -129,23 +142,65 @@ def gpu_rows() -> list[Row]:
     return [Row("GPUs", "ok", found), Row("torch CUDA", "ok", f"{version}, {count} usable")]
 
 
+def driver_row(torch_cuda: str) -> Row:
+    """NVIDIA's driver against the CUDA of this torch."""
+    version = (_output(DRIVER_QUERY) or "").partition("\n")[0].strip()
+    oldest = OLDEST_DRIVER.get(toolkit.version_of(torch_cuda)[0])
+    major = version.partition(".")[0]
+    if oldest is None or not major.isdigit() or int(major) >= oldest:
+        return Row("NVIDIA driver", "ok", version or "unknown")
+    meaning = f"torch's CUDA {torch_cuda} wants {oldest} or newer; without it only NVIDIA's cuda-compat package may help"
+    return Row("NVIDIA driver", "note", version, meaning)
+
+
+def toolkit_rows(torch_cuda: str) -> list[Row]:
+    """What servers on GPUs compile their kernels with, where SGLang looks for it."""
+    found = toolkit.parts(torch_cuda)
+    return [Row(part.name, "bad" if part.remedy else "ok", part.found, part.remedy) for part in found]
+
+
 def extra_rows(*, has_gpu: bool) -> list[Row]:
     """TransformerEngine and NVIDIA's apex, which only GPU hosts use."""
-    rows = []
-    engine = _version("transformer-engine") or _version("transformer_engine")
-    if engine is not None:
-        rows.append(Row("TransformerEngine", "ok", engine))
-    else:
-        meaning = "slower layers without it; `pip install .[gpu]`" if has_gpu else "used on GPUs only"
-        rows.append(Row("TransformerEngine", "note", "not installed", meaning))
+    rows = [transformer_engine_row(has_gpu=has_gpu)]
     if importlib.util.find_spec("apex") is None:
-        meaning = "optional; see setup.py for how to build it" if has_gpu else "used on GPUs only"
+        meaning = "not needed beside TransformerEngine" if has_gpu else "used on GPUs only"
         rows.append(Row("NVIDIA apex", "note", "not installed", meaning))
     elif importlib.util.find_spec("amp_C") is None and importlib.util.find_spec("fused_layer_norm_cuda") is None:
         meaning = "PyPI's `apex` is another project and breaks Megatron-Core: `pip uninstall apex`"
         rows.append(Row("NVIDIA apex", "bad", "a package named apex without NVIDIA's kernels", meaning))
     else:
         rows.append(Row("NVIDIA apex", "ok", _version("apex") or "installed"))
+    return rows
+
+
+def transformer_engine_row(*, has_gpu: bool) -> Row:
+    """TransformerEngine, and on GPUs whether it loads: one that was built for another torch does not, and hides it."""
+    topic, version = "TransformerEngine", _version("transformer-engine")
+    if importlib.util.find_spec("transformer_engine") is None:
+        meaning = "slower layers without it; `make install-gpu`" if has_gpu else "used on GPUs only"
+        return Row(topic, "note", "not installed", meaning)
+    problem = _failure((sys.executable, "-c", ENGINE_IMPORT), IMPORT_TIMEOUT_S) if has_gpu else None
+    if problem is not None:
+        meaning = "build it against this torch with `make install-gpu`, or remove it to train with slower layers"
+        return Row(topic, "bad", f"{version or 'installed'}, does not load: {problem}", meaning)
+    return Row(topic, "ok", version or "installed")
+
+
+def environment_rows(device: str) -> list[Row]:
+    """The variables that processes of a run on `device` are given, with the values that they would get from this shell."""
+    readers: tuple[Reader, ...] = ("trainer", "server")
+    given = {reader: environment_of(reader, device, os.environ) for reader in readers}
+    known = {each.name: each for reader in readers for each in variables(reader, device)}
+    rows = []
+    for each in known.values():
+        to = "trainer and servers" if len(each.readers) > 1 else "trainer" if each.readers == TRAINER else "servers"
+        value = given[each.readers[0]].get(each.name)
+        found = "set aside: PYTORCH_ALLOC_CONF is set" if value is None else value
+        rows.append(Row(each.name, "ok", f"{found} ({to})", each.why))
+    try:
+        check_environment(os.environ, device)
+    except InputError as error:
+        rows.append(Row("environment", "bad", "a value that a run cannot work with", str(error)))
     return rows
 
 
@@ -168,8 +223,8 @@ def slurm_row() -> Row:
     return Row("SLURM", "ok", (_output(("sbatch", "--version")) or "usable").removeprefix("slurm-wlm ").removeprefix("slurm "))
 
 
-def host_rows(run_dir: Path) -> list[Row]:
-    """CPUs, memory, shared memory, disk and file descriptors."""
+def host_rows(run_dir: Path, *, has_gpu: bool = False) -> list[Row]:
+    """CPUs, memory, shared memory, disk and limits. Runs on GPUs want more of some."""
     cpus = len(os.sched_getaffinity(0))
     memory = _available_memory() / GIB
     disk = shutil.disk_usage(_existing(run_dir)).free / GIB
@@ -177,9 +232,10 @@ def host_rows(run_dir: Path) -> list[Row]:
     return [
         _at_least("CPUs", cpus, 2, f"{cpus}", "processes will wait for each other; expect time-outs"),
         _at_least("free memory", memory, 8, f"{memory:.1f} GiB", "a trainer and one server need about 8 GiB before the model"),
-        _shared_memory_row(),
+        _shared_memory_row(32 if has_gpu else 2),
         _at_least("free disk", disk, 10, f"{disk:.1f} GiB at {run_dir}", "checkpoints may not fit"),
-        _at_least("open files", files, 4096, f"limit {files}", "Ray needs many: `ulimit -n 65536`"),
+        _at_least("open files", _limit(files), 65536 if has_gpu else 4096, f"limit {files}", "Ray needs many: `ulimit -n 65536`"),
+        *([_locked_memory_row()] if has_gpu else []),
     ]
 
 
@@ -192,13 +248,25 @@ def as_table(diagnosis: Diagnosis) -> Table:
     return table
 
 
-def _shared_memory_row() -> Row:
+def _locked_memory_row() -> Row:
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    found = "unlimited" if limit == resource.RLIM_INFINITY else f"limit {limit // 1024} KiB"
+    meaning = "NCCL registers memory with InfiniBand: `ulimit -l unlimited`; give a container --ulimit memlock=-1"
+    return _at_least("locked memory", _limit(limit), math.inf, found, meaning)
+
+
+def _limit(value: int) -> float:
+    return math.inf if value == resource.RLIM_INFINITY else value
+
+
+def _shared_memory_row(wanted_gib: int) -> Row:
     path = Path("/dev/shm")
     if not path.is_dir():
         return Row("/dev/shm", "note", "missing", "Ray keeps objects on disk instead, which is slow")
     usage = shutil.disk_usage(path)
     found = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
-    return _at_least("/dev/shm", usage.free / GIB, 2, found, "Ray's object store lives there; give a container --shm-size=8g")
+    meaning = f"Ray's object store and NCCL live there; give a container --shm-size={max(8, wanted_gib)}g"
+    return _at_least("/dev/shm", usage.free / GIB, wanted_gib, found, meaning)
 
 
 def _at_least(topic: str, value: float, wanted: float, found: str, meaning: str) -> Row:
@@ -228,6 +296,17 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _failure(command: tuple[str, ...], timeout_s: float) -> str | None:
+    """The last line of the errors that `command` printed; None when it succeeds."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no end after {timeout_s:.0f} s"
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def _output(command: tuple[str, ...], timeout_s: float | None = None) -> str | None:

@@ -6,6 +6,7 @@ processes of a server go to the bundle of the first of `rollout.engine.tp` conse
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -32,9 +33,13 @@ class ServerPlacement:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Ray's options for the actors of a run: those of each rank, and those of each server, one for each of its nodes."""
+    """Ray's options for the actors of a run: those of each rank, and those of each server, one for each of its nodes.
+
+    `ranks_here`: for each rank, how many ranks are on its node.
+    """
 
     ranks: list[RayOptions] = field(default_factory=list)
+    ranks_here: list[int] = field(default_factory=list)
     servers: list[tuple[RayOptions, ...]] = field(default_factory=list)
 
 
@@ -61,7 +66,8 @@ def place(topology: Topology, group: PlacementGroup) -> Placement:
         parts = [_options(group, bundle, 1.0, bundles[bundle].get("GPU", 0.0)) for bundle in own]
         nodes = topology.server_nodes
         servers = [tuple(parts[at : at + nodes]) for at in range(0, len(parts), nodes)]
-    return Placement(ranks, servers)
+    on_node = Counter(node_of[bundle] for bundle in order)
+    return Placement(ranks, [on_node[node_of[bundle]] for bundle in order], servers)
 
 
 def share_gpus(gpus: list[list[str]], servers: list[tuple[RayOptions, ...]], tp: int) -> list[ServerPlacement]:

@@ -40,7 +40,7 @@ def _init(config: RunConfig, cpus: int) -> None:
                 "Start one with `ray start --head`, or leave cluster.address out to start one for this run."
             ) from error
         return
-    on_cpu = config.cluster.device != "cuda" and not _sees_gpu()
+    on_cpu = config.cluster.device != "cuda" and not sees_gpu()
     ray.init(
         num_cpus=max(os.cpu_count() or 1, cpus),
         object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
@@ -85,5 +85,6 @@ def node_address(config: RunConfig) -> str:
     return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == mine)
 
 
-def _sees_gpu() -> bool:
+def sees_gpu() -> bool:
+    """Whether this node has an NVIDIA driver."""
     return os.path.exists("/dev/nvidiactl")

@@ -10,6 +10,7 @@ The death of a trainer's rank ends the run. A server that is lost is started aga
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.group import EngineGroup
+from ctpo_megatron.cluster.environment import decide, ray_environment, write_record
 from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
-from ctpo_megatron.cluster.threads import threads_per_rank
-from ctpo_megatron.cluster.trainer.actor import TrainerActor, rank_env
+from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
+from ctpo_megatron.environment import Reader
 from ctpo_megatron.errors import ProcessDied
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.topology import Topology
@@ -62,6 +64,7 @@ class Runtime:
         self._run_dir = run_dir
         self._trainer: TrainerGroup | None = None
         self._total_steps = total_steps
+        self._environment: dict[Reader, dict[str, str]] = {"trainer": {}, "server": {}}
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
 
@@ -93,29 +96,32 @@ class Runtime:
         self.config = config = resolve_device(self.config)
         self.topology = topology = self.topology.on(config.cluster.device)
         topology.check_sharing()
+        self._environment = decide(config, os.environ)
+        write_record(config, self._environment, self._run_dir)
         group = await reserve(topology.bundles, config.cluster.start_timeout_s)
         placement = place(topology, group)
         self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(placement.ranks)]
         self._trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if self._ranks else None
         if placement.servers and not topology.shares_gpus:
             self._engines = self._engine_group([ServerPlacement(parts) for parts in placement.servers])
-        await self.guard(self._come_up_sharing(placement) if topology.shares_gpus else self._come_up())
+        await self.guard(self._come_up_sharing(placement) if topology.shares_gpus else self._come_up(placement))
 
-    async def _come_up(self) -> None:
+    async def _come_up(self, placement: Placement) -> None:
         starts = [] if self._engines is None else [self._engines.start()]
         if self._trainer is not None:
-            starts.append(self._build_trainer())
+            starts.append(self._build_trainer(placement))
         await asyncio.gather(*starts)
 
     async def _come_up_sharing(self, placement: Placement) -> None:
-        await self._build_trainer()
+        await self._build_trainer(placement)
         gpus = await self.trainer.gpus()
         self._engines = self._engine_group(share_gpus(gpus, placement.servers, self.topology.server_tp))
         await self._engines.start()
 
-    async def _build_trainer(self) -> None:
-        threads = threads_per_rank(self.topology.ranks) if self.topology.device == "cpu" else 1
-        await asyncio.wait_for(self.trainer.build(threads, self._total_steps), self.config.cluster.start_timeout_s)
+    async def _build_trainer(self, placement: Placement) -> None:
+        ranks = self.topology.ranks
+        here = [ranks] * ranks if self.topology.device == "cpu" else placement.ranks_here  # nodes without GPUs may be one machine
+        await asyncio.wait_for(self.trainer.build(here, self._total_steps), self.config.cluster.start_timeout_s)
 
     def _engine_group(self, places: list[ServerPlacement]) -> EngineGroup:
         return EngineGroup(
@@ -126,12 +132,13 @@ class Runtime:
             self.fleet,
             routed_experts=self.routing is not None,
             shared_expert=self.shape.has_shared_expert,
+            environment=ray_environment("server", self.config.cluster.device, self._environment["server"]),
         )
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
         remote = ray.remote(concurrency_groups={"watch": 1, "checkpoint": 1})(TrainerActor)
-        environment = rank_env(self.config.cluster.device)
+        environment = ray_environment("trainer", self.config.cluster.device, self._environment["trainer"])
         actor = remote.options(**options, runtime_env=environment).remote(self.config, self.shape, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)
 

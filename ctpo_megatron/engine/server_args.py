@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctpo_megatron.config.rollout import CPU_KV_TOKENS, EngineConfig
+from ctpo_megatron.environment import environment_of
 
 _CPU_ARGUMENTS = (
     *("--attention-backend", "torch_batched", "--sampling-backend", "pytorch"),
@@ -72,18 +73,17 @@ def server_env(engine: EngineConfig, *, device: str, gpus: Sequence[str] = ()) -
 
     `gpus` are the trainer's GPUs that the server sees, by CUDA's names; it uses the first ones. Empty: it has its own.
     """
+    env = environment_of("server", device, os.environ, engine_args=engine.extra_args)
     if gpus:  # the check would refuse them: a stage of the trainer's pipeline may need more than another one
-        return {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}
-    if device != "cpu":
-        return {}
+        env |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}
+    return env | _shares_of_cores(engine) if device == "cpu" else env
+
+
+def _shares_of_cores(engine: EngineConfig) -> dict[str, str]:
+    """The threads of a server on CPUs, and the cores of each of its ranks."""
     cores = sorted(os.sched_getaffinity(0))
     ranks = engine.tp * engine.servers
-    # Half of the cores: the other half is for the trainer. Threads that wait must sleep: spinning on a busy core made
-    # generation twenty times slower.
-    env = {"OMP_NUM_THREADS": str(max(1, len(cores) // ranks // 2)), "OMP_WAIT_POLICY": "passive"}
-    env["THP_MEM_ALLOC_ENABLE"] = "1"  # torch's: buckets of weights come in large pages; small ones cost more than the transport
-    # glibc's: what a bucket of weights lay in stays with the process, as new memory costs more than receiving and loading it
-    env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    env = {"OMP_NUM_THREADS": str(max(1, len(cores) // ranks // 2))}  # half of the cores: the other half is for the trainer
     if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
         here = engine.tp_per_node
         share = max(1, len(cores) // here)

@@ -44,7 +44,7 @@ def join_update_group(store: dist.TCPStore, name: str, *, world_size: int, backe
     On gloo it raises RuntimeError when not all have come within `timeout`; on NCCL they come in `connect`.
     """
     nccl = backend == "nccl"
-    with _environment(NCCL_SETTINGS if nccl else {}):
+    with _apart_from_the_default_group(), _environment(NCCL_SETTINGS if nccl else {}):
         group, _ = _new_process_group_helper(
             world_size,
             0,
@@ -72,6 +72,26 @@ def first_broadcast(group: dist.ProcessGroup, device: torch.device) -> None:
         if work is None:  # so torch tells a process that is not in the group
             raise RuntimeError("this process is not in the group")
         work.wait()
+
+
+@contextlib.contextmanager
+def _apart_from_the_default_group() -> Iterator[None]:
+    """While this context is open, torch makes a group of its own instead of splitting the default group.
+
+    A default group that is bound to a device is split: with NCCL a call that all of its ranks must make (torch 2.14,
+    `_new_process_group_helper`). Only the sender makes this group, so it would wait for the other trainer ranks for ever, and
+    the servers for it.
+    """
+    default = dist.group.WORLD
+    device = None if default is None else default.bound_device_id
+    if default is None or device is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
 
 
 def leave_update_group(group: dist.ProcessGroup) -> None:

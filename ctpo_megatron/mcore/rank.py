@@ -27,6 +27,7 @@ from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.reduction import once
+from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
@@ -98,7 +99,6 @@ class TrainerRank:
         from ctpo_megatron.mcore.hf.load import load_hf
         from ctpo_megatron.mcore.model.build import build_model
         from ctpo_megatron.mcore.model.routing import Routers
-        from ctpo_megatron.mcore.model.spec import use_transformer_engine
         from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule, check_optimizer
 
         if optimizer is not None:
@@ -283,6 +283,11 @@ class TrainerRank:
 
 
 def _init_distributed(rank: RankInfo, device: torch.device) -> None:
+    """Make the default group. It is bound to no device.
+
+    A group that is bound starts its communicator at once, and torch then makes every later group of the process by splitting it.
+    A split is a collective call of all trainer ranks, which a group with the servers' ranks can never be.
+    """
     timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
     # not by `init_method`: that joins what this process already has at the port, where this refuses a port that is taken
     store = dist.TCPStore(rank.master_addr, rank.master_port, rank.world_size, is_master=rank.rank == 0, timeout=timeout)
@@ -292,7 +297,6 @@ def _init_distributed(rank: RankInfo, device: torch.device) -> None:
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
     )
 
 

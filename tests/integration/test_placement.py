@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -16,6 +17,7 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from ctpo_megatron.cluster.engines.group import EngineGroup
+from ctpo_megatron.cluster.environment import decide, ray_environment
 from ctpo_megatron.cluster.placement import place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import reserve
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
@@ -60,6 +62,13 @@ def config(model: Path, *, servers: int, tp: int, dp: int = GPUS, kind: str = "c
     )
 
 
+class Visible:
+    """An actor that says which GPUs CUDA would show to it, and which Ray gave to it."""
+
+    def devices(self) -> tuple[str | None, list[str]]:
+        return os.environ.get("CUDA_VISIBLE_DEVICES"), ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+
 def running_servers() -> set[psutil.Process]:
     """The main processes of all servers below this process, those of other tests too."""
     found = set()
@@ -89,6 +98,7 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
         topology = topology_of(run)
         group = await reserve(topology.bundles, 60)
         placement = place(topology, group)
+        assert placement.ranks_here == [GPUS] * GPUS
         remote = ray.remote(TrainerActor)
         logs = [str(tmp_path / f"{rank}.log") for rank in range(GPUS)]
         ranks = [remote.options(**each).remote(run, shape, rank, logs[rank]) for rank, each in enumerate(placement.ranks)]
@@ -132,6 +142,18 @@ def test_a_colocated_run_on_cpus_has_a_bundle_for_each_process(cluster: None, qw
         remove_placement_group(group)
 
     asyncio.run(places())
+
+
+def test_each_process_sees_its_own_gpu_whatever_the_shell_says(cluster: None, qwen3: Path) -> None:
+    """With RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 Ray would hide none, and all ranks would take the first."""
+    careless = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+    given = decide(config(qwen3, servers=2, tp=2), careless)["trainer"]
+    remote = ray.remote(num_gpus=1)(Visible)
+    for environment, hidden in (({"env_vars": careless}, False), (ray_environment("trainer", "cuda", given), True)):
+        actor = remote.options(runtime_env=environment).remote()
+        visible, own = ray.get(actor.devices.remote(), timeout=60)
+        assert (visible == ",".join(own)) is hidden
+        ray.kill(actor)
 
 
 def test_several_nodes_are_refused(cluster: None, qwen3: Path) -> None:

@@ -18,6 +18,7 @@ ORDER = {
     "types": (0, 0),
     "ports": (0, 0),
     "config": (0, 1),
+    "environment": (0, 1),
     "models": (0, 2),
     "checkpoints": (0, 2),
     "record": (0, 2),
@@ -50,7 +51,7 @@ ONLY_IN = {
 # The whole configuration is read from this layer on, and by `config` itself; below it a unit is given the sections that it needs.
 WHOLE_CONFIG_FROM = 4
 WHOLE_CONFIG, WHOLE_CONFIG_MODULES = "RunConfig", (f"{PACKAGE}.config.run", f"{PACKAGE}.config.load")
-NO_TORCH = {"errors", "types", "ports", "config", "models", "record", "rollout", "planning", "doctor"}
+NO_TORCH = {"errors", "types", "ports", "config", "environment", "models", "record", "rollout", "planning", "doctor"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import re
 import sys
@@ -143,6 +144,23 @@ def test_the_lock_has_an_allowed_version_of_everything_and_names_no_index() -> N
     for each in (*requirements[""], *requirements["dev"]):
         assert LOCK_TOOL.normalize(each.name) in locked, f"{each} is not in requirements.lock; run tools/lock.py"
         assert each.specifier.contains(locked[LOCK_TOOL.normalize(each.name)], prereleases=True), each
+
+
+def test_what_gpu_hosts_add_is_pinned_and_fits_the_rest() -> None:
+    """TransformerEngine: its parts at one version that setup.py and Megatron-Core allow. Nothing that is locked is changed."""
+    lines = [line for line in (ROOT / "requirements-gpu.lock").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.+!]+", line)] == []
+    added = dict(line.split("==") for line in lines)
+    locked = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#"))
+    assert added.keys() & locked.keys() == set()
+    (engine,) = {added[name] for name in added if name.startswith("transformer-engine")}
+    cuda = importlib.import_module("torch").version.cuda
+    assert f"transformer-engine-cu{cuda.partition('.')[0]}" in added, "compiled for the CUDA of the locked torch"
+    (declared,) = LOCK_TOOL.declared(ROOT / "setup.py")["gpu"]
+    megatron = [Requirement(line) for line in metadata.requires("megatron-core") or []]
+    wanted = [declared, *(each for each in megatron if each.name == "transformer-engine")]
+    assert len(wanted) == 2
+    assert [str(each) for each in wanted if not each.specifier.contains(engine)] == []
 
 
 def test_the_lock_follows_extras_and_names_what_is_missing() -> None:

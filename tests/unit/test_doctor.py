@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import io
+import resource
+import shutil
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from ctpo_megatron import doctor
 from ctpo_megatron.doctor import Row
+from ctpo_megatron.engine import toolkit
+from ctpo_megatron.engine.toolkit import Part
 
 STUBS = "#!/bin/sh\n"
 
@@ -66,6 +71,77 @@ def test_gpus_that_torch_cannot_use_are_bad(tmp_path: Path, monkeypatch: pytest.
         ("GPUs", "ok", "2: Some GPU, 80000 MiB"),
         ("torch CUDA", "ok", "13.0, 2 usable"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "state"),
+    [("580.65.06", "13.0", "ok"), ("570.12", "13.0", "note"), ("570.12", "12.8", "ok"), ("", "13.0", "ok")],
+)
+def test_the_driver_is_held_against_torchs_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: str, cuda: str, state: str
+) -> None:
+    put(tmp_path, "nvidia-smi", f"echo '{driver}'; echo '{driver}'")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = doctor.driver_row(cuda)
+    assert (row.state, row.found) == (state, driver or "unknown")
+    assert ("580 or newer" in row.meaning) is (state == "note")
+
+
+def test_what_servers_compile_with_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Part("nvcc", "13.0 at /cuda/bin/nvcc"), Part("CUDA runtime", "no /cuda/lib64/libcudart.so", "set CUDA_HOME")]
+    monkeypatch.setattr(toolkit, "parts", lambda _cuda: found)
+    assert doctor.toolkit_rows("13.0") == [
+        Row("nvcc", "ok", "13.0 at /cuda/bin/nvcc"),
+        Row("CUDA runtime", "bad", "no /cuda/lib64/libcudart.so", "set CUDA_HOME"),
+    ]
+
+
+def test_transformer_engine_is_imported_where_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there and does not load: a row that says why. Without a GPU nothing uses it."""
+    assert doctor.transformer_engine_row(has_gpu=True).found == "not installed"
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    pytorch = tmp_path / "transformer_engine" / "pytorch.py"
+    pytorch.write_text("raise ImportError('undefined symbol: _ZN3c10')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row = doctor.transformer_engine_row(has_gpu=True)
+    assert row.state == "bad"
+    assert "does not load: ImportError: undefined symbol: _ZN3c10" in row.found
+    assert "make install-gpu" in row.meaning
+    assert doctor.transformer_engine_row(has_gpu=False).state == "ok"
+    pytorch.write_text("")
+    assert doctor.transformer_engine_row(has_gpu=True).state == "ok"
+
+
+def test_gpus_want_more_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {resource.RLIMIT_NOFILE: 20000, resource.RLIMIT_MEMLOCK: 8 * 2**20}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: SimpleNamespace(total=16 * 2**30, free=16 * 2**30))
+
+    def states(*, has_gpu: bool) -> dict[str, str]:
+        return {row.topic: row.state for row in doctor.host_rows(tmp_path, has_gpu=has_gpu)}
+
+    on_cpus, on_gpus = states(has_gpu=False), states(has_gpu=True)
+    assert (on_cpus["open files"], on_cpus["/dev/shm"], "locked memory" in on_cpus) == ("ok", "ok", False)
+    assert (on_gpus["open files"], on_gpus["/dev/shm"], on_gpus["locked memory"]) == ("note", "note", "note")
+    limits.update({resource.RLIMIT_NOFILE: resource.RLIM_INFINITY, resource.RLIMIT_MEMLOCK: resource.RLIM_INFINITY})
+    unlimited = states(has_gpu=True)
+    assert (unlimited["open files"], unlimited["locked memory"]) == ("ok", "ok")
+
+
+def test_variables_of_a_run_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    rows = {row.topic: row for row in doctor.environment_rows("cuda")}
+    assert rows["NCCL_DEBUG"].found == "INFO (trainer and servers)"
+    assert rows["CUDA_DEVICE_MAX_CONNECTIONS"].found == "1 (trainer)"
+    assert "NCCL_DEBUG" not in {row.topic for row in doctor.environment_rows("cpu")}
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    monkeypatch.setenv("SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED", "1")
+    rows = {row.topic: row for row in doctor.environment_rows("cuda")}
+    assert "set aside" in rows["PYTORCH_CUDA_ALLOC_CONF"].found
+    assert rows["environment"].state == "bad"
+    assert "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED=1" in rows["environment"].meaning
 
 
 def test_the_other_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

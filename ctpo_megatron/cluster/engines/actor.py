@@ -6,12 +6,14 @@ import os
 import threading
 from pathlib import Path
 
+from ctpo_megatron.cluster.environment import log_line, node_environment
 from ctpo_megatron.cluster.logs import redirect_output
-from ctpo_megatron.cluster.ray_cluster import node_address
+from ctpo_megatron.cluster.ray_cluster import node_address, sees_gpu
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.gpu_memory import wait_for_gpus
 from ctpo_megatron.engine.server import SGLangServer
 from ctpo_megatron.engine.server_args import Part, server_args, server_env
+from ctpo_megatron.engine.toolkit import check_toolkit
 from ctpo_megatron.errors import EngineError, ProcessDied
 from ctpo_megatron.ports import free_port
 
@@ -50,9 +52,6 @@ class EngineActor:
     def launch(self, rank: int = 0, head: str = "", *, again: bool = False) -> None:
         """Start the processes of part `rank`. `again`: in the place of a server that was lost, whose GPUs may not be free yet."""
         config, device, engine = self._config, self._config.cluster.device, self._config.rollout.engine
-        env = server_env(engine, device=device, gpus=self._gpus)
-        if again and device == "cuda":
-            wait_for_gpus(os.environ | env)
         port = free_port(self._host)
         arguments = server_args(
             config.model.path,
@@ -67,12 +66,19 @@ class EngineActor:
             memory_saver=bool(self._gpus) and config.weights.servers_sleep,
             part=Part(rank, head),
         )
+        if device != "cpu" and sees_gpu():  # without a driver there is nothing to compile for, and the server says so
+            check_toolkit()
+        environment = server_env(engine, device=device, gpus=self._gpus)
+        environment |= node_environment(device, self._host, os.environ | environment)
+        print(log_line("server", device, os.environ | environment), flush=True)
+        if again and device == "cuda":
+            wait_for_gpus(os.environ | environment)
         self._launched = SGLangServer(
             arguments,
             url=f"http://{self._host}:{port}",
             api_key=self._api_key,
             log=self._log,
-            env=env,
+            env=environment,
         )
 
     @property

@@ -56,6 +56,7 @@ class EngineGroup:
     """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost.
 
     `routed_experts`: whether they return which experts they chose for each token. `shared_expert`: whether the model has one.
+    `environment`: Ray's, of their actors.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class EngineGroup:
         *,
         routed_experts: bool = False,
         shared_expert: bool = False,
+        environment: dict[str, Any] | None = None,
     ) -> None:
         self._of_model = (routed_experts, shared_expert)
+        self._environment = {"runtime_env": environment} if environment else {}
         self._config = config
         self._run_dir = run_dir
         self._api_key = api_key
@@ -150,7 +153,8 @@ class EngineGroup:
         remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
             log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
-            actor = remote.options(**options).remote(config, seed, str(log), self._api_key, place.gpus, *self._of_model)
+            remote_here = remote.options(**options, **self._environment)
+            actor = remote_here.remote(config, seed, str(log), self._api_key, place.gpus, *self._of_model)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
         return _Server(name, parts, [part.actor.launch.remote(rank, head, again=restarts > 0) for rank, part in enumerate(parts)])

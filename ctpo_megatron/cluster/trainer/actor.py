@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 import ray
 
 from ctpo_megatron.batch import MicroBatch, Replay
+from ctpo_megatron.cluster.environment import log_line, node_environment
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
-from ctpo_megatron.cluster.threads import set_threads
+from ctpo_megatron.cluster.threads import bind_to_cores, check_gpus, cores_of_gpu, set_threads, threads_per_rank
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.shape import ModelShape
@@ -28,6 +30,9 @@ if TYPE_CHECKING:  # imported by `build`, after the variables that torch and meg
     from ctpo_megatron.weights.source import RankWeights
 
 
+_log = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True, slots=True)
 class _Built:
     """What `TrainerActor.build` makes."""
@@ -35,15 +40,6 @@ class _Built:
     rank: TrainerRank
     weights: RankWeights
     reference: HostWeights | None  # of the reference policy
-
-
-def rank_env(device: str) -> dict[str, dict[str, str]]:
-    """Ray's runtime environment of a trainer rank on `device`: what has to be set before its process loads OpenMP.
-
-    On a CPU threads that wait must sleep. Spinning, they take the cores from the servers and from other ranks: a training step
-    of two threads took five times as long on a busy machine, and half as much processor time again on an idle one.
-    """
-    return {"env_vars": {"OMP_WAIT_POLICY": "passive"}} if device == "cpu" else {}
 
 
 class TrainerActor:
@@ -75,9 +71,22 @@ class TrainerActor:
         """The GPUs that Ray gave to this rank, by CUDA's names on this node."""
         return ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
 
-    def build(self, master: tuple[str, int], threads: int, total_steps: int) -> RankCoords:
-        """Join the process group, build and load the model. Returns where this rank sits."""
-        set_threads(threads)
+    def _use_host(self, ranks_here: int) -> None:
+        """Take this rank's share of the node that it is on, where `ranks_here` ranks are, and say so in the log."""
+        device = self.config.cluster.device
+        os.environ.update(node_environment(device, node_address(self.config), os.environ))
+        if device == "cpu":
+            set_threads(threads_per_rank(ranks_here))
+        else:
+            check_gpus(self.gpus())
+            cores = os.sched_getaffinity(0)
+            near = bind_to_cores(cores_of_gpu() & cores)
+            set_threads(min(threads_per_rank(ranks_here, len(cores)), len(near) or len(cores)))
+        _log.info(log_line("trainer", device, os.environ))
+
+    def build(self, master: tuple[str, int], ranks_here: int, total_steps: int) -> RankCoords:
+        """Join the process group, build and load the model. Returns where this rank sits. `ranks_here`: that share its node."""
+        self._use_host(ranks_here)
         from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
         from ctpo_megatron.weights.source import RankWeights
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,15 @@ class TrainerGroup:
         self._timeout_s = timeout_s
         self._coords: list[RankCoords] = []
 
-    async def build(self, threads: int, total_steps: int) -> None:
-        """Bring up the process group, the model and the optimizer on every rank."""
+    async def build(self, ranks_here: Sequence[int], total_steps: int) -> None:
+        """Bring up the process group, the model and the optimizer on every rank.
+
+        `ranks_here`: for each rank, how many are on its node.
+        """
         first = self.ranks[0]
         (master,) = await call_all([(first, first.actor.address.remote())], self._timeout_s)
-        self._coords = await self._each("build", master, threads, total_steps)
+        sent = zip(self.ranks, ranks_here, strict=True)
+        self._coords = await self._calls([rank.actor.build.remote(master, here, total_steps) for rank, here in sent])
 
     async def gpus(self) -> list[list[str]]:
         """The GPUs of each rank, by CUDA's names on its node."""

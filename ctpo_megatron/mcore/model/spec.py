@@ -6,7 +6,6 @@ The two differ in parameter names: TransformerEngine fuses each norm into the li
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +19,7 @@ from torch import Tensor
 
 from ctpo_megatron.mcore.model.attention import PackedAttention
 from ctpo_megatron.mcore.model.latent import LatentSelfAttention
-
-
-def use_transformer_engine(device: torch.device) -> bool:
-    """True where the layers are TransformerEngine's."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
 
 
 def layer_spec(config: TransformerConfig, device: torch.device, vp_stage: int | None = None) -> TransformerBlockSubmodules:

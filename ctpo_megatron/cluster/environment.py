@@ -1,0 +1,89 @@
+"""How the variables of `ctpo_megatron.environment` get to the processes of a run, on whichever node, and into its record.
+
+The driver decides them, from the environment of the command, and Ray hands them to the actors on GPUs. What only the node knows,
+the network interface of its address, the actor adds itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.environment import KERNELS, Reader, check_environment, environment_of, in_force, variables
+from ctpo_megatron.errors import InputError
+
+RECORD = "environment.json"
+
+
+def decide(config: RunConfig, user: Mapping[str, str]) -> dict[Reader, dict[str, str]]:
+    """What trainer ranks and servers are given. `config.cluster.device` is cpu or cuda; `user`: the environment of the command.
+
+    Raises InputError for a value of the user's that the run cannot work with.
+    """
+    device, arguments = config.cluster.device, config.rollout.engine.extra_args
+    check_environment(user, device, arguments)
+    shares = config.weights.shares_devices
+    readers: tuple[Reader, ...] = ("trainer", "server")
+    return {reader: environment_of(reader, device, user, shares_gpus=shares, engine_args=arguments) for reader in readers}
+
+
+def ray_environment(reader: Reader, device: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """Ray's runtime environment of an actor: what has to be set before its process loads torch, OpenMP or CUDA.
+
+    On CPUs servers get theirs when they are started (`engine.server_args`), and their actors share Ray's waiting workers.
+    """
+    return {"env_vars": dict(given)} if reader == "trainer" or device != "cpu" else {}
+
+
+def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], run_dir: Path) -> None:
+    """Write RUN_DIR/environment.json: what each kind of process was given, and why."""
+    device = config.cluster.device
+    reasons = {each.name: each.why for reader in given for each in variables(reader, device)}
+    record = {
+        reader: {name: {"value": value, "why": reasons.get(name, "set by the user")} for name, value in sorted(of.items())}
+        for reader, of in given.items()
+    }
+    (run_dir / RECORD).write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
+
+
+def node_environment(device: str, address: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What a process of the run lacks in its `environment` and only its node knows. `address`: this node's, in the run.
+
+    gloo otherwise takes the address that the host name resolves to: the loopback on many systems, or another network.
+    Raises InputError where compiled kernels would be kept in somebody else's directory.
+    """
+    if device == "cpu":
+        return {}
+    if any(value.startswith(KERNELS) for value in environment.values()):
+        make_private(Path(KERNELS))
+    interface = interface_of(address)
+    return {} if environment.get("GLOO_SOCKET_IFNAME") or interface is None else {"GLOO_SOCKET_IFNAME": interface}
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that has an address; None where none has it."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, addresses in found if any(each.address == address for each in addresses)), None)
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory that only this user may write: what lies in it is loaded as code. Raises InputError where it is not so."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(
+            f"{directory} is not a directory that only you may write, and compiled kernels are loaded from there; remove it, or "
+            "set TRITON_CACHE_DIR and the other variables of this kind (`ctpo doctor` lists them) to directories of your own"
+        )
+
+
+def log_line(reader: Reader, device: str, environment: Mapping[str, str]) -> str:
+    """One line for a process's log: the variables that it has."""
+    return "environment: " + " ".join(f"{name}={value}" for name, value in in_force(reader, device, environment).items())
