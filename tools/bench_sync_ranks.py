@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.control import ServerControl
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.http import Requests
@@ -88,8 +89,8 @@ class Trainer:
     async def publish(self, version: int) -> Sent:
         return await asyncio.to_thread(self.everywhere, "send", version)
 
-    async def canary_logp(self, token_ids: list[int]) -> list[float]:
-        return await asyncio.to_thread(self.everywhere, "logp", token_ids)
+    async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
+        return await asyncio.to_thread(self.everywhere, "logp", token_ids, experts)
 
     def everywhere(self, what: str, *arguments: Any) -> Any:
         """Let all ranks do it. Returns what it gave on rank 0."""
@@ -128,8 +129,8 @@ class Trainer:
         dist.all_gather_object(self.cpu_s, time.process_time() - begin)
         return self.sent
 
-    def logp(self, token_ids: list[int]) -> list[float]:
-        return join_canary([self.weights.canary_logp(token_ids)], len(token_ids))
+    def logp(self, token_ids: list[int], experts: Experts | None) -> list[float]:
+        return join_canary([self.weights.canary_logp(token_ids, experts)], len(token_ids))
 
     @torch.no_grad()
     def change(self, count: int) -> None:

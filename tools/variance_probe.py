@@ -283,13 +283,13 @@ def batches(samples: Sequence[TrainSample]) -> Iterator[list[TrainSample]]:
 def check_behaviour(engine_logp: Tensor, logp: Tensor, config: RunConfig) -> dict[str, float]:
     """Largest and mean distance between what the servers said and what the behaviour policy says.
 
-    Raises MismatchError where the run's own bounds (drift.max, drift.mean) are passed; NaN passes every bound.
+    Raises MismatchError where the run's own bounds (drift.max, drift.mean, as numbers) are passed; NaN passes every bound.
     """
     gap = (engine_logp - logp).abs()
     found = {"max": float(gap.max()), "mean": float(gap.mean())}
     for kind, value in found.items():
         bound = getattr(config.drift, kind)
-        if bound is not None and not value <= bound:
+        if isinstance(bound, float) and not value <= bound:
             raise MismatchError(
                 f"these trajectories are not the behaviour policy's: {kind} |difference of log-probs| is {value:.3g}, "
                 f"drift.{kind} allows {bound:.3g}. Was another policy or another rollout.temperature used to sample them?"

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from ctpo_megatron.config.base import Section
+
+# Means of |log-prob difference| over a step's tokens that rounding does not explain: docs/gpu.md says what they were taken from.
+_MEAN = {"float32": 1e-3, "bfloat16": 0.05}
+_MEAN_MIXTURE = {"float32": 1e-3, "bfloat16": 0.15}
+_TOKENS = 1000  # below which a mean says little
+
+
+@dataclass(frozen=True, slots=True)
+class DriftBounds:
+    """What ends a run when trainer and engine disagree; None: nothing does."""
+
+    max: float | None = None  # of any token's |log-prob difference|
+    mean: float | None = None  # of the mean over the tokens of a step that the present version sampled
+    tokens: int = 1  # fewest of them that the mean is judged by
 
 
 class DriftConfig(Section):
@@ -12,8 +29,15 @@ class DriftConfig(Section):
 
     max: PositiveFloat | None = None
     """Largest allowed absolute difference of any token's log-prob. null: only measured."""
-    mean: PositiveFloat | None = None
-    """Largest allowed mean absolute difference. null: only measured."""
+    mean: PositiveFloat | Literal["auto"] | None = "auto"
+    """Largest allowed mean absolute difference. auto: 0.001 for float32; for bfloat16 0.05, or 0.15 for mixtures of experts; in
+    steps of at least 1,000 tokens that the present version sampled. null: only measured."""
+
+    def bounds(self, dtype: str, *, mixture: bool) -> DriftBounds:
+        """The bounds for weights in `dtype`, float32 or bfloat16; `mixture`: of a model with experts."""
+        if self.mean != "auto":
+            return DriftBounds(self.max, self.mean)
+        return DriftBounds(self.max, (_MEAN_MIXTURE if mixture else _MEAN)[dtype], _TOKENS)
 
 
 class LogConfig(Section):

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from ctpo_megatron.engine.answers import Experts, read_experts
 from ctpo_megatron.engine.fleet import Memory
 from ctpo_megatron.engine.http import Requests
-from ctpo_megatron.errors import EngineRefused
+from ctpo_megatron.errors import EngineError, EngineRefused
+from ctpo_megatron.types import RoutingShape
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """What a server says about a prompt that it has read."""
+
+    logp: list[float]  # of tokens 1, 2, ..., each given those before it
+    experts: Experts | None  # that its tokens went to, [tokens, expert layers, top_k]; None where they were not asked for
 
 
 class ServerControl:
@@ -58,14 +69,28 @@ class ServerControl:
 
     async def prompt_logprobs(self, url: str, token_ids: list[int], *, timeout_s: float | None = None) -> list[float]:
         """The log-probs of tokens 1, 2, ... of a prompt, each given those before it."""
-        body = {
+        return (await self.read_prompt(url, token_ids, timeout_s=timeout_s)).logp
+
+    async def read_prompt(
+        self, url: str, token_ids: list[int], *, routing: RoutingShape | None = None, timeout_s: float | None = None
+    ) -> PromptRecord:
+        """What the server says about a prompt. `routing`: how the model routes, where the experts of its tokens are wanted too.
+
+        SGLang reuses nothing of its prefix cache where log-probs are asked for from the first token on.
+        """
+        body: dict[str, Any] = {
             "input_ids": token_ids,
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_logprob": True,
             "logprob_start_len": 0,
         }
-        answer = await self._requests.post(f"{url}/generate", body, timeout_s=timeout_s)
-        return [entry[0] for entry in answer["meta_info"]["input_token_logprobs"][1:]]
+        if routing is not None:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": 0}
+        meta = (await self._requests.post(f"{url}/generate", body, timeout_s=timeout_s))["meta_info"]
+        experts = None if routing is None else read_experts(meta, routing, len(token_ids), url)
+        if routing is not None and experts is None:
+            raise EngineError(f"{url} reports no experts; was it started with --enable-return-routed-experts?")
+        return PromptRecord([entry[0] for entry in meta["input_token_logprobs"][1:]], experts)
 
     async def checksums(self, url: str, *, timeout_s: float | None = None) -> Any:
         """The hashes of all tensors in the engine's own layout, one entry per rank; `engine.checksums` reads them."""

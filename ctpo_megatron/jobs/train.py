@@ -11,7 +11,7 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
 from ctpo_megatron.jobs.inputs import check_servers, load_prompts, prepare_run_dir, read_model
-from ctpo_megatron.jobs.publication import make_publisher
+from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.topology import topology_of
@@ -33,6 +33,7 @@ class _Inputs:
 
     prompts: list[Prompt]
     held_out: list[Prompt]
+    texts: list[list[int]]  # token ids that canaries are made of
     run_dir: Path
     resumable: Resumable | None
 
@@ -56,7 +57,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
             Runtime(config, shape, topology_of(config), run_dir, total_steps=total, emit=events) as runtime,
             open_rollouts(runtime, chat, tool) as rollouts,
         ):
-            inputs = _Inputs(prompts, held_out, run_dir, resumable)
+            inputs = _Inputs(prompts, held_out, canary_texts(prompts, chat), run_dir, resumable)
             loop = await runtime.guard(_prepare(runtime, rollouts, inputs, events))
             events(RunReady(time.monotonic() - begun))
             await runtime.guard(loop.run())
@@ -73,7 +74,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
 async def _prepare(runtime: Runtime, rollouts: OpenRollouts, inputs: _Inputs, emit: Emit) -> TrainLoop:
     """Returns the loop at its first step; when resuming, with the checkpoint's weights in trainer and servers."""
     config, run_dir = runtime.config, inputs.run_dir
-    publisher = make_publisher(runtime, rollouts.client)
+    publisher = make_publisher(runtime, rollouts.client, inputs.texts)
     first_step, accuracies, admission = 0, {}, Admission(PromptSampler(inputs.prompts, config.seed))
     if inputs.resumable is not None:
         found = await restore(runtime.trainer, inputs.resumable, emit)

@@ -25,7 +25,7 @@ from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
 from ctpo_megatron.algorithms.statistics import NONFINITE, nonfinite_stats
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
-from ctpo_megatron.config.record import DriftConfig
+from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.errors import MismatchError
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.rank import TrainerRank
@@ -38,7 +38,7 @@ def update_policy(
     *,
     algorithm: AlgorithmConfig,
     temperature: float,
-    drift: DriftConfig,
+    drift: DriftBounds,
     version: int,
     reference: HostWeights | None = None,
 ) -> Values:
@@ -191,10 +191,10 @@ def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> Stats
     return stats | nonfinite_stats(~torch.isfinite(logp) & tokens.mask, position, sequences.ids, sequences.cu_seqlens, scan)
 
 
-def check_drift(measured: dict[str, Value], bound: DriftConfig, version: int) -> None:
+def check_drift(measured: dict[str, Value], bound: DriftBounds, version: int) -> None:
     """Raise MismatchError when a bound is passed; a NaN passes every bound."""
     tokens = measured["drift/mean"].weight if isinstance(measured["drift/mean"], Mean) else 0.0
-    for kind, limit in {"max": bound.max, "mean": bound.mean}.items():
+    for kind, limit in {"max": bound.max, "mean": bound.mean if tokens >= bound.tokens else None}.items():
         value = scalar(measured[f"drift/{kind}"])
         if limit is not None and not value <= limit:
             raise MismatchError(

@@ -154,6 +154,8 @@ PUBLICATION = (
     Metric("publish/wait", "seconds", "The senders' waiting for servers or other ranks, added up over them.", SUM),
     Metric("publish/attest", "seconds", "Comparing what the servers hold with what was sent.", SUM),
     Metric("publish/canary", "seconds", "Comparing what trainer and servers compute.", SUM),
+    Metric("publish/canary_gap_mean", "nats", "The canary's mean distance of log-probs, of the server furthest off.", MAX),
+    Metric("publish/canary_gap_max", "nats", "The canary's largest distance of one token's log-probs, over all servers.", MAX),
     Metric(
         "publish/changed",
         "share",

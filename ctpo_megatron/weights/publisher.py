@@ -13,18 +13,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.checksums import read_digests
-from ctpo_megatron.engine.control import ServerControl
+from ctpo_megatron.engine.control import PromptRecord, ServerControl
 from ctpo_megatron.engine.fleet import MEMORY, UP, Fleet, Member, Memory, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import EngineError, WeightSyncError
 from ctpo_megatron.record import PhaseTimer
+from ctpo_megatron.types import RoutingShape
 from ctpo_megatron.weights.proof.attest import attest
-from ctpo_megatron.weights.proof.canary import canary_gap, canary_tokens, check_canary
+from ctpo_megatron.weights.proof.canary import Gap, canary_gap, canary_tokens, check_canary
 from ctpo_megatron.weights.protocol import Sent, Server
 
 PAUSE_TIMEOUT_S = 60.0  # to stop sampling, to open a session, to give memory back; it takes one forward at most
@@ -49,8 +51,11 @@ class WeightSource(Protocol):
         """All ranks export, the senders send. Raises WeightSyncError, naming the servers that failed; then `connect` again."""
         ...
 
-    async def canary_logp(self, token_ids: list[int]) -> list[float]:
-        """Log-probs of tokens 1, 2, ... of a prompt, with the weights as they are."""
+    async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
+        """Log-probs of tokens 1, 2, ... of a prompt, with the weights as they are.
+
+        `experts`: those that its tokens are to go to, [tokens, expert layers, top_k]; None: the trainer's routers choose.
+        """
         ...
 
 
@@ -60,7 +65,9 @@ class Proof:
 
     layout: EngineLayout  # of one server
     vocab_size: int
-    tolerance: float  # of log-probs, see `weights.proof.canary`
+    tolerance: float  # of the mean difference of log-probs, see `weights.proof.canary`
+    texts: Sequence[Sequence[int]] = ()  # token ids that canary prompts are made of; empty: of random tokens
+    routing: RoutingShape | None = None  # how the model routes, where the servers report experts for the trainer to follow
 
 
 class WeightPublisher:
@@ -94,6 +101,7 @@ class WeightPublisher:
         self._version = 0
         self._connected: list[Member] = []
         self._history: list[Sent] = []  # of the two newest versions
+        self._gaps: list[Gap] = []  # of this publication's canaries that passed
 
     async def publish(self, version: int) -> dict[str, float]:
         """Seconds by phase, counts of servers, and `publish/changed`, after all servers that are up hold `version`.
@@ -104,6 +112,7 @@ class WeightPublisher:
         is left.
         """
         self._version = version
+        self._gaps = []
         self._fleet.awake()
         timer = PhaseTimer()
         with timer("total"):
@@ -111,7 +120,14 @@ class WeightPublisher:
         if self._fleet.hopeless:
             raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
-        return seconds | self._changed() | self._fleet.metrics()
+        return seconds | self._disagreement() | self._changed() | self._fleet.metrics()
+
+    def _disagreement(self) -> dict[str, float]:
+        """The largest mean and the largest single difference of log-probs over all servers' canaries."""
+        if not self._gaps:
+            return {}
+        mean, largest = max(gap.mean for gap in self._gaps), max(gap.largest for gap in self._gaps)
+        return {"publish/canary_gap_mean": mean, "publish/canary_gap_max": largest}
 
     def _changed(self) -> dict[str, float]:
         """The share of tensors that differ from the version before; nothing where only one version has been sent."""
@@ -273,16 +289,27 @@ class WeightPublisher:
 
     async def _canary(self, attempt: _Attempt) -> None:
         """Prove that the servers compute what the trainer computes; all of them are asked at once."""
-        tokens = canary_tokens(self._proof.vocab_size, self._version)
-        found: dict[Member, list[float]] = {}
+        tokens = canary_tokens(self._proof.vocab_size, self._version, self._proof.texts)
+        said: dict[Member, PromptRecord] = {}
 
         async def ask(member: Member) -> None:
-            found[member] = await self._control.prompt_logprobs(member.url, tokens, timeout_s=self._timeout_s)
+            said[member] = await self._control.read_prompt(
+                member.url, tokens, routing=self._proof.routing, timeout_s=self._timeout_s
+            )
 
-        expected, _ = await asyncio.gather(self._trainer.canary_logp(tokens), attempt.each(ask))
+        expected: dict[Member, list[float]] = {}
+        if self._proof.routing is None:
+            logp, _ = await asyncio.gather(self._trainer.canary_logp(tokens), attempt.each(ask))
+            expected = dict.fromkeys(said, logp)
+        else:  # each server has gone its own way through the experts
+            await attempt.each(ask)
+            for member, record in said.items():
+                expected[member] = await self._trainer.canary_logp(tokens, record.experts)
 
         async def check(member: Member) -> None:
-            check_canary(member.url, self._version, canary_gap(expected, found[member]), self._proof.tolerance)
+            gap = canary_gap(expected[member], said[member].logp)
+            check_canary(member.url, self._version, gap, self._proof.tolerance)
+            self._gaps.append(gap)
 
         await attempt.each(check)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.weights import Transport
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.mcore.hf.buffers import BucketMemory
 from ctpo_megatron.models.shape import ModelShape
@@ -123,13 +124,14 @@ class RankWeights:
                 pass
         return sent
 
-    def canary_logp(self, token_ids: list[int]) -> list[float]:
+    def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
         """Log-probs of this rank's part of the padded prompt, at temperature 1; empty before the last pipeline stage.
 
+        `experts`: those that the prompt's tokens are to go to, of the whole model; None: the routers choose.
         `proof.canary.join_canary` joins the parts of the context-parallel ranks.
         """
         parallel = self._rank.parallel
-        batch = canary_batch(token_ids, multiple=2 * parallel.cp * parallel.tp)
+        batch = canary_batch(token_ids, 2 * parallel.cp * parallel.tp, experts)
         count = parallel.pp if parallel.vpp > 1 else 1  # as interleaving wants it
         logps = self._rank.logp(self._rank.place([batch] * count), temperature=1.0)
         return logps[0].tolist() if logps else []

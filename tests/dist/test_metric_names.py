@@ -11,7 +11,7 @@ import torch
 from ctpo_megatron.batch import Replay
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.config.record import DriftConfig
+from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.loop.statistics import train_metrics
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
@@ -55,7 +55,7 @@ def names_of_an_update(rank: RankInfo, path: Path) -> set[str]:
     )
     routing = [torch.zeros(pack.positions, LAYERS, 2, dtype=torch.int8) for pack in micro_batches()]
     packs = [replace(pack, replay=Replay(ids)) for pack, ids in zip(micro_batches(), routing, strict=True)]
-    options = {"algorithm": algorithm, "temperature": 1.0, "drift": DriftConfig(), "version": 0}
+    options = {"algorithm": algorithm, "temperature": 1.0, "drift": DriftBounds(), "version": 0}
     stats = update_policy(engine, [packs[:2], packs[2:]], reference=engine.host_weights(), **options)
     engine.close()
     return set(train_metrics(stats))

@@ -16,7 +16,7 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig, ReferenceConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import DppoObjective
-from ctpo_megatron.config.record import DriftConfig
+from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.mcore.host_weights import HostWeights
@@ -166,7 +166,7 @@ def step(engine: TrainerRank, models: dict[str, Path]) -> dict[str, float]:
     reference = engine.host_weights(str(models["other"]))
 
     def update(algorithm: AlgorithmConfig, reference: HostWeights | None) -> dict[str, float]:
-        drift = DriftConfig(max=None, mean=None)
+        drift = DriftBounds()
         options = {"temperature": 1.0, "drift": drift, "version": 0, "reference": reference}
         return flat(update_policy(engine, [mine], algorithm=algorithm, **options))
 

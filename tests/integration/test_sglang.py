@@ -17,6 +17,7 @@ import pytest
 import requests
 import torch
 
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.processes import group_members
@@ -70,7 +71,7 @@ class LocalTrainer:
         buckets = [named[at : at + self._bucket_size] for at in range(0, len(named), self._bucket_size)]
         return await asyncio.to_thread(self._sender.send, buckets, version)
 
-    async def canary_logp(self, token_ids: list[int]) -> list[float]:
+    async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
         return reference_logprobs(self._model, token_ids[:1], Generation(token_ids[1:]), 1.0)
 
 

@@ -6,12 +6,15 @@ Only the driver's own logic is under test with them; tests/integration has the r
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.checksums import write_digest
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
@@ -30,6 +33,8 @@ class FakeServer:
         self.version = "0"
         self.digests: dict[str, int] = {}
         self.logprob = -1.0  # of every prompt token
+        self.outlier = 0.0  # added to that of the last one
+        self.experts: np.ndarray | None = None  # of a prompt's tokens, [tokens, layers, top_k]
         self.calls: list[str] = []
         self.generations: list[dict[str, Any]] = []
         self.running = asyncio.Event()
@@ -128,7 +133,11 @@ class FakeServer:
         if "logprob_start_len" in body:
             rows = [[None, token, None] for token in body["input_ids"][:1]]
             rows += [[self.logprob, token, None] for token in body["input_ids"][1:]]
-            return {"output_ids": [1], "meta_info": {"input_token_logprobs": rows}}
+            rows[-1][0] += self.outlier
+            meta: dict[str, Any] = {"input_token_logprobs": rows}
+            if body.get("return_routed_experts") and self.experts is not None:
+                meta["routed_experts"] = base64.b64encode(self.experts.astype(np.int32).tobytes()).decode()
+            return {"output_ids": [1], "meta_info": meta}
         self.generations.append(body)
         if self.hold is not None:
             await self.hold.wait()
@@ -155,6 +164,7 @@ class FakeTrainer:
         self.prepared: list[tuple[int, int]] = []  # versions, and how much the servers had been asked by then
         self.published: list[int] = []
         self.logprob = -1.0
+        self.canaries: list[tuple[list[int], Experts | None]] = []  # prompts, and the experts they were to go to
         self.stuck: int | None = None  # a version whose weights it goes on sending
         self.faults: list[Callable[[FakeServer, dict[str, int]], dict[str, int]] | None] = []  # one per publication
 
@@ -179,7 +189,8 @@ class FakeTrainer:
                 fake.digests = dict(weights) if fault is None else fault(fake, dict(weights))
         return Sent(version, len(weights), 8, [weights], {"gather": 0.1, "send": 0.2})
 
-    async def canary_logp(self, token_ids: list[int]) -> list[float]:
+    async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
+        self.canaries.append((token_ids, experts))
         return [self.logprob] * (len(token_ids) - 1)
 
 

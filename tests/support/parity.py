@@ -16,7 +16,7 @@ from ctpo_megatron.algorithms import sequence_weights
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
-from ctpo_megatron.config.record import DriftConfig
+from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
@@ -199,7 +199,7 @@ def train(engine: TrainerRank, case: Case, samples: list[TrainSample]) -> Found:
     begin_again(engine)
     packs = packs_of(case, samples, engine.parallel)[engine.coords.dp_rank :: engine.parallel.dp]
     algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="rollout")
-    options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftConfig(), "version": 0}
+    options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftBounds(), "version": 0}
     steps = [flat(update_policy(engine, [packs], **options)) for _ in range(2)]
     return Found(steps, exported(engine))
 

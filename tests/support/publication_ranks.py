@@ -17,6 +17,7 @@ from torch import Tensor
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.weights import BroadcastTransport, Transport
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.checksums import EngineDigests, PartDigests
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
@@ -164,8 +165,8 @@ class Rank:
     def publish(self, version: int) -> Sent:
         return self.weights.publish(version)
 
-    def canary_logp(self, token_ids: list[int]) -> list[float]:
-        return self.weights.canary_logp(token_ids)
+    def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
+        return self.weights.canary_logp(token_ids, experts)
 
     def close(self) -> None:
         self.weights.close()
@@ -189,8 +190,8 @@ class Ranks:
         self.sent.append(functools.reduce(Sent.merge, await self.all("publish", version)))
         return self.sent[-1]
 
-    async def canary_logp(self, token_ids: list[int]) -> list[float]:
-        return join_canary([part for part in await self.all("canary_logp", token_ids) if part], len(token_ids))
+    async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
+        return join_canary([part for part in await self.all("canary_logp", token_ids, experts) if part], len(token_ids))
 
     async def all(self, method: str, *args: Any) -> list[Any]:
         """The results of all ranks; raises what one of them raised."""

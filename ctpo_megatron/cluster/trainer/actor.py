@@ -17,6 +17,7 @@ from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.cluster.threads import bind_to_cores, check_gpus, cores_of_gpu, set_threads, threads_per_rank
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
@@ -125,7 +126,7 @@ class TrainerActor:
             with_own,
             algorithm=config.algorithm,
             temperature=config.rollout.temperature,
-            drift=config.drift,
+            drift=config.drift.bounds(config.model.dtype_on(config.cluster.device), mixture=self.shape.num_experts > 0),
             version=version,
             reference=self._built.reference,
         )
@@ -138,9 +139,9 @@ class TrainerActor:
 
         return supervise(self._built.rank, batch)
 
-    def canary_logp(self, token_ids: list[int]) -> list[float]:
+    def canary_logp(self, token_ids: list[int], experts: Experts | None) -> list[float]:
         """Log-probs of this rank's part of the padded prompt: `RankWeights.canary_logp`."""
-        return self._built.weights.canary_logp(token_ids)
+        return self._built.weights.canary_logp(token_ids, experts)
 
     def connect(self, servers: list[Server], api_key: str) -> None:
         """Let the sending ranks reach the servers: `RankWeights.connect`."""

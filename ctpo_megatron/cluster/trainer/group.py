@@ -12,6 +12,7 @@ import ray
 
 from ctpo_megatron.batch import MicroBatch, Replay, TrainBatch
 from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.proof.canary import join_canary
@@ -52,9 +53,12 @@ class TrainerGroup:
         shares = self._shares(batch.micro_batches.__getitem__)
         return (await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]))[0]
 
-    async def canary_logp(self, token_ids: list[int]) -> list[float]:
-        """Log-probs of tokens 1, 2, ... of the prompt at temperature 1, with the weights as they are."""
-        parts = await self._each("canary_logp", token_ids)
+    async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
+        """Log-probs of tokens 1, 2, ... of the prompt at temperature 1, with the weights as they are.
+
+        `experts`: those that its tokens are to go to, see `RankWeights.canary_logp`.
+        """
+        parts = await self._each("canary_logp", token_ids, experts)
         shards = {coords.cp_rank: part for coords, part in zip(self._coords, parts, strict=True) if part}
         return join_canary([shards[rank] for rank in sorted(shards)], len(token_ids))
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from ctpo_megatron.algorithms import LocalScan, raise_if_nonfinite
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.config.record import DriftConfig
+from ctpo_megatron.config.record import DriftBounds, DriftConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.errors import MismatchError, NonFiniteError
 from ctpo_megatron.loop.statistics import train_metrics
@@ -50,9 +51,9 @@ def test_only_tokens_of_this_version_count_by_position():
 @pytest.mark.parametrize(
     ("bound", "measured"),
     [
-        (DriftConfig(max=0.4), {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}),
-        (DriftConfig(mean=0.04), {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}),
-        (DriftConfig(max=0.4), {"drift/max": Max(math.nan), "drift/mean": Mean(0.0, 10.0)}),
+        (DriftBounds(max=0.4), {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}),
+        (DriftBounds(mean=0.04), {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}),
+        (DriftBounds(max=0.4), {"drift/max": Max(math.nan), "drift/mean": Mean(0.0, 10.0)}),
     ],
 )
 def test_the_alarm_rings_and_says_which_bound(bound, measured):
@@ -62,8 +63,29 @@ def test_the_alarm_rings_and_says_which_bound(bound, measured):
 
 def test_the_alarm_is_silent_within_bounds():
     measured = {"drift/max": Max(0.5), "drift/mean": Mean(0.5, 10.0)}
-    check_drift(measured, DriftConfig(max=0.5, mean=0.05), 7)
-    check_drift(measured, DriftConfig(), 7)
+    check_drift(measured, DriftBounds(max=0.5, mean=0.05), 7)
+    check_drift(measured, DriftBounds(), 7)
+
+
+def test_the_default_ends_a_run_with_stale_weights_and_lets_a_healthy_one_pass():
+    """Means as published for healthy runs in bfloat16 (docs/gpu.md), and what servers that fell behind differ by."""
+    config = DriftConfig()
+    dense, mixture = config.bounds("bfloat16", mixture=False), config.bounds("bfloat16", mixture=True)
+    single = config.bounds("float32", mixture=False)
+    for bound, healthy, stale in ((dense, 0.036, 0.06), (mixture, 0.064, 0.2), (single, 2e-5, 0.01)):
+        check_drift({"drift/max": Max(5.0), "drift/mean": Mean(healthy * 5000, 5000.0)}, bound, 7)
+        check_drift({"drift/max": Max(5.0), "drift/mean": Mean(stale * 20, 20.0)}, bound, 7)  # too few to say
+        with pytest.raises(MismatchError, match=r"mean .* drift\.mean allows"):
+            check_drift({"drift/max": Max(5.0), "drift/mean": Mean(stale * 5000, 5000.0)}, bound, 7)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mixture", [False, True])
+def test_explicit_bounds_win(dtype, mixture):
+    assert DriftConfig(max=0.5, mean=0.01).bounds(dtype, mixture=mixture) == DriftBounds(0.5, 0.01)
+    assert DriftConfig(mean=None).bounds(dtype, mixture=mixture) == DriftBounds(), "null: nothing ends the run"
+    with pytest.raises(ValidationError):
+        DriftConfig(mean="none")
 
 
 def test_merging_steps():

@@ -7,7 +7,9 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from aiohttp import web
 
@@ -16,6 +18,8 @@ from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import ProcessDied, WeightSyncError
 from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.types import RoutingShape
+from ctpo_megatron.weights.proof.canary import canary_tokens
 from ctpo_megatron.weights.protocol import Sent
 from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeServer, FakeTrainer, blaming, fakes
@@ -99,7 +103,7 @@ def test_a_publication(proof: Proof) -> None:
             done = await s.client.generate([1], max_new_tokens=4, temperature=1.0, stop_token_ids=[], session=0)
             assert done.versions == [1] * 4
             phases = {"total", "prepare", "paused", "pause", "connect", "transfer", "attest", "canary"}
-            phases |= {"gather", "send", "digest", "wait"}
+            phases |= {"gather", "send", "digest", "wait", "canary_gap_mean", "canary_gap_max"}
             assert metrics.keys() == {f"publish/{phase}" for phase in phases} | {
                 f"servers/{name}" for name in ("serving", "lost", "rejoined")
             }
@@ -191,6 +195,43 @@ def test_a_mismatch_is_mended(proof: Proof, fault: Callable[[dict[str, int]], di
             assert re.search(named, suspended)
             assert healed == "server 1 serves again, with version 1"
             assert s.servers[0].calls == ORDER
+
+    run(scenario)
+
+
+def test_one_token_that_differs_widely_is_reported(proof: Proof) -> None:
+    """The mean decides. A token that a router sent elsewhere, as in healthy mixtures, ends nothing."""
+
+    async def scenario() -> None:
+        async with site(2, replace(proof, tolerance=0.1)) as s:
+            s.servers[1].outlier = 5.0
+            metrics = await s.publisher.publish(1)
+            assert s.states() == [State.SERVING] * 2
+            assert metrics["publish/canary_gap_max"] == 5
+            assert metrics["publish/canary_gap_mean"] == pytest.approx(5 / 63)
+
+    run(scenario)
+
+
+def test_the_trainer_follows_each_servers_experts(proof: Proof) -> None:
+    """One pass of the trainer for each server, as each of them has routed by itself."""
+    routing = RoutingShape(num_layers=2, expert_layers=(1,), experts=8, top_k=2)
+    texts = [list(range(20, 60))]
+
+    async def scenario() -> None:
+        async with site(2, replace(proof, routing=routing, texts=texts)) as s:
+            for number, server in enumerate(s.servers):
+                server.experts = np.full((64, 2, 2), number)
+            await s.publisher.publish(1)
+            assert s.states() == [State.SERVING] * 2
+            assert [tokens for tokens, _ in s.trainer.canaries] == [canary_tokens(75, 1, texts)] * 2
+            assert [(experts.shape, set(experts.flatten())) for _, experts in s.trainer.canaries] == [
+                ((64, 1, 2), {0}),
+                ((64, 1, 2), {1}),
+            ]
+            s.servers[0].experts = None
+            assert (await s.publisher.publish(2))["servers/lost"] == 1
+            assert "reports no experts; was it started with --enable-return-routed-experts?" in s.said[0]
 
     run(scenario)
 

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.batch import MicroBatch, Replay
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.layout import EngineLayout
@@ -41,6 +42,7 @@ class FakeRank:
         self.last = last
         self.asked: list[int] = []  # micro-batches of each call of logp
         self.per_stage: list[bool] = []  # how senders and streams were asked for
+        self.replays: list[Replay | None] = []  # of all of them
 
     def senders(self, *, per_stage: bool) -> list[int]:
         self.per_stage = [per_stage]
@@ -60,6 +62,7 @@ class FakeRank:
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         assert temperature == 1.0
         self.asked.append(len(micro_batches))
+        self.replays += [batch.replay for batch in micro_batches]
         return [torch.arange(len(batch.tokens.labels)).float() for batch in micro_batches] if self.last else []
 
 
@@ -135,3 +138,6 @@ def test_canary(pp: int, vpp: int, calls: int) -> None:
     assert first.canary_logp([1, 2, 3]) == []
     assert last.canary_logp([1, 2, 3]) == [0.0, 1.0, 2.0, 3.0], "filled up to a multiple of two"
     assert end.asked == [calls]
+    assert end.replays == [None] * calls
+    last.canary_logp([1, 2, 3], np.zeros((3, 1, 2), np.int8))
+    assert [replay.routed_experts.tolist() for replay in end.replays[calls:]] == [[[[0, 0]]] * 3 + [[[-1, -1]]]] * calls
