@@ -11,10 +11,8 @@ from pathlib import Path
 
 MAX_MIB = 64
 # What the check imports and a machine with torch may lack: Megatron-Core, and pydantic with what it needs. All of them are pure
-# Python but pydantic_core.
+# Python but pydantic_core and megatron-core's index of data sets, which is not used.
 CARRIED = ("megatron-core", "pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions", "einops")
-# What comes with torch or is so common where it is installed that a missing one is reported instead: import names.
-EXPECTED = ("torch", "numpy", "safetensors", "numba", "llvmlite", "packaging", "yaml", "aiohttp", "psutil")
 COMPILED = (".so", ".pyd")
 PLATFORM = "x86_64-manylinux_2_28"
 
@@ -56,8 +54,6 @@ def _files(package: Distribution) -> list[Path]:
 def _copy(package: Distribution, target: Path) -> None:
     for file in _files(package):
         source = Path(str(package.locate_file(str(file))))
-        if source.suffix in COMPILED and package.name == "megatron-core":
-            continue  # its data sets' index, built for one Python and not used here
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target / file)
 

@@ -145,7 +145,7 @@ def _read() -> None:
 
     A handle names a device by its UUID, as SGLang expects it; SGLang's side of that is here in three lines.
     """
-    rebuild = reductions.rebuild_cuda_tensor
+    rebuild: Any = reductions.rebuild_cuda_tensor
 
     def by_uuid(*arguments: Any) -> Any:
         count = range(torch.cuda.device_count())

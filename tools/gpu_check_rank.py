@@ -1,6 +1,6 @@
 """Rows of tools/gpu_check.py about a trainer rank: what it computes on the device against the same on the CPU.
 
-    python tools/gpu_check_rank.py FOLDER       compute all cases on the CPU and leave FOLDER/KIND-DTYPE.pt; a row starts it
+python tools/gpu_check_rank.py FOLDER       compute all cases on the CPU and leave FOLDER/KIND-DTYPE.pt; a row starts it
 """
 
 from __future__ import annotations
@@ -145,9 +145,7 @@ def two_steps(rank: TrainerRank) -> Outcome:
     batch = [
         each.with_streams(rollout_logp=torch.where(each.tokens.mask, logp, 0.0)) for each, logp in zip(batch, before, strict=True)
     ]
-    values = update_policy(
-        rank, [batch, batch], algorithm=AlgorithmConfig(), temperature=1.0, drift=DriftConfig(), version=0
-    )
+    values = update_policy(rank, [batch, batch], algorithm=AlgorithmConfig(), temperature=1.0, drift=DriftConfig(), version=0)
     after, moved = _logp(rank, batch), _weights(rank)
     return {
         "logp": torch.cat(before),
@@ -241,7 +239,7 @@ def write_references(folder: Path) -> None:
 def exchange_row(place: Place) -> Found:
     """Whether log-probs under other weights, kept on the host, and then under the model's own again, are what they were."""
     batch = [packed(LENGTHS[0], VOCAB, 0)]
-    with closing(trainer_rank("dense", "bfloat16", place.device, place.folder)) as rank:
+    with closing(trainer_rank("dense", "auto", place.device, place.folder)) as rank:
         kept, before = rank.host_weights(), _logp(rank, batch)
         rank.train_step(rank.place(batch), _likelihood, 1.0)
         trained = _logp(rank, batch)
@@ -250,7 +248,9 @@ def exchange_row(place: Place) -> Found:
         again = _logp(rank, batch)
     differs = not torch.equal(before[0], trained[0])  # otherwise nothing was shown
     same = torch.equal(before[0], inside[0]) and torch.equal(trained[0], again[0])
-    return Found("equal" if same and differs else f"own weights and those kept: equal {same}, told apart {differs}", same and differs)
+    return Found(
+        "equal" if same and differs else f"own weights and those kept: equal {same}, told apart {differs}", same and differs
+    )
 
 
 def checkpoint_row(place: Place) -> Found:

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple, Self
 ROOT = Path(__file__).resolve().parents[1] / "ctpo_megatron"
 WORDS = ("cuda", "nccl")
 # beginnings of paths whose code needs what the check does without
-ELSEWHERE = {"engine/sglang/": "sglang", "cluster/": "ray", "jobs/": "a whole run", "loop/": "a whole run", "doctor.py": "ctpo doctor"}
+ELSEWHERE = {"engine/sglang/": "sglang", "cluster/": "ray", "jobs/": "a run", "loop/": "a run", "doctor.py": "ctpo doctor"}
+# classes and functions that stand in for CUDA where there is none
+ON_CPUS_ONLY = {"CudaMeansCpu", "_bridge_torch_cuda", "_bridge_random_state", "share_gloo_device"}
 
 
 class Site(NamedTuple):
@@ -50,13 +52,21 @@ def cuda_sites(root: Path = ROOT) -> list[Site]:
 
 def _blocks(tree: ast.Module) -> Iterator[list[ast.stmt]]:
     """Every list of statements inside a function: what runs when it is called, not when the file is read."""
-    for function in ast.walk(tree):
+    for function in _on_any_device(tree):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
-            for node in ast.walk(function):
+            for node in _on_any_device(function):
                 for name in ("body", "orelse", "finalbody"):
                     block = getattr(node, name, None)
                     if isinstance(block, list) and block:
                         yield block
+
+
+def _on_any_device(node: ast.AST) -> Iterator[ast.AST]:
+    """`ast.walk` without what is for CPUs only."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if getattr(child, "name", None) not in ON_CPUS_ONLY:
+            yield from _on_any_device(child)
 
 
 def _lines(block: list[ast.stmt]) -> Iterator[int]:
@@ -66,7 +76,7 @@ def _lines(block: list[ast.stmt]) -> Iterator[int]:
         if isinstance(statement, ast.If):
             opened = statement.orelse if _is_negative(statement.test) else statement.body
             on_cuda = opened[0] if opened else after
-            if on_cuda is not None:
+            if on_cuda is not None and not isinstance(on_cuda, ast.Raise):
                 yield on_cuda.lineno
         elif not isinstance(statement, ast.Raise):
             yield statement.lineno
@@ -125,12 +135,14 @@ class Reached:
             sys.monitoring.free_tool_id(sys.monitoring.COVERAGE_ID)
         else:
             sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]  # as sys.settrace
+            threading.settrace(None)
 
     def _on_line(self, code: CodeType, line: int) -> Any:
         if code.co_filename.startswith(self._root):
             self._seen.add((code.co_filename, line))
-        return sys.monitoring.DISABLE if sys.version_info >= (3, 12) else None
+        if sys.version_info >= (3, 12):
+            return sys.monitoring.DISABLE  # this line need not be told again
+        return None
 
     def _trace(self, frame: FrameType, _event: str, _argument: Any) -> Any:
         name = frame.f_code.co_filename

@@ -74,7 +74,7 @@ ROWS: tuple[Row, ...] = (
     Row("loss, 1 M tokens, backward", "kernels", "gpu_check_loss:backward_row", "at least 85 % of a copy", 20),
     Row("log-probs, 151,936 words", "kernels", "gpu_check_kernels:words_row", "time x 1.1, memory 1/8 of torch's at most", 30),
     Row("AdamW on the host", "kernels", "gpu_check_memory:adamw_row", "", 30),
-    Row("weights handed to a process", "handover", "gpu_check_groups:handover_row", "digests equal, also after a change", 40),
+    Row("weights handed to a process", "kernels", "gpu_check_groups:handover_row", "digests equal, also after a change", 40),
     Row("NCCL with one rank", "rank", "gpu_check_groups:one_rank_row", "every collective right", 40),
     *(_compared(kind, dtype) for kind, dtype in COMPARED),
     Row("weights exchanged with the host", "rank", "gpu_check_rank:exchange_row", "bit for bit", 20),
