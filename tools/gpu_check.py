@@ -23,6 +23,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections import Counter
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _carry(asked.carry, asked.python)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TOOLS.parent), os.environ.get("PYTHONPATH", "")])  # for the children
     if not asked.dry and subprocess.run([sys.executable, "-c", HAS_GPU], capture_output=True).returncode:
-        print("torch sees no GPU here; --dry runs the rows on the CPU with tiny sizes", file=sys.stderr)
+        print("no torch that sees a GPU here; --dry runs the rows on the CPU with tiny sizes", file=sys.stderr)
         return 2
     rows = [row for row in ROWS if not asked.row or row.name in asked.row]
     return _check(rows, asked)
@@ -83,11 +84,12 @@ def _check(rows: list[Row], asked: argparse.Namespace) -> int:
     lines = lines_result(sites, report.reached, whole=not asked.row)
     report.results.append(lines)
     _show(lines)
-    seconds, faults = time.monotonic() - begun, [each for each in report.results if each.verdict == "FAULT"]
-    print(f"\n{len(report.results)} rows, {len(faults)} faults, {seconds:.0f} s; what the processes said: {logs}")
+    seconds, verdicts = time.monotonic() - begun, Counter(each.verdict for each in report.results)
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    print(f"\n{len(report.results)} rows: {counted}; {seconds:.0f} s; what the processes said: {logs}")
     if asked.json:
         asked.json.write_text(json.dumps(_as_json(report, sites, seconds, asked.dry), indent=1) + "\n")
-    return 1 if faults else 0
+    return 1 if verdicts["FAULT"] else 0
 
 
 def lines_result(sites: list[Site], reached: set[tuple[str, int]], *, whole: bool) -> Result:
@@ -108,7 +110,7 @@ def _as_json(report: Report, sites: list[Site], seconds: float, dry: bool) -> di
         "rows": [asdict(result) for result in report.results],
         "lines that ran": [str(site) for site in ran],
         "lines that did not run": [{"line": str(site), "needs": site.needs} for site in left],
-        "packages": sorted(report.packages),
+        "modules": sorted(report.modules),
     }
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ WORKER = Path(__file__).with_name("gpu_check_worker.py")
 
 @dataclass
 class Report:
-    """All that children told: results in the order in which they came, lines of the package that ran, packages imported."""
+    """All that children told: results in the order in which they came, lines of the package that ran, its files
+    that were imported."""
 
     results: list[Result] = field(default_factory=list)
     reached: set[tuple[str, int]] = field(default_factory=set)
-    packages: set[str] = field(default_factory=set)
+    modules: set[str] = field(default_factory=set)
 
 
 def run_rows(rows: list[Row], place: Place, report: Report, *, deadline: float, show: Callable[[Result], None]) -> None:
@@ -56,8 +57,8 @@ def _run_child(rows: list[Row], place: Place, report: Report, deadline: float, a
     """How many rows one child has dealt with, which is at least one."""
     lines, log = place.folder / f"{rows[0].process}.jsonl", place.folder / f"{rows[0].process}.log"
     lines.write_text("")
-    settings = json.dumps({"device": place.device, "folder": str(place.folder), "dry": place.dry})
-    command = [sys.executable, str(WORKER), str(lines), settings, *(row.name for row in rows)]
+    settings = json.dumps(asdict(place) | {"folder": str(place.folder)})
+    command = [sys.executable, str(WORKER), str(lines), settings, json.dumps([asdict(row) for row in rows])]
     with log.open("a") as out:
         child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -88,7 +89,7 @@ def _follow(
                 report.reached |= {(file, number) for file, number in line["reached"]}
                 done, until = done + 1, time.monotonic() + (END_S if done + 1 == len(rows) else START_S)
             else:
-                report.packages |= set(line["packages"])
+                report.modules |= set(line["modules"])
         if done == len(rows) and (ended or time.monotonic() > until):
             return done
         if ended:

@@ -37,7 +37,7 @@ HOST = "127.0.0.1"
 VOCAB = 1000
 LENGTHS = ([96, 32, 160], [64, 200])  # of the sequences of each micro-batch
 LR = 1e-3
-REFERENCE_S = 50.0
+REFERENCE_S = 80.0
 # of float32: log-probs and loss absolute, the gradient's norm and the moved weights as parts of what they are
 FLOAT32 = {"logp": 1e-4, "loss": 1e-5, "grad_norm": 1e-4, "moved": 0.02, "logp after": 1e-2}
 BFLOAT16_TIMES, BFLOAT16_LEAST = 2.0, 1e-3

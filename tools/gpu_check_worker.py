@@ -1,6 +1,6 @@
 """One child process of tools/gpu_check.py: runs rows one after another and writes a line of JSON as each begins and ends.
 
-    python tools/gpu_check_worker.py LINES PLACE ROW...      PLACE is {"device":, "folder":, "dry":} as JSON
+    python tools/gpu_check_worker.py LINES PLACE ROWS      PLACE and ROWS as JSON: the fields of a Place and of some Rows
 
 It ends by `os._exit`: a collective that waits for a rank that never comes would keep Python from ending.
 """
@@ -14,11 +14,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gpu_check_reached import ROOT, Reached
-from gpu_check_rows import ROWS, Found, Place, Result, Row
+from gpu_check_rows import Found, Place, Result, Row
 
 
 def run_row(row: Row, place: Place) -> Result:
@@ -44,9 +45,8 @@ def run_row(row: Row, place: Place) -> Result:
     return Result(row.name, found.text, row.wanted, verdict, time.monotonic() - begun)  # type: ignore[arg-type]  # of the table
 
 
-def main(lines: Path, place: Place, names: list[str]) -> None:
-    """Run the rows called `names`."""
-    rows = {row.name: row for row in ROWS}
+def main(lines: Path, place: Place, rows: list[Row]) -> None:
+    """Run the rows, in order."""
     if place.dry:
         use_one_thread()
     with lines.open("a", encoding="utf-8") as out, Reached(ROOT) as reached:
@@ -55,12 +55,11 @@ def main(lines: Path, place: Place, names: list[str]) -> None:
             out.write(json.dumps(line) + "\n")
             out.flush()
 
-        for name in names:
-            tell(begun=name)
-            result = run_row(rows[name], place)
-            fields = {name: getattr(result, name) for name in ("name", "found", "wanted", "verdict", "seconds")}
-            tell(result=fields, reached=sorted(reached.new()))
-        tell(packages=sorted(top_packages()))
+        for row in rows:
+            tell(begun=row.name)
+            result = run_row(row, place)
+            tell(result=asdict(result), reached=sorted(reached.new()))
+        tell(modules=sorted(own_modules()))
 
 
 def use_one_thread() -> None:
@@ -72,17 +71,18 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def top_packages() -> set[str]:
-    """What is imported, besides Python's own modules and this project."""
-    tops = {name.partition(".")[0] for name in sys.modules if not name.startswith("_")}
-    return {name for name in tops if name not in sys.stdlib_module_names and not name.startswith(("gpu_check", "ctpo_megatron"))}
+def own_modules() -> set[str]:
+    """Files of this project that are imported, below its folder."""
+    project = ROOT.parent
+    files = {Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())}
+    return {file.relative_to(project).as_posix() for file in files if file.is_relative_to(project / ROOT.name)}
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
+    place, rows = (json.loads(argument) for argument in sys.argv[2:])
     code = 1
     try:
-        main(Path(sys.argv[1]), Place(given["device"], Path(given["folder"]), given["dry"]), sys.argv[3:])
+        main(Path(sys.argv[1]), Place(**place | {"folder": Path(place["folder"])}), [Row(**row) for row in rows])
         code = 0
     except BaseException:
         traceback.print_exc()
