@@ -22,7 +22,7 @@ from ctpo_megatron.ports import free_port
 
 HOST = "127.0.0.1"
 GROUP_TIMEOUT = timedelta(seconds=60)
-HANDOVER_S, SPLIT_S = 30.0, 10.0
+HANDOVER_S, SPLIT_S = 60.0, 10.0
 
 
 def one_rank_row(place: Place) -> Found:

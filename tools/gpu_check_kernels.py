@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +31,16 @@ class Kernel:
     compute: Callable[..., Any]  # with tensors on the device
     reference: Callable[..., Any]  # with tensors on the CPU
     reference_name: str
+
+
+def machine_row(place: Place) -> Found:
+    """The device, and the versions of what computes on it."""
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}", f"{os.cpu_count()} processors"]
+    if place.device == "cuda":
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        found = [torch.cuda.get_device_name(), *found, f"CUDA {torch.version.cuda}", f"NCCL {nccl}"]
+    lacks = [name for name in ("transformer_engine", "apex", "triton") if importlib.util.find_spec(name) is None]
+    return Found(", ".join(found) + (f"; without {', '.join(lacks)}" if lacks else ""))
 
 
 def copy_row(place: Place) -> Found:
@@ -95,6 +108,7 @@ def digest_time_row(place: Place) -> Found:
 
     device_s, small_s = median_seconds(whole, place.device, repeats=3), median_seconds(lambda: digest.tensor_digest(small), "cpu")
     host = bucket[:4].cpu()
+    digest.tensor_digest(small.cpu())  # compiled at the first call
     begun = time.perf_counter()
     on_host = [digest.tensor_digest(tensor) for tensor in host]
     host_s = (time.perf_counter() - begun) * count / len(host)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,13 +20,25 @@ def median_seconds(call: Callable[[], Any], device: str, *, repeats: int = 10, c
     `cold`: what lies in the GPU's cache is written over before each call.
     """
     call()
-    call()
     seconds = []
-    for _ in range(repeats):
-        if cold and device == "cuda":
-            torch.empty(FLUSH, dtype=torch.uint8, device=device).zero_()
-        seconds.append(_seconds(call, device))
+    with untraced():
+        call()
+        for _ in range(repeats):
+            if cold and device == "cuda":
+                torch.empty(FLUSH, dtype=torch.uint8, device=device).zero_()
+            seconds.append(_seconds(call, device))
     return statistics.median(seconds)
+
+
+@contextlib.contextmanager
+def untraced() -> Iterator[None]:
+    """Inside it lines are not followed by `sys.settrace`, which takes time; see gpu_check_reached."""
+    trace = sys.gettrace()
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(trace)
 
 
 def _seconds(call: Callable[[], Any], device: str) -> float:

@@ -5,6 +5,7 @@ python tools/gpu_check_rank.py FOLDER       compute all cases on the CPU and lea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -14,7 +15,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +71,21 @@ def write_model(directory: Path, config: dict[str, Any], device: str = "cpu") ->
     """A model with random weights in Hugging Face format, without transformers; drawn on `device`. Returns its directory."""
     from safetensors.torch import save_file
 
-    if (directory / "model.safetensors").exists():
+    if directory.exists():
         return directory
-    directory.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(11)
     tensors = {}
     for tensor in hf_tensors(parse_config(config)):
-        drawn = torch.randn(*tensor.shape, generator=generator, device=device) * (0.08 if len(tensor.shape) > 1 else 0.2)
-        drawn = drawn if len(tensor.shape) > 1 else drawn + 1  # a norm's weight
+        drawn = torch.randn(*tensor.shape, generator=generator, device=device)
+        drawn = drawn * 0.08 if len(tensor.shape) > 1 else 1 + drawn * 0.2  # a matrix; a norm's weight
         tensors[tensor.name] = drawn.to(getattr(torch, config["dtype"])).cpu()
-    for name, text in {"config.json": config, "tokenizer.json": {}, "tokenizer_config.json": {}}.items():
-        (directory / name).write_text(json.dumps(text))
-    part = directory / f"model.{os.getpid()}"  # the two processes that compare write it both
-    save_file(tensors, part)
-    part.rename(directory / "model.safetensors")
+    part = directory.with_name(f"{directory.name}.{os.getpid()}")  # two processes may write it at once
+    part.mkdir(parents=True)
+    for name, content in {"config.json": config, "tokenizer.json": {}, "tokenizer_config.json": {}}.items():
+        (part / name).write_text(json.dumps(content))
+    save_file(tensors, part / "model.safetensors")
+    with contextlib.suppress(OSError):  # the other was first
+        part.rename(directory)
     return directory
 
 
@@ -123,7 +124,7 @@ def trainer_rank(kind: str, dtype: str, device: str, folder: Path, **optimizer: 
     return TrainerRank(str(path), ParallelConfig(), config, info, device=device, dtype=dtype, seed=1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def closing(rank: TrainerRank) -> Iterator[TrainerRank]:
     """The rank, which leaves its groups afterwards."""
     try:
@@ -157,7 +158,7 @@ def two_steps(rank: TrainerRank) -> Outcome:
 
 
 def _weights(rank: TrainerRank) -> dict[str, Tensor]:
-    return {name: tensor.float().cpu() for bucket in rank.stream(2**24) for name, tensor in bucket}
+    return {name: tensor.float().cpu().clone() for bucket in rank.stream(2**24) for name, tensor in bucket}
 
 
 def compare_row(place: Place, kind: str, dtype: str) -> Found:
@@ -259,7 +260,7 @@ def checkpoint_row(place: Place) -> Found:
 
     batch = [packed(LENGTHS[0], VOCAB, 0)]
     target = place.folder / "checkpoints" / "step_00000001"
-    target.parent.mkdir()
+    target.parent.mkdir(exist_ok=True)
     with closing(trainer_rank("dense", "bfloat16", place.device, place.folder)) as rank:
         rank.train_step(rank.place(batch), _likelihood, 1.0)
         begin_checkpoint(target, {})

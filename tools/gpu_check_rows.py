@@ -63,6 +63,7 @@ def _compared(kind: str, dtype: str) -> Row:
 
 
 ROWS: tuple[Row, ...] = (
+    Row("machine", "kernels", "gpu_check_kernels:machine_row", "", 30),
     Row("copy bandwidth", "kernels", "gpu_check_kernels:copy_row", "", 20),
     *(
         Row(f"kernel {name}", "kernels", "gpu_check_kernels:kernel_row", "equal to its reference", 30, options={"name": name})
@@ -74,7 +75,8 @@ ROWS: tuple[Row, ...] = (
     Row("loss, 1 M tokens, backward", "kernels", "gpu_check_loss:backward_row", "at least 85 % of a copy", 20),
     Row("log-probs, 151,936 words", "kernels", "gpu_check_kernels:words_row", "time x 1.1, memory 1/8 of torch's at most", 30),
     Row("AdamW on the host", "kernels", "gpu_check_memory:adamw_row", "", 30),
-    Row("weights handed to a process", "kernels", "gpu_check_groups:handover_row", "digests equal, also after a change", 40),
+    Row("weights handed to a process", "kernels", "gpu_check_groups:handover_row", "digests equal, also after a change", 80),
+    Row("update group of two", "group", "gpu_check_groups:split_row", "waits for the second rank", 40, needs_gpu=True),
     Row("NCCL with one rank", "rank", "gpu_check_groups:one_rank_row", "every collective right", 40),
     *(_compared(kind, dtype) for kind, dtype in COMPARED),
     Row("weights exchanged with the host", "rank", "gpu_check_rank:exchange_row", "bit for bit", 20),
@@ -84,5 +86,4 @@ ROWS: tuple[Row, ...] = (
     Row("memory that stays", "memory", "gpu_check_memory:resident_row", "within 10 % of ctpo plan", 40),
     Row("memory of a step", "memory", "gpu_check_memory:peak_row", "within 10 % of ctpo plan", 30, needs_gpu=True),
     Row("memory of a snapshot", "memory", "gpu_check_memory:snapshot_row", "", 40, needs_gpu=True),
-    Row("update group of two", "group", "gpu_check_groups:split_row", "waits for the second rank", 40, needs_gpu=True),
 )

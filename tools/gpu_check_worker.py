@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_check_reached import ROOT, Reached
-from gpu_check_rows import Found, Place, Result, Row
+from gpu_check_rows import Found, Place, Result, Row, Verdict
+
+VERDICTS: dict[bool | None, Verdict] = {True: "ok", False: "FAULT", None: "measured"}
 
 
 def run_row(row: Row, place: Place) -> Result:
@@ -41,8 +43,7 @@ def run_row(row: Row, place: Place) -> Result:
         traceback.print_exc()
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         return Result(row.name, said, row.wanted, "FAULT", time.monotonic() - begun)
-    verdict = {True: "ok", False: "FAULT", None: "measured"}[found.holds]
-    return Result(row.name, found.text, row.wanted, verdict, time.monotonic() - begun)  # type: ignore[arg-type]  # of the table
+    return Result(row.name, found.text, row.wanted, VERDICTS[found.holds], time.monotonic() - begun)
 
 
 def main(lines: Path, place: Place, rows: list[Row]) -> None:
