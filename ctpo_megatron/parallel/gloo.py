@@ -8,6 +8,7 @@ collectives. Megatron-Core makes up to 35 groups in a rank, SGLang ten: 140 idle
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from typing import Any
 
@@ -20,8 +21,11 @@ THREADS = 1  # that run a group's collectives, one after another
 def share_gloo_device() -> None:
     """Let the gloo groups that this process, or a fork of it, makes from now on share one device. Safe to call again.
 
-    GLOO_SOCKET_IFNAME names the network interfaces, as without this; each gets a device.
+    GLOO_SOCKET_IFNAME names the network interfaces, as without this; each gets a device. torch 2.11 makes gloo groups in a place
+    that cannot be reached from here: there they keep a device each.
     """
+    if "_backend_type" not in inspect.signature(dist.Backend.register_backend).parameters:
+        return
     dist.Backend.register_backend(
         dist.Backend.GLOO,
         _new_group,

@@ -1,0 +1,270 @@
+"""tools/gpu_check.py without a GPU: its dry form, its bounds on time, and that each kind of row can find a fault."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ctpo_megatron.mcore.host import ABSENT_ON_CPU
+from tests.support.layers import imports
+
+ROOT = Path(__file__).resolve().parents[3]
+TOOLS = ROOT / "tools"
+NEEDS_GPU = {
+    "loss, no wait for the device",
+    "waits in a training step",
+    "optimizer on the host",
+    "memory of a step",
+    "memory of a snapshot",
+    "update group of two",
+}
+# what a machine with torch has, by the names under which it is imported; the rest is carried there
+WITH_TORCH = {"torch", "torchgen", "numpy", "safetensors", "numba", "llvmlite", "packaging", "yaml", "aiohttp"}
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports one of the tool's files; those about a trainer rank import Megatron as such a rank does."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    for name in ABSENT_ON_CPU:
+        monkeypatch.setitem(sys.modules, name, None)
+    return importlib.import_module
+
+
+@pytest.fixture
+def place(tool: Callable[[str], ModuleType], tmp_path: Path) -> Any:
+    return tool("gpu_check_rows").Place("cpu", tmp_path, True)
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(TOOLS / "gpu_check.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("gpu_check")
+    done = run_tool("--dry", "--json", str(folder / "found.json"), "--logs", str(folder / "logs"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = "".join(log.read_text() for log in (folder / "logs").iterdir())
+    return {**json.loads((folder / "found.json").read_text()), "table": done.stdout, "logs": logs}
+
+
+def test_every_row_runs_on_a_cpu_or_says_that_it_needs_a_gpu(dry: dict[str, Any], tool: Callable[[str], ModuleType]) -> None:
+    names = [row.name for row in tool("gpu_check_rows").ROWS]
+    assert [row["name"] for row in dry["rows"]] == [*names, "lines about CUDA"]
+    not_run = {row["name"]: row["found"] for row in dry["rows"] if row["verdict"] == "not run"}
+    assert not_run == dict.fromkeys(NEEDS_GPU, "needs a GPU")
+    wrong = [row for row in dry["rows"] if row["verdict"] not in ("ok", "measured", "not run")]
+    assert not wrong, dry["logs"]
+
+
+def test_the_same_computed_twice_is_the_same(dry: dict[str, Any]) -> None:
+    """Device and reference are both the CPU here, in two processes."""
+    compared = [row["found"] for row in dry["rows"] if row["name"].startswith("trainer rank")]
+    assert len(compared) == 4
+    assert all(found.count(" 0.0e+00") == 5 for found in compared), compared
+
+
+def test_lines_about_cuda(dry: dict[str, Any]) -> None:
+    ran = {line.partition(":")[0] for line in dry["lines that ran"]}
+    assert {"mcore/host_weights.py", "mcore/model/spec.py", "weights/transports/colocated.py"} & ran
+    left = {each["line"].partition(":")[0]: each["needs"] for each in dry["lines that did not run"]}
+    assert left["mcore/host.py"] == ""  # a GPU, and nothing else
+    assert left["cluster/ray_cluster.py"] == "ray"
+
+
+def test_a_bare_machine_with_torch_and_what_is_carried_is_enough(dry: dict[str, Any], tool: Callable[[str], ModuleType]) -> None:
+    """Imports of this package and of the tools, read from their source; what others import they bring or do without."""
+    carried = {name.replace("-", "_") for name in tool("gpu_check_carry").CARRIED} | {"megatron"}
+    assert third_party_imports(dry["modules"]) <= carried | WITH_TORCH
+
+
+def third_party_imports(modules: list[str]) -> set[str]:
+    """First names of what these files import when they are loaded, besides Python's own modules and this project's."""
+    found = set()
+    for name in modules:
+        tree = ast.parse((ROOT / name).read_text())
+        tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        found |= {each.name.partition(".")[0] for each in imports(tree, Path(name).relative_to("ctpo_megatron"))}
+    return {name for name in found if name not in sys.stdlib_module_names and not name.startswith(("ctpo_megatron", "gpu_check"))}
+
+
+PLANTED = """
+import os, sys, time
+from gpu_check_rows import Found
+def fine(place): return Found("fine", True)
+def hangs(place): time.sleep(600)
+def dies(place): print("a reason", file=sys.stderr, flush=True); os._exit(7)
+def raises(place): raise ValueError("a fault\\nwith more lines")
+def lacks(place): import a_package_that_is_not_there.part
+"""
+
+
+def test_a_row_that_hangs_dies_or_raises_is_a_fault_and_the_others_run(
+    tool: Callable[[str], ModuleType], place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, children = tool("gpu_check_rows"), tool("gpu_check_children")
+    (place.folder / "planted.py").write_text(PLANTED)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(TOOLS), str(place.folder)]))
+    planted = [
+        rows.Row(name, "planted", f"planted:{name}", "", 1.0 if name == "hangs" else 30.0)
+        for name in ("raises", "hangs", "dies", "lacks", "fine")
+    ]
+    report, shown = children.Report(), []
+    begun = time.monotonic()
+    children.run_rows(planted, place, report, deadline=begun + 120, show=shown.append)
+    assert time.monotonic() - begun < 60
+    assert shown == report.results
+    assert {each.name: (each.verdict, each.found) for each in report.results} == {
+        "raises": ("FAULT", "ValueError: a fault"),
+        "hangs": ("FAULT", "not done after 1 s; its process was ended"),
+        "dies": ("FAULT", "its process ended with code 7: a reason"),
+        "lacks": ("not run", "package a_package_that_is_not_there is missing"),
+        "fine": ("ok", "fine"),
+    }
+
+
+def test_rows_for_which_no_time_is_left_are_not_run(tool: Callable[[str], ModuleType], place: Any) -> None:
+    rows, children = tool("gpu_check_rows"), tool("gpu_check_children")
+    report = children.Report()
+    children.run_rows(list(rows.ROWS), place, report, deadline=time.monotonic(), show=lambda _: None)
+    assert {(each.verdict, each.found) for each in report.results} == {("not run", "no time was left")}
+    assert len(report.results) == len(rows.ROWS)
+
+
+def test_every_kernel_of_the_list_has_a_row(tool: Callable[[str], ModuleType]) -> None:
+    rows = tool("gpu_check_rows")
+    assert list(tool("gpu_check_kernels")._KERNELS) == list(rows.KERNELS)
+    assert {f"kernel {name}" for name in rows.KERNELS} <= {row.name for row in rows.ROWS}
+
+
+def test_a_kernel_that_is_wrong_in_one_case_is_found(tool: Callable[[str], ModuleType], place: Any) -> None:
+    kernels = tool("gpu_check_kernels")
+    kernel = kernels.Kernel(
+        {"small": (torch.ones(2),), "large": (torch.ones(9),)}, lambda x: min(x.numel(), 8), torch.numel, "numel"
+    )
+    found = kernels.compare_kernel(kernel, place)
+    assert (found.holds, found.text) == (False, "differs in 1 of 2 cases against numel: large")
+
+
+def outcome() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    drawn = {name: torch.randn(100, generator=generator) for name in ("logp", "moved", "logp after")}
+    return {**drawn, "loss": 0.3, "grad_norm": 2.0}
+
+
+@pytest.mark.parametrize("name", ["logp", "loss", "grad_norm", "moved", "logp after"])
+@pytest.mark.parametrize("amount", [0.1, float("nan")])
+def test_a_rank_that_computes_something_else_is_found(tool: Callable[[str], ModuleType], name: str, amount: float) -> None:
+    rank = tool("gpu_check_rank")
+    wanted, found = outcome(), outcome()
+    assert rank.compare(found, wanted, rank.FLOAT32)[1]
+    found[name] = found[name] + amount
+    text, holds = rank.compare(found, wanted, rank.FLOAT32)
+    assert not holds
+    assert text.count("(>") == 1
+
+
+def test_bounds_of_bfloat16_are_what_rounding_explains(tool: Callable[[str], ModuleType]) -> None:
+    rank = tool("gpu_check_rank")
+    exact, rounded = outcome(), outcome()
+    rounded["logp"] = rounded["logp"] + 0.01
+    bounds = rank.bfloat16_bounds(rounded, exact)
+    assert bounds["logp"] == pytest.approx(0.02, rel=1e-3)
+    assert bounds["loss"] == rank.BFLOAT16_LEAST
+    other = {**exact, "logp": exact["logp"] - 0.008}
+    assert rank.compare(other, rounded, bounds)[1]
+    assert not rank.compare({**exact, "logp": exact["logp"] - 0.02}, rounded, bounds)[1]
+
+
+@pytest.mark.parametrize(("found", "holds"), [(109, True), (91, True), (111, False), (89, False)])
+def test_memory_is_held_against_the_plan(tool: Callable[[str], ModuleType], found: int, holds: bool) -> None:
+    assert tool("gpu_check_memory").against_plan(found * 2**20, 100 * 2**20).holds is holds
+
+
+def test_what_a_reader_does_not_see_is_found(
+    tool: Callable[[str], ModuleType], place: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handle of a copy: the digests of the copy are right, but a change in place does not reach it."""
+    groups = tool("gpu_check_groups")
+    colocated = importlib.import_module("ctpo_megatron.weights.transports.colocated")
+    kept: list[Any] = []
+    real = colocated.handle
+
+    def of_a_copy(bucket: Any) -> str:
+        kept.append([(name, tensor.clone()) for name, tensor in bucket])
+        return real(kept[-1])
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(colocated, "handle", of_a_copy)
+    found = groups.handover_row(place)
+    assert (found.holds, found.text) == (False, "mapped: equal, changed: not equal")
+
+
+SOURCE = '''
+def on_device(device, tensor):
+    """Says cuda."""
+    if device.type == "cuda":
+        first()
+    else:
+        second()
+    if device.type != "cuda":
+        return third()
+    fourth()
+    if device not in ("cpu", "cuda"):
+        raise ValueError("cuda or cpu")
+    torch.cuda.synchronize()
+    return tensor.is_cuda
+
+
+class CudaMeansCpu:
+    def fake(self):
+        torch.cuda.synchronize()
+'''
+
+
+def test_which_lines_are_about_cuda(tool: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(SOURCE)
+    found = [site.text for site in tool("gpu_check_reached").cuda_sites(tmp_path)]
+    assert found == ["first()", "fourth()", "torch.cuda.synchronize()", "return tensor.is_cuda"]
+
+
+def test_names_of_what_is_for_cpus_only_are_still_in_use(tool: Callable[[str], ModuleType]) -> None:
+    source = "".join(file.read_text() for file in (ROOT / "ctpo_megatron").rglob("*.py"))
+    for name in tool("gpu_check_reached").ON_CPUS_ONLY:
+        assert f"def {name}(" in source or f"class {name}(" in source, name
+
+
+def test_what_is_carried_fits(tool: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    carry = tool("gpu_check_carry")
+    sizes = carry.carry(tmp_path / "carried", f"{sys.version_info.major}.{sys.version_info.minor}")
+    total = sum(file.stat().st_size for file in (tmp_path / "carried").rglob("*") if file.is_file())
+    assert total == sum(sizes.values())
+    assert total <= carry.MAX_MIB * 2**20
+    assert (tmp_path / "carried" / "megatron" / "core" / "parallel_state.py").is_file()
+    code = "import pydantic; print(pydantic.__file__)"
+    environment = {"PYTHONPATH": str(tmp_path / "carried")}
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith(str(tmp_path)), done.stderr
+    with pytest.raises(FileExistsError, match="is not empty"):
+        carry.carry(tmp_path / "carried", "3.12")
+
+
+def test_without_a_gpu_it_refuses_and_says_what_to_do() -> None:
+    done = run_tool()
+    assert done.returncode == 2
+    assert "--dry" in done.stderr
