@@ -29,6 +29,22 @@ KINDS = {
     "send": "send",
     "recv_": "receive",
 }
+# megatron's descriptions of groups, as `ctpo plan` names them
+GROUPS = {
+    "default_pg": "all",
+    "TENSOR_MODEL_PARALLEL_GROUP": "TP",
+    "CONTEXT_PARALLEL_GROUP": "CP",
+    "TENSOR_AND_CONTEXT_PARALLEL_GROUP": "TP x CP",
+    "DATA_PARALLEL_GROUP": "DP",
+    "DATA_PARALLEL_GROUP_WITH_CP": "DP x CP",
+    "PIPELINE_MODEL_PARALLEL_GROUP": "PP",
+    "EMBEDDING_GROUP": "first and last PP",
+    "EXPERT_MODEL_PARALLEL_GROUP": "EP",
+    "EXPERT_TENSOR_PARALLEL_GROUP": "ETP",
+    "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP": "EP x ETP",
+    "EXPERT_DATA_PARALLEL_GROUP": "EDP",
+    "INTRA_DISTRIBUTED_OPTIMIZER_INSTANCE_GROUP": "all, for the norm",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +52,7 @@ class Traffic:
     """Calls of one kind on one group in the rehearsed step."""
 
     kind: str  # one of the values of KINDS, or c10d's own name
-    group: str  # megatron's description of it
+    group: str  # one of the values of GROUPS, or megatron's own description
     size: int  # ranks of the group
     calls: int
     bytes: int  # what this rank gives to them; of `receive`, what it gets
@@ -104,6 +120,6 @@ class Ledger(TorchDispatchMode):
         group = dist.ProcessGroup.unbox(groups[0])
         tensors = [[leaf for leaf in tree_leaves(each) if isinstance(leaf, Tensor)] for each in args[:2]]
         given = tensors[-1] or tensors[0]  # what is given stands after what is filled, where there is both
-        key = (KINDS.get(name, name), group.group_desc, group.size())
+        key = (KINDS.get(name, name), GROUPS.get(group.group_desc, group.group_desc), group.size())
         self._calls[key] += 1
         self._bytes[key] += sum(tensor.nbytes for tensor in given)

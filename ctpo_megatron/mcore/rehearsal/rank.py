@@ -29,6 +29,15 @@ if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.rehearsal.stepper import FakeStepper
     from ctpo_megatron.mcore.step import LossFn
 
+FUSED = (
+    (
+        "TransformerEngine",
+        "megatron's portable layers run, which keep about 1.8 times as much inside a layer; attention keeps what the kernel does, "
+        "and gathers keys and values over CP where the kernel passes them around",
+    ),
+    ("CUDA, NCCL, the allocator", "tensors alone are counted: no contexts, no communicators, no fragments"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
@@ -44,7 +53,7 @@ class Rehearsal:
     tokens: int  # of a micro-batch on one rank
     micro_batches: int
     rank: int
-    flash: bool  # attention keeps what TransformerEngine's does; otherwise the portable layers are as they are
+    fused: bool  # attention keeps what TransformerEngine's does, and what was sent is freed; False: as on CPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,7 @@ class Rehearsed:
     stage: int  # pipeline stage of the rank
     seconds: float
     traffic: tuple[Traffic, ...]
+    made_up: tuple[tuple[str, str], ...]  # what was not rehearsed, and what stood in its place
 
     @property
     def peak(self) -> int:
@@ -72,7 +82,6 @@ def rehearse(what: Rehearsal) -> Rehearsed:
     prepare_host("cpu")
     from ctpo_megatron.mcore.rehearsal.bridge import HostReads, bridged
 
-
     sent = (what.tokens // what.parallel.tp, 1, what.shape.hidden_size)
     reads = HostReads(what.shape.experts.top_k if what.shape.experts else 0)
     ledger, mode = Ledger(), FakeTensorMode(allow_non_fake_inputs=True)
@@ -80,9 +89,9 @@ def rehearse(what: Rehearsal) -> Rehearsed:
         with mode, reads, ledger:
             rank = FakeRank(what, ledger)
             rank.first_update()
-        stepper = rank.with_stepper(what.shape.vocab_size, flash=what.flash)
+        stepper = rank.with_stepper(what.shape.vocab_size, fused=what.fused)
         whole = full_micro_batch(what.tokens * what.parallel.cp, what.shape, what.algorithm, replay=what.moe.routing_replay)
-        shards, made = stepper.prepare([whole] * what.micro_batches, mode)
+        shards, made = stepper.prepare(rank.place([whole] * what.micro_batches), mode)
         with mode, reads, ledger:
             ledger.label = "batch"
             ledger.note(made)
@@ -100,6 +109,8 @@ def loss_of(algorithm: AlgorithmConfig) -> LossFn:
 
 
 def _counted(rank: FakeRank, ledger: Ledger, what: Rehearsal, seconds: float) -> Rehearsed:
+    from ctpo_megatron.mcore.rehearsal.bridge import BRIDGES
+
     gradients = rank.gradient_bytes()
     return Rehearsed(
         weights=ledger.peak["model"] - gradients,
@@ -110,6 +121,7 @@ def _counted(rank: FakeRank, ledger: Ledger, what: Rehearsal, seconds: float) ->
         stage=what.rank // (what.parallel.world_size // what.parallel.pp),
         seconds=seconds,
         traffic=tuple(ledger.traffic),
+        made_up=tuple((each.name, each.instead) for each in BRIDGES) + (FUSED if what.fused else ()),
     )
 
 
@@ -141,10 +153,13 @@ class FakeRank(TrainerRank):
 
     def _load_weights(self) -> None:
         """There are none; what is made from here on is the optimizer's."""
-        if self._what.flash:
+        if self._what.fused:
+            from ctpo_megatron.mcore.hf.load import unwrap
             from ctpo_megatron.mcore.rehearsal.flash import use_flash
 
             use_flash(self.models)
+            for model in self.models:  # as mcore.model.transformer sets it on GPUs
+                unwrap(model).config.deallocate_pipeline_outputs = self.parallel.pp > 1
         self._ledger.label = "optimizer"
 
     def first_update(self) -> None:
@@ -159,9 +174,9 @@ class FakeRank(TrainerRank):
         buffers = [buffer for model in self.models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
         return sum(buffer.grad_data.nbytes for buffer in buffers)
 
-    def with_stepper(self, vocab_size: int, *, flash: bool) -> FakeStepper:
+    def with_stepper(self, vocab_size: int, *, fused: bool) -> FakeStepper:
         """A stepper for fake micro-batches, which this rank uses from here on."""
         from ctpo_megatron.mcore.rehearsal.stepper import FakeStepper
 
-        self._stepper = stepper = FakeStepper(self._stepper, vocab_size, flash=flash)
+        self._stepper = stepper = FakeStepper(self._stepper, vocab_size, fused=fused)
         return stepper

@@ -20,20 +20,20 @@ from ctpo_megatron.record.values import Min, Sum, Values
 class FakeStepper(Stepper):
     """A `Stepper` whose shards are fake tensors, made by `prepare`."""
 
-    def __init__(self, like: Stepper, vocab_size: int, *, flash: bool) -> None:
+    def __init__(self, like: Stepper, vocab_size: int, *, fused: bool) -> None:
         # flash attention takes the borders of sequences, the portable one a layout of padded rows
-        super().__init__(like.models, like.routers, vocab_size, like.device, portable=not flash)
+        super().__init__(like.models, like.routers, vocab_size, like.device, portable=not fused)
         self._described: dict[int, PackedInput] = {}
 
-    def prepare(self, micro_batches: Iterable[MicroBatch], mode: FakeTensorMode) -> tuple[list[MicroBatch], list[Tensor]]:
-        """This rank's shards of whole micro-batches as fake tensors, and these. Call it outside of `mode`."""
-        shards: list[MicroBatch] = []
+    def prepare(self, shards: Iterable[MicroBatch], mode: FakeTensorMode) -> tuple[list[MicroBatch], list[Tensor]]:
+        """Placed shards as fake tensors, and these tensors. Call it outside of `mode`."""
+        fakes: list[MicroBatch] = []
         made: list[Tensor] = []
-        for real in self.place(list(micro_batches)):
-            packed = faked(super()._describe(real), mode, made)
+        for shard in shards:
+            packed = faked(super()._describe(shard), mode, made)
             self._described[id(packed.shard)] = packed
-            shards.append(packed.shard)
-        return shards, made
+            fakes.append(packed.shard)
+        return fakes, made
 
     def _describe(self, shard: MicroBatch) -> PackedInput:
         return self._described[id(shard)]
