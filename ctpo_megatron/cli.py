@@ -61,7 +61,7 @@ def plan(
     engine_gpu_gb: Annotated[float | None, typer.Option(min=1, help="of the servers' GPUs, where they differ")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="of the cluster's nodes")] = 8,
     model_config: Annotated[Path | None, typer.Option(help="config.json of the model; default: that of model.path")] = None,
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="also take one step of one rank on tensors without memory")] = False,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="take one step of one rank without memory")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="to rehearse; default: the first of the fullest stage")] = None,
 ) -> None:
     """Memory, batches and groups of a run, from the configuration alone; exit code 2 when it cannot fit."""

@@ -111,7 +111,7 @@ def left_out(config: RunConfig) -> dict[str, str]:
     """What of `config` a rehearsal leaves out, and what it does instead."""
     found = dict(NEVER)
     if config.optimizer.precision_aware or config.optimizer.cpu_offload:
-        found["optimizer.precision_aware, optimizer.cpu_offload"] = "the plain optimizer runs, with all of its state on the device"
+        found["optimizer.precision_aware, optimizer.cpu_offload"] = "the plain optimizer runs, with all state on the device"
     if config.train.recompute == "selective" and config.cluster.device != "cpu":
         found["train.recompute: selective"] = "attention is computed again, not what TransformerEngine's layers would"
     return found

@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ctpo_megatron.mcore.rehearsal.inputs import even
+
 
 @dataclass(frozen=True, slots=True)
 class Bridge:
@@ -94,7 +96,7 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> No
 
 
 def _converted(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
-    """`Module._apply` that gives parameters their new data; torch's own exchanges fake tensors, which whoever looks at them forbids."""
+    """`Module._apply` that gives parameters their new data. torch's own exchanges fake tensors, which weak references forbid."""
     for module in self.children() if recurse else ():
         module._apply(function)
     with torch.no_grad():
@@ -115,11 +117,6 @@ def _same_object(objects: list[Any], mine: Any, group: Any = None) -> None:
 def _norm(_size: int, _flag: Any, tensors: list[list[torch.Tensor]], *_options: Any) -> tuple[torch.Tensor, None]:
     """The norm [1] of all tensors. megatron's own for CPUs goes through Python numbers."""
     return torch.stack([torch.linalg.vector_norm(each) for each in tensors[0]]).norm().view(1), None
-
-
-def even(total: int, parts: int) -> np.ndarray:
-    """[parts] whole numbers as equal as can be, that add up to `total`."""
-    return np.diff(np.arange(parts + 1) * total // parts)
 
 
 def _even_preprocess(original: Any) -> Any:

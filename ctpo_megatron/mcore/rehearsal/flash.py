@@ -26,7 +26,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, output, sums = ctx.saved_tensors
+        query, key, value, _output, sums = ctx.saved_tensors
         wholes = [_gathered(each, ctx.group) for each in (key, value)]
         grads = [torch.empty_like(whole) for whole in wholes]
         torch.empty_like(sums)  # of output times its gradient

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -51,6 +53,11 @@ def even_routing(tokens: int, shape: ModelShape) -> Tensor:
     return chosen.to(number_format).expand(tokens, len(routing.expert_layers), routing.top_k).contiguous()
 
 
+def even(total: int, parts: int) -> NDArray[np.int64]:
+    """[parts] whole numbers as equal as can be, that add up to `total`: tokens of each expert."""
+    return np.diff(np.arange(parts + 1) * total // parts)
+
+
 def faked(value: Any, mode: FakeTensorMode, made: list[Tensor]) -> Any:
     """A copy of `value`, a tensor or dataclasses and lists of them, with fake tensors, which are added to `made`.
 
@@ -62,6 +69,8 @@ def faked(value: Any, mode: FakeTensorMode, made: list[Tensor]) -> Any:
     if isinstance(value, list):
         return [faked(each, mode, made) for each in value]
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: faked(getattr(value, f.name), mode, made) for f in fields(value) if not f.name.startswith("cu_seqlens")}
+        changed = {
+            f.name: faked(getattr(value, f.name), mode, made) for f in fields(value) if not f.name.startswith("cu_seqlens")
+        }
         return replace(value, **changed)
     return value

@@ -5,10 +5,11 @@ Call it in a process of its own: torch's groups, and megatron's, are the process
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -32,8 +33,8 @@ if TYPE_CHECKING:  # megatron may be imported only after prepare_host
 FUSED = (
     (
         "TransformerEngine",
-        "megatron's portable layers run, which keep about 1.8 times as much inside a layer; attention keeps what the kernel does, "
-        "and gathers keys and values over CP where the kernel passes them around",
+        "megatron's portable layers run, which keep about 1.8 times as much inside a layer; attention keeps what its kernel "
+        "does, and gathers keys and values over CP where the kernel passes them around",
     ),
     ("CUDA, NCCL, the allocator", "tensors alone are counted: no contexts, no communicators, no fragments"),
 )
@@ -85,9 +86,10 @@ def rehearse(what: Rehearsal) -> Rehearsed:
     sent = (what.tokens // what.parallel.tp, 1, what.shape.hidden_size)
     reads = HostReads(what.shape.experts.top_k if what.shape.experts else 0)
     ledger, mode = Ledger(), FakeTensorMode(allow_non_fake_inputs=True)
-    with bridged(sent):
+    with bridged(sent), contextlib.ExitStack() as stack:
         with mode, reads, ledger:
             rank = FakeRank(what, ledger)
+            stack.callback(rank.close)
             rank.first_update()
         stepper = rank.with_stepper(what.shape.vocab_size, fused=what.fused)
         whole = full_micro_batch(what.tokens * what.parallel.cp, what.shape, what.algorithm, replay=what.moe.routing_replay)
@@ -99,7 +101,7 @@ def rehearse(what: Rehearsal) -> Rehearsed:
             ledger.label = "step"
             ledger.watch()
             rank.train_step(shards, loss_of(what.algorithm), 1.0)
-    return _counted(rank, ledger, what, time.monotonic() - start)
+        return _counted(rank, ledger, what, time.monotonic() - start)
 
 
 def loss_of(algorithm: AlgorithmConfig) -> LossFn:
@@ -164,14 +166,18 @@ class FakeRank(TrainerRank):
 
     def first_update(self) -> None:
         """An update without gradients, after which the optimizer has its moments, as in every step but the first."""
+        if self.optimizer is None:
+            raise RuntimeError("a rehearsed rank has an optimizer")
+        models: list[Any] = self.models  # megatron's DistributedDataParallel
         with megatron_region(self.device):
-            for model in self.models:
+            for model in models:
                 model.zero_grad_buffer()
             self.optimizer.step()
 
     def gradient_bytes(self) -> int:
         """Bytes of megatron's gradient buffers."""
-        buffers = [buffer for model in self.models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+        models: list[Any] = self.models
+        buffers = [buffer for model in models for buffer in (*model.buffers, *model.expert_parallel_buffers)]
         return sum(buffer.grad_data.nbytes for buffer in buffers)
 
     def with_stepper(self, vocab_size: int, *, fused: bool) -> FakeStepper:
