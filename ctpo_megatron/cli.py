@@ -13,7 +13,7 @@ import typer
 
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.errors import CtpoError
+from ctpo_megatron.errors import ConfigError, CtpoError
 from ctpo_megatron.jobs.stop import StopSignal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -61,14 +61,22 @@ def plan(
     engine_gpu_gb: Annotated[float | None, typer.Option(min=1, help="of the servers' GPUs, where they differ")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="of the cluster's nodes")] = 8,
     model_config: Annotated[Path | None, typer.Option(help="config.json of the model; default: that of model.path")] = None,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="take one step of one rank without memory")] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="to rehearse; default: the first of the fullest stage")] = None,
 ) -> None:
     """Memory, batches and groups of a run, from the configuration alone; exit code 2 when it cannot fit."""
     from ctpo_megatron.config.load import load_config
     from ctpo_megatron.jobs.plan import plan_job
     from ctpo_megatron.planning.plan import Hardware
 
-    hardware = Hardware(gpu_gb, engine_gpu_gb, gpus_per_node)
-    plan_job(load_config(config, overrides or []), config, model_config, hardware)
+    hardware, loaded = Hardware(gpu_gb, engine_gpu_gb, gpus_per_node), load_config(config, overrides or [])
+    if rank is not None and not rehearse:
+        raise ConfigError("--rank says which rank to rehearse; give --rehearse too.")
+    plan_job(loaded, config, model_config, hardware)
+    if rehearse:
+        from ctpo_megatron.jobs.rehearse import rehearse_job
+
+        rehearse_job(loaded, config, model_config, rank)
 
 
 convert_app = typer.Typer(

@@ -34,6 +34,10 @@ class ModelError(InputError):
     """A model directory is missing files, or describes a model this package cannot train."""
 
 
+class RehearsalError(CtpoError, RuntimeError):
+    """A training step could not be rehearsed; the run itself may be possible."""
+
+
 class RolloutError(CtpoError, RuntimeError):
     """Generation failed in a way that retrying did not mend."""
 

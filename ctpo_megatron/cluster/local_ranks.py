@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -19,11 +20,11 @@ PEERS_FAIL_WITHIN_S = 3.0  # after one rank has failed; one of its peers may kno
 END_S = 5.0
 
 
-def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
     """What `function(RankInfo, *args)` returned in each of `world_size` new processes, by rank.
 
     It must be a module's own function. Raises what a rank raised, as soon as one fails, and ProcessDied for one that ended
-    without an answer. No process is left behind.
+    without an answer, or has none after `timeout_s`. No process is left behind.
     """
     context = mp.get_context("spawn")
     port, threads = free_port(HOST), threads_per_rank(world_size)
@@ -38,7 +39,7 @@ def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -
             theirs.close()  # so that a death shows as the end of the pipe
             ends.append(mine)
             processes.append(process)
-        return _answers(ends, processes)
+        return _answers(ends, processes, timeout_s)
     except BaseException:
         for process in processes:
             process.kill()
@@ -51,12 +52,16 @@ def run_local_ranks(world_size: int, function: Callable[..., Any], *args: Any) -
                 process.join()
 
 
-def _answers(ends: list[Connection], processes: list[SpawnProcess]) -> list[Any]:
+def _answers(ends: list[Connection], processes: list[SpawnProcess], timeout_s: float | None) -> list[Any]:
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     results: dict[int, Any] = {}
     errors: list[BaseException] = []
     open_ends = {end: rank for rank, end in enumerate(ends)}
     while open_ends:
-        ready = wait(list(open_ends), timeout=PEERS_FAIL_WITHIN_S if errors else None)
+        left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        ready = wait(list(open_ends), timeout=PEERS_FAIL_WITHIN_S if errors else left)
+        if not ready and not errors:
+            raise ProcessDied(f"ranks {sorted(open_ends.values())} gave no answer within {timeout_s:g} s")
         if not ready:
             break
         for end in [each for each in open_ends if each in ready]:

@@ -24,6 +24,7 @@ from ctpo_megatron.planning.parameters import active_parameters, model_parameter
 from ctpo_megatron.planning.plan import Hardware, Plan, make_plan
 
 WIDTH = 120  # of lines that do not go to a terminal
+NUMBERS = ("size", "groups", "on nodes", "times", "MiB given")  # columns of numbers
 
 
 def plan_job(
@@ -87,7 +88,7 @@ def _gpus(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     sizes = {name: getattr(parallel, name) for name in ("tp", "cp", "dp", "pp")}
     experts = f"; experts ep {parallel.ep} x etp {parallel.etp}" if parallel.ep * parallel.etp > 1 else ""
     unit = "CPU processes" if config.cluster.device == "cpu" else "GPUs"
-    table = _table(unit, "", "")
+    table = plain_table(unit, "", "")
     table.add_row("trainer", str(plan.trainer_gpus), " x ".join(f"{name} {size}" for name, size in sizes.items()) + experts)
     shared = "" if plan.server_gpus else ", on the trainer's GPUs"
     spread = f", each on {servers.nodes_each} nodes" if servers.nodes_each > 1 else ""
@@ -105,7 +106,7 @@ def _memory(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     title = f"Memory of a trainer rank, GiB (recompute {config.train.recompute}"
     title += f", {config.train.max_tokens_per_micro_batch:,} tokens per micro-batch)"
     columns = ("stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations", "working", "head", "other")
-    table = _table("stage", *columns[1:], "total", "free", right=True)
+    table = plain_table("stage", *columns[1:], "total", "free", right=True)
     table.title, table.title_justify, table.title_style = title, "left", "bold"
     on_cpu = config.cluster.device == "cpu"
     for number, stage in enumerate(plan.stages):
@@ -132,7 +133,7 @@ def _memory_row(number: int, stage: Stage) -> list[str]:
 
 def _batches(config: RunConfig, plan: Plan) -> Table:
     b, parallel = plan.batches, config.parallel
-    table = _table("Batches", "", "")
+    table = plain_table("Batches", "", "")
     table.add_row("rollout step", f"{b.prompts:,} prompts x {config.rollout.group_size} = {b.samples:,} samples", "")
     table.add_row(
         "optimizer step",
@@ -158,7 +159,7 @@ def _batches(config: RunConfig, plan: Plan) -> Table:
 
 
 def _groups(plan: Plan, hardware: Hardware, has_experts: bool) -> Table:
-    table = _table("Groups", "size", "groups", "on nodes", "ranks", "what they share out")
+    table = plain_table("Groups", "size", "groups", "on nodes", "ranks", "what they share out")
     for group in plan.groups:
         if group.size == 1 or (group.of_experts and not has_experts):
             continue
@@ -173,7 +174,7 @@ def _groups(plan: Plan, hardware: Hardware, has_experts: bool) -> Table:
 
 def _servers(config: RunConfig, plan: Plan) -> Table:
     s = plan.servers
-    table = _table("Servers", "", "")
+    table = plain_table("Servers", "", "")
     table.add_row("weights", f"{_gib(s.weights)} GiB per GPU", f"{_gib(s.budget)} GiB for weights and cache")
     table.add_row("cache", f"{s.cache_tokens:,} tokens per server", f"{s.bytes_per_token / 1024:.0f} KiB per token and GPU")
     table.add_row("at once", f"{s.samples:,} samples of {s.longest:,} tokens per server", f"{s.samples * s.servers:,} in all")
@@ -216,11 +217,11 @@ def _verdict(config: RunConfig, plan: Plan, hardware: Hardware) -> Text:
     return text.append(" Computed, not measured: docs/plan.md has the formulas.", style="default")
 
 
-def _table(title: str, *columns: str, right: bool = False) -> Table:
+def plain_table(title: str, *columns: str, right: bool = False) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
     table.add_column(title, justify="right" if right else "left", no_wrap=True)
     for name in columns:
-        table.add_column(name, justify="right" if right or name in ("size", "groups", "on nodes") else "left")
+        table.add_column(name, justify="right" if right or name in NUMBERS else "left")
     return table
 
 

@@ -81,7 +81,7 @@ class TrainerRank:
             raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")
         self.device = prepare_host(device, rank.local_rank)
         self.model_path, self.rank, self.parallel = model_path, rank, parallel
-        _init_distributed(rank, self.device)
+        self._join(rank)
         with megatron_region(self.device):
             self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps, moe)
 
@@ -96,7 +96,6 @@ class TrainerRank:
     ) -> None:
         from ctpo_megatron.mcore import groups, step
         from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
-        from ctpo_megatron.mcore.hf.load import load_hf
         from ctpo_megatron.mcore.model.build import build_model
         from ctpo_megatron.mcore.model.routing import Routers
         from ctpo_megatron.mcore.optimizer import build_optimizer, build_schedule, check_optimizer
@@ -107,7 +106,7 @@ class TrainerRank:
         self.models = build_model(
             self.shape, self.parallel, dtype, self.device, moe=moe, recompute=recompute, trainable=optimizer is not None
         )
-        load_hf(self.models, self.shape, self.model_path)
+        self._load_weights()
         self.optimizer = self.schedule = self._saver = None
         if optimizer is not None:
             self.optimizer = build_optimizer(self.models, optimizer, dtype)
@@ -116,6 +115,15 @@ class TrainerRank:
         portable = not use_transformer_engine(self.device)
         routers = Routers(self.models, self.shape, self.device)
         self._stepper = step.Stepper(self.models, routers, self.shape.vocab_size, self.device, portable)
+
+    def _join(self, rank: RankInfo) -> None:
+        """Meet the other ranks. A rehearsal (`mcore.rehearsal`) has none, and no weights either."""
+        _init_distributed(rank, self.device)
+
+    def _load_weights(self) -> None:
+        from ctpo_megatron.mcore.hf.load import load_hf
+
+        load_hf(self.models, self.shape, self.model_path)
 
     @property
     def coords(self) -> RankCoords:

@@ -106,3 +106,11 @@ def test_checkpoints_of_two_runs_are_not_mixed(capsys, monkeypatch, tmp_path, go
 
 def test_eval_without_a_file(capsys, monkeypatch, tmp_path, good):
     assert "data.eval" in refused(capsys, monkeypatch, tmp_path, good, "data.eval=null", command="eval")
+
+
+def test_a_rank_is_for_rehearsals(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ctpo", "plan", str(CONFIG), "--rank", "1"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "give --rehearse too" in capsys.readouterr().err
