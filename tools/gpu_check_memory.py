@@ -85,6 +85,8 @@ def _run(path: str, tokens: int, device: str) -> PlannedRun:
         rollout=rollout,
         weights=weights,
         topology=make_topology(parallel, rollout.engine, weights, device),
+        has_reference=False,
+        top_k=0,
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ctpo_megatron.batch import MicroBatch, Sequences, TokenStreams
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.config.record import DriftConfig
+from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.config import parse_config
@@ -146,7 +146,7 @@ def two_steps(rank: TrainerRank) -> Outcome:
     batch = [
         each.with_streams(rollout_logp=torch.where(each.tokens.mask, logp, 0.0)) for each, logp in zip(batch, before, strict=True)
     ]
-    values = update_policy(rank, [batch, batch], algorithm=AlgorithmConfig(), temperature=1.0, drift=DriftConfig(), version=0)
+    values = update_policy(rank, [batch, batch], algorithm=AlgorithmConfig(), temperature=1.0, drift=DriftBounds(), version=0)
     after, moved = _logp(rank, batch), _weights(rank)
     return {
         "logp": torch.cat(before),

@@ -190,7 +190,7 @@ def _servers(config: RunConfig, plan: Plan) -> Table:
 def _checkpoints(plan: Plan, hardware: Hardware) -> Table:
     saving = max((stage.saving for stage in plan.stages), key=lambda saving: saving.gathering)
     ranks = min(plan.trainer_gpus, hardware.gpus_per_node)
-    table = _table("Checkpoints", "host, per rank", f"host, {ranks} ranks on a node", "GPU")
+    table = plain_table("Checkpoints", "host, per rank", f"host, {ranks} ranks on a node", "GPU")
     rows = {"gathering": (saving.gathering, f"{_gib(saving.gpu)} GiB, without activations"), "writing": (saving.writing, "")}
     for name, (each, on_gpu) in rows.items():
         table.add_row(name, f"{_gib(each)} GiB", f"{_gib(ranks * each)} GiB", on_gpu)
@@ -200,7 +200,7 @@ def _checkpoints(plan: Plan, hardware: Hardware) -> Table:
 def _bounds(config: RunConfig, shape: ModelShape, plan: Plan) -> Table:
     """What must be reached for the configured bounds on time to hold."""
     engine, whole = config.rollout.engine, model_parameters(shape).total * planned_run(config).element_bytes
-    table = _table("Bounds on time", "", "at least", "seconds")
+    table = plain_table("Bounds on time", "", "at least", "seconds")
     start, request, tokens = engine.start_timeout_s, engine.request_timeout_s, config.rollout.max_response_tokens
     reading = f"{whole / GIB / start:.2g} GiB/s"
     table.add_row("start", f"{_gib(whole)} GiB, read on every node", reading, f"rollout.engine.start_timeout_s {start:,.0f}")
