@@ -52,7 +52,7 @@ def test_an_environment_that_is_missing_is_made_first(tmp_path: Path) -> None:
 
 
 def test_transformer_engine_is_built_with_the_torch_that_is_installed(venv: Path) -> None:
-    """Its wheels first, then the part for torch from source: no isolation, no cache, no build from the network."""
+    """Its wheels first, then the part for torch from source: no isolation, no cache, no build for another torch."""
     commands, printed = dry("--gpu", "--dry-run", str(venv), CPATH="/opt/include")
     wheels, source, check = commands[:3]
     pins = [line for line in (ROOT / "requirements-gpu.lock").read_text().splitlines() if not line.startswith("#")]
