@@ -40,14 +40,14 @@ ON_CPUS = (
         "THP_MEM_ALLOC_ENABLE", "1", BOTH, "torch's: buckets of weights come in large pages; small ones cost more than sending"
     ),
     Variable(
-        "MALLOC_MMAP_MAX_", "0", SERVER, "glibc's: what a bucket of weights lay in stays with the process, as new memory costs"
+        "MALLOC_MMAP_MAX_", "0", SERVER, "glibc's: memory of a bucket of weights is kept; new memory costs more than receiving it"
     ),
-    Variable("MALLOC_TRIM_THRESHOLD_", str(2**40), SERVER, "glibc's: as above, more than receiving and loading it"),
+    Variable("MALLOC_TRIM_THRESHOLD_", str(2**40), SERVER, "as MALLOC_MMAP_MAX_"),
 )
 ON_GPUS = (
     Variable("NCCL_CUMEM_ENABLE", "0", BOTH, "SGLang sets it where it is unset; NCCL fails or hangs where two ends differ"),
-    Variable("NCCL_NVLS_ENABLE", "0", BOTH, "as NCCL_CUMEM_ENABLE, which it needs"),
-    Variable("NCCL_MNNVL_ENABLE", "0", BOTH, "SGLang sets it on GB200 and GB300 where it is unset; it needs NCCL_CUMEM_ENABLE=1"),
+    Variable("NCCL_NVLS_ENABLE", "0", BOTH, "as NCCL_CUMEM_ENABLE"),
+    Variable("NCCL_MNNVL_ENABLE", "0", BOTH, "SGLang sets both to 1 on GB200 and GB300 where they are unset; there set both"),
     Variable("NCCL_DEBUG", "WARN", BOTH, "NCCL's errors come with their cause"),
     Variable("CUDA_DEVICE_MAX_CONNECTIONS", "1", TRAINER, "Megatron overlaps tensor parallelism by the order of launches"),
     Variable("TRITON_CACHE_DIR", f"{KERNELS}/triton", BOTH, _CACHE),

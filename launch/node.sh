@@ -4,6 +4,11 @@
 set -uo pipefail
 head=$1 nodes=$2
 shift 2
+# as far as this node allows: InfiniBand wants locked memory, Ray open files
+ulimit -S -l "$(ulimit -H -l)"
+most=$(ulimit -H -n)
+{ [ "$most" != unlimited ] && [ "$most" -lt 65536 ]; } || most=65536
+[ "$(ulimit -S -n)" = unlimited ] || [ "$(ulimit -S -n)" -ge "$most" ] || ulimit -S -n "$most"
 scratch=$(mktemp -d "/tmp/ray-$SLURM_JOB_ID-XXXXXX") || exit # short, since Unix sockets live below it
 trap 'rm -rf "$scratch"' EXIT
 

@@ -43,7 +43,9 @@ def render_sbatch(name: str, topology: Topology, config: Path, overrides: list[s
     }
     head = [f"#SBATCH --{name}={value}" for name, value in lines.items() if value is not None]
     command = shlex.join(["bash", str(script.resolve()), str(config), *overrides])
-    return "\n".join(["#!/bin/bash", *head, "#SBATCH --exclusive", "#SBATCH --no-requeue", "", f"exec {command}", ""])
+    return "\n".join(
+        ["#!/bin/bash", *head, "#SBATCH --exclusive", "#SBATCH --mem=0", "#SBATCH --no-requeue", "", f"exec {command}", ""]
+    )
 
 
 def _nodes(topology: Topology, options: SlurmOptions) -> int:

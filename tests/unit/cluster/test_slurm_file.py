@@ -49,8 +49,27 @@ def test_options_reach_the_file_and_absent_ones_do_not() -> None:
     assert found[0] == "#!/bin/bash"
     wanted = {"job-name=a-run", "gpus-per-node=8", "ntasks-per-node=1", "partition=gpu", "time=01:00:00"}
     assert {f"#SBATCH --{line}" for line in wanted} <= set(found)
-    assert {"#SBATCH --exclusive", "#SBATCH --no-requeue"} <= set(found)
+    assert {"#SBATCH --exclusive", "#SBATCH --mem=0", "#SBATCH --no-requeue"} <= set(found)
     assert not any("account" in line or "None" in line for line in found)
+
+
+def test_the_general_job_file_asks_for_whole_nodes() -> None:
+    """--exclusive alone gives all CPUs and GPUs, but the partition's default of memory."""
+    asked = {line for line in (LAUNCH / "ctpo.sbatch").read_text().splitlines() if line.startswith("#SBATCH")}
+    assert {"#SBATCH --exclusive", "#SBATCH --mem=0"} <= asked
+
+
+def test_a_node_raises_its_limits_as_far_as_it_may() -> None:
+    """The lines of node.sh up to the first that needs SLURM, in a shell with low limits."""
+    head = (LAUNCH / "node.sh").read_text().partition("scratch=")[0]
+    for lower, hard in (("ulimit -S -n 256; ulimit -H -n 4096", "4096"), ("ulimit -S -n 256", None)):
+        script = f"{lower}; ulimit -S -l 64; {head}\necho $(ulimit -S -n) $(ulimit -H -n) $(ulimit -S -l) $(ulimit -H -l)"
+        done = subprocess.run(
+            ["bash", "-c", script, "node.sh", "h:1", "1"], capture_output=True, text=True, timeout=10, check=True
+        )
+        files, most, locked, most_locked = done.stdout.split()
+        assert files == (hard or (most if most != "unlimited" and int(most) < 65536 else "65536"))
+        assert locked == most_locked
 
 
 def test_a_run_on_cpus_asks_for_no_gpus() -> None:
