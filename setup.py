@@ -31,6 +31,7 @@ setup(
         "psutil>=7",
         "safetensors>=0.5",
         "numba>=0.60",
+        "nvidia-ml-py>=12",
         "pyarrow>=18",
         "jinja2>=3.1",
     ],

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
 ANSWER_S = 12.0  # that a client waits for an answer
 PAUSE_S = 6.0
+PROBE_S = 4.0  # that senders give a server to say what it is
 ALIVE_S = 5.0
 UPDATE_S = 10.0  # that senders wait for a server
 SHORT = 600  # tokens; sampled in less than ANSWER_S, and not before the server is stopped
@@ -50,8 +51,9 @@ def hangs(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
 
 @contextmanager
 def impatient() -> Iterator[None]:
-    """The publisher gives a server that hangs up sooner."""
+    """The publisher, and the first sender, give a server that hangs up sooner."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ctpo_megatron.weights.transports.sender.PROBE_TIMEOUT_S", PROBE_S)
         patch.setattr("ctpo_megatron.weights.publisher.PAUSE_TIMEOUT_S", PAUSE_S)
         patch.setattr("ctpo_megatron.weights.publisher.ALIVE_TIMEOUT_S", ALIVE_S)
         yield
@@ -137,7 +139,9 @@ def test_other_transports_and_servers_that_hang(tmp_path: Path) -> None:
     assert idle["tokens"] == [SHORT] * SESSIONS, "no trajectory is lost"
     assert f"server 1 is suspended: {{url}}/generate did not answer within {ANSWER_S:.0f} s" in unnamed(idle["said"])
     assert idle["said"].count("suspended") == 1, idle["said"]
-    assert f"server 1 is lost: {{url}}/pause_generation did not answer within {PAUSE_S:.0f} s" in unnamed(idle["then said"])
+    # before anything is paused: the senders have to be connected anew, and look for the servers first
+    found_out = f"publishing weights, looking for the servers: {{url}}/model_info did not answer within {PROBE_S:.0f} s"
+    assert f"server 1 is lost: {found_out}" in unnamed(idle["then said"])
     assert (idle["serving"], idle["then serving"], idle["lost"]) == (["server 0"], ["server 0"], 1)
     assert (idle["healed"], idle["versions"]) == (BOTH, {idle["current"]})
 
