@@ -204,8 +204,10 @@ def _bounds(config: RunConfig, shape: ModelShape, plan: Plan) -> Table:
     start, request, tokens = engine.start_timeout_s, engine.request_timeout_s, config.rollout.max_response_tokens
     reading = f"{whole / GIB / start:.2g} GiB/s"
     table.add_row("start", f"{_gib(whole)} GiB, read on every node", reading, f"rollout.engine.start_timeout_s {start:,.0f}")
-    writing, asked = f"{tokens / request:.2g} tokens/s each", f"{plan.servers.asked:,} at once per server"
-    table.add_row("generation", f"{tokens:,} tokens, {asked}", writing, f"rollout.engine.request_timeout_s {request:,.0f}")
+    asked = plan.servers.asked
+    writing = f"{asked * tokens / request:,.0f} tokens/s per server"  # also where some of them wait in its queue
+    size = f"{asked:,} of {tokens:,} tokens per server"
+    table.add_row("generation", size, writing, f"rollout.engine.request_timeout_s {request:,.0f}")
     return table
 
 

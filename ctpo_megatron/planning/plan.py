@@ -59,7 +59,8 @@ def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Ca
         problems += [topology.sharing_problem] if topology.sharing_problem else []
         problems += _trainer_problems(stages, hardware.gpu_gib, advise)
         problems += _server_problems(servers, engine_gib, hardware.gpus_per_node, taken)
-        problems += _room_problems(stages, servers, engine_gib, taken) if shared and not servers.missing else []
+        if shared and run.weights.servers_sleep and not servers.missing:
+            problems += _room_problems(stages, servers, engine_gib, taken)
         if topology.needs_one_node and topology.ranks > hardware.gpus_per_node:
             problems.append("weights.type=colocated needs all GPUs on one node (--gpus-per-node); use weights.type=broadcast.")
     return Plan(

@@ -16,6 +16,9 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import CheckpointError, ConfigError
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.planning.parameters import stage_parameters
+from ctpo_megatron.planning.saving import plan_saving
 from tests.support.checkpoints import begin_together
 from tests.support.families import MODELS
 from tests.support.ranks import free_port, run_ranks
@@ -47,6 +50,16 @@ def test_the_state_is_gathered_in_pieces_and_is_megatrons(ranks: list[dict[str, 
         assert rank["compared"] == 6
 
 
+def test_what_a_save_holds_is_what_is_planned(ranks: list[dict[str, Any]]) -> None:
+    """Of all ranks together to the byte, as each tensor is written once; gathered, up to the padding of megatron's buffers."""
+    (parameters,) = stage_parameters(read_hf_config(ranks[0]["model"]), ParallelConfig(**LAYOUT))
+    saving = plan_saving(parameters, ParallelConfig(**LAYOUT), 2)
+    assert sum(rank["written"] for rank in ranks) == 2 * saving.writing
+    for rank in ranks:
+        planned = saving.gathering - saving.writing
+        assert planned <= rank["gathered"] <= planned + 12 * (64 * rank["tensors"] + 2 * 512)
+
+
 def test_an_offloaded_optimizer_is_saved_and_goes_on(ranks: list[dict[str, Any]]) -> None:
     """Its parameter groups hold classes, which are not unpickled: they are not stored."""
     for rank in ranks:
@@ -74,10 +87,11 @@ def test_products_in_bfloat16_are_added_up_in_float32(ranks: list[dict[str, Any]
 
 
 def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[str, Any]:
-    from ctpo_megatron.mcore.host import prepare_host
+    from ctpo_megatron.mcore.host import megatron_region, prepare_host
 
     prepare_host("cpu")
     from ctpo_megatron.mcore import optimizer as builder
+    from ctpo_megatron.mcore.checkpoint.snapshot import take_snapshot
 
     found: dict[str, Any] = {"remainders": builder.optimizer_settings(PLAIN, torch.bfloat16).store_param_remainders}
     trainer = start(replace(rank, master_port=ports[0]), model, PLAIN)
@@ -85,7 +99,11 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
     found["moments after build"] = moments(trainer)
     step(trainer)
     found["moments after a step"] = moments(trainer)
-    found |= gathered(trainer)
+    found |= gathered(trainer) | {"model": str(model)}
+    with megatron_region(trainer.device):
+        snapshot = take_snapshot(trainer.models, trainer.optimizer)
+    found["written"] = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+    found["tensors"] = len(list(trainer.models[0].parameters()))
     trainer.close()
 
     from megatron.core.optimizer import optimizer_config
@@ -166,7 +184,7 @@ def gathered(trainer: TrainerRank) -> dict[str, Any]:
         ours.append(whole.numel())
         single(whole, *args)
 
-    equal = []
+    equal, whole = [], 0
     with megatron_region(trainer.device), padding_counted(trainer.optimizer):
         for part in trainer.optimizer.chained_optimizers:
             torch.distributed.all_gather = counted
@@ -179,8 +197,10 @@ def gathered(trainer: TrainerRank) -> dict[str, Any]:
             for dtype, tensors in megatrons[0].items():
                 equal += [bool(torch.equal(pieces[0][dtype][key], tensors[key])) for key in gathering.STATES]
                 assert pieces[0][dtype]["numel_unpadded"] == tensors["numel_unpadded"]
+                whole += sum(pieces[0][dtype][key].nbytes for key in gathering.STATES)
     gathering.GATHERED = 2**26
-    return {"megatron gathers": max(sizes), "we gather": max(ours), "piece": 1000, "equal": equal, "compared": len(equal)}
+    most = {"megatron gathers": max(sizes), "we gather": max(ours), "piece": 1000}
+    return most | {"equal": equal, "compared": len(equal), "gathered": whole}
 
 
 def save(trainer: TrainerRank, directory: Path) -> None:
