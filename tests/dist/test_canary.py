@@ -35,8 +35,8 @@ pytestmark = pytest.mark.dist
 
 VERSIONS = 100
 LR = 2e-5  # moves log-probs by about as much in one version as a step of reinforcement learning does
-# what has been published of healthy runs of large models, as means over tokens: docs/gpu.md
-PUBLISHED = {"dense": (0.011, 0.036), "mixture": (0.02, 0.139)}
+# mean differences published of healthy runs, of mixtures with replayed experts (docs/gpu.md); no less than of dense models
+PUBLISHED = {"dense": (0.011, 0.036), "mixture": (0.011, 0.139)}
 LAYER, EXPERT = "model.layers.1.", "model.layers.1.mlp.experts.3."
 BEHIND = (1, 2, 4, 8, 16, 32)
 
@@ -89,16 +89,17 @@ def test_healthy_publications_pass(run: dict[str, Any]) -> None:
 
 def test_the_stand_in_disagrees_as_large_models_do(run: dict[str, Any]) -> None:
     low, high = PUBLISHED["mixture" if run["mixture"] else "dense"]
-    assert 0.75 * low < fmean(gap.mean for gap in ways(run["healthy"])[sharpest(run)]) < high
+    assert low < fmean(gap.mean for gap in ways(run["healthy"])[sharpest(run)]) < high
     assert 0.005 < fmean(run["moved"]) < 0.1, "a version is no step of reinforcement learning"
 
 
 def test_the_largest_difference_is_a_routers_near_tie(run: dict[str, Any]) -> None:
     """It is why the mean is judged: with the experts replayed it is gone, and the mean is almost the same."""
+    natural, sharp = (ways(run["healthy"])[way] for way in ("natural", sharpest(run)))
+    assert max(gap.largest for gap in sharp) < 0.5
+    assert fmean(gap.mean for gap in natural) < 2 * fmean(gap.mean for gap in sharp)
     if run["mixture"]:
-        natural, replayed = (ways(run["healthy"])[way] for way in ("natural", "replayed"))
-        assert max(gap.largest for gap in natural) > 2 * max(gap.largest for gap in replayed)
-        assert fmean(gap.mean for gap in natural) < 2 * fmean(gap.mean for gap in replayed)
+        assert max(gap.largest for gap in natural) > 2 * max(gap.largest for gap in sharp)
 
 
 def test_digests_name_what_is_one_version_behind(run: dict[str, Any]) -> None:
@@ -118,9 +119,10 @@ def test_what_was_gathered_wrongly_is_caught(run: dict[str, Any]) -> None:
 
 def test_servers_that_fall_behind_are_caught(run: dict[str, Any]) -> None:
     """One version less is within rounding here, and is the digests' business; log-probs see it when the distance has grown."""
-    for way, by_count in {way: {n: ways(rows)[way] for n, rows in run["behind"].items()} for way in run["healthy"][0]}.items():
-        assert alarms(run, by_count[32 if run["mixture"] else 8]), way
-    assert refused(run, sharpest(run), by_count[32])
+    behind = {count: ways(rows) for count, rows in run["behind"].items()}
+    for gaps in behind[32 if run["mixture"] else 8].values():
+        assert alarms(run, gaps)
+    assert refused(run, sharpest(run), behind[32][sharpest(run)])
 
 
 def _next_expert(name: str) -> str:
