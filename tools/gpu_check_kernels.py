@@ -37,7 +37,7 @@ def machine_row(place: Place) -> Found:
     """The device, and the versions of what computes on it."""
     found = [f"Python {platform.python_version()}", f"torch {torch.__version__}", f"{os.cpu_count()} processors"]
     if place.device == "cuda":
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
         found = [torch.cuda.get_device_name(), *found, f"CUDA {torch.version.cuda}", f"NCCL {nccl}"]
     lacks = [name for name in ("transformer_engine", "apex", "triton") if importlib.util.find_spec(name) is None]
     return Found(", ".join(found) + (f"; without {', '.join(lacks)}" if lacks else ""))
