@@ -31,7 +31,7 @@ NEEDS_GPU = {
     "update group of two",
 }
 # what a machine with torch has, by the names under which it is imported; the rest is carried there
-WITH_TORCH = {"torch", "torchgen", "numpy", "safetensors", "numba", "llvmlite", "packaging", "yaml", "aiohttp"}
+WITH_TORCH = {"torch", "numpy", "safetensors", "aiohttp"}
 
 
 @pytest.fixture
