@@ -36,11 +36,11 @@ from ctpo_megatron.record.values import scalar
 HOST = "127.0.0.1"
 VOCAB = 1000
 LENGTHS = ([96, 32, 160], [64, 200])  # of the sequences of each micro-batch
-LR = 1e-3
+LR = 3e-4
 REFERENCE_S = 80.0
-# of float32: log-probs and loss absolute, the gradient's norm and the moved weights as parts of what they are
-FLOAT32 = {"logp": 1e-4, "loss": 1e-5, "grad_norm": 1e-4, "moved": 0.02, "logp after": 1e-2}
-BFLOAT16_TIMES, BFLOAT16_LEAST = 2.0, 1e-3
+# of float32: log-probs in nats, all else as parts of what it is
+FLOAT32 = {"logp": 1e-4, "loss": 1e-5, "grad_norm": 1e-4, "CTPO's grad_norm": 1e-2, "moved": 0.02, "logp after": 1e-3}
+BFLOAT16_LEAST = 1e-4
 COMMON: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 128,
@@ -137,21 +137,25 @@ def _logp(rank: TrainerRank, batch: list[MicroBatch]) -> list[Tensor]:
     return [each.float().cpu() for each in rank.logp(rank.place(batch), 1.0)]
 
 
-def two_steps(rank: TrainerRank) -> Outcome:
-    """Log-probs, two steps of CTPO on the same micro-batches, so that ratios are not all 1, and log-probs again."""
+def three_steps(rank: TrainerRank) -> Outcome:
+    """Log-probs, a step of maximum likelihood, two of CTPO on the same micro-batches, and log-probs again.
+
+    CTPO's second step has ratios other than 1; its loss says nothing where they are, and is left out.
+    """
     from ctpo_megatron.mcore.policy import update_policy
 
     batch = [packed(lengths, VOCAB, seed) for seed, lengths in enumerate(LENGTHS)]
     before, weights = _logp(rank, batch), _weights(rank)
-    batch = [
-        each.with_streams(rollout_logp=torch.where(each.tokens.mask, logp, 0.0)) for each, logp in zip(batch, before, strict=True)
-    ]
+    taught = rank.train_step(rank.place(batch), _likelihood, 1.0)
+    sampled = [torch.where(mb.tokens.mask, logp, 0.0) for mb, logp in zip(batch, _logp(rank, batch), strict=True)]
+    batch = [mb.with_streams(rollout_logp=logp) for mb, logp in zip(batch, sampled, strict=True)]
     values = update_policy(rank, [batch, batch], algorithm=AlgorithmConfig(), temperature=1.0, drift=DriftBounds(), version=0)
     after, moved = _logp(rank, batch), _weights(rank)
     return {
         "logp": torch.cat(before),
-        "loss": scalar(values["loss"]),
-        "grad_norm": scalar(values["grad_norm"]),
+        "loss": scalar(taught["loss"]),
+        "grad_norm": scalar(taught["grad_norm"]),
+        "CTPO's grad_norm": scalar(values["grad_norm"]),
         "moved": torch.cat([(moved[name] - weights[name]).flatten() for name in sorted(weights)]),
         "logp after": torch.cat(after),
     }
@@ -166,7 +170,7 @@ def compare_row(place: Place, kind: str, dtype: str) -> Found:
     waiting = _references(place)
     with closing(trainer_rank(kind, dtype, place.device, place.folder)) as rank:
         layers = "portable layers" if rank._stepper.portable else "TransformerEngine's layers"
-        found = two_steps(rank)
+        found = three_steps(rank)
     wanted = waiting.get(kind, dtype)
     bounds = FLOAT32 if dtype == "float32" else bfloat16_bounds(wanted, waiting.get(kind, "float32"))
     text, holds = compare(found, wanted, bounds)
@@ -178,8 +182,9 @@ def distances(found: Outcome, wanted: Outcome) -> dict[str, float]:
     of_weights = (found["moved"] - wanted["moved"]).abs().mean() / wanted["moved"].abs().mean()
     return {
         "logp": (found["logp"] - wanted["logp"]).abs().mean().item(),
-        "loss": abs(found["loss"] - wanted["loss"]),
+        "loss": abs(found["loss"] / wanted["loss"] - 1),
         "grad_norm": abs(found["grad_norm"] / wanted["grad_norm"] - 1),
+        "CTPO's grad_norm": abs(found["CTPO's grad_norm"] / wanted["CTPO's grad_norm"] - 1),
         "moved": of_weights.item(),
         "logp after": (found["logp after"] - wanted["logp after"]).abs().mean().item(),
     }
@@ -194,8 +199,12 @@ def compare(found: Outcome, wanted: Outcome, bounds: dict[str, float]) -> tuple[
 
 
 def bfloat16_bounds(rounded: Outcome, exact: Outcome) -> dict[str, float]:
-    """What two ways of computing in bfloat16 may differ by: a multiple of what one of them differs by from float32."""
-    return {name: max(BFLOAT16_LEAST, BFLOAT16_TIMES * value) for name, value in distances(rounded, exact).items()}
+    """What two ways of computing in bfloat16 may differ by: as much as one of them differs from float32.
+
+    Most of that is the rounding of weights, which the two have in common: with other threads and kernels a CPU comes to a
+    quarter of it at most.
+    """
+    return {name: max(BFLOAT16_LEAST, value) for name, value in distances(rounded, exact).items()}
 
 
 class References:
@@ -231,7 +240,7 @@ def write_references(folder: Path) -> None:
     """Compute every case on the CPU."""
     for kind, dtype in COMPARED:
         with closing(trainer_rank(kind, dtype, "cpu", folder)) as rank:
-            outcome = two_steps(rank)
+            outcome = three_steps(rank)
         part = folder / f"{kind}-{dtype}.part"
         torch.save(outcome, part)
         part.rename(_file(folder, kind, dtype))
@@ -296,7 +305,7 @@ def offload_row(place: Place) -> Found:
     outcomes = []
     for share in (0.0, 1.0):
         with closing(trainer_rank("dense", "bfloat16", place.device, place.folder, cpu_offload=share)) as rank:
-            outcomes.append(two_steps(rank))
+            outcomes.append(three_steps(rank))
     text, holds = compare(outcomes[1], outcomes[0], dict.fromkeys(FLOAT32, 0.02))
     return Found(text, holds)
 

@@ -57,7 +57,7 @@ class Result:
 
 
 def _compared(kind: str, dtype: str) -> Row:
-    wanted = "as on the CPU" if dtype == "float32" else "no further from the CPU's than 2 x its bfloat16 from its float32"
+    wanted = "as on the CPU" if dtype == "float32" else "no further from the CPU's than that is from float32"
     options = {"kind": kind, "dtype": dtype}
     return Row(f"trainer rank, {kind}, {dtype}", "rank", "gpu_check_rank:compare_row", wanted, 90, options=options)
 

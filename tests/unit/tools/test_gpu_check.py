@@ -31,7 +31,7 @@ NEEDS_GPU = {
     "update group of two",
 }
 # what a machine with torch has, by the names under which it is imported; the rest is carried there
-WITH_TORCH = {"torch", "torchgen", "numpy", "safetensors", "numba", "llvmlite", "packaging", "yaml", "aiohttp"}
+WITH_TORCH = {"torch", "numpy", "safetensors", "aiohttp"}
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_the_same_computed_twice_is_the_same(dry: dict[str, Any]) -> None:
     """Device and reference are both the CPU here, in two processes."""
     compared = [row["found"] for row in dry["rows"] if row["name"].startswith("trainer rank")]
     assert len(compared) == 4
-    assert all(found.count(" 0.0e+00") == 5 for found in compared), compared
+    assert all(found.count(" 0.0e+00") == 6 for found in compared), compared
 
 
 def test_lines_about_cuda(dry: dict[str, Any]) -> None:
@@ -164,10 +164,10 @@ def test_a_kernel_that_is_wrong_in_one_case_is_found(tool: Callable[[str], Modul
 def outcome() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     drawn = {name: torch.randn(100, generator=generator) for name in ("logp", "moved", "logp after")}
-    return {**drawn, "loss": 0.3, "grad_norm": 2.0}
+    return {**drawn, "loss": 0.3, "grad_norm": 2.0, "CTPO's grad_norm": 1.0}
 
 
-@pytest.mark.parametrize("name", ["logp", "loss", "grad_norm", "moved", "logp after"])
+@pytest.mark.parametrize("name", ["logp", "loss", "grad_norm", "CTPO's grad_norm", "moved", "logp after"])
 @pytest.mark.parametrize("amount", [0.1, float("nan")])
 def test_a_rank_that_computes_something_else_is_found(tool: Callable[[str], ModuleType], name: str, amount: float) -> None:
     rank = tool("gpu_check_rank")
@@ -184,11 +184,11 @@ def test_bounds_of_bfloat16_are_what_rounding_explains(tool: Callable[[str], Mod
     exact, rounded = outcome(), outcome()
     rounded["logp"] = rounded["logp"] + 0.01
     bounds = rank.bfloat16_bounds(rounded, exact)
-    assert bounds["logp"] == pytest.approx(0.02, rel=1e-3)
+    assert bounds["logp"] == pytest.approx(0.01, rel=1e-3)
     assert bounds["loss"] == rank.BFLOAT16_LEAST
-    other = {**exact, "logp": exact["logp"] - 0.008}
+    other = {**exact, "logp": exact["logp"] + 0.002}
     assert rank.compare(other, rounded, bounds)[1]
-    assert not rank.compare({**exact, "logp": exact["logp"] - 0.02}, rounded, bounds)[1]
+    assert not rank.compare({**exact, "logp": exact["logp"] - 0.002}, rounded, bounds)[1]
 
 
 @pytest.mark.parametrize(("found", "holds"), [(109, True), (91, True), (111, False), (89, False)])
