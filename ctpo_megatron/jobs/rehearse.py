@@ -145,8 +145,9 @@ def _memory(what: Rehearsal, planned: StageMemory, found: Rehearsed) -> Table:
 
 def _traffic(found: Rehearsed) -> Table:
     table = plain_table("Group", "size", "call", "times", "MiB given")
-    for each in sorted(found.traffic, key=lambda each: (each.group, -each.bytes)):
+    shared = [each for each in found.traffic if each.size > 1]  # alone, a rank copies
+    for each in sorted(shared, key=lambda each: (each.group, -each.bytes)):
         table.add_row(each.group, str(each.size), each.kind, f"{each.calls:,}", f"{each.bytes / 2**20:,.1f}")
-    if not found.traffic:
+    if not shared:
         table.add_row("none", "", "", "", "")
     return table

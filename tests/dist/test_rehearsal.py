@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
@@ -19,7 +20,7 @@ from ctpo_megatron.errors import RehearsalError
 from ctpo_megatron.jobs.rehearse import in_own_process
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.mcore.rehearsal.inputs import full_micro_batch
-from ctpo_megatron.mcore.rehearsal.ledger import KINDS, Ledger
+from ctpo_megatron.mcore.rehearsal.ledger import KINDS
 from ctpo_megatron.mcore.rehearsal.rank import Rehearsal, Rehearsed, loss_of, rehearse
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.shape import ModelShape
@@ -101,7 +102,7 @@ def test_memory_is_what_the_allocator_gives_to_a_real_step(model: str, dtype: st
     what = small(model, {}, dtype=dtype, tokens=2048)
     (real,) = run_ranks(1, memory_of_step, what)
     (found,) = run_ranks(1, rehearsals, [what])[0]
-    assert found.weights == real["weights"]
+    assert found.weights == pytest.approx(real["weights"], rel=0.001)  # besides: the frequencies of rotation
     assert found.gradients == real["gradients"]
     assert found.optimizer == pytest.approx(real["optimizer"], rel=0.01)
     assert found.step == pytest.approx(real["step"], rel=0.1)
@@ -126,17 +127,23 @@ def test_a_rehearsal_that_takes_too_long_or_too_much_is_told() -> None:
 
 
 def test_no_bridge_is_without_need() -> None:
-    """Each fails once torch or megatron can do without the bridge of `mcore.rehearsal.bridge` that it is about."""
-    (found,) = run_ranks(1, failures)
-    assert found == {
-        "random states": "AssertionError",
-        "numbers that the host reads": "DataDependentOutputException",
-        "masks that select": "DynamicOutputShapeException",
-        "conversion of parameters": "RuntimeError",
-        "objects of other ranks": "RuntimeError",
-        "norm of gradients": "RuntimeError",
-        "coalesced collectives": "UnsupportedOperatorException",
-    }
+    """Without any one of them the same rehearsal fails: where it does not, the bridge can go."""
+    (found,) = run_ranks(1, without_bridges)
+    assert found.pop("nothing") is None
+    assert [name for name, error in found.items() if error is None] == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error"),
+    [
+        (lambda: torch.ones(2).sum().item(), DataDependentOutputException),
+        (lambda: torch.ones(2).masked_select(torch.ones(2) > 0), DynamicOutputShapeException),
+    ],
+)
+def test_fake_tensors_have_no_values(attempt: Callable[[], object], error: type[Exception]) -> None:
+    """What `HostReads` is for."""
+    with FakeTensorMode(), pytest.raises(error):
+        attempt()
 
 
 # ---- in the ranks ----
@@ -225,54 +232,43 @@ def memory_of_step(info: RankInfo, what: Rehearsal) -> dict[str, int]:
     return {"weights": sum(parameters.values()), "gradients": gradients, "optimizer": states, "step": most}
 
 
-def failures(_info: RankInfo) -> dict[str, str | None]:
-    """What goes wrong without each bridge, by the name of the exception."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.testing._internal.distributed import fake_pg
+BRIDGED = {
+    "nothing": (),
+    "random states": ("_get_all_rng_states", "_set_all_rng_states", "_get_cuda_rng_state", "_set_cuda_rng_state", "fork"),
+    "conversion of parameters": ("_apply",),
+    "objects of other ranks": ("all_gather_object",),
+    "norm of gradients": ("l2_norm_impl",),
+    "experts' choices": ("preprocess",),
+    "shapes of pipeline stages": ("_communicate_shapes",),
+    "collectives without shapes": ("WITHOUT_SHAPES",),
+}
 
-    from ctpo_megatron.mcore.host import megatron_region, prepare_host
 
-    device = prepare_host("cpu")
-    from megatron.core.tensor_parallel import random
-    from megatron.core.utils import local_multi_tensor_l2_norm
+def without_bridges(_info: RankInfo) -> dict[str, str | None]:
+    """What goes wrong in a rehearsal that lacks each bridge, None where nothing does."""
+    from ctpo_megatron.mcore.host import prepare_host
 
-    dist.init_process_group("fake", store=fake_pg.FakeStore(), rank=0, world_size=2)
-    tracker = random.CudaRNGStatesTracker()
-    tracker.add("model-parallel-rng", 1)
+    prepare_host("cpu")
+    from ctpo_megatron.mcore.groups import destroy_parallel_groups
+    from ctpo_megatron.mcore.rehearsal import bridge
 
-    def fork() -> None:
-        with tracker.fork("model-parallel-rng"):
-            torch.empty(2)
-
-    def convert() -> None:
-        module = torch.nn.Linear(2, 2)
-        with Ledger():
-            kept = torch.utils.weak.WeakIdKeyDictionary({module.weight: 1})  # as megatron and autograd look at parameters
-            module.to(torch.bfloat16)
-            assert len(kept) == 1
-
-    tries: dict[str, Callable[[], object]] = {
-        "random states": fork,
-        "numbers that the host reads": lambda: torch.ones(2).sum().item(),
-        "masks that select": lambda: torch.ones(2).masked_select(torch.ones(2) > 0),
-        "conversion of parameters": convert,
-        "objects of other ranks": lambda: dist.all_gather_object([None, None], 1),
-        "norm of gradients": lambda: local_multi_tensor_l2_norm(1, None, [[torch.ones(2)]], False),
-        "coalesced collectives": lambda: coalesced(torch.ones(4), torch.ones(2)),
-    }
+    what = replace(small("qwen3_moe", {"tp": 2, "pp": 2, "dp": 2, "ep": 2}, tokens=64), recompute="full")
     found: dict[str, str | None] = {}
-    for name, attempt in tries.items():
-        found[name] = None
+    replace_one, without_shapes = bridge._replace, bridge.WITHOUT_SHAPES
+    for bridged, names in BRIDGED.items():
+
+        def all_others(stack: Any, owner: Any, name: str, new: Any, left: tuple[str, ...] = names) -> None:
+            if name not in left:
+                replace_one(stack, owner, name, new)
+
+        bridge._replace = all_others
+        bridge.WITHOUT_SHAPES = () if "WITHOUT_SHAPES" in names else without_shapes
+        found[bridged] = None
         try:
-            with FakeTensorMode(), megatron_region(device):
-                attempt()
-        except Exception as error:  # noqa: BLE001 - its name is the answer
-            found[name] = type(error).__name__
-    dist.destroy_process_group()
+            rehearse(what)
+        except Exception as error:  # noqa: BLE001 - what it is does not matter
+            found[bridged] = repr(error)[:200]
+        destroy_parallel_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return found
-
-
-def coalesced(whole: torch.Tensor, mine: torch.Tensor) -> None:
-    """As megatron gathers its parameters."""
-    with dist._coalescing_manager():
-        dist.all_gather_into_tensor(whole, mine)
