@@ -104,9 +104,11 @@ def serving(url: str) -> Fleet:
     return fleet
 
 
-async def sample(client: EngineClient, temperature: float, *, tokens: int = 48, session: int = 0) -> Generation:
+async def sample(
+    client: EngineClient, temperature: float, *, tokens: int = 48, session: int = 0, stop: tuple[int, ...] = (END_OF_TURN,)
+) -> Generation:
     return await client.generate(
-        PROMPT, max_new_tokens=tokens, temperature=temperature, stop_token_ids=[END_OF_TURN], session=session
+        PROMPT, max_new_tokens=tokens, temperature=temperature, stop_token_ids=list(stop), session=session
     )
 
 

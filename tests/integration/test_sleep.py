@@ -50,7 +50,7 @@ def test_a_server_sleeps(server: RunningServer, qwen3: Path) -> None:
                 client.fleet, client.control, trainer, server.proof(), api_key=server.api_key, timeout_s=TIMEOUT_S, release=True
             )
             await publisher.publish(40)
-            running = asyncio.ensure_future(sample(client, 1.0, tokens=1500))
+            running = asyncio.ensure_future(sample(client, 1.0, tokens=1500, stop=()))  # it must not end before it is met
             await in_flight(server.url, server.api_key, running=1)
             before = server.rss_bytes()
             await publisher.offload()
