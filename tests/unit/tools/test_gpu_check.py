@@ -8,10 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,6 +214,23 @@ def test_what_a_reader_does_not_see_is_found(
     monkeypatch.setattr(colocated, "handle", of_a_copy)
     found = groups.handover_row(place)
     assert (found.holds, found.text) == (False, "mapped: equal, changed: not equal")
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_broadcast_that_returns_with_nobody_to_receive_is_a_fault(
+    tool: Callable[[str], ModuleType], place: Any, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """Stand-ins for NCCL, which alone would wait or return."""
+    groups, gate = tool("gpu_check_groups"), threading.Event()
+    monkeypatch.setattr(tool("gpu_check_rank"), "trainer_rank", lambda *_: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(groups, "join_update_group", lambda *_, **_named: None)
+    monkeypatch.setattr(groups.dist, "broadcast", lambda *_, **_named: gate.wait(30) if waits else None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(groups, "SPLIT_S", 1.0)
+    found = groups.split_row(place)
+    gate.set()
+    assert found.holds is waits
+    assert found.text == ("still waits after 1 s" if waits else "it returned, with nobody to receive")
 
 
 SOURCE = '''
