@@ -41,13 +41,14 @@ BRIDGES = (
     Bridge("Python objects of other ranks", "are taken for this rank's own"),
     Bridge("shapes that pipeline stages send each other", "are sent, and what comes in is taken for what the layout says"),
 )
-
-
 WITHOUT_SHAPES = ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_")  # collectives that torch cannot fake
 
 
 class HostReads(TorchDispatchMode):
-    """Inside it a number that the host reads from a fake tensor is 1, and a mask [experts, tokens] selects `top_k` per token."""
+    """Inside it a number that the host reads from a fake tensor is 1, and a mask [experts, tokens] selects `top_k` per token.
+
+    Tensors that are not fake, the borders of sequences and what is made of them, keep their values.
+    """
 
     def __init__(self, top_k: int = 0) -> None:
         super().__init__()
@@ -55,6 +56,10 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what has no value; run anything else."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):  # the borders of sequences
+            with unset_fake_temporarily():
+                return operation(*args, **(kwargs or {}))
         if operation is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
@@ -62,10 +67,6 @@ class HostReads(TorchDispatchMode):
             return args[0].new_empty(args[1].shape[-1] * self.top_k)
         if operation.namespace == "c10d" and operation.overloadpacket.__name__ in WITHOUT_SHAPES:
             return FakeWork().boxed()
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):  # the borders of sequences
-            with unset_fake_temporarily():
-                return operation(*args, **(kwargs or {}))
         return operation(*args, **(kwargs or {}))
 
 
