@@ -119,7 +119,13 @@ def left_out(config: RunConfig) -> dict[str, str]:
 
 def report(what: Rehearsal, planned: StageMemory, found: Rehearsed, left: dict[str, str]) -> Iterable[Table | Text]:
     """What is printed: memory beside the plan, the groups' traffic, and what was not rehearsed."""
-    yield _memory(what, planned, found)
+    headline = f"Rehearsal of rank {what.rank} of {what.parallel.world_size}, pipeline stage {found.stage}: "
+    headline += f"{what.micro_batches} micro-batches of {what.tokens:,} tokens, in {found.seconds:.0f} s"
+    text = Text(headline, style="bold")
+    yield text.append(
+        "\nWhat lives at the fullest moment. batch: micro-batches, replayed routes; step: the rest", style="not bold"
+    )
+    yield _memory(planned, found)
     yield _traffic(found)
     table = plain_table("Not rehearsed", "")
     for name, size in not_rehearsed(planned).items():
@@ -129,17 +135,12 @@ def report(what: Rehearsal, planned: StageMemory, found: Rehearsed, left: dict[s
     yield table
 
 
-def _memory(what: Rehearsal, planned: StageMemory, found: Rehearsed) -> Table:
+def _memory(planned: StageMemory, found: Rehearsed) -> Table:
     table = plain_table("GiB", "planned", "rehearsed", "difference", "", right=True)
-    table.title = f"Rehearsal of rank {what.rank} of {what.parallel.world_size}, pipeline stage {found.stage}: "
-    table.title += f"{what.micro_batches} micro-batches of {what.tokens:,} tokens, in {found.seconds:.0f} s"
-    table.title_justify, table.title_style = "left", "bold"
     for part in compare(planned, {name: getattr(found, name) for name in PARTS}):
         share = f"{part.difference / part.planned:+.0%}" if part.planned else ""
         numbers = (f"{size / GIB:.2f}" for size in (part.planned, part.rehearsed))
         table.add_row(part.name, *numbers, f"{part.difference / GIB:+.2f}", Text(share, style="" if part.is_near else "red"))
-    table.caption = "at the fullest moment; batch: micro-batches and replayed routes; step: activations, working, head"
-    table.caption_justify = "left"
     return table
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import clip_grads
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -36,20 +35,20 @@ class Bridge:
 
 
 BRIDGES = (
-    Bridge("random states", "are not kept: there is no dropout, and recomputation has nothing to repeat"),
     Bridge("numbers that the host reads", "are 1: loss, gradient norm, statistics, the optimizer's step count"),
     Bridge("experts' choices", "each expert gets the same number of tokens from every rank"),
     Bridge("the gloo group of background saves", "is fake like all others"),
     Bridge("Python objects of other ranks", "are taken for this rank's own"),
     Bridge("shapes that pipeline stages send each other", "are sent, and what comes in is taken for what the layout says"),
 )
-
-
 WITHOUT_SHAPES = ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_")  # collectives that torch cannot fake
 
 
 class HostReads(TorchDispatchMode):
-    """Inside it a number that the host reads from a fake tensor is 1, and a mask [experts, tokens] selects `top_k` per token."""
+    """Inside it a number that the host reads from a fake tensor is 1, and a mask [experts, tokens] selects `top_k` per token.
+
+    Tensors that are not fake, the borders of sequences and what is made of them, keep their values.
+    """
 
     def __init__(self, top_k: int = 0) -> None:
         super().__init__()
@@ -57,6 +56,10 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Answer what has no value; run anything else."""
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):  # the borders of sequences
+            with unset_fake_temporarily():
+                return operation(*args, **(kwargs or {}))
         if operation is torch.ops.aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
@@ -64,10 +67,6 @@ class HostReads(TorchDispatchMode):
             return args[0].new_empty(args[1].shape[-1] * self.top_k)
         if operation.namespace == "c10d" and operation.overloadpacket.__name__ in WITHOUT_SHAPES:
             return FakeWork().boxed()
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):  # the borders of sequences
-            with unset_fake_temporarily():
-                return operation(*args, **(kwargs or {}))
         return operation(*args, **(kwargs or {}))
 
 
@@ -75,11 +74,6 @@ class HostReads(TorchDispatchMode):
 def bridged(sent_shape: tuple[int, ...]) -> Iterator[None]:
     """Inside it megatron runs without values. `sent_shape`: of what pipeline stages send each other, [T / (cp * tp), 1, H]."""
     with contextlib.ExitStack() as stack:
-        _replace(stack, random, "_get_all_rng_states", lambda: (None, None, None))
-        _replace(stack, random, "_set_all_rng_states", lambda *_states: None)
-        _replace(stack, random, "_get_cuda_rng_state", lambda *_args, **_options: None)
-        _replace(stack, random, "_set_cuda_rng_state", lambda *_args, **_options: None)
-        _replace(stack, random.CudaRNGStatesTracker, "fork", lambda *_args: contextlib.nullcontext())
         _replace(stack, MoEAlltoAllTokenDispatcher, "preprocess", _even_preprocess(MoEAlltoAllTokenDispatcher.preprocess))
         _replace(stack, P2PCommunicator, "_communicate_shapes", _known_shapes(P2PCommunicator._communicate_shapes, sent_shape))
         _replace(stack, torch.nn.Module, "_apply", _converted)
@@ -96,7 +90,10 @@ def _replace(stack: contextlib.ExitStack, owner: Any, name: str, new: Any) -> No
 
 
 def _converted(self: torch.nn.Module, function: Any, recurse: bool = True) -> torch.nn.Module:
-    """`Module._apply` that gives parameters their new data. torch's own exchanges fake tensors, which weak references forbid."""
+    """`Module._apply` that gives parameters their new data, as torch does with real ones.
+
+    Fake parameters torch exchanges for new ones, and then more than the weights stays alive.
+    """
     for module in self.children() if recurse else ():
         module._apply(function)
     with torch.no_grad():
