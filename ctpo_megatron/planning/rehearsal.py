@@ -13,7 +13,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "weights": ("weights",),
     "gradients": ("gradients",),
     "optimizer": ("optimizer",),
-    "batch": ("replay",),
+    "batch": ("replay", "micro_batches"),
     "step": ("activations", "working", "head"),
 }
 NEAR = 0.1  # a larger difference, as a share of what was planned, wants an explanation
