@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -57,15 +58,16 @@ def test_chosen_experts_are_recorded_where_they_are_replayed(tmp_path: Path) -> 
 
 
 def test_servers_know_what_their_model_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(shape: ModelShape) -> dict[str, bool]:
+    def told(shape: ModelShape) -> tuple[bool, bool]:
         runtime = Runtime(config(replay=True), shape, topology_of(config()), tmp_path)
         monkeypatch.setattr("ctpo_megatron.cluster.runtime.EngineGroup", lambda *_, **model: model)
-        return runtime._engine_group([])  # type: ignore[return-value]
+        given: dict[str, Any] = runtime._engine_group([])  # type: ignore[assignment]
+        return given["routed_experts"], given["shared_expert"]
 
     shared = parse_config({"model_type": "deepseek_v3"} | SIZES | LATENT)
-    assert told(shared) == {"routed_experts": True, "shared_expert": True}
-    assert told(MIXTURE) == {"routed_experts": True, "shared_expert": False}
-    assert told(DENSE) == {"routed_experts": False, "shared_expert": False}
+    assert told(shared) == (True, True)
+    assert told(MIXTURE) == (True, False)
+    assert told(DENSE) == (False, False)
 
 
 def test_memory_for_servers_is_given_back_with_what_they_have_read(monkeypatch: pytest.MonkeyPatch) -> None:

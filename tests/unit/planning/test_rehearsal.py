@@ -40,7 +40,7 @@ def test_parts_are_compared_with_their_own() -> None:
     parts = {part.name: part for part in compare(planned, rehearsed)}
     assert list(parts) == [*rehearsed, "together"]
     assert parts["weights"] == Part("weights", planned.weights, 10)
-    assert parts["batch"].planned == planned.replay
+    assert parts["batch"].planned == planned.replay + planned.micro_batches
     assert parts["step"].planned == planned.activations + planned.working + planned.head
     assert parts["step"].difference == 50 - parts["step"].planned
     assert parts["together"].rehearsed == 150
