@@ -6,6 +6,7 @@ the network interface of its address, the actor adds itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -75,7 +76,8 @@ def interface_of(address: str) -> str | None:
 
 def make_private(directory: Path) -> None:
     """Make a directory that only this user may write: what lies in it is loaded as code. Raises InputError where it is not so."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # a file, which is refused below
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise InputError(

@@ -15,7 +15,7 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 def set_threads(count: int) -> None:
     """Let torch and OpenMP compute with `count` threads in this process. To be called before its first tensor is made."""
     os.environ["OMP_NUM_THREADS"] = str(count)
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it at its first tensor: large pages for buckets of weights
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor: large pages for buckets of weights
     import torch
 
     torch.set_num_threads(count)

@@ -61,7 +61,7 @@ class Checkpoints:
         """`settle` for a run that ends for another reason: what goes wrong here is told, and the reason stays the reason."""
         try:
             await self.settle()
-        except CtpoError as error:
+        except (CtpoError, OSError) as error:
             self._emit(CheckpointLost(str(error)))
 
     async def _finish(self, step: int, begun: float) -> None:

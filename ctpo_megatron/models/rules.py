@@ -24,9 +24,10 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
         _divides("parallel.tp", tp, "feed-forward units", shape.ffn_hidden_size)
     _check_experts(shape, parallel)
     _check_stages(shape.num_layers, parallel)
+    _check_stages_of_mixture(shape, parallel)
 
 
-def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
+def layers_per_stage(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Layers of each pipeline stage, all its chunks together. Meaningful for layouts that `check_layout` passes."""
     ends = (parallel.first_stage_layers, parallel.last_stage_layers)
     middle = parallel.pp - sum(end is not None for end in ends)
@@ -35,6 +36,21 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
     for stage, end in zip((0, -1), ends, strict=True):
         if end is not None:
             stages[stage] = end
+    return stages
+
+
+def stage_layers(shape: ModelShape, parallel: ParallelConfig) -> list[list[tuple[int, ...]]]:
+    """Layer numbers, from 0, as [pipeline stage][model chunk], dealt out as megatron does.
+
+    With interleaving, chunk 0 of all stages comes first in the model, then chunk 1. The layout must pass `check_layout`.
+    """
+    counts = layers_per_stage(shape.num_layers, parallel)
+    stages: list[list[tuple[int, ...]]] = [[] for _ in counts]
+    first = 0
+    for _ in range(parallel.vpp):
+        for stage, count in zip(stages, counts, strict=True):
+            stage.append(tuple(range(first, first + count // parallel.vpp)))
+            first += count // parallel.vpp
     return stages
 
 
@@ -67,12 +83,26 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
         )
     if middle and rest % middle:
         raise ConfigError(f"{given} leave {rest} layers, which the {middle} other pipeline stages cannot share equally.")
-    uneven = [stage for stage in stage_layers(num_layers, parallel) if stage % vpp]
+    uneven = [stage for stage in layers_per_stage(num_layers, parallel) if stage % vpp]
     if uneven:
         raise ConfigError(
             f"{given} give a pipeline stage {uneven[0]} layers, which parallel.vpp = {vpp} does not divide; "
             "the chunks of a stage have equal numbers of layers."
         )
+
+
+def _check_stages_of_mixture(shape: ModelShape, parallel: ParallelConfig) -> None:
+    """megatron 0.16.1 gives every rank of a mixture an optimizer for experts, and cannot save the state of an empty one."""
+    if shape.experts is None:
+        return
+    for number, chunks in enumerate(stage_layers(shape, parallel)):
+        layers = [layer for chunk in chunks for layer in chunk]
+        if not set(layers) & set(shape.expert_layers):
+            raise ConfigError(
+                f"pipeline stage {number} has the layers {', '.join(map(str, layers))} and none with experts, and the state of "
+                "its optimizer cannot be saved; each stage of a mixture needs a layer with experts. Change parallel.pp, "
+                "parallel.first_stage_layers or parallel.last_stage_layers."
+            )
 
 
 def _divides(name: str, size: int, what: str, count: int) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes
-from ctpo_megatron.planning.parameters import Parameters, stage_layers, stage_parameters
+from ctpo_megatron.planning.parameters import Parameters, stage_parameters
 from ctpo_megatron.planning.run import FORMAT_BYTES, PlannedRun
 from ctpo_megatron.planning.saving import Saving, plan_saving, rank_share
 

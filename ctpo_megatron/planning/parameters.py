@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.models.rules import stage_layers as layers_per_stage
+from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
 
 
@@ -27,21 +27,6 @@ class Parameters:
 
     def __add__(self, other: Parameters) -> Parameters:
         return Parameters(self.dense + other.dense, self.experts + other.experts)
-
-
-def stage_layers(shape: ModelShape, parallel: ParallelConfig) -> list[list[tuple[int, ...]]]:
-    """Layer numbers, from 0, as [pipeline stage][model chunk], dealt out as megatron does.
-
-    With interleaving, chunk 0 of all stages comes first in the model, then chunk 1. The layout must pass `check_layout`.
-    """
-    counts = layers_per_stage(shape.num_layers, parallel)
-    stages: list[list[tuple[int, ...]]] = [[] for _ in counts]
-    first = 0
-    for _ in range(parallel.vpp):
-        for stage, count in zip(stages, counts, strict=True):
-            stage.append(tuple(range(first, first + count // parallel.vpp)))
-            first += count // parallel.vpp
-    return stages
 
 
 def stage_parameters(shape: ModelShape, parallel: ParallelConfig) -> list[Parameters]:

@@ -2,7 +2,7 @@
 
 SGLang 0.5.23 keeps that record in host memory which it registers with CUDA, so that devices can write to it; on a CPU the call
 fails for want of CUDA. There it has nothing to do, and a hook of SGLang's plugin framework makes it do nothing.
-tests/integration/test_routing.py tells when this is no longer needed.
+tests/integration/test_sglang_parts.py tells when this is no longer needed.
 """
 
 from __future__ import annotations

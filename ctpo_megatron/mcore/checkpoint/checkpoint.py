@@ -161,4 +161,4 @@ def _told(failure: str) -> Iterator[None]:
         reasons = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
         raise CheckpointError(f"{failure}: {reasons}") from error
     except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError, AssertionError, UnpicklingError) as error:
-        raise CheckpointError(f"{failure}: {error}") from error
+        raise CheckpointError(f"{failure}: {str(error) or type(error).__name__}") from error

@@ -88,6 +88,8 @@ class BroadcastSender(ConnectingSender):
     def join(self, deadline: float) -> None:
         """Make the group, and let a first byte reach all of it: this process is rank 0, each server's ranks follow."""
         calls, left = self._calls, deadline - time.monotonic()
+        if left <= 0:
+            raise WeightSyncError(f"sender {self._order.place} had no time left for its group when its turn came")
         self._groups += 1  # a name of its own: a group that hangs while it is given up keeps the old one
         self._name = f"ctpo_weights_{self._order.place}_{self._groups}"
         offsets = [1 + sum(server.tp for server in calls.servers[:number]) for number in range(len(calls.servers))]

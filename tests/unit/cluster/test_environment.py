@@ -92,6 +92,9 @@ def test_a_directory_that_others_may_write_is_refused(tmp_path: Path, monkeypatc
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(InputError, match="not a directory that only you may write"):
         make_private(tmp_path / "link")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="not a directory that only you may write"):
+        make_private(tmp_path / "file")
     foreign.chmod(0o700)
     monkeypatch.setattr(environment, "os", SimpleNamespace(getuid=lambda: os.getuid() + 1))
     with pytest.raises(InputError, match="remove it"):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ctpo_megatron.cluster.threads import bind_to_cores, check_gpus, cores_near, cores_of_gpu, threads_per_rank
+from ctpo_megatron.cluster.threads import bind_to_cores, check_gpus, cores_near, cores_of_gpu, set_threads, threads_per_rank
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.errors import InputError
 
@@ -21,6 +21,12 @@ def test_torch_and_the_environment_agree() -> None:
     code += "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'], os.environ['THP_MEM_ALLOC_ENABLE'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.split() == ["3", "3", "1"]
+
+
+def test_the_users_pages_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ | {"THP_MEM_ALLOC_ENABLE": "0"})
+    set_threads(torch.get_num_threads())
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 def test_ranks_share_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

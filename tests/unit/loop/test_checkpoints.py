@@ -14,7 +14,7 @@ from ctpo_megatron.config.train import CheckpointConfig
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest, read_state, refuse_earlier, restore
 from ctpo_megatron.loop.state import RunState
-from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, Emit, Event, discard
+from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit, Event, discard
 from tests.support.checkpoints import state_after, write_checkpoint
 
 
@@ -94,6 +94,23 @@ def test_a_cancelled_run_waits_for_what_it_accepted(tmp_path: Path) -> None:
         assert "no space" in events[-1].sentence
         assert isinstance(events[-1], CheckpointLost)
 
+    asyncio.run(scenario())
+
+
+def test_old_ones_that_cannot_be_removed_do_not_hide_why_a_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("held by somebody else")
+
+    async def scenario() -> None:
+        disk, events = Disk(), []
+        saves = checkpoints(disk, tmp_path, events.append)
+        disk.done.set()
+        await saves.save(state_after(1))
+        await saves.abandon()
+        assert [type(each) for each in events] == [CheckpointVerified, CheckpointLost]
+        assert "held by somebody else" in events[-1].sentence
+
+    monkeypatch.setattr("ctpo_megatron.loop.checkpoints.prune", refuse)
     asyncio.run(scenario())
 
 

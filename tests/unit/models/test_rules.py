@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.models.rules import check_layout, stage_layers
+from ctpo_megatron.models.rules import check_layout, layers_per_stage
 from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape, Rope
 
 DENSE = ModelShape(
@@ -53,6 +53,7 @@ SHARED = replace(MOE, experts=replace(EXPERTS, shared_ffn_hidden_size=33))
         (DENSE, {"pp": 2, "first_stage_layers": 2, "last_stage_layers": 3}, ["leave 1 layers for 0 other"]),
         (DENSE, {"pp": 3, "first_stage_layers": 1}, ["leave 5 layers", "2 other pipeline stages cannot share"]),
         (DENSE, {"pp": 2, "vpp": 2, "first_stage_layers": 3}, ["a pipeline stage 3 layers", "parallel.vpp = 2"]),
+        (HALF, {"pp": 2, "first_stage_layers": 1}, ["pipeline stage 0 has the layers 0 and none with experts", "each stage"]),
     ],
 )
 def test_shapes_that_a_layout_cannot_divide(shape: ModelShape, sizes: dict[str, int], words: list[str]) -> None:
@@ -94,7 +95,7 @@ def test_sizes_that_do_not_go_together(sizes: dict[str, int], words: str) -> Non
 def test_layouts_that_divide(shape: ModelShape, sizes: dict[str, int], stages: list[int]) -> None:
     parallel = ParallelConfig(**sizes)
     check_layout(shape, parallel)
-    assert stage_layers(shape.num_layers, parallel) == stages
+    assert layers_per_stage(shape.num_layers, parallel) == stages
 
 
 @pytest.mark.parametrize(

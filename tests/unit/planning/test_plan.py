@@ -21,12 +21,13 @@ from ctpo_megatron.errors import ConfigError, ModelError
 from ctpo_megatron.jobs.plan import find_model_config, plan_job, plan_of, ranges
 from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Work, layer_kept
 from ctpo_megatron.planning.batches import plan_batches
 from ctpo_megatron.planning.groups import expert_data_parallel, rank_groups
 from ctpo_megatron.planning.memory import CONTEXT, GIB, in_flight
-from ctpo_megatron.planning.parameters import active_parameters, model_parameters, stage_layers, stage_parameters
+from ctpo_megatron.planning.parameters import active_parameters, model_parameters, stage_parameters
 from ctpo_megatron.planning.plan import Hardware
 from ctpo_megatron.planning.run import STREAM_BYTES
 from ctpo_megatron.planning.saving import GATHERED

@@ -133,6 +133,18 @@ def test_a_communicator_is_built_when_servers_are_connected(groups: list[LazyGro
         connecting.close()
 
 
+def test_a_sender_whose_turn_comes_too_late_says_so(groups: list[LazyGroup]) -> None:
+    with willing_server() as (url, asked):
+        late = sender(20.0)
+        let_come(groups, 0)
+        late.connect([Server(url)], "key")
+        begun = len(asked)
+        with pytest.raises(WeightSyncError, match="no time left for its group"):
+            late.join(time.monotonic() - 0.5)
+        assert len(asked) == begun, "no server is asked to wait"
+        late.close()
+
+
 def test_a_server_that_does_not_come_is_named(groups: list[LazyGroup]) -> None:
     """The first broadcast blocks for ever; it is given up at the deadline, and the server that has not answered is at fault."""
     with willing_server() as (good, _), willing_server(unanswered=[JOIN]) as (bad, _):

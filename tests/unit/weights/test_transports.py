@@ -23,9 +23,9 @@ from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets, nbytes, unit_of
+from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import COLUMN, GATE_UP, HfTensor, hf_tensors
-from ctpo_megatron.planning.parameters import stage_layers
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.delta import Changes
 from ctpo_megatron.weights.transports.flat import flatten
