@@ -45,12 +45,14 @@ def ray_environment(reader: Reader, device: str, given: Mapping[str, str]) -> di
 
 def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], run_dir: Path) -> None:
     """Write RUN_DIR/environment.json: what each kind of process was given, and why."""
-    device = config.cluster.device
-    reasons = {each.name: each.why for reader in given for each in variables(reader, device)}
-    record = {
-        reader: {name: {"value": value, "why": reasons.get(name, "set by the user")} for name, value in sorted(of.items())}
-        for reader, of in given.items()
-    }
+    device, arguments = config.cluster.device, config.rollout.engine.extra_args
+    record: dict[str, dict[str, dict[str, str]]] = {}
+    for reader, of in given.items():
+        ours = variables(reader, device, shares_gpus=config.weights.shares_devices, engine_args=arguments)
+        reasons = {(each.name, each.value): each.why for each in ours}
+        record[reader] = {
+            name: {"value": value, "why": reasons.get((name, value), "set by the user")} for name, value in sorted(of.items())
+        }
     (run_dir / RECORD).write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
 
 

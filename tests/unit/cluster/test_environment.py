@@ -58,7 +58,7 @@ def test_the_record_says_what_and_why(tmp_path: Path) -> None:
     write_record(run, decide(run, {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5"}), tmp_path)
     record = json.loads((tmp_path / "environment.json").read_text())
     assert record["device"] == "cuda"
-    assert record["trainer"]["NCCL_DEBUG"]["value"] == "INFO"
+    assert record["trainer"]["NCCL_DEBUG"] == {"value": "INFO", "why": "set by the user"}
     assert record["server"]["NCCL_IB_HCA"] == {"value": "mlx5", "why": "set by the user"}
     assert "two ends differ" in record["server"]["NCCL_CUMEM_ENABLE"]["why"]
 
