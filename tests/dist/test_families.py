@@ -18,7 +18,7 @@ from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from tests.support.checkpoints import begin_together
-from tests.support.families import MODELS, TEMPERATURE, Z_LOSS, Reference, reference, write_family
+from tests.support.families import DEEP, MODELS, TEMPERATURE, Z_LOSS, Reference, reference, write_family
 from tests.support.ranks import free_port, run_ranks
 from tests.support.tiny import micro_batches
 
@@ -37,13 +37,13 @@ TWO_RANKS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"dp": 2, "ep": 2}) for name in MIXTURES),
     *((name, {"cp": 2}) for name in (*NEW, "qwen3_yarn")),
     *((name, {"tp": 2, "etp": 2}) for name in (*NEW, "mixtral")),
-    *((name, {"pp": 2}) for name in NEW),
+    *((name, {"pp": 2}) for name in DEEP),
 ]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: write_family(tmp_path_factory.mktemp(name), name) for name in MODELS}
+    return {name: write_family(tmp_path_factory.mktemp(name), name) for name in (*MODELS, *DEEP)}
 
 
 @pytest.fixture(scope="module")

@@ -64,11 +64,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_moe": _GLM | {"use_qk_norm": True},
     "glm4_moe_no_qk_norm": _GLM | {"use_qk_norm": False},
 }
+# enough layers for two pipeline stages, of which each needs one with experts
+DEEP: dict[str, dict[str, Any]] = {
+    f"{name}_deep": MODELS[name] | {"num_hidden_layers": 4} for name in ("deepseek_v3", "glm4_moe")
+}
 
 
 def write_family(directory: Path, name: str) -> Path:
     """The tiny model `name` in `directory`."""
-    return write_model(directory, name, options=MODELS[name])
+    return write_model(directory, name, options=(MODELS | DEEP)[name])
 
 
 @dataclass
