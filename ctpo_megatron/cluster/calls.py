@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ async def call_all(calls: list[tuple[Process, ray.ObjectRef]], timeout_s: float 
     finally:
         for future in futures:
             future.cancel()
+
+
+async def first_of(waits: list[Coroutine[Any, Any, Any]]) -> None:
+    """Return when the first of `waits` does, or raise its error; the others are cancelled. At least one is needed."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done.pop().result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def explain(process: Process, error: BaseException) -> CtpoError:

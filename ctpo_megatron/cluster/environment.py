@@ -20,7 +20,8 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.environment import KERNELS, Reader, check_environment, environment_of, in_force, variables
 from ctpo_megatron.errors import InputError
 
-RECORD = "environment.json"
+RECORD = "environment.json"  # of a run that trains
+EVALUATION_RECORD = "eval_environment.json"  # beside it, of one that does not
 
 
 def decide(config: RunConfig, user: Mapping[str, str]) -> dict[Reader, dict[str, str]]:
@@ -43,8 +44,8 @@ def ray_environment(reader: Reader, device: str, given: Mapping[str, str]) -> di
     return {"env_vars": dict(given)} if reader == "trainer" or device != "cpu" else {}
 
 
-def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], run_dir: Path) -> None:
-    """Write RUN_DIR/environment.json: what each kind of process was given, and why."""
+def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], path: Path) -> None:
+    """Write to `path` what each kind of process was given, and why."""
     device, arguments = config.cluster.device, config.rollout.engine.extra_args
     record: dict[str, dict[str, dict[str, str]]] = {}
     for reader, of in given.items():
@@ -53,7 +54,7 @@ def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], r
         record[reader] = {
             name: {"value": value, "why": reasons.get((name, value), "set by the user")} for name, value in sorted(of.items())
         }
-    (run_dir / RECORD).write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
 
 
 def node_environment(device: str, address: str, environment: Mapping[str, str]) -> dict[str, str]:

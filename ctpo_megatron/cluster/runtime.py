@@ -17,9 +17,9 @@ from typing import Any
 
 import ray
 
-from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.cluster.calls import Process, call_all, first_of
 from ctpo_megatron.cluster.engines.group import EngineGroup
-from ctpo_megatron.cluster.environment import decide, ray_environment, write_record
+from ctpo_megatron.cluster.environment import EVALUATION_RECORD, RECORD, decide, ray_environment, write_record
 from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
@@ -97,7 +97,7 @@ class Runtime:
         self.topology = topology = self.topology.on(config.cluster.device)
         topology.check_sharing()
         self._environment = decide(config, os.environ)
-        write_record(config, self._environment, self._run_dir)
+        write_record(config, self._environment, self._run_dir / (RECORD if topology.ranks else EVALUATION_RECORD))
         group = await reserve(topology.bundles, config.cluster.start_timeout_s)
         placement = place(topology, group)
         self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(placement.ranks)]
@@ -163,14 +163,7 @@ class Runtime:
         if self._ranks:
             calls = [(rank, rank.actor.watch.options(concurrency_group="watch").remote()) for rank in self._ranks]
             watches.append(call_all(calls, timeout_s=None))
-        watching = [asyncio.ensure_future(watch) for watch in watches]
-        try:
-            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
-            done.pop().result()
-        finally:
-            for watch in watching:
-                watch.cancel()
-            await asyncio.gather(*watching, return_exceptions=True)
+        await first_of(watches)
         raise ProcessDied("all ranks of the trainer ended before the run did")
 
     async def close(self) -> None:

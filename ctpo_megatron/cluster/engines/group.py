@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.cluster.calls import Process, call_all, first_of
 from ctpo_megatron.cluster.engines.actor import EngineActor
 from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.config import RunConfig
@@ -30,14 +30,7 @@ class _Server:
     async def watch(self) -> None:
         """Raises the error of the first part that dies; returns when one is closed."""
         calls = [(part, part.actor.watch.options(concurrency_group="watch").remote()) for part in self.parts]
-        watching = [asyncio.ensure_future(call_all([call], timeout_s=None)) for call in calls]
-        try:
-            done, _ = await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
-            done.pop().result()
-        finally:
-            for each in watching:
-                each.cancel()
-            await asyncio.gather(*watching, return_exceptions=True)
+        await first_of([call_all([call], timeout_s=None) for call in calls])
 
     async def end(self) -> None:
         """End its processes, in order where an actor still answers within a bounded time."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import ActorDiedError
 
-from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.cluster.calls import Process, call_all, first_of
 from ctpo_megatron.errors import MismatchError, ProcessDied
 
 
@@ -61,3 +61,21 @@ def test_any_other_error_names_process_type_and_log():
 def test_no_answer_in_time_names_who_is_late():
     with pytest.raises(ProcessDied, match=r"no answer from trainer rank 1 within 0 s; logs: logs/trainer_1.log"):
         wait_for(Call(1), Call(after_s=None), timeout_s=0.1)
+
+
+def test_the_first_wait_that_ends_ends_all():
+    ended: list[str] = []
+
+    async def wait(name: str, seconds: float, error: Exception | None = None) -> None:
+        try:
+            await asyncio.sleep(seconds)
+            if error is not None:
+                raise error
+        finally:
+            ended.append(name)
+
+    asyncio.run(first_of([wait("long", 60.0), wait("short", 0.01)]))
+    assert sorted(ended) == ["long", "short"]
+    with pytest.raises(ProcessDied, match="rank 3"):
+        asyncio.run(first_of([wait("other", 60.0), wait("failed", 0.01, ProcessDied("rank 3"))]))
+    assert sorted(ended) == ["failed", "long", "other", "short"]

@@ -55,7 +55,7 @@ def test_a_refusal_comes_before_anything_is_started() -> None:
 
 def test_the_record_says_what_and_why(tmp_path: Path) -> None:
     run = config("cuda")
-    write_record(run, decide(run, {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5"}), tmp_path)
+    write_record(run, decide(run, {"NCCL_DEBUG": "INFO", "NCCL_IB_HCA": "mlx5"}), tmp_path / "environment.json")
     record = json.loads((tmp_path / "environment.json").read_text())
     assert record["device"] == "cuda"
     assert record["trainer"]["NCCL_DEBUG"] == {"value": "INFO", "why": "set by the user"}
