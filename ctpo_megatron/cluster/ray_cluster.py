@@ -13,6 +13,8 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError
 
+# Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run
+SETTINGS = {"worker_niceness": 0}
 LOCAL_OBJECT_STORE = 2**30  # a CPU run's batches are small, and /dev/shm often is too
 
 
@@ -44,6 +46,7 @@ def _init(config: RunConfig, cpus: int) -> None:
     ray.init(
         num_cpus=max(os.cpu_count() or 1, cpus),
         object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
+        _system_config=SETTINGS,
         **quiet,
     )
 

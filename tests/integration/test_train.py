@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -165,6 +166,7 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     run.wait_for_event("ready")
     below = run.descendants()
     assert any("sglang" in " ".join(process.cmdline()) for process in below)
+    assert {trainer(below).nice(), scheduler(below).nice()} == {os.nice(0)}, "the run comes behind other work on its host"
     if number == signal.SIGINT:
         run.interrupt(number)
     else:
