@@ -12,7 +12,7 @@ import pytest
 from ctpo_megatron.checkpoints.files import begin_checkpoint, commit_checkpoint, set_aside, work_directory
 from ctpo_megatron.config.train import CheckpointConfig
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
-from ctpo_megatron.loop.checkpoints import Checkpoints, newest, read_state, refuse_earlier, restore
+from ctpo_megatron.loop.checkpoints import Checkpoints, newest, read_resumable, refuse_earlier, restore
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit, Event, discard
 from tests.support.checkpoints import state_after, write_checkpoint
@@ -177,5 +177,5 @@ def test_what_no_run_can_go_on_from_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "step_00000007"
     commit_checkpoint(begin_checkpoint(weights, {}), weights, {"version": 3, "files": {}})
     with pytest.raises(CheckpointError, match=r"no run\.json"):
-        read_state(weights)
+        read_resumable(weights)
     assert names(tmp_path) == ["step_00000004", "step_00000006", "step_00000007"]  # none of them is damaged

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.state import RunState

@@ -17,7 +17,7 @@ from ctpo_megatron.checkpoints.files import VERSION, commit_checkpoint, work_dir
 from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
-from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest, restore
 from ctpo_megatron.loop.recording import RunRecord
