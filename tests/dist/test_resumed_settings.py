@@ -1,4 +1,4 @@
-"""A resumed trainer steps as the present configuration says, from where the checkpoint was. Real megatron-core, one rank on gloo."""
+"""A resumed trainer steps as the present configuration says, from where the checkpoint was. Real megatron-core on gloo."""
 
 from __future__ import annotations
 

@@ -58,6 +58,20 @@ def test_one_save_at_a_time(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_the_configuration_is_part_of_what_is_begun(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        disk = Disk()
+        disk.done.set()
+        saves = Checkpoints(disk, tmp_path, CheckpointConfig(), discard, resolved="seed: 3\n")
+        await saves.save(state_after(1))
+        assert (tmp_path / "step_00000001.tmp" / "config.yaml").read_text() == "seed: 3\n"
+        await saves.settle()
+
+    asyncio.run(scenario())
+    assert read_resumable(write_checkpoint(tmp_path, 2, resolved="seed: 3\n")).config == {"seed": 3}
+    assert read_resumable(write_checkpoint(tmp_path, 3)).config is None
+
+
 def test_a_failure_in_the_background_is_raised_before_the_next_step(tmp_path: Path) -> None:
     async def scenario() -> None:
         disk = Disk("disk full")
