@@ -18,6 +18,7 @@ from ctpo_megatron.rollout.chat import ChatTokenizer
 async def sft_job(config: RunConfig) -> None:
     """Train on data.train until sft.steps or sft.stop_loss, then write sft.output."""
     begun = time.monotonic()
+    config.optimizer.check_length(config.sft.steps)
     shape = read_model(config)
     chat = ChatTokenizer(config.model.path)
     samples = read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt)
