@@ -120,6 +120,28 @@ def test_a_percentage_is_its_number_or_a_hundredth_of_it_whole_or_not(answer, gi
     assert verdict(given_, answer) is right
 
 
+SMALL = [
+    ("1e-19", "9e-31", False),
+    ("2^{-100}", "3^{-100}", False),
+    (r"2\cdot10^{-30}+x", "x", False),
+    ("x=10^{-9}", "x=10^{-10}", False),
+    (r"\begin{pmatrix}10^{-19}\\1\end{pmatrix}", r"\begin{pmatrix}10^{-31}\\1\end{pmatrix}", False),
+    (r"\sqrt{2}\times10^{-8}", r"\sqrt{3}\times10^{-8}", False),
+    ("1234567.1", "1234567.2", False),
+    (r"\frac{1}{10^{19}}", "1e-19", True),
+    ("0.333333", r"\frac{1}{3}", True),
+    (r"3.5 \text{ million}", "3500000", True),
+    (r"3.5 \text{ million}", "3.5", False),
+    ("x^2+1=0", "x^2+2=0", False),
+]
+
+
+@pytest.mark.parametrize(("answer", "given_", "right"), SMALL)
+def test_small_differences_count_by_their_share(answer, given_, right):
+    assert verdict(answer, given_) is right
+    assert verdict(given_, answer) is right
+
+
 @given(st.integers(2, 36), st.integers(0, 10**6))
 def test_a_number_in_another_base_has_its_value(base, number):
     digits, rest = "", number
