@@ -36,7 +36,7 @@ class Keys:
             return float(value)
         if type(value) is not kind:
             raise ModelError(f"{self.where}: {key} is {value!r}, but must be of type {kind.__name__}.")
-        if kind is float and not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ModelError(f"{self.where}: {key} is {value!r}, but must be a finite number.")
         return value
 

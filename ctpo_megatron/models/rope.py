@@ -101,7 +101,7 @@ def _read(keys: Keys, inner: Keys, types: tuple[str, ...], partial: bool, latent
 
 def _kind(inner: Keys, types: tuple[str, ...]) -> str:
     """The rope type, which older files call `type`."""
-    found = {inner.values[name] for name in ("rope_type", "type") if isinstance(inner.values.get(name), str)}
+    found = {str(inner.values[name]) for name in ("rope_type", "type") if inner.values.get(name) is not None}
     if len(found) > 1:
         raise ModelError(f"{inner.where}: rope_type and type name {' and '.join(map(repr, sorted(found)))}; keep one of them.")
     kind = found.pop() if found else "default"

@@ -1,7 +1,8 @@
 """DeepSeek-V3 and its kin with the same model_type (R1, Moonlight): latent attention, sigmoid gates, shared experts.
 
-Kimi-K2 has this architecture under the model_type kimi_k2, which is refused. Moonlight is published with a tokenizer that only its
-own Python code can read (tiktoken.model), which is never run here: docs/models.md says how to save it once as tokenizer.json.
+Kimi-K2 has this architecture under the model_type kimi_k2, which is refused. Moonlight is published with a tokenizer that only
+its own Python code can read (tiktoken.model), which is never run here: docs/models.md says how to save it once as tokenizer.json.
+
 Layers of multi-token prediction are not trained: loading passes over their tensors, exports lack them. The norms of the latents
 use rms_norm_eps, as megatron and SGLang do; transformers has 1e-6 there, which is what V3 and R1 have for both. SGLang 0.5.23
 does not serve this family on a CPU without AMX.

@@ -25,7 +25,7 @@ def _shape(keys: Keys) -> ModelShape:
 def _attention(keys: Keys) -> HeadAttention:
     attention, width = head_attention(keys), keys.size("hidden_size") // keys.size("num_attention_heads")
     if attention.head_dim != width:  # SGLang passes over head_dim in this family
-        raise ModelError(f"{keys.where}: head_dim is {attention.head_dim}; SGLang serves Mixtral with hidden / heads = {width} only.")
+        raise ModelError(f"{keys.where}: head_dim is {attention.head_dim}; SGLang takes hidden / heads = {width} for Mixtral.")
     return attention
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from ctpo_megatron.errors import ModelError
@@ -65,7 +66,7 @@ def by_class(config: Mapping[str, Any]) -> dict[str, Any] | None:
     given = {key: value for key, value in config.items() if key != "model_type"}
     try:
         return CONFIG_MAPPING[config["model_type"]](**given).to_dict()
-    except Exception:
+    except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError):
         return None
 
 
