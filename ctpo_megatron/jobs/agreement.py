@@ -49,8 +49,8 @@ def check_own_tokens(chat: ChatTokenizer, shape: ModelShape) -> None:
             )
     if all(id_ >= shape.vocab_size for id_ in chat.stop_token_ids):
         raise ModelError(
-            f"the model can write none of its stop tokens {chat.stop_token_ids}: it has {shape.vocab_size} embeddings (vocab_size "
-            "of config.json), for ids below that."
+            f"the model can write none of its stop tokens {chat.stop_token_ids}: it has {shape.vocab_size} embeddings "
+            "(vocab_size of config.json), for ids below that."
         )
 
 

@@ -28,8 +28,8 @@ def check_context(shape: ModelShape, data: DataConfig, rollout: RolloutConfig) -
     for limit, name in _limits(shape, engine):
         if longest + RESERVED > limit:
             raise ConfigError(
-                f"{asked} = {longest} tokens, but {name} = {limit}, of which SGLang keeps {RESERVED} free: the longest samples do "
-                f"not fit. Allowed are {max(0, limit - RESERVED)} together."
+                f"{asked} = {longest} tokens, but {name} = {limit}, of which SGLang keeps {RESERVED} free: the longest samples "
+                f"do not fit. Allowed are {max(0, limit - RESERVED)} together."
             )
 
 

@@ -41,7 +41,7 @@ def check_tokenizer(directory: Path) -> None:
         if foreign:
             raise ModelError(
                 f"{directory}: the tokenizer is there as {foreign[0]} only, for Python code that comes with the model and "
-                ' is never run here. Save it once as tokenizer.json beside it: docs/models.md, "Tokenizers", has the lines.'
+                'is never run here. Save it once as tokenizer.json beside it: docs/models.md, "Tokenizers", has the lines.'
             )
         bodies = ", or ".join(" with ".join(body) for body in TOKENIZER_BODIES)
         raise ModelError(f"{directory}: tokenizer files are missing: found none of {bodies}.")
