@@ -50,7 +50,8 @@ class Family:
 
     def keys(self, values: Mapping[str, Any], where: str) -> Keys:
         """Typed access to a config.json of this family."""
-        return Keys(values, where, {**COMMON_DEFAULTS, **self.defaults}, {**COMMON_NULLS, **self.nulls})
+        nulls = {key: value for key, value in COMMON_NULLS.items() if key not in self.defaults}
+        return Keys(values, where, {**COMMON_DEFAULTS, **self.defaults}, nulls | {**self.nulls})
 
 
 def model_shape(
