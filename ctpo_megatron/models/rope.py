@@ -61,7 +61,10 @@ def read_rope(keys: Keys, *, types: tuple[str, ...] = ROPE_TYPES, partial: bool 
 
 
 def _check_top_level(keys: Keys) -> None:
-    """Refuse what looks like a setting of RoPE and is read by neither transformers nor SGLang, at least not from there."""
+    """Refuse what looks like a setting of RoPE and is read by neither transformers nor SGLang, at least not from there.
+
+    A switch that is off (use_mrope: false) is none.
+    """
     for key, value in keys.values.items():
         if value is None:
             continue
@@ -72,7 +75,7 @@ def _check_top_level(keys: Keys) -> None:
             )
         if key in NEUTRAL:
             keys.must_be(key, NEUTRAL[key])
-        elif ("rope" in key.lower() or "rotary" in key.lower()) and key not in TOP_LEVEL:
+        elif ("rope" in key.lower() or "rotary" in key.lower()) and key not in TOP_LEVEL and value is not False:
             hint = near_miss(key, TOP_LEVEL)
             raise ModelError(
                 f"{keys.where}: {key} = {value!r} is not a known setting of RoPE; known are {', '.join(TOP_LEVEL)}.{hint}"

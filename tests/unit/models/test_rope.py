@@ -209,6 +209,7 @@ def test_two_sets_of_settings() -> None:
         ({"attn_factor": 0.9}, ["attn_factor = 0.9", "beside the settings of RoPE"]),
         ({"rotary_pct": 0.25}, ["rotary_pct = 0.25"]),
         ({"rope_thetta": 1e6}, ["rope_thetta", "Did you mean 'rope_theta'?"]),
+        ({"use_mrope": True}, ["use_mrope = True"]),
         ({"rope_interleaved": True}, ["rope_interleaved is True"]),
         ({"rope_is_neox_style": False}, ["rope_is_neox_style is False"]),
         ({"original_max_position_embeddings": 2048, "rope_scaling": YARN}, ["128", "2048"]),
@@ -252,4 +253,3 @@ def test_the_old_context_beside_the_settings_alone_is_read_by_transformers_only(
     config = DENSE | {"rope_scaling": rope, "original_max_position_embeddings": 128}
     assert not agree(by_transformers(config), by_sglang(config))
     assert "original_max_position_embeddings' is missing" in refusal(config)
-
