@@ -211,3 +211,16 @@ def test_a_plan_says_what_it_has_not_looked_at(
     alone.parent.mkdir()
     shutil.copyfile(model / "config.json", alone)
     assert "Not looked at: the data; tokenizer and weights, as there are none beside" in plan(alone)
+
+
+def test_what_servers_do_not_start_without(tmp_path: Path) -> None:
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.errors import ModelError
+    from ctpo_megatron.jobs.agreement import check_rollouts
+    from ctpo_megatron.models.config import parse_config
+    from tests.unit.models.test_published import MOONLIGHT
+
+    lacking = parse_config({key: value for key, value in MOONLIGHT.items() if key not in ("topk_method", "moe_layer_freq")})
+    with pytest.raises(ModelError, match="lacks moe_layer_freq, topk_method, without which SGLang"):
+        check_rollouts(load_config(CONFIG), lacking, tmp_path)
+    check_rollouts(load_config(CONFIG), parse_config(MOONLIGHT), tmp_path)

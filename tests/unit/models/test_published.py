@@ -247,3 +247,10 @@ def test_saved_again_by_transformers_5_it_is_the_same_model(config: dict[str, An
 def test_kimi_k2_is_refused_by_its_name() -> None:
     with pytest.raises(ModelError, match="model_type 'kimi_k2' is not supported; supported are deepseek_v3"):
         parse_config(MOONLIGHT | {"model_type": "kimi_k2"})
+
+
+@pytest.mark.parametrize("key", ["moe_layer_freq", "scoring_func", "topk_method"])
+def test_what_sglang_does_not_start_without_is_noted(key: str) -> None:
+    """transformers' class has no such keys, so files that others have saved may lack them; `ctpo train` refuses these."""
+    assert parse_config(MOONLIGHT).unserved == ()
+    assert parse_config({name: value for name, value in MOONLIGHT.items() if name != key}).unserved == (key,)
