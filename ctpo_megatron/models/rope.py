@@ -2,7 +2,7 @@
 
 The trainer computes what transformers 5.19 does, the servers what SGLang 0.5.23 does. Both fill in absent keys by transformers'
 rules, but each reads keys that the other passes over. What they would read differently is refused, and so is every key that
-neither of them reads. tests/integration/test_rope_peers.py holds this against both.
+neither of them reads. tests/unit/models/test_rope.py holds this against both.
 """
 
 from __future__ import annotations
