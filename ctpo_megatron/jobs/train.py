@@ -11,7 +11,8 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.jobs.inputs import check_servers, load_prompts, prepare_run_dir, read_model
+from ctpo_megatron.jobs.agreement import check_own_tokens, check_prompt_tokens, check_training
+from ctpo_megatron.jobs.inputs import load_prompts, prepare_run_dir, read_model
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.resume import Start, checkpoint_to_resume, differences, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
@@ -45,8 +46,9 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
     begun = time.monotonic()
     shape = read_model(config)
-    check_servers(config, shape)
+    check_training(config, shape, Path(config.model.path))
     chat = ChatTokenizer(config.model.path)
+    check_own_tokens(chat, shape)
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
     try:
@@ -54,6 +56,8 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
         changed = [] if resumable is None else differences(resumable, config, shape, events)
         prompts = load_prompts(config.data.train, config, chat)
         held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
+        for path, read in ((config.data.train, prompts), (config.data.eval, held_out)):
+            check_prompt_tokens(read, path, chat, shape, Path(config.model.path))
         start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
         stop.listen(lambda signal: events(StopAsked(signal)))
