@@ -19,8 +19,8 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|\{,\}\\!|\\ |~|\\;|\\:)(?=\d{3}(?!\d))", "{,}"),  # between groups of digits
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|!|allowbreak)(?![a-zA-Z])", ""),
-        (r"\\!", ""),
-        (r"\\(?:,|;|:|>|quad|qquad|enspace|thinspace| )(?![a-zA-Z])|~", " "),
+        (r"(?<!\\)\\!", ""),
+        (r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|thinspace)(?![a-zA-Z]))|~", " "),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:leq|leqslant)(?![a-zA-Z])|<=", r"\\le "),
         (r"\\(?:geq|geqslant)(?![a-zA-Z])|>=", r"\\ge "),
@@ -43,6 +43,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\text\{\s*([A-Za-z])\s*\}(?=[_^+=*/-])", r"\1"),
         (r"(?<!\\text\{)(?<![a-zA-Z\\])(?:positive )?infinity(?![a-zA-Z])|\\text\{\s*infinity\s*\}", r"\\infty "),
         (r"\+\s*\\infty", r"\\infty"),
+        (r"(?:\\text\{\s*)?\ball real numbers(?:\s*\})?", r"\\mathbb{R}"),
         (r",?\s*\\text\{\s*(?:and|or)\s*\}\s*|,?\s+(?:and|or)\s+|\s*\\(?:lor|vee)(?![a-zA-Z])\s*", ", "),
         (r"\\%|\\text\{\s*(?:percent|%|\\%)\s*\}|(?<=[\d}) ])\s*percent\b", "%"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),

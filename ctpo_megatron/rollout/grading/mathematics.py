@@ -15,6 +15,9 @@ EXACT = 1e-20  # where none was: what 30 digits leave of rounding
 SEED = 2605_07331
 # of each sign and several sizes, so that expressions which agree near 0 only are told apart
 SCALES = (1.0, 1.0, 3.0, 3.0, 10.0, 1000.0)
+MOST_DIGITS = 1000  # to which two exact numbers that look equal are told apart
+WHOLE = frozenset("nkm")  # letters of whole numbers
+WHOLE_SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 20, 50)
 ENOUGH = 3  # points at which both have values
 
 
@@ -39,11 +42,20 @@ def _parsed(text: str) -> Any:
 
     config = ConversionConfig(lowercase_symbols=False)
     try:
-        return latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None, conversion_config=config)
+        found = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None, conversion_config=config)
+        return _with_imaginary_unit(found)
     except (RecursionError, MemoryError):
         raise
     except Exception:  # noqa: BLE001 the parser raises whatever its grammar meets
         return None
+
+
+def _with_imaginary_unit(expression: Any) -> Any:
+    """`expression` with the number i where the parser made a letter of it."""
+    from sympy import I
+
+    letters = [symbol for symbol in expression.free_symbols if symbol.name == "i"]
+    return expression.subs(dict.fromkeys(letters, I)) if letters else expression
 
 
 def _verified(left: Any, right: Any) -> bool:
@@ -60,28 +72,48 @@ def _same_values(left: Any, right: Any) -> bool | None:
 
     if isinstance(left, Equality) and isinstance(right, Equality):
         return _same_zeros(left, right)
+    if isinstance(left, Equality) or isinstance(right, Equality):
+        return False  # what is no value of a name, like 2x + 3y = 6, is no value
     if not isinstance(left, Expr) or not isinstance(right, Expr) or left.is_infinite or right.is_infinite:
         return None
     tolerance = TOLERANCE if left.has(Float) or right.has(Float) else EXACT
     pairs = _values(left, right)
     if not pairs:
         return None
-    return all(_close(one, other, tolerance) for one, other in pairs)
+    if len(pairs) == 1 and tolerance == EXACT and _close(*pairs[0], EXACT):
+        return all(map(_is_zero, (left - right).evalf(DIGITS, maxn=MOST_DIGITS).as_real_imag()))
+    if all(_close(one, other, tolerance) for one, other in pairs):
+        return True
+    names = {symbol.name for symbol in left.free_symbols | right.free_symbols}
+    return bool(names) and names <= WHOLE and _same_at_whole_numbers(left, right, tolerance)
+
+
+def _same_at_whole_numbers(left: Any, right: Any, tolerance: float) -> bool:
+    """Equality where letters like n are 1, 2, 3...: (-1)^n is cos(n pi) there."""
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    choose = random.Random(SEED)
+    for size in WHOLE_SIZES:
+        point = {symbol: float(choose.randint(1, size)) for symbol in symbols}
+        one, other = _evaluated(left, point), _evaluated(right, point)
+        if one is None or other is None or not _close(one, other, tolerance):
+            return False
+    return True
 
 
 def _same_zeros(left: Any, right: Any) -> bool | None:
-    """True where one equation is the other times a number; None where that is not so, and math-verify must solve them."""
-    differences = [each.lhs - each.rhs if hasattr(each.lhs, "__sub__") else None for each in (left, right)]
-    if None in differences:
-        return None
+    """Whether two equations have the same zeros, from the factors of their polynomials; None where math-verify must solve them."""
+    from sympy import Poly, PolynomialError, fraction, together
+
+    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     try:
-        pairs = _values(*differences)
-    except (TypeError, AttributeError):
+        ours, theirs = (
+            Poly(fraction(together(each.lhs - each.rhs))[0].doit(), *symbols, extension=True).sqf_part().monic() for each in (left, right)
+        )
+    except (PolynomialError, TypeError, AttributeError, NotImplementedError, ValueError):
         return None
-    ratios = [one / other for one, other in pairs if other != 0]
-    if len(ratios) != len(pairs) or len(ratios) < ENOUGH or any(ratio == 0 for ratio in ratios):
-        return None
-    return True if all(_close(ratio, ratios[0], EXACT) for ratio in ratios) else None
+    if ours == theirs:
+        return True
+    return None if len(symbols) == 1 else False  # of one symbol: they may have the same real zeros
 
 
 def _values(left: Any, right: Any) -> list[tuple[complex, complex]]:

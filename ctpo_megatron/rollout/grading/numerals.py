@@ -27,6 +27,7 @@ _BASED = re.compile(
     r"(?P<sign>-?)(?P<digits>[0-9A-Fa-f]+(?: [0-9A-Fa-f]+)*)"
     r"(?:_\{?(?:\\text\{(?:base )?(?P<word>\w+)\}|(?:base )?(?P<base>\d+))\}?| ?\(? ?(?:\\text\{ ?)?base ?\}?(?P<named>\d+)\)?)"
 )
+_BASED_WITHIN = re.compile(r"(?<![\w.\\{])\d+_(?:\d+|\{\d+\})")
 _BASES = {
     word: base
     for base, word in enumerate(
@@ -53,6 +54,16 @@ def read_numeral(text: str) -> Numeral | None:
         if found is not None:
             return found
     return None
+
+
+def without_bases(text: str) -> str:
+    """Returns `text` with the numbers of other bases in it, like 1011_2, written in ten: to SymPy a number has no index."""
+
+    def written(match: re.Match[str]) -> str:
+        number = _based(match[0])
+        return match[0] if number is None else str(number.value)
+
+    return _BASED_WITHIN.sub(written, text) if "_" in text else text
 
 
 def close(left: Numeral, right: Numeral) -> bool:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from ctpo_megatron.rollout.grading.latex import tidy
 
-_GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?%?")
-_THOUSANDS = re.compile(r"(?<![\d.])([1-9]\d{0,2}(?:,\d{3})+)(?![\d])")
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
+_NO_NUMBERS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*(?!\d)")  # 1,000: no number is written 000
 _MATRIX = re.compile(
     r"[(\[]?\s*\\begin\{(?P<kind>[pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(?P<body>.*)\\end\{(?P=kind)\}\s*[)\]]?", re.DOTALL
 )
@@ -98,12 +98,10 @@ def _read(text: str, *, inside: bool = False) -> Answer:
     """`inside`: within brackets, where a comma separates even groups of digits."""
     if matrix := _MATRIX.fullmatch(text):
         return _matrix(matrix["body"])
-    if not inside and _GROUPED.fullmatch(text):
-        return Value(text.replace(",", ""))
-    parts = _parts(text, inside)
+    text = _ungrouped(text, inside)
+    parts = split(text, ",;")
     if len(parts) > 1 and all(parts):
         return Sequence("list", tuple(_shared_name(parts)))
-    text = text.replace("{,}", "")
     if "\\cup" in text and len(pieces := split(text.replace("\\cup", "\x00"), "\x00")) > 1:
         return Union(tuple(_read(piece) for piece in pieces))
     if (bracketed := _bracketed(text)) is not None:
@@ -111,10 +109,24 @@ def _read(text: str, *, inside: bool = False) -> Answer:
     return _plus_minus(text) or _relation(text) or Value(text)
 
 
-def _parts(text: str, inside: bool) -> list[str]:
-    if not inside and ", " in text:  # commas with a space separate: those without one join digits
-        text = _THOUSANDS.sub(lambda match: match[1].replace(",", ""), text)
-    return split(text.replace("{,}", ""), ",;" if not inside else ",;")
+def _ungrouped(text: str, inside: bool) -> str:
+    """`text` without the commas between groups of digits.
+
+    Where another comma has a space behind it, it separates, and those without one join. Where none has, they join if all of them
+    stand between groups of three digits. Within brackets commas separate, unless a group starts with 0.
+    """
+    if "," in text:
+        if inside or text[0] in _OPENING or text.startswith("\\{"):
+            text = _NO_NUMBERS.sub(_joined, text)
+        elif not any(letter in text for letter in "()[]"):
+            without = _THOUSANDS.sub(_joined, text)
+            if ", " in text or ";" in text or "," not in without:
+                text = without
+    return text.replace("{,}", "")
+
+
+def _joined(match: re.Match[str]) -> str:
+    return match[0].replace(",", "")
 
 
 def _shared_name(parts: list[str]) -> list[Answer]:
@@ -134,12 +146,12 @@ def _bracketed(text: str) -> Answer | None:
     if not text or text[0] not in "([{" or text[-1] not in ")]}" or not _surrounds(text, 0):
         return None
     parts = split(inside := text[1:-1], ",;")
+    if not all(parts):
+        return None
     if len(parts) == 1:
-        if text[0] + text[-1] in ("()", "{}") and inside.strip():
-            return _read(inside) if text[0] == "{" or not re.search(r"[<>]", inside) else None
-        return Sequence("tuple", (_read(inside),)) if text[0] + text[-1] == "[]" and False else None
-    if not all(parts) or text[0] == "{":
-        return Sequence("set", tuple(_items(inside))) if all(parts) else None
+        return _read(inside, inside=True) if text[0] + text[-1] in ("()", "{}") else None
+    if text[0] == "{":
+        return Sequence("set", tuple(_items(inside)))
     if len(parts) == 2 and text[0] + text[-1] != "()":
         return Interval(Value(parts[0]), Value(parts[1]), (text[0] == "[", text[-1] == "]"))
     return Sequence("tuple", tuple(_items(inside)))
@@ -195,6 +207,8 @@ def _relation(text: str) -> Answer | None:
 
 
 def _equation(sides: list[str], text: str) -> Answer | None:
+    if len(sides) == 2 and _LETTER.fullmatch(sides[1]) and not _LETTER.fullmatch(sides[0]):  # 3 = x
+        sides = sides[::-1]
     if not re.search(r"[a-zA-Z]", sides[0].replace("\\frac", "").replace("\\sqrt", "").replace("\\cdot", "").replace("\\times", "")):
         return None
     if not _NAME.fullmatch(sides[0]):

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from ctpo_megatron.rollout.grading.numerals import Numeral, close, read_numeral
+from ctpo_megatron.rollout.grading.numerals import Numeral, close, read_numeral, without_bases
 from ctpo_megatron.rollout.grading.quantities import DEGREE, PERCENT, Quantity, Unit, read_quantity
 from ctpo_megatron.rollout.grading.structure import Answer, Equation, Interval, Matrix, Sequence, Union, Value, read_answer
-from ctpo_megatron.rollout.grading.words import read_words
+from ctpo_megatron.rollout.grading.words import read_words, spelled
 
 Mathematics = Callable[[str, str], bool]
+_SET = re.compile(r"[<>]|\\(?:[lgn]e|begin|mathbb|setminus|backslash|cap|emptyset) ?(?![a-z])")
 MAX_ITEMS = 64  # of a list without an order, whose items are compared each with each
 
 
@@ -45,13 +46,15 @@ class _Comparison:
                 return self._intervals(left, right)
             case Union(), Union():
                 return self._unordered(left.items, right.items) or self._as_text(left, right)
+            case (Equation(text=text), Value(other)) | (Value(other), Equation(text=text)) if "=" in other:
+                return self._mathematics(text, other)
             case (Equation(), _) | (_, Equation()):
                 return self.same(_without_name(left), _without_name(right))
             case (Interval(), Sequence()) | (Sequence(), Interval()):
                 return self._interval_and_pair(left, right)
             case (Sequence(kind="set", items=(one,)), Value() as other) | (Value() as other, Sequence(kind="set", items=(one,))):
                 return self.same(one, other)
-            case (Union() | Interval(), Value(text)) | (Value(text), Union() | Interval()) if "\\" in text or ">" in text or "<" in text:
+            case (_, Value(text)) | (Value(text), _) if re.search(_SET, text):
                 return self._as_text(left, right)
             case (Sequence(), Union()) | (Union(), Sequence()):
                 return self._as_text(left, right)
@@ -62,7 +65,7 @@ class _Comparison:
             return bool(left)
         words, others = read_words(left), read_words(right)
         if words is not None or others is not None:
-            return words == others
+            return (words or spelled(left)) == (others or spelled(right))
         ours, theirs = read_quantity(left), read_quantity(right)
         unit, other = ours.unit, theirs.unit
         if unit == other:
@@ -168,7 +171,7 @@ def written(answer: Answer) -> str:
 def exact(text: str, number: Numeral | None) -> str:
     """`text`, or the fraction that it was read as: SymPy would read 1 1/2 and 1.5e3 as products."""
     if number is None or number.rounded or re.fullmatch(r"-?\d+", text):
-        return text
+        return without_bases(text)
     value = number.value
     return str(value.numerator) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
