@@ -66,10 +66,12 @@ def _python_value(value: Any) -> Any:
 
 def _number_text(where: str, value: float | Decimal | np.floating[Any]) -> str:
     if math.isnan(value):
-        raise DataError(f"{where}: not a number is no answer (a missing value in a column of numbers?). Give it, or remove the row.")
+        raise DataError(
+            f"{where}: not a number is no answer (a missing value in a column of numbers?). Give it, or remove the row."
+        )
     if math.isinf(value):
         raise DataError(
-            f"{where}: a column of numbers holds infinity where a number was too large or divided by zero. Give the answer; where "
+            f"{where}: a column of numbers holds infinity where one was too large or divided by zero. Give the answer; where "
             r"it is infinity, write the text \infty."
         )
     number = value if isinstance(value, Decimal) else Decimal(_digits(value))

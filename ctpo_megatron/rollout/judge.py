@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal, by `rollout.grading` and math-verify; run as a process of its own, which its caller may kill.
+"""Whether two mathematical answers are equal, by `rollout.grading`; run as a process of its own, which its caller may kill.
 
 Reads JSON lines like `{"answer": "...", "given": "...", "timeout_s": 5}` from stdin and writes `true` or `false` for each.
 Parsing may hang or take all memory (think of 9^9^9^9), hence the process, its memory limit, and the caller's clock.

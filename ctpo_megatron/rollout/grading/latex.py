@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from ctpo_megatron.rollout.grading.boxes import closing
+
 _UNICODE = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
@@ -38,13 +40,19 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}|\\text\{\s*empty set\s*\}", r"\\emptyset "),
         (r"\{\}\s*\^|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])|\\text\{\s*degrees?\s*\}", r"^\\circ "),
         (r"\^\\circ \s*\^\\circ ", r"^\\circ "),
-        (r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textsf|textnormal|mbox|hbox|emph|operatorname|bf|rm)\s*\{", r"\\text{"),
+        (
+            r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textsf|textnormal|mbox|hbox|emph|operatorname|bf|rm)\s*\{",
+            r"\\text{",
+        ),
         (r"\{\\(?:rm|bf|it)\s+", r"\\text{"),
         (r"\\text\{\s*([A-Za-z])\s*\}(?=[_^+=*/-])", r"\1"),
+        (r"\\text\{([^{}a-zA-Z]*)\}", r"\1"),
+        (r"\A\s*(?:=|\\approx(?![a-zA-Z]))", ""),
         (r"(?<!\\text\{)(?<![a-zA-Z\\])(?:positive )?infinity(?![a-zA-Z])|\\text\{\s*infinity\s*\}", r"\\infty "),
         (r"\+\s*\\infty", r"\\infty"),
         (r"(?:\\text\{\s*)?\ball real numbers(?:\s*\})?", r"\\mathbb{R}"),
-        (r",?\s*\\text\{\s*(?:and|or)\s*\}\s*|,?\s+(?:and|or)\s+|\s*\\(?:lor|vee)(?![a-zA-Z])\s*", ", "),
+        (r",?\s*\\text\{\s*and\s*\}\s*|,?\s+and\s+", ", "),
+        (r",?\s*\\text\{\s*or\s*\}\s*|,?\s+or\s+|\s*\\(?:lor|vee)(?![a-zA-Z])\s*", "; "),
         (r"\\%|\\text\{\s*(?:percent|%|\\%)\s*\}|(?<=[\d}) ])\s*percent\b", "%"),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
@@ -67,6 +75,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _BOX = re.compile(r"\\f?boxed\{(.*)\}", re.DOTALL)
+_FONT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|bm|boldsymbol)\{")
 _SIDE_BY_SIDE = re.compile(r"(?<!\\)\$")
 _EASY = re.compile(r"[+-]?[\d.]*\d")
 
@@ -94,6 +103,9 @@ def _bare(text: str) -> str:
                 text = inside if opening not in inside else text
         if boxed := _BOX.fullmatch(text):
             text = boxed[1]
+        font = _FONT.match(text)
+        if font is not None and closing(text, font.end()) == len(text) - 1 and re.search(r"[\\$]", text[font.end() :]):
+            text = text[font.end() : -1]
         if len(text) > 4 and text.startswith("**") and text.endswith("**"):
             text = text[2:-2]
         text = _without_end(text)

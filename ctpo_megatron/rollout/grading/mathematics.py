@@ -13,8 +13,8 @@ DIGITS = 30  # of every evaluation
 TOLERANCE = 1e-6  # where a number was written as a decimal fraction
 EXACT = 1e-20  # where none was: what 30 digits leave of rounding
 SEED = 2605_07331
-# of each sign and several sizes, so that expressions which agree near 0 only are told apart
-SCALES = (1.0, 1.0, 3.0, 3.0, 10.0, 1000.0)
+# sizes and signs of the points: expressions that agree near 0 only, or for positive numbers only, are told apart
+POINTS = ((1.0, True), (3.0, False), (10.0, True), (3.0, False), (1000.0, False), (10.0, False), (1.0, True), (1000.0, True))
 MOST_DIGITS = 1000  # to which two exact numbers that look equal are told apart
 WHOLE = frozenset("nkm")  # letters of whole numbers
 WHOLE_SIZES = (1, 2, 3, 4, 5, 6, 8, 12, 20, 50)
@@ -77,20 +77,46 @@ def _same_values(left: Any, right: Any) -> bool | None:
     if not isinstance(left, Expr) or not isinstance(right, Expr) or left.is_infinite or right.is_infinite:
         return None
     tolerance = TOLERANCE if left.has(Float) or right.has(Float) else EXACT
-    pairs = _values(left, right)
-    if not pairs:
-        return None
-    if len(pairs) == 1 and tolerance == EXACT and _close(*pairs[0], EXACT):
-        return all(map(_is_zero, (left - right).evalf(DIGITS, maxn=MOST_DIGITS).as_real_imag()))
-    if all(_close(one, other, tolerance) for one, other in pairs):
-        return True
-    names = {symbol.name for symbol in left.free_symbols | right.free_symbols}
-    return bool(names) and names <= WHOLE and _same_at_whole_numbers(left, right, tolerance)
-
-
-def _same_at_whole_numbers(left: Any, right: Any, tolerance: float) -> bool:
-    """Equality where letters like n are 1, 2, 3...: (-1)^n is cos(n pi) there."""
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
+    if not symbols:
+        return _same_constants(left, right, tolerance)
+    found = _same_at_points(left, right, symbols, tolerance)
+    if found is False and all(symbol.name in WHOLE for symbol in symbols):
+        return _same_at_whole_numbers(left, right, symbols, tolerance)
+    return found
+
+
+def _same_constants(left: Any, right: Any, tolerance: float) -> bool | None:
+    one, other = _evaluated(left, {}), _evaluated(right, {})
+    if one is None or other is None:
+        return None
+    if tolerance != EXACT or not _close(one, other, EXACT):
+        return _close(one, other, tolerance)
+    return all(map(_is_zero, (left - right).evalf(DIGITS, maxn=MOST_DIGITS).as_real_imag()))
+
+
+def _same_at_points(left: Any, right: Any, symbols: list[Any], tolerance: float) -> bool | None:
+    """Equality where both have real values, or where both have values if those are few; None where they have none."""
+    choose = random.Random(SEED)
+    real, other = 0, []
+    for scale, positive in POINTS:
+        point = {symbol: choose.uniform(0.0 if positive else -scale, scale) for symbol in symbols}
+        one, two = _evaluated(left, point), _evaluated(right, point)
+        if one is None or two is None:
+            continue
+        if one.imag != 0 or two.imag != 0:
+            other.append(_close(one, two, tolerance))
+        elif _close(one, two, tolerance):
+            real += 1
+        else:
+            return False
+    if real >= ENOUGH:
+        return True
+    return all(other) if real + len(other) >= ENOUGH else None
+
+
+def _same_at_whole_numbers(left: Any, right: Any, symbols: list[Any], tolerance: float) -> bool:
+    """Equality where letters like n are 1, 2, 3...: (-1)^n is cos(n pi) there."""
     choose = random.Random(SEED)
     for size in WHOLE_SIZES:
         point = {symbol: float(choose.randint(1, size)) for symbol in symbols}
@@ -101,37 +127,20 @@ def _same_at_whole_numbers(left: Any, right: Any, tolerance: float) -> bool:
 
 
 def _same_zeros(left: Any, right: Any) -> bool | None:
-    """Whether two equations have the same zeros, from the factors of their polynomials; None where math-verify must solve them."""
+    """Whether two equations have the same zeros, by the factors of their polynomials; None where math-verify must solve them."""
     from sympy import Poly, PolynomialError, fraction, together
 
     symbols = sorted(left.free_symbols | right.free_symbols, key=str)
     try:
         ours, theirs = (
-            Poly(fraction(together(each.lhs - each.rhs))[0].doit(), *symbols, extension=True).sqf_part().monic() for each in (left, right)
+            Poly(fraction(together(each.lhs - each.rhs))[0].doit(), *symbols, extension=True).sqf_part().monic()
+            for each in (left, right)
         )
     except (PolynomialError, TypeError, AttributeError, NotImplementedError, ValueError):
         return None
     if ours == theirs:
         return True
     return None if len(symbols) == 1 else False  # of one symbol: they may have the same real zeros
-
-
-def _values(left: Any, right: Any) -> list[tuple[complex, complex]]:
-    """Values of both at the same points, those where both are real before all others; none where there are too few."""
-    symbols = sorted(left.free_symbols | right.free_symbols, key=str)
-    if not symbols:
-        both = _evaluated(left, {}), _evaluated(right, {})
-        return [] if None in both else [both]  # type: ignore[list-item]
-    choose = random.Random(SEED)
-    real, other = [], []
-    for scale in SCALES * 2:
-        point = {symbol: choose.uniform(-scale, scale) for symbol in symbols}
-        for signs in (point, {symbol: abs(value) for symbol, value in point.items()}):
-            one, two = _evaluated(left, signs), _evaluated(right, signs)
-            if one is not None and two is not None:
-                (real if one.imag == 0 and two.imag == 0 else other).append((one, two))
-    enough = real if len(real) >= ENOUGH else [*real, *other]
-    return enough if len(enough) >= ENOUGH else []
 
 
 def _evaluated(expression: Any, point: dict[Any, float]) -> Any:

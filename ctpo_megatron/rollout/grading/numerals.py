@@ -27,13 +27,10 @@ _BASED = re.compile(
     r"(?P<sign>-?)(?P<digits>[0-9A-Fa-f]+(?: [0-9A-Fa-f]+)*)"
     r"(?:_\{?(?:\\text\{(?:base )?(?P<word>\w+)\}|(?:base )?(?P<base>\d+))\}?| ?\(? ?(?:\\text\{ ?)?base ?\}?(?P<named>\d+)\)?)"
 )
-_BASED_WITHIN = re.compile(r"(?<![\w.\\{])\d+_(?:\d+|\{\d+\})")
-_BASES = {
-    word: base
-    for base, word in enumerate(
-        "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split(), start=2
-    )
-}
+_WITHIN = re.compile(r"(?<![\w.\\{^])\d+(?:_(?:\d+|\{\d+\})| ?\\frac\{\d+\}\{\d+\})")
+_DEGREES_WITHIN = re.compile(r"(\d+(?:\.\d+)?|(?<![a-zA-Z\\])[a-zA-Z])\^\\circ ?")
+_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11,
+          "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,14 +53,21 @@ def read_numeral(text: str) -> Numeral | None:
     return None
 
 
-def without_bases(text: str) -> str:
-    """Returns `text` with the numbers of other bases in it, like 1011_2, written in ten: to SymPy a number has no index."""
+def plain_numerals(text: str) -> str:
+    """Returns the expression `text` with its mixed numbers, numbers of other bases and degrees as SymPy reads them.
+
+    To SymPy 1 1/2 is a product, 1011_2 is 1011, and degrees are nothing.
+    """
 
     def written(match: re.Match[str]) -> str:
-        number = _based(match[0])
-        return match[0] if number is None else str(number.value)
+        number = read_numeral(match[0])
+        if number is None:
+            return match[0]
+        return f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
 
-    return _BASED_WITHIN.sub(written, text) if "_" in text else text
+    if "_" in text or "\\frac" in text:
+        text = _WITHIN.sub(written, text)
+    return _DEGREES_WITHIN.sub(r"(\1\\cdot\\frac{\\pi}{180})", text) if "\\circ" in text else text
 
 
 def close(left: Numeral, right: Numeral) -> bool:

@@ -35,7 +35,8 @@ _KINDS: dict[str, dict[str, Fraction | int | str]] = {
         "mi mile miles": "1609.344",
     },
     "mass": {"kg kilogram kilograms": 1, "g gram grams": "0.001", "mg milligram milligrams": "0.000001",
-             "lb lbs pound pounds": "0.45359237", "oz ounce ounces": "0.028349523125", "tonne tonnes": 1000, "ton tons": "907.18474"},
+             "lb lbs pound pounds": "0.45359237", "oz ounce ounces": "0.028349523125",
+             "tonne tonnes": 1000, "ton tons": "907.18474"},
     "time": {"s sec secs second seconds": 1, "min mins minute minutes": 60, "h hr hrs hour hours": 3600, "day days": 86400,
              "week weeks": 604800, "month months": 2629800, "year years yr yrs": 31557600},
     "volume": {"l L liter liters litre litres": 1, "mL ml milliliter milliliters": "0.001", "gal gallon gallons": "3.785411784",
@@ -49,7 +50,10 @@ _KINDS: dict[str, dict[str, Fraction | int | str]] = {
     "force": {"N newton newtons": 1}, "energy": {"J joule joules": 1, "kJ": 1000}, "power": {"W watt watts": 1, "kW": 1000},
 }  # fmt: skip
 _UNITS = {
-    name: Unit(kind, Fraction(factor)) for kind, names in _KINDS.items() for group, factor in names.items() for name in group.split()
+    name: Unit(kind, Fraction(factor))
+    for kind, names in _KINDS.items()
+    for group, factor in names.items()
+    for name in group.split()
 }
 _UNITS[DEGREE] = _UNITS["degrees"] = _UNITS["deg"] = Unit(DEGREE, Fraction(1))
 _SPEEDS = {"miles per hour": "mph", "mi/h": "mph", "miles/hour": "mph", "kilometers per hour": "km/h", "km/hr": "km/h",
@@ -57,27 +61,28 @@ _SPEEDS = {"miles per hour": "mph", "mi/h": "mph", "miles/hour": "mph", "kilomet
 _SYMBOLS_THAT_ARE_LETTERS = {"m", "g", "s", "h", "l", "L", "N", "J", "W"}  # behind a number only in \text{} or after a space
 _MONEY = re.compile(r"(-?)\s*(\\\$|\$|€|£|₹|\\text\{\s*\\?\$\s*\})\s*(.+)")
 _TEXT_UNIT = re.compile(r"(?P<amount>.*[\d)}a-zA-Z])\s*\\text\{(?P<unit>[^{}\\]*)\}\s*(?:\^\{?(?P<power>\d)\}?)?", re.DOTALL)
-_WORD_UNIT = re.compile(r"(?P<amount>.*[\d)}])(?P<gap>\s*)(?P<unit>[a-zA-Z$€£₹¢][a-zA-Z/ .]*)(?:\^\{?(?P<power>\d)\}?)?", re.DOTALL)
+_WORD_UNIT = re.compile(
+    r"(?P<amount>.*[\d)}])(?P<gap>\s*)(?P<unit>[a-zA-Z$€£₹¢][a-zA-Z/ .]*)(?:\^\{?(?P<power>\d)\}?)?", re.DOTALL
+)
+_FUNCTION = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _DEGREES = re.compile(r"(?P<amount>.*)\^\\circ\s*(?:\\text\{\s*)?(?P<scale>[CF]?)(?:\s*\})?", re.DOTALL)
 
 
 def read_quantity(text: str) -> Quantity:
     """Returns what `text` (as `latex.tidy` leaves it) measures, without a unit where it has none."""
     text = text.strip()
-    if not text or text[-1].isdigit() and text[0] in "0123456789-+.":
-        powered = "^" in text
-        if not powered:
-            return Quantity(text, None)
+    if not text or (text[-1].isdigit() and text[0] in "0123456789-+." and "^" not in text):
+        return Quantity(text, None)
     if text.endswith("%") and len(text) > 1:
         return Quantity(text[:-1].strip(), Unit(PERCENT, Fraction(1, 100)))
     if money := _MONEY.fullmatch(text):
         sign, symbol, amount = money.groups()
         symbol = "$" if "$" in symbol else symbol
         return Quantity(sign + read_quantity(amount).amount, _UNITS[symbol])
-    if degrees := _DEGREES.fullmatch(text):
-        if degrees["amount"].strip():
-            scale = degrees["scale"]
-            return Quantity(degrees["amount"].strip(), _UNITS[f"°{scale}"] if scale else _UNITS[DEGREE])
+    degrees = _DEGREES.fullmatch(text)
+    if degrees is not None and degrees["amount"].strip() and not _FUNCTION.search(degrees["amount"]):
+        scale = degrees["scale"]
+        return Quantity(degrees["amount"].strip(), _UNITS[f"°{scale}"] if scale else _UNITS[DEGREE])
     return _with_words(text)
 
 

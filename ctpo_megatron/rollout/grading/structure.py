@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from ctpo_megatron.rollout.grading.latex import tidy
@@ -11,16 +12,25 @@ from ctpo_megatron.rollout.grading.latex import tidy
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!\d)")
 _NO_NUMBERS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})*,0\d\d(?:,\d{3})*(?!\d)")  # 1,000: no number is written 000
 _MATRIX = re.compile(
-    r"[(\[]?\s*\\begin\{(?P<kind>[pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(?P<body>.*)\\end\{(?P=kind)\}\s*[)\]]?", re.DOTALL
+    r"[(\[]?\s*\\begin\{(?P<kind>[pb]?matrix|smallmatrix|array)\}(?:\{[^{}]*\})?(?P<body>.*)\\end\{(?P=kind)\}\s*[)\]]?",
+    re.DOTALL,
 )
 _OPENING, _ENDING = "([{", ")]}"
 _CHAIN = re.compile(r"(?P<low>[^<>]+?)(?P<first><|\\le )(?P<name>[^<>\\]+?)(?P<second><|\\le )(?P<high>[^<>]+)")
 _SINGLE = re.compile(r"(?P<left>[^<>]+?)\s*(?P<sign><|>|\\le |\\ge )\s*(?P<right>[^<>]+)")
+_BUILT = re.compile(r"[a-zA-Z](?:\s*\\in ?(?:\\mathbb\{R\}|R))?\s*[|:]\s*(?P<condition>.+)", re.DOTALL)
 _MEMBER = re.compile(r"(?P<name>[^=\\]+?)\s*\\in (?P<of>.+)", re.DOTALL)
 _NAME = re.compile(
-    r"(?:\\text\{)?(?:\\[a-zA-Z]+\s*)?\{?(?:[a-zA-Z]{1,3}|\\?[a-zA-Z ]*)\}?\}?'*(?:_\{?\w+\}?)?(?:\((?:[^()=]*)\))?(?:\^\{-1\}\([a-z]\))?"
+    r"""\|[a-zA-Z]{1,3}\|                                # a length, |AB|
+    |\((?:[a-z],\ ?)+[a-z]\)                              # (x, y)
+    |\\text\{[^{}]*\}                                     # \text{Area}
+    |(?:\\[a-zA-Z]+[ ]?)?\{?(?:[a-zA-Z]{1,3}|[a-zA-Z ]*)\}?'*  # x, AB, \overline{AB}, \angle ABC, y', Area
+     (?:_\{?\w+\}?)?(?:\([^()=]*\)|\^\{-1\}\([a-z]\))?    # a_n, f(x), f^{-1}(x)
+    """,
+    re.VERBOSE,
 )
 _LETTER = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?")
+_COMMANDS = re.compile(r"\\(?:frac|sqrt|cdot|times|pi|left|right|binom|sin|cos|tan|log|ln)(?![a-zA-Z])")
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
@@ -38,6 +48,13 @@ class Equation:
     name: str
     right: Answer
     text: str
+
+
+@dataclass(frozen=True)
+class Calculation:
+    """Values that are said to be equal, without a name: 3 \\times 4 = 12. Where they are, it is each of them."""
+
+    sides: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
@@ -72,9 +89,10 @@ class Matrix:
     rows: tuple[tuple[Answer, ...], ...]
 
 
-Answer = Value | Equation | Sequence | Interval | Union | Matrix
+Answer = Value | Equation | Calculation | Sequence | Interval | Union | Matrix
 
 
+@lru_cache(maxsize=1024)
 def read_answer(text: str) -> Answer:
     """Returns what `text` is made of."""
     return _read(tidy(text))
@@ -101,7 +119,10 @@ def _read(text: str, *, inside: bool = False) -> Answer:
     text = _ungrouped(text, inside)
     parts = split(text, ",;")
     if len(parts) > 1 and all(parts):
-        return Sequence("list", tuple(_shared_name(parts)))
+        items = tuple(_shared_name(parts))
+        if ";" in text and all(isinstance(item, Interval) and item.name for item in items):  # x < 1 or x > 2
+            return Union(items)
+        return Sequence("list", items)
     if "\\cup" in text and len(pieces := split(text.replace("\\cup", "\x00"), "\x00")) > 1:
         return Union(tuple(_read(piece) for piece in pieces))
     if (bracketed := _bracketed(text)) is not None:
@@ -142,7 +163,9 @@ def _bracketed(text: str) -> Answer | None:
     """A set, tuple or interval, or what a pair of brackets around all of it holds; None where none surrounds all of it."""
     if text.startswith("\\{") and text.endswith("\\}") and _surrounds(text, 1):
         inside = text[2:-2].strip()
-        return None if "|" in inside or ":" in inside else Sequence("set", tuple(_items(inside)))
+        if built := _BUILT.fullmatch(inside):
+            return _read(built["condition"])
+        return Sequence("set", tuple(_items(inside))) if inside else None
     if not text or text[0] not in "([{" or text[-1] not in ")]}" or not _surrounds(text, 0):
         return None
     parts = split(inside := text[1:-1], ",;")
@@ -190,17 +213,16 @@ def _plus_minus(text: str) -> Sequence | None:
 
 def _relation(text: str) -> Answer | None:
     """An equation with a name on its left, or an interval for an inequality of one letter; None for all else."""
-    if member := _MEMBER.fullmatch(text):
-        if _LETTER.fullmatch(member["name"].strip()):
-            found = _read(member["of"])
-            return _open(found, member["name"].strip())
+    member = _MEMBER.fullmatch(text)
+    if member is not None and _LETTER.fullmatch(name := member["name"].strip()):
+        return _open(_read(member["of"]), name)
     sides = split(re.sub(r"\\approx(?![a-zA-Z])|≡", "=", text), "=")
     if len(sides) > 1 and all(sides) and not re.search(r"[<>]|\\[lgn]e ", text):
         return _equation(sides, text)
-    if chain := _CHAIN.fullmatch(text):
-        if _LETTER.fullmatch(name := chain["name"].strip()):
-            closed = (chain["first"].strip() == "\\le", chain["second"].strip() == "\\le")
-            return Interval(Value(chain["low"].strip()), Value(chain["high"].strip()), closed, name)
+    chain = _CHAIN.fullmatch(text)
+    if chain is not None and _LETTER.fullmatch(name := chain["name"].strip()):
+        closed = (chain["first"].strip() == "\\le", chain["second"].strip() == "\\le")
+        return Interval(Value(chain["low"].strip()), Value(chain["high"].strip()), closed, name)
     if single := _SINGLE.fullmatch(text):
         return _half_line(single["left"].strip(), single["sign"].strip(), single["right"].strip())
     return None
@@ -209,8 +231,8 @@ def _relation(text: str) -> Answer | None:
 def _equation(sides: list[str], text: str) -> Answer | None:
     if len(sides) == 2 and _LETTER.fullmatch(sides[1]) and not _LETTER.fullmatch(sides[0]):  # 3 = x
         sides = sides[::-1]
-    if not re.search(r"[a-zA-Z]", sides[0].replace("\\frac", "").replace("\\sqrt", "").replace("\\cdot", "").replace("\\times", "")):
-        return None
+    if not any(re.search(r"[a-zA-Z]", _COMMANDS.sub("", side)) for side in sides):
+        return Calculation(tuple(map(_read, sides)))
     if not _NAME.fullmatch(sides[0]):
         return None
     right = _read(sides[-1])

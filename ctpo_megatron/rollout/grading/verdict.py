@@ -6,10 +6,20 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from ctpo_megatron.rollout.grading.numerals import Numeral, close, read_numeral, without_bases
+from ctpo_megatron.rollout.grading.numerals import Numeral, close, plain_numerals, read_numeral
 from ctpo_megatron.rollout.grading.quantities import DEGREE, PERCENT, Quantity, Unit, read_quantity
-from ctpo_megatron.rollout.grading.structure import Answer, Equation, Interval, Matrix, Sequence, Union, Value, read_answer
-from ctpo_megatron.rollout.grading.words import read_words, spelled
+from ctpo_megatron.rollout.grading.structure import (
+    Answer,
+    Calculation,
+    Equation,
+    Interval,
+    Matrix,
+    Sequence,
+    Union,
+    Value,
+    read_answer,
+)
+from ctpo_megatron.rollout.grading.words import same_words
 
 Mathematics = Callable[[str, str], bool]
 _SET = re.compile(r"[<>]|\\(?:[lgn]e|begin|mathbb|setminus|backslash|cap|emptyset) ?(?![a-z])")
@@ -36,6 +46,8 @@ class _Comparison:
         match left, right:
             case Value(), Value():
                 return self._values(left.text, right.text)
+            case (Calculation(sides), other) | (other, Calculation(sides)):
+                return all(self.same(side, sides[-1]) for side in sides[:-1]) and self.same(sides[-1], other)
             case Matrix(), Matrix():
                 return self._matrices(left, right)
             case Equation(), Equation():
@@ -63,9 +75,8 @@ class _Comparison:
     def _values(self, left: str, right: str) -> bool:
         if left == right:
             return bool(left)
-        words, others = read_words(left), read_words(right)
-        if words is not None or others is not None:
-            return (words or spelled(left)) == (others or spelled(right))
+        if (verdict := same_words(left, right)) is not None:
+            return verdict
         ours, theirs = read_quantity(left), read_quantity(right)
         unit, other = ours.unit, theirs.unit
         if unit == other:
@@ -96,7 +107,9 @@ class _Comparison:
         if len(kinds) == 1:
             return self._amounts(left.amount, right.amount, factor=right.unit.factor / left.unit.factor)
         if kinds == {DEGREE, "angle"}:
-            return self._amounts(*(_plain(each) if each.unit and each.unit.kind == DEGREE else each.amount for each in (left, right)))
+            return self._amounts(
+                *(_plain(each) if each.unit and each.unit.kind == DEGREE else each.amount for each in (left, right))
+            )
         return False
 
     def _equations(self, left: Equation, right: Equation) -> bool:
@@ -139,13 +152,19 @@ class _Comparison:
 
     def _intervals(self, left: Interval, right: Interval) -> bool:
         names = {left.name, right.name} - {""}
-        return left.closed == right.closed and len(names) < 2 and self.same(left.low, right.low) and self.same(left.high, right.high)
+        return (
+            left.closed == right.closed and len(names) < 2 and self.same(left.low, right.low) and self.same(left.high, right.high)
+        )
 
     def _interval_and_pair(self, left: Answer, right: Answer) -> bool:
         interval, pair = (left, right) if isinstance(left, Interval) else (right, left)
         if not isinstance(interval, Interval) or not isinstance(pair, Sequence) or pair.kind != "tuple" or len(pair.items) != 2:
             return False
-        return interval.closed == (False, False) and self.same(interval.low, pair.items[0]) and self.same(interval.high, pair.items[1])
+        return (
+            interval.closed == (False, False)
+            and self.same(interval.low, pair.items[0])
+            and self.same(interval.high, pair.items[1])
+        )
 
     def _as_text(self, left: Answer, right: Answer) -> bool:
         """Two descriptions of a set, of which math-verify may know whether they are the same."""
@@ -157,6 +176,8 @@ def written(answer: Answer) -> str:
     match answer:
         case Value(text) | Equation(text=text):
             return text
+        case Calculation(sides):
+            return "=".join(map(written, sides))
         case Sequence(kind, items):
             opening, ending = {"set": ("\\{", "\\}"), "tuple": ("(", ")"), "list": ("", "")}[kind]
             return opening + ",".join(map(written, items)) + ending
@@ -171,7 +192,7 @@ def written(answer: Answer) -> str:
 def exact(text: str, number: Numeral | None) -> str:
     """`text`, or the fraction that it was read as: SymPy would read 1 1/2 and 1.5e3 as products."""
     if number is None or number.rounded or re.fullmatch(r"-?\d+", text):
-        return without_bases(text)
+        return plain_numerals(text)
     value = number.value
     return str(value.numerator) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
