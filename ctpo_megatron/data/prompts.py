@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ctpo_megatron.data.answers import answer_text
 from ctpo_megatron.data.tables import check_keys, check_messages, quote, read_rows
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.types import Prompt
@@ -124,10 +125,7 @@ def _answer(place: str, reward_model: Any) -> str:
     if not isinstance(reward_model, dict):
         raise DataError(f"{place}: 'reward_model' is {quote(reward_model)}; needed: a struct with 'ground_truth'")
     check_keys(f"{place}: reward_model", reward_model, ("ground_truth",))
-    answer = reward_model["ground_truth"]
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise DataError(f"{place}: 'reward_model.ground_truth' is {quote(answer)}; needed: the answer as text or a number")
-    return str(answer)
+    return answer_text(place, "reward_model.ground_truth", reward_model["ground_truth"])
 
 
 def _check_extra(place: str, extra: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal, by math-verify; run as a process of its own, which its caller may kill.
+"""Whether two mathematical answers are equal, by `rollout.grading`; run as a process of its own, which its caller may kill.
 
 Reads JSON lines like `{"answer": "...", "given": "...", "timeout_s": 5}` from stdin and writes `true` or `false` for each.
 Parsing may hang or take all memory (think of 9^9^9^9), hence the process, its memory limit, and the caller's clock.
@@ -18,19 +18,11 @@ GRACE_S = 5
 
 
 def equal(answer: str, given: str) -> bool:
-    """math-verify's notion of equality of two LaTeX answers, without their \\boxed{}.
+    """Whether two LaTeX answers, without their \\boxed{}, are equal by the rules of docs/rewards.md."""
+    from ctpo_megatron.rollout.grading.mathematics import same_expression
+    from ctpo_megatron.rollout.grading.verdict import equal as equal_parts
 
-    Only its LaTeX grammar is used: its parser of plain expressions evaluates Python.
-    """
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    grammar = [LatexExtractionConfig()]
-    # None: no timers of signals in here, the caller keeps the time
-    gold, target = (
-        parse(f"\\boxed{{{text}}}", extraction_config=grammar, parsing_timeout=None, raise_on_error=False)
-        for text in (answer, given)
-    )
-    return bool(verify(gold, target, timeout_seconds=None, raise_on_error=False))
+    return equal_parts(answer, given, same_expression)
 
 
 def main() -> None:
@@ -38,7 +30,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; our caller ends us
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.WARNING)  # math-verify warns at each call without a timer
-    equal("1", "2")  # imports sympy, which takes a second
+    equal("x+1", "1+x")  # imports sympy, which takes a second
     print("ready", flush=True)
     for line in sys.stdin:
         pair = json.loads(line)

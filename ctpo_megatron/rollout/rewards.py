@@ -11,18 +11,20 @@ from decimal import Decimal, InvalidOperation
 
 from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
 from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.protocols import Score
 from ctpo_megatron.types import Prompt
 
-BOX = "\\boxed{"
 JUDGE = (sys.executable, "-m", "ctpo_megatron.rollout.judge")
 START_TIMEOUT_S = 120.0
 MAX_ANSWER_CHARS = 1000  # a longer one is nothing that a known answer could equal
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+_GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d+)?")
+_LOOSE_SPACE = re.compile(r" (?=[-+*/=<>^{}()\[\]])|(?<=[-+*/=<>^{}()\[\]]) ")
 
 
 class MathReward:
-    """1.0 where the last box equals the prompt's answer, else 0.0. Most pairs are decided here; math-verify decides the rest.
+    """1.0 where the last box equals the prompt's answer, else 0.0. Plain pairs are decided here, all others by `rollout.judge`.
 
     A comparison that takes longer than `timeout_s`, or brings its process down, is undecided: its reward is 0. Close it to end
     its processes.
@@ -59,25 +61,12 @@ class MathReward:
             self._idle.put_nowait(judge)
 
 
-def last_box(text: str) -> str | None:
-    r"""Returns the content of the last \boxed{...} whose braces balance, None without one."""
-    start = text.rfind(BOX)
-    while start >= 0:
-        depth, begin = 1, start + len(BOX)
-        for place in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[begin:place].strip()
-        start = text.rfind(BOX, 0, start)
-    return None
-
-
 def quick_verdict(answer: str, given: str) -> bool | None:
     """Equality where it is plain: equal text, equal numbers, different whole numbers. None where it takes mathematics."""
     left, right = _normalized(answer), _normalized(given)
     if left == right:
-        return True
-    if not right:
+        return bool(left)
+    if not left or not right:
         return False
     ours, theirs = _decimal(left), _decimal(right)
     if ours is None or theirs is None:
@@ -163,12 +152,21 @@ class _JudgeProcess:
 
 
 def _normalized(text: str) -> str:
-    """`text` without white space, math delimiters, and commas between groups of digits."""
-    text = re.sub(r"\s+|\\[,;!]|\$", "", text)
-    return re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
+    """`text` with single spaces, those around operators and brackets left out, without a pair of math delimiters around it.
+
+    A space may separate the items of a list or the parts of a mixed number, so it is never left out between other characters.
+    """
+    text = text.strip()
+    if len(text) > 2 and text[0] == text[-1] == "$" and text.count("$") == 2:
+        text = text[1:-1].strip()
+    if " " in text or not text.isprintable():
+        text = _LOOSE_SPACE.sub("", " ".join(text.split()))
+    return text
 
 
 def _decimal(text: str) -> Decimal | None:
+    if "," in text and _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
     if not _NUMBER.fullmatch(text):
         return None
     try:

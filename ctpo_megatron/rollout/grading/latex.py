@@ -1,0 +1,120 @@
+"""One notation for what people and models write in many: spacing, delimiters, fonts, fractions, Unicode."""
+
+from __future__ import annotations
+
+import re
+
+from ctpo_megatron.rollout.grading.boxes import closing
+
+_UNICODE = {
+    "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "°": r"^\circ ",
+    "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R}", "±": r"\pm ", "²": "^{2}", "³": "^{3}", "，": ",", "（": "(", "）": ")", "：": ":", "；": ";", "％": "%",
+    "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "θ": r"\theta ",
+    "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "′": "'", "’": "'",
+    "→": r"\to ", "∠": r"\angle ", "△": r"\triangle ",
+}  # fmt: skip
+_TRANSLATION = str.maketrans(_UNICODE)
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|\{,\}\\!|\\ |~|\\;|\\:)(?=\d{3}(?!\d))", "{,}"),  # between groups of digits
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\s*\.?", ""),
+        (r"\\(?:displaystyle|textstyle|limits|nolimits|!|allowbreak)(?![a-zA-Z])", ""),
+        (r"(?<!\\)\\!", ""),
+        (r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|thinspace)(?![a-zA-Z]))|~", " "),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\\(?:leq|leqslant)(?![a-zA-Z])|<=", r"\\le "),
+        (r"\\(?:geq|geqslant)(?![a-zA-Z])|>=", r"\\ge "),
+        (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+        (r"\\lt(?![a-zA-Z])", "<"),
+        (r"\\gt(?![a-zA-Z])", ">"),
+        (r"\\l?dots(?![a-zA-Z])|\\cdots(?![a-zA-Z])", "..."),
+        (r"\\(?:lbrace|\{)", r"\\{"),
+        (r"\\(?:rbrace|\})", r"\\}"),
+        (r"\\langle(?![a-zA-Z])", "("),
+        (r"\\rangle(?![a-zA-Z])", ")"),
+        (r"\\lbrack(?![a-zA-Z])", "["),
+        (r"\\rbrack(?![a-zA-Z])", "]"),
+        (r"\\(?:l|r)?vert(?![a-zA-Z])|\\mid(?![a-zA-Z])", "|"),
+        (r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}|\\text\{\s*empty set\s*\}", r"\\emptyset "),
+        (r"\{\}\s*\^|\^\s*\{\s*\\circ\s*\}|\^\s*\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z])|\\text\{\s*degrees?\s*\}", r"^\\circ "),
+        (r"\^\\circ \s*\^\\circ ", r"^\\circ "),
+        (
+            r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textsf|textnormal|mbox|hbox|emph|operatorname|bf|rm)\s*\{",
+            r"\\text{",
+        ),
+        (r"\{\\(?:rm|bf|it)\s+", r"\\text{"),
+        (r"\\text\{\s*([A-Za-z])\s*\}(?=[_^+=*/-])", r"\1"),
+        (r"\\text\{([^{}a-zA-Z]*)\}", r"\1"),
+        (r"\A\s*(?:=|\\approx(?![a-zA-Z]))", ""),
+        (r"(?<!\\text\{)(?<![a-zA-Z\\])(?:positive )?infinity(?![a-zA-Z])|\\text\{\s*infinity\s*\}", r"\\infty "),
+        (r"\+\s*\\infty", r"\\infty"),
+        (r"(?:\\text\{\s*)?\ball real numbers(?:\s*\})?", r"\\mathbb{R}"),
+        (r",?\s*\\text\{\s*and\s*\}\s*|,?\s+and\s+", ", "),
+        (r",?\s*\\text\{\s*or\s*\}\s*|,?\s+or\s+|\s*\\(?:lor|vee)(?![a-zA-Z])\s*", "; "),
+        (r"\\%|\\text\{\s*(?:percent|%|\\%)\s*\}|(?<=[\d}) ])\s*percent\b", "%"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
+        (r"\\frac\s*\{([^{}]*)\}\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s+\{", r"\\frac{"),
+        (r"(\\frac\{[^{}]*\})\s+\{", r"\1{"),
+        (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
+        (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
+        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+        (r"\*\*", "^"),
+        (r"\^\(([^()]*)\)", r"^{\1}"),
+        (r"\s+", " "),
+        (r"(?<=[^a-zA-Z]) ?(\+|=|<|>|\^|/|\*) ?|(?<=[a-zA-Z]) (\+|=|<|>|\^|/|\*) ?|(?<=[a-zA-Z])(\+|=|<|>|\^|/|\*) ", r"\1\2\3"),
+        (r"(?<=[({\[,;+*/=^]) ?- +", "-"),
+        (r"(?<=[({\[]) +| +(?=[)}\]])", ""),
+        (r"\A- +", "-"),
+    )
+)
+_DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
+_BOX = re.compile(r"\\f?boxed\{(.*)\}", re.DOTALL)
+_FONT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|bm|boldsymbol)\{")
+_SIDE_BY_SIDE = re.compile(r"(?<!\\)\$")
+_EASY = re.compile(r"[+-]?[\d.]*\d")
+
+
+def tidy(text: str) -> str:
+    """Returns `text` in the one notation that the other modules of this package read. What it means stays as it is."""
+    text = text.strip()
+    if _EASY.fullmatch(text):
+        return text
+    text = _bare(text.translate(_TRANSLATION))
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    return _without_end(text.strip())
+
+
+def _bare(text: str) -> str:
+    """`text` without the delimiters of mathematics, nested boxes and bold marks around it."""
+    before = ""
+    while before != text:
+        before = text
+        text = text.strip()
+        for opening, ending in _DELIMITERS:
+            inside = text[len(opening) : -len(ending)]
+            if len(text) > len(opening) + len(ending) and text.startswith(opening) and text.endswith(ending):
+                text = inside if opening not in inside else text
+        if boxed := _BOX.fullmatch(text):
+            text = boxed[1]
+        font = _FONT.match(text)
+        if font is not None and closing(text, font.end()) == len(text) - 1 and re.search(r"[\\$]", text[font.end() :]):
+            text = text[font.end() : -1]
+        if len(text) > 4 and text.startswith("**") and text.endswith("**"):
+            text = text[2:-2]
+        text = _without_end(text)
+    signs = _SIDE_BY_SIDE.findall(text)
+    return text if len(signs) == 1 else _SIDE_BY_SIDE.sub("", text)  # a single one is money
+
+
+def _without_end(text: str) -> str:
+    """`text` without the full stop or comma that ends its sentence."""
+    while text and text[-1] in ".,;" and not text.endswith("..."):
+        text = text[:-1].rstrip()
+    return text
