@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.jobs.agreement import check_own_tokens, check_prompt_tokens, check_rollouts
 from ctpo_megatron.jobs.inputs import load_prompts, prepare_run_dir, read_model
 from ctpo_megatron.jobs.rollouts import open_rollouts
 from ctpo_megatron.jobs.topology import topology_of
@@ -20,8 +23,11 @@ async def eval_job(config: RunConfig) -> None:
     if config.data.eval is None:
         raise ConfigError("data.eval is not set; give the file to evaluate on")
     shape = read_model(config)
+    check_rollouts(config, shape, Path(config.model.path))
     chat = ChatTokenizer(config.model.path)
+    check_own_tokens(chat, shape)
     prompts = load_prompts(config.data.eval, config, chat)
+    check_prompt_tokens(prompts, config.data.eval, chat, shape, Path(config.model.path))
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)
     async with (

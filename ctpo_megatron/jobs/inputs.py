@@ -7,7 +7,6 @@ from pathlib import Path
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
-from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.rules import check_layout
@@ -17,24 +16,13 @@ from ctpo_megatron.types import Prompt
 
 
 def read_model(config: RunConfig) -> ModelShape:
-    """The shape of the model, which divides over the trainer's and the servers' ranks. Raises ModelError and ConfigError.
+    """The shape of the model, which divides over the trainer's ranks. Raises ModelError and ConfigError.
 
     Read once: everything else in the run is given the shape.
     """
     shape = read_hf_config(config.model.path)
     check_layout(shape, config.parallel)
-    tp = config.rollout.engine.tp
-    if shape.num_heads % tp:
-        raise ConfigError(f"rollout.engine.tp={tp} does not divide the {shape.num_heads} attention heads of {config.model.path}")
     return shape
-
-
-def check_servers(config: RunConfig, shape: ModelShape) -> None:
-    """Raises ConfigError where it cannot be proven tensor by tensor what the servers hold.
-
-    What only servers on CPUs need is checked where `cluster.device` says cpu.
-    """
-    EngineLayout(shape, config.rollout.engine.tp, cpu=config.cluster.device == "cpu")
 
 
 def load_prompts(path: str, config: RunConfig, chat: ChatTokenizer) -> list[Prompt]:

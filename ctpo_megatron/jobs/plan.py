@@ -14,10 +14,11 @@ from rich.text import Text
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError, ModelError
+from ctpo_megatron.jobs.agreement import check_training
 from ctpo_megatron.jobs.knobs import helpful_changes
 from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.config import parse_config
-from ctpo_megatron.models.files import read_json
+from ctpo_megatron.models.files import check_what_is_there, read_json
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.memory import GIB, Stage
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters
@@ -32,7 +33,7 @@ def plan_job(
 ) -> None:
     """Print the plan of `config`, read from the file `where`. Raises ConfigError, after printing, for what cannot run."""
     source = find_model_config(config, where, model_config)
-    shape = parse_config(read_json(source), str(source))
+    shape, absent = read_planned(config, source)
     plan = plan_of(config, shape, hardware)
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for part in _report(config, shape, plan, hardware, source):
@@ -40,6 +41,19 @@ def plan_job(
     if plan.problems:
         raise ConfigError(f"{where} cannot run:\n" + "\n".join(f"- {problem}" for problem in plan.problems))
     console.print(_verdict(config, plan, hardware))
+    lacking = f"; {' and '.join(absent)}, as there are none beside {source}" if absent else ""
+    console.print(Text(f"Not looked at: the data{lacking}.", style="dim"))
+
+
+def read_planned(config: RunConfig, source: Path) -> tuple[ModelShape, list[str]]:
+    """The shape that the config.json at `source` describes, and what of a model does not lie beside it.
+
+    Raises InputError for all that `ctpo train` would refuse in the configuration and in what of the model is there.
+    """
+    shape = parse_config(read_json(source), str(source))
+    absent = check_what_is_there(source.parent)
+    check_training(config, shape, source.parent)
+    return shape, absent
 
 
 def plan_of(config: RunConfig, shape: ModelShape, hardware: Hardware) -> Plan:

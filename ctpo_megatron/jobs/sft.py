@@ -8,6 +8,7 @@ from pathlib import Path
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.sft import read_demonstrations
+from ctpo_megatron.jobs.agreement import check_demonstrations
 from ctpo_megatron.jobs.inputs import prepare_run_dir, read_model
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.sft import run_sft
@@ -21,6 +22,7 @@ async def sft_job(config: RunConfig) -> None:
     shape = read_model(config)
     chat = ChatTokenizer(config.model.path)
     samples = read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt)
+    check_demonstrations(samples, config.data.train, chat, shape)
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
     topology = topology_of(config, engines=False)

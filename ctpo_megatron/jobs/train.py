@@ -10,7 +10,8 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.prompts import PromptSampler
-from ctpo_megatron.jobs.inputs import check_servers, load_prompts, prepare_run_dir, read_model
+from ctpo_megatron.jobs.agreement import check_own_tokens, check_prompt_tokens, check_training
+from ctpo_megatron.jobs.inputs import load_prompts, prepare_run_dir, read_model
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.jobs.stop import StopSignal
@@ -42,10 +43,13 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
     begun = time.monotonic()
     shape = read_model(config)
-    check_servers(config, shape)
+    check_training(config, shape, Path(config.model.path))
     chat = ChatTokenizer(config.model.path)
+    check_own_tokens(chat, shape)
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
+    for path, read in ((config.data.train, prompts), (config.data.eval, held_out)):
+        check_prompt_tokens(read, path, chat, shape, Path(config.model.path))
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
     try:

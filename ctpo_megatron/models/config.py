@@ -33,10 +33,9 @@ def read_hf_config(path: str | Path) -> ModelShape:
 def parse_config(config: Mapping[str, Any], where: str = "config.json") -> ModelShape:
     """The shape that the content of a config.json describes; `where` names it in errors (ModelError).
 
-    Keys and defaults are those of transformers' configuration classes, version 4 and 5.
+    Keys are those of transformers' configuration classes, version 4 and 5; absent ones have the defaults of version 5.19.
     """
-    keys = Keys(config, where)
-    family = keys.get("model_type", str)
+    family = Keys(config, where).get("model_type", str)
     if family not in FAMILIES:
         hint = near_miss(family, FAMILIES)
         raise ModelError(f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}.{hint}")
@@ -47,4 +46,4 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json") -> Model
             f"{where}: quantization_config says that the weights are quantised ({method}); training needs them in bfloat16 or "
             "float32. Convert the checkpoint to bfloat16 first and remove quantization_config."
         )
-    return FAMILIES[family].shape(keys)
+    return FAMILIES[family].shape(FAMILIES[family].keys(config, where))

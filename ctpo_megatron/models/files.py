@@ -10,6 +10,8 @@ from typing import Any
 from ctpo_megatron.errors import ModelError
 
 INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+FOREIGN_TOKENIZERS = ("tiktoken.model", "qwen.tiktoken", "cl100k_base.tiktoken", "o200k_base.tiktoken")
 TOKENIZER_BODIES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -33,12 +35,36 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Raise ModelError when files of the tokenizer are missing."""
+    """Raise ModelError when files of the tokenizer are missing, or only code of the model's own could read them."""
     if not any(all((directory / name).is_file() for name in body) for body in TOKENIZER_BODIES):
+        foreign = [name for name in FOREIGN_TOKENIZERS if (directory / name).is_file()]
+        if foreign:
+            raise ModelError(
+                f"{directory}: the tokenizer is there as {foreign[0]} only, for Python code that comes with the model and "
+                'is never run here. Save it once as tokenizer.json beside it: docs/models.md, "Tokenizers", has the lines.'
+            )
         bodies = ", or ".join(" with ".join(body) for body in TOKENIZER_BODIES)
         raise ModelError(f"{directory}: tokenizer files are missing: found none of {bodies}.")
     if not (directory / "tokenizer_config.json").is_file():
         raise ModelError(f"{directory}: tokenizer_config.json is missing.")
+
+
+def check_what_is_there(directory: Path) -> list[str]:
+    """What of a model `directory` lacks altogether, in words; what it has is checked, as before a run. Raises ModelError.
+
+    For plans, which need no more than a config.json.
+    """
+    absent = []
+    names = {name for body in TOKENIZER_BODIES for name in body} | {*FOREIGN_TOKENIZERS, "tokenizer_config.json"}
+    if any((directory / name).is_file() for name in names):
+        check_tokenizer(directory)
+    else:
+        absent.append("tokenizer")
+    if (directory / INDEX_FILE).is_file() or any(any(directory.glob(pattern)) for pattern in WEIGHTS):
+        check_safetensors(directory)
+    else:
+        absent.append("weights")
+    return absent
 
 
 def check_safetensors(directory: Path) -> None:

@@ -92,12 +92,13 @@ class ModelShape:
     num_heads: int
     attention: HeadAttention | LatentAttention
     vocab_size: int  # rows of the embedding, as in config.json
-    max_positions: int
+    max_positions: int  # the longest sequence that the model and a server of it take
     rope: Rope
     rms_eps: float
     tie_embeddings: bool
     experts: Experts | None = None
     mtp_layers: int = 0  # of multi-token prediction, numbered after the model's own in its files: never loaded
+    context_key: str = "max_position_embeddings"  # of config.json, which says `max_positions`
     dtype: str = "float32"  # number format of the stored weights, as config.json names it
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctpo_megatron.errors import ModelError
+from ctpo_megatron.rollout.same_tokens import check_same_tokens
 
 # stand-ins that the template is rendered with once, to find what it writes around them
 _ASSISTANT, _TOOL = "assistantsaysthis", "toolsaysthis"
@@ -33,6 +34,7 @@ class ChatTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{self._path} holds no tokenizer that transformers can load: {error}") from error
+        check_same_tokens(self._path, self._tokenizer)
         if not self._tokenizer.chat_template:
             raise ModelError(f"{self._path} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
         self.stop_token_ids: list[int] = self._find_stop_tokens()

@@ -26,7 +26,8 @@ from ctpo_megatron.errors import EngineError, WeightSyncError
 from ctpo_megatron.record import PhaseTimer
 from ctpo_megatron.types import RoutingShape
 from ctpo_megatron.weights.proof.attest import attest
-from ctpo_megatron.weights.proof.canary import Gap, canary_gap, canary_tokens, check_canary
+from ctpo_megatron.weights.proof.canary import canary_gap, canary_tokens
+from ctpo_megatron.weights.proof.verdicts import CanaryVerdicts
 from ctpo_megatron.weights.protocol import Sent, Server
 
 PAUSE_TIMEOUT_S = 60.0  # to stop sampling, to open a session, to give memory back; it takes one forward at most
@@ -101,7 +102,7 @@ class WeightPublisher:
         self._version = 0
         self._connected: list[Member] = []
         self._history: list[Sent] = []  # of the two newest versions
-        self._gaps: list[Gap] = []  # of this publication's canaries that passed
+        self._verdicts = CanaryVerdicts(0)  # of the canaries of this version
 
     async def publish(self, version: int) -> dict[str, float]:
         """Seconds by phase, counts of servers, and `publish/changed`, after all servers that are up hold `version`.
@@ -109,10 +110,10 @@ class WeightPublisher:
         Generations in flight go on under it from their next token. `publish/changed` is the share of the servers' tensors that
         differ from the version before: 0 after a step that moved the weights means that old ones were sent, as both ends agree.
         Servers that fail twice are lost; those that are being started are left to `heal`. Raises WeightSyncError when no server
-        is left.
+        is left, and when the canaries say that none of them can be brought to compute what the trainer computes.
         """
         self._version = version
-        self._gaps = []
+        self._verdicts = CanaryVerdicts(version)
         self._fleet.awake()
         timer = PhaseTimer()
         with timer("total"):
@@ -120,14 +121,7 @@ class WeightPublisher:
         if self._fleet.hopeless:
             raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
-        return seconds | self._disagreement() | self._changed() | self._fleet.metrics()
-
-    def _disagreement(self) -> dict[str, float]:
-        """The largest mean and the largest single difference of log-probs over all servers' canaries."""
-        if not self._gaps:
-            return {}
-        mean, largest = max(gap.mean for gap in self._gaps), max(gap.largest for gap in self._gaps)
-        return {"publish/canary_gap_mean": mean, "publish/canary_gap_max": largest}
+        return seconds | self._verdicts.metrics() | self._changed() | self._fleet.metrics()
 
     def _changed(self) -> dict[str, float]:
         """The share of tensors that differ from the version before; nothing where only one version has been sent."""
@@ -160,6 +154,7 @@ class WeightPublisher:
         while members:
             attempt = _Attempt(members)
             await self._publish_once(attempt, timer)
+            self._verdicts.check_curable()
             if attempt.blamed:
                 self._connected = []
             await self._drop_blamed(attempt, failures)
@@ -308,8 +303,7 @@ class WeightPublisher:
 
         async def check(member: Member) -> None:
             gap = canary_gap(expected[member], said[member].logp)
-            check_canary(member.url, self._version, gap, self._proof.tolerance)
-            self._gaps.append(gap)
+            self._verdicts.judge(member.name, member.url, gap, self._proof.tolerance)
 
         await attempt.each(check)
 

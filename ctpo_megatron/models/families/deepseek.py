@@ -1,4 +1,7 @@
-"""DeepSeek-V3 and its kin (R1, Kimi-K2, Moonlight): latent attention, sigmoid gates, shared experts.
+"""DeepSeek-V3 and its kin with the same model_type (R1, Moonlight): latent attention, sigmoid gates, shared experts.
+
+Kimi-K2 has this architecture under the model_type kimi_k2, which is refused. Moonlight is published with a tokenizer that only
+its own Python code can read (tiktoken.model), which is never run here: docs/models.md says how to save it once as tokenizer.json.
 
 Layers of multi-token prediction are not trained: loading passes over their tensors, exports lack them. The norms of the latents
 use rms_norm_eps, as megatron and SGLang do; transformers has 1e-6 there, which is what V3 and R1 have for both. SGLang 0.5.23
@@ -14,10 +17,10 @@ from ctpo_megatron.models.shape import LatentAttention, ModelShape
 
 
 def _shape(keys: Keys) -> ModelShape:
-    keys.must_be("attention_bias", False, None)
-    keys.must_be("rope_interleave", True, None)
+    keys.must_be("attention_bias", False)
+    keys.must_be("rope_interleave", True)
     attention = LatentAttention(
-        q_rank=keys.size("q_lora_rank") if keys.values.get("q_lora_rank") is not None else None,
+        q_rank=None if keys.values.get("q_lora_rank", 0) is None else keys.size("q_lora_rank"),
         kv_rank=keys.size("kv_lora_rank"),
         nope_dim=keys.size("qk_nope_head_dim"),
         rope_dim=keys.size("qk_rope_head_dim"),
@@ -26,10 +29,22 @@ def _shape(keys: Keys) -> ModelShape:
     return model_shape(
         keys,
         attention=attention,
-        rope=read_rope(keys, types=("default", "yarn")),
+        rope=read_rope(keys, types=("default", "yarn"), latent=True),
         experts=sigmoid_experts(keys),
         mtp_layers=mtp_layers(keys),
     )
 
 
-DEEPSEEK_V3 = Family(_shape)
+DEEPSEEK_V3 = Family(
+    _shape,
+    defaults={
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_mtp_layers": 1,
+        "q_lora_rank": 1536,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 4,
+    },
+)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ctpo_megatron.errors import ModelError
 from ctpo_megatron.models.keys import Keys
 from ctpo_megatron.models.shape import Experts, HeadAttention, LatentAttention, ModelShape, Rope
+
+CONTEXT = "max_position_embeddings"
+SERVED_CONTEXT = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", CONTEXT)  # in SGLang's order
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +24,33 @@ class MixtureNames:
     down: str = "down_proj"
 
 
+COMMON_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+COMMON_NULLS: Mapping[str, Any] = {"partial_rotary_factor": 1.0}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One `model_type`. `shape` raises ModelError for what this package cannot train."""
+    """One `model_type`. `shape` raises ModelError for what this package cannot train.
+
+    `defaults` and `nulls`: what absent keys and nulls stand for in transformers' class (version 5.19), besides the common ones;
+    where a null's meaning depends on other keys it is None here, and `shape` knows it. tests/unit/models/test_defaults.py holds
+    both against the class.
+    """
 
     shape: Callable[[Keys], ModelShape]
     mixture: MixtureNames = MixtureNames()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    nulls: Mapping[str, Any] = field(default_factory=dict)
+
+    def keys(self, values: Mapping[str, Any], where: str) -> Keys:
+        """Typed access to a config.json of this family."""
+        return Keys(values, where, {**COMMON_DEFAULTS, **self.defaults}, {**COMMON_NULLS, **self.nulls})
 
 
 def model_shape(
@@ -34,12 +59,12 @@ def model_shape(
     attention: HeadAttention | LatentAttention,
     rope: Rope,
     experts: Experts | None = None,
-    rms_eps: float = 1e-6,
     mtp_layers: int = 0,
 ) -> ModelShape:
-    """The shape, with what every family calls by the same keys. `rms_eps` is the family's default."""
+    """The shape, with what every family calls by the same keys."""
     keys.must_be("hidden_act", "silu")
-    keys.must_be("mlp_bias", False, None)
+    keys.must_be("mlp_bias", False)
+    context_key, positions = read_context(keys)
     return ModelShape(
         family=keys.get("model_type", str),
         num_layers=keys.size("num_hidden_layers"),
@@ -48,26 +73,38 @@ def model_shape(
         num_heads=keys.size("num_attention_heads"),
         attention=attention,
         vocab_size=keys.size("vocab_size"),
-        max_positions=keys.size("max_position_embeddings"),
+        max_positions=positions,
+        context_key=context_key,
         rope=rope,
-        rms_eps=keys.get("rms_norm_eps", float, rms_eps),
-        tie_embeddings=keys.get("tie_word_embeddings", bool, False),
+        rms_eps=keys.get("rms_norm_eps", float),
+        tie_embeddings=keys.get("tie_word_embeddings", bool),
         experts=experts,
         mtp_layers=mtp_layers,
         dtype=str(keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32"),
     )
 
 
-def head_attention(keys: Keys, *, head_dim: int | None = None, qkv_bias: bool = False, qk_norm: bool = False) -> HeadAttention:
-    """Attention with a key and a value per group of heads; `head_dim` is the family's default, None: hidden / heads."""
-    keys.must_be("use_sliding_window", False, None)
+def read_context(keys: Keys) -> tuple[str, int]:
+    """The longest sequence that the model and a server of it take, and the key of config.json that says so.
+
+    SGLang takes the first of `SERVED_CONTEXT` that there is for the context, whatever `max_position_embeddings` says.
+    """
+    served = next((key for key in SERVED_CONTEXT if keys.values.get(key) is not None), CONTEXT)
+    return min(((key, keys.size(key)) for key in (CONTEXT, served)), key=lambda found: found[1])
+
+
+def head_attention(keys: Keys, *, qkv_bias: bool = False, qk_norm: bool = False) -> HeadAttention:
+    """Attention with a key and a value per group of heads. The width of a head is hidden / heads where nothing says it."""
+    keys.must_be("use_sliding_window", False)
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-    return HeadAttention(
-        num_kv_heads=keys.size("num_key_value_heads", heads),
-        head_dim=keys.size("head_dim", head_dim or hidden // heads),
-        qkv_bias=qkv_bias,
-        qk_norm=qk_norm,
-    )
+    kv_heads = keys.size("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ModelError(
+            f"{keys.where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+            + ("." if "num_key_value_heads" in keys.values else ", which is what transformers takes where the key is absent.")
+        )
+    head_dim = keys.size("head_dim", max(1, hidden // heads))
+    return HeadAttention(num_kv_heads=kv_heads, head_dim=head_dim, qkv_bias=qkv_bias, qk_norm=qk_norm)
 
 
 def softmax_experts(keys: Keys, *, count: int, ffn: int, layers: tuple[bool, ...], normalise: bool) -> Experts:
@@ -78,7 +115,7 @@ def softmax_experts(keys: Keys, *, count: int, ffn: int, layers: tuple[bool, ...
         ffn_hidden_size=ffn,
         layers=layers,
         normalise=normalise,
-        aux_loss_coeff=keys.get("router_aux_loss_coef", float, 0.001),
+        aux_loss_coeff=keys.get("router_aux_loss_coef", float),
     )
 
 
@@ -89,12 +126,12 @@ def sigmoid_experts(keys: Keys) -> Experts:
     micro-batches.
     """
     count = keys.size("n_routed_experts" if "n_routed_experts" in keys.values else "num_local_experts")
-    top_k, groups, kept = _top_k(keys, count), keys.size("n_group", 1), keys.size("topk_group", 1)
+    top_k, groups, kept = _top_k(keys, count), keys.size("n_group"), keys.size("topk_group")
     keys.must_be("scoring_func", "sigmoid")
     keys.must_be("topk_method", "noaux_tc")
     keys.must_be("moe_layer_freq", 1)
     if top_k > 1:
-        keys.must_be("norm_topk_prob", True, None)  # megatron always makes gates of sigmoids add up to 1
+        keys.must_be("norm_topk_prob", True)  # megatron always makes gates of sigmoids add up to 1
     if count % groups or kept > groups or top_k > kept * (count // groups):
         raise ModelError(
             f"{keys.where}: {top_k} of {count} experts cannot be chosen from topk_group = {kept} of n_group = {groups} groups."
@@ -104,16 +141,16 @@ def sigmoid_experts(keys: Keys) -> Experts:
             f"{keys.where}: groups are ranked by their two best experts, which megatron does where num_experts_per_tok is "
             f"2 * topk_group; they are {top_k} and {kept}."
         )
-    ffn, dense = keys.size("moe_intermediate_size"), keys.get("first_k_dense_replace", int, 0)
+    ffn, dense = keys.size("moe_intermediate_size"), keys.count("first_k_dense_replace")
     return Experts(
         count=count,
         top_k=top_k,
         ffn_hidden_size=ffn,
         layers=tuple(layer >= dense for layer in range(keys.size("num_hidden_layers"))),
-        shared_ffn_hidden_size=ffn * keys.get("n_shared_experts", int, 0),
+        shared_ffn_hidden_size=ffn * keys.count("n_shared_experts"),
         score="sigmoid",
-        normalise=top_k > 1 or keys.get("norm_topk_prob", bool, True),
-        scale=keys.get("routed_scaling_factor", float, 1.0),
+        normalise=top_k > 1 or keys.get("norm_topk_prob", bool),
+        scale=keys.get("routed_scaling_factor", float),
         groups=groups,
         groups_kept=kept,
         bias=True,
@@ -123,7 +160,7 @@ def sigmoid_experts(keys: Keys) -> Experts:
 
 def mtp_layers(keys: Keys) -> int:
     """Layers of multi-token prediction that the files hold besides the model."""
-    return keys.get("num_nextn_predict_layers", int, keys.get("num_mtp_layers", int, 0))
+    return keys.count("num_nextn_predict_layers" if "num_nextn_predict_layers" in keys.values else "num_mtp_layers")
 
 
 def _top_k(keys: Keys, count: int) -> int:

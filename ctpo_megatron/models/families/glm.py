@@ -12,17 +12,30 @@ from ctpo_megatron.models.shape import ModelShape
 
 
 def _shape(keys: Keys) -> ModelShape:
-    attention = head_attention(
-        keys, qkv_bias=keys.get("attention_bias", bool, False), qk_norm=keys.get("use_qk_norm", bool, False)
-    )
+    attention = head_attention(keys, qkv_bias=keys.get("attention_bias", bool), qk_norm=keys.get("use_qk_norm", bool))
     return model_shape(
         keys,
         attention=attention,
-        rope=read_rope(keys, fraction=0.5, types=("default",)),
+        rope=read_rope(keys, types=("default",), partial=True),
         experts=sigmoid_experts(keys),
-        rms_eps=1e-5,
         mtp_layers=mtp_layers(keys),
     )
 
 
-GLM4_MOE = Family(_shape)
+GLM4_MOE = Family(
+    _shape,
+    defaults={
+        "attention_bias": False,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_key_value_heads": 8,
+        "num_mtp_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-5,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "use_qk_norm": False,
+    },
+)

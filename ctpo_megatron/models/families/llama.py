@@ -9,8 +9,8 @@ from ctpo_megatron.models.shape import ModelShape
 
 
 def _shape(keys: Keys) -> ModelShape:
-    keys.must_be("attention_bias", False, None)  # in this family it would also be on the output projection
+    keys.must_be("attention_bias", False)  # in this family it would also be on the output projection
     return model_shape(keys, attention=head_attention(keys), rope=read_rope(keys))
 
 
-LLAMA = Family(_shape)
+LLAMA = Family(_shape, nulls={"head_dim": None, "num_key_value_heads": None})

@@ -87,7 +87,7 @@ def test_dense_model(tmp_path: Path) -> None:
 
 
 def test_families_differ_in_bias_norm_and_head_size() -> None:
-    plain = {key: value for key, value in DENSE.items() if key not in ("head_dim", "num_key_value_heads")}
+    plain = {key: value for key, value in DENSE.items() if key != "head_dim"} | {"num_key_value_heads": None}
     qwen2, llama = (parse_config(plain | {"model_type": family}).attention for family in ("qwen2", "llama"))
     assert qwen2 == HeadAttention(num_kv_heads=8, head_dim=8, qkv_bias=True, qk_norm=False)
     assert llama == HeadAttention(num_kv_heads=8, head_dim=8, qkv_bias=False, qk_norm=False)

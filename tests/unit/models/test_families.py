@@ -177,8 +177,8 @@ def attention_factor(scaling: YarnScaling) -> float:
         ({"mscale": 2.0}, 0.1 * math.log(4.0) + 1.0),  # one alone does not count
         ({"mscale_all_dim": 2.0}, 0.1 * math.log(4.0) + 1.0),
         ({"mscale": 2.0, "mscale_all_dim": 2.0}, 1.0),
-        ({"attention_factor": 0.9}, 0.9),
-        ({"attention_factor": 0.9, "mscale_all_dim": 2.0}, 0.9),
+        ({"attention_factor": 0.9, "attn_factor": 0.9 / (0.1 * math.log(4.0) + 1.0)}, 0.9),
+        ({"attention_factor": 0.9, "attn_factor": 0.9 / (0.1 * math.log(4.0) + 1.0), "mscale_all_dim": 2.0}, 0.9),
     ],
 )
 def test_the_factor_of_yarn(change: dict[str, float], factor: float) -> None:
@@ -192,6 +192,7 @@ def test_the_factor_of_yarn(change: dict[str, float], factor: float) -> None:
         (DEEPSEEK | {"quantization_config": {"quant_method": "fp8"}}, ["quantised (fp8)", "Convert the checkpoint to bfloat16"]),
         (DEEPSEEK | {"norm_topk_prob": False}, ["norm_topk_prob is False"]),
         (DEEPSEEK | {"rope_interleave": False}, ["rope_interleave is False"]),
+        (DEEPSEEK | {"rope_interleave": None}, ["rope_interleave is None"]),
         (DEEPSEEK | {"topk_group": 2}, ["2 * topk_group", "8 and 2"]),
         (DEEPSEEK | {"n_group": 7}, ["256 experts", "n_group = 7"]),
         (DEEPSEEK | {"scoring_func": "softmax"}, ["scoring_func is 'softmax'"]),

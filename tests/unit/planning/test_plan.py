@@ -76,7 +76,7 @@ def test_shipped_layouts_fit_into_80_gb_with_room(name: str) -> None:
 def test_every_configuration_can_be_planned(path: Path, tmp_path: Path) -> None:
     toy = {"model_type": "qwen3_moe" if path.stem == "moe" else "qwen3", "num_hidden_layers": 2, "hidden_size": 64}
     toy |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 299}
-    toy |= {"max_position_embeddings": 512, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+    toy |= {"max_position_embeddings": 40960, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
     (tmp_path / "config.json").write_text(json.dumps(toy))
     given = None if path.stem in PUBLISHED else tmp_path
     console = Console(file=io.StringIO(), width=120)
@@ -121,7 +121,7 @@ def test_a_gpt_layer_of_korthikanti_without_what_is_not_there() -> None:
     hidden, tokens = 256, 1000
     shape = parse_config(
         {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": hidden, "num_attention_heads": 4, "vocab_size": 300}
-        | {"intermediate_size": 4 * hidden, "max_position_embeddings": 512}
+        | {"intermediate_size": 4 * hidden, "max_position_embeddings": 40960}
     )
     kept = layer_kept(shape, 0, ParallelConfig(), Work(tokens, 2))
     assert kept.total == 2 * tokens * hidden * (4 + 6 + 12) + 4 * tokens * shape.num_heads

@@ -255,6 +255,60 @@ def test_twice_wrong_is_lost(proof: Proof) -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_no_attempt_can_heal_is_tried_twice(proof: Proof, count: int) -> None:
+    """The same weights, the same difference, at every server: restarts that are left are not spent on it."""
+
+    async def scenario() -> None:
+        async with site(count, proof, restarts=3) as s:
+            for server in s.servers:
+                server.logprob = -3.31
+            with pytest.raises(WeightSyncError, match=r"differ by 2\.31 .*\n.*sent twice, led to the same difference") as caught:
+                await s.publisher.publish(0)
+            assert "would not help" in str(caught.value)
+            assert s.trainer.published == [0, 0]
+            assert [server.calls.count("/generate") for server in s.servers] == [2] * count
+            assert not s.fleet.members(State.STARTING, State.GONE)
+
+    run(scenario)
+
+
+def test_a_difference_of_one_server_is_its_own(proof: Proof) -> None:
+    """Where another one agrees with the trainer, the one that does not is lost, and may be started again."""
+
+    async def scenario() -> None:
+        async with site(2, proof, restarts=3) as s:
+            s.servers[1].logprob = -3.31
+            assert (await s.publisher.publish(1))["servers/lost"] == 1
+            assert s.states() == [State.SERVING, State.STARTING]
+            replaced = s.fleet.join("server 1", s.servers[1].url)
+            await s.publisher.heal()
+            assert replaced.state is State.STARTING
+            assert s.fleet.metrics()["servers/lost"] == 2
+
+    run(scenario)
+
+
+def test_a_difference_that_changes_is_tried_again(proof: Proof) -> None:
+    """Other differences from the same weights are no proof that nothing helps: the server is started again."""
+
+    async def scenario() -> None:
+        async with site(1, proof, restarts=1) as s:
+            server, shown = s.servers[0], iter([-3.0, -4.0])
+
+            def other() -> None:
+                server.logprob = next(shown, -1.0)
+
+            server.faults["/generate"] = other
+            await s.publisher.publish(1)
+            assert s.states() == [State.STARTING]
+            member = s.fleet.join("server 0", server.url)
+            await s.publisher.heal()
+            assert member.state is State.SERVING
+
+    run(scenario)
+
+
 def test_the_group_is_rebuilt(proof: Proof) -> None:
     """A server dies while weights are on their way: the others are connected anew and get them. One that may restart is left."""
 
