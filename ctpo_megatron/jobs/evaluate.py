@@ -20,7 +20,7 @@ async def eval_job(config: RunConfig) -> None:
     if config.data.eval is None:
         raise ConfigError("data.eval is not set; give the file to evaluate on")
     shape = read_model(config)
-    chat = ChatTokenizer(config.model.path)
+    chat = ChatTokenizer(config.model.path, config.model)
     prompts = load_prompts(config.data.eval, config, chat)
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)

@@ -43,7 +43,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     begun = time.monotonic()
     shape = read_model(config)
     check_servers(config, shape)
-    chat = ChatTokenizer(config.model.path)
+    chat = ChatTokenizer(config.model.path, config.model)
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
     tool = make_tool(config.rollout.tool)
@@ -63,6 +63,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
             await runtime.guard(loop.run())
             if config.checkpoint.export:
                 await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
+                chat.save(run_dir / "model")
         summary = _summary(config, loop, time.monotonic() - begun)
         write_summary(run_dir, summary)
         loop.record.close()
