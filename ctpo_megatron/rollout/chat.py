@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class ChatTokenizer:
         self._forms.check_keys(messages)
         turns = self._turns.read(messages, start)
         marked = [*messages[:start], *(self._tokens.mark(message) for message in messages[start:])]
-        self._say(compare(self._template.render(marked, prompt=False), turns, last=True))
+        turns = self._as_in_whole(turns, self._template.render(marked, prompt=False))
         parts: list[tuple[str, list[int]]] = []
         for turn in turns:
             parts.append(("assistant", self._tokens.ids_after(turn.head, turn.body + turn.end)))
@@ -105,13 +106,7 @@ class ChatTokenizer:
         of the whole conversation, for every stop token after which a tool can speak.
         """
         for end in dict.fromkeys([self._end, *filter(None, self._frames.ends.values())]):
-            turns, whole = imagine(self._template, self._frames, self._turns, self._forms.fitting(messages), end, OUTPUTS)
-            try:
-                self._say(compare(whole, turns, last=False))
-            except RenderError as error:
-                advice = "Set rollout.tool=null (single-turn), or give a template with model.chat_template."
-                raise RenderError(f"{error} {advice}") from error
-            self._check_turn_ids(turns)
+            self._check_turn_ids(self._imagined_turns(self._forms.fitting(messages), end))
 
     def save(self, directory: Path) -> None:
         """Write the template and stop tokens that the configuration gave into a model directory, so that it needs them no more."""
@@ -125,6 +120,33 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`, with or without special tokens. For tools, rewards and people only."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+
+    def _as_in_whole(self, turns: list[SpokenTurn], whole: str) -> list[SpokenTurn]:
+        """`turns` of a demonstration without the empty reasoning that the template writes into the last turn alone."""
+        likeness = compare(whole, turns, last=True)
+        empty = [not left or left == self._turns.lead for left in likeness.left_out]
+        same = [
+            replace(turn, body=turn.body[len(left) :]) if none else turn
+            for turn, left, none in zip(turns, likeness.left_out, empty, strict=True)
+        ]
+        self._say(compare(whole, same, last=True).said)
+        return same
+
+    def _imagined_turns(self, messages: list[Message], end: str) -> list[SpokenTurn]:
+        """Turns that a rollout could have, in the form in which the template's own text is most like them."""
+        errors, found = [], []
+        for reasoning in ("<think>\nI add.\n</think>\n\n", "") if "</think>" in self._template.source else ("",):
+            try:
+                turns, whole = imagine(self._template, self._frames, self._turns, messages, end, reasoning)
+                found.append((sorted(compare(whole, turns, last=False).said), turns))
+            except RenderError as error:
+                errors.append(error)
+        if not found:
+            advice = "Set rollout.tool=null (single-turn), or give a template with model.chat_template."
+            raise RenderError(f"{errors[-1]} {advice}") from errors[-1]
+        said, turns = min(found, key=lambda each: len(each[0]))
+        self._say(said)
+        return turns
 
     def _check_turn_ids(self, turns: Sequence[SpokenTurn]) -> None:
         """Raise RenderError where the ids that rollouts put together are not those of the text as a whole.

@@ -3,38 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from os.path import commonprefix
 
 from ctpo_megatron.errors import RenderError
 from ctpo_megatron.rollout.turns import SpokenTurn, difference
 
-KEPT = "the template leaves the beginning of earlier turns out (reasoning); here it stays as the model wrote it"
-TWO_ENDS = "the template ends an earlier turn with another token than the last; here both stand, the model's and then the template's"
+KEPT = "the template leaves reasoning, or what it opens a turn with, out of earlier turns; here all stays as the model wrote it"
+TWO_ENDS = "the template ends an earlier turn with another token than the last; here the model's stands, and the template's after it"
 
 
-def compare(whole: str, turns: Sequence[SpokenTurn], *, last: bool) -> set[str]:
-    """What the template changes in earlier turns: a set of sentences, empty where `whole` is exactly what `turns` say.
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """How a template's text of a whole conversation is like its turns, none of which it contradicts."""
 
-    A template may leave out the beginning of an earlier turn, its reasoning, or what it opened the turn with for a generation;
-    nothing else may differ. `last`: the last of `turns` ends the conversation. Raises RenderError, which shows both texts.
+    said: frozenset[str]  # what the template changes in earlier turns, as sentences; empty where the text is the same
+    left_out: tuple[str, ...]  # of each turn, the beginning of its words that the whole does not have
+
+
+def compare(whole: str, turns: Sequence[SpokenTurn], *, last: bool) -> Likeness:
+    """What the template changes in earlier turns when it writes them as parts of `whole`.
+
+    It may leave out the beginning of an earlier turn, its reasoning, or what it opened the turn with for a generation; nothing
+    else may differ. `last`: the last of `turns` ends the conversation. Raises RenderError, which shows both texts.
     """
     said: set[str] = set()
+    left_out = []
     rest, head = whole, turns[0].head
-    for turn in turns:
-        closes = last and turn is turns[-1]
-        cuts = _cuts(rest, head, turn, turn.end if closes else turn.tail, closes)
+    for number, turn in enumerate(turns):
+        closes = last and number == len(turns) - 1
+        follows = turn.end if closes else turn.tail
+        if number < len(turns) - 1:
+            follows = follows[: len(follows) - len(turns[number + 1].opening)]
+        cuts = _cuts(rest, head, turn, follows, closes)
         cut = next(((a, b) for a, b in cuts if turn.body.endswith(rest[a:b])), None)
         if cut is None:
             raise _differ(whole, turns)
         begun, ended = cut
-        if begun < len(head) or ended - begun < len(turn.body):
+        left_out.append(turn.body[: len(turn.body) - (ended - begun)])
+        if begun < len(head) or left_out[-1]:
             said.add(KEPT)
         if not closes and not turn.tail.startswith(turn.end):
             said.add(TWO_ENDS)
         rest, head = rest[ended:], turn.tail
     if not last and rest != turns[-1].tail:
         raise _differ(whole, turns)
-    return said
+    return Likeness(frozenset(said), tuple(left_out))
 
 
 def _cuts(rest: str, head: str, turn: SpokenTurn, follows: str, closes: bool) -> Iterator[tuple[int, int]]:

@@ -14,26 +14,24 @@ OUTPUTS = ('4\n"x" <b> & ', "  ['é', 2]\n")
 
 
 def imagine(
-    template: ChatTemplate, frames: ToolFrames, reader: TurnReader, messages: Sequence[Message], end: str, outputs: Sequence[str]
+    template: ChatTemplate, frames: ToolFrames, reader: TurnReader, messages: Sequence[Message], end: str, reasoning: str
 ) -> tuple[list[SpokenTurn], str]:
     """Turns that end with the stop token `end`, an output after each, as a rollout joins them; and the template's own text.
 
-    Where the template knows reasoning in think tags, the turns have some.
+    Every turn says `reasoning` and a few words.
     """
     role, talk = frames.role_after(end), list(messages)
     turns: list[SpokenTurn] = []
-    for number, output in enumerate(outputs):
+    for number, output in enumerate(OUTPUTS):
         head = template.render(talk, prompt=True)
         opening = reader.opening(talk, head)
-        words = f"Sum {number}."
-        if "</think>" in template.source:
-            words = f"<think>\nI add {number}.\n</think>\n\n{words}"
+        words = f"{reasoning}Sum {number}."
         talk.append({"role": "assistant", "content": words})
         try:
             body, _ = reader.own_words(talk, head)
         except RenderError:  # the template drops the reasoning of a finished turn
             body = words
-        after = frames.after_end(end, outputs[: number + 1])
+        after = frames.after_end(end, OUTPUTS[: number + 1])
         turns.append(SpokenTurn(head, opening, body, end, end + after if frames.ends[role] == end else after))
         talk.append({"role": role, "content": output})
     return turns, template.render(talk, prompt=True)

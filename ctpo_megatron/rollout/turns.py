@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ctpo_megatron.errors import RenderError
 from ctpo_megatron.rollout.template import ChatTemplate, Message
@@ -45,6 +46,17 @@ class TurnReader:
         self._check_marks(messages, marked)
         starts = [place for place in range(start, len(marked)) if marked[place]["role"] == "assistant"]
         return [self._turn(marked, place, after) for place, after in zip(starts, [*starts[1:], None], strict=True)]
+
+    @cached_property
+    def lead(self) -> str:
+        """What the template writes before the words of a last turn that has no reasoning, such as an empty think block."""
+        question: list[Message] = [{"role": "user", "content": "question"}]
+        try:
+            head = self._template.render(question, prompt=True)
+            body, _ = self.own_words([*question, {"role": "assistant", "content": _ASSISTANT}], head)
+        except RenderError:
+            return ""
+        return body.partition(_ASSISTANT)[0]
 
     def opening(self, messages: Sequence[Message], head: str) -> str:
         """The part of `head`, a rendered prompt of `messages`, that is there for a generation only."""
