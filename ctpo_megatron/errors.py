@@ -34,6 +34,10 @@ class ModelError(InputError):
     """A model directory is missing files, or describes a model this package cannot train."""
 
 
+class RenderError(InputError):
+    """A chat template cannot write a conversation, or writes it otherwise than it is built here. The message names no row."""
+
+
 class RehearsalError(CtpoError, RuntimeError):
     """A training step could not be rehearsed; the run itself may be possible."""
 

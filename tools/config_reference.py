@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -77,7 +78,9 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return ", ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
         return f"list of {_words(args[0])}"
-    plain = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null"}[annotation]
+    if origin is dict:
+        return f"names, each with {_words(args[1])}"
+    plain = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null", date: "date"}[annotation]
     return plain + _bounds(metadata) if annotation in (int, float) else plain
 
 

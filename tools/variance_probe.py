@@ -157,7 +157,7 @@ async def sample(config: RunConfig, model: Path, file: Path, out: Path, *, promp
 
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})})
     shape = read_model(config)
-    chat = ChatTokenizer(config.model.path)
+    chat = ChatTokenizer(config.model.path, config.model)
     if config.data.eval is None:
         raise InputError("the run has no held-out prompts; give some with data.eval=FILE")
     held_out, tool = load_prompts(config.data.eval, config, chat), make_tool(config.rollout.tool)

@@ -8,25 +8,17 @@ from typing import Any, Protocol
 
 from ctpo_megatron.data.samples import build_sample
 from ctpo_megatron.data.tables import check_messages, read_rows
-from ctpo_megatron.errors import DataError
+from ctpo_megatron.errors import DataError, RenderError
 from ctpo_megatron.types import TrainSample, Turn
 
 ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatEncoder(Protocol):
-    """The three ways text becomes tokens; rollouts use the same ones."""
+    """Makes of a conversation the tokens that a rollout of it would have."""
 
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of the conversation so far, generation prompt included."""
-        ...
-
-    def assistant_ids(self, text: str) -> list[int]:
-        """Token ids of an assistant's turn, its end token included."""
-        ...
-
-    def tool_ids(self, text: str) -> list[int]:
-        """Token ids between the end token of an assistant's turn and the start of the next, for a tool that said `text`."""
+    def demonstration(self, messages: Sequence[dict[str, Any]], start: int) -> tuple[list[int], list[tuple[str, list[int]]]]:
+        """Token ids of the prompt messages[:start], and (role, ids) of what follows, assistant and tool by turns."""
         ...
 
 
@@ -58,11 +50,12 @@ def _sample(
     prompt = messages[:start]
     if system_prompt is not None and "system" not in roles:
         prompt = ({"role": "system", "content": system_prompt}, *prompt)
-    turns = [_turn(message, chat) for message in messages[start:]]
-    return build_sample(chat.prompt_ids(prompt), turns, 1.0, index)
+    try:
+        prompt_ids, parts = chat.demonstration([*prompt, *messages[start:]], len(prompt))
+    except RenderError as error:
+        raise DataError(f"{place}: {error}") from error
+    return build_sample(prompt_ids, [_turn(role == "assistant", ids) for role, ids in parts], 1.0, index)
 
 
-def _turn(message: dict[str, str], chat: ChatEncoder) -> Turn:
-    wrote = message["role"] == "assistant"
-    ids = (chat.assistant_ids if wrote else chat.tool_ids)(message["content"])
+def _turn(wrote: bool, ids: list[int]) -> Turn:
     return Turn("assistant" if wrote else "tool", ids, [0.0] * len(ids), [-1] * len(ids))

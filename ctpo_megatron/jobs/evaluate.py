@@ -24,7 +24,7 @@ async def eval_job(config: RunConfig) -> None:
         raise ConfigError("data.eval is not set; give the file to evaluate on")
     shape = read_model(config)
     check_rollouts(config, shape, Path(config.model.path))
-    chat = ChatTokenizer(config.model.path)
+    chat = ChatTokenizer(config.model.path, config.model)
     check_own_tokens(chat, shape)
     prompts = load_prompts(config.data.eval, config, chat)
     check_prompt_tokens(prompts, config.data.eval, chat, shape, Path(config.model.path))

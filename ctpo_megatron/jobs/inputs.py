@@ -7,7 +7,7 @@ from pathlib import Path
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
-from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.errors import ConfigError, DataError, RenderError
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
@@ -26,10 +26,28 @@ def read_model(config: RunConfig) -> ModelShape:
 
 
 def load_prompts(path: str, config: RunConfig, chat: ChatTokenizer) -> list[Prompt]:
-    """The prompts of a file, none of them too long."""
+    """The prompts of a file, none of them too long, and all of them such that the chat template can go on from them."""
     prompts = read_prompts(path, system_prompt=config.data.system_prompt)
+    check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
     check_prompt_lengths(prompts, chat, max_tokens=config.data.max_prompt_tokens, path=path)
     return prompts
+
+
+def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, turns: bool) -> None:
+    """Raise DataError, naming the row, for a prompt of `path` that the chat template does not write as rollouts would have it.
+
+    Compared are the first of every form: prompts of one form have the same roles and the same keys. `turns`: with tool turns.
+    """
+    firsts: dict[tuple[tuple[str, ...], ...], Prompt] = {}
+    for prompt in prompts:
+        firsts.setdefault(tuple((message["role"], *message) for message in prompt.messages), prompt)
+    for prompt in firsts.values():
+        try:
+            chat.check_prompt(prompt.messages)
+            if turns:
+                chat.check_turns(prompt.messages)
+        except RenderError as error:
+            raise DataError(f"{path} row {prompt.index}: {error}") from error
 
 
 def prepare_run_dir(config: RunConfig) -> Path:

@@ -20,7 +20,7 @@ async def sft_job(config: RunConfig) -> None:
     """Train on data.train until sft.steps or sft.stop_loss, then write sft.output."""
     begun = time.monotonic()
     shape = read_model(config)
-    chat = ChatTokenizer(config.model.path)
+    chat = ChatTokenizer(config.model.path, config.model)
     samples = read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt)
     check_demonstrations(samples, config.data.train, chat, shape)
     run_dir = prepare_run_dir(config)
@@ -30,6 +30,7 @@ async def sft_job(config: RunConfig) -> None:
         recorder = Recorder(run_dir, config.log)
         result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder))
         await runtime.guard(runtime.trainer.save_hf(output))
+        chat.save(output)
         recorder.close()
     wall = time.monotonic() - begun
     write_summary(run_dir, {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "wall_s": wall})

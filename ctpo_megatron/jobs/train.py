@@ -44,7 +44,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     begun = time.monotonic()
     shape = read_model(config)
     check_training(config, shape, Path(config.model.path))
-    chat = ChatTokenizer(config.model.path)
+    chat = ChatTokenizer(config.model.path, config.model)
     check_own_tokens(chat, shape)
     prompts = load_prompts(config.data.train, config, chat)
     held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
@@ -67,6 +67,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
             await runtime.guard(loop.run())
             if config.checkpoint.export:
                 await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
+                chat.save(run_dir / "model")
         summary = _summary(config, loop, time.monotonic() - begun)
         write_summary(run_dir, summary)
         loop.record.close()
