@@ -92,7 +92,7 @@ def _same_constants(left: Any, right: Any, tolerance: float) -> bool | None:
         return None
     if tolerance != EXACT or not _close(one, other, EXACT):
         return _close(one, other, tolerance)
-    return all(map(_is_zero, (left - right).evalf(DIGITS, maxn=MOST_DIGITS).as_real_imag()))
+    return all(map(_is_zero, (left - right).doit().evalf(DIGITS, maxn=MOST_DIGITS).as_real_imag()))
 
 
 def _same_at_points(left: Any, right: Any, symbols: list[Any], tolerance: float) -> bool | None:

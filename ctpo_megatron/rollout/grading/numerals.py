@@ -24,8 +24,9 @@ _RATIO = re.compile(
     rf"|(?P<left>{_GROUPED}|{_PLAIN})/(?P<right>{_GROUPED}|{_PLAIN}))"
 )
 _BASED = re.compile(
-    r"(?P<sign>-?)(?P<digits>[0-9A-Fa-f]+(?: [0-9A-Fa-f]+)*)"
-    r"(?:_\{?(?:\\text\{(?:base )?(?P<word>\w+)\}|(?:base )?(?P<base>\d+))\}?| ?\(? ?(?:\\text\{ ?)?base ?\}?(?P<named>\d+)\)?)"
+    r"(?P<sign>-?)\(?(?P<digits>[0-9A-Fa-f]*\d[0-9A-Fa-f]*(?: [0-9A-Fa-f]+)*|[A-F]{2,})\)?"
+    r"(?:_\{?\(?(?:\\text\{(?:base )?(?P<word>\w+)\}|(?:base )?(?P<base>\d+))\)?\}?"
+    r"| ?\(? ?(?:\\text\{ ?)?base ?\}?(?P<named>\d+)\)?)"
 )
 _WITHIN = re.compile(r"(?<![\w.\\{^])\d+(?:_(?:\d+|\{\d+\})| ?\\frac\{\d+\}\{\d+\})")
 _DEGREES_WITHIN = re.compile(r"(\d+(?:\.\d+)?|(?<![a-zA-Z\\])[a-zA-Z])\^\\circ ?")

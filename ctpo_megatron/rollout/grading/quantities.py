@@ -104,7 +104,7 @@ def _with_words(text: str) -> Quantity:
 
 
 def _words(text: str) -> str:
-    return re.sub(r"\s+", " ", text.strip().strip("."))
+    return re.sub(r"\s+", " ", text.replace(".", " ") if "sq." in text or "cu." in text else text.replace(".", "")).strip()
 
 
 def _measurable(amount: str) -> bool:

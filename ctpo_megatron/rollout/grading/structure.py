@@ -58,6 +58,13 @@ class Calculation:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """1:2:3, which 2:4:6 is too."""
+
+    terms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Sequence:
     """A bare list (3, 4: in any order), a tuple (its order counts) or a set (no order, nothing counted twice)."""
 
@@ -89,7 +96,7 @@ class Matrix:
     rows: tuple[tuple[Answer, ...], ...]
 
 
-Answer = Value | Equation | Calculation | Sequence | Interval | Union | Matrix
+Answer = Value | Equation | Calculation | Ratio | Sequence | Interval | Union | Matrix
 
 
 @lru_cache(maxsize=1024)
@@ -127,7 +134,7 @@ def _read(text: str, *, inside: bool = False) -> Answer:
         return Union(tuple(_read(piece) for piece in pieces))
     if (bracketed := _bracketed(text)) is not None:
         return bracketed
-    return _plus_minus(text) or _relation(text) or Value(text)
+    return _plus_minus(text) or _ratio(text) or _relation(_without_approximation(text)) or Value(_without_approximation(text))
 
 
 def _ungrouped(text: str, inside: bool) -> str:
@@ -211,12 +218,18 @@ def _plus_minus(text: str) -> Sequence | None:
     return Sequence("list", tuple(_read(f"{before}{sign}{after}".removeprefix("+")) for sign in "+-"))
 
 
+def _ratio(text: str) -> Ratio | None:
+    """The terms of a:b:c. Two terms are a quotient, which SymPy reads."""
+    parts = split(text, ":")
+    return Ratio(tuple(parts)) if len(parts) > 2 and all(parts) else None
+
+
 def _relation(text: str) -> Answer | None:
     """An equation with a name on its left, or an interval for an inequality of one letter; None for all else."""
     member = _MEMBER.fullmatch(text)
     if member is not None and _LETTER.fullmatch(name := member["name"].strip()):
         return _open(_read(member["of"]), name)
-    sides = split(re.sub(r"\\approx(?![a-zA-Z])|≡", "=", text), "=")
+    sides = split(text, "=")
     if len(sides) > 1 and all(sides) and not re.search(r"[<>]|\\[lgn]e ", text):
         return _equation(sides, text)
     chain = _CHAIN.fullmatch(text)
@@ -228,8 +241,16 @@ def _relation(text: str) -> Answer | None:
     return None
 
 
+def _without_approximation(text: str) -> str:
+    """`text` without what an exact value is said to be near; behind a name \\approx is an equals sign."""
+    exact, near, _ = text.partition("\\approx")
+    if not near:
+        return text
+    return text.replace("\\approx ", "=").replace("\\approx", "=") if _NAME.fullmatch(exact.strip()) else exact.strip()
+
+
 def _equation(sides: list[str], text: str) -> Answer | None:
-    if len(sides) == 2 and _LETTER.fullmatch(sides[1]) and not _LETTER.fullmatch(sides[0]):  # 3 = x
+    if len(sides) == 2 and _LETTER.fullmatch(sides[1]) and not _NAME.fullmatch(sides[0]):  # 3 = x
         sides = sides[::-1]
     if not any(re.search(r"[a-zA-Z]", _COMMANDS.sub("", side)) for side in sides):
         return Calculation(tuple(map(_read, sides)))

@@ -14,6 +14,7 @@ from ctpo_megatron.rollout.grading.structure import (
     Equation,
     Interval,
     Matrix,
+    Ratio,
     Sequence,
     Union,
     Value,
@@ -52,6 +53,8 @@ class _Comparison:
                 return self._matrices(left, right)
             case Equation(), Equation():
                 return self._equations(left, right)
+            case Ratio(), Ratio():
+                return self._ratios(left.terms, right.terms)
             case Sequence(), Sequence():
                 return self._sequences(left, right)
             case Interval(), Interval():
@@ -60,6 +63,8 @@ class _Comparison:
                 return self._unordered(left.items, right.items) or self._as_text(left, right)
             case (Equation(text=text), Value(other)) | (Value(other), Equation(text=text)) if "=" in other:
                 return self._mathematics(text, other)
+            case (Sequence(kind="list", items=items), Value(letters)) | (Value(letters), Sequence(kind="list", items=items)):
+                return _same_choices(items, letters)
             case (Equation(), _) | (_, Equation()):
                 return self.same(_without_name(left), _without_name(right))
             case (Interval(), Sequence()) | (Sequence(), Interval()):
@@ -73,7 +78,7 @@ class _Comparison:
         return False
 
     def _values(self, left: str, right: str) -> bool:
-        if left == right:
+        if _spaceless(left) == _spaceless(right):
             return bool(left)
         if (verdict := same_words(left, right)) is not None:
             return verdict
@@ -116,6 +121,12 @@ class _Comparison:
         if left.name.replace(" ", "") == right.name.replace(" ", ""):
             return self.same(left.right, right.right)
         return isinstance(left.right, Value) and isinstance(right.right, Value) and self._mathematics(left.text, right.text)
+
+    def _ratios(self, left: tuple[str, ...], right: tuple[str, ...]) -> bool:
+        if len(left) != len(right):
+            return False
+        crossed = ((f"({one})\\cdot({right[0]})", f"({other})\\cdot({left[0]})") for one, other in zip(left, right, strict=True))
+        return all(self._mathematics(*pair) for pair in crossed)
 
     def _sequences(self, left: Sequence, right: Sequence) -> bool:
         kinds = {left.kind, right.kind}
@@ -178,6 +189,8 @@ def written(answer: Answer) -> str:
             return text
         case Calculation(sides):
             return "=".join(map(written, sides))
+        case Ratio(terms):
+            return ":".join(terms)
         case Sequence(kind, items):
             opening, ending = {"set": ("\\{", "\\}"), "tuple": ("(", ")"), "list": ("", "")}[kind]
             return opening + ",".join(map(written, items)) + ending
@@ -195,6 +208,21 @@ def exact(text: str, number: Numeral | None) -> str:
         return plain_numerals(text)
     value = number.value
     return str(value.numerator) if value.denominator == 1 else f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _same_choices(items: tuple[Answer, ...], letters: str) -> bool:
+    """Whether a run of letters, ABD, is the choices of a list: A, B, D."""
+    chosen = [item.text.strip("()") for item in items if isinstance(item, Value)]
+    return (
+        len(chosen) == len(items)
+        and all(re.fullmatch("[A-Z]", choice) for choice in chosen)
+        and sorted(chosen) == sorted(letters)
+    )
+
+
+def _spaceless(text: str) -> str:
+    """`text` without the spaces that say nothing: those before a command, and between a command and what is no letter."""
+    return re.sub(r" (?=\\)|(?<=[^\w}]) | (?=[^\w\\({])", "", text)
 
 
 def _without_name(answer: Answer) -> Answer:
