@@ -16,6 +16,7 @@ from ctpo_megatron.errors import ConfigError, ModelError, RenderError
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from tests.support import chat_models as of
 
+CHATML = of.source("qwen2.5")
 DAY = ChatConfig(chat_date=date(2026, 1, 31))
 FAMILIES = {
     "qwen2.5": (of.QWEN25, ChatConfig()),
@@ -140,7 +141,12 @@ def test_a_tools_output_is_what_the_template_writes_of_it_and_a_program_cannot_w
     output = "".join(data.draw(st.lists(pieces, max_size=6)))
     role = chat._frames.roles[0]
     ids = chat.tool_ids(output, earlier=["1"])
-    stand_ins = [*QUESTION, {"role": "assistant", "content": "a"}, {"role": role, "content": "1"}, {"role": "assistant", "content": "b"}]
+    stand_ins = [
+        *QUESTION,
+        {"role": "assistant", "content": "a"},
+        {"role": role, "content": "1"},
+        {"role": "assistant", "content": "b"},
+    ]
     shown = output.replace("\ufdd0", "\ufffd")
     whole = template_text(chat, [*stand_ins, {"role": role, "content": shown}], prompt=True)
     assert whole.endswith(chat.decode(ids, special=True))
@@ -202,15 +208,29 @@ def test_reasoning_of_a_demonstration_is_taught_whole(load):
     assert "I see." not in chat.decode(prompt)
 
 
-CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": {"name": "py", "arguments": {"code": "1+1"}}}]}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "c1", "function": {"name": "py", "arguments": {"code": "1+1"}}}],
+}
 CALLED = [*QUESTION, CALL, {"role": "tool", "content": "2", "tool_call_id": "c1"}, {"role": "assistant", "content": "It is 2."}]
 
 
 @pytest.mark.parametrize(
     ("family", "written", "end", "answer"),
     [
-        (of.QWEN25, '\n<tool_call>\n{"name": "py", "arguments": {"code": "1+1"}}\n</tool_call>', "<|im_end|>", "<tool_response>\n2\n"),
-        (of.QWEN3, '\n<tool_call>\n{"name": "py", "arguments": {"code": "1+1"}}\n</tool_call>', "<|im_end|>", "<tool_response>\n2\n"),
+        (
+            of.QWEN25,
+            '\n<tool_call>\n{"name": "py", "arguments": {"code": "1+1"}}\n</tool_call>',
+            "<|im_end|>",
+            "<tool_response>\n2\n",
+        ),
+        (
+            of.QWEN3,
+            '\n<tool_call>\n{"name": "py", "arguments": {"code": "1+1"}}\n</tool_call>',
+            "<|im_end|>",
+            "<tool_response>\n2\n",
+        ),
         (of.GLM45, '\n<think></think>\n<tool_call>py{"code": "1+1"}</tool_call>', "<|observation|>", "<tool_response>\n2\n"),
         (of.LLAMA3, '{"name": "py", "parameters": {"code": "1+1"}}', "<|eot_id|>", '\n\n"2"<|eot_id|>'),
         (of.HARMONY, ' to=functions.py<|channel|>commentary json<|message|>{"code": "1+1"}', "<|call|>", '<|message|>"2"<|end|>'),
@@ -241,7 +261,7 @@ def test_a_key_that_the_template_does_not_write_is_refused(load, family, message
 
 
 def test_a_date_in_a_prompt_is_the_configurations(load):
-    with pytest.raises(ConfigError, match="set model.chat_date, such as model.chat_date=2026-01-31"):
+    with pytest.raises(ConfigError, match=r"set model\.chat_date, such as model\.chat_date=2026-01-31"):
         load(of.HARMONY)
     assert "Current date: 2026-01-31" in load(of.HARMONY, DAY).decode(load(of.HARMONY, DAY).prompt_ids(QUESTION))
     assert "Today Date: 26 Jul 2024" in load("llama3").decode(load("llama3").prompt_ids(QUESTION))
@@ -282,9 +302,9 @@ def test_a_system_message_that_moves_from_turn_to_turn_cannot_be_rolled_out(load
     ("template", "words"),
     [
         # the number of messages, the whole talk again, another last message: nothing that continues
-        ("{{ messages | length }}" + of.QWEN25.template, "differ at character 0"),
-        (of.QWEN25.template.replace("{% for m in", "{% for m in messages[-1:] + "), "as a whole it reads"),
-        (of.QWEN25.template.replace("{% for m in messages", "{% for m in messages[-3:]"), "turn by turn"),
+        ("{{ messages | length }}" + CHATML, "differ at character 0"),
+        (CHATML.replace("{%- for m in", "{%- for m in messages[-1:] + "), "as a whole it reads"),
+        (CHATML.replace("{%- for m in messages", "{%- for m in messages[-3:]"), "turn by turn"),
     ],
 )
 def test_a_template_whose_turns_do_not_continue_one_another_is_refused(load, template, words):
@@ -315,7 +335,9 @@ def test_gpt_oss_keeps_its_own_end_and_the_templates(load, caplog):
 def test_a_base_model_is_told_which_key_to_set(load, tmp_path):
     with pytest.raises(ModelError, match=r"none of the stop tokens \['<\|endoftext\|>'\]") as caught:
         load(of.QWEN25_BASE)
-    assert "Add the token that ends a turn to model.stop_tokens, such as model.stop_tokens='[\"<|im_end|>\"]'" in str(caught.value)
+    assert "Add the token that ends a turn to model.stop_tokens, such as model.stop_tokens='[\"<|im_end|>\"]'" in str(
+        caught.value
+    )
     chat = load("qwen2.5-base")
     assert set(chat._tokens.ends) == {"<|endoftext|>", "<|im_end|>"}
     assert chat.assistant_ids("a")[-1] == chat._tokens.ends["<|im_end|>"]
@@ -331,8 +353,8 @@ def test_a_base_model_without_a_template_takes_one_from_the_configuration(given,
     with pytest.raises(ModelError, match=r"no chat template .*give one with model\.chat_template"):
         ChatTokenizer(directory)
     file = tmp_path / "chatml.jinja"
-    file.write_text(of.QWEN25.template)
-    config = ChatConfig(chat_template=of.QWEN25.template if given == "text" else str(file), stop_tokens=("<|im_end|>",))
+    file.write_text(CHATML)
+    config = ChatConfig(chat_template=CHATML if given == "text" else str(file), stop_tokens=("<|im_end|>",))
     chat = ChatTokenizer(directory, config)
     chat.check_turns(QUESTION)
     # what is exported needs the configuration no more
@@ -360,7 +382,8 @@ def test_a_setting_that_cannot_be_used_is_an_error_of_the_input(load, config, wo
 
 
 def test_a_plain_token_can_end_a_turn(load):
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     chat = load(dataclasses.replace(of.QWEN25_BASE, template=template), ChatConfig(stop_tokens=("\n\n",)))
     assert chat._end == "\n\n"
     chat.check_turns(QUESTION)
