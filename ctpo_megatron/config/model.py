@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import date
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import Section
 
@@ -15,7 +15,7 @@ class ChatConfig(Section):
 
     chat_template: str | None = None
     """A chat template: a file of Jinja, or the template itself. null: the model's own. Base models often have none."""
-    chat_options: dict[str, bool | int | float | str] = {}
+    chat_options: dict[str, bool | int | float | str] = Field({})
     """Variables that the template knows, such as `enable_thinking: false`. One that it does not mention is refused."""
     chat_date: date | None = None
     """The day, as 2026-01-31, that the template takes for today. A template that asks for the date is refused without it, since

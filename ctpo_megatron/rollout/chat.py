@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from ctpo_megatron.rollout.same_tokens import check_same_tokens
 from ctpo_megatron.rollout.stops import find_stop_tokens
 from ctpo_megatron.rollout.template import ChatTemplate, Message, given_template
 from ctpo_megatron.rollout.tokens import Tokens
-from ctpo_megatron.rollout.turns import SpokenTurn, TurnReader, difference
+from ctpo_megatron.rollout.turns import SpokenTurn, TurnReader, common_start, difference
 
 log = logging.getLogger(__name__)
+
 
 class ChatTokenizer:
     """The tokenizer and chat template of a model directory, with what the configuration says about them.
@@ -111,7 +111,7 @@ class ChatTokenizer:
             self._check_turn_ids(self._imagined_turns(self._forms.fitting(messages), end))
 
     def save(self, directory: Path) -> None:
-        """Write the template and stop tokens that the configuration gave into a model directory, so that it needs them no more."""
+        """Write into a model directory the template and stop tokens that the configuration gave, so that it stands alone."""
         if self._given.chat_template is not None:
             (directory / "chat_template.jinja").write_text(self._template.source, encoding="utf-8")
         if self._given.stop_tokens:
@@ -184,7 +184,7 @@ class ChatTokenizer:
                 return end
         head = self._template.render(question, prompt=True)
         answer = self._template.render([*question, {"role": "assistant", "content": "answer"}], prompt=False)
-        found = self._tokens.find_end(answer[len(commonprefix([head, answer])) :])
+        found = self._tokens.find_end(answer[common_start(head, answer) :])
         if found is not None:
             return found[0]
         after = self._frames.text(self._frames.roles[0], ["output"])
@@ -192,8 +192,8 @@ class ChatTokenizer:
         advice = f", such as model.stop_tokens='[\"{special[0]}\"]'" if special else ""
         raise ModelError(
             f"{self._template.name} ends an assistant's turn with none of the stop tokens {list(self._tokens.ends)}; it writes "
-            f"{after!r} after the turn. Add the token that ends a turn to model.stop_tokens{advice}, or give another template with "
-            "model.chat_template."
+            f"{after!r} after the turn. Add the token that ends a turn to model.stop_tokens{advice}, or give another template "
+            "with model.chat_template."
         )
 
 

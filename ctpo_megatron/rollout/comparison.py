@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from ctpo_megatron.errors import RenderError
-from ctpo_megatron.rollout.turns import SpokenTurn, difference
+from ctpo_megatron.rollout.turns import SpokenTurn, common_start, difference
 
 KEPT = "the template leaves reasoning, or what it opens a turn with, out of earlier turns; here all stays as the model wrote it"
-TWO_ENDS = "the template ends an earlier turn with another token than the last; here the model's stands, and the template's after it"
+TWO_ENDS = (
+    "the template ends an earlier turn with another token than the last; here the model's stands, and the template's after it"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def compare(whole: str, turns: Sequence[SpokenTurn], *, last: bool) -> Likeness:
 
 def _cuts(rest: str, head: str, turn: SpokenTurn, follows: str, closes: bool) -> Iterator[tuple[int, int]]:
     """Where in `rest` the words of `turn` may stand: after `head`, or after `head` less some of its opening; before `follows`."""
-    begun = len(commonprefix([rest, head]))
+    begun = common_start(rest, head)
     ended = rest.find(follows, begun)
     if ended < 0 and closes:
         ended = len(rest)  # the template leaves the end to the next role's token

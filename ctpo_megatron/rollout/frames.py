@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ctpo_megatron.errors import ModelError, RenderError
 from ctpo_megatron.rollout.template import ChatTemplate, Message
-from ctpo_megatron.rollout.tokens import Tokens
+from ctpo_megatron.rollout.tokens import MARK, Tokens
 
 # stand-ins that the template is rendered with, to find what it writes around them
 _ASSISTANT, _TOOL = "assistantsaysthis", "toolsaysthis"
@@ -28,16 +28,21 @@ class ToolFrames:
     def text(self, role: str, outputs: Sequence[str]) -> str:
         """Text after the words of an assistant's turn, up to its next: the turn's end, and the last of `outputs`.
 
-        The others were said after turns before this one. Names of special tokens in outputs bear marks.
+        The others were said after turns before this one. Names of special tokens in outputs bear marks; the mark's own
+        character, if a program writes it, is shown as one that cannot be read.
         """
+        outputs = [output.replace(MARK, "\N{REPLACEMENT CHARACTER}") for output in outputs]
+        words = _ASSISTANT
+        while any(words in output for output in outputs):
+            words += "s"
         messages: list[Message] = [{"role": "user", "content": "question"}]
         for output in outputs:
             messages.append({"role": "assistant", "content": "answer"})
             messages.append({"role": role, "content": self._tokens.mark(output)})
-        messages[-2]["content"] = _ASSISTANT
+        messages[-2]["content"] = words
         rendered = self._template.render(messages, prompt=True)
-        before, found, after = rendered.partition(_ASSISTANT)
-        if not found or _ASSISTANT in after:
+        _, found, after = rendered.partition(words)
+        if not found or words in after:
             raise RenderError(f"{self._template.name} does not write an assistant's words as they are; it writes {rendered!r}")
         return after
 

@@ -48,8 +48,8 @@ class MessageForms:
                 without = [*upto[:-1], {name: value for name, value in message.items() if name != key}]
                 if self._without(without, prompt) == full:
                     raise RenderError(
-                        f"messages[{place}] has the key {key!r}, which {self._template.name} does not write, so a model would not see "
-                        "it. Remove the key, move its text into 'content', or give a template that writes it with "
+                        f"messages[{place}] has the key {key!r}, which {self._template.name} does not write, so a model would "
+                        "not see it. Remove the key, move its text into 'content', or give a template that writes it with "
                         "model.chat_template"
                     )
 

@@ -56,9 +56,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, **self._variables
-            )
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **self._variables)
         except (TemplateError, *_CODE_ERRORS) as error:
             if isinstance(error, RenderError):  # of `_now`: a ValueError too
                 raise
@@ -117,4 +115,6 @@ def given_template(text: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"model.chat_template: {path} is not a readable file ({error}); give a file, or the template itself") from error
+        raise ConfigError(
+            f"model.chat_template: {path} is not a readable file ({error}); give a file, or the template itself"
+        ) from error

@@ -68,15 +68,17 @@ class TurnReader:
         written = self._template.render(messages, prompt=False)
         if not written.startswith(head):
             raise RenderError(
-                f"{self._template.name} does not write the assistant's turn where a generation would begin it, so the turn cannot "
-                f"be taught. {difference(head, written, 'where a generation begins', 'with the turn')}"
+                f"{self._template.name} does not write the assistant's turn where a generation would begin it, so the turn "
+                f"cannot be taught. {difference(head, written, 'where a generation begins', 'with the turn')}"
             )
         body = written[len(head) :]
         end = self._tokens.find_end(body)
         if end is None:
             return body, None
         if rest := body[end.end() :].strip():
-            raise RenderError(f"{self._template.name} writes {rest[:SHOWN]!r} after the stop token of the turn, where nothing is read")
+            raise RenderError(
+                f"{self._template.name} writes {rest[:SHOWN]!r} after the stop token of the turn, where nothing is read"
+            )
         return body[: end.start()], end[0]
 
     def _turn(self, messages: list[Message], place: int, after: int | None) -> SpokenTurn:
@@ -129,9 +131,16 @@ class TurnReader:
             )
 
 
+def common_start(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    if one.startswith(other):
+        return len(other)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def difference(ours: str, theirs: str, ours_is: str, theirs_is: str) -> str:
     """A sentence that shows two texts around the first character in which they differ."""
     ours, theirs = ours.replace(MARK, ""), theirs.replace(MARK, "")
-    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    place = common_start(ours, theirs)
     shown = [f"{'...' if place > SHOWN else ''}{text[max(0, place - SHOWN) : place + SHOWN]}" for text in (ours, theirs)]
     return f"They differ at character {place}: {ours_is} it reads {shown[0]!r}, {theirs_is} it reads {shown[1]!r}"
