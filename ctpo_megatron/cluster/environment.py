@@ -18,7 +18,7 @@ import psutil
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.environment import KERNELS, Reader, check_environment, environment_of, in_force, variables
-from ctpo_megatron.errors import InputError
+from ctpo_megatron.errors import InputError, storing
 
 RECORD = "environment.json"
 
@@ -53,7 +53,8 @@ def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], r
         record[reader] = {
             name: {"value": value, "why": reasons.get((name, value), "set by the user")} for name, value in sorted(of.items())
         }
-    (run_dir / RECORD).write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
+    with storing(run_dir / RECORD):
+        (run_dir / RECORD).write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
 
 
 def node_environment(device: str, address: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ async def eval_job(config: RunConfig) -> None:
         raise ConfigError("data.eval is not set; give the file to evaluate on")
     shape = read_model(config)
     chat = ChatTokenizer(config.model.path)
-    prompts = load_prompts(config.data.eval, config, chat)
+    prompts = load_prompts(config.data.eval, config, chat, print_sentence)
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)
     async with (

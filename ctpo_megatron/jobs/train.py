@@ -21,7 +21,7 @@ from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.record.events import Emit, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
+from ctpo_megatron.record.events import Emit, Event, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
@@ -44,13 +44,16 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     shape = read_model(config)
     check_servers(config, shape)
     chat = ChatTokenizer(config.model.path)
-    prompts = load_prompts(config.data.train, config, chat)
-    held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
+    read: list[Event] = []  # told when there is a run directory to write them down in
+    prompts = load_prompts(config.data.train, config, chat, read.append)
+    held_out = load_prompts(config.data.eval, config, chat, read.append) if config.data.eval else []
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
     try:
         resumable = _checkpoint_to_resume(config, resume, events)
         run_dir = prepare_run_dir(config)
+        for event in read:
+            events(event)
         stop.listen(lambda signal: events(StopAsked(signal)))
         total = config.train.steps * config.train.optimizer_steps
         async with (

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from ctpo_megatron.errors import ModelError
+from ctpo_megatron.errors import ModelError, RenderError
 
 # stand-ins that the template is rendered with once, to find what it writes around them
 _ASSISTANT, _TOOL = "assistantsaysthis", "toolsaysthis"
@@ -43,6 +44,12 @@ class ChatTokenizer:
         """Token ids of `messages`, generation prompt included."""
         return self._encode(self._render(list(messages)))
 
+    def prompt_lengths(self, conversations: Sequence[Sequence[dict[str, Any]]]) -> list[int]:
+        """Number of tokens that `prompt_ids` gives each of `conversations`; many at once are quicker than one by one."""
+        texts = [self._render(list(messages)) for messages in conversations]
+        encoded = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=False, return_attention_mask=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
     def assistant_ids(self, text: str) -> list[int]:
         """Token ids of an assistant's turn, its end token included."""
         return [*self._encode(text, plain=True), self._end_id]
@@ -53,6 +60,16 @@ class ChatTokenizer:
         Names of special tokens in `text` stay plain text, so a program cannot write turns of the conversation.
         """
         return [*self._before_tool, *self._encode(text, plain=True), *self._after_tool]
+
+    def demonstration(self, messages: Sequence[dict[str, Any]], start: int) -> tuple[list[int], list[tuple[str, list[int]]]]:
+        """Token ids of the prompt messages[:start], and (role, ids) of what follows. Raises RenderError for keys besides text."""
+        parts = []
+        for message in messages[start:]:
+            for key in message.keys() - {"role", "content", "name", "tool_call_id"}:
+                raise RenderError(f"a message has {key!r}, which would be lost; write it into its content")
+            encode = self.assistant_ids if message["role"] == "assistant" else self.tool_ids
+            parts.append((message["role"], encode(message["content"])))
+        return self.prompt_ids(messages[:start]), parts
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`, with or without special tokens. For tools, rewards and people only."""
