@@ -26,6 +26,7 @@ Every key of a run's YAML file, written by `tools/config_reference.py` from the 
 - Unknown keys are refused, with the nearest known one named. All mistakes are reported at once.
 - On the command line: `ctpo train CONFIG dotted.key=value ...`; values are YAML, and the last one wins.
 - `${dotted.key}` stands for the value of another key.
+- A path may begin with `~` or `~user`, for a home directory.
 - `extends: other.yaml` starts from another file, named relative to this one; the keys of this file go on top.
 - Where a section has a `type`, changing it starts that section anew. A section without `type` keeps that of its default.
 - `RUN_DIR/config.yaml` holds the configuration of a run with every default written out, and can be run again.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 
 
 class ChatConfig(Section):
@@ -28,7 +28,7 @@ class ChatConfig(Section):
 class ModelConfig(ChatConfig):
     """A model in Hugging Face format."""
 
-    path: str
+    path: FilePath
     """Directory with config.json, *.safetensors and the tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of training and generation. auto: bfloat16 on GPUs, float32 on a CPU."""

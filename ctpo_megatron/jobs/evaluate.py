@@ -26,7 +26,7 @@ async def eval_job(config: RunConfig) -> None:
     check_rollouts(config, shape, Path(config.model.path))
     chat = ChatTokenizer(config.model.path, config.model)
     check_own_tokens(chat, shape)
-    prompts = load_prompts(config.data.eval, config, chat)
+    prompts = load_prompts(config.data.eval, config, chat, print_sentence)
     check_prompt_tokens(prompts, config.data.eval, chat, shape, Path(config.model.path))
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.data.packing import longest_sample
 from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
-from ctpo_megatron.errors import ConfigError, DataError, RenderError
+from ctpo_megatron.data.sft import LengthLimit, read_demonstrations
+from ctpo_megatron.errors import ConfigError, DataError, RenderError, StorageError, out_of_space, storage_words
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.rollout.chat import ChatTokenizer
-from ctpo_megatron.types import Prompt
+from ctpo_megatron.types import Prompt, TrainSample
 
 
 def read_model(config: RunConfig) -> ModelShape:
@@ -25,9 +28,12 @@ def read_model(config: RunConfig) -> ModelShape:
     return shape
 
 
-def load_prompts(path: str, config: RunConfig, chat: ChatTokenizer) -> list[Prompt]:
-    """The prompts of a file, none of them too long, and all of them such that the chat template can go on from them."""
-    prompts = read_prompts(path, system_prompt=config.data.system_prompt)
+def load_prompts(path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard) -> list[Prompt]:
+    """The prompts of a file, none of them too long, and all of them such that the chat template can go on from them.
+
+    `emit` hears what was read and what was not used.
+    """
+    prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit)
     check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
     check_prompt_lengths(prompts, chat, max_tokens=config.data.max_prompt_tokens, path=path)
     return prompts
@@ -50,11 +56,24 @@ def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, tu
             raise DataError(f"{path} row {prompt.index}: {error}") from error
 
 
+def load_demonstrations(config: RunConfig, chat: ChatTokenizer, emit: Emit = discard) -> list[TrainSample]:
+    """The demonstrations of data.train, none of them too long for a micro-batch; `emit` hears what was read."""
+    per_rank, cp = config.train.max_tokens_per_micro_batch, config.parallel.cp
+    words = f"train.max_tokens_per_micro_batch = {per_rank}" + (f" on each of parallel.cp = {cp} ranks" if cp > 1 else "")
+    limit = LengthLimit(longest_sample(config.parallel, per_rank), words)
+    return read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt, limit=limit, emit=emit)
+
+
 def prepare_run_dir(config: RunConfig) -> Path:
     """Make RUN_DIR with the resolved configuration in it."""
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={config.run_dir} is a file; give a directory")
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config))
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        if out_of_space(error):
+            raise StorageError(storage_words(error, run_dir)) from error
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {storage_words(error)}") from error
     return run_dir.resolve()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.data.sft import read_demonstrations
 from ctpo_megatron.jobs.agreement import check_demonstrations
-from ctpo_megatron.jobs.inputs import prepare_run_dir, read_model
+from ctpo_megatron.jobs.inputs import load_demonstrations, prepare_run_dir, read_model
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.record import Recorder, write_summary
+from ctpo_megatron.record.events import print_sentence
 from ctpo_megatron.rollout.chat import ChatTokenizer
 
 
@@ -21,7 +21,7 @@ async def sft_job(config: RunConfig) -> None:
     begun = time.monotonic()
     shape = read_model(config)
     chat = ChatTokenizer(config.model.path, config.model)
-    samples = read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt)
+    samples = load_demonstrations(config, chat, print_sentence)
     check_demonstrations(samples, config.data.train, chat, shape)
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"

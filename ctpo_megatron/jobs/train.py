@@ -22,7 +22,7 @@ from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.record.events import Emit, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
+from ctpo_megatron.record.events import Emit, Event, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
@@ -46,15 +46,18 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     check_training(config, shape, Path(config.model.path))
     chat = ChatTokenizer(config.model.path, config.model)
     check_own_tokens(chat, shape)
-    prompts = load_prompts(config.data.train, config, chat)
-    held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
-    for path, read in ((config.data.train, prompts), (config.data.eval, held_out)):
-        check_prompt_tokens(read, path, chat, shape, Path(config.model.path))
+    read: list[Event] = []  # told when there is a run directory to write them down in
+    prompts = load_prompts(config.data.train, config, chat, read.append)
+    held_out = load_prompts(config.data.eval, config, chat, read.append) if config.data.eval else []
+    for path, of in ((config.data.train, prompts), (config.data.eval, held_out)):
+        check_prompt_tokens(of, path, chat, shape, Path(config.model.path))
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
     try:
         resumable = _checkpoint_to_resume(config, resume, events)
         run_dir = prepare_run_dir(config)
+        for event in read:
+            events(event)
         stop.listen(lambda signal: events(StopAsked(signal)))
         total = config.train.steps * config.train.optimizer_steps
         async with (

@@ -7,6 +7,7 @@ manifest commits both (`checkpoints.files`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from ctpo_megatron.checkpoints.files import RUN, all_checkpoints, begin_checkpoint, prune, read_manifest, set_aside, step_of
 from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.config.train import CheckpointConfig
-from ctpo_megatron.errors import CheckpointError, CtpoError, DamagedCheckpoint, InputError
+from ctpo_megatron.errors import CheckpointError, CtpoError, DamagedCheckpoint, InputError, StorageError
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit
@@ -62,7 +63,8 @@ class Checkpoints:
         try:
             await self.settle()
         except (CtpoError, OSError) as error:
-            self._emit(CheckpointLost(str(error)))
+            with contextlib.suppress(StorageError):  # the log may be on the disk that is full
+                self._emit(CheckpointLost(str(error)))
 
     async def _finish(self, step: int, begun: float) -> None:
         await self._trainer.settle()

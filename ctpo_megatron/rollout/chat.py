@@ -62,6 +62,10 @@ class ChatTokenizer:
         """Token ids of `messages`, generation prompt included. Raises RenderError where the template cannot write them."""
         return self._tokens.ids(self._template.render(self._forms.fitting(messages), prompt=True))
 
+    def prompt_lengths(self, conversations: Sequence[Sequence[Message]]) -> list[int]:
+        """Number of tokens that `prompt_ids` gives each of `conversations`; many at once are quicker than one by one."""
+        return self._tokens.lengths([self._template.render(self._forms.fitting(each), prompt=True) for each in conversations])
+
     def assistant_ids(self, text: str) -> list[int]:
         """Token ids of an assistant's turn of plain `text`, its end token included."""
         return [*self._tokens.plain_ids(text), self._tokens.ends[self._end]]

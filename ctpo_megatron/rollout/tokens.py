@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from ctpo_megatron.errors import RenderError
@@ -36,6 +37,13 @@ class Tokens:
             else:
                 run += piece
         return [*ids, *self._encode(run)]
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Number of ids of each text; many at once are quicker than one by one."""
+        if any(MARK in text for text in texts):
+            return [len(self.ids(text)) for text in texts]
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=False, return_attention_mask=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
     def ids_after(self, before: str, text: str) -> list[int]:
         """Ids of `text` where it follows `before`; where a token would reach over the seam, those of `text` alone."""
