@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -100,6 +100,24 @@ def plan(
         from ctpo_megatron.jobs.rehearse import rehearse_job
 
         rehearse_job(loaded, config, model_config, rank)
+
+
+@app.command()
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, help="rows to show as the model sees them")] = 2,
+    use: Annotated[
+        Literal["train", "sft"] | None, typer.Option("--as", help="the command that is to read it; default: told by the columns")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print all that was found as JSON, and nothing else")] = False,
+) -> None:
+    """What a run would train on: rows, lengths, duplicates, known answers, samples as the model sees them; exit code 2 when it
+    would be refused."""
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.data import data_job
+
+    data_job(load_config(config, overrides or []), config, use=use, samples=samples, as_json=as_json)
 
 
 convert_app = typer.Typer(

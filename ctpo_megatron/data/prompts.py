@@ -78,21 +78,34 @@ def _key(messages: Conversation) -> Any:
 
 
 def check_prompt_lengths(prompts: Sequence[Prompt], tokenizer: PromptTokenizer, *, max_tokens: int, path: str | Path) -> None:
-    """Raise DataError, naming the first prompts of `path` that are longer than `max_tokens`, and how many there are.
+    """Raise DataError as `prompt_lengths` and `refuse_long` do."""
+    refuse_long(prompt_lengths(prompts, tokenizer, path), max_tokens=max_tokens, path=path)
 
-    Also where the chat template cannot write one. Conversations that prompts share are looked at once.
+
+def prompt_lengths(prompts: Sequence[Prompt], tokenizer: PromptTokenizer, path: str | Path) -> list[int]:
+    """Tokens of each of the `prompts`, which are those of the file `path`; conversations that they share are looked at once.
+
+    Raises DataError, naming the row, where the chat template cannot write one.
     """
     distinct: dict[int, Prompt] = {}
     for prompt in prompts:
         distinct.setdefault(id(prompt.messages), prompt)
     lengths = dict(zip(distinct, _lengths(list(distinct.values()), tokenizer, path), strict=True))
-    if max(lengths.values(), default=0) <= max_tokens:
+    return [lengths[id(prompt.messages)] for prompt in prompts]
+
+
+def refuse_long(lengths: Sequence[int], *, max_tokens: int, path: str | Path) -> None:
+    """Raise DataError, naming the first prompts of `path` that are longer than `max_tokens`, and how many there are.
+
+    `lengths` are the tokens of all of its rows.
+    """
+    if max(lengths, default=0) <= max_tokens:
         return
-    long = [(prompt.index, length) for prompt in prompts if (length := lengths[id(prompt.messages)]) > max_tokens]
+    long = [(row, length) for row, length in enumerate(lengths) if length > max_tokens]
     others = ""
     if len(long) > 1:
         named = listed([f"{index} ({length:,} tokens)" for index, length in long])
-        others = f" {len(long):,} of {len(prompts):,} rows are too long, counted from 0: {named}."
+        others = f" {len(long):,} of {len(lengths):,} rows are too long, counted from 0: {named}."
     raise DataError(
         f"{path} row {long[0][0]}: the prompt has {long[0][1]} tokens; allowed: data.max_prompt_tokens = {max_tokens}.{others} "
         f"Raise that limit or remove the row{'s' if len(long) > 1 else ''}."

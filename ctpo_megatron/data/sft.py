@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,15 +44,17 @@ def read_demonstrations(
     system_prompt: str | None = None,
     limit: LengthLimit | None = None,
     emit: Emit = discard,
+    hear: Callable[[TrainSample], None] | None = None,
 ) -> list[TrainSample]:
     """All rows of a .parquet or .jsonl file with a column `messages`: a prompt, then assistant and tool turns.
 
     Each assistant turn is masked in with its end token and advantage 1.0, everything else is masked out. The prompt is all
     up to the last user message. Raises DataError, naming the rows, where some are not of that form, longer than `limit`, or hold
-    what the chat template does not write. `emit` hears what was read.
+    what the chat template does not write. `emit` hears what was read, and `hear` of each row that can be written, however long.
     """
     table, complaints = Table(path, COLUMNS, at_once=AT_ONCE), Complaints(path)
     samples: list[TrainSample] = []
+    row = 0
     known: set[str] = set()
     with closing(table.batches()) as batches:
         for batch in batches:
@@ -60,17 +62,24 @@ def read_demonstrations(
                 place, messages = batch.place(number), batch.rows[distinct]["messages"]
                 known.add(repr(messages))
                 try:
-                    sample = _sample(place, len(samples), messages, chat, system_prompt)
+                    sample = as_sample(place, row, *as_conversation(place, messages, system_prompt), chat)
+                    if hear is not None:
+                        hear(sample)
                     _check_length(place, sample, limit)
                     samples.append(sample)
                 except DataError as error:
                     complaints.add(str(error))
-    complaints.settle(table.rows)
+                row += 1
     emit(DataRead(str(path), table.rows, len(known), ", ".join(table.ignored)))
+    complaints.settle(table.rows)
     return samples
 
 
-def _sample(place: str, index: int, found: Any, chat: ChatEncoder, system_prompt: str | None) -> TrainSample:
+def as_conversation(place: str, found: Any, system_prompt: str | None) -> tuple[tuple[Message, ...], int]:
+    """Returns what a cell of the column `messages` holds as a conversation, and where in it the assistant begins to be taught.
+
+    `system_prompt` comes before a conversation without a system message. Raises DataError where it is of another form.
+    """
     messages = check_messages(place, "messages", found, ROLES)
     roles = [message["role"] for message in messages]
     if "user" not in roles:
@@ -82,12 +91,16 @@ def _sample(place: str, index: int, found: Any, chat: ChatEncoder, system_prompt
             f"{place}: after the last user message come {', '.join(roles[start:]) or 'no messages'}; "
             "needed: assistant, then any number of (tool, assistant)"
         )
-    prompt = messages[:start]
     if system_prompt is not None and "system" not in roles:
-        prompt = ({"role": "system", "content": system_prompt}, *prompt)
+        return ({"role": "system", "content": system_prompt}, *messages), start + 1
+    return messages, start
+
+
+def as_sample(place: str, row: int, messages: Sequence[Message], start: int, chat: ChatEncoder) -> TrainSample:
+    """Returns the conversation as tokens; taught is what the assistant says from messages[start] on. Its group is its row."""
     with rendering(place):
-        prompt_ids, parts = chat.demonstration([*prompt, *messages[start:]], len(prompt))
-    return build_sample(prompt_ids, [_turn(role == "assistant", ids) for role, ids in parts], 1.0, index)
+        prompt_ids, parts = chat.demonstration(messages, start)
+    return build_sample(prompt_ids, [_turn(role == "assistant", ids) for role, ids in parts], 1.0, row)
 
 
 def _turn(wrote: bool, ids: list[int]) -> Turn:
