@@ -12,7 +12,7 @@ Kind = Literal["train", "sft"]  # the command that reads such a file
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Returns "sft" for a file of demonstrations, otherwise "train"; that too where it cannot be read, which its reader will say."""
+    """Returns "sft" for a file of demonstrations, otherwise "train". A file that cannot be read is left to its reader."""
     names = set(_column_names(Path(path)))
     return "sft" if names.issuperset(sft.COLUMNS) and not names.issuperset(prompts.COLUMNS) else "train"
 

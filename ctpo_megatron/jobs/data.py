@@ -50,10 +50,22 @@ def data_job(
         print()
     else:
         console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-        for part in report(found):
-            console.print(part)
+        _print(found, console)
     if problem is not None:
         raise problem
+
+
+def _print(found: Findings, console: Console) -> None:
+    """Print the report; into a file without the blanks that fill lines up."""
+    if console.is_terminal:
+        for part in report(found):
+            console.print(part)
+        return
+    with console.capture() as captured:
+        for part in report(found):
+            console.print(part)
+    for line in captured.get().splitlines():
+        console.out(line.rstrip(), highlight=False)
 
 
 def begin(config: RunConfig, where: Path, use: Kind) -> Findings:

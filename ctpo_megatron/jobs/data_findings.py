@@ -32,7 +32,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class ModelFound:
-    """What matters of a model for reading data. `continuation`: how a conversation goes on after a prompt, with a tool or without.
+    """What matters of a model for reading data. `continuation`: how a conversation goes on after a prompt.
 
     In it, a part of the assistant or of a tool whose text is empty stands for what they will say.
     """

@@ -21,8 +21,9 @@ COMMANDS = {"train": "ctpo train", "sft": "ctpo sft"}
 UNSAID = {"assistant": "(what the model writes)", "tool": "(what its program prints)"}
 LONGEST_TEXT, HEAD, TAIL = 1200, 800, 300  # characters of a part, of which longer ones show the beginning and the end
 MOST_LINES, FIRST_LINES, LAST_LINES = 14, 9, 4
-SHORT = 60  # characters of a value that is quoted within a line
+SHORT = 40  # characters of a value that is quoted within a line
 WARNING = "yellow"
+RUN = "a run"
 
 
 def report(found: Findings) -> Iterator[RenderableType]:
@@ -37,7 +38,8 @@ def report(found: Findings) -> Iterator[RenderableType]:
     for file in found.files:
         for number, sample in enumerate(file.samples):
             goes_on = found.model.continuation if found.model is not None and file.use == "train" and number == 0 else ()
-            yield _sample(file, sample, goes_on)
+            yield _title(file, sample)
+            yield _sample(sample, goes_on)
             yield ""
     yield _verdict(found)
 
@@ -76,14 +78,18 @@ def _lengths(files: Sequence[FileFound]) -> Table:
 
 
 def _facts(found: Findings) -> Table:
-    """Lines of a label and what is said under it."""
+    """Lines of a label and what is said under it; what holds for several files alike is said once."""
     table = Table.grid(padding=(0, 3, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
-    for file in found.files:
-        name = f"{Path(file.path).name}: " if len(found.files) > 1 else ""
-        for label, line, style in _file_facts(found, file):
-            table.add_row(label, Text(name + line, style=style))
+    facts = [(label, line, style, file) for file in found.files for label, line, style in _file_facts(found, file)]
+    told = {(label, line): style for label, line, style, _ in facts}
+    for label in dict.fromkeys(label for label, _ in told):
+        lines = [line for other, line in told if other == label]
+        for number, line in enumerate(lines):
+            files = [file for other, said, _, file in facts if (other, said) == (label, line)]
+            name = "" if len(files) == len(found.files) or label == RUN else f"{Path(files[0].path).name}: "
+            table.add_row("" if number else label, Text(name + line, style=told[label, line]))
     if found.model is not None:
         for label, line in _model_facts(found.model, found):
             table.add_row(label, Text(line))
@@ -103,19 +109,20 @@ def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, st
         yield from _answers(file.answers)
     if file.use != "eval":
         times = found.steps * found.rows_per_step / file.rows
-        yield "a run", f"{found.steps:,} steps of {found.rows_per_step:,} rows: {times:,.2g} times through the file", ""
+        often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+        yield RUN, f"{found.steps:,} steps of {found.rows_per_step:,} rows: {often} times through the file", ""
 
 
 def _repeats(file: FileFound) -> Iterator[tuple[str, str, str]]:
     again = file.rows - file.different
     if file.use == "sft":
         if again:
-            yield "duplicates", f"{again:,} rows repeat an earlier one", WARNING
+            yield "duplicates", f"{again:,} of {file.rows:,} rows repeat an earlier one", WARNING
         return
     repeats = file.repeats
     if again and repeats is not None:
         most = f"; row {repeats.most_row} most often, {repeats.most:,} times"
-        yield "duplicates", f"{again:,} rows ask what an earlier one asks{most}", WARNING
+        yield "duplicates", f"{again:,} of {file.rows:,} rows ask what an earlier one asks{most}", WARNING
     if repeats is not None and repeats.contradictions:
         pairs = listed([f"{first} and {other}" for first, other in repeats.contradictions])
         yield "contradictions", f"{_count(repeats.contradictions, 'question')} with different answers: rows {pairs}", WARNING
@@ -128,9 +135,9 @@ def _answers(answers: GoldAnswers) -> Iterator[tuple[str, str, str]]:
     total = answers.different
     good = total - len(answers.rejected)
     words = f"all {total:,} different ones are" if good == total else f"{good:,} of {total:,} different ones are"
-    kinds = f"; {answers.numbers:,} are numbers" if answers.others else "; all are numbers"
+    kinds = "; all are numbers"
     if answers.others:
-        kinds += f", {len(answers.others):,} are not: {listed([_short(other) for other in answers.others])}"
+        kinds = f"; {answers.numbers:,} are numbers, {len(answers.others):,} are not: {listed(list(map(_short, answers.others)))}"
     yield "answers", f"{words} accepted by their own grader, put in a box{kinds}", WARNING if answers.rejected else ""
     for rejected in answers.rejected[:10]:
         rows = listed([f"{row:,}" for row in rejected.rows])
@@ -149,12 +156,14 @@ def _model_facts(model: ModelFound, found: Findings) -> Iterator[tuple[str, str]
         yield "system prompt", _short(found.system_prompt)
 
 
-def _sample(file: FileFound, sample: Rendered, goes_on: Sequence[Part]) -> Table:
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.title_justify, table.title_style = "left", "bold"
+def _title(file: FileFound, sample: Rendered) -> Text:
     trained = f", of which {sample.trained:,} are trained on" if sample.trained else ""
     answer = "" if sample.answer is None else f"; answer: {_short(sample.answer)}"
-    table.title = Text(f"{Path(file.path).name}, row {sample.row}: {sample.tokens:,} tokens{trained}{answer}")
+    return Text(f"{Path(file.path).name}, row {sample.row}: {sample.tokens:,} tokens{trained}{answer}", style="bold")
+
+
+def _sample(sample: Rendered, goes_on: Sequence[Part]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold green")
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -1,4 +1,4 @@
-"""Whether known answers are accepted by their own grader: each is put in a box, as a model would answer, and judged as in a run."""
+"""Whether known answers are accepted by their own grader: each is judged as in a run, put in a box as a model would."""
 
 from __future__ import annotations
 
