@@ -2,8 +2,8 @@
 
     python tools/bench_verdicts.py [tests/data/verdicts.jsonl ...]
 
-Each line of a file is {"kind": ..., "gold": ..., "given": ..., "equal": true or false}. A pair counts as right where both orders of
-its two answers get the verdict `equal`. math-verify's defaults are its `parse` and `verify` of both answers in a box.
+Each line of a file is {"kind": ..., "gold": ..., "given": ..., "equal": true or false}. A pair counts as right where both orders
+of its two answers get the verdict `equal`. math-verify's defaults are its `parse` and `verify` of both answers in a box.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ Tool = Annotated[PythonTool | CalculatorTool, Field(discriminator="type")]
 
 
 class MathReward(Section):
-    r"""1.0 where the last \boxed{} equals the answer (math-verify's notion of equality), else 0.0."""
+    r"""1.0 where the last \boxed{} equals the answer by the rules of docs/rewards.md, else 0.0."""
 
     type: Literal["math"] = "math"
     timeout_s: PositiveFloat = 5.0

@@ -78,6 +78,15 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\A- +", "-"),
     )
 )
+_MULTIPLE = re.compile(r"(?<=[\d}])\s*(\\text\{\s*)?(hundred|thousand|million|billion|trillion|dozen)(?![a-z])")
+_MULTIPLES = {
+    "hundred": "10^{2}",
+    "thousand": "10^{3}",
+    "million": "10^{6}",
+    "billion": "10^{9}",
+    "trillion": "10^{12}",
+    "dozen": "12",
+}
 _DELIMITERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
 _BOX = re.compile(r"\\f?boxed\{(.*)\}", re.DOTALL)
 _FONT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit|bm|boldsymbol)\{")
@@ -93,7 +102,8 @@ def tidy(text: str) -> str:
     text = _bare(text.translate(_TRANSLATION))
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    return _without_end(text.strip())
+    text = _MULTIPLE.sub(lambda found: f"\\times {_MULTIPLES[found[2]]}" + ("\\text{" if found[1] else ""), text)
+    return _without_end(text.replace("\\text{}", "").strip())
 
 
 def _bare(text: str) -> str:

@@ -20,7 +20,7 @@ _SCIENTIFIC = re.compile(
 )
 _POWER_OF_TEN = re.compile(rf"{_SIGN}10\^(?:{{(?P<braced>[+-]?\d+)}}|(?P<exponent>[+-]?\d+))")
 _RATIO = re.compile(
-    rf"{_SIGN}(?:(?P<whole>\d+) ?(?:\+)??)??(?:\\frac{{(?P<over>-?(?:{_PLAIN}))}}{{(?P<under>-?(?:{_PLAIN}))}}"
+    rf"{_SIGN}(?:(?P<whole>\d+)[ +]?)??(?:\\frac{{(?P<over>-?(?:{_PLAIN}))}}{{(?P<under>-?(?:{_PLAIN}))}}"
     rf"|(?P<left>{_GROUPED}|{_PLAIN})/(?P<right>{_GROUPED}|{_PLAIN}))"
 )
 _BASED = re.compile(
@@ -132,12 +132,15 @@ def _based(text: str) -> Numeral | None:
     match = _BASED.fullmatch(text)
     if match is None:
         return None
-    base = _BASES.get(match["word"], 0) if match["word"] and not match["word"].isdigit() else 0
-    base = base or int(match["base"] or match["named"] or (match["word"] if (match["word"] or "").isdigit() else 0))
+    named = match["word"] or match["base"] or match["named"]
+    base = int(named) if named.isdigit() else _BASES.get(named, 0)
+    if not 2 <= base <= 36:
+        return None
     try:
-        return _signed(match["sign"], Numeral(Fraction(int(match["digits"].replace(" ", ""), base)), False)) if base > 1 else None
+        value = int(match["digits"].replace(" ", ""), base)
     except ValueError:  # a digit that the base lacks
         return None
+    return _signed(match["sign"], Numeral(Fraction(value), False))
 
 
 def _decimal(digits: str) -> Numeral:

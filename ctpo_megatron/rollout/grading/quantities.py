@@ -61,6 +61,7 @@ _SPEEDS = {"miles per hour": "mph", "mi/h": "mph", "miles/hour": "mph", "kilomet
 _SYMBOLS_THAT_ARE_LETTERS = {"m", "g", "s", "h", "l", "L", "N", "J", "W"}  # behind a number only in \text{} or after a space
 _MONEY = re.compile(r"(-?)\s*(\\\$|\$|€|£|₹|\\text\{\s*\\?\$\s*\})\s*(.+)")
 _TEXT_UNIT = re.compile(r"(?P<amount>.*[\d)}a-zA-Z])\s*\\text\{(?P<unit>[^{}\\]*)\}\s*(?:\^\{?(?P<power>\d)\}?)?", re.DOTALL)
+_UNIT_NAME = re.compile(r"[^\W\d_][^\d,;]{0,40}[23]?|[$€£₹¢°]\w?")  # no second number, as in 12 \text{ or 13}
 _WORD_UNIT = re.compile(
     r"(?P<amount>.*[\d)}])(?P<gap>\s*)(?P<unit>[a-zA-Z$€£₹¢][a-zA-Z/ .]*)(?:\^\{?(?P<power>\d)\}?)?", re.DOTALL
 )
@@ -89,7 +90,7 @@ def read_quantity(text: str) -> Quantity:
 def _with_words(text: str) -> Quantity:
     match = _TEXT_UNIT.fullmatch(text)
     if match is not None:
-        if not _words(match["unit"]) or not _measurable(match["amount"]):
+        if not _UNIT_NAME.fullmatch(match["unit"].strip()) or not _measurable(match["amount"]):
             return Quantity(text, None)
         return Quantity(match["amount"].strip(), _unit(match["unit"], match["power"]))
     match = _WORD_UNIT.fullmatch(text)

@@ -31,6 +31,7 @@ _NAME = re.compile(
 )
 _LETTER = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?")
 _COMMANDS = re.compile(r"\\(?:frac|sqrt|cdot|times|pi|left|right|binom|sin|cos|tan|log|ln)(?![a-zA-Z])")
+MAX_NESTING = 50  # brackets within brackets; a text with more is no list of anything
 FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le"}
 
 
@@ -102,7 +103,17 @@ Answer = Value | Equation | Calculation | Ratio | Sequence | Interval | Union | 
 @lru_cache(maxsize=1024)
 def read_answer(text: str) -> Answer:
     """Returns what `text` is made of."""
-    return _read(tidy(text))
+    text = tidy(text)
+    return _read(text) if _nesting(text) <= MAX_NESTING else Value(text)
+
+
+def _nesting(text: str) -> int:
+    """How many brackets are open at once, at most."""
+    depth = deepest = 0
+    for letter in text:
+        depth += (letter in _OPENING) - (letter in _ENDING)
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def split(text: str, separators: str) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from ctpo_megatron.rollout.grading.numerals import Numeral, close, plain_numerals, read_numeral
-from ctpo_megatron.rollout.grading.quantities import DEGREE, PERCENT, Quantity, Unit, read_quantity
+from ctpo_megatron.rollout.grading.quantities import DEGREE, PERCENT, Quantity, read_quantity
 from ctpo_megatron.rollout.grading.structure import (
     Answer,
     Calculation,
@@ -90,10 +90,14 @@ class _Comparison:
             return self._converted(ours, theirs)
         if self._amounts(ours.amount, theirs.amount):
             return True
-        return any(
-            each.unit is not None and each.unit.kind in (PERCENT, DEGREE) and self._amounts(_plain(each), rest.amount)
-            for each, rest in ((ours, theirs), (theirs, ours))
-        )
+        return any(self._without_sign(each, rest) for each, rest in ((ours, theirs), (theirs, ours)))
+
+    def _without_sign(self, signed: Quantity, plain: Quantity) -> bool:
+        """Whether `plain`, which has no unit, is the percentage `signed` as a share of one, or its degrees in radians."""
+        kind = None if signed.unit is None else signed.unit.kind
+        if kind == PERCENT:
+            return self._amounts(plain.amount, signed.amount, factor=Fraction(1, 100))
+        return kind == DEGREE and self._amounts(plain.amount, _radians(signed))
 
     def _amounts(self, left: str, right: str, *, factor: Fraction = Fraction(1)) -> bool:
         """Whether left = right times `factor`."""
@@ -112,9 +116,7 @@ class _Comparison:
         if len(kinds) == 1:
             return self._amounts(left.amount, right.amount, factor=right.unit.factor / left.unit.factor)
         if kinds == {DEGREE, "angle"}:
-            return self._amounts(
-                *(_plain(each) if each.unit and each.unit.kind == DEGREE else each.amount for each in (left, right))
-            )
+            return self._amounts(_radians(left), _radians(right))
         return False
 
     def _equations(self, left: Equation, right: Equation) -> bool:
@@ -235,12 +237,8 @@ def _distinct_names(sequence: Sequence) -> bool:
     return len(names) == len(sequence.items) and len(set(names)) > 1
 
 
-def _plain(quantity: Quantity) -> str:
-    """A percentage as a fraction of one, degrees as radians."""
+def _radians(quantity: Quantity) -> str:
+    """Degrees as radians; another angle as it is."""
     if quantity.unit is not None and quantity.unit.kind == DEGREE:
         return f"({quantity.amount})\\cdot\\frac{{\\pi}}{{180}}"
-    number = read_numeral(quantity.amount)
-    if number is None:
-        return f"\\frac{{{quantity.amount}}}{{100}}"
-    value = number.value * (quantity.unit or Unit(PERCENT, Fraction(1))).factor
-    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
+    return quantity.amount
