@@ -78,7 +78,8 @@ class EngineConfig(Section):
     """How long one generation may take, waiting in the server's queue included, before it counts as failed and its server is
     suspended. `ctpo plan` says how fast a server must be for that. A server that dies is noticed at once."""
     extra_args: tuple[str, ...] = ()
-    """Further arguments for `sglang.launch_server`, passed as they are."""
+    """Further arguments for `sglang.launch_server`, passed as they are. `--json-model-override-args` is refused: the trainer
+    would not see it."""
 
     @property
     def tp_per_node(self) -> int:

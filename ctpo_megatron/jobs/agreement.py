@@ -34,6 +34,11 @@ def check_rollouts(config: RunConfig, shape: ModelShape, model: Path) -> None:
     tp = config.rollout.engine.tp
     if shape.num_heads % tp:
         raise ConfigError(f"rollout.engine.tp={tp} does not divide the {shape.num_heads} attention heads of {model}")
+    if shape.unserved:
+        raise ModelError(
+            f"{model}: config.json lacks {', '.join(shape.unserved)}, without which SGLang does not start. Write what the "
+            "published model of this architecture has there."
+        )
     check_context(shape, config.data, config.rollout)
     check_ordinary(tokens_beyond(model, shape.vocab_size), model, shape.vocab_size)
 

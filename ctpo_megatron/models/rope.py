@@ -2,7 +2,7 @@
 
 The trainer computes what transformers 5.19 does, the servers what SGLang 0.5.23 does. Both fill in absent keys by transformers'
 rules, but each reads keys that the other passes over. What they would read differently is refused, and so is every key that
-neither of them reads. tests/integration/test_rope_peers.py holds this against both.
+neither of them reads. tests/unit/models/test_rope.py holds this against both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALING_KEYS = {  # besides the common ones, by type
     ),
 }
 WITHIN = {key for keys in SCALING_KEYS.values() for key in keys} - {ORIGINAL}  # beside the settings these keys mean nothing
-MAY_BE_NULL = ("type", "attention_factor", "mscale", "mscale_all_dim")  # within the settings, for absent
+MAY_BE_NULL = ("type", "attention_factor")  # within the settings, for absent
 TOP_LEVEL = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rope_interleave", "qk_rope_head_dim")
 NEUTRAL = {"rope_interleaved": False, "rope_is_neox_style": True}  # of other software; allowed where they change nothing
 SAME_FACTOR = 1e-6  # relative; published factors are rounded
@@ -61,7 +61,10 @@ def read_rope(keys: Keys, *, types: tuple[str, ...] = ROPE_TYPES, partial: bool 
 
 
 def _check_top_level(keys: Keys) -> None:
-    """Refuse what looks like a setting of RoPE and is read by neither transformers nor SGLang, at least not from there."""
+    """Refuse what looks like a setting of RoPE and is read by neither transformers nor SGLang, at least not from there.
+
+    A switch that is off (use_mrope: false) is none.
+    """
     for key, value in keys.values.items():
         if value is None:
             continue
@@ -72,7 +75,7 @@ def _check_top_level(keys: Keys) -> None:
             )
         if key in NEUTRAL:
             keys.must_be(key, NEUTRAL[key])
-        elif ("rope" in key.lower() or "rotary" in key.lower()) and key not in TOP_LEVEL:
+        elif ("rope" in key.lower() or "rotary" in key.lower()) and key not in TOP_LEVEL and value is not False:
             hint = near_miss(key, TOP_LEVEL)
             raise ModelError(
                 f"{keys.where}: {key} = {value!r} is not a known setting of RoPE; known are {', '.join(TOP_LEVEL)}.{hint}"
@@ -121,11 +124,11 @@ def _either(keys: Keys, inner: Keys, key: str) -> float:
 
 def _original(keys: Keys, inner: Keys, kind: str) -> int:
     """The context before stretching. Neither transformers nor SGLang refuses its absence: they take the stretched one for it."""
-    if inner.values.get(ORIGINAL) is None and keys.values.get(ORIGINAL) is None:
+    if ORIGINAL not in inner.values:  # beside the settings it is read by transformers' models and not by SGLang's
         context = keys.values.get("max_position_embeddings")
         raise ModelError(
             f"{inner.where}: key {ORIGINAL!r} is missing. {kind} needs the context that the model had before it was stretched; "
-            f"without the key transformers and SGLang take max_position_embeddings = {context}. Write it down, whichever it is."
+            f"without the key they take max_position_embeddings = {context}. Write there which it is."
         )
     found = _either(keys, inner, ORIGINAL)
     if found != int(found):
@@ -172,7 +175,7 @@ def _attention_factor(inner: Keys, factor: float, latent: bool) -> float:
     def m(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0
 
-    given = {key: inner.get(key, float, 0.0) for key in ("mscale", "mscale_all_dim") if inner.values.get(key) is not None}
+    given = {key: inner.get(key, float) for key in ("mscale", "mscale_all_dim") if key in inner.values}
     mscale, all_dim = given.get("mscale", 1.0 if latent else 0.0), given.get("mscale_all_dim", 0.0)
     usual = m(given["mscale"]) / m(given["mscale_all_dim"]) if all(given.values()) and len(given) == 2 else m(1.0)
     trained = inner.positive("attention_factor", usual)

@@ -99,6 +99,7 @@ class ModelShape:
     experts: Experts | None = None
     mtp_layers: int = 0  # of multi-token prediction, numbered after the model's own in its files: never loaded
     context_key: str = "max_position_embeddings"  # of config.json, which says `max_positions`
+    unserved: tuple[str, ...] = ()  # keys that config.json lacks and SGLang does not start without
     dtype: str = "float32"  # number format of the stored weights, as config.json names it
 
     @property

@@ -15,6 +15,8 @@ from ctpo_megatron.models.keys import Keys
 from ctpo_megatron.models.rope import read_rope
 from ctpo_megatron.models.shape import LatentAttention, ModelShape
 
+SERVED_BY = ("moe_layer_freq", "scoring_func", "topk_method")  # published, and no part of transformers' class
+
 
 def _shape(keys: Keys) -> ModelShape:
     keys.must_be("attention_bias", False)
@@ -32,6 +34,7 @@ def _shape(keys: Keys) -> ModelShape:
         rope=read_rope(keys, types=("default", "yarn"), latent=True),
         experts=sigmoid_experts(keys),
         mtp_layers=mtp_layers(keys),
+        served_by=SERVED_BY,
     )
 
 

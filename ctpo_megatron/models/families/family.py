@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,8 @@ class Family:
 
     def keys(self, values: Mapping[str, Any], where: str) -> Keys:
         """Typed access to a config.json of this family."""
-        return Keys(values, where, {**COMMON_DEFAULTS, **self.defaults}, {**COMMON_NULLS, **self.nulls})
+        nulls = {key: value for key, value in COMMON_NULLS.items() if key not in self.defaults}
+        return Keys(values, where, {**COMMON_DEFAULTS, **self.defaults}, nulls | {**self.nulls})
 
 
 def model_shape(
@@ -60,8 +61,9 @@ def model_shape(
     rope: Rope,
     experts: Experts | None = None,
     mtp_layers: int = 0,
+    served_by: Sequence[str] = (),
 ) -> ModelShape:
-    """The shape, with what every family calls by the same keys."""
+    """The shape, with what every family calls by the same keys. `served_by`: keys that SGLang does not start without."""
     keys.must_be("hidden_act", "silu")
     keys.must_be("mlp_bias", False)
     context_key, positions = read_context(keys)
@@ -80,6 +82,7 @@ def model_shape(
         tie_embeddings=keys.get("tie_word_embeddings", bool),
         experts=experts,
         mtp_layers=mtp_layers,
+        unserved=tuple(key for key in served_by if key not in keys.values),
         dtype=str(keys.values.get("dtype") or keys.values.get("torch_dtype") or "float32"),
     )
 

@@ -38,12 +38,12 @@ class CanaryVerdicts:
         """
         if self._twice and not self._passed:
             raise WeightSyncError(
-                f"{self._twice}\nThe same weights, sent twice, led to the same difference, and no server has passed: sending them "
-                "again or starting servers again would not help, so the run ends here."
+                f"{self._twice}\nThe same weights, sent twice, led to the same difference, and no server has passed: sending "
+                "them again or starting servers again would not help, so the run ends here."
             )
 
     def metrics(self) -> dict[str, float]:
-        """The largest mean and the largest single difference of log-probs over all servers that passed; nothing where none has."""
+        """The largest mean and the largest single difference of log-probs over the servers that passed; empty where none has."""
         if not self._passed:
             return {}
         mean, largest = max(gap.mean for gap in self._passed), max(gap.largest for gap in self._passed)

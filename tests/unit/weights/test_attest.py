@@ -56,6 +56,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm4_moe": MIXTURE | SIGMOID | {"attention_bias": True, "topk_method": "noaux_tc", "head_dim": 8},
     "deepseek_v3": MIXTURE
     | SIGMOID
+    | {"n_group": 1, "topk_group": 1}
     | {"topk_method": "noaux_tc", "q_lora_rank": 12, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
     | {"v_head_dim": 5, "rope_interleave": True},
 }
