@@ -1,25 +1,46 @@
-"""The `ctpo` command. Exit codes: 0 done; 1 the run failed; 2 the input cannot be used; 130, 143 ended by Ctrl-C, SIGTERM."""
+"""The `ctpo` command. Exit codes: 0 done; 1 the run failed; 2 the input cannot be used; 130, 143 ended by Ctrl-C, SIGTERM.
+
+An error is one message. `--debug`, anywhere on the command line, shows the traceback too.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.errors import ConfigError, CtpoError
+from ctpo_megatron.config.sources import home_path
+from ctpo_megatron.errors import ConfigError, told
 from ctpo_megatron.jobs.stop import StopSignal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
-Config = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False)]
+DEBUG = "--debug"
+ERROR_FILE = "error.log"  # in RUN_DIR/logs: the traceback of what ended the run
+
+
+def _at_home(path: Path | None) -> Path | None:
+    return None if path is None else home_path(path)
+
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False, callback=_at_home)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, applied in order", show_default=False)]
+
+
+@app.callback()
+def options(
+    _debug: Annotated[bool, typer.Option(DEBUG, help="show the traceback of an error; may stand anywhere")] = False,
+) -> None:
+    """Options of every command; `main` looks at them."""
 
 
 @app.command()
@@ -32,7 +53,7 @@ def train(
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.train import train_job
 
-    _run(lambda stop: train_job(loaded, stop, resume=resume))
+    _run(loaded, lambda stop: train_job(loaded, stop, resume=resume))
 
 
 @app.command()
@@ -41,7 +62,7 @@ def sft(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.sft import sft_job
 
-    _run(lambda _stop: sft_job(loaded))
+    _run(loaded, lambda _stop: sft_job(loaded))
 
 
 @app.command("eval")
@@ -50,7 +71,7 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(lambda _stop: eval_job(loaded))
+    _run(loaded, lambda _stop: eval_job(loaded))
 
 
 @app.command()
@@ -60,7 +81,9 @@ def plan(
     gpu_gb: Annotated[float, typer.Option(min=1, help="memory of a GPU")] = 80.0,
     engine_gpu_gb: Annotated[float | None, typer.Option(min=1, help="of the servers' GPUs, where they differ")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="of the cluster's nodes")] = 8,
-    model_config: Annotated[Path | None, typer.Option(help="config.json of the model; default: that of model.path")] = None,
+    model_config: Annotated[
+        Path | None, typer.Option(help="config.json of the model; default: that of model.path", callback=_at_home)
+    ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="take one step of one rank without memory")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="to rehearse; default: the first of the fullest stage")] = None,
 ) -> None:
@@ -79,6 +102,24 @@ def plan(
         rehearse_job(loaded, config, model_config, rank)
 
 
+@app.command()
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(min=0, help="rows to show as the model sees them")] = 2,
+    use: Annotated[
+        Literal["train", "sft"] | None, typer.Option("--as", help="the command that is to read it; default: told by the columns")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print all that was found as JSON, and nothing else")] = False,
+) -> None:
+    """What a run would train on: rows, lengths, duplicates, known answers, samples as the model sees them; exit code 2 when it
+    would be refused."""
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.data import data_job
+
+    data_job(load_config(config, overrides or []), config, use=use, samples=samples, as_json=as_json)
+
+
 convert_app = typer.Typer(
     no_args_is_help=True, help="A model's weights in other formats; every tensor of the output is verified."
 )
@@ -89,8 +130,8 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 @convert_app.command("to-megatron")
 def to_megatron(
-    model: Annotated[Path, typer.Argument(help="Hugging Face directory", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="checkpoint to write", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory", show_default=False, callback=_at_home)],
+    out: Annotated[Path, typer.Argument(help="checkpoint to write", show_default=False, callback=_at_home)],
     overrides: Annotated[list[str] | None, typer.Argument(help="the layout that writes: parallel.tp=2 ...")] = None,
 ) -> None:
     """A checkpoint of weights only (torch_dist), with config.json and tokenizer in it."""
@@ -102,9 +143,10 @@ def to_megatron(
 @convert_app.command("to-hf")
 def to_hf(
     checkpoint: Annotated[
-        Path, typer.Argument(help="of a run (RUN_DIR/checkpoints/step_*), or of weights only", show_default=False)
+        Path,
+        typer.Argument(help="of a run (RUN_DIR/checkpoints/step_*), or of weights only", show_default=False, callback=_at_home),
     ],
-    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write", show_default=False, callback=_at_home)],
     overrides: Annotated[list[str] | None, typer.Argument(help="the layout that reads: parallel.tp=2 ...")] = None,
 ) -> None:
     """A Hugging Face model directory of the weights in a checkpoint."""
@@ -114,7 +156,11 @@ def to_hf(
 
 
 @checkpoint_app.command("verify")
-def verify(directory: Annotated[Path, typer.Argument(help="a checkpoint, or a directory of step_*", show_default=False)]) -> None:
+def verify(
+    directory: Annotated[
+        Path, typer.Argument(help="a checkpoint, or a directory of step_*", show_default=False, callback=_at_home)
+    ],
+) -> None:
     """Read every file again and compare its hash; exit code 1 when a checkpoint is damaged."""
     from ctpo_megatron.jobs.checkpoints import verify_checkpoints
 
@@ -166,8 +212,11 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     return config
 
 
-def _run(job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
-    """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first."""
+def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
+    """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first.
+
+    What a run failed of is written with its traceback to RUN_DIR/logs/error.log, where that directory is there already.
+    """
     received: list[int] = []
     stop = StopSignal()
 
@@ -190,15 +239,26 @@ def _run(job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
         asyncio.run(with_signals())
     except asyncio.CancelledError:
         raise typer.Exit(128 + received[0]) from None
+    except Exception as error:
+        if told(error)[1] == 1:
+            with contextlib.suppress(OSError):  # no directory yet, or no room for more
+                file = Path(config.run_dir) / "logs" / ERROR_FILE
+                file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        raise
 
 
 def main() -> None:
-    """Entry point: errors become one message on stderr and an exit code."""
+    """Entry point: whatever goes wrong becomes one message on stderr and an exit code; `--debug` shows where."""
+    words = [word for word in sys.argv[1:] if word != DEBUG]
+    debug = len(words) < len(sys.argv) - 1
     try:
-        app()
-    except CtpoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        app(words)
+    except Exception as error:  # noqa: BLE001 - the last place where it can be told
+        if debug:
+            traceback.print_exception(error)
+        message, code = told(error)
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

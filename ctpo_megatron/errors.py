@@ -7,7 +7,16 @@ a Ray actor. `exit_code` is what the `ctpo` command ends with: 2 for what the us
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL_WORDS = ("no space left on device", "disk quota exceeded")  # of libraries that keep the system's words and lose its number
+_NEARLY_NOTHING = 1 << 16  # bytes free, below which a write that failed is taken to have failed for want of room
 
 
 class CtpoError(Exception):
@@ -32,6 +41,14 @@ class DataError(InputError):
 
 class ModelError(InputError):
     """A model directory is missing files, or describes a model this package cannot train."""
+
+
+class RenderError(InputError):
+    """A chat template cannot write a conversation, or writes it otherwise than it is built here. The message names no row."""
+
+
+class StorageError(CtpoError, OSError):
+    """A file could not be written or read for a reason that lies with the host: no space, no permission, a broken disk."""
 
 
 class RehearsalError(CtpoError, RuntimeError):
@@ -85,3 +102,114 @@ def near_miss(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` when one of `allowed` is close to `name`, otherwise an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def told(error: BaseException) -> tuple[str, int]:
+    """Returns the message for a person about whatever ended a command, and the command's exit code."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, CtpoError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError):
+        return "the host has no memory left for this process", 1
+    if isinstance(error, OSError) and (error.filename is not None or out_of_space(error)):
+        return storage_words(error), 1
+    library = type(error).__module__.partition(".")[0]
+    if library == "jinja2":
+        return f"the model's chat template cannot be used: {error}", 2
+    origin = "" if library in ("builtins", "asyncio", "__main__") else f" (from {library})"
+    words = " ".join(str(error).split()) or "without a message"
+    return f"unexpected {type(error).__name__}{origin}: {words}. Run it again with --debug to see where it came from.", 1
+
+
+@contextmanager
+def storing(path: str | Path) -> Iterator[None]:
+    """Inside it, what the system raises while `path` is written becomes a StorageError that names it and says what to do."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(storage_words(error, path)) from error
+
+
+def reason(error: BaseException, path: str | Path | None = None) -> str:
+    """Returns why something failed, to follow on words that say what. `path`: what was being written or read, if anything was."""
+    if isinstance(error, CtpoError):
+        return str(error)
+    if out_of_space(error, path) or isinstance(error, OSError):
+        return storage_words(error, path)
+    return str(error) or type(error).__name__
+
+
+def storage_words(error: BaseException, path: str | Path | None = None) -> str:
+    """Returns one sentence about a file that could not be used: which one, why, and what to do.
+
+    `path`: what was being used, for errors that name no file of their own.
+    """
+    system = _system_error(error)
+    named = getattr(system, "filename", None) or path
+    where = "a file" if named is None else str(named)
+    if out_of_space(error, named):
+        return f"{where}: no space left on the file system{_free(named)}. Free some, or write to another one; then go on."
+    number = None if system is None else system.errno
+    if number in (errno.EACCES, errno.EPERM):
+        return f"{where}: no permission. Change its owner or mode, or use another place."
+    if number == errno.EROFS:
+        return f"{where}: its file system is read-only. Use another place."
+    if system is None or system.strerror is None:
+        return f"{where}: {error}"
+    return f"{where}: {system.strerror.lower()}"
+
+
+def out_of_space(error: BaseException, path: str | Path | None = None) -> bool:
+    """Whether `error` came because a file system, or the user's share of it, is full.
+
+    Libraries report that in words of their own, so causes are looked at, and then the file system that `path` is on.
+    """
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno in _FULL:
+            return True
+        if any(words in str(each).lower() for words in _FULL_WORDS):
+            return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return False  # the system has said what it was
+    return path is not None and _free_bytes(path) < _NEARLY_NOTHING
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    return next((each for each in _chain(error) if isinstance(each, OSError) and each.errno is not None), None)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield `error` and what it came from, the nearest first."""
+    seen: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        yield each
+        each = each.__cause__ or each.__context__
+
+
+def _free(path: str | Path | None) -> str:
+    try:
+        total = 0 if path is None else shutil.disk_usage(_existing(path)).total
+    except OSError:
+        return ""
+    return f" ({_free_bytes(path or '.') / 2**20:,.0f} of {total / 2**20:,.0f} MiB free)" if total else ""
+
+
+def _free_bytes(path: str | Path) -> float:
+    """Returns the bytes that this user may still write where `path` is or would be; infinity where that is not known."""
+    try:
+        found = os.statvfs(_existing(path))
+    except OSError:
+        return float("inf")
+    return found.f_bavail * found.f_frsize if found.f_blocks else float("inf")
+
+
+def _existing(path: str | Path) -> Path:
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    return place

@@ -53,10 +53,14 @@ class AttemptId:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One task. `index` is its row in the data file; `answer` is what the reward compares with."""
+    """One task. `index` is its row in the data file; `answer` is what the reward compares with.
+
+    A message has `role`, `content` and whatever else the chat template reads (`data.messages.KEYS`). Prompts that say the same
+    share their messages.
+    """
 
     index: int
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[dict[str, Any], ...]
     answer: str
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,6 +26,7 @@ Every key of a run's YAML file, written by `tools/config_reference.py` from the 
 - Unknown keys are refused, with the nearest known one named. All mistakes are reported at once.
 - On the command line: `ctpo train CONFIG dotted.key=value ...`; values are YAML, and the last one wins.
 - `${dotted.key}` stands for the value of another key.
+- A path may begin with `~` or `~user`, for a home directory.
 - `extends: other.yaml` starts from another file, named relative to this one; the keys of this file go on top.
 - Where a section has a `type`, changing it starts that section anew. A section without `type` keeps that of its default.
 - `RUN_DIR/config.yaml` holds the configuration of a run with every default written out, and can be run again.
@@ -77,7 +79,9 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return ", ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
         return f"list of {_words(args[0])}"
-    plain = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null"}[annotation]
+    if origin is dict:
+        return f"names, each with {_words(args[1])}"
+    plain = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null", date: "date"}[annotation]
     return plain + _bounds(metadata) if annotation in (int, float) else plain
 
 

@@ -19,7 +19,11 @@ def temporary_directory(target: Path) -> Path:
 
 
 def complete_directory(work: Path, target: Path) -> None:
-    """Flush `work` to the disk and rename it to `target`, in place of what may be there. Both lie in the same directory."""
+    """Flush `work` to the disk and rename it to `target`, in place of what may be there. Both lie in the same directory.
+
+    Files get the mode that the umask gives to new ones.
+    """
+    share_files(work)
     for file in work.rglob("*"):
         _flush(file)
     _flush(work)
@@ -30,6 +34,18 @@ def complete_directory(work: Path, target: Path) -> None:
     work.rename(target)
     _flush(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def share_files(directory: Path) -> None:
+    """Give all files in `directory`, made by this process, the mode that the umask gives to new ones.
+
+    Some writers put a temporary file in place, which only its owner can read: safetensors does. The mode of the directory shows
+    the umask, which a process with threads cannot ask for without setting it.
+    """
+    mode = directory.stat().st_mode & 0o666
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _flush(path: Path) -> None:

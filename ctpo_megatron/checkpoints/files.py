@@ -24,7 +24,7 @@ from typing import Any
 
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory, temporary_directory
 from ctpo_megatron.checkpoints.hashes import text_hash
-from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, storing
 
 MANIFEST = "checkpoint.json"
 RUN = "run.json"
@@ -103,11 +103,12 @@ def begin_checkpoint(target: Path, parts: Mapping[str, str]) -> Path:
     """Make the directory in which the checkpoint `target` will be written, and put files with the texts `parts` into it.
 
     Returns that directory, `work_directory(target)`. One process begins a checkpoint; then the ranks write their parts
-    into it, and the manifest names all files that are there.
+    into it, and the manifest names all files that are there. Raises StorageError.
     """
-    work = temporary_directory(target)
-    for name, text in parts.items():
-        (work / name).write_text(text, encoding="utf-8")
+    with storing(target):
+        work = temporary_directory(target)
+        for name, text in parts.items():
+            (work / name).write_text(text, encoding="utf-8")
     return work
 
 

@@ -18,7 +18,7 @@ import psutil
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.environment import KERNELS, Reader, check_environment, environment_of, in_force, variables
-from ctpo_megatron.errors import InputError
+from ctpo_megatron.errors import InputError, storing
 
 RECORD = "environment.json"  # of a run that trains
 EVALUATION_RECORD = "eval_environment.json"  # beside it, of one that does not
@@ -54,7 +54,8 @@ def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], p
         record[reader] = {
             name: {"value": value, "why": reasons.get((name, value), "set by the user")} for name, value in sorted(of.items())
         }
-    path.write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
+    with storing(path):
+        path.write_text(json.dumps({"device": device} | record, indent=2) + "\n", encoding="utf-8")
 
 
 def node_environment(device: str, address: str, environment: Mapping[str, str]) -> dict[str, str]:

@@ -94,5 +94,7 @@ def _rank(answer: Connection, threads: int, info: RankInfo, function: Callable[.
         answer.send((True, function(info, *args)))
     except CtpoError as error:
         answer.send((False, error))
-    except BaseException:  # noqa: BLE001 - raised again by the parent
-        answer.send((False, ProcessDied(f"rank {info.rank} failed:\n{traceback.format_exc()}")))
+    except BaseException as error:  # noqa: BLE001 - raised again by the parent
+        died = ProcessDied(f"rank {info.rank} failed: {type(error).__name__}: {error}")
+        died.add_note(traceback.format_exc())  # shown with --debug
+        answer.send((False, died))

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat, model_validator
 
 from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingConfig
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, Objective, SequenceMean
 
 TOP_K = 20  # of DPPO's and CPPO's top-k divergences, as their papers have it
@@ -20,7 +20,7 @@ class ReferenceConfig(Section):
     """Weight of the penalty in the loss."""
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimator of the KL divergence at each token."""
-    path: str | None = None
+    path: FilePath | None = None
     """Directory of the reference policy, a model of the same shape as the trained one. null: model.path."""
 
 

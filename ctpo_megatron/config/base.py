@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def expand_home(path: str) -> str:
+    """`path` with the home directory in place of a `~` or `~user` that it begins with. Raises ValueError for an unknown user."""
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise ValueError(f"{path!r}: no home directory is known for {path.partition('/')[0]!r}; write the whole path")
+    return expanded
+
+
+FilePath = Annotated[str, AfterValidator(expand_home)]  # the path of a file or directory
 
 
 class Section(BaseModel):

@@ -11,17 +11,17 @@ from pydantic import ValidationError
 from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.explain import explain, sections_in, type_name
 from ctpo_megatron.config.run import RunConfig
-from ctpo_megatron.config.sources import merge, read_file, read_overrides, resolve
+from ctpo_megatron.config.sources import home_path, merge, read_file, read_overrides, resolve
 from ctpo_megatron.errors import ConfigError
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """The configuration in the YAML file at `path`, with `overrides` (`dotted.key=value`) on top.
 
-    Paths in it stay as given. Raises ConfigError whose message holds one line per mistake: where it was written, the dotted
-    key, what was found and what is allowed.
+    A `~` at the beginning of a path is the home directory; otherwise paths stay as given. Raises ConfigError whose message
+    holds one line per mistake: where it was written, the dotted key, what was found and what is allowed.
     """
-    sources = [*read_file(Path(path)), read_overrides(overrides or [])]
+    sources = [*read_file(home_path(path)), read_overrides(overrides or [])]
     merged: dict[str, Any] = {}
     for source in sources:
         merged = merge(merged, source.values)

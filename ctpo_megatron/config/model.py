@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 
 
-class ModelConfig(Section):
+class ChatConfig(Section):
+    """How conversations become tokens, where the model's own files do not say it or are not to be followed."""
+
+    chat_template: str | None = None
+    """A chat template: a file of Jinja, or the template itself. null: the model's own. Base models often have none."""
+    chat_options: dict[str, bool | int | float | str] = Field({})
+    """Variables that the template knows, such as `enable_thinking: false`. One that it does not mention is refused."""
+    chat_date: date | None = None
+    """The day, as 2026-01-31, that the template takes for today. A template that asks for the date is refused without it, since
+    the same prompt would have other tokens tomorrow."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens that end a turn, such as "<|im_end|>", beside those that the model's own files name. Base models often name only
+    the end of a text."""
+
+
+class ModelConfig(ChatConfig):
     """A model in Hugging Face format."""
 
-    path: str
+    path: FilePath
     """Directory with config.json, *.safetensors and the tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of training and generation. auto: bfloat16 on GPUs, float32 on a CPU."""

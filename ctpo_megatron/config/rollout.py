@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 
 CPU_KV_TOKENS = 65_536  # of a server on CPUs whose configuration does not say how many
 
@@ -14,9 +14,9 @@ CPU_KV_TOKENS = 65_536  # of a server on CPUs whose configuration does not say h
 class DataConfig(Section):
     """Prompts. Files are .parquet or .jsonl with the columns `prompt` and `reward_model.ground_truth` (verl's format)."""
 
-    train: str
+    train: FilePath
     """Prompts to train on."""
-    eval: str | None = None
+    eval: FilePath | None = None
     """Held-out prompts. null: no evaluation."""
     system_prompt: str | None = None
     """Put before each conversation that has no system message of its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import NonNegativeInt, model_validator
 
 from ctpo_megatron.config.algorithm import AlgorithmConfig
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.cluster import ClusterConfig
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
@@ -19,7 +19,7 @@ class RunConfig(Section):
 
     name: str
     """Name of the run; its directory is run_dir."""
-    run_dir: str
+    run_dir: FilePath
     """Everything the run writes. Survives resuming."""
     seed: NonNegativeInt = 1
     """Seed of the order of prompts and of sampling."""

@@ -14,6 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ctpo_megatron.config.base import expand_home
 from ctpo_megatron.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -48,10 +49,18 @@ def read_file(path: Path, above: tuple[Path, ...] = ()) -> list[Source]:
         return [Source(str(path), values)]
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends: found {parent!r}; it must be the name of one other config file.")
-    base = path.parent / parent
+    base = path.parent / home_path(parent)
     if not base.is_file():
         raise ConfigError(f"{path}: extends: {str(base)!r} is not a file. The name is relative to {str(path.parent)!r}.")
     return [*read_file(base, (*above, resolved)), Source(str(path), values)]
+
+
+def home_path(path: str | Path) -> Path:
+    """`path` with the home directory in place of a leading `~`. Raises ConfigError for a user without one."""
+    try:
+        return Path(expand_home(str(path)))
+    except ValueError as error:
+        raise ConfigError(f"{error}.") from error
 
 
 def read_overrides(overrides: list[str]) -> Source:

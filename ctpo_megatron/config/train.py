@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.errors import ConfigError
 
 
@@ -101,7 +101,7 @@ class SftConfig(Section):
     """Examples per optimizer step."""
     stop_loss: PositiveFloat | None = None
     """Stop when the smoothed loss per token falls below this. null: run all steps."""
-    output: str | None = None
+    output: FilePath | None = None
     """Where the model is written in Hugging Face format. null: RUN_DIR/model."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 
 
 class TransportSection(Section):
@@ -66,7 +66,7 @@ class DiskTransport(TransportSection):
     needs_session = False
 
     type: Literal["disk"] = "disk"
-    directory: str
+    directory: FilePath
     """Where versions are written, the same path on every node: DIRECTORY/v000012 and so on."""
     bucket_mb: PositiveInt = 2048
     """Size of one file, and of the weights gathered at a time by each sender."""

@@ -110,6 +110,12 @@ def build_train_batch(
     return TrainBatch(micro_batches)
 
 
+def longest_sample(parallel: ParallelConfig, max_tokens: int) -> int:
+    """Tokens of the longest sample that a micro-batch holds, of `max_tokens` on each rank."""
+    step, unit = length_steps(parallel.cp, parallel.tp)
+    return max_tokens * parallel.cp // unit * unit // step * step
+
+
 def length_steps(cp: int, tp: int) -> tuple[int, int]:
     """What a sequence's length and a micro-batch's length have to be multiples of."""
     step = 2 * cp if cp > 1 else 1

@@ -1,37 +1,148 @@
-"""Rows of a .parquet or .jsonl file, each with the words that name its place for error messages."""
+"""Rows of a .parquet or .jsonl file, in batches, each row with the words that name its place for error messages."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.errors import DataError, near_miss
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpo_megatron.data.columns import check_parquet, content_in, refused
+from ctpo_megatron.data.distinct import first_places, row_numbers
+from ctpo_megatron.errors import DataError, near_miss, storage_words
+from ctpo_megatron.record.progress import reading_progress
 
 SUFFIXES = (".parquet", ".jsonl")
 SHOWN = 80  # characters of a wrong value that a message quotes
+PARQUET_ROWS, JSON_ROWS = 1 << 17, 1 << 12  # of a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some neighbouring rows of a file; those that say the same are there once. Rows are not to be changed."""
+
+    places: tuple[str, int]  # what a row's number follows in its place, and the number of the first
+    rows: list[dict[str, Any]]  # the distinct ones, each with the columns that were asked for
+    firsts: NDArray[np.int64]  # [distinct] where in the batch each of them stands first
+    numbers: NDArray[np.int64]  # [batch] which of them each row of the batch is
+
+    def place(self, number: int) -> str:
+        """Returns the place of row `number` of the batch: `train.parquet row 3`, or `train.jsonl line 4`."""
+        words, first = self.places
+        return f"{words} {first + number}"
+
+
+class Table:
+    """The rows of a file. Once it was read, `rows` counts them and `ignored` names the columns that were not asked for.
+
+    `structs`: further columns, not read, that have to hold structs where they are there. `at_once`: most rows of a batch, fewer
+    where each is much work: a progress bar moves with the batches.
+    """
+
+    def __init__(
+        self, path: str | Path, columns: Sequence[str], structs: Sequence[str] = (), at_once: int = PARQUET_ROWS
+    ) -> None:
+        self.path = Path(path)
+        self.columns = tuple(columns)
+        self.structs = tuple(structs)
+        self._at_once = at_once
+        self.rows = 0
+        self.ignored: tuple[str, ...] = ()
+
+    def batches(self) -> Generator[Batch]:
+        """Yield all rows, none left out. A progress bar is shown where it takes long.
+
+        Raises DataError where the file is missing, unreadable or empty, a row lacks one of the columns, or another column holds
+        what the model would have to see.
+        """
+        _check_file(self.path)
+        source = self._parquet if self.path.suffix == ".parquet" else self._json
+        with reading_progress(f"reading {self.path.name}") as show:
+            try:
+                for batch in source(show):
+                    self.rows += len(batch.numbers)
+                    yield batch
+            except OSError as error:
+                raise DataError(f"{storage_words(error, self.path)}") from error
+        if self.rows == 0:
+            raise DataError(f"{self.path} holds no rows; at least one is needed")
+
+    def _parquet(self, show: Callable[[int, int], None]) -> Iterator[Batch]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self.path) as file:
+                names = file.schema_arrow.names
+                check_keys(str(self.path), dict.fromkeys(names), self.columns)
+                self.ignored = tuple(name for name in names if name not in self.columns)
+                self._check_structs(file.schema_arrow)
+                check_parquet(self.path, file, self.columns)
+                first = 0
+                for batch in file.iter_batches(batch_size=self._at_once, columns=list(self.columns)):
+                    numbers = row_numbers([batch.column(name) for name in self.columns])
+                    firsts = first_places(numbers)
+                    rows = [_without_nulls(row) for row in batch.take(pa.array(firsts)).to_pylist()]
+                    yield Batch((f"{self.path} row", first), rows, firsts, numbers)
+                    first += len(numbers)
+                    show(first, file.metadata.num_rows)
+        except PermissionError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{self.path} is not a readable parquet file (truncated, or another format?): {error}") from error
+
+    def _json(self, show: Callable[[int, int], None]) -> Iterator[Batch]:
+        size, read, number = self.path.stat().st_size, 0, 0
+        rows: list[dict[str, Any]] = []
+        ignored: dict[str, None] = {}
+        with self.path.open("rb") as file:
+            for number, line in enumerate(_whole_lines(file), start=1):
+                read += len(line)
+                rows.append(self._json_row(f"{self.path} line {number}", line, ignored))
+                if len(rows) == min(self._at_once, JSON_ROWS):
+                    yield _all_distinct(f"{self.path} line", number - len(rows) + 1, rows)
+                    rows = []
+                    show(read, size)
+        if rows:
+            yield _all_distinct(f"{self.path} line", number - len(rows) + 1, rows)
+        self.ignored = tuple(ignored)
+
+    def _json_row(self, place: str, line: bytes, ignored: dict[str, None]) -> dict[str, Any]:
+        """Returns the columns of the row in one line; adds the names of the others to `ignored`."""
+        row = _parsed(place, line)
+        check_keys(place, row, self.columns)
+        for name, value in row.items():
+            if name in self.columns:
+                continue
+            ignored.setdefault(name)
+            if name in self.structs and not isinstance(value, dict | None):
+                raise _no_struct(place, name, quote(value))
+            if (kind := content_in(name, value)) is not None:
+                raise refused(place, name, kind)
+        return {name: row[name] for name in self.columns}
+
+    def _check_structs(self, schema: Any) -> None:
+        import pyarrow as pa
+
+        for field in schema:
+            if field.name in self.structs and not (pa.types.is_struct(field.type) or pa.types.is_null(field.type)):
+                raise _no_struct(str(self.path), field.name, str(field.type))
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) for every row of the file; `place` reads like `train.parquet row 3` or `train.jsonl line 4`.
 
-    Raises DataError where the file is missing, unreadable, empty, or a row lacks one of `columns`. No row is left out.
+    A row has the `columns` that are asked for. Raises DataError as `Table.batches` does.
     """
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: cannot read files that end in {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        found = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        state = "is not a file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {state}; give a {' or '.join(SUFFIXES)} file.{near_miss(path.name, found)}")
-    count = 0
-    for place, row in _parquet_rows(path, columns) if path.suffix == ".parquet" else _json_rows(path):
-        check_keys(place, row, columns)
-        yield place, row
-        count += 1
-    if count == 0:
-        raise DataError(f"{path} holds no rows; at least one is needed")
+    for batch in Table(path, columns).batches():
+        for number, distinct in enumerate(batch.numbers.tolist()):
+            yield batch.place(number), batch.rows[distinct]
 
 
 def check_keys(place: str, row: dict[str, Any], required: Sequence[str]) -> None:
@@ -42,55 +153,66 @@ def check_keys(place: str, row: dict[str, Any], required: Sequence[str]) -> None
             raise DataError(f"{place}: no {name!r}; found: {found}; required: {', '.join(required)}.{near_miss(name, row)}")
 
 
-def check_messages(place: str, column: str, messages: Any, roles: Sequence[str]) -> tuple[dict[str, str], ...]:
-    """`messages` as a tuple of {role, content}. Raises DataError where it is anything but a list of those in these `roles`."""
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: {column!r} is {quote(messages)}; needed: a list of {{role, content}} with at least one entry")
-    for number, message in enumerate(messages):
-        where = f"{place}: {column}[{number}]"
-        if not isinstance(message, dict):
-            raise DataError(f"{where} is {quote(message)}; needed: {{role, content}}")
-        check_keys(where, message, ("role", "content"))
-        if message["role"] not in roles:
-            raise DataError(f"{where} has role {quote(message['role'])}; allowed: {', '.join(roles)}")
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            raise DataError(f"{where} has content {quote(message['content'])}; needed: text that is not blank")
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
-
-
 def quote(value: Any) -> str:
     """`value` as a short literal."""
     text = repr(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _check_file(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: cannot read files that end in {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
     try:
-        with pq.ParquetFile(path) as file:
-            check_keys(str(path), dict.fromkeys(file.schema_arrow.names), columns)
-            rows = file.read().to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file (truncated, or another format?): {error}") from error
-    for number, row in enumerate(rows):
-        yield f"{path} row {number}", row
+        if path.is_file():
+            return
+        found = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        state = "is not a file" if path.exists() else "does not exist"
+    except OSError as error:
+        raise DataError(storage_words(error, path)) from error
+    raise DataError(f"{path} {state}; give a {' or '.join(SUFFIXES)} file.{near_miss(path.name, found)}")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _no_struct(place: str, name: str, found: str) -> DataError:
+    return DataError(f"{place}: {name!r} is {found}; needed: a struct, or nothing")
+
+
+def _all_distinct(words: str, first: int, rows: list[dict[str, Any]]) -> Batch:
+    numbers = np.arange(len(rows))
+    return Batch((words, first), rows, numbers, numbers)
+
+
+def _whole_lines(file: Any) -> Iterator[bytes]:
+    """Yield the lines of a file; blank ones at its end are not lines."""
+    blank: list[bytes] = []
+    for line in file:
+        if line.strip():
+            yield from blank
+            blank = []
+            yield line
+        else:
+            blank.append(line)
+
+
+def _parsed(place: str, line: bytes) -> dict[str, Any]:
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
-    except (UnicodeDecodeError, OSError) as error:
-        raise DataError(f"{path} is not readable as UTF-8 text: {error}") from error
-    if lines == [""]:
-        return
-    for number, line in enumerate(lines, start=1):
-        place = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{place} is not JSON: {error}; found {quote(line)}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{place} is {quote(row)}; needed: one JSON object per line")
-        yield place, row
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is not readable as UTF-8 text: {error}") from error
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not JSON: {error}; found {quote(text.rstrip())}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is {quote(row)}; needed: one JSON object per line")
+    return row
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row whose lists hold no null keys: Arrow gives every struct of a column all keys, absent ones as null."""
+    return {name: _present(value) if isinstance(value, list) else value for name, value in row.items()}
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _present(held) for key, held in value.items() if held is not None or key in ("role", "content")}
+    return [_present(each) for each in value] if isinstance(value, list) else value

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.jobs.agreement import check_own_tokens, check_prompt_tokens, check_rollouts
-from ctpo_megatron.jobs.inputs import load_prompts, prepare_run_dir, read_model
+from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.rollouts import open_rollouts
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.record import write_summary
 from ctpo_megatron.record.events import print_sentence
-from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.tools import make_tool
 
 
@@ -22,17 +18,13 @@ async def eval_job(config: RunConfig) -> None:
     """Print the accuracy and write RUN_DIR/eval.json."""
     if config.data.eval is None:
         raise ConfigError("data.eval is not set; give the file to evaluate on")
-    shape = read_model(config)
-    check_rollouts(config, shape, Path(config.model.path))
-    chat = ChatTokenizer(config.model.path)
-    check_own_tokens(chat, shape)
-    prompts = load_prompts(config.data.eval, config, chat)
-    check_prompt_tokens(prompts, config.data.eval, chat, shape, Path(config.model.path))
+    model = open_model(config, "eval")
+    prompts = load_prompts(config.data.eval, config, model, print_sentence)
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)
     async with (
-        Runtime(config, shape, topology_of(config, trainer=False), run_dir, emit=print_sentence) as runtime,
-        open_rollouts(runtime, chat, tool) as rollouts,
+        Runtime(config, model.shape, topology_of(config, trainer=False), run_dir, emit=print_sentence) as runtime,
+        open_rollouts(runtime, model.chat, tool) as rollouts,
     ):
         result = await runtime.guard(evaluate(rollouts.rollouter, prompts, config.eval, step=0))
     write_summary(run_dir, result.metrics(), name="eval.json")

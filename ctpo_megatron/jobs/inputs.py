@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
-from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.data.packing import longest_sample
+from ctpo_megatron.data.prompts import prompt_lengths, read_prompts, refuse_long
+from ctpo_megatron.data.sft import LengthLimit, read_demonstrations
+from ctpo_megatron.errors import ConfigError, DataError, RenderError, StorageError, out_of_space, storage_words
+from ctpo_megatron.jobs.agreement import (
+    check_demonstrations,
+    check_own_tokens,
+    check_prompt_tokens,
+    check_rollouts,
+    check_training,
+)
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.rollout.chat import ChatTokenizer
-from ctpo_megatron.types import Prompt
+from ctpo_megatron.types import Prompt, TrainSample
+
+Use = Literal["train", "eval", "sft"]  # the commands that read data
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model that a command can use, as far as that is known without its weights: its shape, and its way with text."""
+
+    shape: ModelShape
+    chat: ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFile:
+    """The prompts of a file, all of which the chat template can write, and how many tokens each of them has."""
+
+    path: str
+    prompts: list[Prompt]
+    lengths: list[int]
+
+
+def open_model(config: RunConfig, use: Use) -> OpenModel:
+    """The model of a run, compared with the configuration as far as the command needs. Raises InputError."""
+    shape, directory = read_model(config), Path(config.model.path)
+    if use == "train":
+        check_training(config, shape, directory)
+    elif use == "eval":
+        check_rollouts(config, shape, directory)
+    chat = ChatTokenizer(config.model.path, config.model)
+    if use != "sft":
+        check_own_tokens(chat, shape)
+    return OpenModel(shape, chat)
 
 
 def read_model(config: RunConfig) -> ModelShape:
@@ -25,11 +70,60 @@ def read_model(config: RunConfig) -> ModelShape:
     return shape
 
 
-def load_prompts(path: str, config: RunConfig, chat: ChatTokenizer) -> list[Prompt]:
-    """The prompts of a file, none of them too long."""
-    prompts = read_prompts(path, system_prompt=config.data.system_prompt)
-    check_prompt_lengths(prompts, chat, max_tokens=config.data.max_prompt_tokens, path=path)
-    return prompts
+def load_prompts(path: str, config: RunConfig, model: OpenModel, emit: Emit = discard) -> list[Prompt]:
+    """The prompts of a file, all of which a run can use; `emit` hears what was read and what was not used."""
+    file = read_prompt_file(path, config, model.chat, emit)
+    check_prompt_file(file, config, model)
+    return file.prompts
+
+
+def read_prompt_file(path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard) -> PromptFile:
+    """The prompts of a file, of any length, all of them such that the chat template can go on from them. Raises DataError."""
+    prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit)
+    check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
+    return PromptFile(path, prompts, prompt_lengths(prompts, chat, path))
+
+
+def check_prompt_file(file: PromptFile, config: RunConfig, model: OpenModel) -> None:
+    """Raise DataError, naming the rows, where prompts are too long or have tokens that the model does not know."""
+    refuse_long(file.lengths, max_tokens=config.data.max_prompt_tokens, path=file.path)
+    check_prompt_tokens(file.prompts, file.path, model.chat, model.shape, Path(config.model.path))
+
+
+def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, turns: bool) -> None:
+    """Raise DataError, naming the row, for a prompt of `path` that the chat template does not write as rollouts would have it.
+
+    Compared are the first of every form: prompts of one form have the same roles and the same keys. `turns`: with tool turns.
+    """
+    firsts: dict[tuple[tuple[str, ...], ...], Prompt] = {}
+    for prompt in prompts:
+        firsts.setdefault(tuple((message["role"], *message) for message in prompt.messages), prompt)
+    for prompt in firsts.values():
+        try:
+            chat.check_prompt(prompt.messages)
+            if turns:
+                chat.check_turns(prompt.messages)
+        except RenderError as error:
+            raise DataError(f"{path} row {prompt.index}: {error}") from error
+
+
+def load_demonstrations(
+    config: RunConfig, model: OpenModel, emit: Emit = discard, hear: Callable[[TrainSample], None] | None = None
+) -> list[TrainSample]:
+    """The demonstrations of data.train, all of which a run can use. `emit` hears what was read, `hear` of each, however long."""
+    path = config.data.train
+    samples = read_demonstrations(
+        path, model.chat, system_prompt=config.data.system_prompt, limit=demonstration_limit(config), emit=emit, hear=hear
+    )
+    check_demonstrations(samples, path, model.chat, model.shape)
+    return samples
+
+
+def demonstration_limit(config: RunConfig) -> LengthLimit:
+    """The longest demonstration that a micro-batch holds."""
+    per_rank, cp = config.train.max_tokens_per_micro_batch, config.parallel.cp
+    words = f"train.max_tokens_per_micro_batch = {per_rank}" + (f" on each of parallel.cp = {cp} ranks" if cp > 1 else "")
+    return LengthLimit(longest_sample(config.parallel, per_rank), words)
 
 
 def prepare_run_dir(config: RunConfig) -> Path:
@@ -37,6 +131,11 @@ def prepare_run_dir(config: RunConfig) -> Path:
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={config.run_dir} is a file; give a directory")
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(config))
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_config(config))
+    except OSError as error:
+        if out_of_space(error):
+            raise StorageError(storage_words(error, run_dir)) from error
+        raise ConfigError(f"run_dir={config.run_dir} cannot be written: {storage_words(error)}") from error
     return run_dir.resolve()

@@ -7,30 +7,27 @@ from pathlib import Path
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.data.sft import read_demonstrations
-from ctpo_megatron.jobs.agreement import check_demonstrations
-from ctpo_megatron.jobs.inputs import prepare_run_dir, read_model
+from ctpo_megatron.jobs.inputs import load_demonstrations, open_model, prepare_run_dir
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.record.events import print_sentence
 
 
 async def sft_job(config: RunConfig) -> None:
     """Train on data.train until sft.steps or sft.stop_loss, then write sft.output."""
     begun = time.monotonic()
     config.optimizer.check_length(config.sft.steps)
-    shape = read_model(config)
-    chat = ChatTokenizer(config.model.path)
-    samples = read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt)
-    check_demonstrations(samples, config.data.train, chat, shape)
+    model = open_model(config, "sft")
+    samples = load_demonstrations(config, model, print_sentence)
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
     topology = topology_of(config, engines=False)
-    async with Runtime(config, shape, topology, run_dir, total_steps=config.sft.steps) as runtime:
+    async with Runtime(config, model.shape, topology, run_dir, total_steps=config.sft.steps) as runtime:
         recorder = Recorder(run_dir, config.log)
         result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder))
         await runtime.guard(runtime.trainer.save_hf(output))
+        model.chat.save(output)
         recorder.close()
     wall = time.monotonic() - begun
     write_summary(run_dir, {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "wall_s": wall})

@@ -11,8 +11,7 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.jobs.agreement import check_own_tokens, check_prompt_tokens, check_training
-from ctpo_megatron.jobs.inputs import load_prompts, prepare_run_dir, read_model
+from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.resume import Start, checkpoint_to_resume, differences, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
@@ -23,8 +22,7 @@ from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.record.events import Emit, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
-from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.record.events import Emit, Event, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
 
@@ -45,32 +43,31 @@ class _Inputs:
 async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> None:
     """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
     begun = time.monotonic()
-    shape = read_model(config)
-    check_training(config, shape, Path(config.model.path))
-    chat = ChatTokenizer(config.model.path)
-    check_own_tokens(chat, shape)
+    model = open_model(config, "train")
+    read: list[Event] = []  # told when there is a run directory to write them down in
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
     try:
         resumable = checkpoint_to_resume(config, resume, events)
-        changed = [] if resumable is None else differences(resumable, config, shape, events)
-        prompts = load_prompts(config.data.train, config, chat)
-        held_out = load_prompts(config.data.eval, config, chat) if config.data.eval else []
-        for path, read in ((config.data.train, prompts), (config.data.eval, held_out)):
-            check_prompt_tokens(read, path, chat, shape, Path(config.model.path))
+        changed = [] if resumable is None else differences(resumable, config, model.shape, events)
+        prompts = load_prompts(config.data.train, config, model, read.append)
+        held_out = load_prompts(config.data.eval, config, model, read.append) if config.data.eval else []
         start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
+        for event in read:
+            events(event)
         stop.listen(lambda signal: events(StopAsked(signal)))
         async with (
-            Runtime(config, shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
-            open_rollouts(runtime, chat, tool) as rollouts,
+            Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
+            open_rollouts(runtime, model.chat, tool) as rollouts,
         ):
-            inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, chat), run_dir, start, resumable)
+            inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
             loop = await runtime.guard(_prepare(runtime, rollouts, inputs, events))
             events(RunReady(time.monotonic() - begun))
             await runtime.guard(loop.run())
             if config.checkpoint.export:
                 await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
+                model.chat.save(run_dir / "model")
         summary = _summary(config, loop, time.monotonic() - begun)
         write_summary(run_dir, summary)
         loop.record.close()

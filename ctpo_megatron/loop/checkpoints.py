@@ -7,6 +7,7 @@ rest, and one manifest commits both (`checkpoints.files`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ctpo_megatron.checkpoints.files import (
 )
 from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.config.train import CheckpointConfig
-from ctpo_megatron.errors import CheckpointError, CtpoError, DamagedCheckpoint, InputError
+from ctpo_megatron.errors import CheckpointError, CtpoError, DamagedCheckpoint, InputError, StorageError
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit
@@ -78,7 +79,8 @@ class Checkpoints:
         try:
             await self.settle()
         except (CtpoError, OSError) as error:
-            self._emit(CheckpointLost(str(error)))
+            with contextlib.suppress(StorageError):  # the log may be on the disk that is full
+                self._emit(CheckpointLost(str(error)))
 
     async def _finish(self, step: int, begun: float) -> None:
         await self._trainer.settle()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.errors import CheckpointError, reason
 
 
 def on_first_rank(action: Callable[[], object], failure: str, group: dist.ProcessGroup | None = None) -> None:
@@ -20,7 +20,7 @@ def on_first_rank(action: Callable[[], object], failure: str, group: dist.Proces
             action()
         except (OSError, TypeError, ValueError, CheckpointError) as caught:
             error = caught
-    verdict = [None if error is None else f"{failure}: {error}"]
+    verdict = [None if error is None else f"{failure}: {reason(error)}"]
     dist.broadcast_object_list(verdict, src=0, group=group)
     if verdict[0] is not None:
         raise CheckpointError(verdict[0]) from error

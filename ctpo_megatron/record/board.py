@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ctpo_megatron.errors import storing
 from ctpo_megatron.record.catalogue import charts
+from ctpo_megatron.record.files import GrowingFile
 
 HISTOGRAM_BINS = 30
-FLUSH_S = 1  # the library writes in a thread of its own; what is added is on the disk after so many seconds
 
 
 class Board:
-    """One run's events. Points that earlier files in `directory` hold at `purge_step` or later are dropped by readers."""
+    """One run's events. Points that earlier files in `directory` hold at `purge_step` or later are dropped by readers.
+
+    Events are written by the caller and can be read at once. tensorboardX's own writer has a thread that dies of a full disk, and
+    whoever adds the eleventh event afterwards waits for ever; here StorageError is raised.
+    """
 
     def __init__(self, directory: Path, purge_step: int) -> None:
-        from tensorboardX import SummaryWriter  # it imports torch where that is installed; `ctpo doctor` has no time for it
+        from tensorboardX import summary  # it imports torch where that is installed; `ctpo doctor` has no time for it
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        # the library names files by the second only, and readers take them in the order of their names
-        suffix = f".{len(list(directory.glob('events.*')))}"
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=FLUSH_S, filename_suffix=suffix)
-        self._writer.add_custom_scalars(charts())
+        self._summary, self._event = summary, Event
+        with storing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            # readers take files in the order of their names, and two may be begun in the same second
+            earlier = len(list(directory.glob("events.*")))
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{earlier}"
+        self._file = GrowingFile(directory / name)
+        self._write(Event(file_version="brain.Event:2"))
+        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        self._write(Event(summary=summary.custom_scalars(charts())))
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a point per metric."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), step)
+            self._add(self._summary.scalar(name, float(value)), step)
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         """Add a histogram of the finite `values`; nothing where there is none."""
@@ -37,7 +53,9 @@ class Board:
             return
         counts, edges = np.histogram(array, bins=HISTOGRAM_BINS)
         moments = (float(array.sum()), float(np.square(array).sum()))
-        self._add(name, (float(array.min()), float(array.max())), array.size, moments, edges.tolist(), counts.tolist(), step)
+        self._add_histogram(
+            name, (float(array.min()), float(array.max())), array.size, moments, edges.tolist(), counts.tolist(), step
+        )
 
     def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int) -> None:
         """Add a histogram of given `heights` [n], none negative, between `edges` [n+1]; nothing where none is positive."""
@@ -50,17 +68,24 @@ class Board:
         centers = (limits[1:] + limits[:-1]) / 2
         moments = (float((counts * centers).sum()), float((counts * centers**2).sum()))
         ends = (float(limits[0]), float(limits[-1]))
-        self._add(name, ends, float(counts.sum()), moments, limits.tolist(), counts.tolist(), step)
+        self._add_histogram(name, ends, float(counts.sum()), moments, limits.tolist(), counts.tolist(), step)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Add Markdown. What UTF-8 cannot hold is shown as a question mark."""
-        self._writer.add_text(name, text.encode("utf-8", errors="replace").decode("utf-8"), step)
+        self._add(self._summary.text(name, text.encode("utf-8", errors="replace").decode("utf-8")), step)
 
     def close(self) -> None:
-        """Flush and close. Safe to call twice."""
-        self._writer.close()
+        """Close the file. Safe to call twice."""
+        self._file.close()
 
-    def _add(
+    def _add(self, summary: Any, step: int) -> None:
+        self._write(self._event(summary=summary, step=step))
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._file.append(_framed(event.SerializeToString()))
+
+    def _add_histogram(
         self,
         name: str,
         ends: tuple[float, float],
@@ -72,4 +97,13 @@ class Board:
     ) -> None:
         """Add a histogram from its smallest and largest value, how many there are, their sum and their squares' sum."""
         # TensorBoard reads the first limit as the lower edge, so it gets an empty bucket
-        self._writer.add_histogram_raw(name, *ends, count, *moments, limits, [0.0, *counts], step)
+        self._add(self._summary.histogram_raw(name, *ends, count, *moments, limits, [0.0, *counts]), step)
+
+
+def _framed(content: bytes) -> bytes:
+    """Returns a record as event files hold it: length, its checksum, content, its checksum (TensorFlow's TFRecord)."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(content))
+    checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+    return length + checks[0] + content + checks[1]

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import ClassVar
 
-from ctpo_megatron.record.files import drop_half_line, jsonable
+from ctpo_megatron.errors import storing
+from ctpo_megatron.record.files import GrowingFile, drop_half_line, jsonable
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +54,48 @@ class EventLog:
 
     def __init__(self, path: Path, readers: Iterable[Emit] = ()) -> None:
         self._path = path
-        self._file: TextIO | None = None
+        self._file: GrowingFile | None = None
         self._readers = tuple(readers)
 
     def __call__(self, event: Event) -> None:
-        """Write `event` down and tell the readers."""
+        """Tell the readers of `event` and write it down. Raises StorageError where the disk does not take it."""
         line = {"time": round(time.time(), 3), "event": event.name, **jsonable(asdict(event))}
+        for reader in self._readers:  # first: they hear it also where the disk is full
+            reader(event)
         if self._file is None:
             self._file = self._open()
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for reader in self._readers:
-            reader(event)
+        self._file.append_line(json.dumps(line, allow_nan=False))
 
-    def _open(self) -> TextIO:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+    def _open(self) -> GrowingFile:
+        with storing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_half_line(self._path)
-        return self._path.open("a", encoding="utf-8")
+        return GrowingFile(self._path)
 
     def close(self) -> None:
         """Close the file. Safe to call twice; an event that comes later opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataRead(Event):
+    """A file of prompts or demonstrations was read. `different`: rows that say something else to the model than those before."""
+
+    name: ClassVar[str] = "data read"
+    file: str
+    rows: int
+    different: int
+    ignored: str  # columns that were not used, with commas between; empty: all were
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        words = f"{self.file}: {self.rows:,} rows"
+        if self.different < self.rows:
+            words += f", {self.different:,} different ones: each {self.rows / self.different:.1f} times on average"
+        return words + (f"; columns that are not used: {self.ignored}" if self.ignored else "")
 
 
 @dataclass(frozen=True, slots=True)

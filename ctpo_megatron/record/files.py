@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ctpo_megatron.errors import StorageError, storing
 
 
 def jsonable(value: Any) -> Any:
@@ -37,13 +40,14 @@ def write_summary(run_dir: Path, summary: Mapping[str, Any], name: str = "summar
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file at `path` in one step: a reader sees the old text or the new one, never a half."""
+    """Replace the file at `path` in one step: a reader sees the old text or the new one, never a half. Raises StorageError."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with storing(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
 
 
 def drop_steps(path: Path, first_step: int) -> None:
@@ -66,6 +70,35 @@ def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
         write_text(path, "".join(kept))
 
 
+class GrowingFile:
+    """A file that grows by whole records. One that does not fit on the disk any more leaves nothing behind."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with storing(path):
+            self._file = path.open("ab", buffering=0)  # no buffer: what failed once is not tried again when it is closed
+
+    def append(self, record: bytes) -> None:
+        """Add a record: others who read the file see it at once. Raises StorageError where the disk does not take it."""
+        left, size = memoryview(record), os.fstat(self._file.fileno()).st_size
+        try:
+            with storing(self._path):
+                while left:
+                    left = left[self._file.write(left) :]
+        except StorageError:
+            with contextlib.suppress(OSError):  # not a plain file
+                os.ftruncate(self._file.fileno(), size)
+            raise
+
+    def append_line(self, line: str) -> None:
+        """Add a line of text, as `append` does."""
+        self.append(line.encode("utf-8") + b"\n")
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        self._file.close()
+
+
 class MetricsFile:
     """metrics.jsonl: one object a line, `step` and `time` (seconds since 1970) first; complete after every line.
 
@@ -74,13 +107,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int) -> None:
         drop_steps(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = GrowingFile(path)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of `step`."""
+        """Append the metrics of `step`. Raises StorageError where the disk does not take them."""
         record = {"step": step, "time": round(time.time(), 3), **jsonable(metrics)}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.append_line(json.dumps(record, allow_nan=False))
 
     def close(self) -> None:
         """Close the file."""

@@ -7,9 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 PLAIN_SECONDS = 30.0
+PATIENCE_SECONDS = 2.0  # that a person waits without being told what for
 
 
 @contextmanager
@@ -38,3 +47,37 @@ def _plain(label: str, total: int, console: Console, seconds: float) -> Callable
             console.print(f"{label}: {done}/{total} after {now - begun:.0f} s", soft_wrap=True, markup=False)
 
     return show
+
+
+@contextmanager
+def reading_progress(
+    label: str, console: Console | None = None, patience_s: float = PATIENCE_SECONDS, plain_seconds: float = PLAIN_SECONDS
+) -> Iterator[Callable[[int, int], None]]:
+    """Yields `show(done, total)` for work before a run that is mostly quick: nothing is shown in the first `patience_s`.
+
+    Then a bar with percentages stands on stderr; where that is no terminal, a line is written at most every `plain_seconds`.
+    """
+    console = console or Console(highlight=False, stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bars = Progress(*columns, console=console, transient=True)
+    task = bars.add_task(label, total=None)
+    begun = time.monotonic()
+    due = begun + patience_s
+
+    def show(done: int, total: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now < due:
+            return
+        if console.is_terminal:
+            bars.start()
+            bars.update(task, completed=done, total=total)
+            return
+        due = now + plain_seconds
+        console.print(f"{label}: {done / max(total, 1):.0%} after {now - begun:.0f} s", soft_wrap=True, markup=False)
+
+    try:
+        yield show
+    finally:
+        if console.is_terminal:
+            bars.stop()

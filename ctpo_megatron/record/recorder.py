@@ -40,7 +40,7 @@ class Recorder:
         self._board = Board(run_dir / "tb", stale) if config.tensorboard else None
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of `step`, names like `reward/mean`; metrics.jsonl has them afterwards, TensorBoard soon.
+        """Record the metrics of `step`, names like `reward/mean`; metrics.jsonl has them afterwards, and TensorBoard's file too.
 
         Raises ValueError, before anything is written, for a name that is not in the catalogue.
         """
@@ -67,7 +67,7 @@ class Recorder:
             self._board.text(name, text, step)
 
     def close(self) -> None:
-        """Flush and close everything; safe to call twice."""
+        """Close everything; safe to call twice."""
         self._metrics.close()
         if self._board is not None:
             self._board.close()

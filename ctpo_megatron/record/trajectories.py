@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from ctpo_megatron.errors import storing
 from ctpo_megatron.record.files import jsonable
 from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup
 
@@ -19,12 +20,17 @@ class TrajectoryFiles:
         self._directory = run_dir / "rollouts"
 
     def write(self, kind: str, step: int, groups: Iterable[TrajectoryGroup]) -> None:
-        """Write all trajectories of `groups`. `kind` is `step` or `eval`, `step` the number of training steps by then."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with (self._directory / f"{kind}_{step:08d}.jsonl").open("w", encoding="utf-8") as file:
-            for group in groups:
-                for trajectory in group.trajectories:
-                    file.write(json.dumps(as_row(group.prompt, trajectory)) + "\n")
+        """Write all trajectories of `groups`. `kind` is `step` or `eval`, `step` the number of training steps by then.
+
+        Raises StorageError where the disk does not take them.
+        """
+        path = self._directory / f"{kind}_{step:08d}.jsonl"
+        with storing(path):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                for group in groups:
+                    for trajectory in group.trajectories:
+                        file.write(json.dumps(as_row(group.prompt, trajectory)) + "\n")
 
 
 def as_row(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:

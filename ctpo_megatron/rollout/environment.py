@@ -81,10 +81,11 @@ class ToolEnvironment:
         result = await tool.run(code)
         attempt.tool_calls += 1
         attempt.tool_errors += not result.ok
-        ids = self._chat.tool_ids(result.output)
+        ids = self._chat.tool_ids(result.output, earlier=attempt.outputs, end=attempt.tokens[-1])
         if len(ids) >= attempt.left:
             return False
         attempt.add(Turn("tool", ids, [0.0] * len(ids), [-1] * len(ids)))
+        attempt.outputs.append(result.output)
         return True
 
 
@@ -97,6 +98,7 @@ class _Attempt:
     tokens: list[int] = field(init=False)  # prompt and turns
     turns: list[Turn] = field(default_factory=list)
     written: list[str] = field(default_factory=list)  # text of each assistant turn
+    outputs: list[str] = field(default_factory=list)  # what tools said
     routed_experts: list[NDArray[np.signedinteger]] = field(default_factory=list)  # of all tokens but the last, turn by turn
     tool_calls: int = 0
     tool_errors: int = 0

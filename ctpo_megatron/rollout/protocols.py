@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ctpo_megatron.types import AttemptId, Generation, Prompt, Trajectory
 
@@ -38,12 +38,15 @@ class Chat(Protocol):
         """The tokens that end an assistant's turn."""
         ...
 
-    def prompt_ids(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, generation prompt included."""
         ...
 
-    def tool_ids(self, text: str) -> list[int]:
-        """Token ids between the end token of an assistant's turn and the start of the next, for a tool that said `text`."""
+    def tool_ids(self, text: str, *, earlier: Sequence[str] = (), end: int | None = None) -> list[int]:
+        """Token ids between an assistant's turn, which ended with the token `end`, and its next, for a tool that said `text`.
+
+        `earlier` are the outputs after turns before this one. `end` None: the usual end of a turn.
+        """
         ...
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:

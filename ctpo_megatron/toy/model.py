@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ctpo_megatron.checkpoints.directories import share_files
 from ctpo_megatron.errors import ConfigError, near_miss
 
 Kind = Literal["qwen3", "qwen3_moe", "qwen2", "llama"]
@@ -118,3 +119,4 @@ def _save_model(target: Path, kind: Kind, sizes: dict[str, Any], seed: int) -> N
     model.generation_config.eos_token_id = sizes["eos_token_id"]
     model.generation_config.pad_token_id = sizes["pad_token_id"]
     model.save_pretrained(target)
+    share_files(target)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest, work_directory
 from ctpo_megatron.checkpoints.metadata import read_metadata
 from ctpo_megatron.checkpoints.verify import verify_files
-from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, reason
 from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
 from ctpo_megatron.mcore.checkpoint.commit import commit
@@ -119,13 +119,13 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> None:
 def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any], group: dist.ProcessGroup, moved: bool) -> None:
     """Do the part of a save that runs beside training."""
     report, complaint = None, None
-    with _told(f"checkpoint {target} cannot be written"):
+    with _told(f"checkpoint {target} cannot be written", work):
         try:
             report = write_and_verify(snapshot, work, group)
         except CheckpointException:
             raise
         except Exception as error:  # noqa: BLE001 - this rank's alone; the others are told below
-            complaint = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            complaint = reason(error, work)
         reports: list[Any] = [None] * dist.get_world_size(group)
         dist.gather_object((report, complaint), reports if dist.get_rank() == 0 else None, dst=0, group=group)
 
@@ -158,12 +158,16 @@ def _verified_together(source: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _told(failure: str) -> Iterator[None]:
-    """Inside it, what torch, megatron and the system raise becomes a CheckpointError that begins with `failure`."""
+def _told(failure: str, written: Path | None = None) -> Iterator[None]:
+    """Inside it, what torch, megatron and the system raise becomes a CheckpointError that begins with `failure`.
+
+    `written`: the directory that is being written, if one is. torch's writer reports a full disk as an unexpected position in a
+    file, so the file system is asked.
+    """
     try:
         yield
     except CheckpointException as error:  # torch's, which tells every rank about all of them
-        reasons = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
+        reasons = "; ".join(f"rank {rank}: {reason(cause[0], written)}" for rank, cause in sorted(error.failures.items()))
         raise CheckpointError(f"{failure}: {reasons}") from error
     except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError, AssertionError, UnpicklingError) as error:
-        raise CheckpointError(f"{failure}: {str(error) or type(error).__name__}") from error
+        raise CheckpointError(f"{failure}: {reason(error, written)}") from error

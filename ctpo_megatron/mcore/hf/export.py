@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory, temporary_directory
-from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.errors import CheckpointError, reason
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.load import unwrap
 from ctpo_megatron.mcore.hf.stream import export_stream, find_holders
@@ -46,7 +46,7 @@ def save_hf(
             try:
                 save_file(tensors, work / files[bucket[0][0]], metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:
-                problem = f"model directory {target} cannot be written: {error}"
+                problem = f"model directory {target} cannot be written: {reason(error, work)}"
     if (complaint := first_complaint(problem)) is not None:
         raise CheckpointError(complaint)
 

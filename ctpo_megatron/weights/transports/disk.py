@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory
 from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.digest import Part, tensor_digests
-from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.errors import WeightSyncError, reason
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.order import SenderOrder
 from ctpo_megatron.weights.transports.prefetch import DigestAccount, SendAccount, send_account
@@ -66,7 +66,7 @@ class DiskSender(ConnectingSender):
                 return account.finish()
         except (OSError, SafetensorError) as error:
             self.forget()
-            raise WeightSyncError(f"publishing weights: {work} cannot be written: {error}") from error
+            raise WeightSyncError(f"publishing weights: {work} cannot be written: {reason(error, work)}") from error
         except BaseException:
             self.forget()
             raise

@@ -91,14 +91,11 @@ def test_one_advantage_per_trajectory():
 class Letters:
     """A chat format one can read: a letter is its code, <, > and | frame turns."""
 
-    def prompt_ids(self, messages):
-        return [ord(c) for c in "".join(f"{m['role'][0]}<{m['content']}|" for m in messages) + "a<"]
-
-    def assistant_ids(self, text):
-        return [ord(c) for c in f"{text}|"]
-
-    def tool_ids(self, text):
-        return [ord(c) for c in f"t<{text}|a<"]
+    def demonstration(self, messages, start):
+        prompt = "".join(f"{m['role'][0]}<{m['content']}|" for m in messages[:start]) + "a<"
+        frames = {"assistant": "{}|", "tool": "t<{}|a<"}
+        parts = [(m["role"], frames[m["role"]].format(m["content"])) for m in messages[start:]]
+        return [ord(c) for c in prompt], [(role, [ord(c) for c in text]) for role, text in parts]
 
 
 def write(path, *conversations: str):

@@ -164,7 +164,7 @@ class Chat:
     def prompt_ids(self, messages: Any) -> list[int]:
         return [5, 6, 7]
 
-    def tool_ids(self, text: str) -> list[int]:
+    def tool_ids(self, text: str, *, earlier: Any = (), end: int | None = None) -> list[int]:
         return [20, 21]
 
     def decode(self, ids: Any, *, special: bool = False) -> str:

@@ -35,7 +35,9 @@ class Letters:
     def prompt_ids(self, messages):
         return [ord(c) for c in messages[-1]["content"]]
 
-    def tool_ids(self, text):
+    def tool_ids(self, text, *, earlier=(), end=None):
+        assert end == END
+        self.earlier = list(earlier)
         return [ord(c) for c in f"{{{text}}}"]
 
     def decode(self, ids, *, special=False):

@@ -1,0 +1,112 @@
+"""`ctpo data`: data and model read as a run would read them, and what was found, before a GPU is taken. Starts no run.
+
+What `ctpo train` or `ctpo sft` would refuse is refused here by the same functions, after all that is known was shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.data.kind import Kind, kind_of
+from ctpo_megatron.data.survey import find_shared
+from ctpo_megatron.errors import InputError
+from ctpo_megatron.jobs.data_findings import Findings, ModelFound, demonstrations_found, prompts_found
+from ctpo_megatron.jobs.data_text import WIDTH, report
+from ctpo_megatron.jobs.inputs import (
+    OpenModel,
+    PromptFile,
+    check_prompt_file,
+    demonstration_limit,
+    load_demonstrations,
+    open_model,
+    read_prompt_file,
+)
+from ctpo_megatron.record.events import DataRead, Event
+from ctpo_megatron.types import TrainSample
+
+
+def data_job(
+    config: RunConfig, where: Path, *, use: Kind | None, samples: int, as_json: bool, console: Console | None = None
+) -> None:
+    """Print what `config`, read from the file `where`, would train on, as text or as JSON.
+
+    `use`: the command that is to read it; None: the one that its columns fit. The first `samples` rows of each file are shown.
+    Raises InputError, after printing, for what that command would refuse.
+    """
+    found = begin(config, where, use or kind_of(config.data.train))
+    problem = None
+    try:
+        look(config, found, samples)
+    except InputError as error:
+        problem, found.problem = error, str(error)
+    if as_json:
+        json.dump(dataclasses.asdict(found), sys.stdout, indent=2, allow_nan=False)
+        print()
+    else:
+        console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+        _print(found, console)
+    if problem is not None:
+        raise problem
+
+
+def _print(found: Findings, console: Console) -> None:
+    """Print the report; into a file without the blanks that fill lines up."""
+    if console.is_terminal:
+        for part in report(found):
+            console.print(part)
+        return
+    with console.capture() as captured:
+        for part in report(found):
+            console.print(part)
+    for line in captured.get().splitlines():
+        console.out(line.rstrip(), highlight=False)
+
+
+def begin(config: RunConfig, where: Path, use: Kind) -> Findings:
+    """Returns findings with nothing found yet."""
+    per_step, steps = config.train.prompts_per_step, config.train.steps
+    if use == "sft":
+        per_step, steps = config.sft.batch_size, config.sft.steps
+    return Findings(config.name, use, str(where), config.data.system_prompt, per_step, steps)
+
+
+def look(config: RunConfig, found: Findings, samples: int) -> None:
+    """Add to `found` all that there is, in the order in which a run reads it. Raises InputError where the run would."""
+    model = open_model(config, found.use)
+    found.model = ModelFound.of(config, model)
+    if found.use == "sft":
+        _look_at_demonstrations(config, model, found, samples)
+        return
+    train = _look_at_prompts(config.data.train, "train", config, model, found, samples)
+    if config.data.eval is not None:
+        held_out = _look_at_prompts(config.data.eval, "eval", config, model, found, samples=0)
+        found.files[-1].shared = find_shared(held_out.prompts, train.prompts)
+
+
+def _look_at_prompts(path: str, use: str, config: RunConfig, model: OpenModel, found: Findings, samples: int) -> PromptFile:
+    events: list[Event] = []
+    file = read_prompt_file(path, config, model.chat, events.append)
+    found.files.append(prompts_found(file, use, _read(events), config, model.chat, samples))
+    check_prompt_file(file, config, model)
+    return file
+
+
+def _look_at_demonstrations(config: RunConfig, model: OpenModel, found: Findings, samples: int) -> None:
+    events: list[Event] = []
+    seen: list[TrainSample] = []
+    try:
+        load_demonstrations(config, model, events.append, seen.append)
+    finally:
+        if events:
+            limit = demonstration_limit(config)
+            found.files.append(demonstrations_found(seen, limit, _read(events), config, model.chat, samples))
+
+
+def _read(events: list[Event]) -> DataRead:
+    return next(event for event in events if isinstance(event, DataRead))

@@ -1,0 +1,221 @@
+"""What `ctpo data` found, for a person: one screen where all is well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ctpo_megatron.data.authors import Part
+from ctpo_megatron.data.complaints import listed
+from ctpo_megatron.jobs.data_findings import FileFound, Findings, ModelFound, Rendered
+from ctpo_megatron.jobs.gold_answers import GoldAnswers
+from ctpo_megatron.jobs.plan import plain_table
+
+WIDTH = 120  # of lines that do not go to a terminal
+STYLES = {"system": "magenta", "user": "cyan", "assistant": "green", "tool": "yellow", "template": "dim"}
+COMMANDS = {"train": "ctpo train", "sft": "ctpo sft"}
+UNSAID = {"assistant": "(what the model writes)", "tool": "(what its program prints)"}
+LONGEST_TEXT, HEAD, TAIL = 1200, 800, 300  # characters of a part, of which longer ones show the beginning and the end
+MOST_LINES, FIRST_LINES, LAST_LINES = 14, 9, 4
+SHORT = 40  # characters of a value that is quoted within a line
+WARNING = "yellow"
+RUN = "a run"
+
+
+def report(found: Findings) -> Iterator[RenderableType]:
+    """Yield the parts of the report, from top to bottom."""
+    yield _headline(found)
+    yield ""
+    if found.files:
+        yield _lengths(found.files)
+        yield ""
+    yield _facts(found)
+    yield ""
+    for file in found.files:
+        for number, sample in enumerate(file.samples):
+            goes_on = found.model.continuation if found.model is not None and file.use == "train" and number == 0 else ()
+            yield _title(file, sample)
+            yield _sample(sample, goes_on)
+            yield ""
+    yield _verdict(found)
+
+
+def visible(text: str) -> str:
+    """Returns `text` with what no terminal should be sent, and nobody could see, written as escapes: \\x1b, \\u200b."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1] for letter in text)
+
+
+def _headline(found: Findings) -> Text:
+    words = {"train": "prompts to train on", "eval": "to evaluate on", "sft": "demonstrations"}
+    text = Text(f"{found.name}", style="bold")
+    counts = ", ".join(f"{file.rows:,} {words[file.use]}" for file in found.files)
+    text.append(f": {counts}" if counts else "", style="not bold")
+    return text.append(f"\nread as `{COMMANDS[found.use]} {found.config}` would", style="dim not bold")
+
+
+def _lengths(files: Sequence[FileFound]) -> Table:
+    names = ("rows", "different", "shortest", "mean", "50 %", "90 %", "99 %", "longest", "allowed", "too long")
+    table = plain_table("tokens of", *names)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for file in files:
+        for number, measure in enumerate(file.measures):
+            sizes = measure.lengths
+            first = number == 0
+            name = Path(file.path).name if first else f"  {measure.of}"
+            counts = (f"{file.rows:,}", f"{file.different:,}") if first else ("", "")
+            spread = (f"{sizes.least:,}", f"{sizes.mean:,.1f}", *(f"{size:,}" for size in (sizes.p50, sizes.p90, sizes.p99)))
+            limits = ("", "") if measure.allowed is None else (f"{measure.allowed:,}", f"{len(measure.too_long):,}")
+            style = "red" if measure.too_long else ""
+            table.add_row(name, *counts, *spread, f"{sizes.most:,}", limits[0], Text(limits[1], style=style))
+    return table
+
+
+def _facts(found: Findings) -> Table:
+    """Lines of a label and what is said under it; what holds for several files alike is said once."""
+    table = Table.grid(padding=(0, 3, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    facts = [(label, line, style, file) for file in found.files for label, line, style in _file_facts(found, file)]
+    told = {(label, line): style for label, line, style, _ in facts}
+    for label in dict.fromkeys(label for label, _ in told):
+        lines = [line for other, line in told if other == label]
+        for number, line in enumerate(lines):
+            files = [file for other, said, _, file in facts if (other, said) == (label, line)]
+            name = "" if len(files) == len(found.files) or label == RUN else f"{Path(files[0].path).name}: "
+            table.add_row("" if number else label, Text(name + line, style=told[label, line]))
+    if found.model is not None:
+        for label, line in _model_facts(found.model, found):
+            table.add_row(label, Text(line))
+    return table
+
+
+def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, str]]:
+    """Yield label, line and style."""
+    unused = f"; not used: {', '.join(file.ignored)}" if file.ignored else "; there are no others"
+    yield "columns", f"{', '.join(file.read)}{unused}", ""
+    for measure in file.measures:
+        if measure.too_long:
+            named = listed([f"{row} ({tokens:,})" for row, tokens in measure.too_long])
+            yield "too long", f"more than {measure.limit} = {measure.allowed:,} tokens have the rows {named}", "red"
+    yield from _repeats(file)
+    if file.answers is not None:
+        yield from _answers(file.answers)
+    if file.use != "eval":
+        times = found.steps * found.rows_per_step / file.rows
+        often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+        yield RUN, f"{found.steps:,} steps of {found.rows_per_step:,} rows: {often} times through the file", ""
+
+
+def _repeats(file: FileFound) -> Iterator[tuple[str, str, str]]:
+    again = file.rows - file.different
+    if file.use == "sft":
+        if again:
+            yield "duplicates", f"{again:,} of {file.rows:,} rows repeat an earlier one", WARNING
+        return
+    repeats = file.repeats
+    if again and repeats is not None:
+        most = f"; row {repeats.most_row} most often, {repeats.most:,} times"
+        yield "duplicates", f"{again:,} of {file.rows:,} rows ask what an earlier one asks{most}", WARNING
+    if repeats is not None and repeats.contradictions:
+        pairs = listed([f"{first} and {other}" for first, other in repeats.contradictions])
+        yield "contradictions", f"{_count(repeats.contradictions, 'question')} with different answers: rows {pairs}", WARNING
+    if file.shared:
+        pairs = listed([f"{row} ({first})" for row, first in file.shared])
+        yield "leaks", f"{_count(file.shared, 'row')} ask what a training row asks, so they measure memory: {pairs}", WARNING
+
+
+def _answers(answers: GoldAnswers) -> Iterator[tuple[str, str, str]]:
+    total = answers.different
+    good = total - len(answers.rejected)
+    words = f"all {total:,} different ones are" if good == total else f"{good:,} of {total:,} different ones are"
+    kinds = "; all are numbers"
+    if answers.others:
+        kinds = f"; {answers.numbers:,} are numbers, {len(answers.others):,} are not: {listed(list(map(_short, answers.others)))}"
+    yield "answers", f"{words} accepted by their own grader, put in a box{kinds}", WARNING if answers.rejected else ""
+    for rejected in answers.rejected[:10]:
+        rows = listed([f"{row:,}" for row in rejected.rows])
+        line = f"row{'s' if len(rejected.rows) > 1 else ''} {rows}: {_short(rejected.answer)}: {rejected.why}"
+        yield "  not accepted", line, "red"
+    if len(answers.rejected) > 10:
+        yield "", f"and {len(answers.rejected) - 10:,} more; --json names all", "red"
+
+
+def _model_facts(model: ModelFound, found: Findings) -> Iterator[tuple[str, str]]:
+    yield "model", f"{model.path} ({model.family}), {model.vocabulary:,} token ids, context of {model.context:,} tokens"
+    stops = ", ".join(f"{visible(token.text)} ({token.id})" for token in model.stop_tokens)
+    which = "which ends a turn" if len(model.stop_tokens) == 1 else f"of which {visible(model.turn_end.text)} ends a turn"
+    yield "stop tokens", f"{stops}, {which}"
+    if found.system_prompt is not None:
+        yield "system prompt", _short(found.system_prompt)
+
+
+def _title(file: FileFound, sample: Rendered) -> Text:
+    trained = f", of which {sample.trained:,} are trained on" if sample.trained else ""
+    answer = "" if sample.answer is None else f"; answer: {_short(sample.answer)}"
+    return Text(f"{Path(file.path).name}, row {sample.row}: {sample.tokens:,} tokens{trained}{answer}", style="bold")
+
+
+def _sample(sample: Rendered, goes_on: Sequence[Part]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold green")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for part in (*sample.parts, *goes_on):
+        _add_part(table, part)
+    return table
+
+
+def _add_part(table: Table, part: Part) -> None:
+    style = STYLES[part.author]
+    lines = _lines(part)
+    for number, line in enumerate(lines):
+        text = Text(line, style=f"{style} italic" if not part.text else style)
+        if part.ends_turn:
+            text = Text(line, style=f"{style} reverse").append("  ends the turn", style="dim not reverse")
+        table.add_row("*" if part.trained else " ", Text(part.author if number == 0 else "", style=style), text)
+
+
+def _lines(part: Part) -> list[str]:
+    """The lines of a part. Line breaks of the template, and those at an end, are shown by a sign, and long texts are cut."""
+    if not part.text:
+        return [UNSAID[part.author]]
+    text = visible(part.text)
+    if part.author == "template" or part.ends_turn:
+        return [text.replace("\n", "↵")]
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[:HEAD]}\n{_cut(len(text) - HEAD - TAIL, 'characters')}\n{text[-TAIL:]}"
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines = [*lines[:-2], f"{lines[-2]}↵"]
+    if len(lines) > MOST_LINES:
+        lines = [*lines[:FIRST_LINES], _cut(len(lines) - FIRST_LINES - LAST_LINES, "lines"), *lines[-LAST_LINES:]]
+    return lines
+
+
+def _cut(count: int, of: str) -> str:
+    return f"[... {count:,} {of}; --json has all ...]"
+
+
+def _verdict(found: Findings) -> Text:
+    command = COMMANDS[found.use]
+    if found.problem is not None:
+        return Text(f"`{command}` would refuse this, and say:", style="red")
+    text = Text("* is trained on. ", style="dim") if any(file.samples for file in found.files) else Text()
+    text.append(f"`{command}` would take this data and this model.", style="not dim green")
+    return text.append(" Not looked at: memory (ctpo plan), this host (ctpo doctor), what run_dir holds.", style="dim")
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things):,} {name}{'s' if len(things) > 1 else ''}"
+
+
+def _short(text: str) -> str:
+    """`text` as a literal that fits into a line."""
+    return visible(repr(text if len(text) <= SHORT else f"{text[:SHORT]}..."))

@@ -1,0 +1,180 @@
+"""Rollouts and demonstrations against published tokenizers and chat templates, token for token, several turns deep.
+
+tools/fetch_tokenizers.py fetches them once, into a cache. Where the registry is out of reach these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fetch_tokenizers import Unreachable, fetch
+
+from ctpo_megatron.config.model import ChatConfig
+from ctpo_megatron.errors import RenderError
+from ctpo_megatron.rollout.chat import ChatTokenizer
+from tests.support.chat_models import source
+
+# model_type, and the stop tokens of the published generation_config.json, which the packages do not have
+PUBLISHED: dict[str, tuple[str, list[str]]] = {
+    "qwen3": ("qwen3", ["<|im_end|>", "<|endoftext|>"]),
+    "llama3_1": ("llama", ["<|end_of_text|>", "<|eot_id|>"]),
+    "deepseek_v3": ("deepseek_v3", ["<｜end▁of▁sentence｜>"]),
+    "gptoss": ("gpt_oss", ["<|return|>", "<|endoftext|>", "<|call|>"]),
+    "gemma3": ("gemma3_text", ["<eos>", "<end_of_turn>"]),
+}
+# the package has no template for gpt-oss: ours writes what the published one writes around a conversation
+GIVEN = {"gptoss": ChatConfig(chat_template=source("gpt-oss"), chat_date=date(2026, 1, 31))}
+EXACT = ["qwen3", "llama3_1", "deepseek_v3", "gemma3"]  # whose earlier turns are written as the last one is
+QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?\n\n  And é, 你好, 🙂?"}]
+SAID = ["I add.\n\n```python\nprint(1 + 1)\n```", "```python\n'x'\n```", "\\boxed{2}"]
+OUTPUTS = ['2\n"x" <b> & é\n', "\n\n  3"]
+
+Load = Callable[..., ChatTokenizer]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """The ChatTokenizer of a published tokenizer; loading one takes seconds, so each is made once."""
+    made: dict[str, ChatTokenizer] = {}
+
+    def make(name: str, **config: Any) -> ChatTokenizer:
+        key = f"{name} {config}"
+        if key not in made:
+            made[key] = ChatTokenizer(
+                _model(name, tmp_path_factory.mktemp(name)), ChatConfig(**config) if config else GIVEN.get(name)
+            )
+        return made[key]
+
+    return make
+
+
+def _model(name: str, directory: Path) -> Path:
+    try:
+        shutil.copytree(fetch(name), directory, dirs_exist_ok=True)
+    except Unreachable as error:
+        pytest.skip(str(error))
+    model_type, stops = PUBLISHED[name]
+    added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    named = {"eos_token_id": [ids[stop] for stop in stops]}
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type, **named}))
+    (directory / "generation_config.json").write_text(json.dumps(named))
+    return directory
+
+
+def talk(chat: ChatTokenizer, thought: str = "") -> list[dict[str, Any]]:
+    """Three turns of the assistant with two outputs between, in a role that the template knows."""
+    role = chat._frames.roles[0]
+    turns = [
+        [{"role": "assistant", "content": thought + said}, {"role": role, "content": out}]
+        for said, out in zip(SAID, OUTPUTS, strict=False)
+    ]
+    return [*QUESTION, *turns[0], *turns[1], {"role": "assistant", "content": thought + SAID[2]}]
+
+
+def template_ids(chat: ChatTokenizer, messages: list[dict[str, Any]], *, prompt: bool) -> list[int]:
+    """What transformers makes of a conversation."""
+    return chat._tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=prompt, return_dict=False, **chat._template._variables
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_prompts_and_stop_tokens(load: Load, name: str) -> None:
+    chat = load(name)
+    for messages in (QUESTION, QUESTION[1:], [*QUESTION, {"role": "assistant", "content": "2"}, QUESTION[1]]):
+        assert chat.prompt_ids(messages) == template_ids(chat, messages, prompt=True)
+        chat.check_prompt(messages)
+    names = chat._tokenizer.convert_ids_to_tokens(chat.stop_token_ids)
+    assert sorted(names) == sorted(PUBLISHED[name][1])
+    assert chat._end == {"qwen3": "<|im_end|>", "llama3_1": "<|eot_id|>", "gemma3": "<end_of_turn>"}.get(
+        name, PUBLISHED[name][1][0]
+    )
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_rollout_has_the_tokens_of_the_template(load: Load, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    chat = load(name)
+    thought = "<think>\nI see.\n</think>\n\n" if name == "qwen3" else ""
+    ids = chat.prompt_ids(QUESTION)
+    for number in range(2):
+        ids += chat.assistant_ids(thought + SAID[number])
+        ids += chat.tool_ids(OUTPUTS[number], earlier=OUTPUTS[:number], end=ids[-1])
+    assert ids == template_ids(chat, talk(chat, thought)[:-1], prompt=True)
+    with caplog.at_level(logging.WARNING):
+        chat.check_turns(QUESTION)
+        chat.check_turns(QUESTION[1:])
+    assert not [record for record in caplog.records if record.name.startswith("ctpo")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("thought", ["", "<think>\nI see.\n</think>\n\n"])
+def test_a_demonstration_has_the_tokens_of_the_template_and_learns_the_assistants(load: Load, name: str, thought: str) -> None:
+    chat = load(name)
+    messages = talk(chat, thought)
+    as_data = [{**m, "role": "tool"} if m["role"] == "user" and n > 1 else m for n, m in enumerate(messages)]
+    prompt, parts = chat.demonstration(as_data, 2)
+    ids = prompt + [i for _, part in parts for i in part]
+    whole = template_ids(chat, messages, prompt=False)
+    assert ids == whole[: len(ids)]
+    assert chat.decode(whole[len(ids) :], special=True) in ("", "\n")
+    learned = [part for role, part in parts if role == "assistant"]
+    assert [chat.decode(part).endswith(said) for part, said in zip(learned, SAID, strict=True)] == [True] * 3
+    assert all(part[-1] in chat.stop_token_ids and sum(i in chat.stop_token_ids for i in part) == 1 for part in learned)
+
+
+def test_thinking_off_in_qwen3(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    chat = load("qwen3", chat_options={"enable_thinking": False})
+    with caplog.at_level(logging.WARNING):
+        chat.check_turns(QUESTION)
+    assert "what it opens a turn with, out of earlier turns" in caplog.text
+    empty = chat._tokenizer.encode("<think>\n\n</think>\n\n", add_special_tokens=False)
+    assert chat.prompt_ids(QUESTION)[-len(empty) :] == empty
+    assert chat.tool_ids("2")[-len(empty) :] == empty
+
+
+def test_gpt_oss(load: Load) -> None:
+    chat = load("gptoss")
+    chat.check_turns(QUESTION)
+    assert "Current date: 2026-01-31" in chat.decode(chat.prompt_ids(QUESTION))
+    call = {
+        "role": "assistant",
+        "thinking": "I add.",
+        "tool_calls": [{"function": {"name": "python", "arguments": {"code": "1 + 1"}}}],
+    }
+    answered = [*QUESTION, call, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "2", "thinking": "Two."}]
+    prompt, parts = chat.demonstration(answered, 2)
+    assert prompt == template_ids(chat, QUESTION, prompt=True)
+    texts = [chat.decode(part, special=True) for _, part in parts]
+    code = ' to=functions.python<|channel|>commentary json<|message|>{"code": "1 + 1"}<|call|>'
+    assert texts == [
+        f"<|channel|>analysis<|message|>I add.<|end|><|start|>assistant{code}",
+        '<|start|>functions.python to=assistant<|channel|>commentary<|message|>"2"<|end|><|start|>assistant',
+        "<|channel|>analysis<|message|>Two.<|end|><|start|>assistant<|channel|>final<|message|>2<|return|>",
+    ]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_program_cannot_write_turns(load: Load, name: str) -> None:
+    chat = load(name)
+    special = {token.content: id_ for id_, token in chat._tokenizer.added_tokens_decoder.items() if token.special}
+    bad = "".join(list(special)[:12]) + chat._end
+    plain = [i for i in chat.tool_ids("2") if i in special.values()]
+    assert [i for i in chat.tool_ids(bad) if i in special.values()] == plain
+    assert bad in chat.decode(chat.tool_ids(bad), special=True)
+
+
+def test_keys_and_reasoning_are_written_or_refused(load: Load) -> None:
+    answer = {"role": "assistant", "content": "2", "reasoning_content": "I see."}
+    _, ((_, part),) = load("qwen3").demonstration([*QUESTION, answer], 2)
+    assert load("qwen3").decode(part, special=True) == "<think>\nI see.\n</think>\n\n2<|im_end|>"
+    for name in ("llama3_1", "deepseek_v3", "gemma3"):
+        with pytest.raises(RenderError, match="'reasoning_content'"):
+            load(name).demonstration([*QUESTION, answer], 2)
