@@ -48,11 +48,12 @@ class Rise:
     @classmethod
     def of(cls, before: Sequence[float], after: Sequence[float]) -> Rise:
         """The mean of the differences."""
-        from scipy.stats import ttest_1samp
+        from scipy.stats import t
 
         differences = np.subtract(after, before)
-        bounds = ttest_1samp(differences, 0.0).confidence_interval(LEVEL)
-        return cls(float(differences.mean()), float(bounds.low), float(bounds.high))
+        mean, count = float(differences.mean()), len(differences)
+        half = float(t.ppf((1 + LEVEL) / 2, count - 1) * differences.std(ddof=1) / np.sqrt(count))
+        return cls(mean, mean - half, mean + half)
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} points ({100 * self.low:.1f} to {100 * self.high:.1f})"

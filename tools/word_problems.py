@@ -2,9 +2,9 @@ r"""Word problems that a small language model half knows, and worked sums to sho
 
     .venv/bin/python tools/word_problems.py DIRECTORY --seed 1
 
-The word problems are of sixteen kinds, of one step or two. Three in four demonstrations are plain sums ("What is 6 * 4 - 5?"),
-each answered by its steps and a box; the others are word problems. They are so few that a model knows the form afterwards, and seldom
-which sum a text asks for: that is left to reinforcement learning.
+The word problems are of sixteen kinds, of one step or two. Of the demonstrations, three in four are plain sums
+("What is 6 * 4 - 5?"), each answered by its steps and a box, and one is a word problem. After them a model knows the form, and
+seldom which sum a text asks for: that is left to reinforcement learning.
 No question occurs twice, in or across the files; the same arguments write the same rows.
 """
 
