@@ -21,9 +21,13 @@ def python(*words: object, limit_s: float | None = None) -> None:
         code = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         print(f"error: it was ended, since it took longer than {limit_s:g} s", file=sys.stderr)
+        process.terminate()
         code = 1
-    finally:  # also where this one is interrupted
-        _end(process)
+    except SystemExit:  # a signal's handler; Ctrl-C is told to the program too
+        process.terminate()
+        raise
+    finally:
+        _see_it_end(process)
     if code:
         raise typer.Exit(code)
 
@@ -33,12 +37,12 @@ def ctpo(command: str, config: str, *words: str, limit_s: float | None = None) -
     python("-m", "ctpo_megatron.cli", command, ROOT / "configs" / config, *words, limit_s=limit_s)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Have a program end itself and what it has started, if it still runs; kill it where it does not in time."""
-    if process.poll() is None:
-        process.terminate()
+def _see_it_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a program has ended itself and what it has started; first ask, then force one that does not."""
+    for insist in (process.terminate, process.kill):
         try:
             process.wait(END_TIMEOUT_S)
+            return
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            insist()
+    process.wait()

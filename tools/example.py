@@ -6,6 +6,7 @@ Every stage is a command that a user could type. The same command goes on where 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value for `ctpo train`")] = None,
 ) -> None:
     """Run the example; exit code 0 when every stage succeeded and the accuracy rose by as much as it should."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended too
     stages = Stages(run_dir, {"seed": seed, "overrides": overrides or []})
     tools, common = ROOT / "tools", f"seed={seed}"
     base, data, sft = run_dir / "base", run_dir / "data", run_dir / "sft"

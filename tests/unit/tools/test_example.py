@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from commands import python
+from commands import ROOT, python
 from example import Stages
 from example_results import WANTED_RISE, Results, Rise, Share, as_markdown, collect, rewards, write
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SETTINGS: dict[str, object] = {"seed": 1, "overrides": []}
@@ -83,6 +86,18 @@ def test_a_program_that_takes_too_long_is_asked_to_end(tmp_path: Path, capsys: p
     assert failed.value.exit_code == 1
     assert (tmp_path / "said").read_text() == "ended in order"
     assert "it took longer than 3 s" in capsys.readouterr().err
+
+
+def test_a_tool_that_is_ended_ends_its_program(tmp_path: Path) -> None:
+    said, started = tmp_path / "said", time.monotonic()
+    tool = "import signal, sys; from commands import python; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
+    words = [sys.executable, "-c", f"{tool} python('-S', '-c', {PATIENT!r}, {str(said)!r})"]
+    with subprocess.Popen(words, env={**os.environ, "PYTHONPATH": "tools"}, cwd=ROOT) as process:
+        while not said.is_file() and time.monotonic() - started < 60.0:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60.0) == 143
+    assert said.read_text() == "ended in order"
 
 
 @pytest.mark.parametrize("code", [1, 2, 143])
@@ -175,13 +190,14 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     assert (share.low, share.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 1.0]), st.sampled_from([0.0, 1.0])), min_size=30, max_size=60))
-def test_the_interval_of_a_rise_is_that_of_paired_differences(pairs: list[tuple[float, float]]) -> None:
-    before, after = zip(*pairs, strict=True)
-    differences = np.subtract(after, before)
-    rise = Rise.of(before, after)
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32), count=st.integers(30, 60))
+def test_the_interval_of_a_rise_is_that_of_paired_differences(seed: int, count: int) -> None:
+    before, after = np.random.default_rng(seed).integers(0, 2, (2, count)).astype(float)
+    differences = after - before
+    rise = Rise.of(before.tolist(), after.tolist())
     assert rise.value == pytest.approx(differences.mean())
-    spread = 2.0 * differences.std(ddof=1) / np.sqrt(len(pairs))  # t is 2.0 to 2.05 for so many
+    spread = 2.0 * differences.std(ddof=1) / np.sqrt(count)  # t is 2.0 to 2.05 for so many
     assert spread * 0.99 <= rise.value - rise.low <= spread * 1.03
     assert rise.high - rise.value == pytest.approx(rise.value - rise.low)
 
