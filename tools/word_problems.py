@@ -57,16 +57,16 @@ class Files(NamedTuple):
 
 
 def _two(rng: random.Random) -> Numbers:
-    return rng.randint(3, 30), rng.randint(2, 20)
+    return rng.randint(3, 19), rng.randint(2, 9)
 
 
 def _larger_first(rng: random.Random) -> Numbers:
-    small = rng.randint(2, 20)
-    return small + rng.randint(2, 25), small
+    small = rng.randint(2, 9)
+    return small + rng.randint(2, 12), small
 
 
 def _factors(rng: random.Random) -> Numbers:
-    return rng.randint(2, 12), rng.randint(2, 12)
+    return rng.randint(2, 12), rng.randint(2, 9)
 
 
 def _multiple(rng: random.Random) -> Numbers:
@@ -75,21 +75,21 @@ def _multiple(rng: random.Random) -> Numbers:
 
 
 def _factors_and_less(rng: random.Random) -> Numbers:
-    a, b = rng.randint(2, 9), rng.randint(3, 9)
-    return a, b, rng.randint(2, a * b - 1)
+    a, b = rng.randint(2, 6), rng.randint(3, 9)
+    return a, b, rng.randint(2, min(9, a * b - 1))
 
 
 def _factors_and_more(rng: random.Random) -> Numbers:
-    return rng.randint(2, 9), rng.randint(3, 9), rng.randint(2, 20)
+    return rng.randint(2, 6), rng.randint(3, 9), rng.randint(2, 9)
 
 
 def _on_and_off(rng: random.Random) -> Numbers:
-    a, b = rng.randint(5, 30), rng.randint(2, 15)
-    return a, b, rng.randint(2, a)
+    a, b = rng.randint(5, 19), rng.randint(2, 9)
+    return a, b, rng.randint(2, min(9, a))
 
 
 def _parts_of_a_multiple(rng: random.Random) -> Numbers:
-    size, groups = rng.randint(2, 9), rng.randint(2, 9)
+    size, groups = rng.randint(2, 6), rng.randint(2, 9)
     first = rng.randint(1, size * groups - 1)
     return first, size * groups - first, size
 
@@ -134,7 +134,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 def main(
     directory: Annotated[Path, typer.Argument(help="where train.parquet, eval.parquet and sft.parquet go; made if missing")],
     seed: int = 1,
-    train_rows: int = 1024,
+    train_rows: int = 512,
     eval_rows: int = 320,
     sft_rows: int = 480,
 ) -> None:

