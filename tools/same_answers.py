@@ -1,6 +1,6 @@
 """Whether a model answers in plain transformers as it did in a run's last evaluation, token for token, where that was greedy.
 
-    .venv/bin/python tools/same_answers.py runs/smollm2/model runs/smollm2/rollouts/eval_00000020.jsonl
+    .venv/bin/python tools/same_answers.py runs/smollm2/model runs/smollm2/rollouts/eval_00000024.jsonl
 
 Exit code 1 where an answer differs: the exported weights are not those that were evaluated, or the engine computes otherwise.
 """
