@@ -27,7 +27,8 @@ from tests.support.smollm2 import smollm2_or_skip
 pytestmark = pytest.mark.dist
 
 TEMPERATURE = 0.7
-TOLERANCE = 1e-4  # 30 layers of float32
+# 30 layers of float32; the least likely tokens have log-probs of -30
+TOLERANCE, RELATIVE, MEAN = 1e-4, 1e-5, 2e-5
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # Ids that others have published for these texts
 SYSTEM_IDS = [2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
@@ -124,14 +125,15 @@ def test_the_model_knows_what_it_should(model: Path) -> None:
 def test_the_engine_is_transformers(model: Path, samples: list[TrainSample], expected: list[np.ndarray], tp: int) -> None:
     for rank in run_ranks(tp, log_probs, model, samples, {"tp": tp}):
         for ours, theirs, (ask, _) in zip(rank, expected, CONVERSATIONS, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0, err_msg=f"tp={tp}, {ask!r}")
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=RELATIVE, err_msg=f"tp={tp}, {ask!r}")
+            assert np.abs(ours - theirs).mean() < MEAN, f"tp={tp}, {ask!r}"
 
 
 def test_what_is_compared_is_worth_comparing(expected: list[np.ndarray]) -> None:
-    """The log-probs of a model that knows the language: most tokens are likely, some are not."""
+    """The log-probs of a model that knows the language: one that knew nothing would give each token about -10.8."""
     every = np.concatenate(expected)
-    assert np.median(every) > -1.0
-    assert every.min() < -8.0
+    assert np.median(every) > -3.0
+    assert every.min() < -20.0
 
 
 def log_probs(rank: RankInfo, model: Path, samples: list[TrainSample], sizes: dict[str, Any]) -> list[np.ndarray]:
