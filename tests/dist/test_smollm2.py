@@ -27,8 +27,8 @@ from tests.support.smollm2 import smollm2_or_skip
 pytestmark = pytest.mark.dist
 
 TEMPERATURE = 0.7
-# 30 layers of float32; the least likely tokens have log-probs of -30
-TOLERANCE, RELATIVE, MEAN = 1e-4, 1e-5, 2e-5
+# 30 layers of float32; on one rank the largest difference is 1.0e-5, the mean of a conversation's at most 3.1e-6
+TOLERANCE, MEAN = 3e-5, 1e-5
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 # Ids that others have published for these texts
 SYSTEM_IDS = [2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182]
@@ -125,7 +125,7 @@ def test_the_model_knows_what_it_should(model: Path) -> None:
 def test_the_engine_is_transformers(model: Path, samples: list[TrainSample], expected: list[np.ndarray], tp: int) -> None:
     for rank in run_ranks(tp, log_probs, model, samples, {"tp": tp}):
         for ours, theirs, (ask, _) in zip(rank, expected, CONVERSATIONS, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=RELATIVE, err_msg=f"tp={tp}, {ask!r}")
+            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0, err_msg=f"tp={tp}, {ask!r}")
             assert np.abs(ours - theirs).mean() < MEAN, f"tp={tp}, {ask!r}"
 
 
