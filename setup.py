@@ -47,6 +47,7 @@ setup(
             "hypothesis>=6.120",
             "psutil>=6",
             "matplotlib>=3.10",
+            "gguf>=0.10",
             "scipy>=1.14",
             "annotated-types>=0.7",
             "ruff>=0.9",
