@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ctpo_megatron.config import RunConfig
@@ -53,6 +54,15 @@ def load_demonstrations(config: RunConfig, chat: ChatTokenizer, emit: Emit = dis
     words = f"train.max_tokens_per_micro_batch = {per_rank}" + (f" on each of parallel.cp = {cp} ranks" if cp > 1 else "")
     limit = LengthLimit(longest_sample(config.parallel, per_rank), words)
     return read_demonstrations(config.data.train, chat, system_prompt=config.data.system_prompt, limit=limit, emit=emit)
+
+
+def check_output(key: str, path: Path) -> None:
+    """Raises ConfigError where a directory cannot be written at `path`, the value of `key`: at the end it would be too late."""
+    place = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise ConfigError(f"{key}={path}: {place} is a file; give a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={path}: no permission to write in {place}")
 
 
 def prepare_run_dir(config: RunConfig) -> Path:

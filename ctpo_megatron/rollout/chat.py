@@ -32,7 +32,7 @@ class ChatTokenizer:
             raise ModelError(f"{self._path} is not a directory; needed: a model in Hugging Face format")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # tokenizers raises plain ones about a broken tokenizer.json
             raise ModelError(f"{self._path} holds no tokenizer that transformers can load: {error}") from error
         if not self._tokenizer.chat_template:
             raise ModelError(f"{self._path} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
