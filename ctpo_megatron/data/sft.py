@@ -53,12 +53,12 @@ def read_demonstrations(
     """
     table, complaints = Table(path, COLUMNS, at_once=AT_ONCE), Complaints(path)
     samples: list[TrainSample] = []
-    known: set[str] = set()
+    known: set[int] = set()
     with closing(table.batches()) as batches:
         for batch in batches:
             for number, distinct in enumerate(batch.numbers.tolist()):
                 place, messages = batch.place(number), batch.rows[distinct]["messages"]
-                known.add(repr(messages))
+                known.add(hash(repr(messages)))
                 try:
                     sample = _sample(place, len(samples), messages, chat, system_prompt)
                     _check_length(place, sample, limit)
