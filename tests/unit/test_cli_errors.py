@@ -57,7 +57,7 @@ RAISES += "{{ '<|' + m.role + '|>' + m.content + '<|im_end|>' }}{% endfor %}{{ '
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        (RAISES, ("two.jsonl row 0", "no system messages here", "data.system_prompt")),
+        (RAISES, ("two.jsonl row 0", "no system messages here")),
         (RAISES.replace("endfor", "endfour"), ("endfour",)),
         (RAISES.replace("m.content", "m.content.text"), ("has no attribute 'text'",)),  # found with a conversation of our own
     ],
