@@ -41,6 +41,8 @@ FILE = {"bytes": b"\x89PNG", "path": "a.png"}
         ("image", None, FILE, "images"),
         ("image_path", "", "a/b.png", "images"),
         ("img_1", None, "a.png", "images"),
+        ("questionImage", None, "a.png", "images"),
+        ("problem_images", None, ["a.png"], "images"),
         ("audio", None, {"array": [0.5, 0.25], "sampling_rate": 16000}, "sounds"),
         ("video_url", None, "https://example.org/a.mp4", "videos"),
         ("multi_modal_data", {"image": []}, {"image": ["a.png"]}, "media"),
@@ -74,7 +76,15 @@ def test_the_geometry_problem_of_the_report(tmp_path):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("has_image", True), ("image_count", 2), ("image_license", "MIT"), ("ability", "math"), ("imagery", "vivid"), ("level", 3)],
+    [
+        ("has_image", True),
+        ("image_count", 2),
+        ("image_license", "MIT"),
+        ("part_of_speech", "noun"),
+        ("ability", "math"),
+        ("imagery", "vivid"),
+        ("level", 3),
+    ],
 )
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_columns_that_are_not_used_are_named_once(tmp_path, column, value, suffix):
