@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,15 @@ def demonstration_limit(config: RunConfig) -> LengthLimit:
     per_rank, cp = config.train.max_tokens_per_micro_batch, config.parallel.cp
     words = f"train.max_tokens_per_micro_batch = {per_rank}" + (f" on each of parallel.cp = {cp} ranks" if cp > 1 else "")
     return LengthLimit(longest_sample(config.parallel, per_rank), words)
+
+
+def check_output(key: str, path: Path) -> None:
+    """Raises ConfigError where a directory cannot be written at `path`, the value of `key`: at the end it would be too late."""
+    place = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise ConfigError(f"{key}={path}: {place} is a file; give a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={path}: no permission to write in {place}")
 
 
 def prepare_run_dir(config: RunConfig) -> Path:

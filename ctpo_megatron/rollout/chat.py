@@ -209,5 +209,5 @@ def _load(path: Path) -> Any:
         raise ModelError(f"{path} is not a directory; needed: a model in Hugging Face format")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain ones about a broken tokenizer.json
         raise ModelError(f"{path} holds no tokenizer that transformers can load: {error}") from error
