@@ -400,3 +400,11 @@ def test_all_files_of_a_model_name_stop_tokens(load, tmp_path):
     # servers stop at what config.json names, so it is a stop token here as well
     (directory / "config.json").write_text(json.dumps({"eos_token_id": ids["<|endoftext|>"]}))
     assert set(ChatTokenizer(directory).stop_token_ids) == {ids["<|im_end|>"], ids["<|endoftext|>"]}
+
+
+def test_a_tools_output_in_json_is_escaped_as_the_template_does_it(load):
+    chat = load("llama3")
+    shown = chat.decode(chat.tool_ids('4\n"x"\t<|eot_id|>'), special=True)
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert shown == header.format("ipython") + '"4\\n\\"x\\"\\t<|eot_id|>"<|eot_id|>' + header.format("assistant")
+    assert chat.tool_ids("<|eot_id|>").count(chat._tokens.ends["<|eot_id|>"]) == 1
