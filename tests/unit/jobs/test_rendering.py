@@ -51,7 +51,7 @@ def test_a_template_that_raises_at_the_system_prompt(tmp_path, family):
 
 def test_a_row_of_another_form_is_named(tmp_path):
     config, chat = write(tmp_path, of.GEMMA, [ASK, ASK, BRIEF])
-    with pytest.raises(DataError, match="row 2: .*System role not supported"):
+    with pytest.raises(DataError, match=r"row 2: .*System role not supported"):
         load_prompts(config.data.train, config, chat)
 
 
