@@ -93,6 +93,8 @@ class TurnReader:
     def _turn(self, messages: list[Message], place: int, after: int | None, near: str) -> SpokenTurn:
         head = self._template.render(messages[:place], prompt=True)
         body, end = self.own_words(messages[: place + 1], head, near)
+        opening = self.opening(messages[:place], head)
+        self._check_words(messages[place], opening + body)
         following = messages[place + 1 : after] or [{"role": "user", "content": "question"}]
         tail = ""
         if after is not None or end is None:
@@ -102,8 +104,20 @@ class TurnReader:
             if found is None or found.start():
                 raise self._no_end(tail)
             end = found[0]
-        opening = self.opening(messages[:place], head)
         return SpokenTurn(head, opening, body, end, tail if after is not None else "")
+
+    def _check_words(self, message: Message, written: str) -> None:
+        """Raise RenderError where a word of the assistant's content is missing in what the template wrote of it."""
+        content, place = message.get("content"), 0
+        for word in content.split() if isinstance(content, str) else ():
+            found = written.find(word, place)
+            if found < 0:
+                raise RenderError(
+                    f"{self._template.name} leaves {word[:SHOWN]!r} out of the assistant's content. "
+                    f"{difference(content, written, 'as given', 'by the template')}. Give a template that writes it "
+                    "with model.chat_template, or take it out"
+                )
+            place = found + len(word)
 
     def _tail(self, before: list[Message], turn: Message, following: list[Message], so_far: str) -> str:
         """What the template writes after the words of `turn`, through `following`, up to the next turn."""

@@ -260,6 +260,31 @@ def test_a_key_that_the_template_does_not_write_is_refused(load, family, message
     load(family, DAY).demonstration([*QUESTION, {**message, key: None}], 1)
 
 
+def test_content_that_a_template_drops_is_refused(load):
+    # a system message that nobody reads; words beside a call; reasoning inside of the content
+    silent = "{%- for m in messages if m.role != 'system' %}{{- '[' + m.role + ']' + m.content + '<|im_end|>' }}{%- endfor %}"
+    chat = load(
+        dataclasses.replace(of.QWEN25, template=silent + "{%- if add_generation_prompt %}{{- '[assistant]' }}{%- endif %}")
+    )
+    with pytest.raises(RenderError, match=r"messages\[0\]: .* does not write the content of a message of the role 'system'"):
+        chat.check_prompt([{"role": "system", "content": "Be brief."}, *QUESTION])
+    with pytest.raises(RenderError, match=r"messages\[1\]: .*'assistant' beside its calls"):
+        load(of.LLAMA3).demonstration([*QUESTION, {**CALL, "content": "I call."}, *CALLED[2:]], 1)
+    drops = of.source("deepseek-r1").replace("<think>\n", "")  # as it was first published
+    thought = {"role": "assistant", "content": "<think>\nI see.\n</think>\n\n2"}
+    with pytest.raises(RenderError, match="leaves '<think>' out of the assistant's content"):
+        load(dataclasses.replace(of.DEEPSEEK_R1, template=drops)).demonstration([*QUESTION, thought], 1)
+
+
+def test_several_tools_may_speak_after_one_turn(load):
+    chat = load("glm4.5")
+    messages = [*CALLED[:2], {"role": "tool", "content": "2"}, {"role": "tool", "content": "3"}, CALLED[3]]
+    _, parts = chat.demonstration(messages, 1)
+    assert chat.decode(parts[1][1], special=True).count("<tool_response>") == 2
+    text = "".join(chat.decode(part, special=True) for _, part in parts)
+    assert chat.decode(chat.prompt_ids(QUESTION), special=True) + text == template_text(chat, messages) + "<|user|>"
+
+
 def test_a_date_in_a_prompt_is_the_configurations(load):
     with pytest.raises(ConfigError, match=r"set model\.chat_date, such as model\.chat_date=2026-01-31"):
         load(of.HARMONY)
