@@ -109,7 +109,9 @@ class TurnReader:
     def _check_words(self, message: Message, written: str) -> None:
         """Raise RenderError where a word of the assistant's content is missing in what the template wrote of it."""
         content, place = message.get("content"), 0
-        for word in content.split() if isinstance(content, str) else ():
+        if not isinstance(content, str):
+            return
+        for word in content.split():
             found = written.find(word, place)
             if found < 0:
                 raise RenderError(

@@ -155,6 +155,29 @@ def test_a_tools_output_is_what_the_template_writes_of_it_and_a_program_cannot_w
     assert [i for i in ids if i in among] == [i for i in plain if i in among]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_demonstration_is_the_templates_text_and_special_only_where_the_template_is(load, name, data):
+    chat = load(name)
+    special = [token.content for token in chat._tokenizer.added_tokens_decoder.values() if token.special]
+    pieces = st.sampled_from(["a", "\n", "\n\n", " ", "  ", '"', "\\", "é", "{{ x }}", *special])
+    texts = st.lists(pieces, min_size=1, max_size=6).map("".join).filter(str.strip)
+    messages = list(QUESTION)
+    for number in range(data.draw(st.integers(0, 2))):
+        messages += [
+            {"role": "assistant", "content": data.draw(texts)},
+            {"role": "tool", "content": f"{number}{data.draw(texts)}"},
+        ]
+    messages.append({"role": "assistant", "content": data.draw(texts)})
+    prompt, parts = chat.demonstration(messages, 1)
+    whole = template_text(chat, chat._forms.fitting(messages)) + ("<|user|>" if name == "glm4.5" else "")
+    text = chat.decode(prompt, special=True) + "".join(chat.decode(part, special=True) for _, part in parts)
+    assert text == whole.removesuffix("\n") if text[-1] != "\n" else text == whole
+    for role, part in parts:
+        assert role == "tool" or [i for i in part if i in chat.stop_token_ids] == [part[-1]]
+
+
 def test_a_turn_of_glm_ends_with_the_token_of_the_next_role(load):
     chat = load("glm4.5")
     name = chat._tokens.ends
@@ -270,7 +293,7 @@ def test_content_that_a_template_drops_is_refused(load):
         chat.check_prompt([{"role": "system", "content": "Be brief."}, *QUESTION])
     with pytest.raises(RenderError, match=r"messages\[1\]: .*'assistant' beside its calls"):
         load(of.LLAMA3).demonstration([*QUESTION, {**CALL, "content": "I call."}, *CALLED[2:]], 1)
-    drops = of.source("deepseek-r1").replace("<think>\n", "")  # as it was first published
+    drops = of.source("deepseek-r1").replace(r"<think>\n", "")  # as it was first published
     thought = {"role": "assistant", "content": "<think>\nI see.\n</think>\n\n2"}
     with pytest.raises(RenderError, match="leaves '<think>' out of the assistant's content"):
         load(dataclasses.replace(of.DEEPSEEK_R1, template=drops)).demonstration([*QUESTION, thought], 1)
@@ -278,7 +301,8 @@ def test_content_that_a_template_drops_is_refused(load):
 
 def test_several_tools_may_speak_after_one_turn(load):
     chat = load("glm4.5")
-    messages = [*CALLED[:2], {"role": "tool", "content": "2"}, {"role": "tool", "content": "3"}, CALLED[3]]
+    call = {**CALL, "content": ""}
+    messages = [*QUESTION, call, {"role": "tool", "content": "2"}, {"role": "tool", "content": "3"}, CALLED[3]]
     _, parts = chat.demonstration(messages, 1)
     assert chat.decode(parts[1][1], special=True).count("<tool_response>") == 2
     text = "".join(chat.decode(part, special=True) for _, part in parts)
