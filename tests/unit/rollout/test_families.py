@@ -163,6 +163,8 @@ def test_any_demonstration_is_the_templates_text_and_special_only_where_the_temp
     special = [token.content for token in chat._tokenizer.added_tokens_decoder.values() if token.special]
     pieces = st.sampled_from(["a", "\n", "\n\n", " ", "  ", '"', "\\", "é", "{{ x }}", *special])
     texts = st.lists(pieces, min_size=1, max_size=6).map("".join).filter(str.strip)
+    if name == "qwen3-thinking":  # without reasoning it leaves out what a generation begins with
+        texts = texts.map(lambda text: spoken(name, text))
     messages = list(QUESTION)
     for number in range(data.draw(st.integers(0, 2))):
         messages += [
@@ -207,6 +209,19 @@ def test_thinking_off_opens_every_turn_with_an_empty_block(load, caplog):
     glm = load("glm4.5", ChatConfig(chat_options={"enable_thinking": False}))
     glm.check_turns(QUESTION)
     assert glm.decode(glm.prompt_ids(QUESTION), special=True).endswith("/nothink<|assistant|>\n<think></think>")
+
+
+def test_a_block_that_a_generation_begins_in_is_closed_in_every_turn(load):
+    chat = load("qwen3-thinking")
+    prompt, parts = chat.demonstration(talk("qwen2.5"), 1)
+    text = chat.decode(prompt, special=True) + "".join(chat.decode(part, special=True) for _, part in parts)
+    assert text.count("<|im_start|>assistant\n<think>\n\n</think>\n\n") == 3
+    # with reasoning in some turns only
+    mixed = [*talk("qwen3", 2)[:3], *talk("qwen2.5")[3:]]
+    prompt, parts = chat.demonstration(mixed, 1)
+    text = chat.decode(prompt, special=True) + "".join(chat.decode(part, special=True) for _, part in parts)
+    assert text.count("<think>") == text.count("</think>") == 3
+    assert text.count("I see.") == 1
 
 
 def test_reasoning_that_a_template_drops_stays_in_rollouts_and_cannot_be_taught(load, caplog):
