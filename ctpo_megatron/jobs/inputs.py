@@ -98,7 +98,8 @@ def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, tu
     """
     firsts: dict[tuple[tuple[str, ...], ...], Prompt] = {}
     for prompt in prompts:
-        firsts.setdefault(tuple((message["role"], *message) for message in prompt.messages), prompt)
+        form = tuple((each["role"], *(key for key, value in each.items() if value)) for each in prompt.messages)
+        firsts.setdefault(form, prompt)
     for prompt in firsts.values():
         try:
             chat.check_prompt(prompt.messages)

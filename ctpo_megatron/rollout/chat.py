@@ -130,10 +130,9 @@ class ChatTokenizer:
     def _as_in_whole(self, turns: list[SpokenTurn], whole: str) -> list[SpokenTurn]:
         """`turns` of a demonstration without the empty reasoning that the template writes into the last turn alone."""
         likeness = compare(whole, turns, last=True)
-        empty = [not left or left == self._turns.lead for left in likeness.left_out]
         same = [
-            replace(turn, body=turn.body[len(left) :]) if none else turn
-            for turn, left, none in zip(turns, likeness.left_out, empty, strict=True)
+            replace(turn, body=turn.body[len(left) :]) if opened and left == self._turns.lead else turn
+            for turn, left, opened in zip(turns, likeness.left_out, likeness.opened, strict=True)
         ]
         self._say(compare(whole, same, last=True).said)
         return same
