@@ -209,7 +209,7 @@ def _verdict(found: Findings) -> Text:
         return Text(f"`{command}` would refuse this, and say:", style="red")
     text = Text("* is trained on. ", style="dim") if any(file.samples for file in found.files) else Text()
     text.append(f"`{command}` would take this data and this model.", style="not dim green")
-    return text.append(" Not looked at: memory (ctpo plan), this host (ctpo doctor), what run_dir holds.", style="dim")
+    return text.append(" Not looked at: memory (ctpo plan), this host (ctpo doctor), the places that a run writes to.", style="dim")
 
 
 def _count(things: Sequence[object], name: str) -> str:
