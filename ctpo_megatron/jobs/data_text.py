@@ -23,7 +23,8 @@ LONGEST_TEXT, HEAD, TAIL = 1200, 800, 300  # characters of a part, of which long
 MOST_LINES, FIRST_LINES, LAST_LINES = 14, 9, 4
 SHORT = 40  # characters of a value that is quoted within a line
 WARNING = "yellow"
-RUN = "a run"
+RUN, REJECTED = "a run", "  not accepted"
+ORDER = ("columns", "too long", "duplicates", "contradictions", "leaks", "answers", REJECTED, RUN)  # of facts about files
 
 
 def report(found: Findings) -> Iterator[RenderableType]:
@@ -84,7 +85,7 @@ def _facts(found: Findings) -> Table:
     table.add_column(overflow="fold")
     facts = [(label, line, style, file) for file in found.files for label, line, style in _file_facts(found, file)]
     told = {(label, line): style for label, line, style, _ in facts}
-    for label in dict.fromkeys(label for label, _ in told):
+    for label in sorted({label for label, _ in told}, key=ORDER.index):
         lines = [line for other, line in told if other == label]
         for number, line in enumerate(lines):
             files = [file for other, said, _, file in facts if (other, said) == (label, line)]
@@ -98,7 +99,7 @@ def _facts(found: Findings) -> Table:
 
 def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, str]]:
     """Yield label, line and style."""
-    unused = f"; not used: {', '.join(file.ignored)}" if file.ignored else "; there are no others"
+    unused = f"; not used: {', '.join(map(visible, file.ignored))}" if file.ignored else "; there are no others"
     yield "columns", f"{', '.join(file.read)}{unused}", ""
     for measure in file.measures:
         if measure.too_long:
@@ -125,26 +126,27 @@ def _repeats(file: FileFound) -> Iterator[tuple[str, str, str]]:
         yield "duplicates", f"{again:,} of {file.rows:,} rows ask what an earlier one asks{most}", WARNING
     if repeats is not None and repeats.contradictions:
         pairs = listed([f"{first} and {other}" for first, other in repeats.contradictions])
-        yield "contradictions", f"{_count(repeats.contradictions, 'question')} with different answers: rows {pairs}", WARNING
+        yield "contradictions", f"{len(repeats.contradictions):,} questions with different answers: rows {pairs}", WARNING
     if file.shared:
         pairs = listed([f"{row} ({first})" for row, first in file.shared])
-        yield "leaks", f"{_count(file.shared, 'row')} ask what a training row asks, so they measure memory: {pairs}", WARNING
+        share = f"{len(file.shared):,} of {file.rows:,} rows"
+        yield "leaks", f"{share} ask what a row asks (in brackets) that is trained on: {pairs}", WARNING
 
 
 def _answers(answers: GoldAnswers) -> Iterator[tuple[str, str, str]]:
     total = answers.different
     good = total - len(answers.rejected)
-    words = f"all {total:,} different ones are" if good == total else f"{good:,} of {total:,} different ones are"
-    kinds = "; all are numbers"
+    words = f"{good:,} of {total:,} different ones, put in a box, are accepted by their own grader"
+    kinds = "all are numbers"
     if answers.others:
-        kinds = f"; {answers.numbers:,} are numbers, {len(answers.others):,} are not: {listed(list(map(_short, answers.others)))}"
-    yield "answers", f"{words} accepted by their own grader, put in a box{kinds}", WARNING if answers.rejected else ""
+        kinds = f"{answers.numbers:,} numbers, {len(answers.others):,} others: {listed(list(map(_short, answers.others)))}"
+    yield "answers", f"{words}; {kinds}", WARNING if answers.rejected else ""
     for rejected in answers.rejected[:10]:
         rows = listed([f"{row:,}" for row in rejected.rows])
         line = f"row{'s' if len(rejected.rows) > 1 else ''} {rows}: {_short(rejected.answer)}: {rejected.why}"
-        yield "  not accepted", line, "red"
+        yield REJECTED, line, "red"
     if len(answers.rejected) > 10:
-        yield "", f"and {len(answers.rejected) - 10:,} more; --json names all", "red"
+        yield REJECTED, f"and {len(answers.rejected) - 10:,} more; --json names all", "red"
 
 
 def _model_facts(model: ModelFound, found: Findings) -> Iterator[tuple[str, str]]:
@@ -209,11 +211,9 @@ def _verdict(found: Findings) -> Text:
         return Text(f"`{command}` would refuse this, and say:", style="red")
     text = Text("* is trained on. ", style="dim") if any(file.samples for file in found.files) else Text()
     text.append(f"`{command}` would take this data and this model.", style="not dim green")
-    return text.append(" Not looked at: memory (ctpo plan), this host (ctpo doctor), the places that a run writes to.", style="dim")
-
-
-def _count(things: Sequence[object], name: str) -> str:
-    return f"{len(things):,} {name}{'s' if len(things) > 1 else ''}"
+    return text.append(
+        " Not looked at: memory (ctpo plan), this host (ctpo doctor), the places that a run writes to.", style="dim"
+    )
 
 
 def _short(text: str) -> str:

@@ -87,7 +87,7 @@ def read_prompt_file(path: str, config: RunConfig, chat: ChatTokenizer, emit: Em
 
 def check_prompt_file(file: PromptFile, config: RunConfig, model: OpenModel) -> None:
     """Raise DataError, naming the rows, where prompts are too long or have tokens that the model does not know."""
-    refuse_long(file.lengths, max_tokens=config.data.max_prompt_tokens, path=file.path)
+    refuse_long(file.prompts, file.lengths, max_tokens=config.data.max_prompt_tokens, path=file.path)
     check_prompt_tokens(file.prompts, file.path, model.chat, model.shape, Path(config.model.path))
 
 
