@@ -118,8 +118,8 @@ def test_rows_have_the_same_number_exactly_where_they_are_the_same(rows):
     inner = pa.struct([("role", pa.string()), ("number", pa.int64())])
     types = (pa.list_(inner), inner, pa.string())
     columns = [pa.array([each[i] for each in rows], kind) for i, kind in enumerate(types)]
-    whole = [columns, [column.slice(1) for column in columns]]  # a slice has an offset
-    for arrays, expected in zip(whole, (rows, rows[1:]), strict=True):
+    for arrays in (columns, [column.slice(1) for column in columns]):  # a slice has an offset
+        expected = list(zip(*(column.to_pylist() for column in arrays), strict=True))  # keys in the order of the type
         numbers = row_numbers(arrays)
         seen: dict[str, int] = {}
         assert numbers.tolist() == [seen.setdefault(repr(each), len(seen)) for each in expected]
