@@ -71,10 +71,15 @@ def read_model(config: RunConfig) -> ModelShape:
     return shape
 
 
-def load_prompts(path: str, config: RunConfig, model: OpenModel, emit: Emit = discard) -> list[Prompt]:
-    """The prompts of a file, all of which a run can use; `emit` hears what was read and what was not used."""
-    file = read_prompt_file(path, config, model.chat, emit)
-    check_prompt_file(file, config, model)
+def load_prompts(
+    path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard, shape: ModelShape | None = None
+) -> list[Prompt]:
+    """The prompts of a file, all of which a run can use; `emit` hears what was read and what was not used.
+
+    `shape` is that of the model, whose embedding has to know their tokens; None: that is not looked at.
+    """
+    file = read_prompt_file(path, config, chat, emit)
+    check_prompt_file(file, config, chat, shape)
     return file.prompts
 
 
@@ -85,10 +90,11 @@ def read_prompt_file(path: str, config: RunConfig, chat: ChatTokenizer, emit: Em
     return PromptFile(path, prompts, prompt_lengths(prompts, chat, path))
 
 
-def check_prompt_file(file: PromptFile, config: RunConfig, model: OpenModel) -> None:
+def check_prompt_file(file: PromptFile, config: RunConfig, chat: ChatTokenizer, shape: ModelShape | None) -> None:
     """Raise DataError, naming the rows, where prompts are too long or have tokens that the model does not know."""
     refuse_long(file.prompts, file.lengths, max_tokens=config.data.max_prompt_tokens, path=file.path)
-    check_prompt_tokens(file.prompts, file.path, model.chat, model.shape, Path(config.model.path))
+    if shape is not None:
+        check_prompt_tokens(file.prompts, file.path, chat, shape, Path(config.model.path))
 
 
 def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, turns: bool) -> None:

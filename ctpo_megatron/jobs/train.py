@@ -42,8 +42,10 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     begun = time.monotonic()
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
-    prompts = load_prompts(config.data.train, config, model, read.append)
-    held_out = load_prompts(config.data.eval, config, model, read.append) if config.data.eval else []
+    prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
+    held_out: list[Prompt] = []
+    if config.data.eval:
+        held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
     try:

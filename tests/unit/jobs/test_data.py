@@ -252,6 +252,13 @@ def test_answers_that_could_never_be_rewarded(answer, why):
     assert re.search(why, rejected.why), rejected.why
 
 
+def test_judging_has_the_time_limit_of_a_run():
+    found = judge_answers([Prompt(0, (), "\\boxed{5"), Prompt(1, (), "5")], MathReward(timeout_s=1e-6))
+    (rejected,) = found.rejected
+    assert rejected.rows == (0,)
+    assert "no end within rollout.reward.timeout_s = 1e-06" in rejected.why
+
+
 def test_answers_of_all_kinds_are_accepted():
     answers = [
         "12",
