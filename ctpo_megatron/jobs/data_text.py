@@ -61,20 +61,17 @@ def _headline(found: Findings) -> Text:
 
 
 def _lengths(files: Sequence[FileFound]) -> Table:
-    names = ("rows", "different", "shortest", "mean", "50 %", "90 %", "99 %", "longest", "allowed", "too long")
-    table = plain_table("tokens of", *names)
+    table = plain_table("tokens of", "rows", "least", "mean", "50 %", "90 %", "99 %", "most", "allowed")
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for file in files:
         for number, measure in enumerate(file.measures):
             sizes = measure.lengths
-            first = number == 0
-            name = Path(file.path).name if first else f"  {measure.of}"
-            counts = (f"{file.rows:,}", f"{file.different:,}") if first else ("", "")
+            name, rows = (Path(file.path).name, f"{file.rows:,}") if number == 0 else (f"  {measure.of}", "")
             spread = (f"{sizes.least:,}", f"{sizes.mean:,.1f}", *(f"{size:,}" for size in (sizes.p50, sizes.p90, sizes.p99)))
-            limits = ("", "") if measure.allowed is None else (f"{measure.allowed:,}", f"{len(measure.too_long):,}")
-            style = "red" if measure.too_long else ""
-            table.add_row(name, *counts, *spread, f"{sizes.most:,}", limits[0], Text(limits[1], style=style))
+            allowed = "" if measure.allowed is None else f"{measure.allowed:,}"
+            table.add_row(name, rows, *spread, Text(f"{sizes.most:,}", style="red" if measure.too_long else ""), allowed)
     return table
 
 
@@ -104,7 +101,8 @@ def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, st
     for measure in file.measures:
         if measure.too_long:
             named = listed([f"{row} ({tokens:,})" for row, tokens in measure.too_long])
-            yield "too long", f"more than {measure.limit} = {measure.allowed:,} tokens have the rows {named}", "red"
+            share = f"{len(measure.too_long):,} of {file.rows:,} rows"
+            yield "too long", f"{share} have more than {measure.limit} = {measure.allowed:,} tokens: {named}", "red"
     yield from _repeats(file)
     if file.answers is not None:
         yield from _answers(file.answers)
@@ -115,15 +113,13 @@ def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, st
 
 
 def _repeats(file: FileFound) -> Iterator[tuple[str, str, str]]:
-    again = file.rows - file.different
-    if file.use == "sft":
-        if again:
-            yield "duplicates", f"{again:,} of {file.rows:,} rows repeat an earlier one", WARNING
-        return
-    repeats = file.repeats
-    if again and repeats is not None:
-        most = f"; row {repeats.most_row} most often, {repeats.most:,} times"
-        yield "duplicates", f"{again:,} of {file.rows:,} rows ask what an earlier one asks{most}", WARNING
+    again, repeats = file.rows - file.different, file.repeats
+    words = f"{again:,} of {file.rows:,} rows ask what an earlier one asks"
+    if repeats is None:
+        words = f"{again:,} of {file.rows:,} rows repeat an earlier one"
+    elif again:
+        words += f"; row {repeats.most_row} most often, {repeats.most:,} times"
+    yield "duplicates", words if again else "none", WARNING if again else ""
     if repeats is not None and repeats.contradictions:
         pairs = listed([f"{first} and {other}" for first, other in repeats.contradictions])
         yield "contradictions", f"{len(repeats.contradictions):,} questions with different answers: rows {pairs}", WARNING
@@ -131,6 +127,8 @@ def _repeats(file: FileFound) -> Iterator[tuple[str, str, str]]:
         pairs = listed([f"{row} ({first})" for row, first in file.shared])
         share = f"{len(file.shared):,} of {file.rows:,} rows"
         yield "leaks", f"{share} ask what a row asks (in brackets) that is trained on: {pairs}", WARNING
+    elif file.use == "eval":
+        yield "leaks", "no row asks what is trained on", ""
 
 
 def _answers(answers: GoldAnswers) -> Iterator[tuple[str, str, str]]:
@@ -180,7 +178,7 @@ def _add_part(table: Table, part: Part) -> None:
     for number, line in enumerate(lines):
         text = Text(line, style=f"{style} italic" if not part.text else style)
         if part.ends_turn:
-            text = Text(line, style=f"{style} reverse").append("  ends the turn", style="dim not reverse")
+            text = Text().append(line, style=f"{style} reverse").append("  ends the turn", style="dim")
         table.add_row("*" if part.trained else " ", Text(part.author if number == 0 else "", style=style), text)
 
 

@@ -171,6 +171,14 @@ def test_colours_are_for_terminals(good):
     assert "\x1b[36m" in screen.getvalue()  # the user's words
 
 
+def test_numbers_are_whole_on_a_narrow_screen(good):
+    config = load_config(CONFIG, [f"{key}={value}" for key, value in good.items() if key != "sft"])
+    screen = io.StringIO()
+    data_job(config, CONFIG, use=None, samples=1, as_json=False, console=Console(file=screen, width=80))
+    assert "…" not in screen.getvalue()
+    assert max(map(len, screen.getvalue().splitlines())) <= 80
+
+
 PROMPTS = {
     "too long": [asked("1+1?"), asked("long " * 30), asked("long " * 40)],
     "no such column": [{"question": "1+1?", "answer": "2"}],
