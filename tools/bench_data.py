@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing as mp
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -100,7 +99,7 @@ def row_by_row(file: Path, model: Path) -> Sequence[float]:
     import pyarrow.parquet as pq
 
     chat = warm(model)
-    before, begun = peak(), time.process_time()
+    memory, begun = Memory(), time.process_time()
     prompts = []
     for index, row in enumerate(pq.ParquetFile(file).read().to_pylist()):
         messages = tuple({"role": each["role"], "content": each["content"]} for each in row["prompt"])
@@ -110,19 +109,19 @@ def row_by_row(file: Path, model: Path) -> Sequence[float]:
     begun = time.process_time()
     for prompt in sample:
         len(chat.prompt_ids(prompt.messages))
-    return per_row(read, len(prompts)), per_row(time.process_time() - begun, len(sample)), (peak() - before) / len(prompts)
+    return per_row(read, len(prompts)), per_row(time.process_time() - begun, len(sample)), memory.gained() / len(prompts)
 
 
 def product(file: Path, model: Path) -> Sequence[float]:
     """The same of what a run does."""
     chat = warm(model)
-    before, begun = peak(), time.process_time()
+    memory, begun = Memory(), time.process_time()
     prompts = read_prompts(file)
     read = time.process_time() - begun
     begun = time.process_time()
     check_prompt_lengths(prompts, chat, max_tokens=1 << 20, path=file)
     lengths = time.process_time() - begun
-    return per_row(read, len(prompts)), per_row(lengths, len(prompts)), (peak() - before) / len(prompts)
+    return per_row(read, len(prompts)), per_row(lengths, len(prompts)), memory.gained() / len(prompts)
 
 
 def warm(model: Path) -> ChatTokenizer:
@@ -139,9 +138,21 @@ def per_row(seconds: float, rows: int) -> float:
     return seconds / rows * 1e6
 
 
-def peak() -> float:
-    """The largest resident size of this process so far, in kilobytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+class Memory:
+    """Kilobytes that this process holds at most from here on, beyond what it holds now."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew (Linux)
+        self._before = self._read("VmRSS")
+
+    def gained(self) -> float:
+        """The peak since it was made, less what was held then."""
+        return self._read("VmHWM") - self._before
+
+    @staticmethod
+    def _read(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(name))
 
 
 if __name__ == "__main__":

@@ -148,21 +148,23 @@ async def export(config: RunConfig, targets: dict[Path, Path], out: Path) -> Non
 async def sample(config: RunConfig, model: Path, file: Path, out: Path, *, prompts: int, samples: int) -> None:
     """Sample the held-out prompts at the run's training temperature, into a file like those in RUN/rollouts."""
     from ctpo_megatron.cluster.runtime import Runtime
-    from ctpo_megatron.jobs.inputs import load_prompts, open_model
+    from ctpo_megatron.jobs.inputs import load_prompts, read_model
     from ctpo_megatron.jobs.rollouts import open_rollouts
     from ctpo_megatron.jobs.topology import topology_of
     from ctpo_megatron.loop.evaluate import evaluate
+    from ctpo_megatron.rollout.chat import ChatTokenizer
     from ctpo_megatron.rollout.tools import make_tool
 
     config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(model)})})
-    opened = open_model(config, "eval")
+    shape = read_model(config)
+    chat = ChatTokenizer(config.model.path, config.model)
     if config.data.eval is None:
         raise InputError("the run has no held-out prompts; give some with data.eval=FILE")
-    held_out, tool = load_prompts(config.data.eval, config, opened), make_tool(config.rollout.tool)
+    held_out, tool = load_prompts(config.data.eval, config, chat), make_tool(config.rollout.tool)
     sizes = {"prompts": prompts, "samples": samples, "temperature": config.rollout.temperature}
     async with (
-        Runtime(config, opened.shape, topology_of(config, trainer=False), out.resolve()) as runtime,
-        open_rollouts(runtime, opened.chat, tool) as rollouts,
+        Runtime(config, shape, topology_of(config, trainer=False), out.resolve()) as runtime,
+        open_rollouts(runtime, chat, tool) as rollouts,
     ):
         result = await runtime.guard(evaluate(rollouts.rollouter, held_out, config.eval.model_copy(update=sizes), step=0))
     found = [as_row(group.prompt, each) for group in result.groups for each in group.trajectories]

@@ -7,6 +7,7 @@ columns are ignored, and said to be.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ _MEDIA = {
     "sounds": {"audio", "audios", "sound", "sounds", "speech", "wav", "waveform"},
     "videos": {"video", "videos", "frames", "clip", "clips"},
     "media": {"multimodal", "multi_modal", "multi_modal_data", "multi_modal_inputs", "mm_data", "media"},
+}
+_PLAIN = {
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "picture",
+    "pictures",
+    "screenshot",
+    "screenshots",
+    "audio",
+    "audios",
+    "video",
+    "videos",
 }
 # what a name of media may go on with and still mean the media: image_path, video_url, img_1; not image_license
 _ENDINGS = {"path", "paths", "url", "urls", "uri", "uris", "file", "files", "bytes", "data", "base64", "b64", "values", "list"}
@@ -98,13 +113,14 @@ def _media_in(name: str, value: Any) -> str | None:
 
 
 def _named_media(name: str) -> str | None:
-    """Returns which media a name speaks of: `image`, `image_path` and `img_1` do, `image_license` and `has_image` do not."""
-    lower = name.lower()
-    words = lower.split("_")
+    """Returns which media a name speaks of: `imagePath` and `question_img_1` do, `image_license` and `part_of_speech` do not."""
+    whole = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[-. ]", "_", name).lower()
+    words = whole.split("_")
     while len(words) > 1 and (words[-1] in _ENDINGS or words[-1].isdigit()):
         words.pop()
     stem = "_".join(words)
-    return next((kind for kind, names in _MEDIA.items() if stem in names or lower in names), None)
+    spoken = {whole, stem, words[-1]} if words[-1] in _PLAIN else {whole, stem}
+    return next((kind for kind, names in _MEDIA.items() if spoken & names), None)
 
 
 def _may_hold_content(name: str, kind: Any) -> bool:

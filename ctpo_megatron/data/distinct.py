@@ -68,6 +68,8 @@ def _encoded(array: Any) -> Numbers:
             own[there] = entries[starts[there] + place] + 1
             numbers = _joined(numbers, own)
         return numbers
+    if pa.types.is_dictionary(array.type):
+        return _as_numpy(pc.fill_null(array.indices, -1)) + 1
     return _as_numpy(pc.dictionary_encode(array, null_encoding="encode").indices)
 
 

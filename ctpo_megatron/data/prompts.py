@@ -78,7 +78,7 @@ def _key(messages: Conversation) -> Any:
 
 def check_prompt_lengths(prompts: Sequence[Prompt], tokenizer: PromptTokenizer, *, max_tokens: int, path: str | Path) -> None:
     """Raise DataError as `prompt_lengths` and `refuse_long` do."""
-    refuse_long(prompt_lengths(prompts, tokenizer, path), max_tokens=max_tokens, path=path)
+    refuse_long(prompts, prompt_lengths(prompts, tokenizer, path), max_tokens=max_tokens, path=path)
 
 
 def prompt_lengths(prompts: Sequence[Prompt], tokenizer: PromptTokenizer, path: str | Path) -> list[int]:
@@ -93,14 +93,14 @@ def prompt_lengths(prompts: Sequence[Prompt], tokenizer: PromptTokenizer, path: 
     return [lengths[id(prompt.messages)] for prompt in prompts]
 
 
-def refuse_long(lengths: Sequence[int], *, max_tokens: int, path: str | Path) -> None:
+def refuse_long(prompts: Sequence[Prompt], lengths: Sequence[int], *, max_tokens: int, path: str | Path) -> None:
     """Raise DataError, naming the first prompts of `path` that are longer than `max_tokens`, and how many there are.
 
-    `lengths` are the tokens of all of its rows.
+    `lengths` are their tokens.
     """
     if max(lengths, default=0) <= max_tokens:
         return
-    long = [(row, length) for row, length in enumerate(lengths) if length > max_tokens]
+    long = [(prompt.index, length) for prompt, length in zip(prompts, lengths, strict=True) if length > max_tokens]
     others = ""
     if len(long) > 1:
         named = listed([f"{index} ({length:,} tokens)" for index, length in long])

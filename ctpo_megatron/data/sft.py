@@ -55,12 +55,12 @@ def read_demonstrations(
     table, complaints = Table(path, COLUMNS, at_once=AT_ONCE), Complaints(path)
     samples: list[TrainSample] = []
     row = 0
-    known: set[str] = set()
+    known: set[int] = set()
     with closing(table.batches()) as batches:
         for batch in batches:
             for number, distinct in enumerate(batch.numbers.tolist()):
                 place, messages = batch.place(number), batch.rows[distinct]["messages"]
-                known.add(repr(messages))
+                known.add(hash(repr(messages)))
                 try:
                     sample = as_sample(place, row, *as_conversation(place, messages, system_prompt), chat)
                     if hear is not None:

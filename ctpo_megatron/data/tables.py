@@ -76,7 +76,7 @@ class Table:
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self.path, read_dictionary=self._texts()) as file:
                 names = file.schema_arrow.names
                 check_keys(str(self.path), dict.fromkeys(names), self.columns)
                 self.ignored = tuple(name for name in names if name not in self.columns)
@@ -96,6 +96,15 @@ class Table:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{self.path} is not a readable parquet file (truncated, or another format?): {error}") from error
+
+    def _texts(self) -> list[str]:
+        """Returns the leaves of the columns that hold text: a batch has each text once, however often the file repeats it."""
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(self.path) as file:
+            leaves = [file.schema.column(number) for number in range(len(file.schema))]
+        asked = [leaf for leaf in leaves if leaf.path.partition(".")[0] in self.columns]
+        return [leaf.path for leaf in asked if leaf.logical_type.type == "STRING"]
 
     def _json(self, show: Callable[[int, int], None]) -> Iterator[Batch]:
         size, read, number = self.path.stat().st_size, 0, 0
@@ -214,5 +223,7 @@ def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
 
 def _present(value: Any) -> Any:
     if isinstance(value, dict):
+        if value.keys() == {"role", "content"}:
+            return value  # as nearly always
         return {key: _present(held) for key, held in value.items() if held is not None or key in ("role", "content")}
     return [_present(each) for each in value] if isinstance(value, list) else value

@@ -46,8 +46,7 @@ def data_job(
     except InputError as error:
         problem, found.problem = error, str(error)
     if as_json:
-        json.dump(dataclasses.asdict(found), sys.stdout, indent=2, allow_nan=False)
-        print()
+        Console(file=sys.stdout).out(json.dumps(dataclasses.asdict(found), indent=2, allow_nan=False), highlight=False)
     else:
         console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
         _print(found, console)
@@ -93,7 +92,7 @@ def _look_at_prompts(path: str, use: str, config: RunConfig, model: OpenModel, f
     events: list[Event] = []
     file = read_prompt_file(path, config, model.chat, events.append)
     found.files.append(prompts_found(file, use, _read(events), config, model.chat, samples))
-    check_prompt_file(file, config, model)
+    check_prompt_file(file, config, model.chat, model.shape)
     return file
 
 

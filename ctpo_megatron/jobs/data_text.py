@@ -23,7 +23,8 @@ LONGEST_TEXT, HEAD, TAIL = 1200, 800, 300  # characters of a part, of which long
 MOST_LINES, FIRST_LINES, LAST_LINES = 14, 9, 4
 SHORT = 40  # characters of a value that is quoted within a line
 WARNING = "yellow"
-RUN = "a run"
+RUN, REJECTED = "a run", "  not accepted"
+ORDER = ("columns", "too long", "duplicates", "contradictions", "leaks", "answers", REJECTED, RUN)  # of facts about files
 
 
 def report(found: Findings) -> Iterator[RenderableType]:
@@ -60,20 +61,17 @@ def _headline(found: Findings) -> Text:
 
 
 def _lengths(files: Sequence[FileFound]) -> Table:
-    names = ("rows", "different", "shortest", "mean", "50 %", "90 %", "99 %", "longest", "allowed", "too long")
-    table = plain_table("tokens of", *names)
+    table = plain_table("tokens of", "rows", "least", "mean", "50 %", "90 %", "99 %", "most", "allowed")
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for file in files:
         for number, measure in enumerate(file.measures):
             sizes = measure.lengths
-            first = number == 0
-            name = Path(file.path).name if first else f"  {measure.of}"
-            counts = (f"{file.rows:,}", f"{file.different:,}") if first else ("", "")
+            name, rows = (Path(file.path).name, f"{file.rows:,}") if number == 0 else (f"  {measure.of}", "")
             spread = (f"{sizes.least:,}", f"{sizes.mean:,.1f}", *(f"{size:,}" for size in (sizes.p50, sizes.p90, sizes.p99)))
-            limits = ("", "") if measure.allowed is None else (f"{measure.allowed:,}", f"{len(measure.too_long):,}")
-            style = "red" if measure.too_long else ""
-            table.add_row(name, *counts, *spread, f"{sizes.most:,}", limits[0], Text(limits[1], style=style))
+            allowed = "" if measure.allowed is None else f"{measure.allowed:,}"
+            table.add_row(name, rows, *spread, Text(f"{sizes.most:,}", style="red" if measure.too_long else ""), allowed)
     return table
 
 
@@ -84,7 +82,7 @@ def _facts(found: Findings) -> Table:
     table.add_column(overflow="fold")
     facts = [(label, line, style, file) for file in found.files for label, line, style in _file_facts(found, file)]
     told = {(label, line): style for label, line, style, _ in facts}
-    for label in dict.fromkeys(label for label, _ in told):
+    for label in sorted({label for label, _ in told}, key=ORDER.index):
         lines = [line for other, line in told if other == label]
         for number, line in enumerate(lines):
             files = [file for other, said, _, file in facts if (other, said) == (label, line)]
@@ -98,12 +96,13 @@ def _facts(found: Findings) -> Table:
 
 def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, str]]:
     """Yield label, line and style."""
-    unused = f"; not used: {', '.join(file.ignored)}" if file.ignored else "; there are no others"
+    unused = f"; not used: {', '.join(map(visible, file.ignored))}" if file.ignored else "; there are no others"
     yield "columns", f"{', '.join(file.read)}{unused}", ""
     for measure in file.measures:
         if measure.too_long:
             named = listed([f"{row} ({tokens:,})" for row, tokens in measure.too_long])
-            yield "too long", f"more than {measure.limit} = {measure.allowed:,} tokens have the rows {named}", "red"
+            share = f"{len(measure.too_long):,} of {file.rows:,} rows"
+            yield "too long", f"{share} have more than {measure.limit} = {measure.allowed:,} tokens: {named}", "red"
     yield from _repeats(file)
     if file.answers is not None:
         yield from _answers(file.answers)
@@ -114,37 +113,38 @@ def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, st
 
 
 def _repeats(file: FileFound) -> Iterator[tuple[str, str, str]]:
-    again = file.rows - file.different
-    if file.use == "sft":
-        if again:
-            yield "duplicates", f"{again:,} of {file.rows:,} rows repeat an earlier one", WARNING
-        return
-    repeats = file.repeats
-    if again and repeats is not None:
-        most = f"; row {repeats.most_row} most often, {repeats.most:,} times"
-        yield "duplicates", f"{again:,} of {file.rows:,} rows ask what an earlier one asks{most}", WARNING
+    again, repeats = file.rows - file.different, file.repeats
+    words = f"{again:,} of {file.rows:,} rows ask what an earlier one asks"
+    if repeats is None:
+        words = f"{again:,} of {file.rows:,} rows repeat an earlier one"
+    elif again:
+        words += f"; row {repeats.most_row} most often, {repeats.most:,} times"
+    yield "duplicates", words if again else "none", WARNING if again else ""
     if repeats is not None and repeats.contradictions:
         pairs = listed([f"{first} and {other}" for first, other in repeats.contradictions])
-        yield "contradictions", f"{_count(repeats.contradictions, 'question')} with different answers: rows {pairs}", WARNING
+        yield "contradictions", f"{len(repeats.contradictions):,} questions with different answers: rows {pairs}", WARNING
     if file.shared:
         pairs = listed([f"{row} ({first})" for row, first in file.shared])
-        yield "leaks", f"{_count(file.shared, 'row')} ask what a training row asks, so they measure memory: {pairs}", WARNING
+        share = f"{len(file.shared):,} of {file.rows:,} rows"
+        yield "leaks", f"{share} ask what a row asks (in brackets) that is trained on: {pairs}", WARNING
+    elif file.use == "eval":
+        yield "leaks", "no row asks what is trained on", ""
 
 
 def _answers(answers: GoldAnswers) -> Iterator[tuple[str, str, str]]:
     total = answers.different
     good = total - len(answers.rejected)
-    words = f"all {total:,} different ones are" if good == total else f"{good:,} of {total:,} different ones are"
-    kinds = "; all are numbers"
+    words = f"{good:,} of {total:,} different ones, put in a box, are accepted by their own grader"
+    kinds = "all are numbers"
     if answers.others:
-        kinds = f"; {answers.numbers:,} are numbers, {len(answers.others):,} are not: {listed(list(map(_short, answers.others)))}"
-    yield "answers", f"{words} accepted by their own grader, put in a box{kinds}", WARNING if answers.rejected else ""
+        kinds = f"{answers.numbers:,} numbers, {len(answers.others):,} others: {listed(list(map(_short, answers.others)))}"
+    yield "answers", f"{words}; {kinds}", WARNING if answers.rejected else ""
     for rejected in answers.rejected[:10]:
         rows = listed([f"{row:,}" for row in rejected.rows])
         line = f"row{'s' if len(rejected.rows) > 1 else ''} {rows}: {_short(rejected.answer)}: {rejected.why}"
-        yield "  not accepted", line, "red"
+        yield REJECTED, line, "red"
     if len(answers.rejected) > 10:
-        yield "", f"and {len(answers.rejected) - 10:,} more; --json names all", "red"
+        yield REJECTED, f"and {len(answers.rejected) - 10:,} more; --json names all", "red"
 
 
 def _model_facts(model: ModelFound, found: Findings) -> Iterator[tuple[str, str]]:
@@ -178,7 +178,7 @@ def _add_part(table: Table, part: Part) -> None:
     for number, line in enumerate(lines):
         text = Text(line, style=f"{style} italic" if not part.text else style)
         if part.ends_turn:
-            text = Text(line, style=f"{style} reverse").append("  ends the turn", style="dim not reverse")
+            text = Text().append(line, style=f"{style} reverse").append("  ends the turn", style="dim")
         table.add_row("*" if part.trained else " ", Text(part.author if number == 0 else "", style=style), text)
 
 
@@ -209,11 +209,9 @@ def _verdict(found: Findings) -> Text:
         return Text(f"`{command}` would refuse this, and say:", style="red")
     text = Text("* is trained on. ", style="dim") if any(file.samples for file in found.files) else Text()
     text.append(f"`{command}` would take this data and this model.", style="not dim green")
-    return text.append(" Not looked at: memory (ctpo plan), this host (ctpo doctor), what run_dir holds.", style="dim")
-
-
-def _count(things: Sequence[object], name: str) -> str:
-    return f"{len(things):,} {name}{'s' if len(things) > 1 else ''}"
+    return text.append(
+        " Not looked at: memory (ctpo plan), this host (ctpo doctor), the places that a run writes to.", style="dim"
+    )
 
 
 def _short(text: str) -> str:

@@ -19,7 +19,7 @@ async def eval_job(config: RunConfig) -> None:
     if config.data.eval is None:
         raise ConfigError("data.eval is not set; give the file to evaluate on")
     model = open_model(config, "eval")
-    prompts = load_prompts(config.data.eval, config, model, print_sentence)
+    prompts = load_prompts(config.data.eval, config, model.chat, print_sentence, model.shape)
     tool = make_tool(config.rollout.tool)
     run_dir = prepare_run_dir(config)
     async with (

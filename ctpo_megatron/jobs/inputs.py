@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +71,15 @@ def read_model(config: RunConfig) -> ModelShape:
     return shape
 
 
-def load_prompts(path: str, config: RunConfig, model: OpenModel, emit: Emit = discard) -> list[Prompt]:
-    """The prompts of a file, all of which a run can use; `emit` hears what was read and what was not used."""
-    file = read_prompt_file(path, config, model.chat, emit)
-    check_prompt_file(file, config, model)
+def load_prompts(
+    path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard, shape: ModelShape | None = None
+) -> list[Prompt]:
+    """The prompts of a file, all of which a run can use; `emit` hears what was read and what was not used.
+
+    `shape` is that of the model, whose embedding has to know their tokens; None: that is not looked at.
+    """
+    file = read_prompt_file(path, config, chat, emit)
+    check_prompt_file(file, config, chat, shape)
     return file.prompts
 
 
@@ -84,10 +90,11 @@ def read_prompt_file(path: str, config: RunConfig, chat: ChatTokenizer, emit: Em
     return PromptFile(path, prompts, prompt_lengths(prompts, chat, path))
 
 
-def check_prompt_file(file: PromptFile, config: RunConfig, model: OpenModel) -> None:
+def check_prompt_file(file: PromptFile, config: RunConfig, chat: ChatTokenizer, shape: ModelShape | None) -> None:
     """Raise DataError, naming the rows, where prompts are too long or have tokens that the model does not know."""
-    refuse_long(file.lengths, max_tokens=config.data.max_prompt_tokens, path=file.path)
-    check_prompt_tokens(file.prompts, file.path, model.chat, model.shape, Path(config.model.path))
+    refuse_long(file.prompts, file.lengths, max_tokens=config.data.max_prompt_tokens, path=file.path)
+    if shape is not None:
+        check_prompt_tokens(file.prompts, file.path, chat, shape, Path(config.model.path))
 
 
 def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, turns: bool) -> None:
@@ -97,7 +104,8 @@ def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, tu
     """
     firsts: dict[tuple[tuple[str, ...], ...], Prompt] = {}
     for prompt in prompts:
-        firsts.setdefault(tuple((message["role"], *message) for message in prompt.messages), prompt)
+        form = tuple((each["role"], *(key for key, value in each.items() if value)) for each in prompt.messages)
+        firsts.setdefault(form, prompt)
     for prompt in firsts.values():
         try:
             chat.check_prompt(prompt.messages)
@@ -124,6 +132,15 @@ def demonstration_limit(config: RunConfig) -> LengthLimit:
     per_rank, cp = config.train.max_tokens_per_micro_batch, config.parallel.cp
     words = f"train.max_tokens_per_micro_batch = {per_rank}" + (f" on each of parallel.cp = {cp} ranks" if cp > 1 else "")
     return LengthLimit(longest_sample(config.parallel, per_rank), words)
+
+
+def check_output(key: str, path: Path) -> None:
+    """Raises ConfigError where a directory cannot be written at `path`, the value of `key`: at the end it would be too late."""
+    place = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise ConfigError(f"{key}={path}: {place} is a file; give a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{key}={path}: no permission to write in {place}")
 
 
 def prepare_run_dir(config: RunConfig) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.jobs.inputs import load_demonstrations, open_model, prepare_run_dir
+from ctpo_megatron.jobs.inputs import check_output, load_demonstrations, open_model, prepare_run_dir
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.record import Recorder, write_summary
@@ -19,6 +19,8 @@ async def sft_job(config: RunConfig) -> None:
     begun = time.monotonic()
     config.optimizer.check_length(config.sft.steps)
     model = open_model(config, "sft")
+    if config.sft.output:
+        check_output("sft.output", Path(config.sft.output))
     samples = load_demonstrations(config, model, print_sentence)
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"

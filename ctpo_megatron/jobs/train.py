@@ -50,8 +50,10 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     try:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
-        prompts = load_prompts(config.data.train, config, model, read.append)
-        held_out = load_prompts(config.data.eval, config, model, read.append) if config.data.eval else []
+        prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
+        held_out: list[Prompt] = []
+        if config.data.eval:
+            held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
         start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
         for event in read:

@@ -130,10 +130,9 @@ class ChatTokenizer:
     def _as_in_whole(self, turns: list[SpokenTurn], whole: str) -> list[SpokenTurn]:
         """`turns` of a demonstration without the empty reasoning that the template writes into the last turn alone."""
         likeness = compare(whole, turns, last=True)
-        empty = [not left or left == self._turns.lead for left in likeness.left_out]
         same = [
-            replace(turn, body=turn.body[len(left) :]) if none else turn
-            for turn, left, none in zip(turns, likeness.left_out, empty, strict=True)
+            replace(turn, body=turn.body[len(left) :]) if opened and left == self._turns.lead else turn
+            for turn, left, opened in zip(turns, likeness.left_out, likeness.opened, strict=True)
         ]
         self._say(compare(whole, same, last=True).said)
         return same
@@ -209,5 +208,5 @@ def _load(path: Path) -> Any:
         raise ModelError(f"{path} is not a directory; needed: a model in Hugging Face format")
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain ones about a broken tokenizer.json
         raise ModelError(f"{path} holds no tokenizer that transformers can load: {error}") from error

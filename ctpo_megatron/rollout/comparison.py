@@ -20,6 +20,7 @@ class Likeness:
 
     said: frozenset[str]  # what the template changes in earlier turns, as sentences; empty where the text is the same
     left_out: tuple[str, ...]  # of each turn, the beginning of its words that the whole does not have
+    opened: tuple[bool, ...]  # of each turn, whether the whole has all that stands before it
 
 
 def compare(whole: str, turns: Sequence[SpokenTurn], *, last: bool) -> Likeness:
@@ -29,7 +30,7 @@ def compare(whole: str, turns: Sequence[SpokenTurn], *, last: bool) -> Likeness:
     else may differ. `last`: the last of `turns` ends the conversation. Raises RenderError, which shows both texts.
     """
     said: set[str] = set()
-    left_out = []
+    left_out, opened = [], []
     rest, head = whole, turns[0].head
     for number, turn in enumerate(turns):
         closes = last and number == len(turns) - 1
@@ -42,14 +43,15 @@ def compare(whole: str, turns: Sequence[SpokenTurn], *, last: bool) -> Likeness:
             raise _differ(whole, turns)
         begun, ended = cut
         left_out.append(turn.body[: len(turn.body) - (ended - begun)])
-        if begun < len(head) or left_out[-1]:
+        opened.append(begun == len(head))
+        if not opened[-1] or left_out[-1]:
             said.add(KEPT)
         if not closes and not turn.tail.startswith(turn.end):
             said.add(TWO_ENDS)
         rest, head = rest[ended:], turn.tail
     if not last and rest != turns[-1].tail:
         raise _differ(whole, turns)
-    return Likeness(frozenset(said), tuple(left_out))
+    return Likeness(frozenset(said), tuple(left_out), tuple(opened))
 
 
 def _cuts(rest: str, head: str, turn: SpokenTurn, follows: str, closes: bool) -> Iterator[tuple[int, int]]:

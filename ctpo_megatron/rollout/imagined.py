@@ -28,7 +28,7 @@ def imagine(
         words = f"{reasoning}Sum {number}."
         talk.append({"role": "assistant", "content": words})
         try:
-            body, _ = reader.own_words(talk, head)
+            body, _ = reader.own_words(talk, head, turns[-1].tail if turns else "")
         except RenderError:  # the template drops the reasoning of a finished turn
             body = words
         after = frames.after_end(end, OUTPUTS[: number + 1])

@@ -19,6 +19,7 @@ class MessageForms:
     def __init__(self, template: ChatTemplate, tool_role: str) -> None:
         self._template = template
         self._tool_role = tool_role
+        self._written: set[tuple[str, ...]] = set()  # role and keys of messages whose content the template writes
 
     def fitting(self, messages: Sequence[Message]) -> list[Message]:
         """`messages` without keys that hold null, with tools in a role that the template writes.
@@ -36,7 +37,11 @@ class MessageForms:
         return [{**message, "role": "user"} if message["role"] == "tool" else message for message in kept]
 
     def check_keys(self, messages: Sequence[Message]) -> None:
-        """Raise RenderError for a key beyond role and content that makes no difference to what the template writes."""
+        """Raise RenderError for a key that makes no difference to what the template writes: content, or any beyond role.
+
+        Whether content is written is looked at once for messages of one role and the same keys.
+        """
+        self._check_content(messages)
         for place, message in enumerate(messages):
             extra = [key for key, value in message.items() if key not in ("role", "content", *LINKS) and value]
             if not extra:
@@ -52,6 +57,22 @@ class MessageForms:
                         "not see it. Remove the key, move its text into 'content', or give a template that writes it with "
                         "model.chat_template"
                     )
+
+    def _check_content(self, messages: Sequence[Message]) -> None:
+        prompt = messages[-1]["role"] != "assistant"
+        for place, message in enumerate(messages):
+            form = (message["role"], *message)
+            if form in self._written or not message.get("content"):
+                continue
+            others = [*messages[:place], {**message, "content": "otherwords"}, *messages[place + 1 :]]
+            if self._without(others, prompt) == self._template.render(messages, prompt=prompt):
+                calls = " beside its calls" if "tool_calls" in message else ""
+                raise RenderError(
+                    f"messages[{place}]: {self._template.name} does not write the content of a message of the role "
+                    f"{message['role']!r}{calls}, so a model would not see it. Move its text into another message, or give a "
+                    "template that writes it with model.chat_template"
+                )
+            self._written.add(form)
 
     def _without(self, messages: Sequence[Message], prompt: bool) -> str | None:
         try:

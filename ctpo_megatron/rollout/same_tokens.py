@@ -12,7 +12,7 @@ from typing import Any
 from ctpo_megatron.errors import ModelError
 
 # spaces, numbers, case, contractions, code, other scripts, composed letters, symbols of several bytes. None begins with a space:
-# transformers' class for sentencepiece writes one space less there than published files (Mixtral's) say; nothing else differs.
+# transformers' class for sentencepiece writes one space less there than older published files say, and nothing else differs.
 PROBES = (
     "Hello world, it's the year 2024: 17 + 25 = 42.",
     "two  spaces,\ttabs\n\nand lines \n  end ",

@@ -30,9 +30,9 @@ def _named_in(config: Path) -> list[int]:
     if not config.is_file():
         return []
     try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-    except ValueError as error:
-        raise ModelError(f"{config} is not JSON: {error}") from error
+        named = dict(json.loads(config.read_text(encoding="utf-8"))).get("eos_token_id")
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{config} is not a JSON object: {error}") from error
     return named if isinstance(named, list) else [] if named is None else [named]
 
 

@@ -19,7 +19,8 @@ class Tokens:
     def __init__(self, tokenizer: Any, ends: list[int]) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
-        self.ends = {tokenizer.decode([id_], skip_special_tokens=False): id_ for id_ in ends}
+        named = {tokenizer.decode([id_], skip_special_tokens=False): id_ for id_ in ends}
+        self.ends = {name: id_ for name, id_ in named.items() if name}  # an id outside of the vocabulary has no text
         names = [token.content for id_, token in added if token.special or id_ in ends]
         self._special = _any_of(names)
         self._end = _any_of(list(self.ends))

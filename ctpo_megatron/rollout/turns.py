@@ -45,7 +45,10 @@ class TurnReader:
         marked = [*messages[:start], *(self._tokens.mark(message) for message in messages[start:])]
         self._check_marks(messages, marked)
         starts = [place for place in range(start, len(marked)) if marked[place]["role"] == "assistant"]
-        return [self._turn(marked, place, after) for place, after in zip(starts, [*starts[1:], None], strict=True)]
+        turns: list[SpokenTurn] = []
+        for place, after in zip(starts, [*starts[1:], None], strict=True):
+            turns.append(self._turn(marked, place, after, turns[-1].tail if turns else ""))
+        return turns
 
     @cached_property
     def lead(self) -> str:
@@ -63,9 +66,15 @@ class TurnReader:
         plain = self._template.render(messages, prompt=False)
         return head[len(plain) :] if head.startswith(plain) else ""
 
-    def own_words(self, messages: Sequence[Message], head: str) -> tuple[str, str | None]:
-        """Text of the last message's turn after `head`, less its end, and the stop token at its end where there is one."""
+    def own_words(self, messages: Sequence[Message], head: str, near: str = "") -> tuple[str, str | None]:
+        """Text of the last message's turn after `head`, less its end, and the stop token at its end where there is one.
+
+        A template may write earlier turns otherwise once this one is there; then the turn begins after `near`, what was written
+        since the turn before it.
+        """
         written = self._template.render(messages, prompt=False)
+        if not written.startswith(head) and near and near in written:
+            head = written[: written.rindex(near) + len(near)]
         if not written.startswith(head):
             raise RenderError(
                 f"{self._template.name} does not write the assistant's turn where a generation would begin it, so the turn "
@@ -81,9 +90,11 @@ class TurnReader:
             )
         return body[: end.start()], end[0]
 
-    def _turn(self, messages: list[Message], place: int, after: int | None) -> SpokenTurn:
+    def _turn(self, messages: list[Message], place: int, after: int | None, near: str) -> SpokenTurn:
         head = self._template.render(messages[:place], prompt=True)
-        body, end = self.own_words(messages[: place + 1], head)
+        body, end = self.own_words(messages[: place + 1], head, near)
+        opening = self.opening(messages[:place], head)
+        self._check_words(messages[place], opening + body)
         following = messages[place + 1 : after] or [{"role": "user", "content": "question"}]
         tail = ""
         if after is not None or end is None:
@@ -93,8 +104,22 @@ class TurnReader:
             if found is None or found.start():
                 raise self._no_end(tail)
             end = found[0]
-        opening = self.opening(messages[:place], head)
         return SpokenTurn(head, opening, body, end, tail if after is not None else "")
+
+    def _check_words(self, message: Message, written: str) -> None:
+        """Raise RenderError where a word of the assistant's content is missing in what the template wrote of it."""
+        content, place = message.get("content"), 0
+        if not isinstance(content, str):
+            return
+        for word in content.split():
+            found = written.find(word, place)
+            if found < 0:
+                raise RenderError(
+                    f"{self._template.name} leaves {word[:SHOWN]!r} out of the assistant's content. "
+                    f"{difference(content, written, 'as given', 'by the template')}. Give a template that writes it "
+                    "with model.chat_template, or take it out"
+                )
+            place = found + len(word)
 
     def _tail(self, before: list[Message], turn: Message, following: list[Message], so_far: str) -> str:
         """What the template writes after the words of `turn`, through `following`, up to the next turn."""

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest, work_directory
 from ctpo_megatron.checkpoints.metadata import read_metadata
 from ctpo_megatron.checkpoints.verify import verify_files
-from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, reason
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, out_of_space, reason, storage_words
 from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
 from ctpo_megatron.mcore.checkpoint.commit import commit
@@ -125,7 +125,9 @@ def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any]
         except CheckpointException:
             raise
         except Exception as error:  # noqa: BLE001 - this rank's alone; the others are told below
-            complaint = reason(error, work)
+            complaint = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            if out_of_space(error, work):
+                complaint += f"; {storage_words(error, work)}"
         reports: list[Any] = [None] * dist.get_world_size(group)
         dist.gather_object((report, complaint), reports if dist.get_rank() == 0 else None, dst=0, group=group)
 

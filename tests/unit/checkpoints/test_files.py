@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -138,3 +139,19 @@ def test_the_index_may_hold_nothing_that_runs(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(DamagedCheckpoint, match="not the index"):
             read_metadata(tmp_path)
     assert names(tmp_path) == [".metadata"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_of_a_finished_directory_have_the_mode_of_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors writes to a temporary file of its owner and renames it: a colleague could not read the model."""
+    before = os.umask(umask)
+    try:
+        work = temporary_directory(tmp_path / "model")
+        (work / "deep").mkdir()
+        for file in (work / "model.safetensors", work / "deep" / "part"):
+            file.touch(mode=0o600)
+        complete_directory(work, tmp_path / "model")
+    finally:
+        os.umask(before)
+    found = [file.stat().st_mode & 0o777 for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert found == [mode, mode]

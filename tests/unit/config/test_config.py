@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ctpo_megatron.config.explain import dotted_keys
 from ctpo_megatron.config.load import dump_config, load_config
 from ctpo_megatron.errors import ConfigError
 
@@ -203,3 +204,26 @@ def test_configuration_errors_end_with_exit_code_2(tmp_path: Path) -> None:
 )
 def test_only_top_k_divergences_ask_for_the_likeliest_tokens(tmp_path: Path, objective: str, k: int) -> None:
     assert load_config(write(tmp_path, GOOD), [f"algorithm.objective={objective}"]).algorithm.top_k == k
+
+
+PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}
+
+
+def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    values = [f"{key}=~/{key}" for key in sorted(PATHS)]
+    config = load_config(write(tmp_path, GOOD), ["weights.type=disk", *values])
+    for key in PATHS:
+        found: object = config
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == f"/home/ann/{key}"
+    assert load_config(write(tmp_path, GOOD), ["run_dir=~/r", "model.path=${run_dir}/m"]).model.path == "/home/ann/r/m"
+    assert load_config(write(tmp_path, GOOD), ["run_dir=a/~b"]).run_dir == "a/~b"
+    assert "~nobodyatall" in refusal(write(tmp_path, GOOD), "data.train=~nobodyatall/x.parquet")
+
+
+def test_no_path_of_the_configuration_is_missing_above() -> None:
+    """Whatever is called a path, a file or a directory, or says that it is one, may begin at home."""
+    meant = {key for key in dotted_keys() if key.rsplit(".", 1)[-1] in ("path", "file", "directory", "dir", "output", "run_dir")}
+    assert meant <= PATHS

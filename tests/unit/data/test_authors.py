@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpo_megatron.data.authors import Part, Run, parts_of, runs_of
@@ -94,6 +94,7 @@ def test_a_template_that_refuses_other_words_is_searched_for_these():
     assert ("user", "one") in told(talk(("user", "one"), ("assistant", "two")), strict)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.text(min_size=1)), min_size=1, max_size=12))
 def test_every_content_is_given_to_its_author(said):
     found = told(talk(*said), wrapped)

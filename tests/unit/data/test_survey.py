@@ -7,7 +7,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpo_megatron.data.kind import kind_of
@@ -19,6 +19,7 @@ def asked(index: int, question: str, answer: str = "1", **keys: str) -> Prompt:
     return Prompt(index, ({"role": "user", "content": question, **keys},), answer)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=300))
 def test_a_percentile_is_the_least_length_that_so_many_do_not_exceed(lengths):
     found = Lengths.of(lengths)

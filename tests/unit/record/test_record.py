@@ -20,6 +20,7 @@ from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record import PhaseTimer, Recorder, progress, write_summary
 from ctpo_megatron.record.catalogue import charts
 from ctpo_megatron.record.files import jsonable
+from ctpo_megatron.record.progress import reading_progress
 
 
 def rows(run_dir: Path) -> list[dict]:
@@ -177,3 +178,22 @@ def test_progress_in_a_terminal_is_a_bar_that_goes_away() -> None:
     with progress("rollout", 8, console) as show:
         show(8)
     assert "8/8" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_quick_reading_shows_nothing_and_slow_reading_does(terminal: bool) -> None:
+    for patience, shown in ((60.0, False), (0.0, True)):
+        text = io.StringIO()
+        console = Console(file=text, width=100, force_terminal=terminal)
+        with reading_progress("reading a.parquet", console, patience_s=patience, plain_seconds=60.0) as show:
+            for done in (10, 20, 30):
+                show(done, 40)
+        assert ("reading a.parquet" in text.getvalue()) is shown
+        if shown and not terminal:
+            assert text.getvalue() == "reading a.parquet: 25% after 0 s\n"
+
+
+def test_reading_is_shown_beside_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    with reading_progress("reading a.parquet", patience_s=0.0) as show:
+        show(1, 2)
+    assert capsys.readouterr() == ("", "reading a.parquet: 50% after 0 s\n")

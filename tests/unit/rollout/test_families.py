@@ -155,6 +155,31 @@ def test_a_tools_output_is_what_the_template_writes_of_it_and_a_program_cannot_w
     assert [i for i in ids if i in among] == [i for i in plain if i in among]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_any_demonstration_is_the_templates_text_and_special_only_where_the_template_is(load, name, data):
+    chat = load(name)
+    special = [token.content for token in chat._tokenizer.added_tokens_decoder.values() if token.special]
+    pieces = st.sampled_from(["a", "\n", "\n\n", " ", "  ", '"', "\\", "é", "{{ x }}", *special])
+    texts = st.lists(pieces, min_size=1, max_size=6).map("".join).filter(str.strip)
+    if name == "qwen3-thinking":  # without reasoning it leaves out what a generation begins with
+        texts = texts.map(lambda text: spoken(name, text))
+    messages = list(QUESTION)
+    for number in range(data.draw(st.integers(0, 2))):
+        messages += [
+            {"role": "assistant", "content": data.draw(texts)},
+            {"role": "tool", "content": f"{number}{data.draw(texts)}"},
+        ]
+    messages.append({"role": "assistant", "content": data.draw(texts)})
+    prompt, parts = chat.demonstration(messages, 1)
+    whole = template_text(chat, chat._forms.fitting(messages)) + ("<|user|>" if name == "glm4.5" else "")
+    text = chat.decode(prompt, special=True) + "".join(chat.decode(part, special=True) for _, part in parts)
+    assert text == whole.removesuffix("\n") if text[-1] != "\n" else text == whole
+    for role, part in parts:
+        assert role == "tool" or [i for i in part if i in chat.stop_token_ids] == [part[-1]]
+
+
 def test_a_turn_of_glm_ends_with_the_token_of_the_next_role(load):
     chat = load("glm4.5")
     name = chat._tokens.ends
@@ -184,6 +209,19 @@ def test_thinking_off_opens_every_turn_with_an_empty_block(load, caplog):
     glm = load("glm4.5", ChatConfig(chat_options={"enable_thinking": False}))
     glm.check_turns(QUESTION)
     assert glm.decode(glm.prompt_ids(QUESTION), special=True).endswith("/nothink<|assistant|>\n<think></think>")
+
+
+def test_a_block_that_a_generation_begins_in_is_closed_in_every_turn(load):
+    chat = load("qwen3-thinking")
+    prompt, parts = chat.demonstration(talk("qwen2.5"), 1)
+    text = chat.decode(prompt, special=True) + "".join(chat.decode(part, special=True) for _, part in parts)
+    assert text.count("<|im_start|>assistant\n<think>\n\n</think>\n\n") == 3
+    # with reasoning in some turns only
+    mixed = [*talk("qwen3", 2)[:3], *talk("qwen2.5")[3:]]
+    prompt, parts = chat.demonstration(mixed, 1)
+    text = chat.decode(prompt, special=True) + "".join(chat.decode(part, special=True) for _, part in parts)
+    assert text.count("<think>") == text.count("</think>") == 3
+    assert text.count("I see.") == 1
 
 
 def test_reasoning_that_a_template_drops_stays_in_rollouts_and_cannot_be_taught(load, caplog):
@@ -258,6 +296,32 @@ def test_a_key_that_the_template_does_not_write_is_refused(load, family, message
         load(family, DAY).demonstration([*QUESTION, message], 1)
     # null is no value: parquet has every key in every row
     load(family, DAY).demonstration([*QUESTION, {**message, key: None}], 1)
+
+
+def test_content_that_a_template_drops_is_refused(load):
+    # a system message that nobody reads; words beside a call; reasoning inside of the content
+    silent = "{%- for m in messages if m.role != 'system' %}{{- '[' + m.role + ']' + m.content + '<|im_end|>' }}{%- endfor %}"
+    chat = load(
+        dataclasses.replace(of.QWEN25, template=silent + "{%- if add_generation_prompt %}{{- '[assistant]' }}{%- endif %}")
+    )
+    with pytest.raises(RenderError, match=r"messages\[0\]: .* does not write the content of a message of the role 'system'"):
+        chat.check_prompt([{"role": "system", "content": "Be brief."}, *QUESTION])
+    with pytest.raises(RenderError, match=r"messages\[1\]: .*'assistant' beside its calls"):
+        load(of.LLAMA3).demonstration([*QUESTION, {**CALL, "content": "I call."}, *CALLED[2:]], 1)
+    drops = of.source("deepseek-r1").replace(r"<think>\n", "")  # as it was first published
+    thought = {"role": "assistant", "content": "<think>\nI see.\n</think>\n\n2"}
+    with pytest.raises(RenderError, match="leaves '<think>' out of the assistant's content"):
+        load(dataclasses.replace(of.DEEPSEEK_R1, template=drops)).demonstration([*QUESTION, thought], 1)
+
+
+def test_several_tools_may_speak_after_one_turn(load):
+    chat = load("glm4.5")
+    call = {**CALL, "content": ""}
+    messages = [*QUESTION, call, {"role": "tool", "content": "2"}, {"role": "tool", "content": "3"}, CALLED[3]]
+    _, parts = chat.demonstration(messages, 1)
+    assert chat.decode(parts[1][1], special=True).count("<tool_response>") == 2
+    text = "".join(chat.decode(part, special=True) for _, part in parts)
+    assert chat.decode(chat.prompt_ids(QUESTION), special=True) + text == template_text(chat, messages) + "<|user|>"
 
 
 def test_a_date_in_a_prompt_is_the_configurations(load):
@@ -400,3 +464,11 @@ def test_all_files_of_a_model_name_stop_tokens(load, tmp_path):
     # servers stop at what config.json names, so it is a stop token here as well
     (directory / "config.json").write_text(json.dumps({"eos_token_id": ids["<|endoftext|>"]}))
     assert set(ChatTokenizer(directory).stop_token_ids) == {ids["<|im_end|>"], ids["<|endoftext|>"]}
+
+
+def test_a_tools_output_in_json_is_escaped_as_the_template_does_it(load):
+    chat = load("llama3")
+    shown = chat.decode(chat.tool_ids('4\n"x"\t<|eot_id|>'), special=True)
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    assert shown == header.format("ipython") + '"4\\n\\"x\\"\\t<|eot_id|>"<|eot_id|>' + header.format("assistant")
+    assert chat.tool_ids("<|eot_id|>").count(chat._tokens.ends["<|eot_id|>"]) == 1

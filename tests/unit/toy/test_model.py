@@ -29,6 +29,8 @@ def test_every_kind_is_a_complete_model(kind: Kind, tmp_path: Path) -> None:
     assert model.dtype == torch.float32
     assert 0.3e6 < model.num_parameters() < 0.8e6
     assert model.generation_config.eos_token_id == 257
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / kind).iterdir()}
+    assert set(modes.values()) == {(tmp_path / kind).stat().st_mode & 0o666}, modes
 
 
 def test_same_seed_same_bytes(toy: Path, tmp_path: Path) -> None:
