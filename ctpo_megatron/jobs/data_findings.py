@@ -53,7 +53,7 @@ class ModelFound:
         end = chat.assistant_ids("")[-1]
         turn_end = Token(end, chat.decode([end], special=True))
         says = (Part("assistant", "", trained=True), Part("assistant", turn_end.text, trained=True, ends_turn=True))
-        tool = (*_tool_turn(chat), *says) if config.rollout.tool is not None else ()
+        tool = (*tool_turn(chat), *says) if config.rollout.tool is not None else ()
         return cls(config.model.path, shape.family, shape.vocab_size, shape.max_positions, stops, turn_end, (*says, *tool))
 
 
@@ -119,7 +119,7 @@ def prompts_found(file: PromptFile, use: str, read: DataRead, config: RunConfig,
     repeats = find_repeats(file.prompts)
     found = FileFound(file.path, use, read.rows, repeats.different, PROMPT_COLUMNS, columns(read), [measure], repeats)
     found.answers = judge_answers(file.prompts, config.rollout.reward)
-    found.samples = [_prompt_rendered(prompt, chat) for prompt in file.prompts[:samples]]
+    found.samples = [prompt_rendered(prompt, chat) for prompt in file.prompts[:samples]]
     return found
 
 
@@ -138,7 +138,7 @@ def demonstrations_found(
         whole_rows = {sample.group: sample for sample in samples}
         first = enumerate(islice(read_rows(read.file, SFT_COLUMNS), shown))
         rows = [(whole_rows[row], place, held["messages"]) for row, (place, held) in first if row in whole_rows]
-        found.samples = [_demonstration_rendered(*row, config.data.system_prompt, chat) for row in rows]
+        found.samples = [demonstration_rendered(*row, config.data.system_prompt, chat) for row in rows]
     return found
 
 
@@ -147,15 +147,17 @@ def columns(read: DataRead) -> tuple[str, ...]:
     return tuple(filter(None, read.ignored.split(", ")))
 
 
-def _tool_turn(chat: ChatTokenizer) -> list[Part]:
-    """What stands between two turns of the assistant: a tool's output, whatever it is, and the template around it."""
+def tool_turn(chat: ChatTokenizer) -> list[Part]:
+    """Returns what stands between two turns of the assistant: a tool's output, whatever it is, and the template around it."""
     word = "whatthetoolsaid"
     before, _, after = chat.decode(chat.tool_ids(word), special=True).partition(word)
     parts = [Part("template", before), Part("tool", ""), Part("template", after)]
     return [part for part in parts if part.text or part.author == "tool"]
 
 
-def _prompt_rendered(prompt: Prompt, chat: ChatTokenizer) -> Rendered:
+def prompt_rendered(prompt: Prompt, chat: ChatTokenizer) -> Rendered:
+    """Returns a prompt as the model sees it, the beginning of its answer included."""
+
     def render(messages: Sequence[Message]) -> str:
         return chat.decode(chat.prompt_ids(messages), special=True)
 
@@ -164,9 +166,10 @@ def _prompt_rendered(prompt: Prompt, chat: ChatTokenizer) -> Rendered:
     return Rendered(prompt.index, len(ids), 0, tuple(parts), prompt.answer)
 
 
-def _demonstration_rendered(
+def demonstration_rendered(
     sample: TrainSample, place: str, messages: object, system_prompt: str | None, chat: ChatTokenizer
 ) -> Rendered:
+    """Returns a demonstration as the model sees it. `messages` are what its row, found at `place`, holds."""
     talk, start = as_conversation(place, messages, system_prompt)
 
     def render(changed: Sequence[Message]) -> str:

@@ -39,7 +39,7 @@ def report(found: Findings) -> Iterator[RenderableType]:
     for file in found.files:
         for number, sample in enumerate(file.samples):
             goes_on = found.model.continuation if found.model is not None and file.use == "train" and number == 0 else ()
-            yield _title(file, sample)
+            yield _title(_name(file, found.files), sample)
             yield _sample(sample, goes_on)
             yield ""
     yield _verdict(found)
@@ -60,6 +60,12 @@ def _headline(found: Findings) -> Text:
     return text.append(f"\nread as `{COMMANDS[found.use]} {found.config}` would", style="dim not bold")
 
 
+def _name(file: FileFound, files: Sequence[FileFound]) -> str:
+    """The name of a file, with its directory where another has the same name."""
+    name = Path(file.path).name
+    return file.path if sum(Path(other.path).name == name for other in files) > 1 else name
+
+
 def _lengths(files: Sequence[FileFound]) -> Table:
     table = plain_table("tokens of", "rows", "least", "mean", "50 %", "90 %", "99 %", "most", "allowed")
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
@@ -68,7 +74,7 @@ def _lengths(files: Sequence[FileFound]) -> Table:
     for file in files:
         for number, measure in enumerate(file.measures):
             sizes = measure.lengths
-            name, rows = (Path(file.path).name, f"{file.rows:,}") if number == 0 else (f"  {measure.of}", "")
+            name, rows = (_name(file, files), f"{file.rows:,}") if number == 0 else (f"  {measure.of}", "")
             spread = (f"{sizes.least:,}", f"{sizes.mean:,.1f}", *(f"{size:,}" for size in (sizes.p50, sizes.p90, sizes.p99)))
             allowed = "" if measure.allowed is None else f"{measure.allowed:,}"
             table.add_row(name, rows, *spread, Text(f"{sizes.most:,}", style="red" if measure.too_long else ""), allowed)
@@ -86,7 +92,7 @@ def _facts(found: Findings) -> Table:
         lines = [line for other, line in told if other == label]
         for number, line in enumerate(lines):
             files = [file for other, said, _, file in facts if (other, said) == (label, line)]
-            name = "" if len(files) == len(found.files) or label == RUN else f"{Path(files[0].path).name}: "
+            name = "" if len(files) == len(found.files) or label == RUN else f"{_name(files[0], found.files)}: "
             table.add_row("" if number else label, Text(name + line, style=told[label, line]))
     if found.model is not None:
         for label, line in _model_facts(found.model, found):
@@ -135,7 +141,7 @@ def _answers(answers: GoldAnswers) -> Iterator[tuple[str, str, str]]:
     total = answers.different
     good = total - len(answers.rejected)
     words = f"{good:,} of {total:,} different ones, put in a box, are accepted by their own grader"
-    kinds = "all are numbers"
+    kinds = "all numbers"
     if answers.others:
         kinds = f"{answers.numbers:,} numbers, {len(answers.others):,} others: {listed(list(map(_short, answers.others)))}"
     yield "answers", f"{words}; {kinds}", WARNING if answers.rejected else ""
@@ -156,10 +162,10 @@ def _model_facts(model: ModelFound, found: Findings) -> Iterator[tuple[str, str]
         yield "system prompt", _short(found.system_prompt)
 
 
-def _title(file: FileFound, sample: Rendered) -> Text:
+def _title(name: str, sample: Rendered) -> Text:
     trained = f", of which {sample.trained:,} are trained on" if sample.trained else ""
     answer = "" if sample.answer is None else f"; answer: {_short(sample.answer)}"
-    return Text(f"{Path(file.path).name}, row {sample.row}: {sample.tokens:,} tokens{trained}{answer}", style="bold")
+    return Text(f"{name}, row {sample.row}: {sample.tokens:,} tokens{trained}{answer}", style="bold")
 
 
 def _sample(sample: Rendered, goes_on: Sequence[Part]) -> Table:

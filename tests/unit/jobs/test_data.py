@@ -81,7 +81,7 @@ def test_a_sound_file_fits_on_a_screen(command):
     for words in (
         "quickstart: 40 prompts to train on, 6 to evaluate on",
         "prompt, reward_model; not used: data_source, ability, extra_info",
-        "different ones, put in a box, are accepted by their own grader; all are numbers",
+        "different ones, put in a box, are accepted by their own grader; all numbers",
         "16 steps of 32 rows: 13 times through the file",
         "stop tokens   <|im_end|> (257), which ends a turn",
         "`ctpo train` would take this data and this model.",
@@ -154,6 +154,15 @@ def test_what_is_odd_in_a_file_is_said(command, rows, tmp_path):
         "rows.jsonl: prompt, reward_model; not used: source",
     ):
         assert words in " ".join(out.split())
+
+
+def test_files_of_one_name_are_told_apart(command, rows, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    files = [rows(asked("1+1?"), name="a/x.jsonl"), rows(asked("2+2?"), name="b/x.jsonl")]
+    _, out, _ = command(f"data.train={files[0]}", f"data.eval={files[1]}")
+    for file in files:
+        assert str(file) in "".join(out.split())
 
 
 def test_text_in_a_file_cannot_command_a_terminal(command, rows):
