@@ -1,6 +1,7 @@
 # make install      the environment in .venv (needs git, make, Python 3.11 or newer; no GPU)
 # make install-gpu  besides, on a GPU host with the CUDA toolkit: TransformerEngine, built against the installed torch
 # make quickstart   the whole loop on this machine: data, a tiny model, cold start, reinforcement learning
+# make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
 # make test         all tests          make test-fast   the unit tests
 # make lint         style, format and types, in seconds; CI runs it first
 # make clean        remove .venv and caches; runs/ stays
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
 PYTEST := $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: install install-gpu quickstart test test-fast lint clean
+.PHONY: install install-gpu quickstart example test test-fast lint clean
 
 install: $(STAMP)
 
@@ -26,6 +27,9 @@ $(GPU_STAMP): $(STAMP) requirements-gpu.lock
 
 quickstart: install
 	$(VENV)/bin/python tools/quickstart.py
+
+example: install
+	$(VENV)/bin/python tools/example.py
 
 test: install
 	$(PYTEST)

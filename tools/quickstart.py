@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from commands import ROOT, ctpo, python
 from rich.console import Console
 from rich.table import Table
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(
@@ -42,20 +40,6 @@ def main(
     started = time.monotonic()
     ctpo("train", "quickstart.yaml", *common, f"run_dir={run_dir}", *(overrides or []))
     show(run_dir, train_s=time.monotonic() - started, wall_s=time.monotonic() - begun)
-
-
-def python(*words: object) -> None:
-    """Run a Python program of this project; end with its exit code if it fails."""
-    command = [sys.executable, *map(str, words)]
-    print(f"\n$ {' '.join(['python', *command[1:]])}", flush=True)
-    code = subprocess.run(command, cwd=Path.cwd()).returncode
-    if code:
-        raise typer.Exit(code)
-
-
-def ctpo(command: str, config: str, *overrides: str) -> None:
-    """Run a `ctpo` command on a shipped config."""
-    python("-m", "ctpo_megatron.cli", command, ROOT / "configs" / config, *overrides)
 
 
 def show(run_dir: Path, *, train_s: float, wall_s: float) -> None:

@@ -4,6 +4,7 @@ A checkpoint is a directory step_00000012 with
 
     checkpoint.json   the manifest: the schedule's place, size and hash of every other file
     run.json          the driver's part: how far the run is; missing where only weights are kept
+    config.yaml       the driver's part: the configuration that made it, resolved; missing in those of earlier releases
     shards.json       which tensor lies where in which file, and the hash of it as its rank held it
     model/            config.json and the tokenizer of the model
     random/           random states, one file per rank
@@ -27,6 +28,7 @@ from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, storing
 
 MANIFEST = "checkpoint.json"
 RUN = "run.json"
+CONFIG = "config.yaml"
 SHARDS = "shards.json"
 MODEL = "model"
 VERSION = 3

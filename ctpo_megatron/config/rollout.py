@@ -22,6 +22,9 @@ class DataConfig(Section):
     """Put before each conversation that has no system message of its own."""
     max_prompt_tokens: PositiveInt = 2048
     """A longer prompt is an error that names its row."""
+    allow_change: bool = False
+    """Whether a run may be resumed with other prompts than its checkpoint's, which are then counted from their first on. false:
+    it is refused. Without effect where the prompts are the same."""
 
 
 class PythonTool(Section):

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.errors import ConfigError
 
 
 class OptimizerConfig(Section):
@@ -55,6 +56,20 @@ class OptimizerConfig(Section):
         if self.precision_aware and self.cpu_offload:
             raise ValueError("precision_aware and cpu_offload exclude each other; moments in the host's memory are float32")
         return self
+
+    def check_length(self, total_steps: int | None) -> None:
+        """Raise ConfigError for a schedule that has to end and does not fit into `total_steps` optimizer steps; None: endless."""
+        if self.schedule not in ("cosine", "linear", "wsd"):
+            return
+        needed = self.warmup_steps + (self.wsd_decay_steps or 0)
+        if total_steps is not None and total_steps >= needed:
+            return
+        parts = f"optimizer.warmup_steps = {self.warmup_steps}"
+        parts += f" and optimizer.wsd_decay_steps = {self.wsd_decay_steps}" if self.wsd_decay_steps else ""
+        raise ConfigError(
+            f"optimizer.schedule is {self.schedule} with {parts}, but the run has {total_steps} optimizer steps; "
+            f"it needs at least {needed}."
+        )
 
 
 class TrainConfig(Section):

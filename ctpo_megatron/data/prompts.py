@@ -1,8 +1,7 @@
-"""Prompts from files, and the resumable seeded order in which training sees them."""
+"""Prompts from files."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -131,66 +130,6 @@ def _lengths(prompts: Sequence[Prompt], tokenizer: PromptTokenizer, path: str | 
 def _length(prompt: Prompt, tokenizer: PromptTokenizer, path: str | Path) -> int:
     with rendering(f"{path} row {prompt.index}"):
         return len(tokenizer.prompt_ids(prompt.messages))
-
-
-class PromptSampler:
-    """An endless stream of prompts: every epoch is a permutation drawn from (seed, epoch), so a position can be resumed.
-
-    The same seed and prompts give the same stream, however it is cut into calls of `next` and across `restore`.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        if not prompts:
-            raise DataError("no prompts to sample from; at least one is needed")
-        self._prompts = list(prompts)
-        self._seed = seed
-        self._fingerprint = _fingerprint(self._prompts)
-        self._start_epoch(0)
-
-    @classmethod
-    def restore(cls, prompts: Sequence[Prompt], state: dict[str, Any]) -> PromptSampler:
-        """The sampler that `state()` described. Raises DataError where `prompts` are not the ones it was made with."""
-        sampler = cls(prompts, state["seed"])
-        if state["fingerprint"] != sampler._fingerprint:
-            raise DataError(
-                f"the prompts changed since the state was saved: {state['count']} rows then, {len(prompts)} now, with other "
-                "contents. Resume with the same file, or start a new run."
-            )
-        sampler._start_epoch(state["epoch"])
-        sampler._position = state["position"]
-        return sampler
-
-    def next(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; epochs follow one another without a gap."""
-        chosen: list[Prompt] = []
-        while len(chosen) < count:
-            if self._position == len(self._prompts):
-                self._start_epoch(self._epoch + 1)
-            chosen.append(self._prompts[self._order[self._position]])
-            self._position += 1
-        return chosen
-
-    def state(self) -> dict[str, Any]:
-        """All that `restore` needs, as JSON values."""
-        return {
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "position": self._position,
-            "count": len(self._prompts),
-            "fingerprint": self._fingerprint,
-        }
-
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._position = 0
-        self._order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
-
-
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for prompt in prompts:
-        found.update(repr((prompt.index, prompt.messages, prompt.answer)).encode())
-    return found.hexdigest()
 
 
 def _answer(place: str, reward_model: Any) -> str:

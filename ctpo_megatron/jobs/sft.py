@@ -17,6 +17,7 @@ from ctpo_megatron.record.events import print_sentence
 async def sft_job(config: RunConfig) -> None:
     """Train on data.train until sft.steps or sft.stop_loss, then write sft.output."""
     begun = time.monotonic()
+    config.optimizer.check_length(config.sft.steps)
     model = open_model(config, "sft")
     if config.sft.output:
         check_output("sft.output", Path(config.sft.output))

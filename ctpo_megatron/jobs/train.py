@@ -9,14 +9,15 @@ from typing import Any
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
+from ctpo_megatron.jobs.resume import Start, checkpoint_to_resume, differences, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.topology import topology_of
-from ctpo_megatron.loop.admission import Admission
-from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, newest, refuse_earlier, restore
+from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, restore
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
@@ -28,12 +29,14 @@ from ctpo_megatron.types import Prompt
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the run works on, all of it checked."""
+    """What the run works on and where it begins, all of it checked."""
 
+    config: RunConfig  # as the user gave it: the device in it is not decided yet
     prompts: list[Prompt]
     held_out: list[Prompt]
     texts: list[list[int]]  # token ids that canaries are made of
     run_dir: Path
+    start: Start
     resumable: Resumable | None
 
 
@@ -42,24 +45,25 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
     begun = time.monotonic()
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
-    prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
-    held_out: list[Prompt] = []
-    if config.data.eval:
-        held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
     try:
-        resumable = _checkpoint_to_resume(config, resume, events)
+        resumable = checkpoint_to_resume(config, resume, events)
+        changed = [] if resumable is None else differences(resumable, config, model.shape, events)
+        prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
+        held_out: list[Prompt] = []
+        if config.data.eval:
+            held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
+        start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
         for event in read:
             events(event)
         stop.listen(lambda signal: events(StopAsked(signal)))
-        total = config.train.steps * config.train.optimizer_steps
         async with (
-            Runtime(config, model.shape, topology_of(config), run_dir, total_steps=total, emit=events) as runtime,
+            Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
             open_rollouts(runtime, model.chat, tool) as rollouts,
         ):
-            inputs = _Inputs(prompts, held_out, canary_texts(prompts, model.chat), run_dir, resumable)
+            inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
             loop = await runtime.guard(_prepare(runtime, rollouts, inputs, events))
             events(RunReady(time.monotonic() - begun))
             await runtime.guard(loop.run())
@@ -78,37 +82,44 @@ async def _prepare(runtime: Runtime, rollouts: OpenRollouts, inputs: _Inputs, em
     """Returns the loop at its first step; when resuming, with the checkpoint's weights in trainer and servers."""
     config, run_dir = runtime.config, inputs.run_dir
     publisher = make_publisher(runtime, rollouts.client, inputs.texts)
-    first_step, accuracies, admission = 0, {}, Admission(PromptSampler(inputs.prompts, config.seed))
-    if inputs.resumable is not None:
-        found = await restore(runtime.trainer, inputs.resumable, emit)
-        first_step, accuracies = found.state.step, dict(found.state.accuracies)
-        admission = Admission(PromptSampler.restore(inputs.prompts, found.state.cursor), found.state.groups)
-        emit(RunResumed(str(found.checkpoint), first_step))
+    start = inputs.start if inputs.resumable is None else await _restored(runtime, inputs, inputs.resumable, emit)
     # a new run's weights too: it proves that trainer and servers agree from the start
-    emit(weights_published(first_step, await publisher.publish(first_step)))
+    emit(weights_published(start.step, await publisher.publish(start.step)))
+    saved = dump_config(inputs.config)
     return TrainLoop(
         config=config,
-        admission=admission,
+        admission=start.admission,
         eval_prompts=inputs.held_out,
         rollouts=rollouts.rollouter,
         trainer=runtime.trainer,
         publisher=publisher,
-        record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=first_step)),
-        checkpoints=Checkpoints(runtime.trainer, run_dir / "checkpoints", config.checkpoint, emit),
-        first_step=first_step,
-        accuracies=accuracies,
+        record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=start.step)),
+        checkpoints=Checkpoints(runtime.trainer, run_dir / "checkpoints", config.checkpoint, emit, resolved=saved),
+        first_step=start.step,
+        samples=start.samples,
+        accuracies=start.accuracies,
         attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
         emit=emit,
     )
 
 
-def _checkpoint_to_resume(config: RunConfig, resume: bool, emit: Emit) -> Resumable | None:
-    """Returns the newest checkpoint, None for a new run. Raises InputError where the run cannot be what the user asked for."""
-    root = Path(config.run_dir) / "checkpoints"
-    if resume:
-        return newest(root, config.train.steps, emit)
-    refuse_earlier(root)
-    return None
+async def _restored(runtime: Runtime, inputs: _Inputs, chosen: Resumable, emit: Emit) -> Start:
+    """Load the checkpoint `chosen` into the trainer; returns where the run begins.
+
+    Where the ranks find it damaged, the one before takes its place, and is compared with the settings as `chosen` was.
+    """
+    start, found = inputs.start, await restore(runtime.trainer, chosen, emit)
+    if found.checkpoint != chosen.checkpoint:
+        changed = differences(found, inputs.config, runtime.shape, emit)
+        start = start_of(inputs.config, inputs.prompts, found, changed, emit)
+        if start.total_steps != inputs.start.total_steps:
+            raise CheckpointError(
+                f"{chosen.checkpoint} was damaged and is set aside; from {found.checkpoint} the run has {start.total_steps} "
+                f"optimizer steps, but the trainer's schedule was made for {inputs.start.total_steps}. Start again with --resume"
+            )
+    made = found.manifest["scheduler_steps"]
+    emit(RunResumed(str(found.checkpoint), start.step, made, found.state.groups, start.samples))
+    return start
 
 
 def _summary(config: RunConfig, loop: TrainLoop, wall: float) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.types import GroupId, Prompt
 
 

@@ -1,7 +1,7 @@
 """When a run saves, waits for what it saved, lets old checkpoints go, and which checkpoint it goes on from.
 
-The driver writes run.json into the directory of a checkpoint that is begun, the ranks of the trainer write the rest, and one
-manifest commits both (`checkpoints.files`).
+The driver writes run.json and config.yaml into the directory of a checkpoint that is begun, the ranks of the trainer write the
+rest, and one manifest commits both (`checkpoints.files`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,21 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ctpo_megatron.checkpoints.files import RUN, all_checkpoints, begin_checkpoint, prune, read_manifest, set_aside, step_of
+import yaml
+
+from ctpo_megatron.checkpoints.files import (
+    CONFIG,
+    MODEL,
+    RUN,
+    all_checkpoints,
+    begin_checkpoint,
+    prune,
+    read_manifest,
+    set_aside,
+    step_of,
+)
 from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.config.train import CheckpointConfig
 from ctpo_megatron.errors import CheckpointError, CtpoError, DamagedCheckpoint, InputError, StorageError
@@ -23,14 +36,17 @@ from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, Check
 
 
 class Checkpoints:
-    """The checkpoints of one run, at most one of them being written.
+    """The checkpoints of one run, at most one of them being written. `resolved`: the configuration of the run, as YAML.
 
     save -> (training goes on) -> verified and named -> older ones go
                                -> failed: `check` before the next step ends the run with that error
     """
 
-    def __init__(self, trainer: Trainer, root: Path, config: CheckpointConfig, emit: Emit) -> None:
+    def __init__(
+        self, trainer: Trainer, root: Path, config: CheckpointConfig, emit: Emit, *, resolved: str | None = None
+    ) -> None:
         self.root = root
+        self._further = {} if resolved is None else {CONFIG: resolved}
         self._trainer, self._config, self._emit = trainer, config, emit
         self._writing: asyncio.Task[None] | None = None
 
@@ -39,7 +55,7 @@ class Checkpoints:
         await self.settle()
         begun = time.monotonic()
         directory = checkpoint_directory(self.root, state.step)
-        begin_checkpoint(directory, {RUN: json.dumps(state.dump(), indent=1) + "\n"})
+        begin_checkpoint(directory, {RUN: json.dumps(state.dump(), indent=1) + "\n", **self._further})
         await self._trainer.save(directory, background=self._config.background)
         self._writing = asyncio.ensure_future(self._finish(state.step, begun))
         if not self._config.background:
@@ -79,10 +95,15 @@ def checkpoint_directory(root: Path, step: int) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Resumable:
-    """A checkpoint to go on from, and the state of the run that it holds."""
+    """A checkpoint to go on from, and what it says: the manifest, the run's state, and the configuration that made it.
+
+    `config`: as `config.load.dump_config` wrote it, read back; None in checkpoints of earlier releases.
+    """
 
     checkpoint: Path
     state: RunState
+    manifest: dict[str, Any]
+    config: dict[str, Any] | None
 
 
 def refuse_earlier(root: Path) -> None:
@@ -130,13 +151,20 @@ async def restore(trainer: Trainer, chosen: Resumable, emit: Emit) -> Resumable:
     raise CheckpointError(f"no checkpoint in {root} is as it was written; the damaged ones were set aside there")
 
 
-def read_state(checkpoint: Path) -> RunState:
-    """Returns the driver's part of a checkpoint.
+def read_resumable(checkpoint: Path) -> Resumable:
+    """Returns a checkpoint with the driver's part of it; the model's description in it is as it was written, too.
 
-    Raises DamagedCheckpoint where manifest or part are not as they were written, CheckpointError where it holds none, or makes
-    no sense.
+    Raises DamagedCheckpoint where one of these is not as it was written, CheckpointError where it holds no such part, or one
+    that makes no sense.
     """
     manifest = read_manifest(checkpoint)
+    state = _read_state(checkpoint, manifest)
+    verify_files(checkpoint, manifest, [name for name in manifest["files"] if name == CONFIG or name.startswith(f"{MODEL}/")])
+    config = (checkpoint / CONFIG).read_text(encoding="utf-8") if CONFIG in manifest["files"] else "null"
+    return Resumable(checkpoint, state, manifest, yaml.safe_load(config))
+
+
+def _read_state(checkpoint: Path, manifest: dict[str, Any]) -> RunState:
     if RUN not in manifest["files"]:
         raise CheckpointError(f"{checkpoint}: it holds no {RUN}, so no run can go on from it; it may be one of weights only.")
     verify_files(checkpoint, manifest, [RUN])
@@ -151,7 +179,7 @@ def read_state(checkpoint: Path) -> RunState:
 def _newest_intact(root: Path, emit: Emit) -> Resumable | None:
     while found := all_checkpoints(root):
         try:
-            return Resumable(found[-1], read_state(found[-1]))
+            return read_resumable(found[-1])
         except DamagedCheckpoint as damage:
             _set_aside(found[-1], damage, emit)
     return None

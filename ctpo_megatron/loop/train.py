@@ -49,6 +49,7 @@ class TrainLoop:
     record: RunRecord
     checkpoints: Checkpoints | None = None
     first_step: int = 0
+    samples: int | None = 0  # trained on in the steps that are done; None: not known
     accuracies: dict[int, float] = field(default_factory=dict)  # held-out accuracy by the training steps before it
     attention_weight: float = 0.0  # see `make_batches`
     emit: Emit = discard
@@ -108,6 +109,8 @@ class TrainLoop:
             await self.publisher.offload()
         with timer("train"):
             stats = await self.trainer.update(batches, version=step)
+        if self.samples is not None:
+            self.samples += sum(len(group.trajectories) for group in groups)
         with timer("publish"):
             published = await self.publisher.publish(step + 1)
         self.emit(weights_published(step + 1, published))
@@ -129,7 +132,7 @@ class TrainLoop:
     def _state_after(self, step: int) -> RunState:
         """Returns the run's state when training step `step`, counted from 0, is done; rollouts may be further."""
         position = self.admission.after(step)
-        return RunState(step + 1, position.groups, position.cursor, dict(self.accuracies))
+        return RunState(step + 1, position.groups, position.cursor, dict(self.accuracies), self.samples)
 
     async def _take(self, step: int) -> list[TrajectoryGroup]:
         """The groups of `step`; meanwhile the progress bar follows how many are in."""

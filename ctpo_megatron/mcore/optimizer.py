@@ -111,17 +111,9 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, total_
     Advance it before each optimizer step: step k of w warm-up steps then runs at lr * k / w. Raises ConfigError for a schedule
     that has to know the number of steps and does not fit into it.
     """
-    end = ENDLESS
-    if config.schedule in ("cosine", "linear", "wsd"):
-        needed = config.warmup_steps + (config.wsd_decay_steps or 0)
-        if total_steps is None or total_steps < needed:
-            parts = f"optimizer.warmup_steps = {config.warmup_steps}"
-            parts += f" and optimizer.wsd_decay_steps = {config.wsd_decay_steps}" if config.wsd_decay_steps else ""
-            raise ConfigError(
-                f"optimizer.schedule is {config.schedule} with {parts}, but the run has {total_steps} optimizer steps; "
-                f"it needs at least {needed}."
-            )
-        end = total_steps + 1
+    config.check_length(total_steps)
+    ends = config.schedule in ("cosine", "linear", "wsd")
+    end = total_steps + 1 if ends and total_steps is not None else ENDLESS
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -113,16 +113,54 @@ class RunReady(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunResumed(Event):
-    """The run goes on from a checkpoint."""
+    """The run goes on from a checkpoint. What is counted was trained on, not only sampled."""
 
     name: ClassVar[str] = "resumed"
     checkpoint: str
     step: int  # training steps that are done
+    optimizer_steps: int
+    prompts: int
+    samples: int | None  # None: the release that began the run did not count them
 
     @property
     def sentence(self) -> str:
         """Returns the event for a person, in one line."""
-        return f"resumed from {self.checkpoint} at step {self.step}"
+        samples = "" if self.samples is None else f", {self.samples} samples"
+        done = f"{self.prompts} prompts{samples}, {self.optimizer_steps} optimizer steps"
+        return f"resumed from {self.checkpoint} at step {self.step} ({done})"
+
+
+@dataclass(frozen=True, slots=True)
+class SettingDiffers(Event):
+    """A run that resumes has another setting than the checkpoint's configuration. Values are as they stand in YAML."""
+
+    name: ClassVar[str] = "setting differs"
+    key: str
+    before: str  # the checkpoint's
+    now: str
+    effect: str  # applies, none or refused
+    meaning: str  # what that is, for a person
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"{self.key}: {self.before} in the checkpoint, {self.now} now: {self.meaning}"
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsUnknown(Event):
+    """A run resumes from a checkpoint that does not hold the configuration that made it."""
+
+    name: ClassVar[str] = "settings unknown"
+    checkpoint: str
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return (
+            f"{self.checkpoint} was written by a release that kept no configuration in it: which settings differ cannot be told; "
+            "the present ones apply"
+        )
 
 
 @dataclass(frozen=True, slots=True)

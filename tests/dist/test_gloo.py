@@ -24,12 +24,12 @@ IDLE_S = 2.0
 
 @pytest.fixture(scope="module")
 def alone() -> list[dict[str, Any]]:
-    return run_ranks(2, probe, False, "")
+    return run_ranks(2, probe, False, "", bare=True)
 
 
 @pytest.fixture(scope="module", params=["", "lo"])
 def shared(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return run_ranks(2, probe, True, request.param)
+    return run_ranks(2, probe, True, request.param, bare=True)
 
 
 def test_torch_still_gives_every_group_a_device(alone: list[dict[str, Any]]) -> None:

@@ -31,12 +31,12 @@ pytestmark = [pytest.mark.dist, pytest.mark.skipif(torch.cuda.is_available(), re
 
 @pytest.fixture(scope="module")
 def bare() -> dict[str, str]:
-    return run_ranks(1, probe_bare)[0]
+    return run_ranks(1, probe_bare, bare=True)[0]
 
 
 @pytest.fixture(scope="module")
 def bridged() -> dict[str, str]:
-    return run_ranks(1, probe_bridged)[0]
+    return run_ranks(1, probe_bridged, bare=True)[0]
 
 
 def test_a_package_for_gpus_fails_in_a_way_that_megatron_does_not_catch(bare: dict[str, str]) -> None:
@@ -50,7 +50,7 @@ def test_megatron_still_imports_what_is_slow_and_of_no_use(bare: dict[str, str],
 
 def test_gloo_gathers_only_what_is_of_one_size() -> None:
     """With the bridge it does more: the layouts with etp in test_parity.py rest on that."""
-    assert run_ranks(2, probe_uneven_gather) == ["RuntimeError", "RuntimeError"]
+    assert run_ranks(2, probe_uneven_gather, bare=True) == ["RuntimeError", "RuntimeError"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_latent_attention_takes_a_mock_for_a_class(bridged: dict[str, str]) -> N
 @pytest.mark.skipif(not hasattr(dist, "all_gather_single"), reason="this torch has the old names only")
 def test_megatron_still_calls_collectives_by_names_that_torch_deprecates(tmp_path: Path) -> None:
     """Should it learn the new ones, `host.silence_deprecated_collectives` may go."""
-    (found,) = run_ranks(1, deprecated_collectives, write_model(tmp_path / "model", "qwen3"))
+    (found,) = run_ranks(1, deprecated_collectives, write_model(tmp_path / "model", "qwen3"), bare=True)
     assert found == {"heard": sorted(DEPRECATED_COLLECTIVES), "silenced": []}
 
 

@@ -130,6 +130,9 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     kinds = [event["event"] for event in resumed.events]
     assert kinds.count("ready") == 2  # events are history, and stay
     assert [event["step"] for event in resumed.happened("resumed")] == [2]
+    differ = {event["key"]: event["effect"] for event in resumed.happened("setting differs")}
+    assert differ == {"train.steps": "applies", "checkpoint.export": "applies"}
+    assert "train.steps: 2 in the checkpoint, 3 now: applies from now on" in resumed.output
     assert [event["step"] for event in resumed.happened("checkpoint verified")] == [1, 2, 3]
     assert f"resumed from {tmp_path / 'checkpoints' / 'step_00000002'} at step 2" in resumed.output
     assert "checkpoint of step 3 verified after" in resumed.output

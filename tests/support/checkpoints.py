@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from ctpo_megatron.checkpoints.files import VERSION, begin_checkpoint, commit_checkpoint, verified_checkpoints
@@ -30,13 +31,30 @@ def state_after(step: int) -> RunState:
     return RunState(step, groups=4 * step, cursor={"epoch": 0, "position": 4 * step}, accuracies={0: 0.25, step: 0.5})
 
 
-def write_checkpoint(root: Path, step: int, state: RunState | None = None) -> Path:
-    """A checkpoint as it looks to all but the ranks: their part is one file of five bytes."""
+def write_checkpoint(
+    root: Path,
+    step: int,
+    state: RunState | None = None,
+    *,
+    resolved: str | None = None,
+    model: Path | None = None,
+    optimizer_steps: int = 4,
+) -> Path:
+    """A checkpoint as it looks to all but the ranks: their part is one file of five bytes.
+
+    `resolved`: the configuration in it, `model`: whose description is in it.
+    """
     target = root / f"step_{step:08d}"
-    work = begin_checkpoint(target, {"run.json": json.dumps((state or state_after(step)).dump())})
+    parts = {"run.json": json.dumps((state or state_after(step)).dump())}
+    work = begin_checkpoint(target, parts if resolved is None else parts | {"config.yaml": resolved})
     (work / "random").mkdir()
     (work / "random" / "rank_00000.pt").write_bytes(b"12345")
+    if model is not None:
+        (work / "model").mkdir()
+        for file in model.glob("*.json"):
+            shutil.copy(file, work / "model")
     found = [path for path in sorted(work.rglob("*")) if path.is_file()]
     files = {path.relative_to(work).as_posix(): {"size": path.stat().st_size, "digest": file_hash(path)} for path in found}
-    commit_checkpoint(work, target, {"version": VERSION, "world_size": 1, "scheduler_steps": 4, "files": files})
+    header = {"version": VERSION, "world_size": 1, "dtype": "float32", "scheduler_steps": optimizer_steps}
+    commit_checkpoint(work, target, header | {"files": files})
     return target

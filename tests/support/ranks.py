@@ -33,13 +33,17 @@ def at_own_port(rank: RankInfo) -> RankInfo:
     return replace(rank, master_port=free_port()) if rank.world_size == 1 else rank
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 400.0) -> list[Any]:
-    """`function(RankInfo, *args)` in `world_size` spawned processes; what they returned, in rank order.
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 400.0, bare: bool = False
+) -> list[Any]:
+    """`function(RankInfo, *args)` in `world_size` processes; what they returned, in rank order.
 
+    They are forked from a process that is ready for megatron on a CPU (`preload`); `bare` ones start new, with nothing imported.
     Raises RuntimeError with the traceback of the first rank that failed, TimeoutError when they take longer than `timeout_s`.
     No process is left behind.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("spawn" if bare else "forkserver")
+    context.set_forkserver_preload(["tests.support.preload"])
     # by file and name: a test module is not importable by name in a new process
     where = (inspect.getfile(function), function.__name__)
     answers = context.Queue()

@@ -87,13 +87,18 @@ def save_checkpoint(directory: str | Path, trained: Trained, saver: BackgroundSa
 def load_checkpoint(directory: str | Path, trained: Trained) -> None:
     """Take weights, optimizer, schedule and random states from a checkpoint.
 
-    Every rank calls it. The ranks first compare all files with their hashes, each a share. The schedule's place is restored, its
-    settings are the present ones. Random states are restored where the number of ranks is the same; otherwise they stay as the
-    seed made them. Raises DamagedCheckpoint for one that is not as it was written, CheckpointError for one that is missing,
-    unfinished, or of another model.
+    Every rank calls it. The ranks first compare all files with their hashes, each a share. The places of optimizer and schedule
+    are restored, their settings are the present ones. Random states are restored where the number of ranks is the same; otherwise
+    they stay as the seed made them. Raises DamagedCheckpoint for one that is not as it was written, CheckpointError for one that
+    is missing, unfinished, or of another model or number format.
     """
     source = Path(directory)
     manifest = _verified_together(source)
+    if trained.optimizer is not None and manifest["dtype"] != (dtype := trained.header()["dtype"]):
+        raise CheckpointError(
+            f"{source}: its weights are {manifest['dtype']}, the trainer's {dtype}, and torch would convert them silently; set "
+            f"model.dtype={manifest['dtype']}"
+        )
     with _told(f"checkpoint {source} cannot be read into this model"):
         sharded = sharded_state(trained.models, trained.optimizer, loading=True)
         # weights alone may be taken from a checkpoint that holds more

@@ -1,4 +1,4 @@
-"""The distributed optimizer's state for a checkpoint, and five faults of Megatron-Core 0.16.1 on the way there and back.
+"""The distributed optimizer's state for a checkpoint, and six faults of Megatron-Core 0.16.1 on the way there and back.
 
 The state is stored in the shape of the parameters (`fully_reshardable`), so that any layout can read it.
 tests/dist/test_checkpoint.py says when one of the bridges is no longer needed.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
 from ctpo_megatron.mcore.checkpoint.gathering import gathered_in_pieces
 
@@ -34,14 +35,29 @@ def optimizer_shards(
 
 
 def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Take what was read for the description of `optimizer_shards`; settings that are not stored stay as they are."""
+    """Take what was read for the description of `optimizer_shards`.
+
+    Of a stored parameter group only `step` is taken, the number of updates that were made. All else in it are settings: rates
+    between which the schedule moves, betas, eps, weight decay. megatron would go on with the stored ones; the present ones are
+    the configuration's. Raises KeyError for a group that the checkpoint lacks.
+    """
     for part, settings in _parts(optimizer, loaded):
-        groups = part.optimizer.param_groups
-        kept = {k: v for group in groups for k, v in group.items() if k != "params" and not _plain(v)}
-        settings["param_groups"] = [{**kept, **group} for group in settings["param_groups"]]
+        stored = {_kind(group): group for group in settings["param_groups"]}
+        settings["param_groups"] = [_gone_on(group, stored[_kind(group)]) for group in part.optimizer.param_groups]
     with steps_kept(optimizer):
         optimizer.load_state_dict(loaded)
     separate_steps(optimizer)
+
+
+def _kind(group: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns what tells the parameter groups of one optimizer apart, on both sides of a checkpoint."""
+    return tuple(group[key] for key in param_group_identifier_keys)
+
+
+def _gone_on(present: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a present parameter group with the number of updates of the stored one."""
+    settings = {key: value for key, value in present.items() if key not in ("params", "step")}
+    return settings | {key: stored[key] for key in ("step",) if key in stored}
 
 
 def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:

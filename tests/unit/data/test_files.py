@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctpo_megatron.data.prompts import PromptSampler, check_prompt_lengths, read_prompts
+from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
 from ctpo_megatron.data.tables import read_rows
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.rollout.calculator import calculate

@@ -12,7 +12,7 @@ import pytest
 from ctpo_megatron.checkpoints.files import begin_checkpoint, commit_checkpoint, set_aside, work_directory
 from ctpo_megatron.config.train import CheckpointConfig
 from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
-from ctpo_megatron.loop.checkpoints import Checkpoints, newest, read_state, refuse_earlier, restore
+from ctpo_megatron.loop.checkpoints import Checkpoints, newest, read_resumable, refuse_earlier, restore
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit, Event, discard
 from tests.support.checkpoints import state_after, write_checkpoint
@@ -56,6 +56,20 @@ def test_one_save_at_a_time(tmp_path: Path) -> None:
         assert disk.calls.count("settled") == 2
 
     asyncio.run(scenario())
+
+
+def test_the_configuration_is_part_of_what_is_begun(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        disk = Disk()
+        disk.done.set()
+        saves = Checkpoints(disk, tmp_path, CheckpointConfig(), discard, resolved="seed: 3\n")
+        await saves.save(state_after(1))
+        assert (tmp_path / "step_00000001.tmp" / "config.yaml").read_text() == "seed: 3\n"
+        await saves.settle()
+
+    asyncio.run(scenario())
+    assert read_resumable(write_checkpoint(tmp_path, 2, resolved="seed: 3\n")).config == {"seed": 3}
+    assert read_resumable(write_checkpoint(tmp_path, 3)).config is None
 
 
 def test_a_failure_in_the_background_is_raised_before_the_next_step(tmp_path: Path) -> None:
@@ -177,5 +191,5 @@ def test_what_no_run_can_go_on_from_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "step_00000007"
     commit_checkpoint(begin_checkpoint(weights, {}), weights, {"version": 3, "files": {}})
     with pytest.raises(CheckpointError, match=r"no run\.json"):
-        read_state(weights)
+        read_resumable(weights)
     assert names(tmp_path) == ["step_00000004", "step_00000006", "step_00000007"]  # none of them is damaged

@@ -142,7 +142,7 @@ def test_every_objective_reports_known_names(objective: str) -> None:
 
 def test_the_readers_of_a_run_know_the_names() -> None:
     """Tools that read metrics.jsonl name metrics as the catalogue does."""
-    for tool in ("quickstart.py", "ablate.py"):
+    for tool in ("quickstart.py", "ablate.py", "example_results.py"):
         text = (Path(ROOT) / "tools" / tool).read_text()
         groups = "|".join(sorted({metric.group for metric in CATALOGUE}))
         named = re.findall(rf'"((?:{groups})/[a-z_]+)"', text)

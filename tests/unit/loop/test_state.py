@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
 
-from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.state import RunState
@@ -21,6 +21,9 @@ STATE = RunState(step=12, groups=48, cursor={"seed": 1, "epoch": 2, "position": 
 def test_what_is_dumped_comes_back_through_json() -> None:
     assert RunState.parse(json.loads(json.dumps(STATE.dump(), allow_nan=False)), "run.json") == STATE
     assert list(STATE.dump()["accuracies"]) == ["0", "9", "10"]
+    assert replace(STATE, samples=7).dump()["samples"] == 7
+    earlier = {key: value for key, value in STATE.dump().items() if key != "samples"}
+    assert RunState.parse(earlier, "run.json").samples is None  # releases that did not count them
     with pytest.raises(FrozenInstanceError):
         STATE.step = 13  # type: ignore[misc]  # that is the point
 
@@ -35,6 +38,7 @@ def test_what_is_dumped_comes_back_through_json() -> None:
         ({"accuracies": {"x": 0.5}}, "accuracies.x"),
         ({"accuracies": {"1": math.nan}}, "accuracies.1"),
         ({"version": 2}, "version: "),
+        ({"samples": -1}, "samples: "),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], words: str) -> None:

@@ -17,14 +17,14 @@ from ctpo_megatron.checkpoints.files import VERSION, commit_checkpoint, work_dir
 from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
-from ctpo_megatron.data.prompts import PromptSampler
+from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest, restore
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record import Recorder
-from ctpo_megatron.record.events import EvaluationDone, Event, StepTrained, WeightsPublished
+from ctpo_megatron.record.events import EvaluationDone, Event, StepTrained, WeightsPublished, discard
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 from tests.support.runs import ROOT
 
@@ -84,10 +84,10 @@ def config(*overrides: str) -> RunConfig:
 
 async def train(config: RunConfig, run_dir: Path, *, resume: bool) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
     ranks, rollouts, events, root = Ranks(), Sampled(), [], run_dir / "checkpoints"
-    first_step, accuracies, admission = 0, {}, Admission(PromptSampler(PROMPTS, SEED))
+    first_step, samples, accuracies, admission = 0, 0, {}, Admission(PromptSampler(PROMPTS, SEED))
     if resume:
         found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
-        first_step, accuracies = found.state.step, dict(found.state.accuracies)
+        first_step, samples, accuracies = found.state.step, found.state.samples, dict(found.state.accuracies)
         admission = Admission(PromptSampler.restore(PROMPTS, found.state.cursor), found.state.groups)
     recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()))
     loop = TrainLoop(
@@ -100,6 +100,7 @@ async def train(config: RunConfig, run_dir: Path, *, resume: bool) -> tuple[list
         record=RunRecord(run_dir, config.log, recorder),
         checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append),
         first_step=first_step,
+        samples=samples,
         accuracies=accuracies,
         emit=events.append,
     )
@@ -116,8 +117,10 @@ def rows(run_dir: Path, name: str) -> list[dict[str, Any]]:
 def test_a_resumed_run_goes_on_at_the_right_prompt_whatever_a_step_takes_now(tmp_path: Path, per_step: int) -> None:
     """Three steps of three groups, then two of `per_step`: no prompt is left out, none comes twice."""
     first, _, _ = asyncio.run(train(config("train.steps=3", "train.prompts_per_step=3"), tmp_path, resume=False))
-    more = config("train.steps=5", f"train.prompts_per_step={per_step}")
+    more = config("train.steps=5", f"train.prompts_per_step={per_step}", "rollout.group_size=3")
     second, loop, _ = asyncio.run(train(more, tmp_path, resume=True))
+    assert loop.samples == 3 * 3 * 2 + 2 * per_step * 3
+    assert newest(tmp_path / "checkpoints", 9, discard).state.samples == loop.samples
     expected = [prompt.index for prompt in PromptSampler(PROMPTS, SEED).next(9 + 2 * per_step)]
     assert [index for index, _ in first + second] == expected
     assert [group for _, group in first + second] == [str(GroupId(n)) for n in range(len(expected))]

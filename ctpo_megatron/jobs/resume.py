@@ -1,0 +1,179 @@
+"""Where a run begins: at its first step, or behind a checkpoint. All that needs no process is checked before one is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctpo_megatron.checkpoints.files import MODEL
+from ctpo_megatron.checkpoints.hashes import file_hash
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.data.order import PromptSampler, last_seed
+from ctpo_megatron.errors import CheckpointError, DataError, InputError
+from ctpo_megatron.loop.admission import Admission
+from ctpo_megatron.loop.checkpoints import Resumable, newest, refuse_earlier
+from ctpo_megatron.loop.differences import (
+    ABSENT,
+    PROMPT_KEYS,
+    Difference,
+    Effect,
+    dtype_that_differs,
+    settings_that_differ,
+    shapes_that_differ,
+)
+from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.files import read_json
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.record.events import Emit, SettingsUnknown
+from ctpo_megatron.types import Prompt
+
+MODEL_CONFIG = "config.json"  # of the model; what it describes is compared, as its number format may differ
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is done when a run begins, and what follows for the whole of it."""
+
+    admission: Admission
+    total_steps: int  # optimizer steps of the whole run: those that were made, and those to come
+    step: int = 0
+    samples: int | None = 0
+    accuracies: dict[int, float] = field(default_factory=dict)
+
+
+def checkpoint_to_resume(config: RunConfig, resume: bool, emit: Emit) -> Resumable | None:
+    """Returns the newest checkpoint, None for a new run. Raises InputError where the run cannot be what the user asked for."""
+    root = Path(config.run_dir) / "checkpoints"
+    if not resume:
+        refuse_earlier(root)
+        return None
+    try:
+        return newest(root, config.train.steps, emit)
+    except CheckpointError as error:  # nothing was started, and another release, or a look at the directory, mends it
+        raise InputError(f"--resume: {error}") from error
+
+
+def differences(found: Resumable, config: RunConfig, shape: ModelShape, emit: Emit) -> list[Difference]:
+    """Returns what differs between a checkpoint and the present settings, but for the prompts, which `start_of` compares.
+
+    Where a resume cannot change some of it, all is told and InputError raised, which names that.
+    """
+    now = yaml.safe_load(dump_config(config))
+    known = found.config
+    changed = [] if known is None else settings_that_differ(known, now)
+    if known is None and (seed := last_seed(found.state.cursor)) != config.seed:
+        changed += settings_that_differ({"seed": seed}, {"seed": config.seed})
+    changed += dtype_that_differs(found.manifest["dtype"], None if known is None else known["model"]["dtype"], config)
+    changed += _of_the_model(found, config, shape)
+    refused = [each for each in changed if each.effect == "refused"]
+    if refused:
+        _tell(changed, emit)
+        lines = "".join(f"\n  {each.event.sentence}" for each in refused)
+        raise InputError(
+            f"--resume: {found.checkpoint} cannot go on with other settings than these were:{lines}\nSet them back; or begin a "
+            f"new run from its weights: `ctpo convert to-hf {found.checkpoint} OUT`, then model.path=OUT and another run_dir"
+        )
+    return changed
+
+
+def start_of(
+    config: RunConfig, prompts: Sequence[Prompt], found: Resumable | None, changed: list[Difference], emit: Emit
+) -> Start:
+    """Returns where a run begins, after telling all that `changed` since the checkpoint `found`.
+
+    Raises DataError where the prompts are others and data.allow_change is false, ConfigError where the schedule does not fit.
+    """
+    to_come = config.train.steps * config.train.optimizer_steps
+    if found is None:
+        config.optimizer.check_length(to_come)
+        return Start(Admission(PromptSampler(prompts, config.seed)), to_come)
+    state = found.state
+    total = found.manifest["scheduler_steps"] + to_come - state.step * config.train.optimizer_steps
+    config.optimizer.check_length(total)
+    sampler = _sampler(config, prompts, found)
+    of_prompts = _of_the_prompts(config, prompts, found, sampler)
+    if found.config is None:
+        emit(SettingsUnknown(str(found.checkpoint)))
+    _tell([*changed, *of_prompts], emit)
+    if sampler is None and not config.data.allow_change:
+        lines = "".join(f"\n  {each.event.sentence}" for each in of_prompts)
+        raise DataError(
+            f"--resume: the prompts changed since {found.checkpoint}:{lines}\nResume with the same prompts; or set "
+            "data.allow_change=true to go on with these, counted from their first on"
+        )
+    admission = Admission(sampler or PromptSampler(prompts, config.seed), state.groups)
+    return Start(admission, total, state.step, state.samples, dict(state.accuracies))
+
+
+def _tell(changed: list[Difference], emit: Emit) -> None:
+    for each in changed:
+        emit(each.event)
+
+
+def _sampler(config: RunConfig, prompts: Sequence[Prompt], found: Resumable) -> PromptSampler | None:
+    """Returns the order of prompts behind the checkpoint; None where the prompts are others."""
+    try:
+        return PromptSampler.restore(prompts, found.state.cursor, config.seed)
+    except DataError:
+        return None
+
+
+def _of_the_prompts(
+    config: RunConfig, prompts: Sequence[Prompt], found: Resumable, same: PromptSampler | None
+) -> list[Difference]:
+    """Returns what differs in the prompts, and in the settings that they are made of, where the checkpoint has them."""
+    effect: Effect = "none" if same else "applies" if config.data.allow_change else "refused"
+    why = {"none": "the prompts are the same", "applies": "these prompts are counted from their first on", "refused": ""}[effect]
+    changed = []
+    if not same:
+        rows = (f"{found.state.cursor['count']} prompts", f"{len(prompts)} with other contents")
+        changed.append(Difference(f"prompts of {config.data.train}", *rows, effect, why))
+    if found.config is not None:
+        now = config.data.model_dump(mode="json")
+        for key in PROMPT_KEYS:
+            name = key.removeprefix("data.")
+            if found.config["data"][name] != now[name]:
+                changed.append(Difference(key, found.config["data"][name], now[name], effect, why))
+    return changed
+
+
+def _of_the_model(found: Resumable, config: RunConfig, shape: ModelShape) -> list[Difference]:
+    """Returns what differs between the model's description in a checkpoint and in model.path."""
+    stored = {name.removeprefix(f"{MODEL}/"): each for name, each in found.manifest["files"].items() if name.startswith(MODEL)}
+    there, here = found.checkpoint / MODEL, Path(config.model.path)
+    changed = []
+    if MODEL_CONFIG in stored:
+        changed += shapes_that_differ(parse_config(read_json(there / MODEL_CONFIG), str(there / MODEL_CONFIG)), shape)
+    for name in sorted({*stored, *(path.name for path in here.glob("*.jinja"))} - {MODEL_CONFIG}):
+        digests = stored[name]["digest"] if name in stored else ABSENT, _digest(here / name)
+        if digests[0] == digests[1]:
+            continue
+        matters = name == "tokenizer.json" and ABSENT not in digests and _token_ids(there / name) != _token_ids(here / name)
+        effect: Effect = "refused" if matters else "applies"
+        why = "token ids mean other texts than the model has learnt" if matters else ""
+        before, now = map(_content, digests)
+        changed.append(Difference(f"{name} in model.path", before, now, effect, why))
+    return changed
+
+
+def _digest(file: Path) -> str:
+    return file_hash(file) if file.is_file() else ABSENT
+
+
+def _content(digest: str) -> str:
+    return ABSENT if digest == ABSENT else f"content {digest[:8]}"
+
+
+def _token_ids(tokenizer: Path) -> Any:
+    """Returns the parts of a tokenizer.json that give texts their ids; None for what is none."""
+    try:
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        return content["model"]["vocab"], [(each["id"], each["content"]) for each in content["added_tokens"]]
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,144 @@
+"""Which settings of a run that resumes differ from the checkpoint's, and what that means.
+
+A checkpoint says how it was, the configuration what is wanted, and the counts in the checkpoint what was done. Settings are the
+present configuration's, except where tensors or counts of the checkpoint would mean something else under them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.record.events import SettingDiffers
+
+Effect = Literal["applies", "none", "refused"]
+WORDS: dict[Effect, str] = {"applies": "applies from now on", "none": "has no effect on a resume", "refused": "refused"}
+PROMPT_KEYS = ("data.train", "data.system_prompt")  # what the prompts that are counted are made of
+ABSENT = "absent"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One setting: its value in the checkpoint and the present one, and what becomes of it."""
+
+    key: str
+    before: Any
+    now: Any
+    effect: Effect
+    why: str = ""
+
+    @property
+    def event(self) -> SettingDiffers:
+        """Returns it as what happened."""
+        meaning = WORDS[self.effect] + (f": {self.why}" if self.why else "")
+        return SettingDiffers(self.key, shown(self.before), shown(self.now), self.effect, meaning)
+
+
+_SCHEDULE = "the schedule is the present one, at the place where the run is"
+_EVALUATION = "accuracies from now on are not of the same evaluation"
+# by key, or by the section above it; what is not listed applies and needs no words
+_WHY: dict[str, tuple[Effect, str]] = {
+    "run_dir": ("applies", "the run goes on in this directory"),
+    "seed": ("applies", "the prompts that are left of this epoch come in another order, each once"),
+    "model.path": (
+        "applies",
+        "tokenizer and templates are read there, and the reference policy if it has no path; weights are not",
+    ),
+    "data.eval": ("applies", _EVALUATION),
+    "eval": ("applies", _EVALUATION),
+    "eval.every": ("applies", ""),
+    "parallel": ("applies", "the same tensors are cut in another way"),
+    "optimizer.lr": ("applies", _SCHEDULE),
+    "optimizer.min_lr": ("applies", _SCHEDULE),
+    "optimizer.schedule": ("applies", _SCHEDULE),
+    "optimizer.warmup_steps": ("applies", f"{_SCHEDULE}; warm-up is counted from the run's first optimizer step"),
+    "optimizer.wsd_decay_steps": ("applies", _SCHEDULE),
+    "optimizer.wsd_decay": ("applies", _SCHEDULE),
+    "train.steps": ("applies", "of the whole run, the steps that are done included; schedules that fall end there"),
+    "train.prompts_per_step": ("applies", "prompts are counted one by one, so none is repeated or left out"),
+    "train.optimizer_steps": ("applies", "the schedule counts the optimizer steps that were made"),
+    "rollout.group_size": ("applies", "prompts are counted, whatever the size of their groups"),
+    "algorithm.reference": ("applies", "the reference policy is read anew"),
+    "sft": ("none", "it belongs to `ctpo sft`"),
+}
+# fields of a model's shape that change no tensor and no result, or that training alone reads
+_SHAPE_APPLIES = ("max_positions", "experts.aux_loss_coeff")
+_SHAPE_SKIPPED = (
+    "dtype",
+    "mtp_layers",
+)  # a checkpoint's config.json names the format of its weights, and leaves those layers out
+
+
+def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+    """Returns all settings of two configurations, as nested sections, that differ. A section of another `type` counts as one.
+
+    Left out are `PROMPT_KEYS` and model.dtype, whose meaning depends on more than the configuration, and settings that the
+    checkpoint's release did not know and that have their default.
+    """
+    found = []
+    for key, old, new in _walk(before, now, ""):
+        if key in (*PROMPT_KEYS, "model.dtype") or (old == ABSENT and new == _default(key)):
+            continue
+        section, _, _ = key.rpartition(".")
+        effect, why = next((_WHY[each] for each in (key, section, section.partition(".")[0]) if each in _WHY), ("applies", ""))
+        found.append(Difference(key, old, new, effect, why))
+    return found
+
+
+def shapes_that_differ(before: ModelShape, now: ModelShape) -> list[Difference]:
+    """Returns what of the model's architecture differs. It is refused where the checkpoint's tensors would not fit, or would
+    compute something else."""
+    found = []
+    for key, old, new in _walk(asdict(before), asdict(now), ""):
+        if key in _SHAPE_SKIPPED:
+            continue
+        effect: Effect = "applies" if key in _SHAPE_APPLIES else "refused"
+        why = "" if effect == "applies" else "the checkpoint is of another model"
+        found.append(Difference(f"config.json in model.path, {key}", old, new, effect, why))
+    return found
+
+
+def dtype_that_differs(stored: str, before: str | None, config: RunConfig) -> list[Difference]:
+    """Returns the difference in number formats, if there is one. `stored`: the weights', `before`: the checkpoint's model.dtype.
+
+    What `auto` means where the device is not known yet is left to the ranks, which compare it again.
+    """
+    now, device = config.model.dtype, config.cluster.device
+    known = now if now != "auto" or device == "auto" else config.model.dtype_on(device)
+    if known not in ("auto", stored):
+        return [Difference("model.dtype", stored, known, "refused", "weights and moments would be rounded")]
+    if before is None or before == now:
+        return []
+    return [Difference("model.dtype", before, now, "none", f"the weights are {stored}")]
+
+
+def shown(value: Any) -> str:
+    """Returns a setting as a person would write it in YAML, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {shown(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, str) and value and "\n" not in value and ", " not in value:
+        return value
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else json.dumps(value, ensure_ascii=False)
+
+
+def _walk(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yields key, old and new value of all that differs below `key`."""
+    if not (isinstance(before, dict) and isinstance(now, dict)) or before.get("type") != now.get("type"):
+        if before != now:
+            yield key, before, now
+        return
+    for name in dict.fromkeys((*now, *before)):
+        yield from _walk(before.get(name, ABSENT), now.get(name, ABSENT), f"{key}.{name}" if key else name)
+
+
+def _default(key: str) -> Any:
+    """Returns the default of a setting, as JSON values."""
+    value: Any = RunConfig.model_validate({"name": "-", "run_dir": "-", "model": {"path": "-"}, "data": {"train": "-"}})
+    value = value.model_dump(mode="json")
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

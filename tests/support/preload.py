@@ -1,0 +1,20 @@
+"""What every trainer rank imports, five seconds of it. `ranks.run_ranks` forks ranks from a process that has it already."""
+
+from __future__ import annotations
+
+import gc
+
+from ctpo_megatron.mcore.host import megatron_region, prepare_host
+
+with megatron_region(prepare_host("cpu")):
+    import ctpo_megatron.mcore.checkpoint.background
+    import ctpo_megatron.mcore.checkpoint.checkpoint
+    import ctpo_megatron.mcore.hf.export
+    import ctpo_megatron.mcore.hf.load
+    import ctpo_megatron.mcore.model.build
+    import ctpo_megatron.mcore.optimizer
+    import ctpo_megatron.mcore.policy
+    import ctpo_megatron.mcore.rank
+    import ctpo_megatron.mcore.step  # noqa: F401 - to be there
+
+gc.freeze()  # pages of what was imported stay shared with the ranks
