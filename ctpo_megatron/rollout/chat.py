@@ -28,6 +28,9 @@ from ctpo_megatron.rollout.turns import SpokenTurn, TurnReader, common_start, di
 
 log = logging.getLogger(__name__)
 
+TOKENIZER = "tokenizer.json"
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class of transformers 5: what TOKENIZER says, and no more
+
 
 class ChatTokenizer:
     """The tokenizer and chat template of a model directory, with what the configuration says about them.
@@ -201,12 +204,23 @@ class ChatTokenizer:
 
 
 def _load(path: Path) -> Any:
-    """The tokenizer in the directory `path`."""
-    from transformers import AutoTokenizer  # takes seconds to import
+    """The tokenizer in the directory `path`.
+
+    Where the directory names the class that adds nothing to tokenizer.json, it is that: for some model types, such as qwen2,
+    AutoTokenizer of transformers 5.19 takes another whatever is named, with a normalizer and a splitting of its own.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds to import
 
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory; needed: a model in Hugging Face format")
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        plain = (path / TOKENIZER).is_file() and _class_of(path) in PLAIN_CLASSES
+        return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises plain ones about a broken tokenizer.json
         raise ModelError(f"{path} holds no tokenizer that transformers can load: {error}") from error
+
+
+def _class_of(path: Path) -> str | None:
+    """What tokenizer_config.json in the directory `path` names as the tokenizer's class."""
+    file = path / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None

@@ -87,6 +87,17 @@ def test_a_tokenizer_that_loads_as_llamas_and_loses_its_spaces(tmp_path: Path, c
     check_same_tokens(directory, AutoTokenizer.from_pretrained(directory, local_files_only=True))
 
 
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+def test_a_directory_that_names_the_plain_class_gets_it(tmp_path: Path, named: str) -> None:
+    """transformers 5.19 takes Qwen2Tokenizer for every qwen2, with Qwen's normalizer in place of the one described."""
+    directory = make_toy_model(tmp_path / "m", kind="qwen2", seed=1)
+    settings = directory / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": named}))
+    with pytest.raises(ModelError, match="as Qwen2Tokenizer"):
+        check_same_tokens(directory, AutoTokenizer.from_pretrained(directory, local_files_only=True))
+    assert "e\u0301" in (chat := ChatTokenizer(directory)).decode(chat.prompt_ids([{"role": "user", "content": "e\u0301"}]))
+
+
 def test_the_same_files_beside_their_own_config(tmp_path: Path) -> None:
     directory = byte_level(tmp_path / "m", model_type="deepseek_v3")
     check_same_tokens(directory, AutoTokenizer.from_pretrained(directory, local_files_only=True))
