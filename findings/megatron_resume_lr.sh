@@ -51,7 +51,7 @@ class CpuForCuda(TorchFunctionMode):
 
 
 def start(lr: float, distributed: bool) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """Returns an optimizer of a linear layer and its scheduler, of the constant rate `lr`, which overrides a checkpoint's values."""
+    """Returns an optimizer of a linear layer and a scheduler of the constant rate `lr`, told to override a checkpoint."""
     model = DistributedDataParallel(
         TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1),
         DistributedDataParallelConfig(use_distributed_optimizer=distributed),
