@@ -60,9 +60,9 @@ def _not_started(error: Exception) -> str:
     """Returns what to say where Ray could not start on this host. Ray raises a plain Exception, among others."""
     said = " ".join(str(error).split()).rstrip(".")
     return (
-        f"Ray did not start on this host. It says: {said}. Ray waits 30 s for its own processes: see that the host has processors "
-        "and memory left for them, then start again, with --resume where the run has a checkpoint. Ray's logs are in "
-        "/tmp/ray/session_latest/logs."
+        f"Ray did not start on this host. It says: {said}. Ray waits 30 s for its own processes: see that the host has "
+        "processors and memory left for them, then start again, with --resume where the run has a checkpoint. Ray's logs are "
+        "in /tmp/ray/session_latest/logs."
     )
 
 

@@ -31,4 +31,5 @@ def test_a_directory_that_ray_cannot_make_is_named(tmp_path: Path, monkeypatch: 
         connect(CONFIG, 1)
     message, code = told(caught.value)
     assert code == 1
-    assert str(tmp_path / "file") in message and "unexpected" not in message
+    assert str(tmp_path / "file") in message
+    assert "unexpected" not in message
