@@ -209,4 +209,14 @@ def _load(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises plain ones about a broken tokenizer.json
+        for file in sorted(path.glob("*.jinja")) if isinstance(error, UnicodeDecodeError) else ():
+            _check_text(file)
         raise ModelError(f"{path} holds no tokenizer that transformers can load: {error}") from error
+
+
+def _check_text(file: Path) -> None:
+    """Raise ModelError where a file is not UTF-8."""
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file} is not UTF-8 text: {error}. Save it as UTF-8.") from error
