@@ -13,8 +13,8 @@ from ctpo_megatron.data.tables import quote
 from ctpo_megatron.errors import DataError
 
 # what pandas, Arrow, JavaScript and spreadsheets write where nothing is known
-MISSING = ("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT", "#N/A")
-_WRAPPING = re.compile(r"\\boxed\s*\{|\\text\s*\{|\\[()\[\]]|[{}$\s]")
+MISSING = ("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT", "#N/A", "N/A", "n/a")
+_WRAPPING = re.compile(r"\\boxed\s*\{|\\text\s*\{|\\[()\[\]]|[{}$\s\u200b-\u200d\u2060\ufeff]")  # characters of no width too
 MAX_PLACES = 40  # a number of more digits is written with a power of ten
 
 

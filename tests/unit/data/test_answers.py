@@ -83,6 +83,7 @@ def test_no_digit_of_a_number_is_lost(value):
     "value",
     [
         *(float("nan"), float("inf"), -float("inf"), np.float32("nan"), np.float64("inf"), Decimal("NaN"), Decimal("Infinity")),
+        *("\u200b", " \ufeff"),
         *(None, "", "  ", "$ $", r"\boxed{}", *MISSING, r"\boxed{nan}", pa.scalar(float("nan")), pa.scalar(None)),
         *(True, np.bool_(False), [1], {"a": 1}, b"7", 1j),
     ],
