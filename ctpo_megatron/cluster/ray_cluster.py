@@ -43,11 +43,26 @@ def _init(config: RunConfig, cpus: int) -> None:
             ) from error
         return
     on_cpu = config.cluster.device != "cuda" and not sees_gpu()
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, cpus),
-        object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
-        _system_config=SETTINGS,
-        **quiet,
+    try:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
+            _system_config=SETTINGS,
+            **quiet,
+        )
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system has said which file, and why
+        raise CtpoError(_not_started(error)) from error
+
+
+def _not_started(error: Exception) -> str:
+    """Returns what to say where Ray could not start on this host. Ray raises a plain Exception, among others."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return (
+        f"Ray did not start on this host. It says: {said}. Ray waits 30 s for its own processes: see that the host has "
+        "processors and memory left for them, then start again, with --resume where the run has a checkpoint. Ray's logs are "
+        "in /tmp/ray/session_latest/logs."
     )
 
 

@@ -13,10 +13,9 @@ from ctpo_megatron.data.tables import quote
 from ctpo_megatron.errors import DataError
 
 # what pandas, Arrow, JavaScript and spreadsheets write where nothing is known
-MISSING = ("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT", "#N/A")
-_WRAPPING = re.compile(r"\\boxed\s*\{|\\text\s*\{|\\[()\[\]]|[{}$\s]")
+MISSING = ("nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT", "#N/A", "N/A", "n/a")
+_WRAPPING = re.compile(r"\\boxed\s*\{|\\text\s*\{|\\[()\[\]]|[{}$\s\u200b-\u200d\u2060\ufeff]")  # characters of no width too
 MAX_PLACES = 40  # a number of more digits is written with a power of ten
-SINGLE_DIGITS = 9  # decimal digits that tell numbers of 32 bits apart
 
 
 def answer_text(place: str, key: str, value: Any) -> str:
@@ -85,12 +84,13 @@ def _number_text(where: str, value: float | Decimal | np.floating[Any]) -> str:
 def _digits(value: float | np.floating[Any]) -> str:
     """The fewest digits that tell `value` from its neighbours of the same width.
 
-    A Python float with many digits that 32 bits hold exactly came from such a column: 0.10000000149011612 is 0.1.
+    A Python float that 32 bits hold exactly and whose digits stop short of its value was one: 0.10000000149011612 is 0.1. Where
+    the digits are the value, as in 9536.7431640625 = 2.5 ** 10, somebody may have written them.
     """
     if isinstance(value, np.floating) and not isinstance(value, np.float64):
         return np.format_float_positional(value, trim="-")
     text = repr(float(value))
-    if not float(value).is_integer() and len(Decimal(text).as_tuple().digits) > SINGLE_DIGITS:
+    if not float(value).is_integer() and Decimal(text) != Decimal(float(value)):
         with np.errstate(over="ignore", under="ignore"):
             single = np.float32(value)
         if float(single) == value:

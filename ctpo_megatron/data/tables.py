@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ctpo_megatron.data.columns import check_parquet, content_in, refused
 from ctpo_megatron.data.distinct import first_places, row_numbers
+from ctpo_megatron.data.precision import as_written
 from ctpo_megatron.errors import DataError, near_miss, storage_words
 from ctpo_megatron.record.progress import reading_progress
 
@@ -86,7 +87,7 @@ class Table:
                 for batch in file.iter_batches(batch_size=self._at_once, columns=list(self.columns)):
                     numbers = row_numbers([batch.column(name) for name in self.columns])
                     firsts = first_places(numbers)
-                    rows = [_without_nulls(row) for row in batch.take(pa.array(firsts)).to_pylist()]
+                    rows = [_without_nulls(row) for row in as_written(batch.take(pa.array(firsts))).to_pylist()]
                     yield Batch((f"{self.path} row", first), rows, firsts, numbers)
                     first += len(numbers)
                     show(first, file.metadata.num_rows)

@@ -217,6 +217,8 @@ def _load(path: Path) -> Any:
         plain = (path / TOKENIZER).is_file() and _class_of(path) in PLAIN_CLASSES
         return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises plain ones about a broken tokenizer.json
+        for file in sorted(path.glob("*.jinja")) if isinstance(error, UnicodeDecodeError) else ():
+            _check_text(file)
         raise ModelError(f"{path} holds no tokenizer that transformers can load: {error}") from error
 
 
@@ -224,3 +226,11 @@ def _class_of(path: Path) -> str | None:
     """What tokenizer_config.json in the directory `path` names as the tokenizer's class."""
     file = path / "tokenizer_config.json"
     return json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.is_file() else None
+
+
+def _check_text(file: Path) -> None:
+    """Raise ModelError where a file is not UTF-8."""
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file} is not UTF-8 text: {error}. Save it as UTF-8.") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from ctpo_megatron.errors import RenderError
 from ctpo_megatron.rollout.template import ChatTemplate, Message
@@ -11,6 +13,7 @@ from ctpo_megatron.rollout.template import ChatTemplate, Message
 # keys that say which message belongs to which, and nothing that a model could read
 LINKS = ("tool_call_id",)
 _CALL = {"type": "function", "id": "call00001", "function": {"name": "namesthis", "arguments": "{}"}}
+_ARGUMENTS = '{"ofthis": 1}'
 
 
 class MessageForms:
@@ -24,12 +27,16 @@ class MessageForms:
     def fitting(self, messages: Sequence[Message]) -> list[Message]:
         """`messages` without keys that hold null, with tools in a role that the template writes.
 
-        The content of a message that only calls tools is null or empty, as the template wants it.
+        The content of a message that only calls tools is null or empty, as the template wants it. Arguments of calls that are
+        JSON text, as OpenAI's interface has them, are given as objects to a template that cannot write the text, or would
+        quote it again.
         """
         kept = [{key: value for key, value in message.items() if value is not None or key == "content"} for message in messages]
         for message in kept:
             if message.get("tool_calls") and not message.get("content"):
                 message["content"] = self._no_content
+            if message.get("tool_calls") and self._wants_objects:
+                message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
         if not any(message["role"] == "tool" for message in kept):
             return kept
         if self._tool_role == "tool" or (any("tool_calls" in message for message in kept) and self._writes(kept)):
@@ -97,3 +104,26 @@ class MessageForms:
         except RenderError:
             return ""
         return "" if "namesthis" in written else None
+
+    @cached_property
+    def _wants_objects(self) -> bool:
+        """Whether the template cannot write arguments that are JSON text, or would put that text into quotation marks again."""
+        call = _CALL | {"function": {"name": "namesthis", "arguments": _ARGUMENTS}}
+        message = {"role": "assistant", "content": self._no_content, "tool_calls": [call]}
+        try:
+            written = self._template.render([{"role": "user", "content": "question"}, message], prompt=False)
+        except RenderError:
+            return True
+        return json.dumps(_ARGUMENTS) in written
+
+
+def _with_object(call: Any) -> Any:
+    """`call` with its arguments as an object, where they are the JSON text of one."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
 from ctpo_megatron.data.answers import MISSING, answer_text
+from ctpo_megatron.data.precision import as_written
 from ctpo_megatron.data.prompts import read_prompts
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.rollout.rewards import MathReward
@@ -47,6 +48,9 @@ def parquet(path, values, kind):
         (np.float32(0.1), "0.1"),
         (float(np.float32(0.1)), "0.1"),
         (0.0009765625, "0.0009765625"),
+        (2.5**10, "9536.7431640625"),  # 32 bits hold these exactly
+        (1.5**10, "57.6650390625"),
+        (2.0**-13, "0.0001220703125"),
         (np.float16(0.1), "0.1"),
         (np.float64(1e16), "10000000000000000"),
         (np.int64(-3), "-3"),
@@ -79,6 +83,7 @@ def test_no_digit_of_a_number_is_lost(value):
     "value",
     [
         *(float("nan"), float("inf"), -float("inf"), np.float32("nan"), np.float64("inf"), Decimal("NaN"), Decimal("Infinity")),
+        *("\u200b", " \ufeff"),
         *(None, "", "  ", "$ $", r"\boxed{}", *MISSING, r"\boxed{nan}", pa.scalar(float("nan")), pa.scalar(None)),
         *(True, np.bool_(False), [1], {"a": 1}, b"7", 1j),
     ],
@@ -107,6 +112,8 @@ def test_a_missing_number_in_a_file_names_its_row(tmp_path):
         ([1e-5, 1e16], pa.float64(), ["0.00001", "10000000000000000"]),
         ([Decimal("7.50")], pa.decimal128(10, 2), ["7.5"]),
         ([0.1, 2.0], pa.float32(), ["0.1", "2"]),
+        ([9536.7, 1e-7, 16777216.0], pa.float32(), ["9536.7", "0.0000001", "16777216"]),
+        ([2.5**10, 1.5**10], pa.float64(), ["9536.7431640625", r"\frac{59049}{1024}"]),
         ([3, -4], pa.int8(), ["3", "-4"]),
         ([2**63], pa.uint64(), ["9223372036854775808"]),
         (["1/2"], pa.large_string(), [r"\frac{1}{2}"]),
@@ -126,3 +133,10 @@ def test_a_column_of_numbers_rewards_what_a_person_would_write(tmp_path, values,
             reward.close()
 
     assert asyncio.run(rewards()) == [1.0] * len(values)
+
+
+def test_numbers_of_32_bits_are_read_as_they_were_written_at_any_depth_and_others_are_left_alone():
+    inner = pa.struct([("single", pa.float32()), ("double", pa.float64()), ("text", pa.string())])
+    rows = [{"single": 9536.7, "double": 2.5**10, "text": "0.10"}, {"single": None, "double": None, "text": None}]
+    batch = pa.record_batch([pa.array([rows, []], pa.list_(inner)), pa.array([7, 8])], ["nested", "plain"])
+    assert as_written(batch).to_pylist() == [{"nested": rows, "plain": 7}, {"nested": [], "plain": 8}]

@@ -139,3 +139,11 @@ def test_demonstrations_are_the_tokens_of_a_rollout(toy, tmp_path):
     assert chat.decode(whole, special=True) == rendered(chat, TALK)
     written = [label for label, wrote in zip(sample.labels, sample.mask, strict=True) if wrote]
     assert chat.decode(written, special=True) == f"{TALK[1]['content']}<|im_end|>{TALK[3]['content']}<|im_end|>"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{% for m in messages %}", "{{ 'é' }}".encode("latin-1")])
+def test_a_template_in_another_encoding_is_named(with_template, content):
+    model = with_template(None)
+    (model / "chat_template.jinja").write_bytes(content)
+    with pytest.raises(ModelError, match=r"chat_template\.jinja is not UTF-8 text: .*Save it as UTF-8"):
+        ChatTokenizer(model)

@@ -281,6 +281,31 @@ def test_calls_are_taught_as_the_template_writes_them(load, family, written, end
     assert answer in chat.decode(parts[1][1], special=True)
 
 
+@pytest.mark.parametrize("text", ['{"code": "1+1"}', '{"code":"1+1"}', '{ "code" :\n"1+1"}'])
+@pytest.mark.parametrize("family", [of.QWEN25, of.GLM45, of.LLAMA3])
+def test_arguments_that_are_json_text_are_the_object_they_say(load, family, text):
+    """OpenAI's interface has them so; these templates would quote the text again, as no program that reads calls expects."""
+    chat = load(family, DAY)
+    call = {**CALL, "tool_calls": [{"id": "c1", "function": {"name": "py", "arguments": text}}]}
+    assert chat.demonstration([QUESTION[0], call, *CALLED[2:]], 1) == chat.demonstration(CALLED, 1)
+    assert call["tool_calls"][0]["function"]["arguments"] == text
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments", "written"),
+    [
+        (of.QWEN3, '{"code": "1+1"}', '"arguments": {"code": "1+1"}}'),  # writes text as it is
+        (of.QWEN25, "print(1)", '"arguments": "print(1)"}'),  # no object
+        (of.QWEN25, "[1]", '"arguments": "[1]"}'),
+    ],
+)
+def test_arguments_stay_text_where_the_template_writes_it_or_it_is_no_object(load, family, arguments, written):
+    chat = load(family, DAY)
+    call = {**CALL, "tool_calls": [{"id": "c1", "function": {"name": "py", "arguments": arguments}}]}
+    _, parts = chat.demonstration([QUESTION[0], call, *CALLED[2:]], 1)
+    assert written in chat.decode(parts[0][1], special=True)
+
+
 @pytest.mark.parametrize(
     ("family", "message", "key"),
     [
