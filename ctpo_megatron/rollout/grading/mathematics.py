@@ -48,7 +48,7 @@ def _parsed(text: str) -> Any:
     config = ConversionConfig(lowercase_symbols=False)
     try:
         found = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None, conversion_config=config)
-        return _with_imaginary_unit(found)
+        return _with_real_roots(_with_imaginary_unit(found))
     except (RecursionError, MemoryError):
         raise
     except Exception:  # noqa: BLE001 the parser raises whatever its grammar meets
@@ -61,6 +61,19 @@ def _with_imaginary_unit(expression: Any) -> Any:
 
     letters = [symbol for symbol in expression.free_symbols if symbol.name == "i"]
     return expression.subs(dict.fromkeys(letters, I)) if letters else expression
+
+
+def _with_real_roots(expression: Any) -> Any:
+    """`expression` with the real roots of odd degree of negative numbers, where SymPy takes complex ones: that of -8 is -2."""
+    from sympy import Basic, Integer
+
+    def is_odd_root(part: Any) -> bool:
+        return bool(part.is_Pow and part.base.is_negative and part.exp.is_Rational and part.exp.q > 1 and part.exp.q % 2)
+
+    def real(part: Any) -> Any:
+        return Integer(-1) ** part.exp.p * (-part.base) ** part.exp
+
+    return expression.replace(is_odd_root, real) if isinstance(expression, Basic) else expression
 
 
 def _verified(left: Any, right: Any) -> bool:
