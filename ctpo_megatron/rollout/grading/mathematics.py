@@ -86,8 +86,11 @@ def _verified(left: Any, right: Any) -> bool:
 
 def _same_values(left: Any, right: Any) -> bool | None:
     """Equality at random points; None where these are no expressions, or have no values there."""
-    from sympy import Equality, Expr, Float
+    from sympy import Equality, Expr, Float, Product, Sum
 
+    left, right = (
+        each.doit() if each.has(Sum, Product) else each for each in (left, right)
+    )  # with a letter as its end, none ends
     if isinstance(left, Equality) and isinstance(right, Equality):
         return _same_zeros(left, right)
     if isinstance(left, Equality) or isinstance(right, Equality):
