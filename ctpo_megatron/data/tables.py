@@ -18,6 +18,7 @@ from ctpo_megatron.errors import DataError, near_miss, storage_words
 from ctpo_megatron.record.progress import reading_progress
 
 SUFFIXES = (".parquet", ".jsonl")
+BOM = "\ufeff"
 SHOWN = 80  # characters of a wrong value that a message quotes
 PARQUET_ROWS, JSON_ROWS = 1 << 17, 1 << 12  # of a batch
 
@@ -79,12 +80,13 @@ class Table:
         try:
             with pq.ParquetFile(self.path, read_dictionary=self._texts()) as file:
                 names = file.schema_arrow.names
+                self._check_once(names)
                 check_keys(str(self.path), dict.fromkeys(names), self.columns)
                 self.ignored = tuple(name for name in names if name not in self.columns)
                 self._check_structs(file.schema_arrow)
                 check_parquet(self.path, file, self.columns)
                 first = 0
-                for batch in file.iter_batches(batch_size=self._at_once, columns=list(self.columns)):
+                for batch in self._arrow_batches(file):
                     numbers = row_numbers([batch.column(name) for name in self.columns])
                     firsts = first_places(numbers)
                     rows = [_without_nulls(row) for row in as_written(batch.take(pa.array(firsts))).to_pylist()]
@@ -97,6 +99,17 @@ class Table:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{self.path} is not a readable parquet file (truncated, or another format?): {error}") from error
+
+    def _arrow_batches(self, file: Any) -> Iterator[Any]:
+        """Yield the columns asked for, row group by row group: each has a dictionary of its own, which Arrow does not join."""
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(batch_size=self._at_once, columns=list(self.columns), row_groups=[group])
+
+    def _check_once(self, names: Sequence[str]) -> None:
+        twice = [name for name in self.columns if names.count(name) > 1]
+        if twice:
+            found = f"{self.path} has {names.count(twice[0])} columns {twice[0]!r}"
+            raise DataError(f"{found}; needed: one. Remove or rename the others.")
 
     def _texts(self) -> list[str]:
         """Returns the leaves of the columns that hold text: a batch has each text once, however often the file repeats it."""
@@ -179,7 +192,7 @@ def _check_file(path: Path) -> None:
         state = "is not a file" if path.exists() else "does not exist"
     except OSError as error:
         raise DataError(storage_words(error, path)) from error
-    raise DataError(f"{path} {state}; give a {' or '.join(SUFFIXES)} file.{near_miss(path.name, found)}")
+    raise DataError(f"{path} {state}; give a {' or '.join(SUFFIXES)} file.{'' if path.exists() else near_miss(path.name, found)}")
 
 
 def _no_struct(place: str, name: str, found: str) -> DataError:
@@ -208,13 +221,38 @@ def _parsed(place: str, line: bytes) -> dict[str, Any]:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{place} is not readable as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"{place} is not JSON: it is blank; needed: one JSON object per line")
+    if text[0] == BOM:
+        raise DataError(f"{place} is not JSON: a byte order mark stands before it. Save the file as UTF-8 without one.")
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text.lower():
+            json.dumps(row, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        wrong = f"{error.msg} (character {error.pos + 1}); found {quote(text.rstrip())}"
+        raise DataError(f"{place} is not JSON: {wrong}; needed: one JSON object per line") from error
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place} holds {quote(error.object[error.start])}, half of a character, which is no text") from error
+    except _TwiceError as error:
+        raise DataError(f"{place} gives the key {error.args[0]!r} twice in one object; needed: once") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not JSON: {error}; found {quote(text.rstrip())}") from error
     if not isinstance(row, dict):
         raise DataError(f"{place} is {quote(row)}; needed: one JSON object per line")
     return row
+
+
+class _TwiceError(Exception):
+    """A JSON object has a key more than once, of which Python's reader keeps the last."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,9 @@ class MessageForms:
     def __init__(self, template: ChatTemplate, tool_role: str) -> None:
         self._template = template
         self._tool_role = tool_role
-        self._written: set[tuple[str, ...]] = set()  # role and keys of messages whose content the template writes
+        self._written: set[tuple[tuple[object, ...], ...]] = (
+            set()
+        )  # forms of conversations of which the template writes all contents
 
     def fitting(self, messages: Sequence[Message]) -> list[Message]:
         """`messages` without keys that hold null, with tools in a role that the template writes.
@@ -46,7 +48,8 @@ class MessageForms:
     def check_keys(self, messages: Sequence[Message]) -> None:
         """Raise RenderError for a key that makes no difference to what the template writes: content, or any beyond role.
 
-        Whether content is written is looked at once for messages of one role and the same keys.
+        Whether content is written is looked at once for conversations of the same roles and keys: a template may write a
+        system message that comes first, and leave out a later one.
         """
         self._check_content(messages)
         for place, message in enumerate(messages):
@@ -66,10 +69,12 @@ class MessageForms:
                     )
 
     def _check_content(self, messages: Sequence[Message]) -> None:
+        form = tuple((message["role"], bool(message.get("content")), *message) for message in messages)
+        if form in self._written:
+            return
         prompt = messages[-1]["role"] != "assistant"
         for place, message in enumerate(messages):
-            form = (message["role"], *message)
-            if form in self._written or not message.get("content"):
+            if not message.get("content"):
                 continue
             others = [*messages[:place], {**message, "content": "otherwords"}, *messages[place + 1 :]]
             if self._without(others, prompt) == self._template.render(messages, prompt=prompt):
@@ -79,7 +84,7 @@ class MessageForms:
                     f"{message['role']!r}{calls}, so a model would not see it. Move its text into another message, or give a "
                     "template that writes it with model.chat_template"
                 )
-            self._written.add(form)
+        self._written.add(form)
 
     def _without(self, messages: Sequence[Message], prompt: bool) -> str | None:
         try:

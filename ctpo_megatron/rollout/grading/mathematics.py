@@ -48,7 +48,7 @@ def _parsed(text: str) -> Any:
     config = ConversionConfig(lowercase_symbols=False)
     try:
         found = latex2sympy(text, is_real=not should_treat_as_complex(text), normalization_config=None, conversion_config=config)
-        return _with_imaginary_unit(found)
+        return _with_real_roots(_with_imaginary_unit(found))
     except (RecursionError, MemoryError):
         raise
     except Exception:  # noqa: BLE001 the parser raises whatever its grammar meets
@@ -63,6 +63,19 @@ def _with_imaginary_unit(expression: Any) -> Any:
     return expression.subs(dict.fromkeys(letters, I)) if letters else expression
 
 
+def _with_real_roots(expression: Any) -> Any:
+    """`expression` with the real roots of odd degree of negative numbers, where SymPy takes complex ones: that of -8 is -2."""
+    from sympy import Basic, Integer
+
+    def is_odd_root(part: Any) -> bool:
+        return bool(part.is_Pow and part.base.is_negative and part.exp.is_Rational and part.exp.q > 1 and part.exp.q % 2)
+
+    def real(part: Any) -> Any:
+        return Integer(-1) ** part.exp.p * (-part.base) ** part.exp
+
+    return expression.replace(is_odd_root, real) if isinstance(expression, Basic) else expression
+
+
 def _verified(left: Any, right: Any) -> bool:
     from math_verify import verify
 
@@ -73,8 +86,11 @@ def _verified(left: Any, right: Any) -> bool:
 
 def _same_values(left: Any, right: Any) -> bool | None:
     """Equality at random points; None where these are no expressions, or have no values there."""
-    from sympy import Equality, Expr, Float
+    from sympy import Equality, Expr, Float, Product, Sum
 
+    left, right = (
+        each.doit() if each.has(Sum, Product) else each for each in (left, right)
+    )  # with a letter as its end, none ends
     if isinstance(left, Equality) and isinstance(right, Equality):
         return _same_zeros(left, right)
     if isinstance(left, Equality) or isinstance(right, Equality):

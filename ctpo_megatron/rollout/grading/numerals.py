@@ -14,7 +14,9 @@ _PLAIN = r"\d+(?:\.\d*)?|\.\d+"
 _GROUPED = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:\.\d+)?"
 _TIMES = r"(?:\\times|\\cdot|\*)"
 _NUMBER = re.compile(rf"{_SIGN}(?P<digits>{_GROUPED}|{_PLAIN})")
-_REPEATING = re.compile(rf"{_SIGN}(?P<whole>\d*)\.(?P<start>\d*)\\(?:overline|bar|dot){{(?P<cycle>\d+)}}")
+_REPEATING = re.compile(
+    rf"{_SIGN}(?P<whole>\d*)\.(?P<start>\d*)(?:\\(?:overline|bar|dot){{(?P<cycle>\d+)}}|\((?P<brackets>\d+)\))"
+)
 _SCIENTIFIC = re.compile(
     rf"{_SIGN}(?P<digits>{_PLAIN})(?:[eE]|{_TIMES}10\^|{_TIMES}10\*\*)(?:{{(?P<braced>[+-]?\d+)}}|\(?(?P<exponent>[+-]?\d+)\)?)"
 )
@@ -123,7 +125,7 @@ def _repeating(text: str) -> Numeral | None:
     match = _REPEATING.fullmatch(text)
     if match is None:
         return None
-    whole, start, cycle = match["whole"] or "0", match["start"], match["cycle"]
+    whole, start, cycle = match["whole"] or "0", match["start"], match["cycle"] or match["brackets"]
     value = Fraction(int(whole + start + cycle) - int(whole + start), (10 ** len(cycle) - 1) * 10 ** len(start))
     return _signed(match["sign"], Numeral(value, False))
 

@@ -61,6 +61,10 @@ _SPEEDS = {"miles per hour": "mph", "mi/h": "mph", "miles/hour": "mph", "kilomet
 _SYMBOLS_THAT_ARE_LETTERS = {"m", "g", "s", "h", "l", "L", "N", "J", "W"}  # behind a number only in \text{} or after a space
 _MONEY = re.compile(r"(-?)\s*(\\\$|\$|€|£|₹|\\text\{\s*\\?\$\s*\})\s*(.+)")
 _TEXT_UNIT = re.compile(r"(?P<amount>.*[\d)}a-zA-Z])\s*\\text\{(?P<unit>[^{}\\]*)\}\s*(?:\^\{?(?P<power>\d)\}?)?", re.DOTALL)
+# words that change the number before them: 3 squared is 9, and "4 times" alone is a count
+_CALCULATES = re.compile(
+    r"(?:squared|cubed|factorial|halves|thirds|fourths|fifths|times \S|(?:plus|minus|over|choose|not|if|when)\b).*", re.DOTALL
+)
 _UNIT_NAME = re.compile(r"[^\W\d_][^\d,;]{0,40}[23]?|[$€£₹¢°]\w?")  # no second number, as in 12 \text{ or 13}
 _WORD_UNIT = re.compile(
     r"(?P<amount>.*[\d)}])(?P<gap>\s*)(?P<unit>[a-zA-Z$€£₹¢][a-zA-Z/ .]*)(?:\^\{?(?P<power>\d)\}?)?", re.DOTALL
@@ -90,13 +94,16 @@ def read_quantity(text: str) -> Quantity:
 def _with_words(text: str) -> Quantity:
     match = _TEXT_UNIT.fullmatch(text)
     if match is not None:
-        if not _UNIT_NAME.fullmatch(match["unit"].strip()) or not _measurable(match["amount"]):
+        name = match["unit"].strip()
+        if not _UNIT_NAME.fullmatch(name) or _CALCULATES.fullmatch(name) or not _measurable(match["amount"]):
             return Quantity(text, None)
         return Quantity(match["amount"].strip(), _unit(match["unit"], match["power"]))
     match = _WORD_UNIT.fullmatch(text)
     if match is None or not _measurable(match["amount"]):
         return Quantity(text, None)
     name = match["unit"].strip()
+    if _CALCULATES.fullmatch(name):
+        return Quantity(text, None)
     unit = _unit(name, match["power"])
     known = not unit.kind.startswith("?") and (match["gap"] or name not in _SYMBOLS_THAT_ARE_LETTERS)
     if known and len(name) == 1 and name.isalpha() and not match["amount"].strip()[-1].isdigit():

@@ -29,6 +29,7 @@ _NAME = re.compile(
     """,
     re.VERBOSE,
 )
+_POINT = re.compile(r"([A-Z]'?) ?(?=\()")  # A(1, 2)
 _LETTER = re.compile(r"\\?[a-zA-Z]+(?:_\{?\w+\}?)?")
 _COMMANDS = re.compile(r"\\(?:frac|sqrt|cdot|times|pi|left|right|binom|sin|cos|tan|log|ln)(?![a-zA-Z])")
 MAX_NESTING = 50  # brackets within brackets; a text with more is no list of anything
@@ -145,6 +146,8 @@ def _read(text: str, *, inside: bool = False) -> Answer:
         return Union(tuple(_read(piece) for piece in pieces))
     if (bracketed := _bracketed(text)) is not None:
         return bracketed
+    if (point := _POINT.match(text)) and isinstance(place := _bracketed(text[point.end() :]), Sequence):
+        return Equation(point[1], place, text)
     return _plus_minus(text) or _ratio(text) or _relation(_without_approximation(text)) or Value(_without_approximation(text))
 
 

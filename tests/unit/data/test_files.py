@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.data.prompts import check_prompt_lengths, read_prompts
-from ctpo_megatron.data.tables import read_rows
+from ctpo_megatron.data.tables import Table, read_rows
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.rollout.calculator import calculate
 from ctpo_megatron.rollout.tools import extract_code
@@ -230,3 +230,60 @@ def test_toy_answers_follow_from_the_words(tmp_path):
         symbol = asked_for(question)
         a, b = re.findall(r"\d{3}", question)
         assert calculate(f"print({a}{symbol}{b})") == (True, prompt.answer)
+
+
+@pytest.mark.parametrize("groups", [1, 3, 1000])
+@pytest.mark.parametrize("at_once", [2, 4, 1 << 17])
+def test_row_groups_of_any_size_give_the_same_rows(tmp_path, groups, at_once):
+    """Each row group has a dictionary of texts of its own, and Arrow cannot join those of nested columns."""
+    rows = [row(number % 7) for number in range(40)]
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=groups)
+    table = Table(path, ("prompt", "reward_model"), at_once=at_once)
+    found = [batch.rows[number] for batch in table.batches() for number in batch.numbers.tolist()]
+    assert [each["prompt"] for each in found] == [each["prompt"] for each in rows]
+    assert [prompt.answer for prompt in read_prompts(path)] == [str(number % 7) for number in range(40)]
+
+
+GOOD = '{"prompt": [{"role": "user", "content": "a"}], "reward_model": {"ground_truth": "1"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (GOOD + ', "prompt": []}', "p.jsonl line 2 gives the key 'prompt' twice in one object; needed: once"),
+        (GOOD.replace('"1"', '"1", "ground_truth": "2"') + "}", "line 2 gives the key 'ground_truth' twice"),
+        (GOOD.replace('"a"', '"a", "content": "b"') + "}", "line 2 gives the key 'content' twice"),
+        (GOOD.replace('"a"', r'"\ud83d"') + "}", r"line 2 holds '\ud83d', half of a character, which is no text"),
+        (GOOD.replace('"1"', r'"1\uDC00"') + "}", r"line 2 holds '\udc00', half of a character"),
+        (GOOD + "},", "line 2 is not JSON: Extra data (character 86); found"),
+        ("[", "line 2 is not JSON: Expecting value (character 3); found '['; needed: one JSON object per line"),
+        ("", "line 2 is not JSON: it is blank; needed: one JSON object per line"),
+    ],
+)
+def test_a_line_that_says_two_things_or_nothing_is_named(tmp_path, line, words):
+    path = tmp_path / "p.jsonl"
+    path.write_text(f"{GOOD}}}\n{line}\n{GOOD}}}\n")
+    with pytest.raises(DataError, match=re.escape(words)):
+        read_prompts(path)
+
+
+def test_a_whole_surrogate_pair_and_its_words_are_text(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(GOOD.replace('"a"', r'"\ud83d\ude00 \\ud83d"') + "}\n")
+    assert read_prompts(path)[0].messages[0]["content"] == "\U0001f600 \\ud83d"
+
+
+def test_a_byte_order_mark_is_called_by_its_name(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(GOOD + "}\n", encoding="utf-8-sig")
+    with pytest.raises(DataError, match=r"line 1 is not JSON: a byte order mark stands before it\. Save the file"):
+        read_prompts(path)
+
+
+def test_a_column_that_is_there_twice_is_named(tmp_path):
+    table = pa.Table.from_pylist([row(1)]).select(["prompt", "reward_model"])
+    twice = pa.Table.from_arrays([*table.columns, table["reward_model"]], [*table.column_names, "reward_model"])
+    pq.write_table(twice, tmp_path / "p.parquet")
+    with pytest.raises(DataError, match=r"p\.parquet has 2 columns 'reward_model'; needed: one"):
+        read_prompts(tmp_path / "p.parquet")

@@ -497,3 +497,31 @@ def test_a_tools_output_in_json_is_escaped_as_the_template_does_it(load):
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert shown == header.format("ipython") + '"4\\n\\"x\\"\\t<|eot_id|>"<|eot_id|>' + header.format("assistant")
     assert chat.tool_ids("<|eot_id|>").count(chat._tokens.ends["<|eot_id|>"]) == 1
+
+
+FIRST_SYSTEM = (
+    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}"
+    "{%- for m in messages if m.role != 'system' %}"
+    "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+LAST_THREE = FIRST_SYSTEM.replace("messages[0].role == 'system'", "false").replace(
+    "messages if m.role != 'system'", "messages[-3:]"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "roles", "lost"),
+    [
+        (FIRST_SYSTEM, ("system", "user"), ("system", "system", "user"), 1),
+        (FIRST_SYSTEM, ("system", "user"), ("system", "user", "assistant", "system", "user"), 3),
+        (LAST_THREE, ("user", "assistant", "user"), ("user", "assistant", "user", "assistant", "user"), 0),
+        (LAST_THREE, ("system", "user"), ("system", "user", "assistant", "user"), 0),
+    ],
+)
+def test_content_that_a_template_drops_at_its_place_is_refused(tmp_path, template, written, roles, lost):
+    """That a message of the same role was written elsewhere says nothing."""
+    chat = ChatTokenizer(of.QWEN25.write(tmp_path / "m", template=template))
+    chat.check_prompt([{"role": role, "content": f"words {place}"} for place, role in enumerate(written)])
+    with pytest.raises(RenderError, match=rf"messages\[{lost}\].* does not write the content of a message of the role"):
+        chat.check_prompt([{"role": role, "content": f"words {place}"} for place, role in enumerate(roles)])

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.grading.verdict import equal as equal_parts
 from ctpo_megatron.rollout.judge import equal
 from ctpo_megatron.rollout.rewards import quick_verdict
@@ -209,3 +210,91 @@ def never(left: str, right: str) -> bool:
 def same_letters(left: str, right: str) -> bool:
     """Stands for mathematics, in a way that depends on both texts and not on their order."""
     return sorted(left) == sorted(right)
+
+
+def judged(answer: str, text: str) -> bool:
+    """The verdict on a whole text of a model."""
+    box = last_box(text)
+    return box is not None and verdict(answer, box) and verdict(box, answer)
+
+
+# what models write around or instead of an answer that is right
+WRITTEN = [
+    ("809", r"\boxed{809\,}"),
+    ("5", r"\boxed{5\ }"),
+    ("5", r"\boxed{5 \\}"),
+    ("5", r"\boxed {5}"),
+    ("5", r"\fbox{5}"),
+    ("42", r"\boxed{\color{red}{42}}"),
+    ("42", r"\boxed{\color{blue}42}"),
+    ("42", r"\boxed{\textcolor{blue}{42}}"),
+    ("42", r"\boxed{\underline{42}}"),
+    ("42", r"\boxed{\fbox{42}}"),
+    ("3", r"\boxed{\boldsymbol{3}}"),
+    ("3", r"\boxed{\mathbf{x=3}}"),
+    ("3", r"\boxed{\text{3 apples}}"),
+    (r"1 \text{ m}", r"\boxed{\text{100 cm}}"),
+    (r"\frac{\pi}{4}", r"\boxed{\frac\pi4}"),
+    (r"\frac{n}{2}", r"\boxed{\dfrac n2}"),
+    (r"\frac{\sqrt{3}}{2x}", r"\boxed{\frac{\sqrt3}{2x}}"),
+    (r"\frac{n(n-1)}{2}", r"\boxed{\binom n2}"),
+    (r"\frac{n(n-1)}{2}", r"\boxed{{n \choose 2}}"),
+    (r"\frac{n}{2}", r"\boxed{{n \over 2}}"),
+    ("10", r"\boxed{\binom52}"),
+    (r"\sqrt[3]{2}", r"\boxed{\sqrt[3]2}"),
+    ("-2", r"\boxed{\sqrt[3]{-8}}"),
+    (r"-\sqrt[3]{2}", r"\boxed{(-2)^{1/3}}"),
+    ("1/3", r"\boxed{0.(3)}"),
+    ("1/6", r"\boxed{0.1(6)}"),
+    ("6", r"\boxed{3!=6}"),
+    (r"\frac{n(n+1)(2n+1)}{6}", r"\boxed{\sum_{k=1}^{n} k^2}"),
+    ("n!", r"\boxed{\prod_{k=1}^{n} k}"),
+    ("(1,2)", r"\boxed{A(1,2)}"),
+    (r"(\frac12,1),(3,4)", r"\boxed{A(0.5,1), B(3,4)}"),
+    (r"\mathbb{R}\setminus\{0\}", r"\boxed{\mathbb R\setminus\{0\}}"),
+]
+
+# what looks like it
+OTHERS = [
+    ("5", r"\boxed{5!}"),
+    ("42", r"\boxed{\overline{42}}"),
+    ("5", r"\boxed{\fbox{5} \fbox{6}}"),
+    ("3", r"\boxed{\text{3 out of 4}}"),
+    ("3", r"\boxed{\text{3 and a half}}"),
+    ("3", r"\boxed{\text{3 or 4}}"),
+    ("3", r"\boxed{3 \text{ squared}}"),
+    ("3", r"\boxed{3 factorial}"),
+    ("3", r"\boxed{3 \text{ halves}}"),
+    ("2", r"\boxed{\text{2 times three}}"),
+    ("1", r"\boxed{\text{1 minus x}}"),
+    ("100", r"\boxed{\text{1 m}}"),
+    (r"\frac{4}{\pi}", r"\boxed{\frac\pi4}"),
+    (r"\sqrt{2}", r"\boxed{\sqrt[3]2}"),
+    ("2", r"\boxed{\sqrt[3]{-8}}"),
+    ("-1", r"\boxed{\sqrt{-1}}"),
+    ("0.5", r"\boxed{0.(5)}"),
+    ("6", r"\boxed{2.(3)}"),
+    ("3", r"\boxed{3!=6}"),
+    (r"\frac{n(n+1)(2n+1)}{6}", r"\boxed{\sum_{k=1}^{n} k^3}"),
+    ("6", r"\boxed{n!=6}"),
+    ("(1,2)", r"\boxed{A(2,1)}"),
+    ("A(1,2)", r"\boxed{B(1,2)}"),
+    ("2", r"\boxed{A(1,2)}"),
+]
+
+
+@pytest.mark.parametrize(("answer", "text"), WRITTEN)
+def test_an_answer_that_is_right_however_it_is_set(answer, text):
+    assert judged(answer, text)
+
+
+@pytest.mark.parametrize(("answer", "text"), OTHERS)
+def test_an_answer_that_only_looks_like_it(answer, text):
+    assert not judged(answer, text)
+
+
+def test_thousands_of_boxes_that_nobody_closes_are_read_at_once():
+    """It happens where the reward is awaited, so no limit of time ends it."""
+    start = time.process_time()
+    assert last_box(r"\boxed{7} " + r"\boxed{" * 20_000 + "{" * 20_000) == "7"
+    assert time.process_time() - start < 1.0
