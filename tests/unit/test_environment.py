@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from ctpo_megatron.environment import (
@@ -18,54 +14,6 @@ from ctpo_megatron.environment import (
     without_expandable_segments,
 )
 from ctpo_megatron.errors import InputError
-
-# SGLang's own function, on a fabric of several nodes, where it sets most; prints what NCCL would read afterwards in each case
-SGLANG_SETS = """
-import json, os, sys
-from sglang.srt.entrypoints import engine
-
-class Arguments:
-    nnodes = 2
-    dcp_size = 1
-    def __init__(self, words):
-        self.enable_symm_mem = "--enable-symm-mem" in words
-        self.enable_nccl_nvls = "--enable-nccl-nvls" in words
-    def __getattr__(self, name):
-        return None
-
-engine.resolving_view = engine.resolved_view = lambda arguments: arguments
-engine.is_mnnvl_fabric_device = lambda: True
-engine.attention_backends_of = lambda _: ()
-engine.set_ulimit = lambda: None
-found = []
-for words, given in json.load(sys.stdin):
-    for name in [name for name in os.environ if name.startswith("NCCL_")]:
-        del os.environ[name]
-    os.environ.update(given)
-    engine._set_envs_and_config(Arguments(words))
-    found.append({name: value for name, value in os.environ.items() if name.startswith("NCCL_")})
-print(json.dumps(found))
-"""
-CASES: list[tuple[tuple[str, ...], dict[str, str]]] = [  # rollout.engine.extra_args, what the user has set
-    ((), {}),
-    ((), {"NCCL_CUMEM_ENABLE": "1", "NCCL_IB_HCA": "mlx5"}),
-    (("--enable-symm-mem",), {}),
-    (("--enable-nccl-nvls",), {"NCCL_NVLS_ENABLE": "1"}),
-]
-
-
-@pytest.mark.timeout(300)
-def test_nccl_reads_the_same_in_a_server_and_in_the_trainer() -> None:
-    """After SGLang has set what it sets by itself."""
-    given = [(words, environment_of("server", "cuda", user, engine_args=words)) for words, user in CASES]
-    command = [sys.executable, "-c", SGLANG_SETS]
-    done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    for (words, user), server in zip(CASES, found, strict=True):
-        trainer = environment_of("trainer", "cuda", user, engine_args=words)
-        assert server == {name: value for name, value in trainer.items() if name.startswith("NCCL_")}
-        assert {"NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE"} <= server.keys()
 
 
 @pytest.mark.parametrize("reader", BOTH)
