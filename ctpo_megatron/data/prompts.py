@@ -41,7 +41,7 @@ def read_prompts(path: str | Path, *, system_prompt: str | None = None, emit: Em
             first = len(prompts)
             prompts += [Prompt(first + row, *tasks[number]) for row, number in enumerate(batch.numbers.tolist())]
     complaints.settle(table.rows)
-    emit(DataRead(str(path), table.rows, len(known), ", ".join(table.ignored)))
+    emit(DataRead(str(path), table.rows, len(known), table.ignored))
     return prompts
 
 

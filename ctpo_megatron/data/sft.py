@@ -70,7 +70,7 @@ def read_demonstrations(
                 except DataError as error:
                     complaints.add(str(error))
                 row += 1
-    emit(DataRead(str(path), table.rows, len(known), ", ".join(table.ignored)))
+    emit(DataRead(str(path), table.rows, len(known), table.ignored))
     complaints.settle(table.rows)
     return samples
 

@@ -12,7 +12,6 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import ConfigError, DataError, ModelError
 from ctpo_megatron.models.context import check_context, check_length
-from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.vocabulary import check_ordinary, tokens_beyond
 from ctpo_megatron.rollout.chat import ChatTokenizer
@@ -20,11 +19,11 @@ from ctpo_megatron.types import Prompt, TrainSample
 
 
 def check_training(config: RunConfig, shape: ModelShape, model: Path) -> None:
-    """All that `ctpo train` can compare without data. `model`: the directory that the model's config.json lies in.
+    """All that `ctpo train` can compare without data, but for the layout, which whoever reads the shape checks.
 
+    `model`: the directory that the model's config.json lies in.
     What only servers on CPUs need is checked where `cluster.device` says cpu.
     """
-    check_layout(shape, config.parallel)
     check_rollouts(config, shape, model)
     EngineLayout(shape, config.rollout.engine.tp, cpu=config.cluster.device == "cpu")  # that servers can be proven to hold it
 

@@ -117,7 +117,7 @@ def prompts_found(file: PromptFile, use: str, read: DataRead, config: RunConfig,
     too_long = tuple((row, length) for row, length in enumerate(file.lengths) if length > limit)
     measure = Measure("prompts", Lengths.of(file.lengths), limit, "data.max_prompt_tokens", too_long)
     repeats = find_repeats(file.prompts)
-    found = FileFound(file.path, use, read.rows, repeats.different, PROMPT_COLUMNS, columns(read), [measure], repeats)
+    found = FileFound(file.path, use, read.rows, repeats.different, PROMPT_COLUMNS, read.ignored, [measure], repeats)
     found.answers = judge_answers(file.prompts, config.rollout.reward)
     found.samples = [prompt_rendered(prompt, chat) for prompt in file.prompts[:samples]]
     return found
@@ -127,7 +127,7 @@ def demonstrations_found(
     samples: Sequence[TrainSample], limit: LengthLimit, read: DataRead, config: RunConfig, chat: ChatTokenizer, shown: int
 ) -> FileFound:
     """Returns what a file of demonstrations holds, of which `samples` can be written; the first `shown` rows rendered."""
-    found = FileFound(read.file, "sft", read.rows, read.different, SFT_COLUMNS, columns(read))
+    found = FileFound(read.file, "sft", read.rows, read.different, SFT_COLUMNS, read.ignored)
     if samples:
         too_long = tuple((sample.group, len(sample)) for sample in samples if len(sample) > limit.tokens)
         whole = Lengths.of([len(sample) for sample in samples])
@@ -140,11 +140,6 @@ def demonstrations_found(
         rows = [(whole_rows[row], place, held["messages"]) for row, (place, held) in first if row in whole_rows]
         found.samples = [demonstration_rendered(*row, config.data.system_prompt, chat) for row in rows]
     return found
-
-
-def columns(read: DataRead) -> tuple[str, ...]:
-    """Returns the names of the columns that were not used."""
-    return tuple(filter(None, read.ignored.split(", ")))
 
 
 def tool_turn(chat: ChatTokenizer) -> list[Part]:

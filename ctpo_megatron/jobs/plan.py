@@ -19,6 +19,7 @@ from ctpo_megatron.jobs.knobs import helpful_changes
 from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import check_what_is_there, read_json
+from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.memory import GIB, Stage
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters
@@ -51,6 +52,7 @@ def read_planned(config: RunConfig, source: Path) -> tuple[ModelShape, list[str]
     Raises InputError for all that `ctpo train` would refuse in the configuration and in what of the model is there.
     """
     shape = parse_config(read_json(source), str(source))
+    check_layout(shape, config.parallel)
     absent = check_what_is_there(source.parent)
     check_training(config, shape, source.parent)
     return shape, absent

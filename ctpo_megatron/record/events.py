@@ -87,7 +87,7 @@ class DataRead(Event):
     file: str
     rows: int
     different: int
-    ignored: str  # columns that were not used, with commas between; empty: all were
+    ignored: tuple[str, ...]  # columns that were not used
 
     @property
     def sentence(self) -> str:
@@ -95,7 +95,7 @@ class DataRead(Event):
         words = f"{self.file}: {self.rows:,} rows"
         if self.different < self.rows:
             words += f", {self.different:,} different ones: each {self.rows / self.different:.1f} times on average"
-        return words + (f"; columns that are not used: {self.ignored}" if self.ignored else "")
+        return words + (f"; columns that are not used: {', '.join(self.ignored)}" if self.ignored else "")
 
 
 @dataclass(frozen=True, slots=True)

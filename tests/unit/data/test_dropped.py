@@ -92,7 +92,7 @@ def test_columns_that_are_not_used_are_named_once(tmp_path, column, value, suffi
     read_prompts(write(tmp_path / f"p{suffix}", [row(n, **{column: value}, data_source="x") for n in range(3)]), emit=told.append)
     (event,) = told
     assert isinstance(event, DataRead)
-    assert set(event.ignored.split(", ")) == {column, "data_source"}
+    assert set(event.ignored) == {column, "data_source"}
     assert column in event.sentence
 
 

@@ -17,7 +17,7 @@ KINDS = [kind for kind in vars(events).values() if isinstance(kind, type) and is
 
 
 def example(kind: type[Event]) -> Event:
-    samples = {int: 3, float: 1.5, str: "text", bool: True, str | None: None, int | None: None}
+    samples = {int: 3, float: 1.5, str: "text", bool: True, str | None: None, int | None: None, tuple[str, ...]: ("a", "b")}
     hints = get_type_hints(kind)
     return kind(**{each.name: samples[hints[each.name]] for each in fields(kind)})
 
