@@ -13,6 +13,7 @@ from ctpo_megatron import cli
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
 from tests.support.checkpoints import write_checkpoint
+from tests.support.refusals import refusal
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
@@ -26,18 +27,8 @@ def good(tmp_path_factory) -> dict[str, Path]:
 
 def refused(capsys, monkeypatch, tmp_path, good, *overrides: str, command: str = "train") -> str:
     """The message of a command that ended with exit code 2 before it wrote a run directory or started Ray."""
-    import ray
-
     words = [f"{key}={value}" for key, value in good.items()]
-    monkeypatch.setattr(sys, "argv", ["ctpo", command, str(CONFIG), *words, f"run_dir={tmp_path / 'run'}", *overrides])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    message = capsys.readouterr().err
-    assert end.value.code == 2, message
-    assert not ray.is_initialized()
-    assert not (tmp_path / "run").exists()
-    assert "Traceback" not in message
-    return message
+    return refusal(monkeypatch, capsys, tmp_path / "run", command, CONFIG, *words, *overrides)
 
 
 @pytest.mark.parametrize(

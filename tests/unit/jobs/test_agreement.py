@@ -14,6 +14,7 @@ import pytest
 from ctpo_megatron import cli
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
+from tests.support.refusals import refusal
 
 CONFIG = Path(__file__).resolve().parents[3] / "configs" / "quickstart.yaml"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
@@ -45,23 +46,13 @@ def refused(
     """The message of a command that ended with exit code 2 and left nothing behind."""
 
     def run(command: str, *words: str) -> str:
-        import ray
-
         given = {
             "model.path": model,
             "data.train": inputs["sft" if command == "sft" else "data.train"],
             "data.eval": inputs["data.eval"],
         }
         overrides = [f"{key}={value}" for key, value in given.items()]
-        monkeypatch.setattr(sys, "argv", ["ctpo", command, str(CONFIG), *overrides, f"run_dir={tmp_path / 'run'}", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        message = capsys.readouterr().err
-        assert end.value.code == 2, message
-        assert not ray.is_initialized()
-        assert not (tmp_path / "run").exists()
-        assert "Traceback" not in message
-        return message
+        return refusal(monkeypatch, capsys, tmp_path / "run", command, CONFIG, *overrides, *words)
 
     return run
 

@@ -20,27 +20,12 @@ from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.events import Event, SettingDiffers, SettingsUnknown, discard
 from ctpo_megatron.types import Prompt
 from tests.support.checkpoints import write_checkpoint
+from tests.support.qwen import QWEN3
 from tests.support.runs import ROOT
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(20)]
 DONE = 6  # prompts
-MODEL = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 300,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-}
-SHAPE = parse_config(MODEL)
+SHAPE = parse_config(QWEN3)
 
 
 @pytest.fixture
@@ -49,7 +34,7 @@ def model(tmp_path: Path) -> Path:
     directory = tmp_path / "model"
     directory.mkdir()
     tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<end>"}]}
-    files = {"config.json": MODEL, "tokenizer.json": tokenizer, "tokenizer_config.json": {"eos_token": "<end>"}}
+    files = {"config.json": QWEN3, "tokenizer.json": tokenizer, "tokenizer_config.json": {"eos_token": "<end>"}}
     for name, content in files.items():
         (directory / name).write_text(json.dumps(content))
     return directory
@@ -154,7 +139,7 @@ def test_a_checkpoint_of_an_earlier_release_goes_on(model: Path) -> None:
     assert start.samples is None
     assert sorted(following(start, 14)) == sorted(p.index for p in PromptSampler(PROMPTS, 1).next(20)[DONE:])
     with pytest.raises(InputError, match="vocab_size: 300 in the checkpoint, 301 now: refused"):
-        differences(found, wanted, parse_config(MODEL | {"vocab_size": 301}), discard)
+        differences(found, wanted, parse_config(QWEN3 | {"vocab_size": 301}), discard)
 
 
 def test_files_of_the_tokenizer_are_compared(model: Path) -> None:

@@ -12,6 +12,7 @@ from ctpo_megatron.config.explain import dotted_keys
 from ctpo_megatron.config.load import dump_config, load_config
 from ctpo_megatron.loop.differences import _WHY, Difference, dtype_that_differs, settings_that_differ, shapes_that_differ, shown
 from ctpo_megatron.models.config import parse_config
+from tests.support.qwen import QWEN3
 from tests.support.runs import ROOT
 
 
@@ -74,23 +75,7 @@ def test_words_are_for_settings_that_exist() -> None:
     assert set(_WHY) <= set(dotted_keys())
 
 
-MODEL = {
-    "model_type": "qwen3",
-    "num_hidden_layers": 2,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 300,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": True,
-}
-MIXTURE = MODEL | {
+MIXTURE = QWEN3 | {
     "model_type": "qwen3_moe",
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -103,7 +88,7 @@ MIXTURE = MODEL | {
 
 
 def test_another_architecture_is_refused_field_by_field() -> None:
-    shape = parse_config(MODEL)
+    shape = parse_config(QWEN3)
     assert shapes_that_differ(shape, replace(shape, dtype="bfloat16", mtp_layers=1)) == []
     other = replace(shape, num_layers=7, rope=replace(shape.rope, theta=5.0), max_positions=9)
     found = {each.key: each.effect for each in shapes_that_differ(shape, other)}
