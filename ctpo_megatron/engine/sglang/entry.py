@@ -51,7 +51,11 @@ def main(argv: list[str]) -> None:
     threading.Thread(target=die_with_parent, args=(0,), daemon=True, name="parent-watch").start()
     os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "ctpo_megatron.engine.sglang.models"
 
-    from ctpo_megatron.engine.sglang.serve import serve
+    from ctpo_megatron.engine.sglang.imports import hide_kernels, modules_stay
+
+    hide_kernels()
+    with modules_stay():
+        from ctpo_megatron.engine.sglang.serve import serve
 
     serve(argv, key)
 

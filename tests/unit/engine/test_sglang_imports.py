@@ -1,0 +1,45 @@
+"""What a server does before it imports SGLang; it is imported nowhere here."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+from ctpo_megatron.engine.sglang.imports import ABSENT_ON_CPU, hide_kernels, modules_stay
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("name", ABSENT_ON_CPU)
+def test_kernels_are_hidden_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, name: str, cuda: bool) -> None:
+    """From `import` as from those who only ask whether it is installed."""
+    monkeypatch.setitem(sys.modules, name, None)  # to be as it was afterwards
+    monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    hide_kernels()
+    assert (importlib.util.find_spec(name) is not None) is cuda
+    assert (name in sys.modules) is not cuda
+
+
+def test_what_is_loaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ABSENT_ON_CPU:
+        monkeypatch.setitem(sys.modules, name, gc)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    hide_kernels()
+    assert all(sys.modules[name] is gc for name in ABSENT_ON_CPU)
+
+
+def test_garbage_is_looked_for_after_imports_and_not_in_them() -> None:
+    """Also after one that fails."""
+    before = gc.get_freeze_count()
+    with contextlib.suppress(ImportError), modules_stay():
+        inside = gc.isenabled()
+        raise ImportError
+    after, frozen = gc.isenabled(), gc.get_freeze_count()
+    gc.unfreeze()
+    assert (inside, after) == (False, True)
+    assert frozen > before
