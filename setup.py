@@ -32,6 +32,7 @@ setup(
         "rich>=13",
         "aiohttp>=3.11",
         "psutil>=7",
+        "msgspec>=0.19",
         "safetensors>=0.5",
         "numba>=0.60",
         "nvidia-ml-py>=12",

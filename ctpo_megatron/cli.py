@@ -1,4 +1,5 @@
-"""The `ctpo` command. Exit codes: 0 done; 1 the run failed; 2 the input cannot be used; 130, 143 ended by Ctrl-C, SIGTERM.
+"""The `ctpo` command. Exit codes: 0 done; 1 the run failed; 2 the input cannot be used; 75 stopped in order, to go on with
+`--resume auto`; 130, 143 ended by Ctrl-C, SIGTERM.
 
 An error is one message. `--debug`, anywhere on the command line, shows the traceback too.
 """
@@ -19,12 +20,13 @@ import typer
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.sources import home_path
-from ctpo_megatron.errors import ConfigError, told
+from ctpo_megatron.errors import ConfigError, StoppedInOrder, told
 from ctpo_megatron.jobs.stop import StopSignal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 DEBUG = "--debug"
+RESUME = "--resume"
 ERROR_FILE = "error.log"  # in RUN_DIR/logs: the traceback of what ended the run
 
 
@@ -47,7 +49,15 @@ def options(
 def train(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of the run directory")] = False,
+    resume: Annotated[
+        Literal["no", "newest", "auto"],
+        typer.Option(
+            RESUME,
+            metavar="[auto]",
+            help="go on from the newest checkpoint of the run directory; auto: from whatever is there, also where nothing is",
+            show_default=False,
+        ),
+    ] = "no",
 ) -> None:
     """Reinforcement learning: rollouts, CTPO, publication of weights, until train.steps."""
     loaded = _load(config, overrides)
@@ -213,32 +223,38 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
 
 
 def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
-    """Run a job to its end; SIGTERM and Ctrl-C cancel it, so that it ends its processes first.
+    """Run a job to its end. A signal is the job's to answer, if it listens; otherwise, and the second time, it is cancelled.
 
-    What a run failed of is written with its traceback to RUN_DIR/logs/error.log, where that directory is there already.
+    A cancelled job ends its processes first. What a run failed of is written with its traceback to RUN_DIR/logs/error.log, where
+    that directory is there already.
     """
     received: list[int] = []
     stop = StopSignal()
 
-    def cancel(task: asyncio.Task[None], number: int) -> None:
+    def hear(task: asyncio.Task[None], number: int) -> None:
         received.append(number)
-        if len(received) == 1:  # a second signal must not interrupt the cleaning up
-            name = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if len(received) == 1 and stop.tell(name):
+            again = "; the same again ends it at once" if number == signal.SIGINT else ""
+            print(f"{name}: stopping in order{again} ...", file=sys.stderr, flush=True)
+        elif not task.cancelling():  # a further signal must not interrupt the cleaning up
             print(f"{name}: ending the run's processes ...", file=sys.stderr, flush=True)
-            stop.tell(name)
             task.cancel()
 
     async def with_signals() -> None:
         loop = asyncio.get_running_loop()
         task = loop.create_task(job(stop))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, cancel, task, number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            loop.add_signal_handler(number, hear, task, number)
         await task
 
     try:
         asyncio.run(with_signals())
     except asyncio.CancelledError:
         raise typer.Exit(128 + received[0]) from None
+    except StoppedInOrder as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(stopped.exit_code) from None
     except Exception as error:
         if told(error)[1] == 1:
             with contextlib.suppress(OSError):  # no directory yet, or no room for more
@@ -247,12 +263,23 @@ def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None
         raise
 
 
+def _with_mode(words: list[str]) -> list[str]:
+    """Returns the command line with `--resume` and `--resume auto` as one word each: what follows may be an override."""
+    joined: list[str] = []
+    for word in words:
+        if word == "auto" and joined and joined[-1] == f"{RESUME}=newest":
+            joined[-1] = f"{RESUME}=auto"
+        else:
+            joined.append(f"{RESUME}=newest" if word == RESUME else word)
+    return joined
+
+
 def main() -> None:
     """Entry point: whatever goes wrong becomes one message on stderr and an exit code; `--debug` shows where."""
     words = [word for word in sys.argv[1:] if word != DEBUG]
     debug = len(words) < len(sys.argv) - 1
     try:
-        app(words)
+        app(_with_mode(words))
     except Exception as error:  # noqa: BLE001 - the last place where it can be told
         if debug:
             traceback.print_exception(error)

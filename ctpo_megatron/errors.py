@@ -1,7 +1,8 @@
 """Every error this package raises on purpose.
 
 Each class is also a standard exception, so callers may catch either, and each can be pickled, so it survives the trip out of
-a Ray actor. `exit_code` is what the `ctpo` command ends with: 2 for what the user can mend in the input, 1 for all else.
+a Ray actor. `exit_code` is what the `ctpo` command ends with: 2 for what the user can mend in the input, 75 (EX_TEMPFAIL) for a
+run that was stopped in order, 1 for all else.
 """
 
 from __future__ import annotations
@@ -96,6 +97,16 @@ class DamagedCheckpoint(CheckpointError):
 
 class ProcessDied(CtpoError, RuntimeError):
     """A process of the run ended on its own; the message names it, its exit code and its log."""
+
+
+class TrainerLost(ProcessDied):
+    """A rank of the trainer died or hangs; the servers and what they sample are not touched by it."""
+
+
+class StoppedInOrder(CtpoError, RuntimeError):
+    """The run was asked to stop, and everything it had is saved; the same command with `--resume auto` goes on."""
+
+    exit_code = 75
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str:

@@ -26,8 +26,10 @@ class Process:
     log_path: Path
 
 
-async def call_all(calls: list[tuple[Process, ray.ObjectRef]], timeout_s: float | None) -> list[Any]:
-    """Results in order. Raises the most telling error as soon as one call fails, ProcessDied when time runs out."""
+async def call_all(
+    calls: list[tuple[Process, ray.ObjectRef]], timeout_s: float | None, lost: type[ProcessDied] = ProcessDied
+) -> list[Any]:
+    """Results in order. Raises the most telling error as soon as one call fails, `lost` for a death and when time runs out."""
     if not calls:
         return []
     futures = [asyncio.wrap_future(ref.future()) for _, ref in calls]
@@ -42,10 +44,10 @@ async def call_all(calls: list[tuple[Process, ray.ObjectRef]], timeout_s: float 
             if future.done() and (error := future.exception()) is not None
         ]
         if errors:
-            raise explain(*max(errors, key=lambda each: _weight(each[1])))
+            raise explain(*max(errors, key=lambda each: _weight(each[1])), lost)
         if pending:
             late = [process for (process, _), future in zip(calls, futures, strict=True) if not future.done()]
-            raise ProcessDied(
+            raise lost(
                 f"no answer from {', '.join(p.name for p in late)} within {timeout_s:.0f} s; "
                 f"logs: {', '.join(str(p.log_path) for p in late)}"
             )
@@ -67,8 +69,8 @@ async def first_of(waits: list[Coroutine[Any, Any, Any]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def explain(process: Process, error: BaseException) -> CtpoError:
-    """The error of one process as a message for a person, with its log."""
+def explain(process: Process, error: BaseException, lost: type[ProcessDied] = ProcessDied) -> CtpoError:
+    """The error of one process as a message for a person, with its log; `lost` where none of ours tells what it was."""
     where = f"log: {process.log_path}"
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, CtpoError):
@@ -76,8 +78,8 @@ def explain(process: Process, error: BaseException) -> CtpoError:
         return cause
     if isinstance(error, RayActorError):
         last = tail(process.log_path)
-        return ProcessDied(f"{process.name} died: {_reason(error)}\n{where}" + (f"\n{last}" if last else ""))
-    return ProcessDied(f"{process.name} failed: {type(cause).__name__}: {cause}\n{where}")
+        return lost(f"{process.name} died: {_reason(error)}\n{where}" + (f"\n{last}" if last else ""))
+    return lost(f"{process.name} failed: {type(cause).__name__}: {cause}\n{where}")
 
 
 def _reason(error: RayActorError) -> str:

@@ -13,8 +13,9 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError
 
-# Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run
-SETTINGS = {"worker_niceness": 0}
+# Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run.
+# It asks a process to end before it kills it: one that is stopped would hold its place for five seconds.
+SETTINGS = {"worker_niceness": 0, "kill_worker_timeout_milliseconds": 1000}
 LOCAL_OBJECT_STORE = 2**30  # a CPU run's batches are small, and /dev/shm often is too
 
 

@@ -4,16 +4,17 @@ driver (loop) --+-- TrainerActor x world_size   (Megatron ranks)
                 +-- EngineActor x servers  --- SGLang server process group
 
 Servers that share the trainer's GPUs start when the trainer is built: SGLang sizes its KV cache by the memory that it finds free.
-The death of a trainer's rank ends the run. A server that is lost is started again (`engines`); losing all for good ends the run.
+A server that is lost is started again (`engines`); losing all for good ends the run. A trainer that has lost a rank is started
+again as a whole by `restart_trainer`: its ranks wait for each other in every collective, and weights are cut over all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -28,11 +29,13 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.environment import Reader
-from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.errors import TrainerLost
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.types import RoutingShape
+
+T = TypeVar("T")
 
 CLOSE_TIMEOUT_S = 30.0
 DEATH_SHOWS_WITHIN_S = 2.0  # after a call has failed because of it
@@ -67,6 +70,7 @@ class Runtime:
         self._environment: dict[Reader, dict[str, str]] = {"trainer": {}, "server": {}}
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
+        self._placement = Placement()
 
     @property
     def trainer(self) -> TrainerGroup:
@@ -99,12 +103,27 @@ class Runtime:
         self._environment = decide(config, os.environ)
         write_record(config, self._environment, self._run_dir / (RECORD if topology.ranks else EVALUATION_RECORD))
         group = await reserve(topology.bundles, config.cluster.start_timeout_s)
-        placement = place(topology, group)
-        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(placement.ranks)]
-        self._trainer = TrainerGroup(self._ranks, config.cluster.call_timeout_s) if self._ranks else None
+        self._placement = placement = place(topology, group)
+        self._launch_trainer()
         if placement.servers and not topology.shares_gpus:
             self._engines = self._engine_group([ServerPlacement(parts) for parts in placement.servers])
         await self.guard(self._come_up_sharing(placement) if topology.shares_gpus else self._come_up(placement))
+
+    def _launch_trainer(self) -> None:
+        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(self._placement.ranks)]
+        self._trainer = TrainerGroup(self._ranks, self.config.cluster.call_timeout_s) if self._ranks else None
+
+    async def restart_trainer(self) -> None:
+        """End what is left of the trainer's ranks and start all of them again, with the weights that a run begins with.
+
+        Servers are left alone; those that share the trainer's GPUs have to have given back their memory. The ranks come up in
+        the places that they had, or where Ray finds room for these when a node is gone. Ray starts none before the one that had
+        its place is gone, also where that one is stopped and hears nothing.
+        """
+        for rank in self._ranks:
+            ray.kill(rank.actor)
+        self._launch_trainer()
+        await self.guard(self._build_trainer(self._placement))
 
     async def _come_up(self, placement: Placement) -> None:
         starts = [] if self._engines is None else [self._engines.start()]
@@ -142,8 +161,11 @@ class Runtime:
         actor = remote.options(**options, runtime_env=environment).remote(self.config, self.shape, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)
 
-    async def guard(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Run `work`; if a rank of the trainer dies meanwhile, or the last server, cancel it and raise that process's error."""
+    async def guard(self, work: Coroutine[Any, Any, T], rescue: Callable[[], Awaitable[Any]] | None = None) -> T:
+        """Run `work`; if a rank of the trainer dies meanwhile, or the last server, cancel it and raise that process's error.
+
+        `rescue` is awaited before `work` is cancelled for a trainer's rank: what does not need it may be kept.
+        """
         task = asyncio.ensure_future(work)
         watch = asyncio.ensure_future(self._watch())
         try:
@@ -151,6 +173,8 @@ class Runtime:
             if task.done() and not task.cancelled() and task.exception() is not None and not watch.done():
                 await asyncio.wait([watch], timeout=DEATH_SHOWS_WITHIN_S)  # was the failure the consequence of a death?
             if watch.done():
+                if rescue is not None and isinstance(watch.exception(), TrainerLost):
+                    await rescue()
                 watch.result()
             return await task
         finally:
@@ -162,9 +186,9 @@ class Runtime:
         watches: list[Coroutine[Any, Any, Any]] = [] if self._engines is None else [self._engines.watch()]
         if self._ranks:
             calls = [(rank, rank.actor.watch.options(concurrency_group="watch").remote()) for rank in self._ranks]
-            watches.append(call_all(calls, timeout_s=None))
+            watches.append(call_all(calls, timeout_s=None, lost=TrainerLost))
         await first_of(watches)
-        raise ProcessDied("all ranks of the trainer ended before the run did")
+        raise TrainerLost("all ranks of the trainer ended before the run did")
 
     async def close(self) -> None:
         """End what was started, each step bounded; safe to call twice."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from ctpo_megatron.config.base import Section
 
@@ -20,3 +20,8 @@ class ClusterConfig(Section):
     """How long all actors together may take to come up, servers included."""
     call_timeout_s: PositiveFloat = 7200.0
     """How long one call to the trainer (a training step, a checkpoint) may take before the run is given up."""
+    trainer_restarts: NonNegativeInt = 3
+    """How often the trainer's ranks are started again, from the newest checkpoint and without touching the servers, when one of
+    them was lost and no training step was done since the last time. 0: a lost rank ends the run."""
+    stop_grace_s: PositiveFloat = 25.0
+    """How long after SIGTERM the run may take to save what it has. SLURM kills 30 s after it, by default."""

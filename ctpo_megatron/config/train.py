@@ -112,6 +112,11 @@ class CheckpointConfig(Section):
     """Save after every so many steps. 0: never."""
     keep: PositiveInt = 2
     """How many verified checkpoints to keep."""
+    on_stop: bool = True
+    """Save when the run is asked to stop, also where `every` is 0."""
+    journal: Literal["none", "needed", "all"] = "needed"
+    """What is sampled is kept in RUN_DIR/journal, so that a run that goes on samples nothing a second time. needed: until the
+    oldest checkpoint holds what was learned from it; all: for good, so that the whole run can be trained once more."""
     background: bool = True
     """Write and verify while training goes on; each rank then holds a second copy of its part in host memory meanwhile."""
     export: bool = True

@@ -36,6 +36,10 @@ class ServerControl:
         """Go on sampling."""
         await self._requests.post(f"{url}/continue_generation", {}, timeout_s=timeout_s)
 
+    async def abort_all(self, url: str, *, timeout_s: float | None = None) -> None:
+        """End all generations where they are: each request is answered with the tokens that it has."""
+        await self._requests.post(f"{url}/abort_request", {"abort_all": True}, timeout_s=timeout_s)
+
     async def open_update(self, url: str, *, timeout_s: float | None = None) -> None:
         """Make the server ready to receive weights, while paused. A session that a failed update left open is closed first."""
         try:

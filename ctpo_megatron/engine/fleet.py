@@ -14,7 +14,8 @@
 `offload` makes every server that is up SLEEPING, `update` ends it. While servers sleep, none that was lost is started again.
 
 Requests go to SERVING servers only. A token counts when the version that it carries was proven on its server (`serve`), and is
-not older than what the server had been given when the request began.
+not older than what the server had been given when the request began. Only a trainer that goes back to a checkpoint makes versions
+older; then none is proven any more that is newer.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Member:
     tp: int = 1
     state: State = State.JOINING
     version: int | None = None  # of the weights it was given last; None: not known
-    proven: set[int] = field(default_factory=set)  # versions that it has served
+    proven: set[int] = field(default_factory=set)  # versions that it has served, since the last that went back
+    returns: int = 0  # how often it was given an older version, because the trainer went back to a checkpoint
     reason: str = ""  # why it does not serve
     failures: int = 0
     given_back: frozenset[Memory] = frozenset()  # what it was told to give back, and not yet to take again
@@ -69,11 +71,17 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The server for one request, the version it had when the request began, and how often it had failed by then."""
+    """The server for one request, the version it had when the request began, and how often it had failed and returned by then."""
 
     member: Member
     version: int
     failures: int
+    returns: int = 0
+
+    @property
+    def oldest(self) -> int:
+        """The oldest version that a token of the answer may carry."""
+        return self.version if self.member.returns == self.returns else 0
 
     @property
     def broken(self) -> bool:
@@ -98,6 +106,7 @@ class Fleet:
         self._lost: dict[str, int] = {}
         self._rejoined = 0
         self._offloaded = False
+        self._held = False
         self._changed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
@@ -133,6 +142,15 @@ class Fleet:
         self._offloaded = False
         self._notify()
 
+    def hold(self) -> None:
+        """Let requests wait until `release`."""
+        self._held = True
+
+    def release(self) -> None:
+        """Let requests go to servers again."""
+        self._held = False
+        self._notify()
+
     async def memory_free(self) -> None:
         """Return when there is memory for a server to start with."""
         await self._until(lambda: not self._offloaded)
@@ -142,6 +160,8 @@ class Fleet:
         for member in members:
             if member.reason:
                 self._emit(ServerServing(member.name, version))
+            if member.proven and version < max(member.proven):
+                member.proven, member.returns = set(), member.returns + 1
             member.state, member.version, member.reason = State.SERVING, version, ""
             member.proven.add(version)
         self._notify()
@@ -201,7 +221,7 @@ class Fleet:
         """
         try:
             async with asyncio.timeout(self._patience_s):
-                await self._until(lambda: self.hopeless or bool(self.members(State.SERVING)))
+                await self._until(lambda: not self._held and (self.hopeless or bool(self.members(State.SERVING))))
         except TimeoutError:
             raise EngineError(
                 f"no inference server came into service within {self._patience_s:.0f} s:\n{self.report()}"
@@ -213,7 +233,7 @@ class Fleet:
         member = home if home.state is State.SERVING else serving[session // len(known) % len(serving)]
         if member.version is None:  # `serve` sets both
             raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
-        return Lease(member, member.version, member.failures)
+        return Lease(member, member.version, member.failures, member.returns)
 
     async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
         """Whether tokens that carry `versions` may be used. Where they may not, their server is suspended.
@@ -225,7 +245,7 @@ class Fleet:
             await self._until(lambda: member.state is not State.UPDATING or lease.broken)  # every publication is bounded
         if lease.broken:
             return False
-        wrong = sorted(version for version in found if version not in member.proven or version < lease.version)
+        wrong = sorted(version for version in found if version not in member.proven or version < lease.oldest)
         if wrong:
             self.suspend(member, f"{member.url} answered with version {wrong[0]} of the weights; it was given {lease.version}")
         return not wrong

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -17,7 +17,7 @@ from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.order import PromptSampler, last_seed
 from ctpo_megatron.errors import CheckpointError, DataError, InputError
 from ctpo_megatron.loop.admission import Admission
-from ctpo_megatron.loop.checkpoints import Resumable, newest, refuse_earlier
+from ctpo_megatron.loop.checkpoints import Resumable, newest, newest_or_none, refuse_earlier
 from ctpo_megatron.loop.differences import (
     ABSENT,
     PROMPT_KEYS,
@@ -33,6 +33,9 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.record.events import Emit, SettingsUnknown
 from ctpo_megatron.types import Prompt
 
+Resume = Literal["no", "newest", "auto"]
+"""How a run begins: anew, from the newest checkpoint, which there has to be, or from whatever an earlier process left."""
+
 MODEL_CONFIG = "config.json"  # of the model; what it describes is compared, as its number format may differ
 
 
@@ -47,16 +50,27 @@ class Start:
     accuracies: dict[int, float] = field(default_factory=dict)
 
 
-def checkpoint_to_resume(config: RunConfig, resume: bool, emit: Emit) -> Resumable | None:
-    """Returns the newest checkpoint, None for a new run. Raises InputError where the run cannot be what the user asked for."""
-    root = Path(config.run_dir) / "checkpoints"
-    if not resume:
-        refuse_earlier(root)
+def checkpoint_to_resume(config: RunConfig, resume: Resume, emit: Emit) -> Resumable | None:
+    """Returns the newest checkpoint, None for a run that begins at its first step.
+
+    Raises InputError where the run cannot be what the user asked for.
+    """
+    run_dir = Path(config.run_dir)
+    if resume == "no":
+        refuse_earlier(run_dir)
         return None
     try:
-        return newest(root, config.train.steps, emit)
+        if resume == "auto":
+            return newest_or_none(run_dir / "checkpoints", emit)
+        return newest(run_dir / "checkpoints", config.train.steps, emit)
     except CheckpointError as error:  # nothing was started, and another release, or a look at the directory, mends it
         raise InputError(f"--resume: {error}") from error
+
+
+def is_done(config: RunConfig) -> bool:
+    """Whether the run directory holds the summary of a run that has come to its end, with all of the steps that are wanted."""
+    summary = Path(config.run_dir) / "summary.json"
+    return summary.is_file() and read_json(summary).get("steps", 0) >= config.train.steps
 
 
 def differences(found: Resumable, config: RunConfig, shape: ModelShape, emit: Emit) -> list[Difference]:

@@ -10,7 +10,7 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import ToolRunner
+from ctpo_megatron.rollout.protocols import AttemptStore, ToolRunner
 from ctpo_megatron.rollout.rewards import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
 
@@ -24,8 +24,10 @@ class OpenRollouts:
 
 
 @asynccontextmanager
-async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None) -> AsyncIterator[OpenRollouts]:
-    """Sampling from the runtime's servers; connections and judges are closed on leaving."""
+async def open_rollouts(
+    runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None, store: AttemptStore | None = None
+) -> AsyncIterator[OpenRollouts]:
+    """Sampling from the runtime's servers; connections and judges are closed on leaving. `store`: keeps attempts."""
     rollout = runtime.config.rollout
     reward = MathReward(rollout.reward)
     client = EngineClient(
@@ -37,6 +39,6 @@ async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner 
     )
     try:
         async with client:
-            yield OpenRollouts(Rollouter(ToolEnvironment(client, chat, tool, reward), rollout), client)
+            yield OpenRollouts(Rollouter(ToolEnvironment(client, chat, tool, reward), rollout, store, client), client)
     finally:
         reward.close()

@@ -6,16 +6,17 @@ from collections.abc import Callable
 
 
 class StopSignal:
-    """Tells its listeners the name of the signal that asked for the end, before the job is cancelled."""
+    """Tells a listener the name of the signal that asked for the end. Who listens answers for the end."""
 
     def __init__(self) -> None:
-        self._listeners: list[Callable[[str], None]] = []
+        self._listener: Callable[[str], None] | None = None
 
-    def listen(self, listener: Callable[[str], None]) -> None:
-        """Call `listener` with the signal's name when it comes."""
-        self._listeners.append(listener)
+    def listen(self, listener: Callable[[str], None] | None) -> None:
+        """Call `listener` with the signal's name when it comes; None: nobody listens any more, and the job is cancelled."""
+        self._listener = listener
 
-    def tell(self, name: str) -> None:
-        """The signal called `name` has come."""
-        for listener in self._listeners:
-            listener(name)
+    def tell(self, name: str) -> bool:
+        """The signal called `name` has come; returns whether somebody listens."""
+        if self._listener is not None:
+            self._listener(name)
+        return self._listener is not None

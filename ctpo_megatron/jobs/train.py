@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.errors import CheckpointError, CtpoError, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
+from ctpo_megatron.jobs.journal import open_journal
+from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
-from ctpo_megatron.jobs.resume import Start, checkpoint_to_resume, differences, start_of
+from ctpo_megatron.jobs.restarts import Restarts
+from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, differences, is_done, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.topology import topology_of
-from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, restore
+from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, newest_or_none, restore
+from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
+from ctpo_megatron.loop.report import RunTotals
+from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.record.events import Emit, Event, EventLog, RunDone, RunReady, RunResumed, StopAsked, print_sentence
+from ctpo_megatron.record.events import Emit, Event, EventLog, RunDone, RunReady, RunResumed, print_sentence
+from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRestarted
+from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
 
@@ -40,9 +52,15 @@ class _Inputs:
     resumable: Resumable | None
 
 
-async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> None:
-    """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written."""
+async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> None:
+    """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written.
+
+    Raises StoppedInOrder where the run was asked to stop and everything is saved.
+    """
     begun = time.monotonic()
+    if resume == "auto" and is_done(config):
+        print(f"{config.run_dir}: this run has done its {config.train.steps} steps")
+        return
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = make_tool(config.rollout.tool)
@@ -58,15 +76,14 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
         run_dir = prepare_run_dir(config)
         for event in read:
             events(event)
-        stop.listen(lambda signal: events(StopAsked(signal)))
+        inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
+        journal = open_journal(config, run_dir, start.step, events, keep=resume != "no")
         async with (
             Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
-            open_rollouts(runtime, model.chat, tool) as rollouts,
+            open_rollouts(runtime, model.chat, tool, journal) as rollouts,
         ):
-            inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
-            loop = await runtime.guard(_prepare(runtime, rollouts, inputs, events))
-            events(RunReady(time.monotonic() - begun))
-            await runtime.guard(loop.run())
+            run = _Run(runtime, rollouts, inputs, journal, events, begun)
+            loop = await run.to_its_end(stop)
             if config.checkpoint.export:
                 await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
                 model.chat.save(run_dir / "model")
@@ -78,45 +95,146 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: bool) -> Non
         events.close()
 
 
-async def _prepare(runtime: Runtime, rollouts: OpenRollouts, inputs: _Inputs, emit: Emit) -> TrainLoop:
-    """Returns the loop at its first step; when resuming, with the checkpoint's weights in trainer and servers."""
-    config, run_dir = runtime.config, inputs.run_dir
-    publisher = make_publisher(runtime, rollouts.client, inputs.texts)
-    start = inputs.start if inputs.resumable is None else await _restored(runtime, inputs, inputs.resumable, emit)
-    # a new run's weights too: it proves that trainer and servers agree from the start
-    emit(weights_published(start.step, await publisher.publish(start.step)))
-    saved = dump_config(inputs.config)
-    return TrainLoop(
-        config=config,
-        admission=start.admission,
-        eval_prompts=inputs.held_out,
-        rollouts=rollouts.rollouter,
-        trainer=runtime.trainer,
-        publisher=publisher,
-        record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=start.step)),
-        checkpoints=Checkpoints(runtime.trainer, run_dir / "checkpoints", config.checkpoint, emit, resolved=saved),
-        first_step=start.step,
-        samples=start.samples,
-        accuracies=start.accuracies,
-        attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
-        emit=emit,
-    )
+class _Run:
+    """The loop of a run over processes that are up; a trainer that is lost is started again, and the loop with it."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        rollouts: OpenRollouts,
+        inputs: _Inputs,
+        journal: Journal | None,
+        emit: Emit,
+        begun: float,
+    ) -> None:
+        self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
+        self._journal, self._emit, self._begun = journal, emit, begun
+        self._totals = RunTotals()
+
+    async def to_its_end(self, stop: StopSignal) -> TrainLoop:
+        """Returns the loop that came to its end. Raises StoppedInOrder."""
+        config = self._inputs.config
+        loop = await self._runtime.guard(self._prepare(self._inputs.start, self._inputs.resumable))
+        self._emit(RunReady(time.monotonic() - self._begun))
+        restarts = Restarts(config.cluster.trainer_restarts)
+        async with _obeying(stop, config, self._inputs.run_dir, self._emit) as orders:
+            while True:
+                loop.orders = orders
+                try:
+                    stopped = await self._runtime.guard(loop.run(), rescue=self._rollouts.rollouter.interrupt)
+                    break
+                except TrainerLost as error:
+                    lost = time.monotonic()
+                    restart = restarts.next(error, loop.done)
+                    self._emit(restart)
+                    loop.record.close()
+                    await asyncio.sleep(restart.wait_s)
+                    loop = await self._again(lost)
+        if stopped is not None:
+            self._emit(RunStopped(stopped.reason, loop.done))
+            raise StoppedInOrder(
+                f"stopped in order after step {loop.done} of {config.train.steps}: {stopped.reason}. Everything is saved in "
+                f"{self._inputs.run_dir}; the same command with --resume auto goes on"
+            )
+        return loop
+
+    async def _again(self, lost: float) -> TrainLoop:
+        """Returns a loop over a trainer that was started again, at the newest checkpoint."""
+        inputs, emit = self._inputs, self._emit
+        await self._runtime.restart_trainer()
+        found = newest_or_none(inputs.run_dir / "checkpoints", emit)
+        changed = [] if found is None else differences(found, inputs.config, self._runtime.shape, emit)
+        start = start_of(inputs.config, inputs.prompts, found, changed, emit)
+        if self._journal is not None:
+            self._journal.go_back(start.step)
+        self._rollouts.rollouter.go_on()
+        loop = await self._runtime.guard(self._prepare(start, found))
+        emit(TrainerRestarted(start.step, time.monotonic() - lost))
+        return loop
+
+    async def _prepare(self, start: Start, chosen: Resumable | None) -> TrainLoop:
+        """Returns the loop at its first step; where it goes on, with the checkpoint's weights in trainer and servers."""
+        runtime, inputs, emit = self._runtime, self._inputs, self._emit
+        config, run_dir = runtime.config, inputs.run_dir
+        publisher = make_publisher(runtime, self._rollouts.client, inputs.texts)
+        if chosen is not None:
+            start = await _restored(runtime, inputs, start, chosen, emit)
+        # a new run's weights too: it proves that trainer and servers agree from the start
+        published = await publisher.publish(start.step)
+        self._published(start.step, publisher.digest)
+        emit(weights_published(start.step, published))
+        saved = dump_config(inputs.config)
+        return TrainLoop(
+            config=config,
+            admission=start.admission,
+            eval_prompts=inputs.held_out,
+            rollouts=self._rollouts.rollouter,
+            trainer=runtime.trainer,
+            publisher=publisher,
+            record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=start.step)),
+            checkpoints=Checkpoints(
+                runtime.trainer, run_dir / "checkpoints", config.checkpoint, emit, resolved=saved, on_kept=self._forget
+            ),
+            first_step=start.step,
+            samples=start.samples,
+            accuracies=start.accuracies,
+            attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
+            published=self._published,
+            totals=self._totals,
+            emit=emit,
+        )
+
+    def _published(self, version: int, digest: str) -> None:
+        if self._journal is not None:
+            self._journal.published(version, digest)
+
+    def _forget(self, oldest: RunState) -> None:
+        if self._journal is not None and self._inputs.config.checkpoint.journal == "needed":
+            self._journal.forget(oldest.groups, oldest.step)
 
 
-async def _restored(runtime: Runtime, inputs: _Inputs, chosen: Resumable, emit: Emit) -> Start:
-    """Load the checkpoint `chosen` into the trainer; returns where the run begins.
+@asynccontextmanager
+async def _obeying(stop: StopSignal, config: RunConfig, run_dir: Path, emit: Emit) -> AsyncIterator[Orders]:
+    """Orders that hear of signals and files. Inside it the run is given up when a stop takes longer than it may."""
+    limit = asyncio.timeout(None)
+
+    def on_stop(request: StopRequest) -> None:
+        emit(StopRequested(request.reason))
+        if request.within_s is not None:
+            limit.reschedule(asyncio.get_running_loop().time() + request.within_s)
+
+    orders = Orders(on_stop)
+    try:
+        async with limit:
+            stop.listen(partial(on_signal, orders, grace_s=config.cluster.stop_grace_s))
+            files = asyncio.ensure_future(watch_files(orders, run_dir))
+            try:
+                yield orders
+            finally:
+                stop.listen(None)
+                files.cancel()
+                await asyncio.gather(files, return_exceptions=True)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise CtpoError("what was learned since the newest checkpoint could not be saved in the time that was left") from error
+
+
+async def _restored(runtime: Runtime, inputs: _Inputs, start: Start, chosen: Resumable, emit: Emit) -> Start:
+    """Load the checkpoint `chosen` into the trainer; returns where the run begins: `start`, or earlier.
 
     Where the ranks find it damaged, the one before takes its place, and is compared with the settings as `chosen` was.
     """
-    start, found = inputs.start, await restore(runtime.trainer, chosen, emit)
+    found = await restore(runtime.trainer, chosen, emit)
     if found.checkpoint != chosen.checkpoint:
         changed = differences(found, inputs.config, runtime.shape, emit)
-        start = start_of(inputs.config, inputs.prompts, found, changed, emit)
-        if start.total_steps != inputs.start.total_steps:
+        earlier = start_of(inputs.config, inputs.prompts, found, changed, emit)
+        if earlier.total_steps != start.total_steps:
             raise CheckpointError(
-                f"{chosen.checkpoint} was damaged and is set aside; from {found.checkpoint} the run has {start.total_steps} "
-                f"optimizer steps, but the trainer's schedule was made for {inputs.start.total_steps}. Start again with --resume"
+                f"{chosen.checkpoint} was damaged and is set aside; from {found.checkpoint} the run has {earlier.total_steps} "
+                f"optimizer steps, but the trainer's schedule was made for {start.total_steps}. Start again with --resume"
             )
+        start = earlier
     made = found.manifest["scheduler_steps"]
     emit(RunResumed(str(found.checkpoint), start.step, made, found.state.groups, start.samples))
     return start

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,25 @@ from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, Check
 class Checkpoints:
     """The checkpoints of one run, at most one of them being written. `resolved`: the configuration of the run, as YAML.
 
+    `on_kept` hears the state of the oldest checkpoint that is kept: nothing goes back further.
+
     save -> (training goes on) -> verified and named -> older ones go
                                -> failed: `check` before the next step ends the run with that error
     """
 
     def __init__(
-        self, trainer: Trainer, root: Path, config: CheckpointConfig, emit: Emit, *, resolved: str | None = None
+        self,
+        trainer: Trainer,
+        root: Path,
+        config: CheckpointConfig,
+        emit: Emit,
+        *,
+        resolved: str | None = None,
+        on_kept: Callable[[RunState], None] = lambda _state: None,
     ) -> None:
         self.root = root
+        self.seconds = 0.0  # that the longest save took, from its begin to its verdict
+        self._on_kept = on_kept
         self._further = {} if resolved is None else {CONFIG: resolved}
         self._trainer, self._config, self._emit = trainer, config, emit
         self._writing: asyncio.Task[None] | None = None
@@ -84,8 +96,12 @@ class Checkpoints:
 
     async def _finish(self, step: int, begun: float) -> None:
         await self._trainer.settle()
-        self._emit(CheckpointVerified(step, time.monotonic() - begun))
+        seconds = time.monotonic() - begun
+        self.seconds = max(self.seconds, seconds)
+        self._emit(CheckpointVerified(step, seconds))
         prune(self.root, self._config.keep)
+        for oldest in all_checkpoints(self.root)[:1]:
+            self._on_kept(_read_state(oldest, read_manifest(oldest)))
 
 
 def checkpoint_directory(root: Path, step: int) -> Path:
@@ -106,14 +122,23 @@ class Resumable:
     config: dict[str, Any] | None
 
 
-def refuse_earlier(root: Path) -> None:
-    """Raise InputError where `root` holds checkpoints: a new run may not mix its own with those of an earlier one."""
-    found = all_checkpoints(root)
-    if found:
+def refuse_earlier(run_dir: Path) -> None:
+    """Raise InputError where `run_dir` holds an earlier run: a new one may not mix its own with what that one wrote."""
+    found, metrics = all_checkpoints(run_dir / "checkpoints"), run_dir / "metrics.jsonl"
+    what = f"checkpoints of an earlier run, up to {found[-1].name}" if found else "the metrics of an earlier run"
+    if found or (metrics.is_file() and metrics.stat().st_size):
         raise InputError(
-            f"{root} holds checkpoints of an earlier run, up to {found[-1].name}: go on from it with --resume, choose another "
-            "run_dir, or delete that directory"
+            f"{run_dir} holds {what}: go on from it with --resume{'' if found else ' auto'}, choose another run_dir, or delete "
+            "that directory"
         )
+
+
+def newest_or_none(root: Path, emit: Emit) -> Resumable | None:
+    """Returns the newest checkpoint in `root` that a run can go on from, None where there is none; sets damaged ones aside.
+
+    Raises CheckpointError for one that holds no run or was written by another release.
+    """
+    return _newest_intact(root, emit)
 
 
 def newest(root: Path, steps: int, emit: Emit) -> Resumable:

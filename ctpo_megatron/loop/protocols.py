@@ -44,6 +44,11 @@ class Trainer(Protocol):
 class Publisher(Protocol):
     """Brings the trainer's weights to the inference servers."""
 
+    @property
+    def digest(self) -> str:
+        """Tells the weights that were published last from all others. Raises RuntimeError before there are any."""
+        ...
+
     async def publish(self, version: int) -> dict[str, float]:
         """After it returns every new token is sampled by `version`. Returns scalars: seconds by phase, servers."""
         ...
@@ -67,4 +72,8 @@ class Rollouts(Protocol):
 
         `record`: with what the trainer needs of the engine besides tokens and log-probs.
         """
+        ...
+
+    async def interrupt(self) -> int:
+        """Stop sampling, and keep all attempts as they are where others will find them; returns how many were running."""
         ...

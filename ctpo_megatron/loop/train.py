@@ -5,6 +5,9 @@
 
 Both are tasks of one group, so the first failure of either ends the run with that failure. With `train.staleness` 0 the
 producer sleeps from the last group of a step until the new weights are published.
+
+A run that is asked to stop (`orders`) leaves off what waits for rollouts, ends what the trainer is at, and saves; all attempts
+are kept as they are. A run that goes on begins with what was left: an evaluation that was due, then the next step.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ctpo_megatron.algorithms.advantages import compute_advantages
@@ -24,6 +27,7 @@ from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.checkpoints import Checkpoints
 from ctpo_megatron.loop.evaluate import evaluate
+from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
@@ -34,6 +38,10 @@ from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, Weigh
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 T = TypeVar("T")
+
+
+class _LeftOff(Exception):
+    """The run was asked to stop while it waited for rollouts, or before it would have."""
 
 
 @dataclass
@@ -52,32 +60,55 @@ class TrainLoop:
     samples: int | None = 0  # trained on in the steps that are done; None: not known
     accuracies: dict[int, float] = field(default_factory=dict)  # held-out accuracy by the training steps before it
     attention_weight: float = 0.0  # see `make_batches`
+    published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
     emit: Emit = discard
+    orders: Orders = field(default_factory=Orders)
     totals: RunTotals = field(default_factory=RunTotals)
+    _trained: RunState | None = None  # after the last step whose weights the trainer holds; None: where it began
 
-    async def run(self) -> None:
-        """Train to the configured number of steps. Exceptions of any part come out as they are."""
+    @property
+    def done(self) -> int:
+        """Training steps whose result the trainer holds, or a checkpoint."""
+        return self.first_step if self._trained is None else self._trained.step
+
+    async def run(self) -> StopRequest | None:
+        """Train to the configured number of steps, or until `orders` says stop, which is returned then.
+
+        Exceptions of any part come out as they are.
+        """
         train = self.config.train
+        self._saved = self.first_step  # the newest step that has a checkpoint, as far as this loop knows
         self.buffer = GroupBuffer(
             groups_per_step=train.prompts_per_step,
             staleness=train.staleness,
             first_step=self.first_step,
             last_step=train.steps,
         )
-        if self.first_step == 0:
-            await self._evaluate(0)
+        stopped = None
+        try:
+            try:
+                if self._evaluation_due(self.first_step):
+                    await self._evaluate(self.first_step)
+                await self._produce_and_consume()
+            except _LeftOff:
+                stopped = self.orders.stop_request
+                await self._keep_everything()
+            if self.checkpoints is not None:
+                await self.checkpoints.settle()
+        finally:
+            if self.checkpoints is not None:
+                await self.checkpoints.abandon()
+        return stopped
+
+    async def _produce_and_consume(self) -> None:
         producer = asyncio.ensure_future(self._produce())
         consumer = asyncio.ensure_future(self._consume())
         try:
             await first_failure(producer, consumer)
-            if self.checkpoints is not None:
-                await self.checkpoints.settle()
         finally:
             for task in (producer, consumer):
                 task.cancel()
             await asyncio.gather(producer, consumer, return_exceptions=True)
-            if self.checkpoints is not None:
-                await self.checkpoints.abandon()
 
     async def _produce(self) -> None:
         rollout = self.config.rollout
@@ -96,6 +127,8 @@ class TrainLoop:
     async def _consume(self) -> None:
         for step in range(self.first_step, self.config.train.steps):
             await self._step(step)
+        if self.orders.stop_request is not None:
+            raise _LeftOff
 
     async def _step(self, step: int) -> None:
         if self.checkpoints is not None:
@@ -111,23 +144,48 @@ class TrainLoop:
             stats = await self.trainer.update(batches, version=step)
         if self.samples is not None:
             self.samples += sum(len(group.trajectories) for group in groups)
+        self._trained = self._state_after(step)
         with timer("publish"):
-            published = await self.publisher.publish(step + 1)
-        self.emit(weights_published(step + 1, published))
+            published = await self._publish(step + 1)
         metrics = rollout_metrics(groups, step) | train_metrics(stats) | published
         cost = StepCost.of(groups, timer.seconds, time.monotonic() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         self.emit(StepTrained(step + 1, cost.wall))
-        last = step + 1 == self.config.train.steps
-        if last or self._due(self.config.eval.every, step):
+        if self._evaluation_due(step + 1):
             await self._evaluate(step + 1)
-        if self._due(self.config.checkpoint.every, step) and self.checkpoints is not None:
+        asked = self.orders.take_save()
+        if (asked or self._due(self.config.checkpoint.every, step)) and self.checkpoints is not None:
             with timer("checkpoint"):
-                await self.checkpoints.save(self._state_after(step))
+                await self._save(self._state_after(step))
             self.record.checkpoint(step + 1, timer.seconds["checkpoint"])
         self.admission.forget(step + 1)
         await self.buffer.published(step + 1)
+
+    async def _publish(self, version: int) -> dict[str, float]:
+        """Publish, unless the run is to stop: nothing will be sampled from these weights then."""
+        if self.orders.stop_request is not None:
+            return {}
+        published = await self.publisher.publish(version)
+        self.published(version, self.publisher.digest)
+        self.emit(weights_published(version, published))
+        return published
+
+    async def _save(self, state: RunState) -> None:
+        if self.checkpoints is not None and self._saved < state.step:
+            await self.checkpoints.save(state)
+            self._saved = state.step
+
+    async def _keep_everything(self) -> None:
+        """Save the trainer, and all attempts as they are. Nothing of the run that is done is only in memory then."""
+        await self.rollouts.interrupt()
+        if self._trained is not None and self.config.checkpoint.on_stop:
+            await self._save(replace(self._trained, accuracies=dict(self.accuracies)))
+
+    def _evaluation_due(self, step: int) -> bool:
+        """Whether the policy after `step` training steps is to be evaluated, and was not."""
+        ends = step in (0, self.config.train.steps)
+        return step not in self.accuracies and (ends or self._due(self.config.eval.every, step - 1))
 
     def _state_after(self, step: int) -> RunState:
         """Returns the run's state when training step `step`, counted from 0, is done; rollouts may be further."""
@@ -155,6 +213,9 @@ class TrainLoop:
         waiting = asyncio.ensure_future(rollouts)
         try:
             while not waiting.done():
+                if self.orders.stop_request is not None:
+                    await self.rollouts.interrupt()
+                    raise _LeftOff
                 show()
                 await self.publisher.heal()
                 await asyncio.wait([waiting], timeout=0.2)

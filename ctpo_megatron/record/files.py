@@ -94,6 +94,11 @@ class GrowingFile:
         """Add a line of text, as `append` does."""
         self.append(line.encode("utf-8") + b"\n")
 
+    def sync(self) -> None:
+        """Bring what was added onto the disk; it then outlives the host. Raises StorageError."""
+        with storing(self._path):
+            os.fdatasync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file. Safe to call twice."""
         self._file.close()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.types import AttemptId, Generation, Prompt, Trajectory
 
 
@@ -15,6 +16,7 @@ class Generator(Protocol):
     async def generate(
         self,
         input_ids: list[int],
+        done: Generation,
         *,
         max_new_tokens: int,
         temperature: float,
@@ -22,7 +24,9 @@ class Generator(Protocol):
         session: int,
         recorded: int | None,
     ) -> Generation:
-        """Continue `input_ids`. Requests of one `session` share a prefix and should meet the same server.
+        """Continue `input_ids` and what is `done`, which grows part by part and is returned when it is whole.
+
+        `max_new_tokens`: with those in `done`. Requests of one `session` share a prefix and should meet the same server.
 
         `recorded`: of so many leading tokens the experts are known already. None: neither experts nor top-k tokens are
         wanted.
@@ -98,8 +102,49 @@ class Sampling:
 
 
 class Environment(Protocol):
-    """Plays one trajectory from a prompt to its reward."""
+    """Plays attempts from a prompt to their reward."""
 
-    async def run(self, prompt: Prompt, attempt: AttemptId, session: int, sampling: Sampling) -> Trajectory:
-        """Returns the `attempt` at `prompt`. All its requests belong to `session`, see `Generator.generate`."""
+    def begin(self, prompt: Prompt, attempt: AttemptId) -> Attempt:
+        """Returns an attempt at `prompt` of which nothing is done yet."""
+        ...
+
+    async def run(
+        self, attempt: Attempt, prompt: Prompt, session: int, sampling: Sampling, note: Callable[[Attempt], None]
+    ) -> Trajectory:
+        """Returns `attempt`, played from where it is to its end. Its requests belong to `session`, see `Generator.generate`.
+
+        `note` is called where it is worth keeping. When this is cancelled `attempt` holds what was done, so that another call can
+        go on.
+        """
+        ...
+
+
+class AttemptStore(Protocol):
+    """Keeps what attempts have said over the end of a process."""
+
+    async def find(self, attempt: AttemptId, prompt: Prompt, prompt_ids: list[int]) -> Attempt | Trajectory | None:
+        """Returns what is kept of an attempt that may be used again: whole, begun, or nothing.
+
+        Waits until the policy versions that sampled it are published, since only then it shows whether they are the same.
+        """
+        ...
+
+    def note(self, kept: Attempt | Trajectory) -> None:
+        """Keep an attempt as it is now, in place of what was kept of it before. Raises StorageError."""
+        ...
+
+    async def sync(self) -> None:
+        """Let what was noted outlive the host. Raises StorageError."""
+        ...
+
+
+class Interruptible(Protocol):
+    """An inference engine that can be made to give what it has."""
+
+    async def interrupt(self) -> None:
+        """Return once all generations in flight hold all that was sampled; nothing is sampled until `go_on`."""
+        ...
+
+    def go_on(self) -> None:
+        """Sample again."""
         ...

@@ -1,21 +1,35 @@
-"""Groups of trajectories, a bounded number of them in flight."""
+"""Groups of trajectories, a bounded number of them in flight, none of which is lost when the run is interrupted."""
 
 from __future__ import annotations
 
 import asyncio
 
 from ctpo_megatron.config.rollout import RolloutConfig
-from ctpo_megatron.rollout.protocols import Environment, Sampling
+from ctpo_megatron.rollout.attempt import Attempt
+from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Interruptible, Sampling
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Trajectory, TrajectoryGroup
 
 
 class Rollouter:
-    """Samples groups with one environment; at most `config.concurrency` trajectories of all groups run at a time."""
+    """Samples groups with one environment; at most `config.concurrency` trajectories of all groups run at a time.
 
-    def __init__(self, environment: Environment, config: RolloutConfig) -> None:
+    `store`: where attempts are looked for before they are made, and kept; None: nowhere. `engine`: what they sample from, where
+    it can be interrupted.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        config: RolloutConfig,
+        store: AttemptStore | None = None,
+        engine: Interruptible | None = None,
+    ) -> None:
         self._environment = environment
         self._config = config
+        self._store = store
+        self._engine = engine
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._running: dict[AttemptId, Attempt] = {}
 
     async def group(
         self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
@@ -34,8 +48,43 @@ class Rollouter:
                 ]
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
+        if self._store is not None:
+            await self._store.sync()
         return TrajectoryGroup(prompt, [attempt.result() for attempt in attempts], id=group)
 
-    async def _attempt(self, prompt: Prompt, attempt: AttemptId, session: int, sampling: Sampling) -> Trajectory:
+    async def interrupt(self) -> int:
+        """Stop sampling and keep all attempts as they are; returns how many were running. Cancel the calls of `group` next."""
+        if self._engine is not None:
+            await self._engine.interrupt()
+        running = list(self._running.values())
+        if self._store is not None:
+            for attempt in running:
+                self._store.note(attempt)
+            await self._store.sync()
+        return len(running)
+
+    def go_on(self) -> None:
+        """Sample again after `interrupt`."""
+        if self._engine is not None:
+            self._engine.go_on()
+
+    async def _attempt(self, prompt: Prompt, number: AttemptId, session: int, sampling: Sampling) -> Trajectory:
+        attempt = self._environment.begin(prompt, number)
+        if self._store is not None:
+            kept = await self._store.find(number, prompt, attempt.prompt_ids)
+            if isinstance(kept, Trajectory):
+                return kept
+            attempt = kept or attempt
         async with self._slots:
-            return await self._environment.run(prompt, attempt, session, sampling)
+            self._running[number] = attempt
+            try:
+                made = await self._environment.run(attempt, prompt, session, sampling, self._note)
+                if self._store is not None:
+                    self._store.note(made)
+                return made
+            finally:
+                del self._running[number]
+
+    def _note(self, attempt: Attempt) -> None:
+        if self._store is not None:
+            self._store.note(attempt)

@@ -12,6 +12,7 @@ One that gives no sign of life is lost at once.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -122,6 +123,17 @@ class WeightPublisher:
             raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
         return seconds | self._verdicts.metrics() | self._changed() | self._fleet.metrics()
+
+    @property
+    def digest(self) -> str:
+        """Tells the weights that were published last from all others: the same for the same numbers in the servers' layout.
+
+        Raises RuntimeError before there are any.
+        """
+        if not self._history:
+            raise RuntimeError("no weights were published yet")
+        digests = [sorted(found.items()) for found in self._history[-1].digests]
+        return hashlib.blake2b(repr(digests).encode(), digest_size=16).hexdigest()
 
     def _changed(self) -> dict[str, float]:
         """The share of tensors that differ from the version before; nothing where only one version has been sent."""

@@ -13,6 +13,7 @@ import ray
 from ctpo_megatron.batch import MicroBatch, Replay, TrainBatch
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.engine.answers import Experts
+from ctpo_megatron.errors import TrainerLost
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.proof.canary import join_canary
@@ -33,7 +34,7 @@ class TrainerGroup:
         `ranks_here`: for each rank, how many are on its node.
         """
         first = self.ranks[0]
-        (master,) = await call_all([(first, first.actor.address.remote())], self._timeout_s)
+        (master,) = await call_all([(first, first.actor.address.remote())], self._timeout_s, TrainerLost)
         sent = zip(self.ranks, ranks_here, strict=True)
         self._coords = await self._calls([rank.actor.build.remote(master, here, total_steps) for rank, here in sent])
 
@@ -100,7 +101,7 @@ class TrainerGroup:
         return await self._calls([getattr(rank.actor, method).remote(*args) for rank in self.ranks])
 
     async def _calls(self, refs: list[ray.ObjectRef]) -> list[Any]:
-        return await call_all(list(zip(self.ranks, refs, strict=True)), self._timeout_s)
+        return await call_all(list(zip(self.ranks, refs, strict=True)), self._timeout_s, TrainerLost)
 
 
 def without_replay(mb: MicroBatch) -> MicroBatch:

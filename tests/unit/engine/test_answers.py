@@ -42,9 +42,8 @@ class Server(EngineClient):
 
     def __init__(self, runs: list[Run], *, top_k: int = 0, silent_at: int | None = None) -> None:
         fleet = Fleet(patience_s=1)
-        member = fleet.join("server", "http://server")
-        for version in sorted({version for _, version, _ in runs}, reverse=True):
-            fleet.serve([member], version)
+        self.member = fleet.join("server", "http://server")
+        fleet.serve([self.member], runs[0][1])
         super().__init__(fleet, "key", request_timeout_s=1, routing=SHAPE, top_k=top_k)
         self._requests = self
         self.runs, self.asked, self.silent_at = runs, [], silent_at
@@ -52,6 +51,7 @@ class Server(EngineClient):
     async def post(self, url: str, body: Any) -> Any:
         tokens, version, reason = self.runs[len(self.asked)]
         self.asked.append(body)
+        self.fleet.serve([self.member], version)
         meta: dict[str, Any] = {
             "output_token_logprobs": [[-0.5, token, None] for token in tokens],
             "weight_version": str(version),
@@ -190,7 +190,7 @@ def played() -> Trajectory:
     """Two turns with a tool's text between them, the second at a newer version."""
     server = Server([([1, STOP], 4, "stop"), ([2, 3, STOP], 5, "stop")], top_k=2)
     environment = ToolEnvironment(server, Chat(), Tool(), Worth())
-    trajectory = asyncio.run(environment.run(PROMPT, ATTEMPT, 0, Sampling(1.0, 3, 50, record=True)))
+    trajectory = asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 0, Sampling(1.0, 3, 50, record=True)))
     assert [body["routed_experts_start_len"] for body in server.asked] == [0, 4]
     return trajectory
 

@@ -180,10 +180,18 @@ def test_what_the_ranks_find_damaged_is_replaced_by_the_one_before(tmp_path: Pat
 
 def test_what_no_run_can_go_on_from_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 4)
+    write_checkpoint(tmp_path / "run" / "checkpoints", 4)
     with pytest.raises(InputError, match=r"already has 4 of train\.steps=4"):
         newest(tmp_path, 4, discard)
     with pytest.raises(InputError, match="up to step_00000004"):
-        refuse_earlier(tmp_path)
+        refuse_earlier(tmp_path / "run")
+    metrics = tmp_path / "unsaved" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    metrics.touch()
+    refuse_earlier(metrics.parent)  # it came to no number
+    metrics.write_text("{}\n")
+    with pytest.raises(InputError, match="holds the metrics of an earlier run: go on from it with --resume auto"):
+        refuse_earlier(metrics.parent)
     refuse_earlier(tmp_path / "absent")
     write_checkpoint(tmp_path, 6, replace(state_after(6), step=5))
     with pytest.raises(CheckpointError, match=r"run\.json is the state after step 5"):
@@ -192,4 +200,4 @@ def test_what_no_run_can_go_on_from_is_refused(tmp_path: Path) -> None:
     commit_checkpoint(begin_checkpoint(weights, {}), weights, {"version": 3, "files": {}})
     with pytest.raises(CheckpointError, match=r"no run\.json"):
         read_resumable(weights)
-    assert names(tmp_path) == ["step_00000004", "step_00000006", "step_00000007"]  # none of them is damaged
+    assert names(tmp_path) == ["run", "step_00000004", "step_00000006", "step_00000007", "unsaved"]  # none is damaged

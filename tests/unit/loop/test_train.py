@@ -53,6 +53,8 @@ class Ranks:
 
     async def save_hf(self, directory: Path) -> None: ...
 
+    digest = "the same"
+
     async def publish(self, version: int) -> dict[str, float]:
         return {"publish/total": 0.0, "servers/serving": 2.0}
 
@@ -75,6 +77,9 @@ class Sampled:
         turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [0, 0])]
         made = [Trajectory(prompt.index, [3], turns, Status.FINISHED, reward=n % 2, id=AttemptId(group, n)) for n in range(size)]
         return TrajectoryGroup(prompt, made, id=group)
+
+    async def interrupt(self) -> int:
+        return 0
 
 
 def config(*overrides: str) -> RunConfig:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Sampling, Score, ToolResult, ToolRunner
 from ctpo_megatron.rollout.rewards import last_box
 from ctpo_megatron.rollout.rollouter import Rollouter
-from ctpo_megatron.types import GroupId, Prompt, Status, Trajectory
+from ctpo_megatron.types import Generation, GroupId, Prompt, Status, Trajectory
 from tests.support.trajectories import ATTEMPT, GROUP
 
 END = ord("|")
@@ -45,30 +46,21 @@ class Letters:
 
 
 @dataclass
-class Answer:
-    token_ids: list[int]
-    rollout_logp: list[float]
-    versions: list[int]
-    finish: str
-    top_k: None = None
-    routed_experts: None = None
-
-
-@dataclass
 class Script:
     """An engine that says its lines in turn, each cut to the tokens allowed; its version grows with every call."""
 
     lines: list[str]
     seen: list[tuple[str, int, int]] = field(default_factory=list)  # input, tokens allowed, session
 
-    async def generate(self, input_ids, *, max_new_tokens, temperature, stop_token_ids, session, recorded):
+    async def generate(self, input_ids, done, *, max_new_tokens, temperature, stop_token_ids, session, recorded):
         assert stop_token_ids == [END]
         assert recorded is None
+        assert done == Generation()
         self.seen.append(("".join(map(chr, input_ids)), max_new_tokens, session))
         ids = [ord(c) for c in self.lines[len(self.seen) - 1]] + [END]
         finish = "stop" if len(ids) <= max_new_tokens else "length"
         ids = ids[:max_new_tokens]
-        return Answer(ids, [-0.5] * len(ids), [len(self.seen)] * len(ids), finish)
+        return Generation(ids, [-0.5] * len(ids), [len(self.seen)] * len(ids), finish)
 
 
 class Boxes:
@@ -84,7 +76,7 @@ CALCULATOR = Calculator()
 def play(*lines: str, budget: int = 1000, turns: int = 5, tool: ToolRunner | None = CALCULATOR) -> tuple[Trajectory, Script]:
     script = Script(list(lines))
     environment = ToolEnvironment(script, Letters(), tool, Boxes())
-    return asyncio.run(environment.run(PROMPT, ATTEMPT, 9, Sampling(1.0, turns, budget))), script
+    return asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 9, Sampling(1.0, turns, budget))), script
 
 
 def test_a_tool_call_and_an_answer():
@@ -106,7 +98,10 @@ def test_a_tool_call_and_an_answer():
 
 async def group_of(trajectory: Trajectory):
     class Same:
-        async def run(self, prompt, attempt, session, sampling):
+        def begin(self, prompt, attempt):
+            return Attempt(attempt, prompt.index, [])
+
+        async def run(self, attempt, prompt, session, sampling, note):
             return trajectory
 
     return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, temperature=1.0)
@@ -172,20 +167,20 @@ def test_budgets_hold(lines, budget, turns):
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (Answer([], [], [], "stop"), "0 tokens; it was asked for 1 to 10"),
-        (Answer([1] * 11, [0.0] * 11, [1] * 11, "length"), "11 tokens"),
-        (Answer([65], [0.0], [1], "abort"), "'abort'; known: stop, length"),
-        (Answer([65], [0.0], [1], "stop"), r"after token 65; stop tokens are \[124\]"),
+        (Generation([], [], [], "stop"), "0 tokens; it was asked for 1 to 10"),
+        (Generation([1] * 11, [0.0] * 11, [1] * 11, "length"), "11 tokens"),
+        (Generation([65], [0.0], [1], "abort"), "'abort'; known: stop, length"),
+        (Generation([65], [0.0], [1], "stop"), r"after token 65; stop tokens are \[124\]"),
     ],
 )
 def test_an_engine_that_breaks_its_promise_is_an_error(answer, words):
     class Engine:
-        async def generate(self, input_ids, **_):
+        async def generate(self, input_ids, done, **_):
             return answer
 
     environment = ToolEnvironment(Engine(), Letters(), None, Boxes())
     with pytest.raises(RolloutError, match=words):
-        asyncio.run(environment.run(PROMPT, ATTEMPT, 0, Sampling(1.0, 1, 10)))
+        asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 0, Sampling(1.0, 1, 10)))
 
 
 class Counting:
@@ -197,7 +192,10 @@ class Counting:
         self.sampling: Sampling | None = None
         self.fails_at = fails_at
 
-    async def run(self, prompt, attempt, session, sampling):
+    def begin(self, prompt, attempt):
+        return Attempt(attempt, prompt.index, [1])
+
+    async def run(self, attempt, prompt, session, sampling, note):
         self.sessions.append(session)
         self.sampling = sampling
         self.running += 1
@@ -209,7 +207,7 @@ class Counting:
         finally:
             self.running -= 1
             self.ended += 1
-        return Trajectory(prompt.index, [1], [], Status.FINISHED, id=attempt)
+        return Trajectory(prompt.index, [1], [], Status.FINISHED, id=attempt.id)
 
 
 def test_groups_share_the_bound_and_each_attempt_has_its_session():

@@ -1,0 +1,37 @@
+"""The journal of a run, and what its attempts are made of besides weights and prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.errors import storing
+from ctpo_megatron.record.events import Emit
+from ctpo_megatron.rollout.journal import Journal
+
+
+def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, *, keep: bool) -> Journal | None:
+    """Returns the journal of a run that begins at training step `step`, None where the configuration wants none.
+
+    `keep`: whether what is there already belongs to this run; otherwise it is deleted.
+    """
+    directory = run_dir / "journal"
+    if not keep and directory.exists():
+        with storing(directory):
+            shutil.rmtree(directory)
+    return Journal(directory, recipe(config), step=step, emit=emit) if config.checkpoint.journal != "none" else None
+
+
+def recipe(config: RunConfig) -> str:
+    """Returns a digest of all settings that change what an attempt says or is worth, beside weights and prompt."""
+    settings = {
+        "rollout": config.rollout.model_dump(mode="json", exclude={"group_size", "concurrency", "engine"}),
+        "eval": config.eval.temperature,
+        "chat": config.model.model_dump(mode="json", exclude={"path"}),
+        "top_k": config.algorithm.top_k,
+        "routing_replay": config.moe.routing_replay,
+    }
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

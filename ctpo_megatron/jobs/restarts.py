@@ -1,0 +1,31 @@
+"""How often a trainer that was lost is started again, and after which wait."""
+
+from __future__ import annotations
+
+from ctpo_megatron.errors import TrainerLost
+from ctpo_megatron.record.run_events import TrainerRestarting
+
+FIRST_WAIT_S = 2.0  # before the second restart in a row; it doubles from there
+LONGEST_WAIT_S = 60.0
+
+
+class Restarts:
+    """Counts restarts of the trainer between which no training step was done; more than `most` of these end the run."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._count = 0
+        self._step = -1
+
+    def next(self, error: TrainerLost, step: int) -> TrainerRestarting:
+        """Returns the restart that is to follow `error`, which came when `step` training steps were done.
+
+        Raises `error` where there have been enough.
+        """
+        self._count = 1 if step > self._step else self._count + 1
+        self._step = max(step, self._step)
+        if self._count > self._most:
+            error.args = (f"{error}\n(cluster.trainer_restarts = {self._most} restarts brought no training step)",)
+            raise error
+        wait = 0.0 if self._count == 1 else min(FIRST_WAIT_S * 2 ** (self._count - 2), LONGEST_WAIT_S)
+        return TrainerRestarting(str(error).splitlines()[0], self._count, self._most, wait)

@@ -1,0 +1,95 @@
+"""Events of a run that stops, goes on, and gets up again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ctpo_megatron.record.events import Event
+
+
+@dataclass(frozen=True, slots=True)
+class JournalCut(Event):
+    """The end of a journal file was not as it was written: its process, or the host, ended in the middle of it."""
+
+    name: ClassVar[str] = "journal cut"
+    file: str
+    bytes: int
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"{self.file}: the last {self.bytes:,} bytes are half a record and were dropped"
+
+
+@dataclass(frozen=True, slots=True)
+class JournalRead(Event):
+    """Attempts that earlier processes made are at hand."""
+
+    name: ClassVar[str] = "journal read"
+    whole: int
+    begun: int
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"the journal holds {self.whole:,} finished attempts and {self.begun:,} that were interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested(Event):
+    """The run was asked to stop in order: it leaves off, saves all it has and ends."""
+
+    name: ClassVar[str] = "stop requested"
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"stopping in order: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class RunStopped(Event):
+    """The run has ended in order before it was done. `step`: training steps whose result is kept."""
+
+    name: ClassVar[str] = "stopped"
+    console: ClassVar[bool] = False  # the command says it, with what to do next
+    reason: str
+    step: int
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"stopped after step {self.step}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerRestarting(Event):
+    """Ranks of the trainer were lost; all are started again. `step`: where training goes on. `restart` counts from 1."""
+
+    name: ClassVar[str] = "trainer restarting"
+    reason: str
+    restart: int
+    of: int
+    wait_s: float
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        wait = f" in {self.wait_s:.0f} s" if self.wait_s else ""
+        return f"the trainer starts again{wait}, {self.restart} of {self.of} without a step between: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerRestarted(Event):
+    """The trainer is back, with the state after `step` training steps, and the servers hold its weights."""
+
+    name: ClassVar[str] = "trainer restarted"
+    step: int
+    seconds: float  # since the loss was known
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"the trainer is back at step {self.step} after {self.seconds:.1f} s"

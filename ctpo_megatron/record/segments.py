@@ -1,0 +1,115 @@
+"""Files of records that only grow: each record carries its length and a checksum, so what a dead process left half written shows.
+
+    file     = MAGIC record*
+    record   = length (4 bytes, little-endian), CRC-32 of the payload (4 bytes), payload
+
+A process never adds to the file of another one: it begins the next segment, NNNNNNNN.journal.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ctpo_megatron.errors import StorageError, storing
+from ctpo_megatron.record.files import GrowingFile
+
+MAGIC = b"ctpo journal 1\n"
+SUFFIX = ".journal"
+_HEAD = struct.Struct("<II")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the payload of a record is."""
+
+    path: Path
+    offset: int  # bytes from the file's beginning
+    size: int
+
+    def read(self) -> bytes:
+        """Returns the payload. Raises StorageError where the file does not hold it any more."""
+        with storing(self.path), self.path.open("rb") as file:
+            file.seek(self.offset)
+            payload = file.read(self.size)
+        if len(payload) != self.size:
+            raise StorageError(f"{self.path}: it was cut short while the run used it; a record at byte {self.offset} is gone")
+        return payload
+
+
+class SegmentWriter:
+    """The segment that this process adds to; the file is made by the first record."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.path: Path | None = None
+        self._file: GrowingFile | None = None
+        self._size = 0
+
+    def append(self, payload: bytes) -> Place:
+        """Add a record; other processes see it at once. Raises StorageError, and leaves the file as it was."""
+        if self._file is None or self.path is None:
+            self._begin()
+        assert self._file is not None
+        assert self.path is not None
+        self._file.append(_HEAD.pack(len(payload), zlib.crc32(payload)) + payload)
+        place = Place(self.path, self._size + _HEAD.size, len(payload))
+        self._size += _HEAD.size + len(payload)
+        return place
+
+    def _begin(self) -> None:
+        with storing(self._directory):
+            self._directory.mkdir(parents=True, exist_ok=True)
+        numbers = [int(path.stem) for path in segments(self._directory)]
+        self.path = self._directory / f"{max(numbers, default=0) + 1:08d}{SUFFIX}"
+        self._file = GrowingFile(self.path)
+        self._file.append(MAGIC)
+        self._size = len(MAGIC)
+
+    def sync(self) -> None:
+        """Bring what was added onto the disk. Raises StorageError."""
+        if self._file is not None:
+            self._file.sync()
+
+    def end(self) -> None:
+        """Let the next record begin another segment. Safe to call twice."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self.path = None, None
+
+
+def segments(directory: Path) -> list[Path]:
+    """Returns the segments in `directory`, the oldest first; other files there are left out."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.stem.isdigit())
+
+
+def read_segment(path: Path) -> Iterator[tuple[Place, bytes]]:
+    """Yield all whole records of a segment, up to the first that is not as it was written."""
+    with storing(path):
+        data = path.read_bytes()
+    if not data.startswith(MAGIC):
+        return
+    offset = len(MAGIC)
+    while offset + _HEAD.size <= len(data):
+        size, checksum = _HEAD.unpack_from(data, offset)
+        offset += _HEAD.size
+        payload = data[offset : offset + size]
+        if len(payload) != size or zlib.crc32(payload) != checksum:
+            return
+        yield Place(path, offset, size), payload
+        offset += size
+
+
+def cut(path: Path, end: int) -> int:
+    """Drop what stands after byte `end` of a segment; returns how many bytes that were. Raises StorageError."""
+    with storing(path):
+        size = path.stat().st_size
+        if size > end:
+            os.truncate(path, end)
+    return max(size - end, 0)

@@ -1,0 +1,78 @@
+"""One attempt at a prompt, from admission to its end: what it has said so far, so that it can go on anywhere, at any moment.
+
+    prompt -> [assistant's turn, tool's turn] ... -> status, reward -> `types.Trajectory`
+
+The turn that the assistant is in is `open`: it grows part by part, each token with the version that sampled it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpo_megatron.types import AttemptId, Generation, Status, Turn
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A trajectory in the making. All of it is plain data: a program that a tool ran is known by its turn and its output."""
+
+    id: AttemptId
+    prompt_index: int
+    prompt_ids: list[int]
+    turns: list[Turn] = field(default_factory=list)  # those that are complete
+    open: Generation | None = None  # the assistant's turn that is being sampled; None between turns
+    finish: Literal["stop", "length"] | None = None  # why the assistant's last complete turn ended
+    outputs: list[str] = field(default_factory=list)  # what tools said
+    routed_experts: list[NDArray[np.signedinteger]] = field(default_factory=list)  # of all tokens but the last, turn by turn
+    status: Status | None = None  # how it ended; its reward may still be open
+    tool_calls: int = 0
+    tool_errors: int = 0
+    seconds: float = 0.0  # that it took, over all processes that worked on it
+
+    @property
+    def tokens(self) -> list[int]:
+        """The prompt and all complete turns."""
+        return [*self.prompt_ids, *(token for turn in self.turns for token in turn.token_ids)]
+
+    @property
+    def response_length(self) -> int:
+        """Tokens after the prompt in complete turns, the tool's included."""
+        return sum(len(turn.token_ids) for turn in self.turns)
+
+    @property
+    def assistant_turns(self) -> list[Turn]:
+        """The assistant's complete turns."""
+        return [turn for turn in self.turns if turn.role == "assistant"]
+
+    @property
+    def awaits_tool(self) -> bool:
+        """Whether the last thing that happened is a complete turn of the assistant, to which nothing has answered yet."""
+        return self.open is None and bool(self.turns) and self.turns[-1].role == "assistant"
+
+    @property
+    def recorded(self) -> int:
+        """Of so many leading tokens it is known which experts they went to."""
+        return sum(map(len, self.routed_experts))
+
+    @property
+    def versions(self) -> set[int]:
+        """The policy versions that sampled its tokens, those of the open turn included."""
+        found = {version for turn in self.assistant_turns for version in turn.versions}
+        return found | set(self.open.versions if self.open else [])
+
+    def close_turn(self, generation: Generation) -> None:
+        """Make the open turn a complete one: `generation` is all of it."""
+        self.turns.append(Turn("assistant", generation.token_ids, generation.rollout_logp, generation.versions, generation.top_k))
+        if generation.routed_experts is not None:  # of the prompt or the tool's text before this turn too
+            self.routed_experts.append(generation.routed_experts)
+        self.finish = "length" if generation.finish == "length" else "stop"
+        self.open = None
+
+    def add_tool_turn(self, ids: list[int], output: str) -> None:
+        """Add what a tool said."""
+        self.turns.append(Turn("tool", ids, [0.0] * len(ids), [-1] * len(ids)))
+        self.outputs.append(output)

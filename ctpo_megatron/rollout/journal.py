@@ -1,0 +1,201 @@
+"""What attempts have said, on disk, so that no generation is paid for twice: RUN_DIR/journal.
+
+Each record is an attempt as it was: after a tool's turn, where it was interrupted, or judged at its end; the newest one of an
+attempt counts. A process that is killed loses what it had not noted; a host that goes down loses what was not synced, which is
+what came after the last whole group.
+
+An attempt may be used again while the policy versions that sampled it are the ones that the run has, or comes to have again. That
+is told by digests of the weights: where a run goes back to version v, what v sampled is good; what later versions sampled is good
+if training makes the same weights once more, and is sampled anew if it does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ctpo_megatron.record.events import Emit, discard
+from ctpo_megatron.record.run_events import JournalCut, JournalRead
+from ctpo_megatron.record.segments import MAGIC, Place, SegmentWriter, cut, read_segment, segments
+from ctpo_megatron.rollout.attempt import Attempt
+from ctpo_megatron.types import AttemptId, Prompt, Trajectory
+
+REMEMBERED = 64  # versions of the weights that a new segment begins with; more than any staleness
+
+
+@dataclass(slots=True)
+class _Record:
+    """One entry. `weights`: digests of the versions that sampled what it holds; alone, of those that were published."""
+
+    recipe: str
+    weights: dict[int, str]
+    attempt: Attempt | None = None
+    after: int = 0  # so many of the attempt's turns are in records before
+    trajectory: Trajectory | None = None
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Where an attempt is: all records that it takes."""
+
+    places: list[Place] = field(default_factory=list)
+    turns: int = 0  # in these records
+
+
+class Journal:
+    """The attempts of a run, in training and in evaluations.
+
+    `recipe`: what sampling depends on besides weights and prompt; attempts that were made by another are not used. `step`: at
+    which the run goes on, whose weights are the first to be published.
+    """
+
+    def __init__(self, directory: Path, recipe: str, *, step: int = 0, emit: Emit = discard) -> None:
+        self._directory, self._recipe, self._emit = directory, recipe, emit
+        self._writer = SegmentWriter(directory)
+        self._kept: dict[AttemptId, _Kept] = {}
+        self._weights: dict[int, str] = {}
+        self._published = asyncio.Event()
+        self._read()
+        self.go_back(step)
+
+    def go_back(self, step: int) -> None:
+        """Note that the run goes on at training step `step`: later versions of the weights are to be made again."""
+        self._weights = {version: digest for version, digest in self._weights.items() if version < step}
+
+    def published(self, version: int, digest: str) -> None:
+        """Note which weights `version` is. Raises StorageError."""
+        self._weights[version] = digest
+        self._append(_Record(self._recipe, {version: digest}))
+        published, self._published = self._published, asyncio.Event()
+        published.set()
+
+    def note(self, kept: Attempt | Trajectory) -> None:
+        """Keep an attempt as it is now. Raises StorageError."""
+        known = self._kept.setdefault(kept.id, _Kept())
+        weights = {version: self._weights[version] for version in _versions(kept) if version in self._weights}
+        if isinstance(kept, Trajectory):
+            known.places, known.turns = [self._append(_Record(self._recipe, weights, trajectory=kept))], 0
+            return
+        experts = sum(turn.role == "assistant" for turn in kept.turns[: known.turns])
+        fresh = replace(kept, turns=kept.turns[known.turns :], routed_experts=kept.routed_experts[experts:])
+        known.places.append(self._append(_Record(self._recipe, weights, fresh, known.turns)))
+        known.turns = len(kept.turns)
+
+    async def find(self, attempt: AttemptId, prompt: Prompt, prompt_ids: list[int]) -> Attempt | Trajectory | None:
+        """Returns what is kept of an attempt (`protocols.AttemptStore.find`)."""
+        known = self._kept.get(attempt)
+        if known is None:
+            return None
+        records = [_DECODER.decode(place.read()) for place in known.places]
+        found = _joined(records)
+        same = records[-1].recipe == self._recipe and (found.prompt_index, found.prompt_ids) == (prompt.index, prompt_ids)
+        if not same or not await self._same_weights(_versions(found), records[-1].weights):
+            del self._kept[attempt]
+            return None
+        return found
+
+    async def _same_weights(self, versions: set[int], weights: dict[int, str]) -> bool:
+        for version in sorted(versions):
+            while version not in self._weights and version > max(self._weights, default=-1):
+                await self._published.wait()
+            if version not in weights or self._weights.get(version) != weights[version]:
+                return False
+        return True
+
+    def count(self) -> tuple[int, int]:
+        """Returns how many attempts are kept whole, and how many are not."""
+        begun = sum(kept.turns > 0 or len(kept.places) > 1 for kept in self._kept.values())
+        return len(self._kept) - begun, begun
+
+    def forget(self, group: int, step: int) -> None:
+        """Drop segments in which all is older than `group`, or than the evaluation after `step`; begin a new one.
+
+        Nothing that a checkpoint could go back to may be older.
+        """
+        self._writer.end()
+        self._kept = {key: kept for key, kept in self._kept.items() if not _older(key, group, step)}
+        needed = {place.path for kept in self._kept.values() for place in kept.places}
+        newest = dict(sorted(self._weights.items())[-REMEMBERED:])
+        self._append(_Record(self._recipe, newest))
+        for path in segments(self._directory):
+            if path not in needed and path != self._writer.path:
+                path.unlink(missing_ok=True)
+
+    async def sync(self) -> None:
+        """Bring what was noted onto the disk, beside the event loop. Raises StorageError."""
+        await asyncio.to_thread(self._writer.sync)
+
+    def close(self) -> None:
+        """Close the file. Safe to call twice."""
+        self._writer.end()
+
+    def _append(self, record: _Record) -> Place:
+        return self._writer.append(_ENCODER.encode(record))
+
+    def _read(self) -> None:
+        for path in segments(self._directory):
+            end = len(MAGIC)
+            for place, payload in read_segment(path):
+                self._take(_DECODER.decode(payload), place)
+                end = place.offset + place.size
+            if lost := cut(path, end):
+                self._emit(JournalCut(str(path), lost))
+        if self._kept:
+            self._emit(JournalRead(*self.count()))
+
+    def _take(self, record: _Record, place: Place) -> None:
+        kept = record.trajectory or record.attempt
+        if kept is None:
+            self._weights |= record.weights
+            return
+        known = self._kept.setdefault(kept.id, _Kept())
+        if record.after == 0:
+            known.places.clear()
+        known.places.append(place)
+        known.turns = 0 if record.attempt is None else record.after + len(record.attempt.turns)
+
+
+def _joined(records: list[_Record]) -> Attempt | Trajectory:
+    """Returns what the records of one attempt say together."""
+    last = records[-1]
+    if last.trajectory is not None:
+        return last.trajectory
+    assert last.attempt is not None
+    turns: list[Any] = []
+    experts: list[Any] = []
+    for record in records:
+        assert record.attempt is not None
+        turns += record.attempt.turns
+        experts += record.attempt.routed_experts
+    return replace(last.attempt, turns=turns, routed_experts=experts)
+
+
+def _versions(kept: Attempt | Trajectory) -> set[int]:
+    if isinstance(kept, Attempt):
+        return kept.versions
+    return {version for turn in kept.turns if turn.role == "assistant" for version in turn.versions}
+
+
+def _older(attempt: AttemptId, group: int, step: int) -> bool:
+    evaluation = attempt.group.evaluation
+    return attempt.group.number < group if evaluation is None else evaluation < step
+
+
+def _from_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.shape, np.ascontiguousarray(value).tobytes())
+    raise NotImplementedError(f"{type(value).__name__} cannot be kept in a journal")
+
+
+def _to_array(_type: Any, value: Any) -> Any:
+    dtype, shape, data = value
+    return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
+_DECODER = msgspec.msgpack.Decoder(_Record, dec_hook=_to_array)
