@@ -1,0 +1,173 @@
+"""The journal: what was said comes back as it was, while the weights that said it are the run's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctpo_megatron.record.events import Event, discard
+from ctpo_megatron.record.run_events import JournalCut, JournalRead
+from ctpo_megatron.record.segments import segments
+from ctpo_megatron.rollout.attempt import Attempt
+from ctpo_megatron.rollout.journal import Journal
+from ctpo_megatron.types import AttemptId, Generation, GroupId, Prompt, Status, TopK, Trajectory, Turn
+
+PROMPT = Prompt(3, ({"role": "user", "content": "x"},), "1")
+T = TypeVar("T")
+
+
+def soon(work: Awaitable[T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, 5))
+
+
+def generation(tokens: int, version: int = 0) -> Generation:
+    experts = np.arange(tokens * 4, dtype=np.int8).reshape(tokens, 2, 2)
+    top = TopK(np.arange(tokens * 2, dtype=np.int32).reshape(tokens, 2), np.full((tokens, 2), -0.1, np.float32))
+    return Generation(list(range(tokens)), [-0.1 * n for n in range(tokens)], [version] * tokens, "stop", top, experts)
+
+
+def whole(group: int, number: int = 0, version: int = 0, prompt_ids: tuple[int, ...] = (7, 8)) -> Trajectory:
+    turns = [Turn("assistant", [1, 2], [-0.25, -0.5], [version] * 2)]
+    return Trajectory(3, list(prompt_ids), turns, Status.FINISHED, "text", 1.0, id=AttemptId(GroupId(group), number))
+
+
+def same(one: Attempt | Trajectory | None, other: Attempt | Trajectory) -> bool:
+    return repr(one) == repr(other)  # arrays have no truth
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.integers(0, 2)), min_size=1, max_size=6), st.integers(0, 3))
+def test_an_attempt_comes_back_wherever_it_was_interrupted(
+    tmp_path_factory: pytest.TempPathFactory, steps: list, left: int
+) -> None:
+    """Turns are noted one by one, over several processes; the last of them is in the middle of a turn."""
+    directory = tmp_path_factory.mktemp("journal")
+    attempt = Attempt(AttemptId(GroupId(5), 1), 3, [7, 8])
+    journal = Journal(directory, "r")
+    for version in range(3):
+        journal.published(version, f"w{version}")
+    for tokens, ends, version in steps:
+        attempt.close_turn(generation(tokens, version))
+        attempt.add_tool_turn([4] * tokens, "said")
+        attempt.tool_calls += 1
+        journal.note(attempt)
+        if ends:
+            journal.close()
+            journal = Journal(directory, "r", step=3)
+            attempt = soon(journal.find(attempt.id, PROMPT, [7, 8]))
+    attempt.open = generation(left) if left else None
+    journal.note(attempt)
+    again = Journal(directory, "r", step=3)
+    assert same(soon(again.find(attempt.id, PROMPT, [7, 8])), attempt)
+    assert again.count() == (0, 1)
+    again.note(replace(whole(5, 1), seconds=3.5))
+    assert same(soon(Journal(directory, "r", step=3).find(attempt.id, PROMPT, [7, 8])), replace(whole(5, 1), seconds=3.5))
+
+
+def test_later_weights_are_waited_for_and_compared(tmp_path: Path) -> None:
+    """A run that goes back to version 1 trains version 2 again: what 2 had sampled is good if it is the same 2."""
+
+    async def asked(digest: str) -> list[bool]:
+        journal = Journal(tmp_path, "r", step=1)
+        journal.published(1, "one")
+        assert await journal.find(AttemptId(GroupId(0), 1), PROMPT, [7, 8]) is not None
+        waiting = asyncio.ensure_future(journal.find(AttemptId(GroupId(0), 2), PROMPT, [7, 8]))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        journal.published(2, digest)
+        return [await waiting is not None]
+
+    journal = Journal(tmp_path, "r")
+    for version, digest in enumerate(["zero", "one", "two"]):
+        journal.published(version, digest)
+    journal.note(whole(0, 1, version=1))
+    journal.note(whole(0, 2, version=2))
+    journal.close()
+    assert soon(asked("two")) == [True]
+    assert soon(asked("another two")) == [False]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "index", "ids", "digest"),
+    [("other", 3, [7, 8], "w"), ("r", 4, [7, 8], "w"), ("r", 3, [7, 9], "w"), ("r", 3, [7, 8], "other")],
+)
+def test_what_was_made_otherwise_is_not_used(tmp_path: Path, recipe: str, index: int, ids: list[int], digest: str) -> None:
+    journal = Journal(tmp_path, "r")
+    journal.published(0, "w")
+    journal.note(whole(0))
+    again = Journal(tmp_path, recipe)
+    again.published(0, digest)
+    assert soon(again.find(AttemptId(GroupId(0), 0), replace(PROMPT, index=index), ids)) is None
+    right = Journal(tmp_path, "r")
+    right.published(0, "w")
+    assert soon(right.find(AttemptId(GroupId(0), 0), PROMPT, [7, 8])) is not None
+
+
+@given(st.integers(1, 200), st.binary(max_size=30))
+def test_a_torn_end_costs_the_last_record_only(tmp_path_factory: pytest.TempPathFactory, lost: int, garbage: bytes) -> None:
+    directory = tmp_path_factory.mktemp("journal")
+    journal = Journal(directory, "r")
+    journal.published(0, "w")
+    for number in range(3):
+        journal.note(whole(0, number))
+    journal.close()
+    (path,) = segments(directory)
+    data = path.read_bytes()
+    size = (len(data) - data.rindex(b"text")) + 100  # more than the last record's end, less than all of it
+    path.write_bytes(data[: -min(lost, size)] + garbage)
+    events: list[Event] = []
+    again = Journal(directory, "r", emit=events.append)
+    again.published(0, "w")
+    kept = [soon(again.find(AttemptId(GroupId(0), number), PROMPT, [7, 8])) is not None for number in range(3)]
+    assert kept == [True, True, False]
+    assert [type(event) for event in events] == [JournalCut, JournalRead]
+    events.clear()
+    Journal(directory, "r", emit=events.append)
+    assert [type(event) for event in events] == [JournalRead]  # cut once
+
+
+def test_a_flipped_bit_ends_what_is_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r")
+    journal.published(0, "w")
+    for number in range(3):
+        journal.note(whole(0, number))
+    (path,) = segments(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    assert Journal(tmp_path, "r", emit=discard).count()[0] < 3
+
+
+def test_only_what_a_checkpoint_may_need_stays(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "r")
+    for step in range(4):
+        journal.published(step, f"w{step}")
+        journal.note(whole(2 * step, version=step))
+        journal.note(whole(2 * step + 1, version=step))
+        journal.note(replace(whole(0), id=AttemptId(GroupId(0, evaluation=step), 0)))
+        if step:
+            journal.forget(2 * step, step)
+    assert len(segments(tmp_path)) == 2
+    journal.close()
+    again = Journal(tmp_path, "r", step=4)
+    assert again.count() == (3, 0)
+    assert soon(again.find(AttemptId(GroupId(6), 0), PROMPT, [7, 8])) is not None
+
+
+def test_a_version_that_nothing_is_known_of_is_not_waited_for(tmp_path: Path) -> None:
+    """The run is past it: it will not be published again."""
+    journal = Journal(tmp_path, "r")
+    journal.published(0, "w")
+    journal.note(whole(0))
+    path = segments(tmp_path)[0]
+    again = Journal(tmp_path, "r", step=0)
+    again.published(5, "five")
+    assert soon(again.find(AttemptId(GroupId(0), 0), PROMPT, [7, 8])) is None
+    assert path.exists()
