@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -20,7 +21,8 @@ import typer
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.sources import home_path
-from ctpo_megatron.errors import ConfigError, StoppedInOrder, told
+from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
+from ctpo_megatron.jobs.children import end_children
 from ctpo_megatron.jobs.stop import StopSignal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -255,12 +257,22 @@ def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None
     except StoppedInOrder as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(stopped.exit_code) from None
+    except BeginAgain as error:
+        print(error, file=sys.stderr, flush=True)
+        _begin_again()
     except Exception as error:
         if told(error)[1] == 1:
             with contextlib.suppress(OSError):  # no directory yet, or no room for more
                 file = Path(config.run_dir) / "logs" / ERROR_FILE
                 file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         raise
+
+
+def _begin_again() -> None:
+    """Replace this process by the same command, which goes on from what the run directory holds. Does not return."""
+    end_children()
+    words = [word for word in _with_mode(sys.argv[1:]) if not word.startswith(RESUME)]
+    os.execv(sys.executable, [sys.executable, "-m", "ctpo_megatron.cli", *words, RESUME, "auto"])
 
 
 def _with_mode(words: list[str]) -> list[str]:

@@ -103,10 +103,18 @@ class TrainerLost(ProcessDied):
     """A rank of the trainer died or hangs; the servers and what they sample are not touched by it."""
 
 
+class RayLost(ProcessDied):
+    """A process of Ray's own died, and with it all that ran on its node: the command has to begin anew, and can go on."""
+
+
 class StoppedInOrder(CtpoError, RuntimeError):
     """The run was asked to stop, and everything it had is saved; the same command with `--resume auto` goes on."""
 
     exit_code = 75
+
+
+class BeginAgain(CtpoError, RuntimeError):
+    """The command cannot go on in this process, but in a new one with `--resume auto`; all that could be saved is saved."""
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str:

@@ -11,11 +11,13 @@ again as a whole by `restart_trainer`: its ranks wait for each other in every co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import ray
 
 from ctpo_megatron.cluster.calls import Process, call_all, first_of
@@ -23,13 +25,14 @@ from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.environment import EVALUATION_RECORD, RECORD, decide, ray_environment, write_record
 from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
+from ctpo_megatron.cluster.ray_watch import Part, alive, first_lost, ray_processes
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.environment import Reader
-from ctpo_megatron.errors import TrainerLost
+from ctpo_megatron.errors import RayLost, TrainerLost
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.record.events import Emit, discard
@@ -71,6 +74,7 @@ class Runtime:
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
         self._placement = Placement()
+        self._ray: dict[Part, psutil.Process] = {}
 
     @property
     def trainer(self) -> TrainerGroup:
@@ -97,6 +101,7 @@ class Runtime:
 
     async def _start(self) -> None:
         connect(self.config, round(sum(bundle["CPU"] for bundle in self.topology.bundles)))
+        self._ray = ray_processes()
         self.config = config = resolve_device(self.config)
         self.topology = topology = self.topology.on(config.cluster.device)
         topology.check_sharing()
@@ -173,7 +178,7 @@ class Runtime:
             if task.done() and not task.cancelled() and task.exception() is not None and not watch.done():
                 await asyncio.wait([watch], timeout=DEATH_SHOWS_WITHIN_S)  # was the failure the consequence of a death?
             if watch.done():
-                if rescue is not None and isinstance(watch.exception(), TrainerLost):
+                if rescue is not None and isinstance(watch.exception(), TrainerLost | RayLost):
                     await rescue()
                 watch.result()
             return await task
@@ -184,16 +189,33 @@ class Runtime:
 
     async def _watch(self) -> None:
         watches: list[Coroutine[Any, Any, Any]] = [] if self._engines is None else [self._engines.watch()]
+        watches.append(self._watch_raylet())
         if self._ranks:
             calls = [(rank, rank.actor.watch.options(concurrency_group="watch").remote()) for rank in self._ranks]
             watches.append(call_all(calls, timeout_s=None, lost=TrainerLost))
         await first_of(watches)
         raise TrainerLost("all ranks of the trainer ended before the run did")
 
+    async def _watch_raylet(self) -> None:
+        await first_lost({part: process for part, process in self._ray.items() if part == "raylet"})
+        raise RayLost("Ray's raylet died, and with it the trainer and the servers on this host")
+
+    async def gcs_lost(self) -> None:
+        """Return when the GCS of the cluster that the run has started is lost: calls between processes still go on, no new ones
+        can be started, and in a minute Ray ends this process."""
+        await first_lost({part: process for part, process in self._ray.items() if part == "gcs_server"})
+
     async def close(self) -> None:
         """End what was started, each step bounded; safe to call twice."""
         if not ray.is_initialized():
             return
+        if all(alive(process) for process in self._ray.values()):
+            await self._end_actors()
+        self._engines, self._ranks = None, []
+        with contextlib.suppress(TimeoutError):  # without its GCS Ray may wait for it; whoever started the command ends the rest
+            await asyncio.wait_for(asyncio.to_thread(ray.shutdown), CLOSE_TIMEOUT_S)
+
+    async def _end_actors(self) -> None:
         ends: list[asyncio.Future] = [asyncio.wrap_future(rank.actor.close.remote().future()) for rank in self._ranks]
         if self._engines is not None:
             ends.append(asyncio.ensure_future(self._engines.close()))
@@ -204,8 +226,6 @@ class Runtime:
             await asyncio.gather(*ends, return_exceptions=True)
         for rank in self._ranks:
             ray.kill(rank.actor)
-        self._engines, self._ranks = None, []
-        ray.shutdown()
 
 
 def make_fleet(config: RunConfig, *, trained: bool, emit: Emit) -> Fleet:

@@ -20,8 +20,9 @@ class ClusterConfig(Section):
     """How long all actors together may take to come up, servers included."""
     call_timeout_s: PositiveFloat = 7200.0
     """How long one call to the trainer (a training step, a checkpoint) may take before the run is given up."""
-    trainer_restarts: NonNegativeInt = 3
-    """How often the trainer's ranks are started again, from the newest checkpoint and without touching the servers, when one of
-    them was lost and no training step was done since the last time. 0: a lost rank ends the run."""
+    restarts: NonNegativeInt = 3
+    """How often a part that the run cannot do without is started again when it was lost, with no training step done since the
+    last time. Ranks of the trainer come back from the newest checkpoint, without touching the servers; where Ray itself was lost,
+    the command begins anew and goes on. 0: the loss ends the run."""
     stop_grace_s: PositiveFloat = 25.0
     """How long after SIGTERM the run may take to save what it has. SLURM kills 30 s after it, by default."""

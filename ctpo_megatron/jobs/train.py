@@ -14,12 +14,12 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.errors import CheckpointError, CtpoError, StoppedInOrder, TrainerLost
+from ctpo_megatron.errors import CheckpointError, CtpoError, RayLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
 from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
-from ctpo_megatron.jobs.restarts import Restarts
+from ctpo_megatron.jobs.restarts import Restarts, begin_again
 from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, differences, is_done, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.jobs.stop import StopSignal
@@ -37,6 +37,8 @@ from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRe
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
+
+GCS_LOST_WITHIN_S = 50.0  # Ray ends this process 63 s after its GCS
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,15 @@ class _Run:
         config = self._inputs.config
         loop = await self._runtime.guard(self._prepare(self._inputs.start, self._inputs.resumable))
         self._emit(RunReady(time.monotonic() - self._begun))
-        restarts = Restarts(config.cluster.trainer_restarts)
-        async with _obeying(stop, config, self._inputs.run_dir, self._emit) as orders:
+        restarts = Restarts(config.cluster.restarts)
+        async with _obeying(stop, config, self._inputs.run_dir, self._emit) as orders, _watching_gcs(self._runtime, orders):
             while True:
                 loop.orders = orders
                 try:
                     stopped = await self._runtime.guard(loop.run(), rescue=self._rollouts.rollouter.interrupt)
                     break
+                except RayLost as error:
+                    raise begin_again(error, self._inputs.run_dir, loop.done, config.cluster.restarts) from error
                 except TrainerLost as error:
                     lost = time.monotonic()
                     restart = restarts.next(error, loop.done)
@@ -130,6 +134,8 @@ class _Run:
                     loop.record.close()
                     await asyncio.sleep(restart.wait_s)
                     loop = await self._again(lost)
+        if stopped is not None and stopped.again:
+            raise begin_again(RayLost(stopped.reason), self._inputs.run_dir, loop.done, config.cluster.restarts)
         if stopped is not None:
             self._emit(RunStopped(stopped.reason, loop.done))
             raise StoppedInOrder(
@@ -218,6 +224,22 @@ async def _obeying(stop: StopSignal, config: RunConfig, run_dir: Path, emit: Emi
         if not limit.expired():
             raise
         raise CtpoError("what was learned since the newest checkpoint could not be saved in the time that was left") from error
+
+
+@asynccontextmanager
+async def _watching_gcs(runtime: Runtime, orders: Orders) -> AsyncIterator[None]:
+    """Inside it, the loss of Ray's GCS lets the run save what it has and begin anew, before Ray ends the process."""
+
+    async def watch() -> None:
+        await runtime.gcs_lost()
+        orders.stop(StopRequest("Ray's GCS died", GCS_LOST_WITHIN_S, again=True))
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 async def _restored(runtime: Runtime, inputs: _Inputs, start: Start, chosen: Resumable, emit: Emit) -> Start:

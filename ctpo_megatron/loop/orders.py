@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StopRequest:
-    """The wish that a run saves all it has and ends. `within_s`: seconds until it has to be gone; None: it may take its time."""
+    """The wish that a run saves all it has and ends. `within_s`: seconds until it has to be gone; None: it may take its time.
+
+    `again`: the command is to begin anew by itself.
+    """
 
     reason: str
     within_s: float | None = None
+    again: bool = False
 
 
 class Orders:

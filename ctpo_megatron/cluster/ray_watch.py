@@ -1,0 +1,53 @@
+"""Whether Ray's own processes live, in a cluster that the run has started for itself.
+
+Ray ends a driver a minute after its GCS has died, and tells of a dead raylet after a quarter of one. Until then a run would go on
+without knowing: both are looked at twice a second instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal
+
+import psutil
+from ray._private import worker
+
+POLL_S = 0.5
+STOPPED_S = 10.0  # after which a process that is stopped (SIGSTOP) is ended: what waits for it would wait for ever
+
+Part = Literal["gcs_server", "raylet"]
+PARTS: tuple[Part, ...] = ("gcs_server", "raylet")
+
+
+def ray_processes() -> dict[Part, psutil.Process]:
+    """Returns the processes of the cluster that this driver has started; none where it joined another one."""
+    node = worker._global_node
+    if node is None or not node.is_head():
+        return {}
+    started = {part: node.all_processes.get(part, []) for part in PARTS}
+    return {part: psutil.Process(infos[0].process.pid) for part, infos in started.items() if infos}
+
+
+async def first_lost(processes: dict[Part, psutil.Process]) -> Part:
+    """Returns the first part that has ended; waits for ever where there are none. Ends those that stay stopped."""
+    stopped: dict[Part, float] = dict.fromkeys(processes, 0.0)
+    while True:
+        for part, process in processes.items():
+            if not alive(process):
+                return part
+            stopped[part] = stopped[part] + POLL_S if _status(process) == psutil.STATUS_STOPPED else 0.0
+            if stopped[part] >= STOPPED_S:
+                process.kill()
+        await asyncio.sleep(POLL_S)
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process has not ended."""
+    return _status(process) not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+
+
+def _status(process: psutil.Process) -> str:
+    try:
+        return process.status()
+    except psutil.NoSuchProcess:
+        return psutil.STATUS_DEAD
