@@ -26,6 +26,7 @@ close.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -62,7 +63,6 @@ class BroadcastSender(ConnectingSender):
         self._device = device
         self._address = address
         self._name = ""  # of the group
-        self._groups = 0  # so far
         self._store: dist.TCPStore | None = None
         self._group: dist.ProcessGroup | None = None
 
@@ -90,8 +90,8 @@ class BroadcastSender(ConnectingSender):
         calls, left = self._calls, deadline - time.monotonic()
         if left <= 0:
             raise WeightSyncError(f"sender {self._order.place} had no time left for its group when its turn came")
-        self._groups += 1  # a name of its own: a group that hangs while it is given up keeps the old one
-        self._name = f"ctpo_weights_{self._order.place}_{self._groups}"
+        # a name that nobody had: a group that hangs while it is given up keeps its own, and so does that of a sender that died
+        self._name = f"ctpo_weights_{self._order.place}_{secrets.token_hex(8)}"
         offsets = [1 + sum(server.tp for server in calls.servers[:number]) for number in range(len(calls.servers))]
         world_size, timeout = 1 + sum(server.tp for server in calls.servers), timedelta(seconds=left)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
