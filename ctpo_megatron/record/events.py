@@ -311,20 +311,6 @@ class CheckpointDamaged(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class StopAsked(Event):
-    """The run was asked to stop by a signal."""
-
-    name: ClassVar[str] = "stop asked"
-    console: ClassVar[bool] = False  # the command says it on stderr
-    signal: str
-
-    @property
-    def sentence(self) -> str:
-        """Returns the event for a person, in one line."""
-        return f"{self.signal}: ending the run's processes ..."
-
-
-@dataclass(frozen=True, slots=True)
 class RunDone(Event):
     """The run came to its end."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -162,8 +163,9 @@ def test_trainer_and_servers_take_turns(toy, tmp_path):
     check_synced_weights(run, 2, toy["qwen2"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_leaves_nothing(toy, tmp_path, number):
+@pytest.mark.parametrize(("number", "times", "code"), [(signal.SIGTERM, 1, 75), (signal.SIGINT, 2, 130)])
+def test_signal_leaves_nothing(toy, tmp_path, number, times, code):
+    """The first one lets the run stop in order; Ctrl-C a second time ends it at once."""
     shared_before = shared_memory()
     run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8")
     run.wait_for_event("ready")
@@ -172,13 +174,17 @@ def test_signal_leaves_nothing(toy, tmp_path, number):
     assert {trainer(below).nice(), scheduler(below).nice()} == {os.nice(0)}, "the run comes behind other work on its host"
     if number == signal.SIGINT:
         run.interrupt(number)
+        run.wait_for_event("stop requested")
+        run.interrupt(number)
     else:
         run.process.send_signal(number)
     ended = run.finish(END_S)
-    assert ended.code == 128 + number, ended.output
+    assert ended.code == code, ended.output
     assert "Traceback" not in ended.output
-    assert f"{number.name}: ending the run's processes ..." in ended.output
-    assert [event["signal"] for event in ended.happened("stop asked")] == [number.name]
+    assert f"{number.name}: stopping in order" in ended.output
+    assert (f"{number.name}: ending the run's processes ..." in ended.output) == (times == 2)
+    assert ("the same command with --resume auto goes on" in ended.output) == (code == 75)
+    assert [event["reason"] for event in ended.happened("stop requested")] == [number.name]
     assert ended.happened("done") == []
     assert gone(below) == []
     assert left_in_shared_memory(shared_before) == set()
@@ -235,9 +241,10 @@ def test_a_server_that_dies_is_started_again(toy, tmp_path):
     [(trainer, "trainer rank 0", "trainer_0.log"), (scheduler, "inference server 0", "server_0.log")],
 )
 def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
-    """Of a trainer's rank, and of the last server when it has been started again as often as it may."""
+    """Of a trainer's rank, and of the last server, when they have been started again as often as they may."""
     shared_before = shared_memory()
-    run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8", "rollout.engine.restarts=0")
+    never = ("rollout.engine.restarts=0", "cluster.restarts=0")
+    run = start(toy, "quickstart.yaml", tmp_path, "eval.prompts=8", *never)
     run.wait_for_event("ready")
     below = run.descendants()
     assert trainer(below).environ()["OMP_WAIT_POLICY"] == "passive"
@@ -249,3 +256,31 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     assert str(tmp_path / "logs" / log) in error
     assert gone(below) == []
     assert left_in_shared_memory(shared_before) == set()
+
+
+def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_path):
+    """A rank is killed: the trainer goes back to its checkpoint, the server stays. Then STOP, and a command that goes on.
+
+    A run without any of that, which is given what this one has sampled, ends with the same weights, bit for bit.
+    """
+    sizes = ("train.steps=4", "train.prompts_per_step=4", "train.optimizer_steps=2", "rollout.group_size=4", "eval.prompts=8")
+    options = (*sizes, "rollout.max_response_tokens=64", "checkpoint.every=1", "checkpoint.journal=all")
+    broken, straight = tmp_path / "broken", tmp_path / "straight"
+    run = start(toy, "quickstart.yaml", broken, *options)
+    run.wait_for_event("checkpoint verified")
+    server = scheduler(run.descendants()).pid
+    trainer(run.descendants()).kill()
+    back = run.wait_for_event("trainer restarted")
+    assert back["step"] >= 1
+    assert scheduler(run.descendants()).pid == server
+    (broken / "STOP").touch()
+    stopped = run.finish(RUN_S)
+    assert stopped.code == 75, stopped.output
+    again = start(toy, "quickstart.yaml", broken, *options, "--resume", "auto").finish(RUN_S)
+    check_run(again, 4)
+    (straight / "journal").mkdir(parents=True)
+    for path in (broken / "journal").iterdir():
+        shutil.copy(path, straight / "journal")
+    check_run(start(toy, "quickstart.yaml", straight, *options, "--resume", "auto").finish(RUN_S), 4)
+    weights = [(each / "model" / "model.safetensors").read_bytes() for each in (broken, straight)]
+    assert weights[0] == weights[1]

@@ -11,7 +11,8 @@ from typing import get_type_hints
 import pytest
 
 from ctpo_megatron.record import events
-from ctpo_megatron.record.events import Event, EventLog, RunReady, ServerLost, StepTrained, StopAsked, print_sentence
+from ctpo_megatron.record.events import Event, EventLog, RunReady, ServerLost, StepTrained, print_sentence
+from ctpo_megatron.record.run_events import RunStopped
 
 KINDS = [kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event]
 
@@ -55,6 +56,6 @@ def test_events_are_appended_and_read_as_they_come(tmp_path: Path) -> None:
 
 
 def test_the_console_hears_what_is_for_it(capsys: pytest.CaptureFixture[str]) -> None:
-    for event in (RunReady(18.2), StepTrained(1, 2.0), StopAsked("SIGTERM")):
+    for event in (RunReady(18.2), StepTrained(1, 2.0), RunStopped("SIGTERM", 1)):
         print_sentence(event)
     assert capsys.readouterr().out == "ready after 18 s\n"
