@@ -264,7 +264,9 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
     A run without any of that, which is given what this one has sampled, ends with the same weights, bit for bit.
     """
     sizes = ("train.steps=4", "train.prompts_per_step=4", "train.optimizer_steps=2", "rollout.group_size=4", "eval.prompts=8")
-    options = (*sizes, "rollout.max_response_tokens=64", "checkpoint.every=1", "checkpoint.journal=all")
+    # an untrained model earns no reward: the distance from a reference gives gradients that depend on what was sampled
+    pull = ("algorithm.reference.coeff=0.5",)
+    options = (*sizes, *pull, "rollout.max_response_tokens=64", "checkpoint.every=1", "checkpoint.journal=all")
     broken, straight = tmp_path / "broken", tmp_path / "straight"
     run = start(toy, "quickstart.yaml", broken, *options)
     run.wait_for_event("checkpoint verified")
@@ -282,5 +284,9 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
     for path in (broken / "journal").iterdir():
         shutil.copy(path, straight / "journal")
     check_run(start(toy, "quickstart.yaml", straight, *options, "--resume", "auto").finish(RUN_S), 4)
+    assert all(row["train/grad_norm"] > 0 for row in again.metrics if row["step"] > 1 and "train/loss" in row)
+    for step in range(1, 5):
+        sampled = [(each / "rollouts" / f"step_{step:08d}.jsonl").read_bytes() for each in (broken, straight)]
+        assert sampled[0] == sampled[1]
     weights = [(each / "model" / "model.safetensors").read_bytes() for each in (broken, straight)]
     assert weights[0] == weights[1]
