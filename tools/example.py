@@ -18,8 +18,6 @@ from commands import ROOT, ctpo, python
 from example_results import collect, evaluation_file, write
 from smollm2 import CACHE
 
-from ctpo_megatron.checkpoints.files import all_checkpoints
-
 STAGE_LIMIT_S = 3600.0
 STATE = "example.json"
 
@@ -94,9 +92,8 @@ class Stages:
 
 
 def train(run_dir: Path, *overrides: str) -> None:
-    """Reinforcement learning, from the newest checkpoint where there is one."""
-    resume = ["--resume"] if all_checkpoints(run_dir / "checkpoints") else []
-    ctpo("train", "smollm2.yaml", *overrides, f"run_dir={run_dir}", *resume, limit_s=STAGE_LIMIT_S)
+    """Reinforcement learning, from where an earlier start was interrupted."""
+    ctpo("train", "smollm2.yaml", *overrides, f"run_dir={run_dir}", "--resume", "auto", limit_s=STAGE_LIMIT_S)
 
 
 def check(run_dir: Path) -> None:
