@@ -13,7 +13,7 @@ import psutil
 from ray._private import worker
 
 POLL_S = 0.5
-STOPPED_S = 10.0  # after which a process that is stopped (SIGSTOP) is ended: what waits for it would wait for ever
+STOPPED_S = 10.0  # after which a process that is stopped (SIGSTOP) is killed: what waits for it would wait for ever
 
 Part = Literal["gcs_server", "raylet"]
 PARTS: tuple[Part, ...] = ("gcs_server", "raylet")
@@ -28,15 +28,13 @@ def ray_processes() -> dict[Part, psutil.Process]:
     return {part: psutil.Process(infos[0].process.pid) for part, infos in started.items() if infos}
 
 
-async def first_lost(processes: dict[Part, psutil.Process]) -> Part:
-    """Returns the first part that has ended; waits for ever where there are none. Ends those that stay stopped."""
-    stopped: dict[Part, float] = dict.fromkeys(processes, 0.0)
-    while True:
-        for part, process in processes.items():
-            if not alive(process):
-                return part
-            stopped[part] = stopped[part] + POLL_S if _status(process) == psutil.STATUS_STOPPED else 0.0
-            if stopped[part] >= STOPPED_S:
+async def ended(process: psutil.Process | None) -> None:
+    """Return when `process` has ended, never where there is none; kill it where it stays stopped."""
+    stopped = 0.0
+    while process is None or alive(process):
+        if process is not None:
+            stopped = stopped + POLL_S if _status(process) == psutil.STATUS_STOPPED else 0.0
+            if stopped >= STOPPED_S:
                 process.kill()
         await asyncio.sleep(POLL_S)
 

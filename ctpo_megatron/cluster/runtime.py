@@ -25,7 +25,7 @@ from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.environment import EVALUATION_RECORD, RECORD, decide, ray_environment, write_record
 from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
-from ctpo_megatron.cluster.ray_watch import Part, alive, first_lost, ray_processes
+from ctpo_megatron.cluster.ray_watch import Part, alive, ended, ray_processes
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
@@ -197,13 +197,13 @@ class Runtime:
         raise TrainerLost("all ranks of the trainer ended before the run did")
 
     async def _watch_raylet(self) -> None:
-        await first_lost({part: process for part, process in self._ray.items() if part == "raylet"})
+        await ended(self._ray.get("raylet"))
         raise RayLost("Ray's raylet died, and with it the trainer and the servers on this host")
 
     async def gcs_lost(self) -> None:
         """Return when the GCS of the cluster that the run has started is lost: calls between processes still go on, no new ones
         can be started, and in a minute Ray ends this process."""
-        await first_lost({part: process for part, process in self._ray.items() if part == "gcs_server"})
+        await ended(self._ray.get("gcs_server"))
 
     async def close(self) -> None:
         """End what was started, each step bounded; safe to call twice."""

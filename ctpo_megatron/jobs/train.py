@@ -67,6 +67,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = make_tool(config.rollout.tool)
     events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
+    journal: Journal | None = None
     try:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
@@ -91,9 +92,10 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
                 model.chat.save(run_dir / "model")
         summary = _summary(config, loop, time.monotonic() - begun)
         write_summary(run_dir, summary)
-        loop.record.close()
         events(RunDone(config.train.steps, summary["wall_s"], str(run_dir / "summary.json")))
     finally:
+        if journal is not None:
+            journal.close()
         events.close()
 
 
@@ -112,37 +114,45 @@ class _Run:
         self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
         self._journal, self._emit, self._begun = journal, emit, begun
         self._totals = RunTotals()
+        self._done = inputs.start.step  # training steps whose result is kept
 
     async def to_its_end(self, stop: StopSignal) -> TrainLoop:
-        """Returns the loop that came to its end. Raises StoppedInOrder."""
-        config = self._inputs.config
+        """Returns the loop that came to its end. Raises StoppedInOrder, and BeginAgain where Ray was lost."""
+        config, run_dir = self._inputs.config, self._inputs.run_dir
         loop = await self._runtime.guard(self._prepare(self._inputs.start, self._inputs.resumable))
         self._emit(RunReady(time.monotonic() - self._begun))
-        restarts = Restarts(config.cluster.restarts)
-        async with _obeying(stop, config, self._inputs.run_dir, self._emit) as orders, _watching_gcs(self._runtime, orders):
-            while True:
-                loop.orders = orders
-                try:
-                    stopped = await self._runtime.guard(loop.run(), rescue=self._rollouts.rollouter.interrupt)
-                    break
-                except RayLost as error:
-                    raise begin_again(error, self._inputs.run_dir, loop.done, config.cluster.restarts) from error
-                except TrainerLost as error:
-                    lost = time.monotonic()
-                    restart = restarts.next(error, loop.done)
-                    self._emit(restart)
-                    loop.record.close()
-                    await asyncio.sleep(restart.wait_s)
-                    loop = await self._again(lost)
-        if stopped is not None and stopped.again:
-            raise begin_again(RayLost(stopped.reason), self._inputs.run_dir, loop.done, config.cluster.restarts)
+        try:
+            async with _obeying(stop, config, run_dir, self._emit) as orders, _watching_gcs(self._runtime, orders):
+                loop, stopped = await self._supervised(loop, orders)
+            if stopped is not None and stopped.again:
+                raise RayLost(stopped.reason)
+        except RayLost as error:
+            raise begin_again(error, run_dir, self._done, config.cluster.restarts) from error
         if stopped is not None:
             self._emit(RunStopped(stopped.reason, loop.done))
             raise StoppedInOrder(
                 f"stopped in order after step {loop.done} of {config.train.steps}: {stopped.reason}. Everything is saved in "
-                f"{self._inputs.run_dir}; the same command with --resume auto goes on"
+                f"{run_dir}; the same command with --resume auto goes on"
             )
         return loop
+
+    async def _supervised(self, loop: TrainLoop, orders: Orders) -> tuple[TrainLoop, StopRequest | None]:
+        """Returns the loop that ended, and why it was stopped; one whose trainer is lost is followed by another."""
+        restarts, lost = Restarts(self._inputs.config.cluster.restarts), None
+        while True:
+            try:
+                if lost is not None:
+                    loop = await self._again(lost)
+                loop.orders = orders
+                return loop, await self._runtime.guard(loop.run(), rescue=self._rollouts.rollouter.interrupt)
+            except TrainerLost as error:
+                lost = time.monotonic()
+                restart = restarts.next(error, loop.done)
+                self._emit(restart)
+                await asyncio.sleep(restart.wait_s)
+            finally:
+                self._done = loop.done
+                loop.record.close()
 
     async def _again(self, lost: float) -> TrainLoop:
         """Returns a loop over a trainer that was started again, at the newest checkpoint."""
@@ -223,6 +233,8 @@ async def _obeying(stop: StopSignal, config: RunConfig, run_dir: Path, emit: Emi
     except TimeoutError as error:
         if not limit.expired():
             raise
+        if orders.stop_request is not None and orders.stop_request.again:
+            raise RayLost(f"{orders.stop_request.reason}, and what was learned since the newest checkpoint") from error
         raise CtpoError("what was learned since the newest checkpoint could not be saved in the time that was left") from error
 
 

@@ -56,7 +56,6 @@ class Checkpoints:
         on_kept: Callable[[RunState], None] = lambda _state: None,
     ) -> None:
         self.root = root
-        self.seconds = 0.0  # that the longest save took, from its begin to its verdict
         self._on_kept = on_kept
         self._further = {} if resolved is None else {CONFIG: resolved}
         self._trainer, self._config, self._emit = trainer, config, emit
@@ -96,9 +95,7 @@ class Checkpoints:
 
     async def _finish(self, step: int, begun: float) -> None:
         await self._trainer.settle()
-        seconds = time.monotonic() - begun
-        self.seconds = max(self.seconds, seconds)
-        self._emit(CheckpointVerified(step, seconds))
+        self._emit(CheckpointVerified(step, time.monotonic() - begun))
         prune(self.root, self._config.keep)
         for oldest in all_checkpoints(self.root)[:1]:
             self._on_kept(_read_state(oldest, read_manifest(oldest)))
@@ -138,7 +135,12 @@ def newest_or_none(root: Path, emit: Emit) -> Resumable | None:
 
     Raises CheckpointError for one that holds no run or was written by another release.
     """
-    return _newest_intact(root, emit)
+    while found := all_checkpoints(root):
+        try:
+            return read_resumable(found[-1])
+        except DamagedCheckpoint as damage:
+            _set_aside(found[-1], damage, emit)
+    return None
 
 
 def newest(root: Path, steps: int, emit: Emit) -> Resumable:
@@ -147,7 +149,7 @@ def newest(root: Path, steps: int, emit: Emit) -> Resumable:
     Raises InputError where there is none, or where nothing is left to train, and CheckpointError for one that holds no run or
     was written by another release. The trainer's own files are compared by `restore`.
     """
-    found = _newest_intact(root, emit)
+    found = newest_or_none(root, emit)
     if found is None:
         raise InputError(f"--resume: no checkpoint in {root}; start without --resume, and set checkpoint.every to save some")
     done = found.state.step
@@ -169,7 +171,7 @@ async def restore(trainer: Trainer, chosen: Resumable, emit: Emit) -> Resumable:
             await trainer.load(found.checkpoint)
         except DamagedCheckpoint as damage:
             _set_aside(found.checkpoint, damage, emit)
-            found = _newest_intact(chosen.checkpoint.parent, emit)
+            found = newest_or_none(chosen.checkpoint.parent, emit)
         else:
             return found
     root = chosen.checkpoint.parent
@@ -199,15 +201,6 @@ def _read_state(checkpoint: Path, manifest: dict[str, Any]) -> RunState:
             f"{checkpoint}: its {RUN} is the state after step {state.step}; the directory must have been renamed."
         )
     return state
-
-
-def _newest_intact(root: Path, emit: Emit) -> Resumable | None:
-    while found := all_checkpoints(root):
-        try:
-            return read_resumable(found[-1])
-        except DamagedCheckpoint as damage:
-            _set_aside(found[-1], damage, emit)
-    return None
 
 
 def _set_aside(damaged: Path, damage: DamagedCheckpoint, emit: Emit) -> None:

@@ -74,6 +74,6 @@ class Rollouts(Protocol):
         """
         ...
 
-    async def interrupt(self) -> int:
-        """Stop sampling, and keep all attempts as they are where others will find them; returns how many were running."""
+    async def interrupt(self) -> None:
+        """Stop sampling, and keep all attempts as they are where others will find them."""
         ...

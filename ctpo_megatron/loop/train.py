@@ -177,8 +177,7 @@ class TrainLoop:
             self._saved = state.step
 
     async def _keep_everything(self) -> None:
-        """Save the trainer, and all attempts as they are. Nothing of the run that is done is only in memory then."""
-        await self.rollouts.interrupt()
+        """Save the trainer; attempts are kept already. Nothing of the run that is done is only in memory then."""
         if self._trained is not None and self.config.checkpoint.on_stop:
             await self._save(replace(self._trained, accuracies=dict(self.accuracies)))
 

@@ -45,6 +45,7 @@ class _Kept:
 
     places: list[Place] = field(default_factory=list)
     turns: int = 0  # in these records
+    whole: bool = False
 
 
 class Journal:
@@ -80,6 +81,7 @@ class Journal:
         weights = {version: self._weights[version] for version in _versions(kept) if version in self._weights}
         if isinstance(kept, Trajectory):
             known.places, known.turns = [self._append(_Record(self._recipe, weights, trajectory=kept))], 0
+            known.whole = True
             return
         experts = sum(turn.role == "assistant" for turn in kept.turns[: known.turns])
         fresh = replace(kept, turns=kept.turns[known.turns :], routed_experts=kept.routed_experts[experts:])
@@ -95,7 +97,7 @@ class Journal:
         found = _joined(records)
         same = records[-1].recipe == self._recipe and (found.prompt_index, found.prompt_ids) == (prompt.index, prompt_ids)
         if not same or not await self._same_weights(_versions(found), records[-1].weights):
-            del self._kept[attempt]
+            self._kept.pop(attempt, None)  # `forget` may have come meanwhile
             return None
         return found
 
@@ -109,8 +111,8 @@ class Journal:
 
     def count(self) -> tuple[int, int]:
         """Returns how many attempts are kept whole, and how many are not."""
-        begun = sum(kept.turns > 0 or len(kept.places) > 1 for kept in self._kept.values())
-        return len(self._kept) - begun, begun
+        whole = sum(kept.whole for kept in self._kept.values())
+        return whole, len(self._kept) - whole
 
     def forget(self, group: int, step: int) -> None:
         """Drop segments in which all is older than `group`, or than the evaluation after `step`; begin a new one.
@@ -158,6 +160,7 @@ class Journal:
             known.places.clear()
         known.places.append(place)
         known.turns = 0 if record.attempt is None else record.after + len(record.attempt.turns)
+        known.whole = record.attempt is None
 
 
 def _joined(records: list[_Record]) -> Attempt | Trajectory:

@@ -52,16 +52,14 @@ class Rollouter:
             await self._store.sync()
         return TrajectoryGroup(prompt, [attempt.result() for attempt in attempts], id=group)
 
-    async def interrupt(self) -> int:
-        """Stop sampling and keep all attempts as they are; returns how many were running. Cancel the calls of `group` next."""
+    async def interrupt(self) -> None:
+        """Stop sampling and keep all attempts as they are. Cancel the calls of `group` next."""
         if self._engine is not None:
             await self._engine.interrupt()
-        running = list(self._running.values())
         if self._store is not None:
-            for attempt in running:
+            for attempt in self._running.values():
                 self._store.note(attempt)
             await self._store.sync()
-        return len(running)
 
     def go_on(self) -> None:
         """Sample again after `interrupt`."""

@@ -200,3 +200,18 @@ def test_a_rank_is_for_rehearsals(capsys, monkeypatch):
         cli.main()
     assert end.value.code == 2
     assert "give --rehearse too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "joined"),
+    [
+        ("c", "c"),
+        ("c --resume", "c --resume=newest"),
+        ("c --resume auto a=b", "c --resume=auto a=b"),
+        ("c --resume a=b", "c --resume=newest a=b"),
+        ("--resume c auto", "--resume=newest c auto"),
+        ("c --resume=auto", "c --resume=auto"),
+    ],
+)
+def test_resume_takes_auto_and_no_override(words: str, joined: str) -> None:
+    assert cli._with_mode(words.split()) == joined.split()

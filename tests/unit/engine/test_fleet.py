@@ -257,3 +257,49 @@ def test_without_a_trainer() -> None:
         assert (await fleet.acquire(0)).member.url == "http://b"
 
     asyncio.run(scenario())
+
+
+def test_a_trainer_that_goes_back_makes_newer_versions_unproven() -> None:
+    """What was asked before it went back may be answered by the older version; nothing may carry the newer one any more."""
+
+    async def scenario() -> None:
+        fleet = Fleet(patience_s=1)
+        member = fleet.join("server 0", "http://a")
+        for version in (6, 7):
+            fleet.serve([member], version)
+        before = await fleet.acquire(0)
+        fleet.update([member])
+        fleet.serve([member], 5)
+        assert await fleet.accept(before, [5])
+        after = await fleet.acquire(0)
+        assert (after.version, await fleet.accept(after, [5])) == (5, True)
+        assert not await fleet.accept(after, [7])
+        assert member.state is State.SUSPENDED
+
+    asyncio.run(scenario())
+
+
+def test_an_interrupted_generation_keeps_what_the_server_had_and_goes_on() -> None:
+    """The server answers an abort with two tokens; the client then asks nobody, until it may."""
+
+    async def scenario() -> None:
+        async with fakes(1) as ((server,), fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            server.hold = asyncio.Event()
+            server.tokens = 2
+            done = Generation()
+            options = {"max_new_tokens": 6, "temperature": 1.0, "stop_token_ids": [], "session": 0}
+            running = asyncio.ensure_future(client.generate([1, 2, 3], done, **options))
+            await begun(server)
+            asyncio.get_running_loop().call_later(0.05, server.hold.set)
+            await client.interrupt()
+            assert "/abort_request" in server.calls
+            assert len(done.token_ids) == 2
+            assert await waits(running)
+            asked = len(server.generations)
+            client.go_on()
+            assert len((await running).token_ids) == 6
+            assert running.result() is done
+            assert server.generations[asked]["input_ids"] == [1, 2, 3, *done.token_ids[:2]]
+
+    asyncio.run(scenario())

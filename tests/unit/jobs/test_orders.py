@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
 
 from ctpo_megatron.errors import TrainerLost
-from ctpo_megatron.jobs.orders import on_signal, watch_files, watch_time
+from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.restarts import LONGEST_WAIT_S, Restarts
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.loop.orders import Orders, StopRequest
@@ -46,19 +45,6 @@ def test_files_are_obeyed_once(tmp_path: Path) -> None:
         assert "STOP" in orders.stop_request.reason
         assert list(tmp_path.iterdir()) == []
         watching.cancel()
-
-    asyncio.run(scenario())
-
-
-def test_the_end_of_the_allocation_comes_with_its_lead() -> None:
-    async def scenario() -> None:
-        orders = Orders()
-        await asyncio.wait_for(watch_time(orders, time.time() + 60, lambda: 61.0), 1)
-        assert 55 < orders.stop_request.within_s <= 60
-        waiting = asyncio.ensure_future(watch_time(Orders(), time.time() + 60, lambda: 1.0))
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        waiting.cancel()
 
     asyncio.run(scenario())
 

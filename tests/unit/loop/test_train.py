@@ -7,7 +7,7 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from rich.console import Console
@@ -20,6 +20,7 @@ from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest, restore
+from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.train import TrainLoop
@@ -78,8 +79,7 @@ class Sampled:
         made = [Trajectory(prompt.index, [3], turns, Status.FINISHED, reward=n % 2, id=AttemptId(group, n)) for n in range(size)]
         return TrajectoryGroup(prompt, made, id=group)
 
-    async def interrupt(self) -> int:
-        return 0
+    async def interrupt(self) -> None: ...
 
 
 def config(*overrides: str) -> RunConfig:
@@ -87,8 +87,10 @@ def config(*overrides: str) -> RunConfig:
     return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, "eval.every=2", "eval.prompts=2", *overrides])
 
 
-async def train(config: RunConfig, run_dir: Path, *, resume: bool) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
-    ranks, rollouts, events, root = Ranks(), Sampled(), [], run_dir / "checkpoints"
+async def train(
+    config: RunConfig, run_dir: Path, *, resume: bool, ranks: Ranks | None = None, orders: Orders | None = None
+) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
+    ranks, rollouts, events, root = ranks or Ranks(), Sampled(), [], run_dir / "checkpoints"
     first_step, samples, accuracies, admission = 0, 0, {}, Admission(PromptSampler(PROMPTS, SEED))
     if resume:
         found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
@@ -108,6 +110,7 @@ async def train(config: RunConfig, run_dir: Path, *, resume: bool) -> tuple[list
         samples=samples,
         accuracies=accuracies,
         emit=events.append,
+        orders=orders or Orders(),
     )
     await loop.run()
     loop.record.close()
@@ -166,3 +169,35 @@ def test_totals_are_sums_over_steps_and_the_largest_drift() -> None:
         "eval_seconds": 0.5,
         "mismatch_max": 0.5,
     }
+
+
+def test_a_run_that_is_stopped_saves_the_step_it_was_in_and_leaves_the_rest_to_the_next(tmp_path: Path) -> None:
+    """The order comes while the trainer trains step 2, after which an evaluation would be due, and no checkpoint."""
+    orders = Orders()
+
+    class Stopping(Ranks):
+        versions: ClassVar[list[int]] = []
+
+        async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+            if version == 1:
+                orders.stop(StopRequest("a test"))
+            return {}
+
+        async def publish(self, version: int) -> dict[str, float]:
+            self.versions.append(version)
+            return await super().publish(version)
+
+    short = config("train.steps=3", "train.prompts_per_step=2", "checkpoint.every=9", "train.staleness=0")
+    _, stopped, _ = asyncio.run(train(short, tmp_path, resume=False, ranks=Stopping(), orders=orders))
+    assert (stopped.done, sorted(stopped.accuracies), Stopping.versions) == (2, [0], [1])
+    found = newest(tmp_path / "checkpoints", 9, discard)
+    assert (found.state.step, found.state.groups, found.state.accuracies.keys()) == (2, 4, {0})
+    _, resumed, _ = asyncio.run(train(short, tmp_path, resume=True))
+    assert sorted(resumed.accuracies) == [0, 2, 3]
+
+
+def test_a_checkpoint_that_is_asked_for_comes_once(tmp_path: Path) -> None:
+    orders = Orders()
+    orders.save()
+    asyncio.run(train(config("train.steps=2", "checkpoint.every=0"), tmp_path, resume=False, orders=orders))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

@@ -233,3 +233,55 @@ def test_a_failure_ends_the_group_and_comes_out_as_itself():
     with pytest.raises(RolloutError, match="the server is gone"):
         asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, temperature=1.0), 10))
     assert environment.running == 0
+
+
+@pytest.mark.parametrize("interrupted_at", range(1, 8))
+def test_an_attempt_that_is_interrupted_anywhere_ends_as_if_it_had_not_been(interrupted_at: int) -> None:
+    """In the middle of a turn, while the tool runs, and while the answer is judged: each is a step of this attempt."""
+    steps = iter(range(1, 100))
+
+    class Stop(Exception):
+        pass
+
+    def step() -> None:
+        if next(steps) == interrupted_at:
+            raise Stop
+
+    @dataclass
+    class Halves(Script):
+        """Says each line in two parts, the second at a newer version."""
+
+        async def generate(self, input_ids, done, **options):
+            said = "".join(map(chr, input_ids)).count("|")
+            ids = [ord(c) for c in self.lines[said]] + [END]
+            for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :]):
+                if len(done.token_ids) < len(ids) and done.token_ids + part == ids[: len(done.token_ids) + len(part)]:
+                    step()
+                    done.append(Generation(part, [-0.5] * len(part), [1] * len(part)))
+            done.finish = "stop"
+            return done
+
+    class Careful:
+        async def run(self, code):
+            step()
+            return await CALCULATOR.run(code)
+
+    class Judge(Boxes):
+        async def score(self, prompt, text):
+            step()
+            return await super().score(prompt, text)
+
+    environment = ToolEnvironment(Halves([CALL, r"\boxed{56}"]), Letters(), Careful(), Judge())
+    attempt, noted = environment.begin(PROMPT, ATTEMPT), []
+
+    def play_on() -> Trajectory:
+        return asyncio.run(environment.run(attempt, PROMPT, 9, Sampling(1.0, 5, 1000), noted.append))
+
+    if interrupted_at <= 6:
+        with pytest.raises(Stop):
+            play_on()
+    trajectory = play_on()
+    whole, _ = play(CALL, r"\boxed{56}")
+    assert (trajectory.text, trajectory.reward, trajectory.status) == (whole.text, 1.0, Status.FINISHED)
+    assert [turn.token_ids for turn in trajectory.turns] == [turn.token_ids for turn in whole.turns]
+    assert (trajectory.tool_calls, len(noted)) == (1, 1)

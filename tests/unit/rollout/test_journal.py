@@ -64,9 +64,12 @@ def test_an_attempt_comes_back_wherever_it_was_interrupted(
             attempt = soon(journal.find(attempt.id, PROMPT, [7, 8]))
     attempt.open = generation(left) if left else None
     journal.note(attempt)
+    begun = Attempt(AttemptId(GroupId(6), 0), 3, [7, 8], open=generation(1))  # no turn of it is complete
+    journal.note(begun)
     again = Journal(directory, "r", step=3)
     assert same(soon(again.find(attempt.id, PROMPT, [7, 8])), attempt)
-    assert again.count() == (0, 1)
+    assert again.count() == (0, 2)
+    assert same(soon(again.find(begun.id, PROMPT, [7, 8])), begun)
     again.note(replace(whole(5, 1), seconds=3.5))
     assert same(soon(Journal(directory, "r", step=3).find(attempt.id, PROMPT, [7, 8])), replace(whole(5, 1), seconds=3.5))
 
@@ -166,8 +169,6 @@ def test_a_version_that_nothing_is_known_of_is_not_waited_for(tmp_path: Path) ->
     journal = Journal(tmp_path, "r")
     journal.published(0, "w")
     journal.note(whole(0))
-    path = segments(tmp_path)[0]
     again = Journal(tmp_path, "r", step=0)
     again.published(5, "five")
     assert soon(again.find(AttemptId(GroupId(0), 0), PROMPT, [7, 8])) is None
-    assert path.exists()
