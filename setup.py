@@ -23,6 +23,7 @@ setup(
         "sympy>=1.13",
         "mpmath>=1.3",
         "numpy>=2",
+        "msgspec>=0.19",
         "packaging>=24",
         "pydantic>=2.10",
         "pydantic-core>=2.27",

@@ -7,6 +7,7 @@ import random
 import socket
 
 FIRST, END = 20_000, 32_000  # below the range that the system takes ports of outgoing connections from
+BACKLOG = 2048  # connections that wait to be accepted: all ranks come at once
 
 
 def free_port(host: str) -> int:
@@ -17,3 +18,9 @@ def free_port(host: str) -> int:
             probe.bind((host, port))
             return port
     raise OSError(f"no free port of {host} between {FIRST} and {END}")
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A socket that listens at one address of this host. Port 0: one that is free. Raises OSError where the port is taken."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)

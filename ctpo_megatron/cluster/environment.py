@@ -61,15 +61,17 @@ def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], p
 def node_environment(device: str, address: str, environment: Mapping[str, str]) -> dict[str, str]:
     """What a process of the run lacks in its `environment` and only its node knows. `address`: this node's, in the run.
 
-    gloo otherwise takes the address that the host name resolves to: the loopback on many systems, or another network.
+    gloo otherwise takes the address that the host name resolves to: the loopback on many systems, or another network. NCCL takes
+    the first interface but the loopback. The user's own choice wins, for both.
     Raises InputError where compiled kernels would be kept in somebody else's directory.
     """
-    if device == "cpu":
-        return {}
-    if any(value.startswith(KERNELS) for value in environment.values()):
+    if device != "cpu" and any(value.startswith(KERNELS) for value in environment.values()):
         make_private(Path(KERNELS))
     interface = interface_of(address)
-    return {} if environment.get("GLOO_SOCKET_IFNAME") or interface is None else {"GLOO_SOCKET_IFNAME": interface}
+    if interface is None:
+        return {}
+    chosen = {"GLOO_SOCKET_IFNAME": interface} | ({} if device == "cpu" else {"NCCL_SOCKET_IFNAME": f"={interface}"})  # = exactly
+    return {name: value for name, value in chosen.items() if not environment.get(name)}
 
 
 def interface_of(address: str) -> str | None:

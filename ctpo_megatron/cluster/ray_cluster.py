@@ -10,6 +10,7 @@ import signal
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 
+from ctpo_megatron.cluster.loopback import LOOPBACK, on_loopback
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError
 
@@ -45,12 +46,14 @@ def _init(config: RunConfig, cpus: int) -> None:
         return
     on_cpu = config.cluster.device != "cuda" and not sees_gpu()
     try:
-        ray.init(
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
-            _system_config=SETTINGS,
-            **quiet,
-        )
+        with on_loopback():
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, cpus),
+                object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
+                _node_ip_address=LOOPBACK,
+                _system_config=SETTINGS,
+                **quiet,
+            )
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system has said which file, and why
@@ -99,7 +102,7 @@ async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> Placemen
 def node_address(config: RunConfig) -> str:
     """The address on which processes of this node listen: the loopback in a cluster started for the run, else Ray's address."""
     if config.cluster.address is None:
-        return "127.0.0.1"
+        return LOOPBACK
     mine = ray.get_runtime_context().get_node_id()
     return next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == mine)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from ctpo_megatron.errors import CheckpointError, reason
+from ctpo_megatron.parallel.plain import all_gather_plain, broadcast_plain
 
 
 def on_first_rank(action: Callable[[], object], failure: str, group: dist.ProcessGroup | None = None) -> None:
@@ -20,14 +21,12 @@ def on_first_rank(action: Callable[[], object], failure: str, group: dist.Proces
             action()
         except (OSError, TypeError, ValueError, CheckpointError) as caught:
             error = caught
-    verdict = [None if error is None else f"{failure}: {reason(error)}"]
-    dist.broadcast_object_list(verdict, src=0, group=group)
-    if verdict[0] is not None:
-        raise CheckpointError(verdict[0]) from error
+    mine = None if error is None else f"{failure}: {reason(error)}"
+    verdict = broadcast_plain(mine, str | None, group)
+    if verdict is not None:
+        raise CheckpointError(verdict) from error
 
 
 def first_complaint(complaint: str | None) -> str | None:
     """The complaint of the lowest rank that has one, the same on every rank; None when no rank has any."""
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, complaint)
-    return next((each for each in everyone if each), None)
+    return next((each for each in all_gather_plain(complaint, str | None) if each), None)

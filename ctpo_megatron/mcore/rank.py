@@ -9,7 +9,7 @@ import datetime
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import hf_tensors
+from ctpo_megatron.parallel.store import join_store, serve_store
 from ctpo_megatron.record.values import Max, Values, scalar
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
@@ -52,6 +53,8 @@ class RankInfo:
     master_addr: str
     master_port: int
     local_rank: int = 0
+    prefix: str = field(default="", repr=False)
+    """Of the run's keys in that store: ranks of another run that come to this port by mistake meet nobody."""
 
 
 class TrainerRank:
@@ -118,7 +121,7 @@ class TrainerRank:
 
     def _join(self, rank: RankInfo) -> None:
         """Meet the other ranks. A rehearsal (`mcore.rehearsal`) has none, and no weights either."""
-        _init_distributed(rank, self.device)
+        meet(rank, self.device)
 
     def _load_weights(self) -> None:
         from ctpo_megatron.mcore.hf.load import load_hf
@@ -290,18 +293,19 @@ class TrainerRank:
                 dist.destroy_process_group()
 
 
-def _init_distributed(rank: RankInfo, device: torch.device) -> None:
-    """Make the default group. It is bound to no device.
+def meet(rank: RankInfo, device: torch.device) -> None:
+    """Make the default group, at a store that rank 0 serves. The group is bound to no device.
 
     A group that is bound starts its communicator at once, and torch then makes every later group of the process by splitting it.
     A split is a collective call of all trainer ranks, which a group with the servers' ranks can never be.
     """
     timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
     # not by `init_method`: that joins what this process already has at the port, where this refuses a port that is taken
-    store = dist.TCPStore(rank.master_addr, rank.master_port, rank.world_size, is_master=rank.rank == 0, timeout=timeout)
+    reach = serve_store if rank.rank == 0 else join_store
+    store = reach(rank.master_addr, rank.master_port, world_size=rank.world_size, wait_for_workers=True, timeout=timeout)
     dist.init_process_group(
         backend_for(device),
-        store=store,
+        store=dist.PrefixStore(rank.prefix, store),
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timeout,

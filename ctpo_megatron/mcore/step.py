@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -36,7 +35,8 @@ from ctpo_megatron.mcore.model.head import Head, in_model_precision
 from ctpo_megatron.mcore.model.routing import Routers
 from ctpo_megatron.mcore.reduction import Measured, once, reduce_stats
 from ctpo_megatron.parallel import ContextParallelScan, WordLogp
-from ctpo_megatron.record.values import Values, scalar
+from ctpo_megatron.parallel.plain import broadcast_plain
+from ctpo_megatron.record.values import DumpedValues, Values, dump_values, parse_values, scalar
 
 LossFn = Callable[[Tensor, MicroBatch, Scan], tuple[Tensor, Stats]]
 """(logp [T_local] float32 with grad, this rank's shard, scan) -> (share, stats).
@@ -158,10 +158,8 @@ class Stepper:
         if self.is_last_stage:
             reduced = reduce_stats(per_micro_batch, self.dp_cp_group, measured or Measured())
         if self.pp_group.size() > 1:
-            box = [reduced]
-            last = dist.get_global_rank(self.pp_group, self.pp_group.size() - 1)
-            dist.broadcast_object_list(box, src=last, group=self.pp_group, device=self.device)
-            reduced = box[0]
+            last = self.pp_group.size() - 1
+            reduced = parse_values(broadcast_plain(dump_values(reduced), DumpedValues, self.pp_group, source=last))
         return reduced
 
 

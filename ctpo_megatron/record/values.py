@@ -7,8 +7,8 @@ travel between processes; none of them is a tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,8 @@ class Min:
 
 Value: TypeAlias = Sum | Mean | Max | Min
 Values: TypeAlias = dict[str, Value]
+DumpedValues: TypeAlias = dict[str, tuple[Literal["Sum", "Mean", "Max", "Min"], list[float | list[float]]]]
+"""Values as plain data: under each name its reduction and the numbers that this is made of."""
 
 
 def merge_values(parts: Iterable[Mapping[str, Value]]) -> Values:
@@ -95,6 +97,31 @@ def merge_values(parts: Iterable[Mapping[str, Value]]) -> Values:
                 raise TypeError(f"{name} is a {type(merged[name]).__name__} in one part and a {type(value).__name__} in another")
             merged[name] = merged[name].merge(value) if name in merged else value
     return merged
+
+
+def dump_values(values: Values) -> DumpedValues:
+    """The values as plain data, for `parse_values`; no number is rounded."""
+    return {
+        name: (_NAMES[type(value)], [_dumped(getattr(value, each.name)) for each in fields(value)])
+        for name, value in values.items()
+    }
+
+
+def parse_values(dumped: DumpedValues) -> Values:
+    """What `dump_values` was given."""
+    kinds = {name: kind for kind, name in _NAMES.items()}
+    return {name: kinds[kind](*(_parsed(each) for each in numbers)) for name, (kind, numbers) in dumped.items()}
+
+
+_NAMES: dict[type[Value], Literal["Sum", "Mean", "Max", "Min"]] = {Sum: "Sum", Mean: "Mean", Max: "Max", Min: "Min"}
+
+
+def _dumped(number: Number) -> float | list[float]:
+    return number.tolist() if isinstance(number, np.ndarray) else float(number)
+
+
+def _parsed(number: float | list[float]) -> Number:
+    return np.array(number, dtype=np.float64) if isinstance(number, list) else number
 
 
 def scalar(value: Value) -> float:

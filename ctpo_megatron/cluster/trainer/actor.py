@@ -85,8 +85,11 @@ class TrainerActor:
             set_threads(min(threads_per_rank(ranks_here, len(cores)), len(near) or len(cores)))
         _log.info(log_line("trainer", device, os.environ))
 
-    def build(self, master: tuple[str, int], ranks_here: int, total_steps: int) -> RankCoords:
-        """Join the process group, build and load the model. Returns where this rank sits. `ranks_here`: that share its node."""
+    def build(self, master: tuple[str, int], prefix: str, ranks_here: int, total_steps: int) -> RankCoords:
+        """Join the process group, build and load the model. Returns where this rank sits.
+
+        `prefix`: of the keys in the store at `master`. `ranks_here`: how many ranks share its node.
+        """
         self._use_host(ranks_here)
         from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
         from ctpo_megatron.weights.source import RankWeights
@@ -96,7 +99,7 @@ class TrainerActor:
             config.model.path,
             config.parallel,
             config.optimizer,
-            RankInfo(self.rank, config.parallel.world_size, master[0], master[1]),
+            RankInfo(self.rank, config.parallel.world_size, master[0], master[1], prefix=prefix),
             device=config.cluster.device,
             dtype=config.model.dtype,
             seed=config.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,9 @@ class TrainerGroup:
         """
         first = self.ranks[0]
         (master,) = await call_all([(first, first.actor.address.remote())], self._timeout_s, TrainerLost)
+        prefix = secrets.token_hex(16)  # a new one for each group of processes, known to them alone
         sent = zip(self.ranks, ranks_here, strict=True)
-        self._coords = await self._calls([rank.actor.build.remote(master, here, total_steps) for rank, here in sent])
+        self._coords = await self._calls([rank.actor.build.remote(master, prefix, here, total_steps) for rank, here in sent])
 
     async def gpus(self) -> list[list[str]]:
         """The GPUs of each rank, by CUDA's names on its node."""

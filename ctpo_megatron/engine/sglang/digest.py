@@ -15,13 +15,14 @@ TARGET = "sglang.srt.utils.weight_checker._hash_tensor"
 
 
 def activate() -> None:
-    """Put this package's digest in the place of SGLang's hash, and register the hook of update groups."""
+    """Put this package's digest in the place of SGLang's hash, and register the hooks of update groups and of the store."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from ctpo_megatron.engine.sglang import update_group
+    from ctpo_megatron.engine.sglang import store, update_group
 
     HookRegistry.register(TARGET, hash_tensor, HookType.REPLACE)
     update_group.register()
+    store.register()
 
 
 def hash_tensor(tensor: Tensor) -> str:

@@ -35,10 +35,11 @@ from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
 from ctpo_megatron.mcore.checkpoint.commit import commit
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
 from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
-from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
+from ctpo_megatron.mcore.checkpoint.writer import RankReport, write_and_verify
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.export import copy_companions
 from ctpo_megatron.mcore.hf.load import unwrap
+from ctpo_megatron.parallel.plain import gather_plain
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,13 @@ def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any]
             complaint = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             if out_of_space(error, work):
                 complaint += f"; {storage_words(error, work)}"
-        reports: list[Any] = [None] * dist.get_world_size(group)
-        dist.gather_object((report, complaint), reports if dist.get_rank() == 0 else None, dst=0, group=group)
+        reports = gather_plain((report, complaint), tuple[RankReport | None, str | None], group)
 
     def finish() -> None:
         complaints = [f"rank {rank}: {each}" for rank, (_, each) in enumerate(reports) if each]
         if complaints:
             raise CheckpointError("; ".join(complaints))
-        commit(work, target, header, [report for report, _ in reports], snapshot.weights, moved=moved)
+        commit(work, target, header, [report for report, _ in reports if report], snapshot.weights, moved=moved)
 
     on_first_rank(finish, f"checkpoint {target} does not count", group)
 

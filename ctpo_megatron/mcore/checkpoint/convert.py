@@ -22,10 +22,11 @@ from ctpo_megatron.checkpoints.hashes import tensor_hash
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import CheckpointError, ModelError
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
-from ctpo_megatron.mcore.rank import TIMEOUT_MINUTES, RankInfo
+from ctpo_megatron.mcore.rank import TIMEOUT_MINUTES, RankInfo, meet
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import read_json
 from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.parallel.plain import all_gather_plain
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
@@ -87,9 +88,7 @@ def _model(rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: s
     if dtype not in DTYPES:
         raise ModelError(f"{path}: its weights are {dtype}; what can be converted is {' or '.join(DTYPES)}.")
     device = prepare_host("cpu")
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://{rank.master_addr}:{rank.master_port}", rank=rank.rank, world_size=rank.world_size
-    )
+    meet(rank, device)
     try:
         with megatron_region(device):
             from ctpo_megatron.mcore import groups
@@ -131,8 +130,7 @@ def _compare(models: list[torch.nn.Module], shape: ModelShape, directory: Path) 
                 tensors, size = tensors + 1, size + tensor.nbytes
     if complaint := first_complaint(complaint):
         raise CheckpointError(complaint)
-    shares: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size()
-    dist.all_gather_object(shares, (tensors, size))
+    shares = all_gather_plain((tensors, size), tuple[int, int])
     return Verified(*(sum(column) for column in zip(*shares, strict=True)))
 
 

@@ -20,6 +20,7 @@ from ctpo_megatron.mcore.hf.load import keyed_tensors, layer_numbers, unwrap
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
+from ctpo_megatron.parallel.plain import all_gather_plain
 
 _PADDED = (EMBEDDING_KEY, OUTPUT_KEY)  # with rows for tokens that do not exist
 
@@ -33,9 +34,7 @@ def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
         first=any(model.pre_process for model in inner),
         last=any(model.post_process for model in inner),
     )
-    everyone = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return Holders(everyone, shape.num_experts)
+    return Holders(all_gather_plain(mine, Holding), shape.num_experts)
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from ctpo_megatron.config.weights import BroadcastTransport
 from ctpo_megatron.engine.calls import Answers
 from ctpo_megatron.engine.update_group import connect, join_update_group, leave_update_group
 from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.parallel.store import serve_store
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.flat import Flat, flatten
 from ctpo_megatron.weights.transports.order import SenderOrder
@@ -95,7 +96,7 @@ class BroadcastSender(ConnectingSender):
         offsets = [1 + sum(server.tp for server in calls.servers[:number]) for number in range(len(calls.servers))]
         world_size, timeout = 1 + sum(server.tp for server in calls.servers), timedelta(seconds=left)
         backend = "nccl" if self._device.type == "cuda" else "gloo"
-        self._store = dist.TCPStore(self._address, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        self._store = serve_store(self._address, world_size=world_size, timeout=timeout)
         address = {"master_address": self._address, "master_port": self._store.port}
         common = {**address, "world_size": world_size, "backend": backend, "group_name": self._name}
         path, what = "/init_weights_update_group", f"joining the update group of {world_size} ranks"

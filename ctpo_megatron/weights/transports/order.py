@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.parallel.plain import broadcast_plain
+from ctpo_megatron.parallel.store import join_store, serve_store
 
 T = TypeVar("T")
 VERDICT_TIME_S = 10.0  # that a sender may take, beyond its own bound, to find out which server failed and to say so
@@ -98,12 +100,9 @@ def open_order(senders: list[int], address: str, timeout_s: float) -> SenderOrde
     `address`: of this node, for the others to reach.
     """
     rank, first, timeout = dist.get_rank(), senders[0], timedelta(seconds=timeout_s)
-    store = dist.TCPStore(address, 0, is_master=True, timeout=timeout, wait_for_workers=False) if rank == first else None
-    where: list[Any] = [address, 0 if store is None else store.port]
-    dist.broadcast_object_list(where, src=first)
+    store = serve_store(address, timeout=timeout) if rank == first else None
+    host, port = broadcast_plain(None if store is None else (address, store.port), tuple[str, int], source=first)
     if rank not in senders:
         return None
-    if store is None:
-        host, port = where
-        store = dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    store = store or join_store(host, port, timeout=timeout)
     return SenderOrder(store, senders.index(rank), len(senders))
