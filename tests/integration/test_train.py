@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -19,6 +20,7 @@ import torch
 from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.toy.model import Kind, make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
+from tests.support.reach import Listener, listeners, strangers
 from tests.support.runs import END_S, Finished, Started, gone, left_in_shared_memory, shared_memory
 
 RUN_S = 300.0
@@ -62,6 +64,17 @@ def check_run(run: Finished, steps: int) -> None:
     check_ids(run, steps)
     assert run.summary["weight_version"] == steps
     assert run.summary["mismatch_max"] < AGREEMENT
+
+
+def check_listeners(found: list[Listener], ranks: int, parts_of_servers: int) -> None:
+    """What listens in a run on one machine: on the loopback, of processes that may, and none of those is overlooked."""
+    assert strangers(found) == []
+    processes = Counter(owner for owner, _ in {(each.owner, each.pid) for each in found})
+    processes.pop("Ray worker that waits", None)
+    one = {"driver", "Ray's GCS", "raylet", "Ray's dashboard agent", "Ray's runtime environment agent"}
+    servers = {"engine actor", "SGLang's HTTP server", "SGLang's scheduler"}
+    expected = dict.fromkeys(one, 1) | dict.fromkeys(servers, parts_of_servers) | {"trainer rank": ranks}
+    assert processes == expected
 
 
 def check_ids(run: Finished, steps: int) -> None:
@@ -109,8 +122,13 @@ def log_probs_by(path: Path) -> Callable[[list[int]], torch.Tensor]:
 
 
 def test_dense_tp2_cp2(toy, tmp_path):
-    run = start(toy, "dense_tp2_cp2.yaml", tmp_path).finish(RUN_S)
+    """Four trainer ranks; nothing of the run listens where another machine could reach it."""
+    started = start(toy, "dense_tp2_cp2.yaml", tmp_path)
+    started.wait_for_event("ready")
+    found = listeners([psutil.Process(started.process.pid), *started.descendants()])
+    run = started.finish(RUN_S)
     check_run(run, 2)
+    check_listeners(found, ranks=4, parts_of_servers=1)
     check_synced_weights(run, 2, toy["qwen3"])
 
 
@@ -216,12 +234,14 @@ def test_a_server_that_dies_is_started_again(toy, tmp_path):
     run = start(toy, "quickstart.yaml", tmp_path, *sizes, "rollout.engine.tp=2", "rollout.engine.nodes=2")
     run.wait_for_event("step", step=1)
     below = run.descendants()
+    found = listeners([psutil.Process(run.process.pid), *below])
     words = [" ".join(part.cmdline()) for part in parts_of_servers(below)]
     assert len(words) == 2
     (second,) = (at for at, each in enumerate(words) if "--nnodes 2 --node-rank 1 " in each)
     schedulers(below)[second].kill()
     ended = run.finish(RUN_S)
     check_run(ended, 3)
+    check_listeners(found, ranks=1, parts_of_servers=2)
     check_synced_weights(ended, 3, toy["qwen3"])
     assert "inference server 0 is lost: inference server 0, node 1" in ended.output
     assert (tmp_path / "logs" / "server_0_node_1.log").stat().st_size > 0

@@ -70,6 +70,8 @@ class EngineActor:
             check_toolkit()
         environment = server_env(engine, device=device, gpus=self._gpus)
         environment |= node_environment(device, self._host, os.environ | environment)
+        if not os.environ.get("SGLANG_HOST_IP"):  # else a server on several nodes takes the address of its node's first interface
+            environment["SGLANG_HOST_IP"] = self._host
         print(log_line("server", device, os.environ | environment), flush=True)
         if again and device == "cuda":
             wait_for_gpus(os.environ | environment)

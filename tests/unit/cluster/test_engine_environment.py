@@ -45,6 +45,7 @@ def test_a_server_gets_its_variables_and_says_so(
         "0",
         "of 127.0.0.1",
     )
+    assert given["SGLANG_HOST_IP"] == "127.0.0.1", "a server on several nodes would listen at another interface"
     assert given["PYTORCH_CUDA_ALLOC_CONF"] == "", "torch-memory-saver would end the server"
     assert "--enable-memory-saver" in started["arguments"]
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("environment: ")]

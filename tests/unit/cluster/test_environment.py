@@ -63,14 +63,15 @@ def test_the_record_says_what_and_why(tmp_path: Path) -> None:
     assert "two ends differ" in record["server"]["NCCL_CUMEM_ENABLE"]["why"]
 
 
-def test_gloo_is_told_the_interface_of_the_nodes_address() -> None:
-    """The host name may resolve to the loopback, or to another network."""
+def test_gloo_and_nccl_are_told_the_interface_of_the_nodes_address() -> None:
+    """The host name may resolve to the loopback, or to another network; NCCL takes the first one."""
     (loopback,) = {interface_of("127.0.0.1")}
     assert loopback is not None
-    assert node_environment("cuda", "127.0.0.1", {}) == {"GLOO_SOCKET_IFNAME": loopback}
-    assert node_environment("cuda", "127.0.0.1", {"GLOO_SOCKET_IFNAME": "ib0"}) == {}
+    both = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": f"={loopback}"}
+    assert node_environment("cuda", "127.0.0.1", {}) == both
+    assert node_environment("cuda", "127.0.0.1", {"GLOO_SOCKET_IFNAME": "ib0", "NCCL_SOCKET_IFNAME": "ib"}) == {}
     assert node_environment("cuda", "203.0.113.9", {}) == {}, "no interface has that address"
-    assert node_environment("cpu", "127.0.0.1", {}) == {}
+    assert node_environment("cpu", "127.0.0.1", {}) == {"GLOO_SOCKET_IFNAME": loopback}
 
 
 def test_kernels_are_kept_where_only_the_user_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,13 @@ import math
 import pickle
 from functools import reduce
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctpo_megatron.record.values import Max, Mean, Min, Sum, merge_values, scalar
+from ctpo_megatron.record.values import DumpedValues, Max, Mean, Min, Sum, dump_values, merge_values, parse_values, scalar
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=9)
 
@@ -24,6 +25,21 @@ def test_parts_in_any_order_are_the_whole(numbers: list[float], random: object) 
     assert scalar(found["sum"]) == pytest.approx(math.fsum(numbers), abs=1e-6)
     assert scalar(found["mean"]) == pytest.approx(math.fsum(numbers) / len(numbers), abs=1e-6)
     assert (scalar(found["max"]), scalar(found["min"])) == (max(numbers), min(numbers))
+
+
+@given(st.lists(st.floats(), max_size=4), st.floats())
+def test_values_survive_being_plain_data(vector: list[float], number: float) -> None:
+    """To the bit, through MessagePack, as they travel between pipeline stages."""
+    numbers = np.array(vector, dtype=np.float64)
+    values = {"sum": Sum(numbers), "mean": Mean(number, numbers), "max": Max(number), "min": Min(np.float64(number))}
+    sent = msgspec.msgpack.encode(dump_values(values))
+    found = parse_values(msgspec.msgpack.decode(sent, type=DumpedValues))
+    assert {name: type(value) for name, value in found.items()} == {name: type(value) for name, value in values.items()}
+    for one, other in [(found["sum"].total, numbers), (found["mean"].weight, numbers)]:
+        assert isinstance(one, np.ndarray)
+        assert one.dtype == np.float64
+        np.testing.assert_array_equal(one, other)
+    assert {repr(each) for each in (found["mean"].total, found["max"].value, found["min"].value)} == {repr(number)}
 
 
 def test_vectors_are_merged_entry_by_entry() -> None:
