@@ -326,7 +326,7 @@ def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes()
+        return one.dtype == other.dtype and one.detach().numpy().tobytes() == other.detach().numpy().tobytes()
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return one == other
