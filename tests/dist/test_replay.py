@@ -149,7 +149,8 @@ def test_guilty_tokens_are_named_with_their_terms(reports: dict[str, list[Replay
         assert report.merged.tokens[0].place.position == fault.position
         assert list(report.merged.gradients), "a loss that is not a number has no other gradients"
     for report in reports["log-ratio dp2"]:
-        (fault,) = report.batch_faults
+        fault, anchor = report.batch_faults  # the anchor is the rollout's log-prob here
+        assert (anchor.stream, anchor.position, anchor.value) == ("anchor_logp", fault.position, -math.inf)
         assert (fault.stream, fault.sequence, fault.value, fault.count) == ("rollout_logp", BAD, -math.inf, 1)
         (token,) = report.merged.tokens
         assert (token.place.sequence, token.place.position, token.first_bad) == (BAD, fault.position, "rollout_logp")
@@ -173,7 +174,6 @@ def test_the_command_by_itself(dumps: dict[str, tuple[Path, list[Outcome]]], cap
     path = dumps["weight pp2"][0]
     replay_job(path, ["parallel.tp=2"], as_json=False)
     shown = capsys.readouterr().out
-    print(shown)
     assert f"FIRST NON-FINITE VALUE, forward: {NAMES['weight'][0]}, rank " in shown
     assert NAMES["weight"][1] in shown
     assert "then (pp=2): the log-prob of a token" in shown
@@ -193,8 +193,9 @@ def dumped(name: str, root: Path, outcomes: list[Outcome]) -> Path:
     directory = root / "runs" / name / "dumps"
     writer = StepDumps(Saved(root / "weights" / name), directory, config_of(case))
     written: Written = asyncio.run(writer.write(update, batches, step=1))
-    assert [path.name for path in all_dumps(directory)] == ["step_00000001.2"]
-    assert sorted(path.name for path in directory.iterdir()) == ["step_00000001.2"]
+    number = 1 if case.fault in NAMES else 2  # weights show at the first sequence
+    assert sorted(path.name for path in directory.iterdir()) == [f"step_00000001.{number}"]
+    assert all_dumps(directory) == [written.path]
     assert written.bytes > 10_000
     return written.path
 

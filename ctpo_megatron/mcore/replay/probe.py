@@ -124,7 +124,8 @@ class Probe:
 
     def _hook(self, name: str, layer: int) -> Any:
         def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            each = output if isinstance(output, Tensor) else next((o for o in output if isinstance(o, Tensor)), None)
+            several = output if isinstance(output, tuple | list) else (output,)  # the first is what goes on, then biases and maps
+            each = next((each for each in several if isinstance(each, Tensor)), None)
             if each is not None and each.is_floating_point():
                 self._see(name, layer, each)
 
