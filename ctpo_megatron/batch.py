@@ -1,4 +1,7 @@
-"""What the trainer receives: micro-batches of packed sequences, with the weight of every sequence in the loss."""
+"""What the trainer receives: micro-batches of packed sequences, with the weight of every sequence in the loss.
+
+And what it gives back where it could not use them: an `Abandoned` update.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ctpo_megatron.errors import NonFiniteError
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.parallel.layout import own_experts, shard_indices
+from ctpo_megatron.record.values import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,54 @@ class TrainBatch:
     """
 
     micro_batches: list[list[MicroBatch]]  # [dp][n]
+
+    def ids(self) -> list[int]:
+        """Numbers of its sequences in the rollout batch, in ascending order, without padding."""
+        numbers = (int(each) for row in self.micro_batches for mb in row for each in mb.sequences.ids)
+        return sorted(number for number in numbers if number >= 0)
+
+
+AnchorStreams = dict[str, Tensor]
+"""`anchor_logp` and `reference_logp` of a micro-batch, [T] or a shard of it: what the trainer adds to it before the first
+optimizer step of an update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """An update that ended at an optimizer step which was not applied: a loss, log-prob or gradient was not finite.
+
+    Weights, moments and schedule are as they were before that step. The optimizer steps before it stay, those after it were not
+    tried.
+    """
+
+    reason: str
+    at: int | None  # the optimizer step of the update, from 0; None: seen before the first, in the old policy's log-probs
+    sequence: int | None  # number of the first bad sequence in the rollout batch, where that is known
+    values: Values  # statistics of the optimizer steps that were applied
+    anchors: list[list[AnchorStreams]]  # [dp][n] of the step's micro-batches; from one rank [1][n], of its shards; or empty
+
+    @property
+    def applied(self) -> int:
+        """Optimizer steps of the update that stay."""
+        return self.at or 0
+
+    def number(self, batches: list[TrainBatch]) -> int:
+        """The optimizer step, from 0, of `batches` that holds the bad sequence; the first where that is not known."""
+        if self.at is not None:
+            return self.at
+        holding = (n for n, batch in enumerate(batches) if self.sequence is not None and self.sequence in batch.ids())
+        return next(holding, 0)
+
+
+class UpdateAbandoned(NonFiniteError):
+    """Carries an `Abandoned` update to whoever decides whether the run goes on."""
+
+    def __init__(self, update: Abandoned) -> None:
+        super().__init__(update.reason, sequence=update.sequence)
+        self.update = update
+
+    def __reduce__(self) -> tuple[type[UpdateAbandoned], tuple[Abandoned]]:
+        return UpdateAbandoned, (self.update,)
 
 
 _Part = TypeVar("_Part", TokenStreams, Sequences, Replay)

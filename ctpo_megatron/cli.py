@@ -180,6 +180,23 @@ def verify(
 
 
 @app.command()
+def replay(
+    dump: Annotated[
+        Path, typer.Argument(help="RUN_DIR/dumps/step_*: a step that was not applied", show_default=False, callback=_at_home)
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="parallel.tp=2 ..., model.dtype=float32, cluster.device=cuda")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print all that was found as JSON, and nothing else")] = False,
+) -> None:
+    """Run a step with a non-finite loss or gradient again, at any layout, and say where the first such value arises; exit code 0
+    where it is found or the step is finite here, 2 when the dump cannot be used."""
+    from ctpo_megatron.jobs.replay import replay_job
+
+    replay_job(dump, overrides or [], as_json=as_json)
+
+
+@app.command()
 def doctor() -> None:
     """What this host has and lacks for a run; exit code 1 when a run cannot work here."""
     from rich.console import Console

@@ -84,7 +84,14 @@ class MismatchError(CtpoError, RuntimeError):
 
 
 class NonFiniteError(CtpoError, ArithmeticError):
-    """A loss, gradient or log-prob is not a finite number."""
+    """A loss, gradient or log-prob is not a finite number.
+
+    `sequence`: number in its rollout batch of the first sequence that has one, where that is known.
+    """
+
+    def __init__(self, message: str, *, sequence: int | None = None) -> None:
+        super().__init__(message)
+        self.sequence = sequence
 
 
 class CheckpointError(CtpoError, RuntimeError):

@@ -118,7 +118,8 @@ def raise_if_nonfinite(stats: Stats | Mapping[str, Value]) -> None:
         raise NonFiniteError(
             f"the log-prob of a token that the policy wrote is NaN or infinite: sequence {sequence}, policy token {position} "
             "(sequences of a rollout batch count from 0, tokens from 1). Nothing was updated. Usual causes: a learning rate that "
-            "is too high, a masked-out label, overflow in reduced precision."
+            "is too high, a masked-out label, overflow in reduced precision.",
+            sequence=sequence,
         )
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.spikes import SpikeConfig
 from ctpo_megatron.errors import ConfigError
 
 
@@ -90,6 +91,12 @@ class TrainConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass. selective: inside attention, and where it pays inside experts; full: of
     whole layers."""
+    nonfinite_limit: PositiveInt = 3
+    """Training steps in a row with a loss or gradient that is not finite, at which the run stops. Such an optimizer step is not
+    applied, the rest of its training step is left out, and the run goes on until then. 1: stop at the first."""
+    nonfinite_dumps: NonNegativeInt = 4
+    """How many dumps of such steps are kept in RUN_DIR/dumps, the newest; each holds the weights too. 0: none is written."""
+    spikes: SpikeConfig = SpikeConfig()
 
 
 class SftConfig(Section):

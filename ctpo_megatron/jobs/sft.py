@@ -8,6 +8,7 @@ from pathlib import Path
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.jobs.inputs import check_output, load_demonstrations, open_model, prepare_run_dir
+from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.record import Recorder, write_summary
@@ -27,7 +28,8 @@ async def sft_job(config: RunConfig) -> None:
     topology = topology_of(config, engines=False)
     async with Runtime(config, model.shape, topology, run_dir, total_steps=config.sft.steps) as runtime:
         recorder = Recorder(run_dir, config.log)
-        result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder))
+        skipping = make_skipping(runtime.trainer, config, run_dir, print_sentence)
+        result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder, skipping))
         await runtime.guard(runtime.trainer.save_hf(output))
         model.chat.save(output)
         recorder.close()

@@ -22,6 +22,7 @@ from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.restarts import Restarts, begin_again
 from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, differences, is_done, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
+from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, newest_or_none, restore
@@ -179,7 +180,14 @@ class _Run:
         published = await publisher.publish(start.step)
         self._published(start.step, publisher.digest)
         emit(weights_published(start.step, published))
-        saved = dump_config(inputs.config)
+        checkpoints = Checkpoints(
+            runtime.trainer,
+            run_dir / "checkpoints",
+            config.checkpoint,
+            emit,
+            resolved=dump_config(inputs.config),
+            on_kept=self._forget,
+        )
         return TrainLoop(
             config=config,
             admission=start.admission,
@@ -188,15 +196,14 @@ class _Run:
             trainer=runtime.trainer,
             publisher=publisher,
             record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=start.step)),
-            checkpoints=Checkpoints(
-                runtime.trainer, run_dir / "checkpoints", config.checkpoint, emit, resolved=saved, on_kept=self._forget
-            ),
+            checkpoints=checkpoints,
             first_step=start.step,
             samples=start.samples,
             accuracies=start.accuracies,
             attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
             published=self._published,
             totals=self._totals,
+            skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
             emit=emit,
         )
 

@@ -14,17 +14,27 @@ class Trainer(Protocol):
     """All ranks of the trainer, seen as one."""
 
     async def update(self, batches: list[TrainBatch], version: int) -> Values:
-        """One optimizer step per batch on trajectories of policy `version`. Returns reduced statistics."""
+        """One optimizer step per batch on trajectories of policy `version`. Returns reduced statistics.
+
+        Raises UpdateAbandoned where one was not applied because something was not finite; then the ones after it were not tried.
+        """
         ...
 
     async def supervise(self, batch: TrainBatch) -> Values:
-        """One optimizer step of supervised training."""
+        """One optimizer step of supervised training. Raises as `update` does."""
         ...
 
     async def save(self, directory: Path, *, background: bool) -> None:
         """Save all ranks' state as the checkpoint `directory`, which `checkpoints.files.begin_checkpoint` began.
 
         `background`: returns when it is copied; then `settle`.
+        """
+        ...
+
+    async def save_weights(self, directory: Path) -> None:
+        """Save the weights alone as the checkpoint `directory`, which was begun, while no other save is in flight.
+
+        Returns when it is verified and has its name.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.objectives import TokenMean
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.loop.protocols import Trainer
+from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.record import Recorder, progress
 from ctpo_megatron.record.values import scalar
 from ctpo_megatron.types import TrainSample
@@ -26,8 +28,13 @@ class SftResult:
     tokens: float
 
 
-async def run_sft(config: RunConfig, samples: list[TrainSample], trainer: Trainer, recorder: Recorder) -> SftResult:
-    """Train for sft.steps optimizer steps, or until the smoothed loss falls below sft.stop_loss."""
+async def run_sft(
+    config: RunConfig, samples: list[TrainSample], trainer: Trainer, recorder: Recorder, skipping: Skipping | None = None
+) -> SftResult:
+    """Train for sft.steps optimizer steps, or until the smoothed loss falls below sft.stop_loss.
+
+    `skipping`: what becomes of a step whose loss or gradient is not finite; None: it ends the training.
+    """
     sft = config.sft
     rng = np.random.default_rng(config.seed)
     smoothed, tokens, step = float("nan"), 0.0, 0
@@ -40,9 +47,13 @@ async def run_sft(config: RunConfig, samples: list[TrainSample], trainer: Traine
                 parallel=config.parallel,
                 max_tokens=config.train.max_tokens_per_micro_batch,
             )
-            stats = await trainer.supervise(batch)
+            supervised = trainer.supervise(batch) if skipping is None else skipping.supervise(trainer, batch, step=step)
+            stats = await supervised
+            if "nll" not in stats:
+                recorder.step(step, {"train/skipped_steps": 1.0})
+                continue
             loss = scalar(stats["nll"])
-            smoothed = loss if step == 1 else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
+            smoothed = loss if math.isnan(smoothed) else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
             tokens += scalar(stats["tokens"])
             recorder.step(step, {"sft/loss": loss, "sft/loss_smoothed": smoothed, "train/grad_norm": scalar(stats["grad_norm"])})
             show(step)

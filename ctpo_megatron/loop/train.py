@@ -31,10 +31,12 @@ from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
+from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, progress
 from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 T = TypeVar("T")
@@ -61,6 +63,7 @@ class TrainLoop:
     accuracies: dict[int, float] = field(default_factory=dict)  # held-out accuracy by the training steps before it
     attention_weight: float = 0.0  # see `make_batches`
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
+    skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     emit: Emit = discard
     orders: Orders = field(default_factory=Orders)
     totals: RunTotals = field(default_factory=RunTotals)
@@ -141,7 +144,7 @@ class TrainLoop:
         with timer("sleep"):
             await self.publisher.offload()
         with timer("train"):
-            stats = await self.trainer.update(batches, version=step)
+            stats = await self._update(batches, step)
         if self.samples is not None:
             self.samples += sum(len(group.trajectories) for group in groups)
         self._trained = self._state_after(step)
@@ -185,6 +188,11 @@ class TrainLoop:
         """Whether the policy after `step` training steps is to be evaluated, and was not."""
         ends = step in (0, self.config.train.steps)
         return step not in self.accuracies and (ends or self._due(self.config.eval.every, step - 1))
+
+    async def _update(self, batches: list[TrainBatch], step: int) -> Values:
+        if self.skipping is None:
+            return await self.trainer.update(batches, version=step)
+        return await self.skipping.update(self.trainer, batches, step=step + 1)
 
     def _state_after(self, step: int) -> RunState:
         """Returns the run's state when training step `step`, counted from 0, is done; rollouts may be further."""

@@ -22,11 +22,12 @@ from ctpo_megatron.algorithms import (
     reference_penalty,
 )
 from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
+from ctpo_megatron.algorithms.loss import PolicyLoss
 from ctpo_megatron.algorithms.statistics import NONFINITE, nonfinite_stats
-from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.batch import Abandoned, AnchorStreams, MicroBatch, UpdateAbandoned
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.record import DriftBounds
-from ctpo_megatron.errors import MismatchError
+from ctpo_megatron.errors import MismatchError, NonFiniteError
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.rank import TrainerRank
 from ctpo_megatron.record.values import Mean, Value, Values, merge_values, scalar
@@ -46,8 +47,8 @@ def update_policy(
 
     `batches` hold this rank's micro-batches of each optimizer step; the device holds those of one step at a time. Returns the
     statistics of all steps as one, the same on all ranks. Raises MismatchError, before anything is changed, when trainer and
-    engine disagree more than `drift` allows, and NonFiniteError, before the step that would use it, for a log-prob that is not
-    finite. `reference`: weights of the policy that `algorithm.reference` asks for.
+    engine disagree more than `drift` allows, and UpdateAbandoned, on every rank and before the step that would use it, for a
+    log-prob, loss or gradient that is not finite. `reference`: weights of the policy that `algorithm.reference` asks for.
     """
     sharded: list[list[MicroBatch]] = []
     gaps: list[Stats] = []
@@ -56,7 +57,10 @@ def update_policy(
         sharded.append(shards)
         gaps += differences
     measured = rank.reduce(gaps)
-    raise_if_nonfinite(measured)
+    try:
+        raise_if_nonfinite(measured)
+    except NonFiniteError as error:
+        raise UpdateAbandoned(Abandoned(str(error), None, error.sequence, {}, [])) from error
     del measured[NONFINITE]
     check_drift(measured, drift, version)
     if reference is not None:
@@ -65,8 +69,21 @@ def update_policy(
     # sequences have their weights from the batch as a whole, so the recipe's aggregation is never asked
     recipe = make_recipe(algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True)
     loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
-    steps = [rank.train_step(rank.on_device(shards), loss, temperature) for shards in sharded]
+    steps: list[Values] = []
+    for number, shards in enumerate(sharded):
+        try:
+            steps.append(rank.train_step(rank.on_device(shards), loss, temperature))
+        except NonFiniteError as error:
+            anchors = [[_anchors_of(mb) for mb in shards]]
+            update = Abandoned(str(error), number, error.sequence, merge_values(steps) | measured, anchors)
+            raise UpdateAbandoned(update) from error
     return merge_values(steps) | measured
+
+
+def _anchors_of(mb: MicroBatch) -> AnchorStreams:
+    """What the ranks of the last pipeline stage have added to a shard, in host memory; nothing before that stage."""
+    streams = {"anchor_logp": mb.tokens.anchor_logp, "reference_logp": mb.tokens.reference_logp}
+    return {name: stream.cpu() for name, stream in streams.items() if stream is not None}
 
 
 def _anchored(
@@ -97,14 +114,25 @@ def _with_reference(rank: TrainerRank, shards: list[MicroBatch], temperature: fl
 
 
 def supervise(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
-    """One optimizer step of maximum likelihood on the unmasked labels; returns its statistics."""
+    """One optimizer step of maximum likelihood on the unmasked labels; returns its statistics.
+
+    Raises UpdateAbandoned on every rank for a loss, log-prob or gradient that is not finite.
+    """
 
     def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, Stats]:
-        sequences = mb.sequences
-        out = nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=sequences.cu_seqlens, weights=sequences.weights, scan=scan)
+        out = likelihood_loss(logp, mb, scan)
         return out.loss, out.stats
 
-    return rank.train_step(rank.place(batch), share, 1.0)
+    try:
+        return rank.train_step(rank.place(batch), share, 1.0)
+    except NonFiniteError as error:
+        raise UpdateAbandoned(Abandoned(str(error), 0, error.sequence, {}, [])) from error
+
+
+def likelihood_loss(logp: Tensor, mb: MicroBatch, scan: Scan) -> PolicyLoss:
+    """This rank's share of the supervised loss of one micro-batch."""
+    sequences = mb.sequences
+    return nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=sequences.cu_seqlens, weights=sequences.weights, scan=scan)
 
 
 def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> Tensor:
@@ -120,7 +148,25 @@ def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> 
 def policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig) -> tuple[Tensor, Stats]:
     """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: objective, correction, penalty."""
     tokens, sequences = mb.tokens, mb.sequences
-    out = recipe_loss(
+    out = objective_loss(logp, mb, scan, recipe=recipe, algorithm=algorithm)
+    if algorithm.reference is None:
+        return out.loss, out.stats
+    penalty = reference_penalty(
+        algorithm.reference.estimator,
+        logp=logp,
+        reference_logp=_present(tokens.reference_logp, "reference_logp"),
+        mask=tokens.mask,
+        cu_seqlens=sequences.cu_seqlens,
+        weights=sequences.weights,
+        scan=scan,
+    )
+    return out.loss + algorithm.reference.coeff * penalty.loss, out.stats | penalty.stats
+
+
+def objective_loss(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig) -> PolicyLoss:
+    """The same without the penalty, and token by token."""
+    tokens, sequences = mb.tokens, mb.sequences
+    return recipe_loss(
         recipe,
         logp=logp,
         old_logp=_present(tokens.anchor_logp, "anchor_logp"),
@@ -134,18 +180,6 @@ def policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, al
         support=support_of(mb, logp),
         scan=scan,
     )
-    if algorithm.reference is None:
-        return out.loss, out.stats
-    penalty = reference_penalty(
-        algorithm.reference.estimator,
-        logp=logp,
-        reference_logp=_present(tokens.reference_logp, "reference_logp"),
-        mask=tokens.mask,
-        cu_seqlens=sequences.cu_seqlens,
-        weights=sequences.weights,
-        scan=scan,
-    )
-    return out.loss + algorithm.reference.coeff * penalty.loss, out.stats | penalty.stats
 
 
 def support_of(mb: MicroBatch, logp: Tensor) -> Support | None:

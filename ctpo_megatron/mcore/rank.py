@@ -5,6 +5,7 @@ Every method is collective: all ranks of the trainer call it in the same order.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.models.tensors import hf_tensors
+from ctpo_megatron.models.tensors import EXPERT_BIAS, hf_tensors
 from ctpo_megatron.parallel.store import join_store, serve_store
 from ctpo_megatron.record.values import Max, Values, scalar
 
@@ -192,16 +193,29 @@ class TrainerRank:
         """One optimizer step on placed shards; see `step.LossFn`.
 
         Returns loss, grad_norm (before clipping; also as grad_norm_max), lr and the reduced statistics, the same on every rank.
-        Raises NonFiniteError on every rank, with weights unchanged, when the loss or the gradient is not finite.
+        Raises NonFiniteError on every rank when the loss or the gradient is not finite. Weights, moments and schedule are then as
+        they were, bit for bit, and so are random states: nothing here draws.
         """
         if self.optimizer is None or self.schedule is None:
             raise ConfigError("train_step on a trainer rank that was built without an optimizer.")
-        with megatron_region(self.device):
+        with megatron_region(self.device), self._unmoved_unless_applied():
             values = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
             raise_if_nonfinite(values)
             values.pop(NONFINITE, None)
             _require_finite("loss", scalar(values["loss"]))
             return values | self._optimizer_step(self.optimizer, self.schedule)
+
+    @contextlib.contextmanager
+    def _unmoved_unless_applied(self) -> Iterator[None]:
+        """Inside it, a NonFiniteError leaves the routers' balancing biases as they were: the backward pass itself moves them."""
+        biases = [buffer for model in self.models for name, buffer in model.named_buffers() if name.endswith(EXPERT_BIAS)]
+        before = [bias.clone() for bias in biases]
+        try:
+            yield
+        except NonFiniteError:
+            for bias, value in zip(biases, before, strict=True):
+                bias.copy_(value)
+            raise
 
     def _optimizer_step(self, optimizer: Any, schedule: Any) -> Values:
         """What ChainedOptimizer.step does, with the check between norm and update."""
@@ -263,6 +277,20 @@ class TrainerRank:
         self._moved = False
         if not background:
             self.settle()
+
+    def save_weights(self, directory: str | Path) -> None:
+        """Save the weights as they are, and nothing else, as a checkpoint that `begin_checkpoint` began.
+
+        The save in flight is settled first. Returns when it is verified and has its name.
+        """
+        from ctpo_megatron.mcore.checkpoint.checkpoint import save_checkpoint
+
+        if self._saver is None:
+            raise ConfigError("save_weights on a trainer rank that was built without an optimizer.")
+        self.settle()
+        with megatron_region(self.device):
+            save_checkpoint(directory, replace(self._trained(), optimizer=None, schedule=None), self._saver)
+        self.settle()
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Wait for the save in flight, if there is one, and raise what it failed with. Any thread may call it."""

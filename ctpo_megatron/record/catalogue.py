@@ -77,6 +77,12 @@ TRAIN = (
     Metric("train/grad_norm", "norm", "Norm of the gradient before it is clipped."),
     Metric("train/grad_norm_max", "norm", "The largest such norm of the optimizer steps.", MAX),
     Metric("train/lr", "rate", "Learning rate."),
+    Metric(
+        "train/skipped_steps",
+        "steps",
+        "Optimizer steps that were not made because a loss, log-prob or gradient was not finite, and those left out behind them.",
+        SUM,
+    ),
     Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
     Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote."),
     Metric("train/kl_old", "nats", "Estimate of the distance to the policy of the ratios: minus the log-ratio, per token."),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from ctpo_megatron.batch import MicroBatch, Replay
+from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, UpdateAbandoned
 from ctpo_megatron.cluster.environment import log_line, node_environment
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
@@ -115,8 +115,11 @@ class TrainerActor:
         self._free_memory()
         return rank.coords
 
-    def update(self, batches: list[list[MicroBatch]], replays: list[list[Replay | None]], version: int) -> Values:
-        """Statistics of `loop.protocols.Trainer.update`. `replays`: what this rank's routers see of each micro-batch's record."""
+    def update(self, batches: list[list[MicroBatch]], replays: list[list[Replay | None]], version: int) -> Values | Abandoned:
+        """Statistics of `loop.protocols.Trainer.update`, or why it was abandoned.
+
+        `replays`: what this rank's routers see of each micro-batch's record.
+        """
         from ctpo_megatron.mcore.policy import update_policy
 
         config = self.config
@@ -124,23 +127,30 @@ class TrainerActor:
             [replace(mb, replay=replay) for mb, replay in zip(micro_batches, own, strict=True)]
             for micro_batches, own in zip(batches, replays, strict=True)
         ]
-        stats = update_policy(
-            self._built.rank,
-            with_own,
-            algorithm=config.algorithm,
-            temperature=config.rollout.temperature,
-            drift=config.drift.bounds(config.model.dtype_on(config.cluster.device), mixture=self.shape.num_experts > 0),
-            version=version,
-            reference=self._built.reference,
-        )
+        found: Values | Abandoned
+        try:
+            found = update_policy(
+                self._built.rank,
+                with_own,
+                algorithm=config.algorithm,
+                temperature=config.rollout.temperature,
+                drift=config.drift.bounds(config.model.dtype_on(config.cluster.device), mixture=self.shape.num_experts > 0),
+                version=version,
+                reference=self._built.reference,
+            )
+        except UpdateAbandoned as error:  # as a value: every rank has its own part of it
+            found = error.update
         self._free_memory()
-        return stats
+        return found
 
-    def supervise(self, batch: list[MicroBatch]) -> Values:
-        """Statistics of `loop.protocols.Trainer.supervise`."""
+    def supervise(self, batch: list[MicroBatch]) -> Values | Abandoned:
+        """Statistics of `loop.protocols.Trainer.supervise`, or why it was abandoned."""
         from ctpo_megatron.mcore.policy import supervise
 
-        return supervise(self._built.rank, batch)
+        try:
+            return supervise(self._built.rank, batch)
+        except UpdateAbandoned as error:
+            return error.update
 
     def canary_logp(self, token_ids: list[int], experts: Experts | None) -> list[float]:
         """Log-probs of this rank's part of the padded prompt: `RankWeights.canary_logp`."""
@@ -172,6 +182,10 @@ class TrainerActor:
     def save(self, directory: str, background: bool) -> None:
         """Save this rank's part of a checkpoint: `loop.protocols.Trainer.save`."""
         self._built.rank.save(Path(directory), background=background)
+
+    def save_weights(self, directory: str) -> None:
+        """Save this rank's part of the weights: `loop.protocols.Trainer.save_weights`."""
+        self._built.rank.save_weights(Path(directory))
 
     def settle(self, timeout_s: float) -> None:
         """Wait for the save in flight: `loop.protocols.Trainer.settle`."""

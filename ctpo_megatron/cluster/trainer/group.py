@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 
-from ctpo_megatron.batch import MicroBatch, Replay, TrainBatch
+from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, TrainBatch, UpdateAbandoned
 from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.cluster.trainer.abandoned import join_abandoned
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import TrainerLost
 from ctpo_megatron.parallel import RankCoords
@@ -49,12 +50,14 @@ class TrainerGroup:
         shares = self._shares(lambda dp: [[without_replay(mb) for mb in batch.micro_batches[dp]] for batch in batches])
         own = [[replay_at(coords, batch.micro_batches[coords.dp_rank]) for batch in batches] for coords in self._coords]
         sent = zip(self.ranks, shares, own, strict=True)
-        return (await self._calls([rank.actor.update.remote(share, mine, version) for rank, share, mine in sent]))[0]
+        found = await self._calls([rank.actor.update.remote(share, mine, version) for rank, share, mine in sent])
+        return self._values(found, batches)
 
     async def supervise(self, batch: TrainBatch) -> Values:
         """The reduced statistics of one supervised step (`loop.protocols.Trainer.supervise`)."""
         shares = self._shares(batch.micro_batches.__getitem__)
-        return (await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)]))[0]
+        found = await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)])
+        return self._values(found, [batch])
 
     async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
         """Log-probs of tokens 1, 2, ... of the prompt at temperature 1, with the weights as they are.
@@ -81,6 +84,10 @@ class TrainerGroup:
         """Each rank saves its part of a checkpoint (`loop.protocols.Trainer.save`)."""
         await self._each("save", str(directory), background)
 
+    async def save_weights(self, directory: Path) -> None:
+        """The ranks save their weights alone together (`loop.protocols.Trainer.save_weights`)."""
+        await self._each("save_weights", str(directory))
+
     async def settle(self) -> None:
         """Wait for the save in flight, beside the other calls (`loop.protocols.Trainer.settle`)."""
         settle = [rank.actor.settle.options(concurrency_group="checkpoint") for rank in self.ranks]
@@ -93,6 +100,13 @@ class TrainerGroup:
     async def save_hf(self, directory: Path) -> None:
         """The ranks write the model in Hugging Face format together (`loop.protocols.Trainer.save_hf`)."""
         await self._each("save_hf", str(directory))
+
+    def _values(self, found: list[Values | Abandoned], batches: list[TrainBatch]) -> Values:
+        """What all ranks found alike. Raises UpdateAbandoned with the parts of all of them."""
+        abandoned = [each for each in found if isinstance(each, Abandoned)]
+        if abandoned:
+            raise UpdateAbandoned(join_abandoned(abandoned, self._coords, batches))
+        return next(each for each in found if not isinstance(each, Abandoned))
 
     def _shares(self, of_rank: Any) -> list[ray.ObjectRef]:
         """One object per data-parallel rank, shared by the ranks that work on the same data."""

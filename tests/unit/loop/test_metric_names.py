@@ -19,6 +19,7 @@ from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.loop.report import StepCost
 from ctpo_megatron.loop.sft import run_sft
+from ctpo_megatron.loop.skipping import SKIPPED
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
@@ -70,6 +71,7 @@ def trained() -> set[str]:
     )
     found |= {name: Mean(1.0) for name in (*means, "drift/mean")}
     by_position = np.ones(POSITION_BINS)
+    found[SKIPPED] = Sum(0.0)  # by Skipping.update
     found |= {"drift/from_token": Mean(by_position, by_position), "drift/max": Max(1.0), "grad_norm_max": Max(1.0)}
     return set(train_metrics(found))
 

@@ -1,0 +1,104 @@
+"""What several ranks saw of a step becomes one page: the same first place, whoever saw it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.data.dumps import StepDump
+from ctpo_megatron.errors import InputError
+from ctpo_megatron.jobs.replay import ReplayReport, batch_faults, prepare_replay
+from ctpo_megatron.jobs.replay_page import page
+from ctpo_megatron.mcore.replay.findings import (
+    Merged,
+    ModuleSeen,
+    Place,
+    RankFindings,
+    TensorSeen,
+    TokenTerms,
+    merge_findings,
+)
+from ctpo_megatron.types import TrainSample
+from tests.unit.data.test_dumps import ABOUT_IT
+
+LAYERS = 40
+SOUND = RankFindings(0.5, 2.0, [], [], [], [], [], 0, 1.0)
+
+
+def seen(module: str, order: tuple[int, int], place: Place | None = None, rank: int = 0, bad: int = 1) -> ModuleSeen:
+    return ModuleSeen(module, order, 1.5, bad, place, rank)
+
+
+def term(place: Place, **terms: float) -> TokenTerms:
+    names = ("logp", "anchor_logp", "rollout_logp", "log_ratio", "log_ratio_sum", "advantage", "weight", "loss", "gradient")
+    return TokenTerms(place, 1, 5, 6, **(dict.fromkeys(names, 0.5) | terms))
+
+
+def report_of(merged: Merged, **sample: Any) -> ReplayReport:
+    streams = {"input_ids": [1, 2], "labels": [2, 3], "mask": [False, True], "rollout_logp": [0.0, -1.0], "versions": [-1, 0]}
+    samples = [TrainSample(**(streams | {"advantages": [0.0, 1.0]} | sample))]
+    dump = StepDump(Path("run/dumps/step_00000007.2"), ABOUT_IT, samples, [1.0], 3, [])
+    return ReplayReport(dump, ParallelConfig(tp=2), "float32", batch_faults(dump), merged, None)
+
+
+def test_the_first_module_is_by_layer_and_the_first_token_by_sequence() -> None:
+    one = replace(SOUND, forward=[seen("decoder.layers.3.mlp", (3, 9), Place(0, 0)), seen("a", (2, 5), Place(7, 1))])
+    two = replace(SOUND, forward=[seen("a", (2, 5), Place(4, 8), rank=1), seen("decoder.layers.1", (1, 2), bad=0, rank=1)])
+    first = merge_findings([one, two], LAYERS, 8).forward
+    assert (first.module, first.layer, first.ranks, first.place) == ("a", 2, [0, 1], Place(4, 8))
+
+
+def test_the_next_module_tells_the_token_of_an_expert() -> None:
+    expert = "decoder.layers.2.mlp.experts.local_experts.3.linear_fc2"
+    part = replace(SOUND, forward=[seen(expert, (2, 7)), seen("decoder.layers.2.mlp", (2, 9), Place(5, 3))])
+    shown = page(report_of(merge_findings([part], LAYERS, 8)))
+    assert f"{expert}, rank 0, sequence 5, position 3 (as decoder.layers.2.mlp shows)" in shown
+
+
+def test_backward_begins_at_the_end() -> None:
+    backward = [seen("decoder.layers.1", (1, 4), Place(0, 0)), seen("decoder.layers.30.mlp", (30, 2), Place(2, 2))]
+    gradients = [TensorSeen("model.embed", 0, 1.0, 3, 0), TensorSeen("model.layers.30.up", 9, 2.0, 1, 1)]
+    part = replace(SOUND, grad_norm=math.nan, backward=backward, gradients=gradients)
+    report = report_of(merge_findings([part], LAYERS, 8))
+    assert report.verdict == "backward"
+    assert report.merged.backward.module == "decoder.layers.30.mlp"
+    assert "model.layers.30.up (rank 1), model.embed (rank 0)" in page(report)
+
+
+def test_verdicts_about_the_loss_and_the_norm() -> None:
+    assert report_of(merge_findings([SOUND], LAYERS, 8)).verdict == "finite"
+    assert report_of(merge_findings([replace(SOUND, grad_norm=math.inf)], LAYERS, 8)).verdict == "norm"
+    bad = replace(SOUND, loss=math.inf, tokens=[term(Place(3, 1), loss=math.inf)], bad_tokens=1)
+    report = report_of(merge_findings([SOUND, bad], LAYERS, 8))
+    assert report.verdict == "loss"
+    assert "in the loss: loss of sequence 3, position 1; the forward pass is finite" in page(report)
+    faulty = report_of(merge_findings([replace(bad, loss=math.nan)], LAYERS, 8), advantages=[0.0, math.nan])
+    assert faulty.verdict == "batch"
+    assert "in the batch: advantages of sequence 3, position 1: nan" in page(faulty)
+    content = faulty.content()
+    assert json.loads(json.dumps(content, allow_nan=False))["loss"] == "NaN"
+
+
+def test_many_layers_are_shown_around_the_first_fault() -> None:
+    part = replace(SOUND, forward=[seen("decoder.layers.37.mlp", (37, 1), Place(0, 0))])
+    shown = page(report_of(merge_findings([part], LAYERS, 8)))
+    assert "     37 " in shown
+    assert "     15 " not in shown
+    assert "(40 layers; --json has all)" in shown
+
+
+def test_what_cannot_be_replayed_is_refused_before_a_process_starts(tmp_path: Path) -> None:
+    for overrides, words in (
+        (["parallel.tpp=2"], "tpp"),
+        (["train.steps=2"], "train"),
+        ([], "there is no dump.json"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            prepare_replay(tmp_path, overrides)
+        assert caught.value.exit_code == 2
