@@ -20,13 +20,23 @@ from ctpo_megatron.slurm.allocation import allocation
 from ctpo_megatron.slurm.limits import raise_limits
 from ctpo_megatron.slurm.orders import Orders
 from ctpo_megatron.slurm.ray_node import JOIN_TIMEOUT_S, RayNode
-from ctpo_megatron.slurm.requeue import AGAIN, NO_STEP, STOPPED, Start, fruitless, newest_step, record_start, starts, what_next
+from ctpo_megatron.slurm.requeue import (
+    AGAIN,
+    NO_STEP,
+    STOPPED,
+    Start,
+    fruitless,
+    newest_step,
+    record_start,
+    starts,
+    stopped_by_file,
+    what_next,
+)
 
 POLL_S = 0.2
 DRIVER_ENDS_WITHIN_S = 120.0  # after Ray has: it is told after 63 s (Ray 2.60)
 DRIVER_STOPS_WITHIN_S = 30.0  # after SIGTERM
 TOLD_DIRECTLY_WITHIN_S = 1.0  # SLURM sends SIGTERM to all processes of a job; then the driver has had it already
-STOP_FILE = "STOP"  # in the run directory: somebody wants the end, not a pause
 ERROR_FILE = "logs/error.log"  # in the run directory: why a driver failed
 MEMBERS = "ctpo_megatron.cluster.members"  # run as a program: this package does without ray
 
@@ -34,12 +44,11 @@ MEMBERS = "ctpo_megatron.cluster.members"  # run as a program: this package does
 class Head:
     """Starts the driver once all nodes have joined, and passes on what the batch script says."""
 
-    def __init__(self, address: str, hosts: list[str], run_dir: Path, words: list[str]) -> None:
-        self._address, self._hosts, self._run_dir, self._words = address, hosts, run_dir, words
+    def __init__(self, address: str, hosts: list[str], words: list[str]) -> None:
+        self._address, self._hosts, self._words = address, hosts, words
         self._orders = Orders()
         self._terminated = False
         self._lost = False  # Ray, here or on all other nodes
-        self.stop_file_seen = False
         signal.signal(signal.SIGTERM, self._note_term)
 
     def run(self) -> tuple[int, bool]:
@@ -82,7 +91,6 @@ class Head:
         kill_at: float | None = None  # when waiting for its own end is given up
         while driver.poll() is None:
             order = self._orders.next(POLL_S)
-            self.stop_file_seen |= (self._run_dir / STOP_FILE).exists()
             if order == "USR1":
                 driver.send_signal(signal.SIGUSR1)
             elif order == "TERM":
@@ -109,13 +117,12 @@ class Head:
             driver.terminate()
 
 
-def driver_words(run_dir: Path, config: str, overrides: list[str], address: str) -> list[str]:
+def driver_words(config: str, overrides: list[str], address: str) -> list[str]:
     """Returns the command that trains, and goes on where it has been. The only place that says how a run goes on."""
-    resume = ["--resume"] if newest_step(run_dir) != NO_STEP else []
-    return ["ctpo", "train", config, *overrides, f"cluster.address={address}", *resume]
+    return ["ctpo", "train", config, *overrides, f"cluster.address={address}", "--resume", "auto"]
 
 
-def outcome(head: Head, run_dir: Path, begun: float, code: int, lost: bool, limit: int) -> int:
+def outcome(run_dir: Path, begun: float, code: int, lost: bool, limit: int) -> int:
     """Returns the exit code of this process, from that of the driver, and says what is not the driver's own."""
     error = run_dir / ERROR_FILE
     next_ = what_next(code, told=error.is_file() and error.stat().st_mtime >= begun, ray_lost=lost)
@@ -123,8 +130,8 @@ def outcome(head: Head, run_dir: Path, begun: float, code: int, lost: bool, limi
         print(f"The driver ended with {_named(code)}" + (", Ray before it" if lost else "") + ".", file=sys.stderr)
         return AGAIN
     if next_ == "stopped":
-        if head.stop_file_seen:
-            print(f"Stopped by {run_dir / STOP_FILE}; the job is not requeued.", file=sys.stderr)
+        if stopped_by_file(run_dir):
+            print("The job is not requeued: somebody wanted the end.", file=sys.stderr)
             return 0
         step = newest_step(run_dir)
         in_vain = fruitless(starts(run_dir), step)
@@ -154,10 +161,10 @@ def main() -> int:
         if job is not None:
             record_start(run_dir, Start(job.job_id, job.restarts, round(begun, 3), newest_step(run_dir)))
         raise_limits()
-        words = driver_words(run_dir, given.config, given.overrides, given.address)
-        head = Head(given.address, given.hosts.split(","), run_dir, words)
+        words = driver_words(given.config, given.overrides, given.address)
+        head = Head(given.address, given.hosts.split(","), words)
         code, lost = head.run()
-        return outcome(head, run_dir, begun, code, lost, given.starts)
+        return outcome(run_dir, begun, code, lost, given.starts)
     except CtpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

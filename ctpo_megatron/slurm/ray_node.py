@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ctpo_megatron.errors import CtpoError
+from ctpo_megatron.ports import free_port
 
 JOIN_TIMEOUT_S = 300.0  # for the first node to answer
 END_TIMEOUT_S = 15.0  # after SIGTERM
@@ -93,11 +94,12 @@ class RayNode:
         """Returns the arguments of `ray start`: what this job was given here, and no listener that it does not need."""
         host, _, port = self._head.rpartition(":")
         words = [f"--node-ip-address={self._mine}", f"--temp-dir={self._scratch}", "--disable-usage-stats"]
-        words += ["--ray-client-server-port=0", "--min-worker-port=0", "--max-worker-port=0"]
-        words += _resources(os.environ)
+        words += ["--min-worker-port=0", "--max-worker-port=0", *_resources(os.environ)]  # ports that the system chooses
         if not self._is_head:
             return [f"--address={host}:{port}", *words]
-        return ["--head", f"--port={port}", "--include-dashboard=false", *words]
+        # Ray Client, which nothing here uses, cannot be left out (Ray 2.60); its usual port may be another Ray's
+        client = f"--ray-client-server-port={free_port(self._mine)}"
+        return ["--head", f"--port={port}", "--include-dashboard=false", client, *words]
 
     def _wait_until_started(self) -> None:
         deadline = time.monotonic() + JOIN_TIMEOUT_S

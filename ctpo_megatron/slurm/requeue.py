@@ -14,6 +14,7 @@ from typing import Literal
 from ctpo_megatron.checkpoints.files import step_of, verified_checkpoints
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.files import GrowingFile, drop_half_line
+from ctpo_megatron.record.run_events import RunStopped
 
 STOPPED = 75  # of a driver that stopped in order: the same command goes on; of a job's step: requeue the job
 AGAIN = 76  # of a job's step: its driver died without a word, so start the step again
@@ -63,6 +64,17 @@ def starts(run_dir: Path) -> list[Start]:
     return found
 
 
+def stopped_by_file(run_dir: Path) -> bool:
+    """Returns whether the last stop in order was asked for by a file in the run directory: an end, not a pause."""
+    events = run_dir / "events.jsonl"
+    lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
+    for line in reversed(lines):
+        if f'"{RunStopped.name}"' in line:
+            found = json.loads(line)
+            return found["event"] == RunStopped.name and str(found["reason"]).startswith("the file ")
+    return False
+
+
 def fruitless(known: list[Start], step: int) -> int:
     """Returns how many starts in a row, up to the last, began with the newest checkpoint that there is now: that of `step`."""
     count = 0
@@ -83,6 +95,7 @@ def what_next(code: int, *, told: bool, ray_lost: bool) -> Next:
     if code == STOPPED:
         return "stopped"
     died = code < 0 or (code > 128 and code not in _ENDED_BY_SIGNAL)
-    if died or (code == 1 and (ray_lost or not told)):
+    # a driver that begins anew because Ray was lost finds none at the address that it was given, and ends with 2
+    if died or (code == 1 and not told) or (code in (1, 2) and ray_lost):
         return "again"
     return "failed"

@@ -20,7 +20,7 @@ TOPIC = "GPUs"
 def gpus(expected: int | None) -> list[Finding]:
     """Returns the count, compared with what SLURM gave this job here, and each GPU that should not be used."""
     try:
-        import pynvml
+        import pynvml  # type: ignore[import-untyped]  # it has no types, and is of use only where GPUs are
 
         pynvml.nvmlInit()
     except Exception as error:  # noqa: BLE001 - no library, no driver: the package has a class for each

@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctpo_megatron.slurm.requeue import NO_STEP, STARTS_FILE, Start, fruitless, newest_step, record_start, starts, what_next
+from ctpo_megatron.record.events import EventLog, RunReady
+from ctpo_megatron.record.run_events import RunStopped
+from ctpo_megatron.slurm.requeue import (
+    NO_STEP,
+    STARTS_FILE,
+    Start,
+    fruitless,
+    newest_step,
+    record_start,
+    starts,
+    stopped_by_file,
+    what_next,
+)
 
 
 def start(step: int, restarts: int = 0) -> Start:
@@ -35,6 +47,17 @@ def test_starts_are_kept_over_processes_and_a_torn_line_is_not_one(tmp_path: Pat
     assert all(json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines())
 
 
+def test_a_stop_by_file_is_an_end(tmp_path: Path) -> None:
+    assert not stopped_by_file(tmp_path)
+    events = EventLog(tmp_path / "events.jsonl")
+    events(RunStopped("the file /r/STOP", 3))
+    assert stopped_by_file(tmp_path)
+    events(RunStopped("SIGUSR1", 4))
+    events(RunReady(1.0))
+    events.close()
+    assert not stopped_by_file(tmp_path)
+
+
 def test_a_checkpoint_that_does_not_count_is_no_progress(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000003").mkdir(parents=True)  # without a manifest
     assert newest_step(tmp_path) == NO_STEP
@@ -53,6 +76,7 @@ def test_a_checkpoint_that_does_not_count_is_no_progress(tmp_path: Path) -> None
         (1, True, False, "failed"),
         (1, True, True, "again"),
         (2, False, False, "failed"),
+        (2, False, True, "again"),  # the driver began anew, and found no Ray
         (130, False, False, "failed"),
         (143, False, False, "failed"),
     ],

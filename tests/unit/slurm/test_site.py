@@ -22,7 +22,10 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("partitoin: gpu", r"site.yaml: partitoin: unknown key. Did you mean 'partition'\? Allowed in the top level: partition, "),
+        (
+            "partitoin: gpu",
+            r"site.yaml: partitoin: unknown key. Did you mean 'partition'\? Allowed in the top level: partition, ",
+        ),
         ("container: {mounts: []}", "container.image: missing; it must be given. As `srun --container-image` takes it"),
         ("time: 24:00:00", "time: 86400 is a number; write the time in quotes"),
         ("time: soon", "time: 'soon' is no time limit; write it as sbatch takes it, like 24:00:00"),
