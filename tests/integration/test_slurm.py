@@ -116,7 +116,7 @@ def test_a_run_spreads_over_two_nodes_beside_a_strangers_ray(slurm: SlurmCluster
 
 
 def test_a_job_is_requeued_until_its_starts_bring_nothing(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
-    """USR1 to the batch script reaches the driver as SIGUSR1; it ends with 75. The second start ends so too, with no checkpoint."""
+    """USR1 to the batch script reaches the driver, which ends with 75. The second start ends so too, with no checkpoint."""
     path = stand_in(tmp_path, ["wait", "75"])
     words, run_dir = [*inputs, f"run_dir={tmp_path / 'run'}"], tmp_path / "run"
     job_id = submit(slurm, tmp_path, words, {"preflight": False, "starts": 2}, nodes=1, path=path)
@@ -125,7 +125,7 @@ def test_a_job_is_requeued_until_its_starts_bring_nothing(slurm: SlurmCluster, i
     slurm.until(lambda: slurm.job(job_id)["Restarts"] == "1", "the requeue")
     job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "1"), output
-    assert output.index("asked to stop") < output.index(f"job {job_id} is requeued") < output.index("start: 75"), output
+    assert output.index("asked to stop") < output.index(f"to requeue job {job_id}") < output.index("start: 75"), output
     assert "the run has started 2 times and no checkpoint came of them" in output
     starts = [json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines()]
     assert [(each["job_id"], each["restarts"], each["step"]) for each in starts] == [(job_id, 0, -1), (job_id, 1, -1)]

@@ -68,7 +68,8 @@ def test_every_option_of_a_site_has_its_place() -> None:
             "partition": "p", "account": "a", "qos": "q", "constraint": "c", "reservation": "r", "time": "2-00:00:00",
             "gpus_per_node": 4, "signal_lead": 900, "requeue": False, "starts": 5, "preflight": False, "exclusive": False,
             "mail_user": "me@here", "mail_type": "END", "modules": ["cuda/13"], "environment": ["export NCCL_IB_HCA=mlx5"],
-            "container": {"image": "/images/a.sqsh", "mounts": ["/a:/a", "/b:/b"], "workdir": "/a"}, "sbatch": ["#SBATCH --licenses=x"],
+            "container": {"image": "/images/a.sqsh", "mounts": ["/a:/a", "/b:/b"], "workdir": "/a"},
+            "sbatch": ["#SBATCH --licenses=x"],
         }
     )  # fmt: skip
     assert all(getattr(site, name) != getattr(Site(), name) for name in Site.model_fields)
