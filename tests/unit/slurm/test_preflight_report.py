@@ -60,7 +60,7 @@ def test_a_report_survives_its_way_as_json() -> None:
 
 def test_an_import_that_fails_or_hangs_is_a_finding_with_its_reason() -> None:
     imports = local.Imports({"broken": "raise RuntimeError('no such kernel')", "slow": "import time; time.sleep(60)", "fine": ""})
-    found = {each.topic: each for each in imports.findings(3.0)}
+    found = {each.topic: each for each in imports.findings(2.0)}
     assert found["import broken"].meaning == "RuntimeError: no such kernel"
     assert (found["import slow"].state, found["import fine"].state) == ("bad", "ok")
 
