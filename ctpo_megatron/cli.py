@@ -248,8 +248,6 @@ def preflight(
     hosts: Annotated[str, typer.Option(hidden=True, help="the nodes' names")] = "",
 ) -> None:
     """Whether the nodes of this job can start a run; outside of a job, this machine. Exit code 2 names what is in the way."""
-    import os
-
     from ctpo_megatron.config.load import load_config
     from ctpo_megatron.jobs.preflight import preflight_by_hand, preflight_task, this_machine
     from ctpo_megatron.slurm.allocation import allocation

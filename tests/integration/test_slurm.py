@@ -32,13 +32,12 @@ STAND_IN = """#!/bin/bash
 read -r move < MOVES && sed -i 1d MOVES
 echo "start: $move, cluster $(echo "$@" | grep -o 'cluster.address=.*')"
 case $move in
-wait) trap 'echo "asked to stop"; exit 75' USR1; while :; do sleep 0.1; done ;;
 die) kill -KILL $$ ;;
 *) exit "$move" ;;
 esac
 """
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +82,9 @@ def left_on_nodes(job_id: int) -> list[str]:
     return [str(path) for pattern in ("ray", "ctpo") for path in Path("/tmp").glob(f"{pattern}-{job_id}-*")]
 
 
-def test_a_run_spreads_over_two_nodes_beside_a_strangers_ray(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
+def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_beside_a_strangers_ray(
+    slurm: SlurmCluster, inputs: list[str], tmp_path: Path
+) -> None:
     """One CPU on each node: the trainer's rank and the server end up on different ones. Preflight looks at both before."""
     other = ["start", "--head", "--block", "--port=6379", "--num-cpus=1", "--include-dashboard=false"]
     temp = tempfile.mkdtemp(prefix="stranger-", dir="/tmp")  # short, since Unix sockets live below it
@@ -92,14 +93,20 @@ def test_a_run_spreads_over_two_nodes_beside_a_strangers_ray(slurm: SlurmCluster
     try:
         slurm.until(lambda: "Ray runtime started" in (tmp_path / "stranger.log").read_text(), "the stranger's Ray")
         run_dir = tmp_path / "run"
-        words = [*inputs, f"run_dir={run_dir}", "train.steps=1", "train.prompts_per_step=4", "train.optimizer_steps=1"]
+        words = [*inputs, f"run_dir={run_dir}", "train.steps=6", "train.prompts_per_step=4", "train.optimizer_steps=1"]
         job_id = submit(slurm, tmp_path, [*words, "rollout.group_size=2", "eval.prompts=4"], {}, nodes=2)
+        slurm.until(lambda: "ready after" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
+        slurm.command("scancel", "--batch", "--signal=USR1", str(job_id))
+        slurm.until(lambda: slurm.job(job_id)["Restarts"] == "1", "the requeue", JOB_TIMEOUT_S)
         job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
         logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*"))
-        assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output + logs
-        assert "All 2 nodes can start." in output
-        assert re.search(r"all-reduce +all +.* GB/s by gloo, 16 MiB, 2 nodes|all-reduce +n1 +.* GB/s by gloo", output), output
-        assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 1
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), output + logs
+        assert output.count("All 2 nodes can start.") == 2
+        assert re.search(r"all-reduce .* GB/s by gloo, 16 MiB, 2 nodes", output), output
+        assert output.index("SIGUSR1: stopping in order") < output.index(f"to requeue job {job_id}"), output
+        events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+        assert [each for each in events if each in ("ready", "stopped", "done")] == ["ready", "stopped", "ready", "done"]
+        assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 6
         # the server's log holds its own address and that of the trainer it receives weights from
         heard = set(re.findall(r"198\.18\.\d+\.\d+", (run_dir / "logs" / "server_0.log").read_text()))
         assert heard == set(slurm.addresses.values())
@@ -115,37 +122,24 @@ def test_a_run_spreads_over_two_nodes_beside_a_strangers_ray(slurm: SlurmCluster
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def test_a_job_is_requeued_until_its_starts_bring_nothing(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
-    """USR1 to the batch script reaches the driver, which ends with 75. The second start ends so too, with no checkpoint."""
-    path = stand_in(tmp_path, ["wait", "75"])
-    words, run_dir = [*inputs, f"run_dir={tmp_path / 'run'}"], tmp_path / "run"
-    job_id = submit(slurm, tmp_path, words, {"preflight": False, "starts": 2}, nodes=1, path=path)
-    slurm.until(lambda: "start: wait" in job_output(tmp_path, job_id), "the driver")
-    slurm.command("scancel", "--batch", "--signal=USR1", str(job_id))
-    slurm.until(lambda: slurm.job(job_id)["Restarts"] == "1", "the requeue")
-    job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "1"), output
-    assert output.index("asked to stop") < output.index(f"to requeue job {job_id}") < output.index("start: 75"), output
-    assert "the run has started 2 times and no checkpoint came of them" in output
-    starts = [json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines()]
-    assert [(each["job_id"], each["restarts"], each["step"]) for each in starts] == [(job_id, 0, -1), (job_id, 1, -1)]
-    assert left_on_nodes(job_id) == []
-
-
-def test_a_job_that_may_not_be_requeued_is_followed_by_another(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
-    """The one that follows has a driver that is killed: it is started again, once, with a new Ray."""
-    path = stand_in(tmp_path, ["75", "die", "0"])
-    words = [*inputs, f"run_dir={tmp_path / 'run'}"]
-    job_id = submit(slurm, tmp_path, words, {"preflight": False, "requeue": False}, nodes=2, path=path)
-    first = slurm.wait(job_id, JOB_TIMEOUT_S)
-    output = job_output(tmp_path, job_id)
+def test_where_requeue_is_forbidden_jobs_follow_each_other_until_it_is_in_vain(
+    slurm: SlurmCluster, inputs: list[str], tmp_path: Path
+) -> None:
+    """A driver that is killed is started again once, with a new Ray; three starts without a checkpoint are enough."""
+    path, run_dir = stand_in(tmp_path, ["die", "75", "75"]), tmp_path / "run"
+    site = {"preflight": False, "requeue": False, "starts": 3}
+    job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], site, nodes=2, path=path)
+    first, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
     assert first["ExitCode"] == "75:0", output
+    assert output.index("start: die") < output.index("The driver ended with SIGKILL") < output.index("start: 75"), output
     found = re.search(r"Job (\d+) goes on", output)
     assert found, output
     second = slurm.wait(int(found[1]), JOB_TIMEOUT_S)
     output = job_output(tmp_path, int(found[1]))
-    assert (second["JobState"], second["ExitCode"]) == ("COMPLETED", "0:0"), output
-    assert output.index("start: die") < output.index("The driver ended with SIGKILL") < output.index("start: 0"), output
+    assert (second["JobState"], second["ExitCode"]) == ("FAILED", "1:0"), output
+    assert "the run has started 3 times and no checkpoint came of them" in output
+    starts = [json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines()]
+    assert [(each["job_id"], each["step"]) for each in starts] == [(job_id, -1), (job_id, -1), (int(found[1]), -1)]
     assert left_on_nodes(job_id) == left_on_nodes(int(found[1])) == []
 
 
