@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -143,14 +144,15 @@ def test_where_requeue_is_forbidden_jobs_follow_each_other_until_it_is_in_vain(
     assert left_on_nodes(job_id) == left_on_nodes(int(found[1])) == []
 
 
-def test_preflight_refuses_and_names_the_node(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
-    """A model that no node sees; no Ray is started, and the job's exit code says: input."""
-    words = [*inputs, "model.path=/nowhere/model", f"run_dir={tmp_path / 'run'}"]
-    job_id = submit(slurm, tmp_path, words, {}, nodes=2)
+def test_preflight_by_hand_refuses_and_names_the_nodes(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
+    """A model that no node sees. `ctpo preflight` in an allocation starts its parts on all nodes by itself."""
+    words = [str(CONFIG), *inputs, "model.path=/nowhere/model", f"run_dir={tmp_path / 'run'}"]
+    command = shlex.join([sys.executable, "-m", "ctpo_megatron.cli", "preflight", *words])
+    job_id = slurm.submit("--nodes=2", "--exclusive", f"--output={tmp_path}/slurm-%j.out", f"--wrap={command}")
     job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
     assert job["ExitCode"] == "2:0", output
     assert "The run cannot start. n1: model and data; n2: model and data." in output
-    assert not (tmp_path / "run" / STARTS_FILE).exists()
+    assert "/nowhere/model" in output
 
 
 def test_a_wrong_configuration_ends_the_job_before_ray_starts(slurm: SlurmCluster, tmp_path: Path) -> None:
