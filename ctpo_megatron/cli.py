@@ -29,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 DEBUG = "--debug"
 RESUME = "--resume"
+SITE_FILE = Path(typer.get_app_dir("ctpo")) / "site.yaml"  # what this user's cluster wants of every job
 ERROR_FILE = "error.log"  # in RUN_DIR/logs: the traceback of what ended the run
 
 
@@ -213,22 +214,75 @@ def doctor() -> None:
 def slurm(
     config: Config,
     overrides: Overrides = None,
+    submit: Annotated[bool, typer.Option("--submit", help="send it to SLURM, and say the job's id")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show job file, resolved configuration and plan")] = False,
+    site: Annotated[
+        Path | None,
+        typer.Option(help=f"YAML file of the site's options; default: {SITE_FILE}", callback=_at_home),
+    ] = None,
     nodes: Annotated[int | None, typer.Option(help="default: as many as the configuration needs")] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="of the partition's nodes")] = 8,
-    time: Annotated[str, typer.Option(help="limit, as sbatch takes it")] = "24:00:00",
+    gpus_per_node: Annotated[int | None, typer.Option(help="of the partition's nodes; default: 8")] = None,
+    time: Annotated[str | None, typer.Option(help="limit, as sbatch takes it; 24:00:00")] = None,
     partition: Annotated[str | None, typer.Option(help="default: the cluster's")] = None,
     account: Annotated[str | None, typer.Option(help="default: yours")] = None,
+    qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
+    reservation: Annotated[str | None, typer.Option(help="name of one")] = None,
+    constraint: Annotated[str | None, typer.Option(help="features of the nodes")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="any other of the site's options: key=value, like signal_lead=900")
+    ] = None,
 ) -> None:
-    """Print a job file for SLURM that runs `ctpo train` on this configuration."""
-    from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
+    """Print a job file for SLURM that runs `ctpo train` on this configuration, requeues it and goes on; or submit it."""
     from ctpo_megatron.config.load import load_config
-    from ctpo_megatron.jobs.topology import topology_of
+    from ctpo_megatron.config.sources import read_overrides
+    from ctpo_megatron.jobs import slurm as job
+    from ctpo_megatron.slurm.site import read_site
 
-    words = overrides or []
-    options = SlurmOptions(nodes, gpus_per_node, time, partition, account)
-    launch = Path(__file__).resolve().parents[1] / "launch"
-    loaded = load_config(config, words)
-    print(render_sbatch(loaded.name, topology_of(loaded), config, words, options, launch), end="")
+    if submit and dry_run:
+        raise ConfigError("--submit sends the job, --dry-run does not; give one of them")
+    named = {"gpus_per_node": gpus_per_node, "time": time, "partition": partition, "account": account}
+    named |= {"qos": qos, "reservation": reservation, "constraint": constraint}
+    given = read_overrides(option or []).values | {key: value for key, value in named.items() if value is not None}
+    source = site or (SITE_FILE if SITE_FILE.is_file() else None)
+    options, loaded, words = read_site(source, given), load_config(config, overrides or []), overrides or []
+    job.say_site(source, SITE_FILE)
+    text = job.job_text(loaded, config, words, nodes, options, source)
+    if dry_run:
+        job.dry_run(loaded, config, text, options)
+    elif submit:
+        print(f"submitted: job {job.submit(text)}; `squeue -j` and slurm-<id>.out in this directory tell how it goes")
+    else:
+        print(text, end="")
+
+
+@app.command()
+def preflight(
+    config: Config,
+    overrides: Overrides = None,
+    task: Annotated[bool, typer.Option("--task", hidden=True, help="this is one node's part, started by srun")] = False,
+    meet: Annotated[str, typer.Option(hidden=True, help="HOST:PORT where the nodes' parts meet")] = "",
+    ray: Annotated[str, typer.Option(hidden=True, help="HOST:PORT where Ray is going to listen")] = "",
+    hosts: Annotated[str, typer.Option(hidden=True, help="the nodes' names")] = "",
+) -> None:
+    """Whether the nodes of this job can start a run; outside of a job, this machine. Exit code 2 names what is in the way."""
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.jobs.preflight import preflight_by_hand, preflight_task, this_machine
+    from ctpo_megatron.slurm.allocation import allocation
+    from ctpo_megatron.slurm.preflight.task import Task
+
+    rank = int(os.environ.get("SLURM_PROCID", "0")) if task else 0
+    try:
+        loaded = load_config(config, overrides or [])
+    except ConfigError:
+        if rank == 0:
+            raise
+        raise typer.Exit(ConfigError.exit_code) from None  # the first node's part has said it
+    if task:
+        raise typer.Exit(preflight_task(loaded, Task(meet, ray, rank, hosts.split(","))))
+    job = allocation(os.environ)
+    if job is None:
+        raise typer.Exit(preflight_task(loaded, this_machine()))
+    raise typer.Exit(preflight_by_hand(job, [str(config), *(overrides or [])]))
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:

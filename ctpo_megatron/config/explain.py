@@ -38,9 +38,12 @@ BOUNDS = {
 }
 
 
-def explain(error: ValidationError, sources: list[Source], main: str) -> str:
-    """One line per mistake. `sources` are ordered from the weakest to the strongest; `main` is the file the user named."""
-    lines = dict.fromkeys(_line(details, sources, main) for details in error.errors())
+def explain(error: ValidationError, sources: list[Source], main: str, root: type[Section] = RunConfig) -> str:
+    """One line per mistake in the values of `root`.
+
+    `sources` are ordered from the weakest to the strongest; `main` is the file the user named.
+    """
+    lines = dict.fromkeys(_line(details, sources, main, root) for details in error.errors())
     return "\n".join(lines)
 
 
@@ -65,18 +68,18 @@ def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterato
             yield from dotted_keys(inner, f"{prefix}{name}.")
 
 
-def _line(details: ErrorDetails, sources: list[Source], main: str) -> str:
-    path, section = _walk(details["loc"])
+def _line(details: ErrorDetails, sources: list[Source], main: str, root: type[Section]) -> str:
+    path, section = _walk(details["loc"], root)
     where = next((source.name for source in reversed(sources) if path and source.holds(path)), main)
     key = ".".join(str(part) for part in path)
-    return f"{where}: {key}: {_what(details, path, section)}" if key else f"{where}: {_what(details, path, section)}"
+    return f"{where}: {key}: {_what(details, path, section, root)}" if key else f"{where}: {_what(details, path, section, root)}"
 
 
-def _walk(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], type[Section]]:
+def _walk(loc: tuple[int | str, ...], root: type[Section]) -> tuple[tuple[int | str, ...], type[Section]]:
     """The path as the user wrote it (pydantic adds the names of union members) and the section that holds its last key."""
-    section: type[Section] = RunConfig
+    section: type[Section] = root
     path: list[int | str] = []
-    options: list[type[Section]] = [RunConfig]
+    options: list[type[Section]] = [root]
     for part in loc:
         tags = {type_name(option): option for option in options}
         if len(options) > 1 and part in tags:
@@ -90,10 +93,10 @@ def _walk(loc: tuple[int | str, ...]) -> tuple[tuple[int | str, ...], type[Secti
     return tuple(path), section
 
 
-def _what(details: ErrorDetails, path: tuple[int | str, ...], section: type[Section]) -> str:
+def _what(details: ErrorDetails, path: tuple[int | str, ...], section: type[Section], root: type[Section]) -> str:
     kind, context, found = details["type"], details.get("ctx", {}), _show(details["input"])
     if kind == "extra_forbidden":
-        return _unknown_key(str(path[-1]), path[:-1], section)
+        return _unknown_key(str(path[-1]), path[:-1], section, root)
     if kind == "missing":
         return f"missing; it must be given.{_describe(section, str(path[-1]))}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -112,11 +115,11 @@ def _what(details: ErrorDetails, path: tuple[int | str, ...], section: type[Sect
     return f"found {found}; {details['msg']}."
 
 
-def _unknown_key(key: str, parents: tuple[int | str, ...], section: type[Section]) -> str:
+def _unknown_key(key: str, parents: tuple[int | str, ...], section: type[Section], root: type[Section]) -> str:
     allowed = list(section.model_fields)
     chosen = type_name(section)
     own = ".".join(map(str, (*parents, key)))
-    elsewhere = dict.fromkeys(dotted for dotted in dotted_keys() if dotted.rsplit(".", 1)[-1] == key)
+    elsewhere = dict.fromkeys(dotted for dotted in dotted_keys(root) if dotted.rsplit(".", 1)[-1] == key)
     if own in elsewhere:
         guess = f" It is an option of another type than {chosen!r}."
     else:

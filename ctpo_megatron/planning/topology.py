@@ -16,6 +16,20 @@ Bundle = dict[str, float]  # what Ray reserves together on one node: {"CPU": 1.0
 
 
 @dataclass(frozen=True, slots=True)
+class NodeCount:
+    """Nodes that hold ranks of the trainer, nodes that hold servers, and those of them that hold both."""
+
+    trainer: int
+    servers: int
+    both: int
+
+    @property
+    def all(self) -> int:
+        """Returns how many nodes there are together."""
+        return self.trainer + self.servers - self.both
+
+
+@dataclass(frozen=True, slots=True)
 class Topology:
     """Trainer ranks and servers of a run. Numbers that count GPUs are those of a run that is not on CPUs."""
 
@@ -59,7 +73,22 @@ class Topology:
 
     def nodes(self, gpus_per_node: int) -> int:
         """The fewest nodes that hold all GPUs."""
-        return -(-self.gpus // gpus_per_node)
+        return self.node_count(gpus_per_node).all
+
+    def node_count(self, gpus_per_node: int) -> NodeCount:
+        """Which the fewest nodes are: a server's part stays on one node, and ranks fill what servers leave free.
+
+        A part that is larger than a node is counted as if it could spread; `ctpo plan` and `ctpo slurm` refuse it.
+        """
+        if self.shares_gpus or not self.servers:
+            both = -(-self.ranks // gpus_per_node)
+            return NodeCount(trainer=both, servers=both if self.servers else 0, both=both if self.servers else 0)
+        part, parts = self.server_tp_per_node, self.servers * self.server_nodes
+        of_servers = -(-parts // (gpus_per_node // part)) if part <= gpus_per_node else parts * -(-part // gpus_per_node)
+        beside = min(self.ranks, of_servers * gpus_per_node - parts * part)
+        of_trainer = -(-(self.ranks - beside) // gpus_per_node)
+        both = 0 if not beside else min(of_servers, beside)
+        return NodeCount(trainer=of_trainer + both, servers=of_servers, both=both)
 
     @property
     def bundles(self) -> list[Bundle]:

@@ -1,17 +1,24 @@
-"""The job file under a real SLURM of two nodes, each with its own network and process list, and a real Ray across them."""
+"""Jobs under a real SLURM of two nodes, each with its own network and process list, and a real Ray across them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
-from ctpo_megatron.cluster.slurm import SlurmOptions, render_sbatch
-from ctpo_megatron.config.load import load_config
-from ctpo_megatron.jobs.topology import topology_of
+from ctpo_megatron.slurm.requeue import STARTS_FILE
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
 from tests.support.slurm_cluster import SlurmCluster, obstacle
@@ -19,8 +26,19 @@ from tests.support.slurm_cluster import SlurmCluster, obstacle
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 JOB_TIMEOUT_S = 240.0
+ON_CPUS = {"gpus_per_node": 0}
+# In place of `ctpo train`: what one start after the other is to do, a line of the file MOVES each. `ctpo` is all else.
+STAND_IN = """#!/bin/bash
+[ "$1" = train ] || exec CTPO "$@"
+read -r move < MOVES && sed -i 1d MOVES
+echo "start: $move, cluster $(echo "$@" | grep -o 'cluster.address=.*')"
+case $move in
+die) kill -KILL $$ ;;
+*) exit "$move" ;;
+esac
+"""
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -31,50 +49,129 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A toy model and its task, as words of the command line."""
+    directory = tmp_path_factory.mktemp("inputs")
+    task = make_toy_task(directory / "data", seed=1, train_rows=64, eval_rows=8, sft_rows=8)
+    model = make_toy_model(directory / "model", "qwen3", seed=1, init_std=0.2)
+    return [f"model.path={model}", f"data.train={task.train}", f"data.eval={task.eval}"]
+
+
+def submit(slurm: SlurmCluster, directory: Path, words: list[str], site: dict, *, nodes: int, path: str | None = None) -> int:
+    """The id of the job that `ctpo slurm --submit` makes, sent from `directory`, with the options of a site."""
+    file = directory / "site.yaml"
+    file.write_text(yaml.safe_dump({**ON_CPUS, **site}))
+    command = [sys.executable, "-m", "ctpo_megatron.cli", "slurm", str(CONFIG), *words, "--submit", f"--site={file}"]
+    env = slurm.environment | ({"PATH": path} if path else {})
+    done = subprocess.run(
+        [*command, f"--nodes={nodes}"], cwd=directory, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"site options: {file}" in done.stderr
+    found = re.search(r"submitted: job (\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1])
+
+
+def job_output(directory: Path, job_id: int) -> str:
+    file = directory / f"slurm-{job_id}.out"
+    return file.read_text(errors="replace") if file.is_file() else ""
+
+
 def left_on_nodes(job_id: int) -> list[str]:
-    return [str(path) for path in Path("/tmp").glob(f"ray-{job_id}-*")]
+    return [str(path) for pattern in ("ray", "ctpo") for path in Path("/tmp").glob(f"{pattern}-{job_id}-*")]
 
 
-def test_a_run_spreads_over_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """One CPU on each node: the trainer's rank and the server end up on different ones."""
-    task = make_toy_task(tmp_path / "data", seed=1, train_rows=64, eval_rows=8, sft_rows=8)
-    model = make_toy_model(tmp_path / "model", "qwen3", seed=1, init_std=0.2)
-    run_dir, output = tmp_path / "run", tmp_path / "job.out"
-    overrides = [f"run_dir={run_dir}", f"model.path={model}", f"data.train={task.train}", f"data.eval={task.eval}"]
-    overrides += ["train.steps=1", "train.prompts_per_step=4", "train.optimizer_steps=1", "rollout.group_size=2"]
-    overrides += ["eval.prompts=4"]
-    options = SlurmOptions(nodes=2, gpus_per_node=0)
-    run = load_config(CONFIG, overrides)
-    text = render_sbatch(run.name, topology_of(run), CONFIG, overrides, options, ROOT / "launch")
-    (tmp_path / "job.sbatch").write_text(text)
-    job_id = slurm.submit(f"--output={output}", str(tmp_path / "job.sbatch"))
-    job = slurm.wait(job_id, JOB_TIMEOUT_S)
-    logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*"))
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output.read_text() + logs
-    assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 1
-    # the server's log holds its own address and that of the trainer it receives weights from
-    assert set(re.findall(r"198\.18\.\d+\.\d+", (run_dir / "logs" / "server_0.log").read_text())) == set(slurm.addresses.values())
-    assert left_on_nodes(job_id) == []
+def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_beside_a_strangers_ray(
+    slurm: SlurmCluster, inputs: list[str], tmp_path: Path
+) -> None:
+    """One CPU on each node: the trainer's rank and the server end up on different ones. Preflight looks at both before."""
+    other = ["start", "--head", "--block", "--port=6379", "--num-cpus=1", "--include-dashboard=false"]
+    temp = tempfile.mkdtemp(prefix="stranger-", dir="/tmp")  # short, since Unix sockets live below it
+    ray = str(Path(sys.executable).parent / "ray")
+    stranger = slurm.start_on("n1", ray, *other, f"--temp-dir={temp}", log=tmp_path / "stranger.log")
+    try:
+        slurm.until(lambda: "Ray runtime started" in (tmp_path / "stranger.log").read_text(), "the stranger's Ray")
+        run_dir = tmp_path / "run"
+        words = [*inputs, f"run_dir={run_dir}", "train.steps=6", "train.prompts_per_step=4", "train.optimizer_steps=1"]
+        job_id = submit(slurm, tmp_path, [*words, "rollout.group_size=2", "eval.prompts=4"], {}, nodes=2)
+        slurm.until(lambda: "ready after" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
+        slurm.command("scancel", "--batch", "--signal=USR1", str(job_id))
+        slurm.until(lambda: slurm.job(job_id)["Restarts"] == "1", "the requeue", JOB_TIMEOUT_S)
+        job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
+        logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*"))
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), output + logs
+        assert output.count("All 2 nodes can start.") == 2
+        assert re.search(r"all-reduce .* GB/s by gloo, 16 MiB, 2 nodes", output), output
+        assert output.index("SIGUSR1: stopping in order") < output.index(f"to requeue job {job_id}"), output
+        events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
+        assert [each for each in events if each in ("ready", "stopped", "done")] == ["ready", "stopped", "ready", "done"]
+        assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 6
+        # the server's log holds its own address and that of the trainer it receives weights from
+        heard = set(re.findall(r"198\.18\.\d+\.\d+", (run_dir / "logs" / "server_0.log").read_text()))
+        assert heard == set(slurm.addresses.values())
+        assert left_on_nodes(job_id) == []
+        assert stranger.poll() is None, (tmp_path / "stranger.log").read_text()
+        names = [child.name() for child in psutil.Process(stranger.pid).children(recursive=True)]
+        assert {"raylet", "gcs_server"} <= set(names), names
+    finally:
+        for process in [*psutil.Process(stranger.pid).children(recursive=True), stranger]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        stranger.wait(timeout=30)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
-def test_the_exit_code_of_the_run_is_that_of_the_job(slurm: SlurmCluster, tmp_path: Path) -> None:
-    """A configuration that reads well but names a missing model: `ctpo train` itself refuses it, with Ray up on both nodes."""
-    output = tmp_path / "job.out"
-    job = submit(slurm, output, str(CONFIG), f"run_dir={tmp_path / 'run'}")
-    assert "Running command on head node" in output.read_text()
-    assert job["ExitCode"] == "2:0", output.read_text()
+def test_where_requeue_is_forbidden_jobs_follow_each_other_until_it_is_in_vain(
+    slurm: SlurmCluster, inputs: list[str], tmp_path: Path
+) -> None:
+    """A driver that is killed is started again once, with a new Ray; three starts without a checkpoint are enough."""
+    path, run_dir = stand_in(tmp_path, ["die", "75", "75"]), tmp_path / "run"
+    site = {"preflight": False, "requeue": False, "starts": 3}
+    job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], site, nodes=2, path=path)
+    first, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
+    assert first["ExitCode"] == "75:0", output
+    assert output.index("start: die") < output.index("The driver ended with SIGKILL") < output.index("start: 75"), output
+    found = re.search(r"Job (\d+) goes on", output)
+    assert found, output
+    second = slurm.wait(int(found[1]), JOB_TIMEOUT_S)
+    output = job_output(tmp_path, int(found[1]))
+    assert (second["JobState"], second["ExitCode"]) == ("FAILED", "1:0"), output
+    assert "the run has started 3 times and no checkpoint came of them" in output
+    starts = [json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines()]
+    assert [(each["job_id"], each["step"]) for each in starts] == [(job_id, -1), (job_id, -1), (int(found[1]), -1)]
+    assert left_on_nodes(job_id) == left_on_nodes(int(found[1])) == []
+
+
+def test_preflight_by_hand_refuses_and_names_the_nodes(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
+    """A model that no node sees. `ctpo preflight` in an allocation starts its parts on all nodes by itself."""
+    words = [str(CONFIG), *inputs, "model.path=/nowhere/model", f"run_dir={tmp_path / 'run'}"]
+    command = shlex.join([sys.executable, "-m", "ctpo_megatron.cli", "preflight", *words])
+    job_id = slurm.submit("--nodes=2", "--exclusive", f"--output={tmp_path}/slurm-%j.out", f"--wrap={command}")
+    job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
+    assert job["ExitCode"] == "2:0", output
+    assert "The run cannot start. n1: model and data; n2: model and data." in output
+    assert "/nowhere/model" in output
 
 
 def test_a_wrong_configuration_ends_the_job_before_ray_starts(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """Sent by hand: `ctpo slurm` would have refused it."""
     output = tmp_path / "job.out"
-    job = submit(slurm, output, str(CONFIG), "trian.steps=1")
+    script = [str(ROOT / "launch" / "ctpo.sbatch"), "--", str(CONFIG), "trian.steps=1"]
+    job_id = slurm.submit("--nodes=2", f"--chdir={ROOT}", f"--output={output}", f"--wrap=bash {' '.join(script)}")
+    job = slurm.wait(job_id, JOB_TIMEOUT_S)
     assert job["ExitCode"] == "2:0", output.read_text()
-    assert "Did you mean 'train'?" in output.read_text()
+    assert output.read_text().count("Did you mean 'train'?") == 1
     assert "Ray" not in output.read_text()
 
 
-def submit(slurm: SlurmCluster, output: Path, *words: str) -> dict[str, str]:
-    """The record of a two-node job of launch/ctpo.sbatch, once it has ended."""
-    script = str(ROOT / "launch" / "ctpo.sbatch")
-    job_id = slurm.submit("--nodes=2", f"--chdir={ROOT}", f"--output={output}", script, *words)
-    return dict(slurm.wait(job_id, JOB_TIMEOUT_S))
+def stand_in(directory: Path, moves: list[str]) -> str:
+    """A PATH on which `ctpo` is STAND_IN, which will make `moves`."""
+    place, python = directory / "bin", Path(sys.executable).parent
+    place.mkdir()
+    (directory / "moves").write_text("\n".join(moves) + "\n")
+    text = STAND_IN.replace("MOVES", str(directory / "moves")).replace("CTPO", str(python / "ctpo"))
+    (place / "ctpo").write_text(text)
+    (place / "ctpo").chmod(0o755)
+    return os.pathsep.join([str(place), str(python), os.environ["PATH"]])

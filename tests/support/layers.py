@@ -33,6 +33,7 @@ ORDER = {
     "planning": (2, 0),
     "weights": (3, 0),
     "cluster": (4, 0),
+    "slurm": (4, 0),
     "loop": (5, 0),
     "doctor": (6, 0),
     "jobs": (6, 0),

@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.support.slurm_hosts import SEARCH, Hosts, namespaces_refused
@@ -25,8 +25,14 @@ def obstacle() -> str | None:
     return f"not installed: {', '.join(missing)}" if missing else namespaces_refused()
 
 
+REQUEUE_DELAY_S = 15  # SLURM keeps a requeued job for as long as its credentials may be used: 120 s unless told otherwise
+
+
 class SlurmCluster:
-    """`with SlurmCluster(directory, nodes=2) as cluster: cluster.submit(...)`. `addresses` has that of each node."""
+    """`with SlurmCluster(directory, nodes=2) as cluster: cluster.submit(...)`. `addresses` has that of each node.
+
+    A job that is requeued waits REQUEUE_DELAY_S.
+    """
 
     def __init__(self, directory: Path, nodes: int = 2, cpus: int = 1) -> None:
         directory.mkdir()
@@ -87,6 +93,14 @@ class SlurmCluster:
         self._wait_for(self._all_idle, "the nodes to be idle again")
         return self.job(job_id)
 
+    def start_on(self, name: str, *words: str, log: Path) -> subprocess.Popen:
+        """Start a command on a node, outside of every job, as another of the user's shells would."""
+        return self._hosts.start(name, *words, log=log, env=dict(self.environment))
+
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Wait for `condition`. Raises TimeoutError."""
+        self._wait_for(condition, what, timeout_s)
+
     def _all_idle(self) -> bool:
         return self.command("sinfo", "--noheader", "--Node", "--format=%t", check=False).split() == ["idle"] * len(self.addresses)
 
@@ -131,7 +145,7 @@ class SlurmCluster:
             f"SlurmUser={user}",
             f"SlurmdUser={user}",
             "AuthType=auth/munge",
-            f"AuthInfo=socket={directory}/munge.socket",
+            f"AuthInfo=socket={directory}/munge.socket,cred_expire={REQUEUE_DELAY_S - 1}",
             "CryptoType=crypto/munge",
             f"StateSaveLocation={directory}/state",
             f"SlurmdSpoolDir={directory}/spool/%n",

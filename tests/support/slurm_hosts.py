@@ -7,6 +7,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
+
 SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 # The first process of a host: it names the host, then waits for its daemon and for every orphan, as an init does.
@@ -57,7 +59,7 @@ class Hosts:
         self._hosts_file = directory / "hosts"
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.addresses.items())]
         self._hosts_file.write_text("\n".join(lines) + "\n")
-        self._inits: list[subprocess.Popen] = []
+        self._inits: dict[str, subprocess.Popen] = {}
 
     def open(self) -> None:
         """Make the bridge and one network namespace per host, joined to it."""
@@ -82,12 +84,19 @@ class Hosts:
             # not `ip netns exec`, which hides /sys/fs/cgroup
             words = ["nsenter", f"--net=/run/netns/{self._space(name)}", *unshare, *init]
             booted = subprocess.Popen(words, stdout=output, stderr=output, env={**env, "PATH": SEARCH}, start_new_session=True)
-        self._inits.append(booted)
+        self._inits[name] = booted
         return booted
+
+    def start(self, name: str, *words: str, log: Path, env: dict[str, str]) -> subprocess.Popen:
+        """Start a command on a host that is up; it ends with the host."""
+        inside = psutil.Process(self._inits[name].pid).children()[0].pid
+        with log.open("wb") as output:
+            enter = ["nsenter", f"--target={inside}", "--net", "--mount", "--uts", "--pid", "--", *words]
+            return subprocess.Popen(enter, stdout=output, stderr=output, env=env, start_new_session=True)
 
     def close(self) -> None:
         """End every host and remove what open() made, as far as it came."""
-        for init in self._inits:
+        for init in self._inits.values():
             init.kill()
             init.wait()
         for name in self.addresses:

@@ -75,7 +75,7 @@ def test_allowed_imports_pass(tmp_path: Path) -> None:
 
 
 def test_light_commands_load_nothing_heavy() -> None:
-    modules = ["config.load", "record", "doctor", "cluster.slurm", "cluster.ray_token", "jobs.topology", "cli"]
+    modules = ["config.load", "record", "doctor", "slurm.render", "slurm.site", "cluster.ray_token", "jobs.topology", "cli"]
     code = f"import sys, json\nimport {', '.join(f'ctpo_megatron.{m}' for m in modules)}\n"
     code += f"print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -1,0 +1,40 @@
+"""A node that is not the first of its job: Ray, until the input of this process ends. `python -m ctpo_megatron.slurm.worker`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+
+from ctpo_megatron.errors import CtpoError
+from ctpo_megatron.slurm.limits import raise_limits
+from ctpo_megatron.slurm.orders import END, Orders
+from ctpo_megatron.slurm.ray_node import RayNode, my_address
+
+POLL_S = 0.5
+
+
+def main() -> int:
+    """Returns 0 when the end was asked for, 1 where Ray did not start or ended by itself."""
+    parser = argparse.ArgumentParser(prog="python -m ctpo_megatron.slurm.worker", description=__doc__)
+    parser.add_argument("--address", required=True, help="HOST:PORT of the first node's Ray")
+    head = parser.parse_args().address
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    raise_limits()
+    orders = Orders()
+    try:
+        with RayNode(head, my_address(head), is_head=False) as ray:
+            while not ray.ended:
+                if orders.next(POLL_S) == END:
+                    return 0
+            if orders.next(5.0) == END:  # the first node's Ray ended, and with it this one: that is how a run may end
+                return 0
+            print(f"error: Ray ended on this node, {my_address(head)}. It said:\n{ray.said()}", file=sys.stderr)
+            return 1
+    except CtpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
