@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -335,7 +336,8 @@ def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None
         if told(error)[1] == 1:
             with contextlib.suppress(OSError):  # no directory yet, or no room for more
                 file = Path(config.run_dir) / "logs" / ERROR_FILE
-                file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+                with file.open("a", encoding="utf-8") as log:  # behind those of earlier attempts
+                    log.write(f"{''.join(traceback.format_exception(error))}--- {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
         raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.record.events import Emit, Event, EventLog, RunDone, RunReady, RunResumed, print_sentence
+from ctpo_megatron.record.events import Emit, Event, RunDone, RunReady, RunResumed, print_sentence
+from ctpo_megatron.record.incarnation import IncarnationLog
 from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRestarted
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.tools import make_tool
@@ -67,9 +68,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = make_tool(config.rollout.tool)
-    events = EventLog(Path(config.run_dir) / "events.jsonl", [print_sentence])
-    journal: Journal | None = None
-    try:
+    with IncarnationLog(Path(config.run_dir), [print_sentence]) as events, ExitStack() as files:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
         prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
@@ -78,10 +77,13 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
             held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
         start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
+        events.begin(checkpoint=None if resumable is None else resumable.checkpoint, step=start.step)
         for event in read:
             events(event)
         inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
         journal = open_journal(config, run_dir, start.step, events, keep=resume != "no")
+        if journal is not None:
+            files.callback(journal.close)
         async with (
             Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
             open_rollouts(runtime, model.chat, tool, journal) as rollouts,
@@ -91,13 +93,9 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
             if config.checkpoint.export:
                 await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
                 model.chat.save(run_dir / "model")
-        summary = _summary(config, loop, time.monotonic() - begun)
+        summary = _summary(config, loop, time.monotonic() - begun) | {"goodput": events.goodput(done=True).summary()}
         write_summary(run_dir, summary)
         events(RunDone(config.train.steps, summary["wall_s"], str(run_dir / "summary.json")))
-    finally:
-        if journal is not None:
-            journal.close()
-        events.close()
 
 
 class _Run:
@@ -195,7 +193,7 @@ class _Run:
             rollouts=self._rollouts.rollouter,
             trainer=runtime.trainer,
             publisher=publisher,
-            record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=start.step)),
+            record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=start.step, emit=emit)),
             checkpoints=checkpoints,
             first_step=start.step,
             samples=start.samples,

@@ -19,7 +19,7 @@ class RunRecord:
     def __init__(self, run_dir: Path, config: LogConfig, recorder: Recorder) -> None:
         self._recorder = recorder
         self._texts = config.rollouts_per_step
-        self._files = TrajectoryFiles(run_dir) if config.save_rollouts else None
+        self._files = TrajectoryFiles(run_dir, recorder.stale) if config.save_rollouts else None
 
     def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
         """Write down training step `step`, counted from 1."""

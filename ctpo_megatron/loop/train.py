@@ -34,7 +34,7 @@ from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
-from ctpo_megatron.record import PhaseTimer, progress
+from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
@@ -136,9 +136,9 @@ class TrainLoop:
     async def _step(self, step: int) -> None:
         if self.checkpoints is not None:
             self.checkpoints.check()
-        timer, begun = PhaseTimer(), time.monotonic()
+        timer, begun, tail = PhaseTimer(), time.monotonic(), TailTimer(self.config.train.prompts_per_step)
         with timer("rollout"):
-            groups = await self._take(step)
+            groups = await self._take(step, tail)
         with timer("batch"):
             batches = make_batches(groups, self.config, self.attention_weight)
         with timer("sleep"):
@@ -154,14 +154,15 @@ class TrainLoop:
         cost = StepCost.of(groups, timer.seconds, time.monotonic() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
-        self.emit(StepTrained(step + 1, cost.wall))
         if self._evaluation_due(step + 1):
-            await self._evaluate(step + 1)
+            with timer("evaluate"):
+                await self._evaluate(step + 1)
         asked = self.orders.take_save()
         if (asked or self._due(self.config.checkpoint.every, step)) and self.checkpoints is not None:
             with timer("checkpoint"):
                 await self._save(self._state_after(step))
             self.record.checkpoint(step + 1, timer.seconds["checkpoint"])
+        self.emit(StepTrained(step + 1, time.monotonic() - begun, timer.seconds, tail.seconds))
         self.admission.forget(step + 1)
         await self.buffer.published(step + 1)
 
@@ -199,10 +200,11 @@ class TrainLoop:
         position = self.admission.after(step)
         return RunState(step + 1, position.groups, position.cursor, dict(self.accuracies), self.samples)
 
-    async def _take(self, step: int) -> list[TrajectoryGroup]:
+    async def _take(self, step: int, tail: TailTimer) -> list[TrajectoryGroup]:
         """The groups of `step`; meanwhile the progress bar follows how many are in."""
         with progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
-            groups = await self._with_servers(self.buffer.take(step), lambda: show(self.buffer.finished(step)))
+            groups = await self._with_servers(self.buffer.take(step), lambda: show(tail(self.buffer.finished(step))))
+            tail.end()
             show(self.config.train.prompts_per_step)
         return groups
 

@@ -3,6 +3,6 @@
 from ctpo_megatron.record.files import write_summary
 from ctpo_megatron.record.progress import progress
 from ctpo_megatron.record.recorder import Recorder
-from ctpo_megatron.record.timer import PhaseTimer
+from ctpo_megatron.record.timer import PhaseTimer, TailTimer
 
-__all__ = ["PhaseTimer", "Recorder", "progress", "write_summary"]
+__all__ = ["PhaseTimer", "Recorder", "TailTimer", "progress", "write_summary"]

@@ -12,18 +12,19 @@ import numpy as np
 
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.catalogue import charts
+from ctpo_megatron.record.tfevents import cut_steps
 
 HISTOGRAM_BINS = 30
 
 
 class Board:
-    """One run's events. Points that earlier files in `directory` hold at `purge_step` or later are dropped by readers.
+    """One run's events. What earlier files in `directory` hold of `first_step` or later is cut out of them; `cut` says what.
 
     Events are written by the caller and can be read at once. tensorboardX's SummaryWriter has a thread that dies of a full disk,
     and whoever adds the eleventh event afterwards waits for ever; here StorageError is raised.
     """
 
-    def __init__(self, directory: Path, purge_step: int) -> None:
+    def __init__(self, directory: Path, first_step: int) -> None:
         from tensorboardX import summary  # it imports torch where that is installed; `ctpo doctor` has no time for it
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -33,9 +34,12 @@ class Board:
         with storing(self._path):
             directory.mkdir(parents=True, exist_ok=True)
             # the library names files by the second only, and readers take them in the order of their names
-            suffix = f".{len(list(directory.glob('events.*')))}"
+            self.cut = cut_steps(directory, first_step)
+            numbers = [int(path.suffix[1:]) for path in directory.glob("events.*") if path.suffix[1:].isdigit()]
+            suffix = f".{max(numbers, default=-1) + 1}"
             self._writer = EventsWriter(str(directory / "events"), suffix)
-        self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        # a TensorBoard that is open while the run resumes has read the old files, and drops their points where it sees this
+        self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         self._write(Event(summary=summary.custom_scalars(charts())))
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:

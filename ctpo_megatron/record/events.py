@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -57,9 +57,12 @@ class EventLog:
         self._file: GrowingFile | None = None
         self._readers = tuple(readers)
 
-    def __call__(self, event: Event) -> None:
-        """Tell the readers of `event` and write it down. Raises StorageError where the disk does not take it."""
-        line = {"time": round(time.time(), 3), "event": event.name, **jsonable(asdict(event))}
+    def __call__(self, event: Event, at: float | None = None) -> None:
+        """Tell the readers of `event` and write it down. Raises StorageError where the disk does not take it.
+
+        `at`: when it happened, seconds since 1970; None: now.
+        """
+        line = {"time": round(time.time() if at is None else at, 3), "event": event.name, **jsonable(asdict(event))}
         for reader in self._readers:  # first: they hear it also where the disk is full
             reader(event)
         if self._file is None:
@@ -165,12 +168,14 @@ class SettingsUnknown(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepTrained(Event):
-    """A training step is done and its weights are published. `step` counts from 1."""
+    """A training step is done: its weights are published, and it was evaluated and saved where that was due. It counts from 1."""
 
     name: ClassVar[str] = "step"
     console: ClassVar[bool] = False  # the recorder prints the numbers of a step
     step: int
-    seconds: float
+    seconds: float  # with its evaluation and the standing still for its checkpoint
+    phases: dict[str, float] = field(default_factory=dict)  # seconds by phase, in their order; what is missing lay between them
+    rollout_tail: float = 0.0  # seconds of the rollout after 80 % of the step's groups were in
 
     @property
     def sentence(self) -> str:

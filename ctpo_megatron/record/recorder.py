@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,10 @@ from rich.console import Console
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record.board import Board
 from ctpo_megatron.record.catalogue import require_known
+from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.record.files import MetricsFile
+from ctpo_megatron.record.story_events import BoardCut
+from ctpo_megatron.record.tfevents import Cut
 
 CONSOLE_KEYS = (
     "reward/mean",
@@ -28,16 +32,26 @@ class Recorder:
     """Writes under `run_dir`. `first_step` is how many training steps are already done: 0, or where a run is resumed.
 
     What an earlier attempt in the same directory wrote after that is dropped, in TensorBoard too, so that a run which was
-    stopped and resumed shows one curve.
+    stopped and resumed shows one curve. `stale`: the first step that is written anew.
     """
 
-    def __init__(self, run_dir: Path, config: LogConfig, *, first_step: int = 0, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LogConfig,
+        *,
+        first_step: int = 0,
+        console: Console | None = None,
+        emit: Emit = discard,
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        stale = first_step + 1 if first_step else 0  # a fresh run writes step 0, the policy before training
+        self.stale = stale = first_step + 1 if first_step else 0  # a fresh run writes step 0, the policy before training
         self._console = console or Console(highlight=False)
         self._every = config.every
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", stale)
         self._board = Board(run_dir / "tb", stale) if config.tensorboard else None
+        if self._board is not None and self._board.cut != Cut():
+            emit(BoardCut(stale, *astuple(self._board.cut)))
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of `step`, names like `reward/mean`; metrics.jsonl has them afterwards, and TensorBoard's file too.

@@ -23,3 +23,25 @@ class PhaseTimer:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
+
+
+TAIL_BEGINS = 0.8  # share of the parts that are in when the tail begins
+
+
+class TailTimer:
+    """How long the last fifth of `total` parts was waited for, as `seconds`: call it with how many are in, then `end` it."""
+
+    def __init__(self, total: int) -> None:
+        self._from = TAIL_BEGINS * total
+        self._begun: float | None = None
+        self.seconds = 0.0
+
+    def __call__(self, done: int) -> int:
+        """Note that `done` parts are in; returns it."""
+        if self._begun is None and done >= self._from:
+            self._begun = time.monotonic()
+        return done
+
+    def end(self) -> None:
+        """All parts are in."""
+        self.seconds = 0.0 if self._begun is None else time.monotonic() - self._begun

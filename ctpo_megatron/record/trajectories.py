@@ -14,10 +14,15 @@ from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup
 
 
 class TrajectoryFiles:
-    """The files RUN_DIR/rollouts/KIND_STEP.jsonl; a later attempt at a step replaces what an earlier one wrote."""
+    """The files RUN_DIR/rollouts/KIND_STEP.jsonl. Those of `first_step` or later, which an earlier attempt wrote, are deleted."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
         self._directory = run_dir / "rollouts"
+        for path in self._directory.glob("*_*.jsonl"):
+            number = path.stem.rpartition("_")[2]
+            if number.isdigit() and int(number) >= first_step:
+                with storing(path):
+                    path.unlink()
 
     def write(self, kind: str, step: int, groups: Iterable[TrajectoryGroup]) -> None:
         """Write all trajectories of `groups`. `kind` is `step` or `eval`, `step` the number of training steps by then.
