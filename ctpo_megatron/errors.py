@@ -98,6 +98,18 @@ class ProcessDied(CtpoError, RuntimeError):
     """A process of the run ended on its own; the message names it, its exit code and its log."""
 
 
+class ProcessHung(CtpoError, RuntimeError):
+    """A process of the run is stopped, or shows no progress past its deadline; the watch has ended it.
+
+    `processes`: the parts of the run that have to be started again, such as "trainer rank 1". The message says who waits for
+    whom, and where the report of the stall is.
+    """
+
+    def __init__(self, message: str, *, processes: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.processes = tuple(processes)
+
+
 def near_miss(name: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` when one of `allowed` is close to `name`, otherwise an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1)

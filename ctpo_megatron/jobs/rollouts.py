@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.rollout.counted import CountedReward, CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import ToolRunner
 from ctpo_megatron.rollout.rewards import MathReward
@@ -37,6 +38,8 @@ async def open_rollouts(runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner 
     )
     try:
         async with client:
-            yield OpenRollouts(Rollouter(ToolEnvironment(client, chat, tool, reward), rollout), client)
+            counted = None if tool is None else CountedTool(tool, runtime.depths)
+            environment = ToolEnvironment(client, chat, counted, CountedReward(reward, runtime.depths))
+            yield OpenRollouts(Rollouter(environment, rollout), client)
     finally:
         reward.close()

@@ -100,6 +100,7 @@ async def _prepare(runtime: Runtime, rollouts: OpenRollouts, inputs: _Inputs, em
         accuracies=start.accuracies,
         attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
         emit=emit,
+        stages=runtime.stages,
     )
 
 

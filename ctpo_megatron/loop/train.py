@@ -31,6 +31,7 @@ from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, progress
 from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class TrainLoop:
     accuracies: dict[int, float] = field(default_factory=dict)  # held-out accuracy by the training steps before it
     attention_weight: float = 0.0  # see `make_batches`
     emit: Emit = discard
+    stages: Stages = field(default_factory=Stages)  # what the driver is doing
     totals: RunTotals = field(default_factory=RunTotals)
 
     async def run(self) -> None:
@@ -100,7 +102,7 @@ class TrainLoop:
     async def _step(self, step: int) -> None:
         if self.checkpoints is not None:
             self.checkpoints.check()
-        timer, begun = PhaseTimer(), time.monotonic()
+        timer, begun = PhaseTimer(stages=self.stages, step=step + 1), time.monotonic()
         with timer("rollout"):
             groups = await self._take(step)
         with timer("batch"):

@@ -1,0 +1,25 @@
+"""Events of the watch over a run's processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ctpo_megatron.record.events import Event
+
+
+@dataclass(frozen=True, slots=True)
+class StallFound(Event):
+    """A process is stopped, or silent past its deadline. `acts`: the run ends it, and starts it again where it can."""
+
+    name: ClassVar[str] = "stall"
+    kind: str  # stopped, deadlock, collective, hung or slow
+    culprits: tuple[str, ...]
+    verdict: str
+    report: str  # its file
+    acts: bool
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"stall: {self.verdict}. Report: {self.report}"
