@@ -31,10 +31,17 @@ class Variable:
     fixed: bool = False
 
 
+_RECORDER = Variable(
+    "TORCH_FR_BUFFER_SIZE",
+    "2000",
+    TRAINER,
+    "torch's flight recorder: which rank has come how far is told by its collective calls",
+)
 KERNELS = f"/tmp/ctpo-kernels-{os.getuid()}"  # on the node's own disk: home directories are often shared by all nodes
 _CACHE = "compiled kernels stay on the node: a shared home directory means locks and a compilation per process"
 
 ON_CPUS = (
+    _RECORDER,
     Variable("OMP_WAIT_POLICY", "passive", BOTH, "threads that wait must sleep: spinning, they take cores from other processes"),
     Variable(
         "THP_MEM_ALLOC_ENABLE", "1", BOTH, "torch's: buckets of weights come in large pages; small ones cost more than sending"
@@ -45,6 +52,7 @@ ON_CPUS = (
     Variable("MALLOC_TRIM_THRESHOLD_", str(2**40), SERVER, "as MALLOC_MMAP_MAX_"),
 )
 ON_GPUS = (
+    _RECORDER,
     Variable("NCCL_CUMEM_ENABLE", "0", BOTH, "SGLang sets it where it is unset; NCCL fails or hangs where two ends differ"),
     Variable("NCCL_NVLS_ENABLE", "0", BOTH, "as NCCL_CUMEM_ENABLE"),
     Variable("NCCL_MNNVL_ENABLE", "0", BOTH, "SGLang sets both to 1 on GB200 and GB300 where they are unset; there set both"),

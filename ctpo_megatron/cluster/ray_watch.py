@@ -13,7 +13,6 @@ import psutil
 from ray._private import worker
 
 POLL_S = 0.5
-STOPPED_S = 10.0  # after which a process that is stopped (SIGSTOP) is killed: what waits for it would wait for ever
 
 Part = Literal["gcs_server", "raylet"]
 PARTS: tuple[Part, ...] = ("gcs_server", "raylet")
@@ -29,13 +28,8 @@ def ray_processes() -> dict[Part, psutil.Process]:
 
 
 async def ended(process: psutil.Process | None) -> None:
-    """Return when `process` has ended, never where there is none; kill it where it stays stopped."""
-    stopped = 0.0
+    """Return when `process` has ended, never where there is none. One that is stopped is ended by `watch`."""
     while process is None or alive(process):
-        if process is not None:
-            stopped = stopped + POLL_S if _status(process) == psutil.STATUS_STOPPED else 0.0
-            if stopped >= STOPPED_S:
-                process.kill()
         await asyncio.sleep(POLL_S)
 
 

@@ -6,6 +6,7 @@ driver (loop) --+-- TrainerActor x world_size   (Megatron ranks)
 Servers that share the trainer's GPUs start when the trainer is built: SGLang sizes its KV cache by the memory that it finds free.
 A server that is lost is started again (`engines`); losing all for good ends the run. A trainer that has lost a rank is started
 again as a whole by `restart_trainer`: its ranks wait for each other in every collective, and weights are cut over all of them.
+What is stopped or hangs is found by `watch`, and then counts as dead.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
 from ctpo_megatron.cluster.ray_watch import Part, alive, ended, ray_processes
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
+from ctpo_megatron.cluster.watch.loop_watch import LoopWatch
+from ctpo_megatron.cluster.watch.watchdog import Watchdog
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
@@ -36,6 +39,7 @@ from ctpo_megatron.errors import RayLost, TrainerLost
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.record.events import Emit, discard
+from ctpo_megatron.record.heartbeat import Depths, Stages
 from ctpo_megatron.types import RoutingShape
 
 T = TypeVar("T")
@@ -75,6 +79,10 @@ class Runtime:
         self._ranks: list[Process] = []
         self._placement = Placement()
         self._ray: dict[Part, psutil.Process] = {}
+        self.stages, self.depths = Stages(), Depths()  # of the driver
+        self._emit = emit
+        self._loop_watch = LoopWatch(config.cluster.watch.frozen_s, run_dir, self.stages.now)
+        self._watchdog: Watchdog | None = None
 
     @property
     def trainer(self) -> TrainerGroup:
@@ -100,6 +108,7 @@ class Runtime:
         await asyncio.shield(self.close())
 
     async def _start(self) -> None:
+        self._loop_watch.start()
         connect(self.config, round(sum(bundle["CPU"] for bundle in self.topology.bundles)))
         self._ray = ray_processes()
         self.config = config = resolve_device(self.config)
@@ -107,16 +116,18 @@ class Runtime:
         topology.check_sharing()
         self._environment = decide(config, os.environ)
         write_record(config, self._environment, self._run_dir / (RECORD if topology.ranks else EVALUATION_RECORD))
+        self._watchdog = watchdog = self._begin_watch()
         group = await reserve(topology.bundles, config.cluster.start_timeout_s)
         self._placement = placement = place(topology, group)
-        self._launch_trainer()
+        self._launch_trainer(watchdog)
         if placement.servers and not topology.shares_gpus:
             self._engines = self._engine_group([ServerPlacement(parts) for parts in placement.servers])
         await self.guard(self._come_up_sharing(placement) if topology.shares_gpus else self._come_up(placement))
 
-    def _launch_trainer(self) -> None:
+    def _launch_trainer(self, watchdog: Watchdog) -> None:
         self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(self._placement.ranks)]
         self._trainer = TrainerGroup(self._ranks, self.config.cluster.call_timeout_s) if self._ranks else None
+        watchdog.watch_ranks(self._ranks)
 
     async def restart_trainer(self) -> None:
         """End what is left of the trainer's ranks and start all of them again, with the weights that a run begins with.
@@ -127,8 +138,24 @@ class Runtime:
         """
         for rank in self._ranks:
             ray.kill(rank.actor)
-        self._launch_trainer()
+        assert self._watchdog is not None, "the runtime is open"
+        self._launch_trainer(self._watchdog)
         await self.guard(self._build_trainer(self._placement))
+
+    def _begin_watch(self) -> Watchdog:
+        node = ray.get_runtime_context().get_node_id()
+        watchdog = Watchdog(
+            self.config.cluster.watch,
+            node,
+            self._run_dir,
+            self._emit,
+            stages=self.stages,
+            depths=self.depths,
+            lag=self._loop_watch.lag_s,
+        )
+        watchdog.add_others({f"Ray's {name}": process.pid for name, process in self._ray.items()})
+        watchdog.start()
+        return watchdog
 
     async def _come_up(self, placement: Placement) -> None:
         starts = [] if self._engines is None else [self._engines.start()]
@@ -157,17 +184,18 @@ class Runtime:
             routed_experts=self.routing is not None,
             shared_expert=self.shape.has_shared_expert,
             environment=ray_environment("server", self.config.cluster.device, self._environment["server"]),
+            watchdog=self._watchdog,
         )
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
-        remote = ray.remote(concurrency_groups={"watch": 1, "checkpoint": 1})(TrainerActor)
+        remote = ray.remote(concurrency_groups={"watch": 1, "pulse": 1, "checkpoint": 1})(TrainerActor)
         environment = ray_environment("trainer", self.config.cluster.device, self._environment["trainer"])
         actor = remote.options(**options, runtime_env=environment).remote(self.config, self.shape, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)
 
     async def guard(self, work: Coroutine[Any, Any, T], rescue: Callable[[], Awaitable[Any]] | None = None) -> T:
-        """Run `work`; if a rank of the trainer dies meanwhile, or the last server, cancel it and raise that process's error.
+        """Run `work`; if a rank of the trainer dies or hangs meanwhile, or no server is left, cancel it and raise why.
 
         `rescue` is awaited before `work` is cancelled for a trainer's rank: what does not need it may be kept.
         """
@@ -193,6 +221,8 @@ class Runtime:
         if self._ranks:
             calls = [(rank, rank.actor.watch.options(concurrency_group="watch").remote()) for rank in self._ranks]
             watches.append(call_all(calls, timeout_s=None, lost=TrainerLost))
+        if self._watchdog is not None:
+            watches.append(self._watchdog.failed())
         await first_of(watches)
         raise TrainerLost("all ranks of the trainer ended before the run did")
 
@@ -207,6 +237,10 @@ class Runtime:
 
     async def close(self) -> None:
         """End what was started, each step bounded; safe to call twice."""
+        self._loop_watch.close()
+        if self._watchdog is not None:
+            self._watchdog.close()
+            self._watchdog = None
         if not ray.is_initialized():
             return
         if all(alive(process) for process in self._ray.values()):

@@ -73,13 +73,14 @@ class EngineConfig(Section):
     """Size of the KV cache in tokens. null: SGLang decides (GPU) or 65,536 (CPU)."""
     start_timeout_s: PositiveFloat = 1800.0
     """How long a server may take to come up: to read the weights, compile kernels and capture CUDA graphs. A server that dies
-    meanwhile is noticed at once."""
+    meanwhile is noticed at once, one that is stopped after seconds (cluster.watch)."""
     restarts: NonNegativeInt = 3
     """How often each server is started again in its place after it has died, or failed twice to take the weights. The run goes on
     with the others meanwhile, and waits where there is none; it ends when all are lost for good."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long one generation may take, waiting in the server's queue included, before it counts as failed and its server is
-    suspended. `ctpo plan` says how fast a server must be for that. A server that dies is noticed at once."""
+    suspended. `ctpo plan` says how fast a server must be for that. A server that dies is noticed at once, one that
+    does not take its turns by cluster.watch."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for `sglang.launch_server`, passed as they are. `--json-model-override-args` is refused: the trainer
     would not see it."""

@@ -75,7 +75,7 @@ class DiskTransport(TransportSection):
     keep: PositiveInt = 2
     """Versions left on the disk, the newest."""
     timeout_s: PositiveFloat = 1800.0
-    """How long one publication may take."""
+    """How long one publication may take. A rank that writes nothing meanwhile is found by cluster.watch."""
 
 
 Transport = Annotated[BroadcastTransport | ColocatedTransport | DiskTransport, Field(discriminator="type")]

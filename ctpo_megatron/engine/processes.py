@@ -44,6 +44,16 @@ def group_members(group: int) -> list[int]:
     return members
 
 
+def names_of_group(group: int) -> tuple[tuple[str, int], ...]:
+    """What the processes of a server are called and their ids: `http` for the one that leads the group, SGLang's titles else."""
+    found = []
+    for pid in group_members(group):
+        with contextlib.suppress(psutil.Error, IndexError):
+            title = psutil.Process(pid).cmdline()[0]  # SGLang sets it: `sglang::scheduler_TP0`
+            found.append(("http" if pid == group else title.rpartition("::")[2].rpartition("/")[2], pid))
+    return tuple(found)
+
+
 def group_shared_memory(group: int) -> set[str]:
     """Paths of the files in /dev/shm that the group's processes have mapped. A process that is killed does not unlink them.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.rollout.counted import CountedReward, CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import AttemptStore, ToolRunner
 from ctpo_megatron.rollout.rewards import MathReward
@@ -39,6 +40,8 @@ async def open_rollouts(
     )
     try:
         async with client:
-            yield OpenRollouts(Rollouter(ToolEnvironment(client, chat, tool, reward), rollout, store, client), client)
+            counted = None if tool is None else CountedTool(tool, runtime.depths)
+            environment = ToolEnvironment(client, chat, counted, CountedReward(reward, runtime.depths))
+            yield OpenRollouts(Rollouter(environment, rollout, store, client), client)
     finally:
         reward.close()

@@ -203,6 +203,7 @@ class _Run:
             totals=self._totals,
             skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
             emit=emit,
+            stages=runtime.stages,
         )
 
     def _published(self, version: int, digest: str) -> None:

@@ -36,6 +36,7 @@ from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
@@ -66,6 +67,7 @@ class TrainLoop:
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     emit: Emit = discard
     orders: Orders = field(default_factory=Orders)
+    stages: Stages = field(default_factory=Stages)  # what the driver is doing
     totals: RunTotals = field(default_factory=RunTotals)
     _trained: RunState | None = None  # after the last step whose weights the trainer holds; None: where it began
 
@@ -136,7 +138,8 @@ class TrainLoop:
     async def _step(self, step: int) -> None:
         if self.checkpoints is not None:
             self.checkpoints.check()
-        timer, begun, tail = PhaseTimer(), time.monotonic(), TailTimer(self.config.train.prompts_per_step)
+        timer, begun = PhaseTimer(stages=self.stages, step=step + 1), time.monotonic()
+        tail = TailTimer(self.config.train.prompts_per_step)
         with timer("rollout"):
             groups = await self._take(step, tail)
         with timer("batch"):

@@ -41,7 +41,7 @@ if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
     from ctpo_megatron.mcore.step import LossFn
 
-TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up
+TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up; `cluster.watch` finds that rank before
 CLOSE_TIMEOUT_S = 20.0  # for a save that was not waited for
 
 

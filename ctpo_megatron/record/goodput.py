@@ -21,7 +21,8 @@ from typing import Any
 from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, RunReady, RunResumed, StepTrained
 from ctpo_megatron.record.run_events import StopRequested, TrainerRestarted, TrainerRestarting
 from ctpo_megatron.record.story import Happened, Incarnation, Story
-from ctpo_megatron.record.story_events import Delay, GoodputMeasured
+from ctpo_megatron.record.story_events import GoodputMeasured
+from ctpo_megatron.record.watch_events import StallFound
 from ctpo_megatron.record.timeline import Timeline
 
 
@@ -194,8 +195,8 @@ def _paint(line: Timeline[Cause], incarnation: Incarnation, lost: set[int], *, d
         for event in steps:
             _paint_step(line, event, is_lost=id(event) in lost)
     for event in incarnation.events:
-        if event.name == Delay.name:
-            line.paint(*_reach(event), Cause.RESTART if event.fields.get("cause") == "restart" else Cause.STALL)
+        if event.name == StallFound.name and event.fields.get("acts") is True:
+            line.paint(*_reach(event), Cause.STALL)
         if event.name == TrainerRestarted.name:
             line.paint(*_reach(event), Cause.RESTART)
 

@@ -60,21 +60,6 @@ class IncarnationEnded(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Delay(Event):
-    """The run did nothing but wait for `seconds`, up to now: for something that hung, or for processes that are started again."""
-
-    name: ClassVar[str] = "delay"
-    cause: Literal["stall", "restart"]
-    seconds: float
-    reason: str
-
-    @property
-    def sentence(self) -> str:
-        """Returns the event for a person, in one line."""
-        return f"{self.cause} of {self.seconds:.0f} s: {self.reason}"
-
-
-@dataclass(frozen=True, slots=True)
 class GoodputMeasured(Event):
     """How the time of all incarnations so far was spent; `record.goodput` says what each cause means."""
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
+
+import ray
 
 from ctpo_megatron.cluster.environment import log_line, node_environment
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address, sees_gpu
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.gpu_memory import wait_for_gpus
+from ctpo_megatron.engine.probe import Probe
+from ctpo_megatron.engine.processes import names_of_group
+from ctpo_megatron.engine.request_thread import RequestThread
 from ctpo_megatron.engine.server import SGLangServer
 from ctpo_megatron.engine.server_args import Part, server_args, server_env
 from ctpo_megatron.engine.toolkit import check_toolkit
 from ctpo_megatron.errors import EngineError, ProcessDied
 from ctpo_megatron.ports import free_port
+from ctpo_megatron.record.heartbeat import Pulse
 
 POLL_S = 0.25
+PROCESSES_S = 10.0  # between two looks at which processes a server has
 GPU_END_TIMEOUT_S = 20.0  # for a server on GPUs to end by itself: it then gives device memory back in order
 
 
@@ -44,6 +52,9 @@ class EngineActor:
         self._host = node_address(config)
         self._launched: SGLangServer | None = None
         self._closed = threading.Event()
+        self._first = True  # of the server's parts, the one that answers requests
+        self._probe: Probe | None = None  # once it answers
+        self._processes: tuple[float, tuple[tuple[str, int], ...]] = (-PROCESSES_S, ())
 
     def head(self) -> str:
         """HOST:PORT of this node, where the parts of the server may meet."""
@@ -52,7 +63,7 @@ class EngineActor:
     def launch(self, rank: int = 0, head: str = "", *, again: bool = False) -> None:
         """Start the processes of part `rank`. `again`: in the place of a server that was lost, whose GPUs may not be free yet."""
         config, device, engine = self._config, self._config.cluster.device, self._config.rollout.engine
-        port = free_port(self._host)
+        port, self._first = free_port(self._host), rank == 0
         arguments = server_args(
             config.model.path,
             engine,
@@ -97,6 +108,8 @@ class EngineActor:
         """
         server = self._server
         server.wait_healthy(self._config.rollout.engine.start_timeout_s)
+        if self._first:
+            self._probe = Probe(RequestThread(self._api_key), server.url)
         return server.url
 
     def watch(self) -> None:
@@ -106,8 +119,20 @@ class EngineActor:
             if not server.alive() and not self._closed.is_set():
                 raise ProcessDied(f"the SGLang server ended with exit code {server.exit_code}\n{server.log_tail()}")
 
+    def pulse(self) -> Pulse:
+        """The server's processes, and how often its scheduler has answered. Asked every second, in a thread of its own."""
+        now = time.monotonic()
+        if self._launched is not None and now - self._processes[0] > PROCESSES_S:
+            self._processes = (now, names_of_group(self._launched.pid))
+        probe = self._probe
+        node = ray.get_runtime_context().get_node_id()
+        return Pulse(os.getpid(), node, processes=self._processes[1], beats=0 if probe is None else probe.turn())
+
     def close(self) -> None:
         """End the server; nothing of it is left afterwards. Safe to call twice."""
         self._closed.set()
+        if self._probe is not None:
+            probe, self._probe = self._probe, None
+            probe.close()
         if self._launched is not None:
             self._launched.stop(GPU_END_TIMEOUT_S if self._config.cluster.device == "cuda" else 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import ray
 from ctpo_megatron.cluster.calls import Process, call_all, first_of
 from ctpo_megatron.cluster.engines.actor import EngineActor
 from ctpo_megatron.cluster.placement import ServerPlacement
+from ctpo_megatron.cluster.watch.watchdog import Watchdog, Watched
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import UP, Fleet, Member
 from ctpo_megatron.errors import CtpoError, ProcessDied
@@ -26,6 +28,7 @@ class _Server:
     name: str
     parts: list[Process]
     launched: list[ray.ObjectRef]
+    watched: list[Watched]
 
     async def watch(self) -> None:
         """Raises the error of the first part that dies; returns when one is closed."""
@@ -49,7 +52,7 @@ class EngineGroup:
     """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost.
 
     `routed_experts`: whether they return which experts they chose for each token. `shared_expert`: whether the model has one.
-    `environment`: Ray's, of their actors.
+    `environment`: Ray's, of their actors. `watchdog`: told of each server's processes from its start to its end.
     """
 
     def __init__(
@@ -63,7 +66,9 @@ class EngineGroup:
         routed_experts: bool = False,
         shared_expert: bool = False,
         environment: dict[str, Any] | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
+        self._watchdog = watchdog
         self._of_model = (routed_experts, shared_expert)
         self._environment = {"runtime_env": environment} if environment else {}
         self._config = config
@@ -94,7 +99,7 @@ class EngineGroup:
         if self._tending is not None:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)
-        await asyncio.gather(*(server.end() for server in self._servers))
+        await asyncio.gather(*(self._end(server) for server in self._servers))
 
     async def _tend(self, index: int, member: Member) -> None:
         """Start the server again whenever it is lost; return when it is gone for good."""
@@ -102,7 +107,7 @@ class EngineGroup:
         while True:
             await self._until_lost(self._servers[index], member)
             while member.state not in UP:
-                await self._servers[index].end()
+                await self._end(self._servers[index])
                 if member.gone:
                     return
                 await self._fleet.memory_free()
@@ -114,6 +119,11 @@ class EngineGroup:
                     self._fleet.lose(member, str(error))
                 else:
                     member = self._join(server, url)
+
+    async def _end(self, server: _Server) -> None:
+        if self._watchdog is not None:
+            self._watchdog.remove(server.watched)
+        await server.end()
 
     async def _until_lost(self, server: _Server, member: Member) -> None:
         """Wait until one of its processes has died, which the fleet is told here, or the fleet has given it up."""
@@ -137,17 +147,26 @@ class EngineGroup:
         return urls[:: len(servers[0].parts)]  # of the first parts, which answer requests
 
     def _join(self, server: _Server, url: str) -> Member:
-        return self._fleet.join(server.name, url, self._config.rollout.engine.tp)
+        member = self._fleet.join(server.name, url, self._config.rollout.engine.tp)
+        for watched in server.watched:
+            watched.hung = functools.partial(self._fleet.lose, member)
+        for first in server.watched[:1]:  # the part that answers requests
+            first.state = lambda: str(member.state)
+        return member
 
     def _launch(self, index: int, restarts: int) -> _Server:
         """New actors at place `index`. A server that is started again draws other random numbers than before."""
         config, place, name = self._config, self._places[index], f"inference server {index}"
         seed = config.seed + index + restarts * len(self._places)
-        remote, parts = ray.remote(concurrency_groups={"watch": 1})(EngineActor), []
+        remote, parts = ray.remote(concurrency_groups={"watch": 1, "pulse": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
             log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
             remote_here = remote.options(**options, **self._environment)
             actor = remote_here.remote(config, seed, str(log), self._api_key, place.gpus, *self._of_model)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
-        return _Server(name, parts, [part.actor.launch.remote(rank, head, again=restarts > 0) for rank, part in enumerate(parts)])
+        launched = [part.actor.launch.remote(rank, head, again=restarts > 0) for rank, part in enumerate(parts)]
+        watched = [Watched(part) for part in parts]
+        if self._watchdog is not None:
+            self._watchdog.add(watched)
+        return _Server(name, parts, launched, watched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -16,12 +17,15 @@ from ctpo_megatron.cluster.environment import log_line, node_environment
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.cluster.threads import bind_to_cores, check_gpus, cores_of_gpu, set_threads, threads_per_rank
+from ctpo_megatron.cluster.trainer.evidence import Signs, gather
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
+from ctpo_megatron.record.heartbeat import Pulse, Stages, stage
+from ctpo_megatron.record.stalls import Evidence
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.protocol import Sent, Server
 
@@ -44,7 +48,7 @@ class _Built:
 
 
 class TrainerActor:
-    """Rank `rank` of the trainer. Calls are executed one after another, `watch` and `settle` beside them; `build` comes first."""
+    """Rank `rank` of the trainer. Calls run one after another, `watch`, `settle` and `pulse` beside them; `build` comes first."""
 
     def __init__(self, config: RunConfig, shape: ModelShape, rank: int, log_path: str) -> None:
         redirect_output(Path(log_path))
@@ -55,6 +59,15 @@ class TrainerActor:
         self.rank = rank
         self._result: _Built | None = None
         self._closed = threading.Event()
+
+    @functools.cached_property
+    def stages(self) -> Stages:
+        """What this rank is doing; the calls below are its stages."""
+        return Stages()
+
+    @functools.cached_property
+    def _signs(self) -> Signs:
+        return Signs()
 
     @property
     def _built(self) -> _Built:
@@ -85,6 +98,7 @@ class TrainerActor:
             set_threads(min(threads_per_rank(ranks_here, len(cores)), len(near) or len(cores)))
         _log.info(log_line("trainer", device, os.environ))
 
+    @stage("build")
     def build(self, master: tuple[str, int], prefix: str, ranks_here: int, total_steps: int) -> RankCoords:
         """Join the process group, build and load the model. Returns where this rank sits.
 
@@ -111,10 +125,12 @@ class TrainerActor:
         reference = config.algorithm.reference
         host_weights = None if reference is None else rank.host_weights(reference.path)
         weights = RankWeights(rank, config.weights, tp=config.rollout.engine.tp, address=node_address(config))
+        self._signs.attach(rank.models)
         self._result = _Built(rank, weights, host_weights)
         self._free_memory()
         return rank.coords
 
+    @stage("update")
     def update(self, batches: list[list[MicroBatch]], replays: list[list[Replay | None]], version: int) -> Values | Abandoned:
         """Statistics of `loop.protocols.Trainer.update`, or why it was abandoned.
 
@@ -143,6 +159,7 @@ class TrainerActor:
         self._free_memory()
         return found
 
+    @stage("update")
     def supervise(self, batch: list[MicroBatch]) -> Values | Abandoned:
         """Statistics of `loop.protocols.Trainer.supervise`, or why it was abandoned."""
         from ctpo_megatron.mcore.policy import supervise
@@ -152,18 +169,22 @@ class TrainerActor:
         except UpdateAbandoned as error:
             return error.update
 
+    @stage("canary")
     def canary_logp(self, token_ids: list[int], experts: Experts | None) -> list[float]:
         """Log-probs of this rank's part of the padded prompt: `RankWeights.canary_logp`."""
         return self._built.weights.canary_logp(token_ids, experts)
 
+    @stage("connect")
     def connect(self, servers: list[Server], api_key: str) -> None:
         """Let the sending ranks reach the servers: `RankWeights.connect`."""
         self._built.weights.connect(servers, api_key)
 
+    @stage("prepare")
     def prepare(self, version: int) -> None:
         """Gather the first bucket in step with the other ranks: `RankWeights.prepare`."""
         self._built.weights.prepare(version)
 
+    @stage("publish")
     def publish(self, version: int) -> Sent:
         """What this rank sent, in step with the other ranks: `RankWeights.publish`."""
         sent = self._built.weights.publish(version)
@@ -179,25 +200,41 @@ class TrainerActor:
                 torch.cuda.ipc_collect()  # buckets that servers have read: torch holds them until it has looked
             torch.cuda.empty_cache()
 
+    @stage("save")
     def save(self, directory: str, background: bool) -> None:
         """Save this rank's part of a checkpoint: `loop.protocols.Trainer.save`."""
         self._built.rank.save(Path(directory), background=background)
 
+    @stage("dump")
     def save_weights(self, directory: str) -> None:
         """Save this rank's part of the weights: `loop.protocols.Trainer.save_weights`."""
         self._built.rank.save_weights(Path(directory))
 
+    @stage("write checkpoint")
     def settle(self, timeout_s: float) -> None:
         """Wait for the save in flight: `loop.protocols.Trainer.settle`."""
         self._built.rank.settle(timeout_s)
 
+    @stage("load")
     def load(self, directory: str) -> None:
         """Go on from this rank's part of a checkpoint: `loop.protocols.Trainer.load`."""
         self._built.rank.load(Path(directory))
 
+    @stage("export")
     def save_hf(self, directory: str) -> None:
         """Write this rank's part of a Hugging Face model directory: `loop.protocols.Trainer.save_hf`."""
         self._built.rank.save_hf(Path(directory))
+
+    def pulse(self) -> Pulse:
+        """What this rank is doing now. Asked every second, in a thread of its own."""
+        if self._signs.moved():
+            self.stages.beat()
+        return Pulse(os.getpid(), ray.get_runtime_context().get_node_id(), self.stages.now())
+
+    def evidence(self) -> Evidence:
+        """Where this rank is, and its last collective calls: asked when one is late."""
+        doing = self.stages.now()
+        return gather(doing[0].thread if doing else threading.main_thread().ident or 0)
 
     def watch(self) -> None:
         """Return when the actor is closed; the caller learns at once when the process dies."""

@@ -10,18 +10,18 @@ from typing import Literal, get_type_hints
 
 import pytest
 
-from ctpo_megatron.record import events, nonfinite_events, run_events, story_events
+from ctpo_megatron.record import events, nonfinite_events, run_events, story_events, watch_events
 from ctpo_megatron.record.events import Event, EventLog, RunReady, ServerLost, StepTrained, print_sentence
 from ctpo_megatron.record.run_events import RunStopped
 from ctpo_megatron.record.story_events import How
 
-FOUND = {**vars(events), **vars(run_events), **vars(story_events), **vars(nonfinite_events)}.values()
+FOUND = {**vars(events), **vars(run_events), **vars(story_events), **vars(nonfinite_events), **vars(watch_events)}.values()
 KINDS = [kind for kind in FOUND if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event]
 
 
 def example(kind: type[Event]) -> Event:
     samples = {int: 3, float: 1.5, str: "text", bool: True, str | None: None, int | None: None, tuple[str, ...]: ("a", "b")}
-    samples |= {dict[str, float]: {"train": 1.5}, How: "failed", How | None: "killed", Literal["stall", "restart"]: "stall"}
+    samples |= {dict[str, float]: {"train": 1.5}, How: "failed", How | None: "killed"}
     hints = get_type_hints(kind)
     return kind(**{each.name: samples[hints[each.name]] for each in fields(kind)})
 

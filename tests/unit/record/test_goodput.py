@@ -169,12 +169,28 @@ def test_a_new_run_in_the_directory_of_a_failed_one_loses_all_of_it() -> None:
 
 
 def test_a_step_that_is_trained_again_in_one_incarnation_is_lost_the_first_time() -> None:
-    restart = happened(T0 + 34, "delay", cause="restart", seconds=4.0, reason="rank 1 died")
-    events = [began(T0, 1), happened(T0 + 10, "ready"), step(T0 + 20, 1), step(T0 + 30, 2), restart, step(T0 + 44, 2)]
-    total = account(tell(events)).total
-    assert (total.seconds[Cause.LOST], total.seconds[Cause.RESTART]) == (10.0, 4.0)
-    stalled = happened(T0 + 19, "delay", cause="stall", seconds=6.0, reason="rank 1 was stopped")
-    assert account(tell([began(T0, 1), happened(T0 + 10, "ready"), stalled, step(T0 + 20, 1)])).total.seconds[Cause.STALL] == 6.0
+    lost = happened(T0 + 37, "trainer restarting", reason="rank 1 was stopped", restart=1, of=3, wait_s=0.0)
+    stalled = happened(T0 + 37, "stall", acts=True, seconds=5.0)
+    back = happened(T0 + 41, "trainer restarted", step=1, seconds=4.0)
+    begin = [began(T0, 1), happened(T0 + 10, "ready"), step(T0 + 20, 1), step(T0 + 30, 2)]
+    total = account(tell([*begin, stalled, lost, back, step(T0 + 51, 2)])).total
+    # step 2 and two seconds after it are lost, then it stands still for 5 s, and is back 4 s later
+    assert [total.seconds[cause] for cause in (Cause.LOST, Cause.STALL, Cause.RESTART)] == [12.0, 5.0, 4.0]
+    assert account(tell([*begin, happened(T0 + 37, "stall", acts=False, seconds=5.0)])).total.seconds[Cause.STALL] == 0.0
+
+
+def test_a_process_that_begins_anew_is_one_allocation() -> None:
+    same = {"host": "n1", "pid": 7, "process": T0}
+    first, again = began(T0, 1), began(T0 + 24, 2)
+    events = [
+        happened(first.time, first.name, **{**first.fields, **same}),
+        happened(T0 + 10, "ready"),
+        ended(T0 + 20, 1, "failed"),
+        happened(again.time, again.name, **{**again.fields, **same}),
+        happened(T0 + 34, "ready"),
+    ]
+    found = account(tell(events), T0 + 40)
+    assert (found.total.seconds[Cause.WAIT], found.total.seconds[Cause.RESTART]) == (0.0, 14.0)
 
 
 def test_phases_that_claim_more_than_the_step_share_it() -> None:
@@ -194,14 +210,14 @@ def test_nothing_is_nothing() -> None:
 
 TIMES = st.one_of(st.floats(0, 2000), st.floats(allow_nan=False, allow_infinity=False), st.integers(-5, 1500).map(float))
 ANYTHING = st.one_of(TIMES, st.just("NaN"), st.none(), st.integers(-3, 12), st.booleans(), st.text(max_size=3))
-NAMES = ["step", "evaluation", "ready", "resumed", "checkpoint verified", "stop asked", "delay", "done", "unknown"]
+NAMES = ["step", "evaluation", "ready", "resumed", "checkpoint verified", "stop requested", "stall", "trainer restarting", "trainer restarted", "done", "unknown"]
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
         "step": ANYTHING,
         "seconds": ANYTHING,
         "rollout_tail": ANYTHING,
-        "cause": st.sampled_from(["stall", "restart", "x"]),
+        "acts": st.booleans(),
         "phases": st.one_of(ANYTHING, st.dictionaries(st.sampled_from([*PHASES, "evaluate", "checkpoint", "new"]), ANYTHING)),
     },
 )

@@ -1,0 +1,35 @@
+"""A tool and a reward whose callers are counted while they wait: what a report of a stall says of rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ctpo_megatron.record.heartbeat import Depths
+from ctpo_megatron.rollout.protocols import Reward, Score, ToolResult, ToolRunner
+from ctpo_megatron.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class CountedTool:
+    """`tool`, as before; `depths` counts who waits for it."""
+
+    tool: ToolRunner
+    depths: Depths
+
+    async def run(self, code: str) -> ToolResult:
+        """What the tool says of `code`."""
+        with self.depths("the tool"):
+            return await self.tool.run(code)
+
+
+@dataclass(frozen=True, slots=True)
+class CountedReward:
+    """`reward`, as before; `depths` counts who waits for it."""
+
+    reward: Reward
+    depths: Depths
+
+    async def score(self, prompt: Prompt, text: str) -> Score:
+        """What the answer `text` is worth."""
+        with self.depths("a verdict"):
+            return await self.reward.score(prompt, text)

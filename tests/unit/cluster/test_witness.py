@@ -1,0 +1,118 @@
+"""What the system says of processes that are stopped, spin or wait, and their stacks, with real children."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ctpo_megatron.cluster.watch import witness
+from ctpo_megatron.cluster.watch.witness import Witness, dump
+from ctpo_megatron.record.stalls import Condition
+
+SPIN = "def spin():\n while True: pass\nprint('up', flush=True)\nspin()"
+WAIT = "import sys\ndef wait_for_input(): sys.stdin.read()\nprint('up', flush=True)\nwait_for_input()"
+LOGGED = """
+import sys, pathlib
+from ctpo_megatron.cluster.logs import redirect_output
+redirect_output(pathlib.Path(sys.argv[1]))
+def spin():
+    while True: pass
+print("up", flush=True)
+spin()
+"""
+SOON_S = 20.0  # on a busy machine
+
+Child = Callable[..., psutil.Process]
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    """Starts Python processes that have said `up`, and ends them."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(code: str, *words: str, says: bool = True) -> psutil.Process:
+        process = subprocess.Popen([sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout is not None
+        if says:
+            assert process.stdout.readline() == b"up\n"
+        return psutil.Process(process.pid)
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def until(process: psutil.Process, is_it: Callable[[Condition], bool], looks: Witness | None = None) -> Condition:
+    looks, deadline = looks or Witness(), time.monotonic() + SOON_S
+    while True:
+        seen = looks.look({process.pid: 0})[process.pid]
+        if is_it(seen):
+            return seen
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.1)
+
+
+def test_one_that_is_stopped_is_seen_at_every_look_until_it_goes_on(child: Child) -> None:
+    process, looks = child(WAIT), Witness()
+    process.suspend()
+    seen = until(process, lambda each: each.state == psutil.STATUS_STOPPED and each.looks >= 3, looks)
+    assert 0 < seen.since_s < SOON_S
+    looks.forget()
+    assert looks.look({process.pid: 0})[process.pid].looks == 1
+    process.resume()
+    until(process, lambda each: each.state == psutil.STATUS_SLEEPING, looks)
+
+
+def test_one_that_spins_is_told_from_one_that_waits(child: Child) -> None:
+    until(child(SPIN), lambda each: each.cpus > 0.05 and each.looks > 1 and each.state == psutil.STATUS_RUNNING)
+    waiting = until(child(WAIT), lambda each: each.looks > 1)
+    assert waiting.state == psutil.STATUS_SLEEPING
+    assert waiting.cpus < 0.05
+
+
+def test_one_that_is_gone_is_left_out(child: Child) -> None:
+    process, looks = child(WAIT), Witness()
+    assert process.pid in looks.look({process.pid: 0})
+    looks.kill(process.pid)
+    process.wait(SOON_S)
+    assert looks.look({process.pid: 0}) == {}
+    looks.kill(process.pid)
+
+
+def test_stacks_of_one_that_is_stopped_while_it_spins(child: Child) -> None:
+    process = child(SPIN)
+    process.suspend()
+    until(process, lambda each: each.state == psutil.STATUS_STOPPED)
+    found = Witness().stacks({process.pid: ""})[process.pid]
+    if "no stacks: " in found and "ermission" in found:
+        pytest.skip("this system lets nobody read the memory of other processes")
+    assert "spin (<string>:2)" in found
+    assert process.status() == psutil.STATUS_STOPPED  # it was not let go on
+
+
+def test_stacks_come_from_the_process_itself_where_nobody_may_read_them(
+    child: Child, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(witness, "_spy", lambda: "/bin/false")
+    log = tmp_path / "log"
+    process = child(LOGGED, str(log), says=False)
+    deadline = time.monotonic() + SOON_S
+    while not (log.exists() and "up" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert " in spin" in dump(process.pid, str(log))
+    assert process.is_running()
+    assert dump(process.pid).startswith("no stacks: ")
+
+
+def test_without_py_spy_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(witness, "_spy", lambda: None)
+    assert dump(1) == "no stacks: py-spy is not installed"
