@@ -38,7 +38,7 @@ def _head(report: ReplayReport) -> list[str]:
     lines = [
         f"{report.dump.directory}: {step}, {len(report.dump.samples)} sequences, "
         f"{sum(len(sample) for sample in report.dump.samples)} tokens",
-        f"  then ({layout(ParallelConfig(**about.parallel))}): {about.reason}",  # type: ignore[arg-type]
+        f"  then ({layout(ParallelConfig(**about.parallel))}): {about.reason}",
         f"  now  ({layout(report.parallel)}, {report.dtype}): loss {merged.loss:.6g}, gradient norm {merged.grad_norm:.6g}, "
         f"{merged.seconds:.1f} s",
         f"  weights: {about.weights_from}",

@@ -22,8 +22,8 @@ from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, RunR
 from ctpo_megatron.record.run_events import StopRequested, TrainerRestarted, TrainerRestarting
 from ctpo_megatron.record.story import Happened, Incarnation, Story
 from ctpo_megatron.record.story_events import GoodputMeasured
-from ctpo_megatron.record.watch_events import StallFound
 from ctpo_megatron.record.timeline import Timeline
+from ctpo_megatron.record.watch_events import StallFound
 
 
 class Cause(enum.StrEnum):

@@ -94,7 +94,7 @@ def stall(run: Started, number: int, since: float) -> tuple[dict, str, float]:
     return event, report.read_text(), seconds
 
 
-def test_a_stopped_scheduler_is_replaced_and_a_stopped_rank_ends_the_run(inputs: tuple[str, ...], tmp_path: Path) -> None:
+def test_a_stopped_scheduler_is_replaced_and_so_is_a_stopped_rank(inputs: tuple[str, ...], tmp_path: Path) -> None:
     shm = shared_memory()
     run = start(inputs, tmp_path)
     try:
@@ -119,17 +119,21 @@ def test_a_stopped_scheduler_is_replaced_and_a_stopped_rank_ends_the_run(inputs:
         event, report, seconds = stall(run, 2, stop(rank))
         assert (event["kind"], event["culprits"]) == ("stopped", ["trainer rank 1"])
         assert seconds < STOPPED_S
-        assert re.search(r"trainer rank 1 is stopped \(SIGSTOP\) for \d+ s, in update of step \d+", event["verdict"])
+        heard = r"(update of step \d+|nothing that it was told to do)"  # it is asked once a second, and may have begun since then
+        assert re.search(rf"trainer rank 1 is stopped \(SIGSTOP\) for \d+ s; last heard in {heard}", event["verdict"])
         assert re.search(r"trainer rank 0 waits in \w+ \(group .+, call \d+\) for trainer rank 1", event["verdict"])
         assert "trainer rank 1:\n\n```\nProcess" in report  # py-spy's
         assert "gloo:" in report  # the flight recorder's
+        assert "trainer rank 1 is stopped" in run.wait_for_event("trainer restarting")["reason"]
+        step = run.wait_for_event("trainer restarted")["step"]
+        run.wait_for_event("step", step=step + 2)
         everybody += run.descendants()
+        (tmp_path / "STOP").touch()
         ended = run.finish(END_S)
     finally:
         run.end()
-    assert ended.code == 1
-    assert "error: trainer rank 1 is stopped" in ended.output
-    assert str(tmp_path / "stalls" / "002.md") in ended.output
+    assert ended.code == 75
+    assert len([each for each in run.events if each["event"] == "server lost"]) == 1  # the servers were not touched by it
     assert gone(everybody) == []
     assert left_in_shared_memory(shm) == set()
 
@@ -146,6 +150,9 @@ def test_a_rank_that_spins_is_told_from_the_one_that_waits(
         run.wait_for_event("step", step=3)
         file.touch()
         event, report, seconds = stall(run, 1, time.time())
+        file.unlink()
+        run.wait_for_event("trainer restarted")
+        (tmp_path / "run" / "STOP").touch()
         ended = run.finish(END_S)
     finally:
         run.end()
@@ -154,5 +161,5 @@ def test_a_rank_that_spins_is_told_from_the_one_that_waits(
     assert "it spins" in event["verdict"]
     assert re.search(r"trainer rank 0 waits in \w+ \(group .+, call \d+\) for trainer rank 1", event["verdict"])
     assert "in spin" in report  # where it spins, from its own stack
-    assert ended.code == 1
-    assert "error: trainer rank 1 shows no progress" in ended.output
+    assert ended.code == 75
+    assert "trainer rank 1 shows no progress" in ended.output

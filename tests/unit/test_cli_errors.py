@@ -118,7 +118,9 @@ def test_what_ended_a_run_is_kept_with_its_traceback(capsys, monkeypatch, tmp_pa
     assert (code, "Traceback" in message) == (1, False)
     kept = (tmp_path / "logs" / "error.log").read_text()
     assert kept.startswith("Traceback")
-    assert kept.endswith("ZeroDivisionError: by zero\n")
+    assert "\nZeroDivisionError: by zero\n--- 20" in kept
+    run(capsys, monkeypatch, "train", CONFIG, f"run_dir={tmp_path}")
+    assert (tmp_path / "logs" / "error.log").read_text().startswith(kept + "Traceback")
 
 
 def test_paths_begin_at_home(capsys, monkeypatch, tmp_path, model):

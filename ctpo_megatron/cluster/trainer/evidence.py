@@ -90,7 +90,7 @@ def _collectives(entries: list[dict[str, Any]], walked: list[FrameType]) -> tupl
         return ()
     world = dist.distributed_c10d._world  # what torch's own functions read; there is no public list of groups
     of_groups = [(each, ranks) for each, ranks in world.pg_group_ranks.items() if isinstance(each, dist.ProcessGroup)]
-    members = {each.group_name: (each.group_desc, tuple(ranks)) for each, ranks in of_groups}
+    members = {str(each.group_name): (each.group_desc, tuple(ranks)) for each, ranks in of_groups}
     last = {str(each["process_group"][0]): each for each in entries}
     order = sorted(last, key=lambda name: last[name]["record_id"])
     inside, found = _inside(walked), []

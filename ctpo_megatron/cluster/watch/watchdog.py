@@ -303,8 +303,8 @@ class Watchdog:
 
 def _still(seen: Seen) -> float:
     """For how many seconds a process has come to nothing."""
-    is_stopped = seen.condition is not None and seen.condition.state in STOPPED
-    return seen.condition.since_s if seen.condition is not None and is_stopped else seen.silent_s
+    condition = seen.condition
+    return condition.since_s if condition is not None and condition.state in STOPPED else seen.silent_s
 
 
 def _with_evidence(seen: Seen, evidence: Evidence | None) -> Seen:

@@ -15,15 +15,15 @@ from ctpo_megatron.cluster.watch import witness
 from ctpo_megatron.cluster.watch.witness import Witness, dump
 from ctpo_megatron.record.stalls import Condition
 
-SPIN = "def spin():\n while True: pass\nprint('up', flush=True)\nspin()"
+SPIN = "def spin():\n print('up', flush=True)\n while True: pass\nspin()"
 WAIT = "import sys\ndef wait_for_input(): sys.stdin.read()\nprint('up', flush=True)\nwait_for_input()"
 LOGGED = """
 import sys, pathlib
 from ctpo_megatron.cluster.logs import redirect_output
 redirect_output(pathlib.Path(sys.argv[1]))
 def spin():
+    print("up", flush=True)
     while True: pass
-print("up", flush=True)
 spin()
 """
 SOON_S = 20.0  # on a busy machine
@@ -94,7 +94,7 @@ def test_stacks_of_one_that_is_stopped_while_it_spins(child: Child) -> None:
     found = Witness().stacks({process.pid: ""})[process.pid]
     if "no stacks: " in found and "ermission" in found:
         pytest.skip("this system lets nobody read the memory of other processes")
-    assert "spin (<string>:2)" in found
+    assert "spin (<string>:" in found
     assert process.status() == psutil.STATUS_STOPPED  # it was not let go on
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, get_type_hints
+from typing import get_type_hints
 
 import pytest
 

@@ -128,7 +128,7 @@ def test_a_failure_without_a_successor_counts_what_no_checkpoint_holds_as_lost()
 
 
 def test_a_stop_in_order_keeps_what_was_under_way() -> None:
-    events = [began(T0, 1), happened(T0 + 10, "ready"), step(T0 + 20, 1), happened(T0 + 24, "stop asked", signal="SIGUSR1")]
+    events = [began(T0, 1), happened(T0 + 10, "ready"), step(T0 + 20, 1), happened(T0 + 24, "stop requested", reason="SIGUSR1")]
     assert seconds(account(tell([*events, ended(T0 + 30, 1, "stopped")])).total) == {
         "start": 10.0,
         "rollout": 3.0 + 4.0,
@@ -181,14 +181,8 @@ def test_a_step_that_is_trained_again_in_one_incarnation_is_lost_the_first_time(
 
 def test_a_process_that_begins_anew_is_one_allocation() -> None:
     same = {"host": "n1", "pid": 7, "process": T0}
-    first, again = began(T0, 1), began(T0 + 24, 2)
-    events = [
-        happened(first.time, first.name, **{**first.fields, **same}),
-        happened(T0 + 10, "ready"),
-        ended(T0 + 20, 1, "failed"),
-        happened(again.time, again.name, **{**again.fields, **same}),
-        happened(T0 + 34, "ready"),
-    ]
+    ready, again = happened(T0 + 10, "ready"), happened(T0 + 34, "ready")
+    events = [began(T0, 1, **same), ready, ended(T0 + 20, 1, "failed"), began(T0 + 24, 2, **same), again]
     found = account(tell(events), T0 + 40)
     assert (found.total.seconds[Cause.WAIT], found.total.seconds[Cause.RESTART]) == (0.0, 14.0)
 
@@ -210,7 +204,19 @@ def test_nothing_is_nothing() -> None:
 
 TIMES = st.one_of(st.floats(0, 2000), st.floats(allow_nan=False, allow_infinity=False), st.integers(-5, 1500).map(float))
 ANYTHING = st.one_of(TIMES, st.just("NaN"), st.none(), st.integers(-3, 12), st.booleans(), st.text(max_size=3))
-NAMES = ["step", "evaluation", "ready", "resumed", "checkpoint verified", "stop requested", "stall", "trainer restarting", "trainer restarted", "done", "unknown"]
+NAMES = [
+    "step",
+    "evaluation",
+    "ready",
+    "resumed",
+    "checkpoint verified",
+    "stop requested",
+    "stall",
+    "trainer restarting",
+    "trainer restarted",
+    "done",
+    "unknown",
+]
 FIELDS = st.fixed_dictionaries(
     {},
     optional={

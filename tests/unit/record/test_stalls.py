@@ -159,7 +159,7 @@ def test_a_stopped_process_is_named_with_what_it_did_and_who_waits_for_it() -> N
     verdict = judged([rank(0, 6.0, call("tp", (0, 1), 7)), halted])
     assert (verdict.kind, verdict.culprits) == ("stopped", ("trainer rank 1",))
     assert verdict.sentence == (
-        "trainer rank 1 is stopped (SIGSTOP) for 5 s, in update of step 41, in attention of layer 12; "
+        "trainer rank 1 is stopped (SIGSTOP) for 5 s; last heard in update of step 41, in attention of layer 12; "
         "trainer rank 0 waits in all_reduce (group tp, call 7) for trainer rank 1, for 50 s"
     )
 
