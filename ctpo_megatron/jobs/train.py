@@ -84,15 +84,19 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         journal = open_journal(config, run_dir, start.step, events, keep=resume != "no")
         if journal is not None:
             files.callback(journal.close)
-        async with (
-            Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
-            open_rollouts(runtime, model.chat, tool, journal) as rollouts,
-        ):
-            run = _Run(runtime, rollouts, inputs, journal, events, begun)
-            loop = await run.to_its_end(stop)
-            if config.checkpoint.export:
-                await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
-                model.chat.save(run_dir / "model")
+        run: _Run | None = None
+        try:
+            async with (
+                Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
+                open_rollouts(runtime, model.chat, tool, journal) as rollouts,
+            ):
+                run = _Run(runtime, rollouts, inputs, journal, events, begun)
+                loop = await run.to_its_end(stop)
+                if config.checkpoint.export:
+                    await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
+                    model.chat.save(run_dir / "model")
+        except (TrainerLost, RayLost) as error:  # Ray at any time, a rank before or after training
+            raise begin_again(error, run_dir, start.step if run is None else run.done, config.cluster.restarts) from error
         summary = _summary(config, loop, time.monotonic() - begun) | {"goodput": events.goodput(done=True).summary()}
         write_summary(run_dir, summary)
         events(RunDone(config.train.steps, summary["wall_s"], str(run_dir / "summary.json")))
@@ -113,20 +117,17 @@ class _Run:
         self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
         self._journal, self._emit, self._begun = journal, emit, begun
         self._totals = RunTotals()
-        self._done = inputs.start.step  # training steps whose result is kept
+        self.done = inputs.start.step  # training steps whose result is kept
 
     async def to_its_end(self, stop: StopSignal) -> TrainLoop:
-        """Returns the loop that came to its end. Raises StoppedInOrder, and BeginAgain where Ray was lost."""
+        """Returns the loop that came to its end. Raises StoppedInOrder, and RayLost where all has to begin anew."""
         config, run_dir = self._inputs.config, self._inputs.run_dir
         loop = await self._runtime.guard(self._prepare(self._inputs.start, self._inputs.resumable))
         self._emit(RunReady(time.monotonic() - self._begun))
-        try:
-            async with _obeying(stop, config, run_dir, self._emit) as orders, _watching_gcs(self._runtime, orders):
-                loop, stopped = await self._supervised(loop, orders)
-            if stopped is not None and stopped.again:
-                raise RayLost(stopped.reason)
-        except RayLost as error:
-            raise begin_again(error, run_dir, self._done, config.cluster.restarts) from error
+        async with _obeying(stop, config, run_dir, self._emit) as orders, _watching_gcs(self._runtime, orders):
+            loop, stopped = await self._supervised(loop, orders)
+        if stopped is not None and stopped.again:
+            raise RayLost(stopped.reason)
         if stopped is not None:
             self._emit(RunStopped(stopped.reason, loop.done))
             raise StoppedInOrder(
@@ -150,7 +151,7 @@ class _Run:
                 self._emit(restart)
                 await asyncio.sleep(restart.wait_s)
             finally:
-                self._done = loop.done
+                self.done = loop.done
                 loop.record.close()
 
     async def _again(self, lost: float) -> TrainLoop:

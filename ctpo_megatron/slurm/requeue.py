@@ -20,6 +20,7 @@ STOPPED = 75  # of a driver that stopped in order: the same command goes on; of 
 AGAIN = 76  # of a job's step: its driver died without a word, so start the step again
 STARTS_FILE = "slurm_starts.jsonl"
 NO_STEP = -1  # of a run that has no checkpoint yet
+FROZEN = 70  # of a driver whose event loop came to nothing: its watch ended it (cluster/watch/loop_watch.py)
 _ENDED_BY_SIGNAL = (130, 143)  # Ctrl-C and SIGTERM: somebody wanted the end
 
 Next = Literal["done", "stopped", "again", "failed"]
@@ -69,9 +70,8 @@ def stopped_by_file(run_dir: Path) -> bool:
     events = run_dir / "events.jsonl"
     lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
     for line in reversed(lines):
-        if f'"{RunStopped.name}"' in line:
-            found = json.loads(line)
-            return found["event"] == RunStopped.name and str(found["reason"]).startswith("the file ")
+        if f'"event": "{RunStopped.name}"' in line:
+            return str(json.loads(line)["reason"]).startswith("the file ")
     return False
 
 
@@ -94,7 +94,7 @@ def what_next(code: int, *, told: bool, ray_lost: bool) -> Next:
         return "done"
     if code == STOPPED:
         return "stopped"
-    died = code < 0 or (code > 128 and code not in _ENDED_BY_SIGNAL)
+    died = code < 0 or code == FROZEN or (code > 128 and code not in _ENDED_BY_SIGNAL)
     # a driver that begins anew because Ray was lost finds none at the address that it was given, and ends with 2
     if died or (code == 1 and not told) or (code in (1, 2) and ray_lost):
         return "again"

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ctpo_megatron.cluster.watch import loop_watch
 from ctpo_megatron.record.events import EventLog, RunReady
 from ctpo_megatron.record.run_events import RunStopped
+from ctpo_megatron.record.story_events import IncarnationEnded
 from ctpo_megatron.slurm.requeue import (
     NO_STEP,
     STARTS_FILE,
@@ -51,6 +53,7 @@ def test_a_stop_by_file_is_an_end(tmp_path: Path) -> None:
     assert not stopped_by_file(tmp_path)
     events = EventLog(tmp_path / "events.jsonl")
     events(RunStopped("the file /r/STOP", 3))
+    events(IncarnationEnded(1, "stopped", "the file /r/STOP", 1.0))
     assert stopped_by_file(tmp_path)
     events(RunStopped("SIGUSR1", 4))
     events(RunReady(1.0))
@@ -71,6 +74,7 @@ def test_a_checkpoint_that_does_not_count_is_no_progress(tmp_path: Path) -> None
         (75, False, False, "stopped"),
         (-9, False, False, "again"),
         (137, False, False, "again"),
+        (loop_watch.FROZEN, False, False, "again"),
         (139, True, False, "again"),
         (1, False, False, "again"),  # Ray ends a driver that has lost its GCS with 1 and without a word of ours
         (1, True, False, "failed"),
