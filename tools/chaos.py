@@ -90,8 +90,9 @@ def hide_answers(file: Path) -> None:
     table = pq.read_table(file)
     rows: list[dict[str, Any]] = table.to_pylist()
     for row in rows[::2]:
-        row["answer"] = rf"\frac{{{2 * int(row['answer'])}}}{{2}}"
-    assert quick_verdict(rows[0]["answer"], "7") is None, "a judge is asked"
+        truth = row["reward_model"]
+        truth["ground_truth"] = rf"\frac{{{2 * int(truth['ground_truth'])}}}{{2}}"
+    assert quick_verdict(rows[0]["reward_model"]["ground_truth"], "7") is None, "a judge is asked"
     pq.write_table(type(table).from_pylist(rows, schema=table.schema), file)
 
 

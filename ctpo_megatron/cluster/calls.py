@@ -35,8 +35,8 @@ async def call_all(
     futures = [asyncio.wrap_future(ref.future()) for _, ref in calls]
     try:
         _, pending = await asyncio.wait(futures, timeout=timeout_s, return_when=asyncio.FIRST_EXCEPTION)
-        failed = any(f.done() and not f.cancelled() and f.exception() for f in futures)
-        if failed and pending:
+        failed = [f.exception() for f in futures if f.done() and not f.cancelled() and f.exception()]
+        if failed and pending and not any(isinstance(error, ActorDiedError) for error in failed):  # which is the cause itself
             await asyncio.wait(pending, timeout=PEERS_FAIL_WITHIN_S)
         errors = [
             (process, error)

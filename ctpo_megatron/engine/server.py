@@ -11,8 +11,17 @@ import time
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from ctpo_megatron.engine.http import Answer
-from ctpo_megatron.engine.processes import adopt_orphans, end_group, group_shared_memory, reap_group, unlink_shared_memory
+from ctpo_megatron.engine.processes import (
+    adopt_orphans,
+    end_group,
+    group_shared_memory,
+    names_of_group,
+    reap_group,
+    unlink_shared_memory,
+)
 from ctpo_megatron.engine.request_thread import RequestThread
 from ctpo_megatron.errors import EngineError
 
@@ -36,6 +45,7 @@ class SGLangServer:
         self.log = log
         self._api_key = api_key
         self._segments: set[str] = set()
+        self._schedulers: list[psutil.Process] = []
         adopt_orphans()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -70,6 +80,7 @@ class SGLangServer:
         with contextlib.closing(RequestThread(self._api_key)) as requests:
             self._await_health(requests, time.monotonic() + timeout_s, timeout_s)
         self._segments = group_shared_memory(self.pid)
+        self._schedulers = [psutil.Process(pid) for name, pid in names_of_group(self.pid) if name.startswith("scheduler")]
 
     def _await_health(self, requests: RequestThread, deadline: float, timeout_s: float) -> None:
         while not isinstance(requests.submit("GET", f"{self.url}/health", None, HEALTH_TIMEOUT_S).result(), Answer):
@@ -86,13 +97,21 @@ class SGLangServer:
             time.sleep(POLL_S)
 
     def alive(self) -> bool:
-        """Whether the server's main process runs; it takes its children down with it, and they it."""
-        return self._process.poll() is None
+        """Whether the server's main process runs, and once it is healthy its schedulers.
+
+        It takes its children down with it; of the death of a scheduler it learns after seconds (SGLang 0.5.23).
+        """
+        return self._process.poll() is None and all(_runs(each) for each in self._schedulers)
 
     @property
     def exit_code(self) -> int | None:
         """Exit code of the main process; negative: the signal that ended it; None: it runs."""
         return self._process.poll()
+
+    @property
+    def end(self) -> str:
+        """Returns how it ended, in words: `ended with exit code 1`, or that it lost a scheduler."""
+        return "has lost a scheduler" if self.exit_code is None else f"ended with exit code {self.exit_code}"
 
     def stop(self, grace_s: float = 0.0) -> None:
         """End all its processes and remove their shared memory. Safe to call again.
@@ -116,3 +135,10 @@ class SGLangServer:
         """The end of the log, with its path, for an error message."""
         text = self.log.read_text(errors="replace").splitlines()
         return "\n".join([f"The last lines of {self.log}:", *(f"  {line}" for line in text[-lines:])])
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

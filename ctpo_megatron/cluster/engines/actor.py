@@ -117,7 +117,7 @@ class EngineActor:
         server = self._server
         while not self._closed.wait(POLL_S):
             if not server.alive() and not self._closed.is_set():
-                raise ProcessDied(f"the SGLang server ended with exit code {server.exit_code}\n{server.log_tail()}")
+                raise ProcessDied(f"the SGLang server {server.end}\n{server.log_tail()}")
 
     def pulse(self) -> Pulse:
         """The server's processes, and how often its scheduler has answered. Asked every second, in a thread of its own."""
