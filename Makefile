@@ -2,6 +2,7 @@
 # make install-gpu  besides, on a GPU host with the CUDA toolkit: TransformerEngine, built against the installed torch
 # make quickstart   the whole loop on this machine: data, a tiny model, cold start, reinforcement learning
 # make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
+# make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
 # make test         all tests          make test-fast   the unit tests
 # make lint         style, format and types, in seconds; CI runs it first
 # make clean        remove .venv and caches; runs/ stays
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
 PYTEST := $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: install install-gpu quickstart example test test-fast lint clean
+.PHONY: install install-gpu quickstart example chaos test test-fast lint clean
 
 install: $(STAMP)
 
@@ -30,6 +31,9 @@ quickstart: install
 
 example: install
 	$(VENV)/bin/python tools/example.py
+
+chaos: install
+	$(VENV)/bin/python tools/chaos.py
 
 test: install
 	$(PYTEST)

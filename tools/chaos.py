@@ -38,6 +38,7 @@ def main(
     steps: Annotated[int, typer.Option(help="training steps: each fault takes one at least")] = 90,
     run_dir: Annotated[Path, typer.Option(help="where everything is written")] = Path("runs/chaos"),
     taught: Annotated[bool, typer.Option(help="teach the model first, and want the reward to rise")] = True,
+    model: Annotated[Path | None, typer.Option(help="sft/model of an earlier chaos run, instead of teaching anew")] = None,
 ) -> None:
     """Strike a run; exit code 0 where everything holds."""
     if run_dir.exists():
@@ -45,7 +46,7 @@ def main(
             raise typer.BadParameter(f"{run_dir} exists and is not of an earlier chaos run; give another", param_hint="--run-dir")
         shutil.rmtree(run_dir)
     begun, memory = time.monotonic(), shared_memory()
-    words = prepare(run_dir.absolute(), seed, taught=taught)
+    words = prepare(run_dir.absolute(), seed, taught=taught, model=model)
     run = Run([*words, f"train.steps={steps}"], run_dir.absolute() / "run", EVALUATE_EVERY, SAVE_EVERY)
     rng = random.Random(seed)
     struck: list[Struck] = []
@@ -67,21 +68,28 @@ def main(
     raise typer.Exit(0 if all(ok for ok, _ in held.values()) else 1)
 
 
-def prepare(root: Path, seed: int, *, taught: bool) -> list[str]:
+def prepare(root: Path, seed: int, *, taught: bool, model: Path | None) -> list[str]:
     """Make data and a model below `root`; returns the words of `ctpo train`."""
-    data, base, model = root / "data", root / "base", root / "base"
+    data, base = root / "data", root / "base"
     python(ROOT / "tools" / "make_toy_data.py", data, "--seed", seed, "--train-rows", 4000, "--eval-rows", 64)
     for name in ("train", "eval"):
         hide_answers(data / f"{name}.parquet")
-    python(ROOT / "tools" / "make_toy_model.py", base, "--seed", seed)
-    if taught:
+    if model is None:
+        python(ROOT / "tools" / "make_toy_model.py", base, "--seed", seed)
+        model = base
+    if taught and model == base:
         given = (f"seed={seed}", f"run_dir={root}/sft", f"model.path={base}", f"data.train={data}/sft.parquet")
         ctpo("sft", "quickstart_sft.yaml", *given)
         model = root / "sft" / "model"
     sizes = [f"train.prompts_per_step={PROMPTS}", f"rollout.group_size={GROUP}", "train.optimizer_steps=2", "eval.prompts=32"]
     keep = [f"checkpoint.every={SAVE_EVERY}", f"eval.every={EVALUATE_EVERY}", "checkpoint.keep=2", "log.save_rollouts=true"]
     last = ["parallel.dp=2", "rollout.engine.restarts=1000", "optimizer.schedule=constant", f"seed={seed}"]
-    paths = [f"run_dir={root}/run", f"model.path={model}", f"data.train={data}/train.parquet", f"data.eval={data}/eval.parquet"]
+    paths = [
+        f"run_dir={root}/run",
+        f"model.path={model.absolute()}",
+        f"data.train={data}/train.parquet",
+        f"data.eval={data}/eval.parquet",
+    ]
     return [str(ROOT / "configs" / "quickstart.yaml"), *sizes, *keep, *last, *paths]
 
 

@@ -80,8 +80,8 @@ def _row(each: Seen, scene: Scene) -> str:
     if not each.stages and each.owner != each.name:
         answers = ""  # its owner answers for it
     doing = "; ".join(str(stage) for stage in each.stages) or scene.states.get(each.name, "")
-    place = f", in {each.place}" if each.place else ""
-    return f"| {each.name} | {each.pid or ''} | {doing}{place} | {silent} | {allowed} | {answers} | {says} |"
+    where = ", ".join(filter(None, (doing, each.place and f"in {each.place}")))
+    return f"| {each.name} | {each.pid or ''} | {where} | {silent} | {allowed} | {answers} | {says} |"
 
 
 def _driver(scene: Scene) -> str:

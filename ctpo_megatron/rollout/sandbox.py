@@ -33,6 +33,7 @@ MAX_FILE_BYTES = 4 * MIB  # each file that a program writes, its output included
 MAX_OPEN_FILES = 64
 NOBODY = "65534"
 PROBE_TIMEOUT_S = 30.0
+ATTEMPTS = 3  # at a program whose bubblewrap is killed from outside
 END_TIMEOUT_S = 5.0  # for bubblewrap to end after its program was killed
 
 
@@ -46,17 +47,23 @@ class BubblewrapPython:
     async def run(self, code: str) -> ToolResult:
         """What `code` printed. Where it failed: `ok` is False and the traceback's last line comes last.
 
-        Raises RolloutError where bubblewrap itself could not run the program.
+        A program whose bubblewrap was killed from outside, as by the system for want of memory, is run again. Raises RolloutError
+        where bubblewrap itself could not run the program.
         """
         async with self._slots:
             begun = time.monotonic()
-            call = await _execute(code, self._config)
+            for _ in range(ATTEMPTS):
+                call = await _execute(code, self._config)
+                if call.killed_by is None:
+                    break
         ok, output = self._judge(call)
         return ToolResult(clip_middle(output, self._config.max_output_chars), ok, time.monotonic() - begun)
 
     def _judge(self, call: _Call) -> tuple[bool, str]:
         if call.timed_out:
             return False, _append(call.stdout, f"TimeoutError: no end within {self._config.timeout_s:g} s")
+        if call.killed_by is not None:
+            raise RolloutError(f"bubblewrap was killed by signal {call.killed_by} in each of {ATTEMPTS} attempts at a program")
         if call.exit_code is None:
             raise RolloutError(f"bubblewrap failed to run a program: {call.stderr.strip()}")
         if call.exit_code == 0:
@@ -119,6 +126,7 @@ class _Call:
     stderr: str
     exit_code: int | None
     timed_out: bool
+    killed_by: int | None = None  # the signal that ended bubblewrap, which its program cannot send
 
 
 async def _execute(code: str, config: PythonTool) -> _Call:
@@ -139,8 +147,9 @@ async def _execute(code: str, config: PythonTool) -> _Call:
         if not ended:
             _kill(process, status)
             return _Call(_shown(stdout), _shown(stderr), None, timed_out=True)
-        process.wait()
-        return _Call(_shown(stdout), _shown(stderr), _reported(status, "exit-code"), timed_out=False)
+        code_of_bwrap = process.wait()
+        killed_by = -code_of_bwrap if code_of_bwrap < 0 else None
+        return _Call(_shown(stdout), _shown(stderr), _reported(status, "exit-code"), timed_out=False, killed_by=killed_by)
 
 
 def _kill(process: subprocess.Popen[bytes], status: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ctpo_megatron.config.rollout import CalculatorTool, PythonTool
-from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.errors import ConfigError, RolloutError
 from ctpo_megatron.rollout import sandbox
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.protocols import ToolResult
@@ -218,6 +220,31 @@ def test_a_cancelled_call_ends_at_once_and_leaves_nothing():
 
     for delay in (0, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.1):
         asyncio.run(cancel_after(delay))
+    assert_nothing_left()
+
+
+@needs_sandbox
+@pytest.mark.parametrize("kills", [1, sandbox.ATTEMPTS])
+def test_a_program_whose_bubblewrap_is_killed_runs_again(kills: int):
+    async def run_and_kill() -> ToolResult:
+        tool = BubblewrapPython(PythonTool(memory_mb=MEMORY_MB, timeout_s=20.0))
+        task = asyncio.ensure_future(tool.run("import time; time.sleep(0.5); print(6 * 7)"))
+        for _ in range(kills):
+            while not (found := sandboxes()):
+                await asyncio.sleep(0.005)
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):  # one ends with the other
+                    os.kill(pid, signal.SIGKILL)
+            while sandboxes() & found:
+                await asyncio.sleep(0.005)
+        return await task
+
+    if kills < sandbox.ATTEMPTS:
+        result = asyncio.run(run_and_kill())
+        assert (result.ok, result.output) == (True, "42\n")
+    else:
+        with pytest.raises(RolloutError, match=f"killed by signal 9 in each of {kills} attempts"):
+            asyncio.run(run_and_kill())
     assert_nothing_left()
 
 
