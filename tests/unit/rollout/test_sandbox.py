@@ -241,7 +241,7 @@ def test_a_program_whose_bubblewrap_is_killed_runs_again(kills: int):
 
     if kills < sandbox.ATTEMPTS:
         result = asyncio.run(run_and_kill())
-        assert (result.ok, result.output) == (True, "42\n")
+        assert (result.ok, result.output) == (True, "42")
     else:
         with pytest.raises(RolloutError, match=f"killed by signal 9 in each of {kills} attempts"):
             asyncio.run(run_and_kill())
