@@ -114,6 +114,10 @@ class RayLost(ProcessDied):
     """A process of Ray's own died, and with it all that ran on its node: the command has to begin anew, and can go on."""
 
 
+class StartLost(ProcessDied):
+    """A server's process was killed while the run came up. Nothing is known to be wrong with it: the command may begin anew."""
+
+
 class StoppedInOrder(CtpoError, RuntimeError):
     """The run was asked to stop, and everything it had is saved; the same command with `--resume auto` goes on."""
 

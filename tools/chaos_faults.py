@@ -59,7 +59,10 @@ def draw(seed: int, count: int) -> list[Fault]:
     rng = random.Random(seed)
     middle: list[Phase] = ["rollout", "training", "publishing", "saving", "evaluating"]
     signals: tuple[Signal, ...] = ("KILL", "STOP")
-    wanted = [Fault(kind, _phase(kind, rng, middle), by) for by in signals for kind in KINDS]
+    # in turn, and the other way round in the second turn
+    wanted = [
+        Fault(kind, _phase(kind, rng, middle), signals[(place + turn) % 2]) for turn in (0, 1) for place, kind in enumerate(KINDS)
+    ]
     for phase in PHASES:
         for kind in ("driver", rng.choice(RANKS), rng.choice(SERVERS)):
             wanted.append(Fault(kind, phase, rng.choice(["KILL", "KILL", "STOP"])))

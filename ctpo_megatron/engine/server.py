@@ -23,10 +23,11 @@ from ctpo_megatron.engine.processes import (
     unlink_shared_memory,
 )
 from ctpo_megatron.engine.request_thread import RequestThread
-from ctpo_megatron.errors import EngineError
+from ctpo_megatron.errors import EngineError, StartLost
 
 HEALTH_TIMEOUT_S = 10.0  # for one health check
 POLL_S = 0.1
+SCHEDULER_KILLED = "scheduler died during initialization (exit code: -"  # as SGLang 0.5.23 says it, with the signal's number
 
 
 def new_api_key() -> str:
@@ -75,7 +76,8 @@ class SGLangServer:
     def wait_healthy(self, timeout_s: float) -> None:
         """Wait until the server answers a health check, which generates a token.
 
-        Raises EngineError, with the end of the log, when the process ends first or `timeout_s` is over; nothing is left then.
+        Raises EngineError, with the end of the log, when the process ends first or `timeout_s` is over, StartLost when it or a
+        scheduler was killed; nothing is left then.
         """
         with contextlib.closing(RequestThread(self._api_key)) as requests:
             self._await_health(requests, time.monotonic() + timeout_s, timeout_s)
@@ -85,9 +87,10 @@ class SGLangServer:
     def _await_health(self, requests: RequestThread, deadline: float, timeout_s: float) -> None:
         while not isinstance(requests.submit("GET", f"{self.url}/health", None, HEALTH_TIMEOUT_S).result(), Answer):
             if not self.alive():
-                code = self.exit_code
+                code, said = self.exit_code or 0, self.log_tail()
                 self.stop()
-                raise EngineError(f"SGLang server {self.url} ended with exit code {code} while starting.\n{self.log_tail()}")
+                error = StartLost if code < 0 or SCHEDULER_KILLED in said else EngineError
+                raise error(f"SGLang server {self.url} ended with exit code {code} while starting.\n{said}")
             if time.monotonic() > deadline:
                 self.stop()
                 raise EngineError(

@@ -14,7 +14,7 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.errors import CheckpointError, CtpoError, RayLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.errors import CheckpointError, CtpoError, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
 from ctpo_megatron.jobs.orders import on_signal, watch_files
@@ -95,7 +95,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
                 if config.checkpoint.export:
                     await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
                     model.chat.save(run_dir / "model")
-        except (TrainerLost, RayLost) as error:  # Ray at any time, a rank before or after training
+        except (TrainerLost, RayLost, StartLost) as error:  # Ray at any time, others before or after training
             raise begin_again(error, run_dir, start.step if run is None else run.done, config.cluster.restarts) from error
         summary = _summary(config, loop, time.monotonic() - begun) | {"goodput": events.goodput(done=True).summary()}
         write_summary(run_dir, summary)

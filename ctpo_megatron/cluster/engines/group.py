@@ -16,7 +16,7 @@ from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.cluster.watch.watchdog import Watchdog, Watched
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import UP, Fleet, Member
-from ctpo_megatron.errors import CtpoError, ProcessDied
+from ctpo_megatron.errors import CtpoError, EngineError, ProcessDied, StartLost
 
 END_TIMEOUT_S = 30.0  # for a lost server's processes to end in order
 
@@ -140,10 +140,18 @@ class EngineGroup:
 
     async def _urls(self, servers: list[_Server]) -> list[str]:
         """The URL of each server, once all its parts are there. Raises the most telling error as soon as one fails."""
-        timeout_s = self._config.cluster.start_timeout_s
-        await call_all([call for server in servers for call in zip(server.parts, server.launched, strict=True)], timeout_s)
-        calls = [(part, part.actor.start.remote()) for server in servers for part in server.parts]
-        urls = await call_all(calls, timeout_s)
+        within_s = self._config.cluster.start_timeout_s
+        try:
+            async with asyncio.timeout(within_s):
+                launched = [call for server in servers for call in zip(server.parts, server.launched, strict=True)]
+                await call_all(launched, None, StartLost)
+                calls = [(part, part.actor.start.remote()) for server in servers for part in server.parts]
+                urls = await call_all(calls, None, StartLost)
+        except TimeoutError:
+            logs = ", ".join(str(part.log_path) for server in servers for part in server.parts)
+            raise EngineError(
+                f"not all servers came up within cluster.start_timeout_s={within_s:g} s; their logs: {logs}"
+            ) from None
         return urls[:: len(servers[0].parts)]  # of the first parts, which answer requests
 
     def _join(self, server: _Server, url: str) -> Member:
