@@ -241,7 +241,8 @@ def _verdict(kind: Kind, culprits: Sequence[Seen], edges: tuple[Edge, ...], word
 
 def _stopped(each: Seen) -> str:
     since = 0.0 if each.condition is None else each.condition.since_s
-    return f"{each.name} is stopped (SIGSTOP) for {since:.0f} s; last heard in {each.doing}"
+    heard = f"; last heard in {each.doing}" if each.stages else ""
+    return f"{each.name} is stopped (SIGSTOP) for {since:.0f} s{heard}"
 
 
 def _hung(each: Seen, parts: Sequence[Seen]) -> str:
