@@ -153,7 +153,9 @@ class Runtime:
             depths=self.depths,
             lag=self._loop_watch.lag_s,
         )
-        watchdog.add_others({f"Ray's {name}": process.pid for name, process in self._ray.items()})
+        of_ray = {f"Ray's {name}": process.pid for name, process in self._ray.items()}
+        watchdog.add_others(of_ray)
+        self._loop_watch.end_stopped(of_ray, self.config.cluster.watch.stopped_s)
         watchdog.start()
         return watchdog
 

@@ -1,6 +1,7 @@
 """The watch over the driver itself: a thread that measures how late the event loop is, and a process that looks after the thread.
 
     loop late for frozen_s          the thread writes a report and ends the process with exit code FROZEN
+    Ray stopped (SIGSTOP)           the thread ends that process: the loop may wait for it, and with it the watchdog
     thread silent for frozen_s      the whole interpreter is held, as by a search that does not end: the guard does, with SIGKILL
     driver stopped (SIGSTOP)        the guard does it after STOPPED_S; a guard that is stopped with it, as by Ctrl-Z or
                                     `scontrol suspend`, forgives
@@ -12,13 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ctpo_megatron.cluster.watch import guard
@@ -28,6 +31,7 @@ from ctpo_megatron.record.stall_report import next_report
 FROZEN = 70  # the command's exit code when its event loop is frozen; EX_SOFTWARE of sysexits.h
 EVERY_S = 1.0
 OVERSLEPT_S = 5.0  # of the thread: then the process was stopped, or had no processor, and its loop is not to blame
+LOOP_ACTS_WITHIN_S = 3.0  # where it is free, it ends what is stopped itself, and writes a report
 WRITE_S = 10.0  # for the report; the disk may be what the loop waits for
 
 
@@ -42,6 +46,9 @@ class LoopWatch:
         self._thread: threading.Thread | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._main = threading.get_ident()
+        self._others: Mapping[str, int] = {}
+        self._stopped_s = math.inf
+        self._running: dict[int, float] = {}  # when each of the others was last seen not to be stopped
 
     def start(self) -> None:
         """Begin. To be called in the loop's thread."""
@@ -55,6 +62,13 @@ class LoopWatch:
         )
         self._thread = threading.Thread(target=self._run, args=(loop,), name="loop-watch", daemon=True)
         self._thread.start()
+
+    def end_stopped(self, processes: Mapping[str, int], stopped_s: float) -> None:
+        """End these processes of this host, by their ids, where they stay stopped for longer than `stopped_s` and a while.
+
+        A call of Ray's own, such as `ray.put`, waits for a raylet in the loop's thread, without a bound.
+        """
+        self._others, self._stopped_s = processes, stopped_s + LOOP_ACTS_WITHIN_S
 
     def lag_s(self) -> float:
         """Returns how late the loop is now in seconds, or was when it was last asked."""
@@ -77,10 +91,20 @@ class LoopWatch:
             self._beat()
             now = time.monotonic()
             overslept, slept = now - slept > EVERY_S + OVERSLEPT_S, now
+            self._look_at_others(now, forgive=overslept)
             if self._marked >= self._asked or overslept:
                 self._ask(loop)
             elif now - self._asked > self._frozen_s:
                 self._end(now - self._asked)
+
+    def _look_at_others(self, now: float, *, forgive: bool) -> None:
+        for name, pid in self._others.items():
+            if forgive or guard.state_of(pid) != "T":
+                self._running[pid] = now
+            elif now - self._running.setdefault(pid, now) > self._stopped_s:
+                print(f"{name} is stopped (SIGSTOP), and the driver may wait for it: it is ended", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _ask(self, loop: asyncio.AbstractEventLoop) -> None:
         self._asked = time.monotonic()

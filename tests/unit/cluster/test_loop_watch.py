@@ -16,7 +16,7 @@ from ctpo_megatron.cluster.watch import guard
 from ctpo_megatron.cluster.watch.loop_watch import FROZEN
 
 DRIVER = """
-import asyncio, ctypes, re, sys, time
+import asyncio, ctypes, re, signal, subprocess, sys, time
 from pathlib import Path
 from ctpo_megatron.cluster.watch import guard, loop_watch
 from ctpo_megatron.record.heartbeat import Stages
@@ -29,15 +29,23 @@ def freeze():
 def hold():  # the interpreter is not let go
     ctypes.PyDLL(None).sleep(600)
 
+def wait_for_other():  # as ray.put waits for a raylet
+    other.send_signal(signal.SIGSTOP)
+    print(other.wait(), flush=True)
+
+other = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # they are read to their end
+
 async def main():
     watch = loop_watch.LoopWatch(float(sys.argv[3]), Path(sys.argv[1]), stages.now)
     watch.start()
+    watch.end_stopped({"the other": other.pid}, 0.5)
     with stages("train", step=7):
         await asyncio.sleep(0.5)
         print("up", flush=True)
         await asyncio.sleep(0.5)
-        {"freeze": freeze, "hold": hold, "live": lambda: None}[sys.argv[2]]()
+        {"freeze": freeze, "hold": hold, "wait": wait_for_other, "live": lambda: None}[sys.argv[2]]()
         await asyncio.sleep(float(sys.argv[4]))
+    other.kill()
     lag = watch.lag_s()
     watch.close()
     print(f"lag {lag:.3f}", flush=True)
@@ -53,6 +61,14 @@ def begin(run_dir: Path, how: str, *, frozen_s: float = 2.0, lasts_s: float = 60
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     return process
+
+
+def test_a_loop_that_waits_for_a_stopped_process_of_ray_is_freed(tmp_path: Path) -> None:
+    process = begin(tmp_path, "wait", frozen_s=END_S, lasts_s=0.0)
+    output, errors = process.communicate(timeout=END_S)
+    assert process.returncode == 0, errors
+    assert output.splitlines()[0] == str(-signal.SIGKILL)
+    assert "the other is stopped (SIGSTOP)" in errors
 
 
 def test_a_frozen_loop_ends_the_process_with_its_own_exit_code(tmp_path: Path) -> None:
