@@ -133,7 +133,7 @@ def await_start(run: Run, rng: random.Random) -> None:
 
 def _seen(run: Run, fault: Fault, at: float, starts: int) -> float | None:
     """Returns when the run, or whoever started it, noticed."""
-    names = ["incarnation ended", "incarnation began"]
+    names = ["part lost", "incarnation ended", "incarnation began"]
     names += ["trainer restarting"] if fault.kind in RANKS else []
     names += ["server lost"] if fault.kind in SERVERS else []
     names += ["stop requested"] if fault.kind == "GCS" and fault.phase != "stopping" else []

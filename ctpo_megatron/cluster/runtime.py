@@ -35,11 +35,12 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.environment import Reader
-from ctpo_megatron.errors import RayLost, TrainerLost
+from ctpo_megatron.errors import ProcessDied, RayLost, TrainerLost
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.record.heartbeat import Depths, Stages
+from ctpo_megatron.record.run_events import PartLost
 from ctpo_megatron.types import RoutingShape
 
 T = TypeVar("T")
@@ -212,6 +213,9 @@ class Runtime:
                     await rescue()
                 watch.result()
             return await task
+        except ProcessDied as error:
+            self._emit(PartLost(str(error).splitlines()[0]))  # now: ending what is left takes seconds
+            raise
         finally:
             for future in (task, watch):
                 future.cancel()

@@ -65,6 +65,20 @@ class RunStopped(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PartLost(Event):
+    """A process died or hangs that the work under way cannot do without; what becomes of the run follows."""
+
+    name: ClassVar[str] = "part lost"
+    console: ClassVar[bool] = False  # what follows says why
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"lost: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
 class TrainerRestarting(Event):
     """Ranks of the trainer were lost; all are started again. `step`: where training goes on. `restart` counts from 1."""
 
