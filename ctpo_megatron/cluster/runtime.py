@@ -243,7 +243,12 @@ class Runtime:
 
     async def close(self) -> None:
         """End what was started, each step bounded; safe to call twice."""
-        self._loop_watch.close()
+        try:
+            await self._close()
+        finally:
+            self._loop_watch.close()  # a driver that is killed while it closes leaves nothing either
+
+    async def _close(self) -> None:
         if self._watchdog is not None:
             self._watchdog.close()
             self._watchdog = None

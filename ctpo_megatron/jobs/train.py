@@ -24,6 +24,7 @@ from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, diffe
 from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
 from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.stop import StopSignal
+from ctpo_megatron.jobs.time_limit import Lead, time_limit
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, newest_or_none, restore
 from ctpo_megatron.loop.orders import Orders, StopRequest
@@ -68,7 +69,8 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = make_tool(config.rollout.tool)
-    with IncarnationLog(Path(config.run_dir), [print_sentence]) as events, ExitStack() as files:
+    lead = Lead()
+    with IncarnationLog(Path(config.run_dir), [print_sentence, lead]) as events, ExitStack() as files:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
         prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
@@ -90,7 +92,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
                 Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
                 open_rollouts(runtime, model.chat, tool, journal) as rollouts,
             ):
-                run = _Run(runtime, rollouts, inputs, journal, events, begun)
+                run = _Run(runtime, rollouts, inputs, journal, events, begun, lead)
                 loop = await run.to_its_end(stop)
                 if config.checkpoint.export:
                     await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
@@ -113,9 +115,10 @@ class _Run:
         journal: Journal | None,
         emit: Emit,
         begun: float,
+        lead: Lead,
     ) -> None:
         self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
-        self._journal, self._emit, self._begun = journal, emit, begun
+        self._journal, self._emit, self._begun, self._lead = journal, emit, begun, lead
         self._totals = RunTotals()
         self.done = inputs.start.step  # training steps whose result is kept
 
@@ -124,7 +127,8 @@ class _Run:
         config, run_dir = self._inputs.config, self._inputs.run_dir
         loop = await self._runtime.guard(self._prepare(self._inputs.start, self._inputs.resumable))
         self._emit(RunReady(time.monotonic() - self._begun))
-        async with _obeying(stop, config, run_dir, self._emit) as orders, _watching_gcs(self._runtime, orders):
+        obeying = _obeying(stop, config, run_dir, self._emit, self._lead)
+        async with obeying as orders, _watching_gcs(self._runtime, orders):
             loop, stopped = await self._supervised(loop, orders)
         if stopped is not None and stopped.again:
             raise RayLost(stopped.reason)
@@ -217,9 +221,10 @@ class _Run:
 
 
 @asynccontextmanager
-async def _obeying(stop: StopSignal, config: RunConfig, run_dir: Path, emit: Emit) -> AsyncIterator[Orders]:
-    """Orders that hear of signals and files. Inside it the run is given up when a stop takes longer than it may."""
-    limit = asyncio.timeout(None)
+async def _obeying(stop: StopSignal, config: RunConfig, run_dir: Path, emit: Emit, lead: Lead) -> AsyncIterator[Orders]:
+    """Orders that hear of signals, of files and of the job's time limit. Inside it the run is given up when a stop takes longer
+    than it may."""
+    limit, grace_s = asyncio.timeout(None), config.cluster.stop_grace_s
 
     def on_stop(request: StopRequest) -> None:
         emit(StopRequested(request.reason))
@@ -229,14 +234,17 @@ async def _obeying(stop: StopSignal, config: RunConfig, run_dir: Path, emit: Emi
     orders = Orders(on_stop)
     try:
         async with limit:
-            stop.listen(partial(on_signal, orders, grace_s=config.cluster.stop_grace_s))
-            files = asyncio.ensure_future(watch_files(orders, run_dir))
+            stop.listen(partial(on_signal, orders, grace_s=grace_s))
+            watches = [asyncio.ensure_future(watch_files(orders, run_dir))]
+            if (job := time_limit(lead, grace_s, emit)) is not None:
+                watches.append(asyncio.ensure_future(job.watch(orders)))
             try:
                 yield orders
             finally:
                 stop.listen(None)
-                files.cancel()
-                await asyncio.gather(files, return_exceptions=True)
+                for watch in watches:
+                    watch.cancel()
+                await asyncio.gather(*watches, return_exceptions=True)
     except TimeoutError as error:
         if not limit.expired():
             raise

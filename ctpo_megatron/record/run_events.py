@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +48,36 @@ class StopRequested(Event):
     def sentence(self) -> str:
         """Returns the event for a person, in one line."""
         return f"stopping in order: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnds(Event):
+    """SLURM says when the job ends; again when that has moved. `at`: seconds since 1970; None: there is no limit."""
+
+    name: ClassVar[str] = "job ends"
+    at: float | None
+    left_s: float | None
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        if self.at is None or self.left_s is None:
+            return "SLURM sets the job no time limit"
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.at))
+        return f"SLURM ends the job at {when}, in {self.left_s / 60:,.0f} min; the run stops in order before that"
+
+
+@dataclass(frozen=True, slots=True)
+class JobEndUnknown(Event):
+    """SLURM does not say when the job ends. It is asked again, and the event comes once until it answers."""
+
+    name: ClassVar[str] = "job end unknown"
+    reason: str
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"when the job ends is not known now, what SLURM said last counts: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ctpo_megatron.slurm.commands import ask
+from ctpo_megatron.slurm.commands import SlurmError, ask
 
+END_TIMEOUT_S = 15.0  # it is asked for again and again
 FIRST_PORT, PORTS = 20_000, 12_000  # below the range that the system takes ports of outgoing connections from
 
 
@@ -44,13 +45,19 @@ def allocation(environment: Mapping[str, str]) -> Allocation | None:
 def end_time(job: Allocation, environment: Mapping[str, str]) -> float | None:
     """Returns when SLURM will end the job, in seconds since 1970; None where it has no limit.
 
-    Raises SlurmError where SLURM does not say, as in a container without its commands.
+    Raises SlurmError where SLURM does not say, as in a container without its commands. SLURM 23.02 and newer say in the
+    environment when it would have ended as it began; the limit may have been moved since.
     """
-    told = environment.get("SLURM_JOB_END_TIME", "")  # set by SLURM 23.02 and newer
-    if not told:
-        format_as_seconds = {"SLURM_TIME_FORMAT": "%s"}
-        told = ask("squeue", "--noheader", f"--jobs={job.job_id}", "--format=%e", environment=format_as_seconds)
-    return float(told) if told.isdigit() else None
+    format_as_seconds = {"SLURM_TIME_FORMAT": "%s"}
+    words = ("squeue", "--noheader", f"--jobs={job.job_id}", "--format=%e")
+    try:
+        told = ask(*words, environment=format_as_seconds, timeout_s=END_TIMEOUT_S)
+    except SlurmError:
+        told = environment.get("SLURM_JOB_END_TIME", "")
+        if not told:
+            raise
+    ends = [float(word) for word in told.split() if word.isdigit()]  # one for each part of a heterogeneous job
+    return min(ends, default=None)
 
 
 def hosts(job: Allocation) -> list[str]:

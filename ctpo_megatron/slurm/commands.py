@@ -15,17 +15,17 @@ class SlurmError(CtpoError, RuntimeError):
     """A command of SLURM is missing, failed, or gave no answer."""
 
 
-def ask(*words: str, environment: Mapping[str, str] | None = None) -> str:
+def ask(*words: str, environment: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S) -> str:
     """Returns what a command of SLURM printed. `environment`: variables beside those of this process. Raises SlurmError."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, **(environment or {})}, check=False
+            words, capture_output=True, text=True, timeout=timeout_s, env={**os.environ, **(environment or {})}, check=False
         )
     except FileNotFoundError as error:
         raise SlurmError(f"{words[0]} is not installed here; run this on a host that submits jobs to SLURM") from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
-            f"{words[0]} gave no answer within {TIMEOUT_S:.0f} s; is SLURM's controller up? `sinfo` tells"
+            f"{words[0]} gave no answer within {timeout_s:.0f} s; is SLURM's controller up? `sinfo` tells"
         ) from error
     if done.returncode != 0:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"

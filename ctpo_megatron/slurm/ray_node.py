@@ -21,6 +21,7 @@ _LOG_LINES = 25
 _STARTED = "Ray runtime started."  # what `ray start` says once its node is known to the cluster
 SETTINGS = {
     "RAY_worker_niceness": "0",  # not 15: what else runs on a node does not come before trainer and servers
+    "RAY_kill_child_processes_on_worker_exit": "0",  # servers end, and tidy up, when they lose the actor that has started them
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # the other nodes' Ray ends this long after the head's
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # when it is terminated, the run has ended: there is nothing to drain
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -37,6 +37,26 @@ die) kill -KILL $$ ;;
 *) exit "$move" ;;
 esac
 """
+# In place of a run: what it does about the limit of its job, which somebody shortens to a minute.
+LIMITED = """
+import asyncio, subprocess, sys
+from ctpo_megatron.jobs import time_limit
+from ctpo_megatron.loop.orders import Orders
+
+time_limit.ASK_EVERY_S = 1.0
+
+async def main():
+    orders = Orders()
+    limit = time_limit.time_limit(time_limit.Lead(), 25.0, lambda event: print(event.sentence, flush=True))
+    watching = asyncio.ensure_future(limit.watch(orders))
+    await asyncio.sleep(3.0)
+    assert orders.stop_request is None
+    subprocess.run(["scontrol", "update", f"jobid={sys.argv[1]}", "timelimit=1"], check=True)
+    await asyncio.wait_for(watching, 40.0)
+    print(orders.stop_request.reason)
+
+asyncio.run(main())
+"""
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -142,6 +162,20 @@ def test_where_requeue_is_forbidden_jobs_follow_each_other_until_it_is_in_vain(
     starts = [json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines()]
     assert [(each["job_id"], each["step"]) for each in starts] == [(job_id, -1), (job_id, -1), (int(found[1]), -1)]
     assert left_on_nodes(job_id) == left_on_nodes(int(found[1])) == []
+
+
+def test_a_limit_that_comes_near_gives_the_order_to_stop(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """What squeue really says. Without any measured phase the run wants a minute."""
+    (tmp_path / "limited.py").write_text(LIMITED)
+    command = f"{shlex.join([sys.executable, str(tmp_path / 'limited.py')])} $SLURM_JOB_ID"
+    job_id = slurm.submit("--time=60", f"--chdir={ROOT}", f"--output={tmp_path}/slurm-%j.out", f"--wrap={command}")
+    job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
+    assert job["ExitCode"] == "0:0", output
+    found = re.search(r"in (\d+) min; .*in (\d) min; .*time limit is (\d+) s away, and to stop may take 60 s", output, re.DOTALL)
+    assert found, output
+    assert int(found[1]) == 60
+    assert int(found[2]) <= 1
+    assert 0 < int(found[3]) < 60
 
 
 def test_preflight_by_hand_refuses_and_names_the_nodes(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:

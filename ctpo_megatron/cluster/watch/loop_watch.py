@@ -5,6 +5,7 @@
     thread silent for frozen_s      the whole interpreter is held, as by a search that does not end: the guard does, with SIGKILL
     driver stopped (SIGSTOP)        the guard does it after STOPPED_S; a guard that is stopped with it, as by Ctrl-Z or
                                     `scontrol suspend`, forgives
+    driver gone before `close`      the guard ends the processes below it that do not end by themselves
 
 Whoever started the command, such as a job file, may start it again with `--resume`.
 """
@@ -54,8 +55,7 @@ class LoopWatch:
         """Begin. To be called in the loop's thread."""
         loop = asyncio.get_running_loop()
         self._main = threading.get_ident()
-        directory = str((self._run_dir / "stalls").absolute())
-        words = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(self._frozen_s), directory]
+        words = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), str(self._frozen_s), str(self._run_dir.absolute())]
         # unbuffered: a byte is there when it is written. No stream of the command's: whoever reads them waits for their end
         self._guard = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, bufsize=0
@@ -75,14 +75,14 @@ class LoopWatch:
         return max(0.0, self._marked - self._asked if self._marked >= self._asked else time.monotonic() - self._asked)
 
     def close(self) -> None:
-        """End the thread and the guard. Safe to call twice."""
+        """End the thread and the guard: the driver has ended its processes. Safe to call twice."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * EVERY_S)
         if self._guard is not None and self._guard.stdin is not None:
-            self._guard.stdin.close()  # the sign that all is well
-            self._guard.kill()
+            self._guard.kill()  # before it hears of an end: this one is in order
             self._guard.wait()
+            self._guard.stdin.close()
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         self._ask(loop)

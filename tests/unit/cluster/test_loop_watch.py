@@ -94,9 +94,9 @@ def quick_guard(tmp_path: Path) -> Callable[[int, float], subprocess.Popen[bytes
     """A guard that loses its patience after a second instead of ten."""
 
     def begin_guard(pid: int, frozen_s: float) -> subprocess.Popen[bytes]:
-        code = "from ctpo_megatron.cluster.watch import guard; import sys, pathlib; guard.STOPPED_S = 1.0; "
+        code = "from ctpo_megatron.cluster.watch import guard; import sys, pathlib; guard.STOPPED_S = guard.GONE_WITHIN_S = 1.0; "
         code += "guard.main(int(sys.argv[1]), float(sys.argv[2]), pathlib.Path(sys.argv[3]))"
-        words = [sys.executable, "-c", code, str(pid), str(frozen_s), str(tmp_path / "stalls")]
+        words = [sys.executable, "-c", code, str(pid), str(frozen_s), str(tmp_path)]
         return subprocess.Popen(words, stdin=subprocess.PIPE, bufsize=0)
 
     return begin_guard
