@@ -108,7 +108,8 @@ class GrowingFile:
 
     def sync(self) -> None:
         """Bring what was added onto the disk; it then outlives the host. Raises StorageError."""
-        with storing(self._path):
+        # FileNotFoundError: somebody has deleted the file, and nothing of it is left to be brought anywhere
+        with storing(self._path), contextlib.suppress(FileNotFoundError):
             descriptor = os.open(self._path, os.O_RDONLY)  # its own: it is called in a thread, beside `append`
             try:
                 os.fdatasync(descriptor)

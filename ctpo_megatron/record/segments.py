@@ -72,10 +72,10 @@ class SegmentWriter:
         self._last += 1
         self.path, self._file, self._size = path, file, len(MAGIC)
 
-    def sync(self) -> None:
-        """Bring what was added onto the disk. Raises StorageError."""
-        if self._file is not None:
-            self._file.sync()
+    @property
+    def file(self) -> GrowingFile | None:
+        """The segment that the last record went to; None where the next one begins another."""
+        return self._file
 
     def end(self) -> None:
         """Let the next record begin another segment. Safe to call twice."""

@@ -144,7 +144,9 @@ class Journal:
 
     async def sync(self) -> None:
         """Bring what was noted onto the disk, beside the event loop. Raises StorageError."""
-        await self._storage.write_beside(self._writer.sync)
+        file = self._writer.file  # this one: others may have been begun by the time at which the storage takes it
+        if file is not None:
+            await self._storage.write_beside(file.sync)
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
