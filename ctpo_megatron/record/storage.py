@@ -223,12 +223,17 @@ class Storage:
         return until - time.monotonic()
 
     async def _pause(self, seconds: float) -> None:
-        """Wait for so long, and not beyond the time that the fault may last; a wish to stop may shorten that meanwhile."""
-        end = time.monotonic() + seconds
+        """Wait for so long, and not beyond the time that the fault may last; a wish to stop may shorten that meanwhile.
+
+        When all that was held is written, it is over: the storage takes things again.
+        """
+        end, held = time.monotonic() + seconds, bool(self._held)
         with self._stages("storage", waits_for=str(self._run_dir)) as stage:
             while (left := min(end - time.monotonic(), self._left_s())) > 0:
                 stage.beat()
                 await asyncio.sleep(min(left, POLL_S))
+                if held and not self._held:
+                    break
 
     async def _mend(self) -> None:
         while self._held:

@@ -345,6 +345,28 @@ def test_what_has_an_answer_is_tried_until_it_has_one(run: Path) -> None:
     soon(scenario())
 
 
+def test_what_pauses_for_long_goes_on_when_small_records_are_taken_again(disk: Path) -> None:
+    async def scenario() -> float:
+        storage, tries, file = patient(disk), 0, GrowingFile(disk / "a.txt")
+
+        async def work() -> float:
+            nonlocal tries
+            tries += 1
+            file.append(bytes(8192))
+            return time.monotonic()
+
+        async with storage.outlasting(lambda _event: None):
+            ballast = fill(disk)
+            GrowingFile(disk / "b.txt", storage.write).append_line("held")
+            working = asyncio.ensure_future(storage.patiently(work))
+            await until(lambda: tries == 7)  # the next pause is 1.3 s
+            freed = time.monotonic()
+            ballast.unlink()
+            return await working - freed
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 20)) < 1.0
+
+
 def test_a_half_record_that_cannot_be_taken_back_at_once_is_taken_back_first(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that fills in the middle of a record, and then does not even answer; the file is opened again for the rest."""
 
