@@ -18,23 +18,24 @@ from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FULL_WORDS = ("no space left on device", "disk quota exceeded")  # of libraries that keep the system's words and lose its number
-_MENDABLE = (
-    _FULL
-    | {  # what may pass: somebody frees space, mounts a file system again, gives back a right, restarts a file server
-        errno.EROFS,
-        errno.ENOENT,
-        errno.ESTALE,
-        errno.EIO,
-        errno.EREMOTEIO,
-        errno.EACCES,
-        errno.EPERM,
-        errno.ENODEV,
-        errno.ENXIO,
-        errno.ENOTCONN,
-        errno.ETIMEDOUT,
-        errno.EHOSTDOWN,
-    }
-)
+# what may pass: somebody frees space, mounts a file system again, gives back a right, starts a file server, renews a ticket
+_MENDABLE = {
+    *_FULL,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EKEYEXPIRED,
+    errno.ENOKEY,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+}
 _RUST_NUMBER = re.compile(r"\(os error (\d+)\)")  # how safetensors writes the system's number
 _NEARLY_NOTHING = 1 << 16  # bytes free, below which a write that failed is taken to have failed for want of room
 

@@ -13,7 +13,16 @@ from ctpo_megatron.checkpoints.files import SHARDS, read_manifest
 from ctpo_megatron.checkpoints.hashes import bytes_hash, file_hash, tensor_hash
 from ctpo_megatron.errors import DamagedCheckpoint, StorageError, storage_words
 
-_OUT_OF_REACH = {errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN}
+_OUT_OF_REACH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EKEYEXPIRED,
+    errno.ENOKEY,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+}
 
 
 def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
