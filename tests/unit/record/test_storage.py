@@ -390,9 +390,10 @@ def test_a_half_record_that_cannot_be_taken_back_at_once_is_taken_back_first(dis
     assert (disk / "a.txt").read_text() == "whole\nnext\n"
 
 
-@pytest.mark.parametrize(
-    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.ESTALE, errno.EIO, errno.EACCES, errno.EKEYEXPIRED]
-)
+MENDABLE = [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOENT, errno.ESTALE, errno.EIO, errno.EACCES, errno.EKEYEXPIRED]
+
+
+@pytest.mark.parametrize("number", MENDABLE)
 def test_faults_that_somebody_can_mend(number: int) -> None:
     with pytest.raises(StorageError) as caught, storing("a.txt"):
         raise OSError(number, os.strerror(number))
