@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,25 @@ from pathlib import Path
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FULL_WORDS = ("no space left on device", "disk quota exceeded")  # of libraries that keep the system's words and lose its number
+# what may pass: somebody frees space, mounts a file system again, gives back a right, starts a file server, renews a ticket
+_MENDABLE = {
+    *_FULL,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EKEYEXPIRED,
+    errno.ENOKEY,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+}
+_RUST_NUMBER = re.compile(r"\(os error (\d+)\)")  # how safetensors writes the system's number
 _NEARLY_NOTHING = 1 << 16  # bytes free, below which a write that failed is taken to have failed for want of room
 
 
@@ -49,7 +69,12 @@ class RenderError(InputError):
 
 
 class StorageError(CtpoError, OSError):
-    """A file could not be written or read for a reason that lies with the host: no space, no permission, a broken disk."""
+    """A file could not be written or read for a reason that lies with the host: no space, no permission, a broken disk.
+
+    `mendable`: whether somebody may mend it while the run waits.
+    """
+
+    mendable = False
 
 
 class RehearsalError(CtpoError, RuntimeError):
@@ -96,6 +121,12 @@ class NonFiniteError(CtpoError, ArithmeticError):
 
 class CheckpointError(CtpoError, RuntimeError):
     """A checkpoint could not be written, found or read."""
+
+
+class CheckpointUnwritten(CheckpointError, StorageError):
+    """A checkpoint or model could not be written for a reason that lies with the storage, and may pass."""
+
+    mendable = True
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -160,7 +191,24 @@ def storing(path: str | Path) -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(storage_words(error, path)) from error
+        failure = StorageError(storage_words(error, path))
+        failure.mendable = mendable(error)
+        raise failure from error
+
+
+def mendable(error: BaseException, path: str | Path | None = None) -> bool:
+    """Whether `error`, which came when `path` was written, lies with the storage, and may pass.
+
+    What is no OSError, or was wrapped by a library, is told by what it came from, and by the space that is left.
+    """
+    for each in _chain(error):
+        if isinstance(each, StorageError) and each.mendable:
+            return True
+        if isinstance(each, OSError) and each.errno in _MENDABLE:
+            return True
+        if (said := _RUST_NUMBER.search(str(each))) and int(said[1]) in _MENDABLE:
+            return True
+    return out_of_space(error, path)
 
 
 def reason(error: BaseException, path: str | Path | None = None) -> str:

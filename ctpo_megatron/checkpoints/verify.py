@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from collections.abc import Iterable
@@ -10,7 +11,18 @@ from typing import Any
 
 from ctpo_megatron.checkpoints.files import SHARDS, read_manifest
 from ctpo_megatron.checkpoints.hashes import bytes_hash, file_hash, tensor_hash
-from ctpo_megatron.errors import DamagedCheckpoint
+from ctpo_megatron.errors import DamagedCheckpoint, StorageError, storage_words
+
+_OUT_OF_REACH = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EKEYEXPIRED,
+    errno.ENOKEY,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+}
 
 
 def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
@@ -26,11 +38,17 @@ def verify_checkpoint(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
-    """Compare the hashes of the files called `names` with the manifest's. Raises as `verify_checkpoint` does."""
+    """Compare the hashes of the files called `names` with the manifest's. Raises as `verify_checkpoint` does.
+
+    A file that is missing or that the disk cannot read is damage. One that is out of reach for another reason may be as it was
+    written: StorageError.
+    """
     for name in names:
         try:
             found = file_hash(checkpoint / name)
         except OSError as error:
+            if error.errno in _OUT_OF_REACH:
+                raise StorageError(storage_words(error, checkpoint / name)) from error
             raise DamagedCheckpoint(f"{checkpoint / name}: cannot be read: {error}.") from error
         if found != manifest["files"][name]["digest"]:
             what = _damaged_tensor(checkpoint, name) or "its content"

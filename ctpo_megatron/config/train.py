@@ -124,6 +124,9 @@ class CheckpointConfig(Section):
     journal: Literal["none", "needed", "all"] = "needed"
     """What is sampled is kept in RUN_DIR/journal, so that a run that goes on samples nothing a second time. needed: until the
     oldest checkpoint holds what was learned from it; all: for good, so that the whole run can be trained once more."""
+    storage_wait_s: NonNegativeFloat = 1800.0
+    """How long the run waits, with all it has in memory, while its disk is full, read-only or stale, or its directory is away. 0:
+    the first write that fails ends the run."""
     background: bool = True
     """Write and verify while training goes on; each rank then holds a second copy of its part in host memory meanwhile."""
     export: bool = True

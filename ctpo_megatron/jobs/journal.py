@@ -10,10 +10,11 @@ from pathlib import Path
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.events import Emit
+from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.journal import Journal
 
 
-def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, *, keep: bool) -> Journal | None:
+def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, storage: Storage, *, keep: bool) -> Journal | None:
     """Returns the journal of a run that begins at training step `step`, None where the configuration wants none.
 
     `keep`: whether what is there already belongs to this run; otherwise it is deleted.
@@ -22,7 +23,9 @@ def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, *, kee
     if not keep and directory.exists():
         with storing(directory):
             shutil.rmtree(directory)
-    return Journal(directory, recipe(config), step=step, emit=emit) if config.checkpoint.journal != "none" else None
+    if config.checkpoint.journal == "none":
+        return None
+    return Journal(directory, recipe(config), step=step, emit=emit, storage=storage)
 
 
 def recipe(config: RunConfig) -> str:

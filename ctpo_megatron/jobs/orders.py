@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 from ctpo_megatron.loop.orders import Orders, StopRequest
@@ -17,7 +18,10 @@ def on_signal(orders: Orders, name: str, grace_s: float) -> None:
 
 
 async def watch_files(orders: Orders, run_dir: Path) -> None:
-    """Obey the files STOP and SAVE in `run_dir`, and remove each that was seen; returns never."""
+    """Obey the files STOP and SAVE in `run_dir`, and remove each that was seen; returns never.
+
+    One that cannot be removed, on a disk that is read-only by now, is obeyed too.
+    """
     while True:
         if await asyncio.to_thread(_taken, run_dir / STOP_FILE):
             orders.stop(StopRequest(f"the file {run_dir / STOP_FILE}"))
@@ -30,5 +34,5 @@ def _taken(path: Path) -> bool:
     try:
         path.unlink()
     except OSError:
-        return False
+        return os.path.exists(path)
     return True

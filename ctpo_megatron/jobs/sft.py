@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import check_output, load_demonstrations, open_model, prepare_run_dir
 from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.record.events import print_sentence
+from ctpo_megatron.record.storage import Storage
 
 
 async def sft_job(config: RunConfig) -> None:
@@ -26,13 +29,15 @@ async def sft_job(config: RunConfig) -> None:
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
     topology = topology_of(config, engines=False)
-    async with Runtime(config, model.shape, topology, run_dir, total_steps=config.sft.steps) as runtime:
-        recorder = Recorder(run_dir, config.log)
-        skipping = make_skipping(runtime.trainer, config, run_dir, print_sentence)
-        result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder, skipping))
-        await runtime.guard(runtime.trainer.save_hf(output))
-        model.chat.save(output)
-        recorder.close()
-    wall = time.monotonic() - begun
-    write_summary(run_dir, {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "wall_s": wall})
+    runtime = Runtime(config, model.shape, topology, run_dir, total_steps=config.sft.steps)
+    storage = Storage(run_dir, config.checkpoint.storage_wait_s)
+    async with storage.outlasting(print_sentence, runtime.stages):
+        async with runtime:
+            recorder = Recorder(run_dir, config.log, through=storage.write)
+            skipping = make_skipping(runtime.trainer, config, run_dir, print_sentence)
+            result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder, skipping, storage))
+            await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, output)))
+            recorder.close()
+        wall = time.monotonic() - begun
+        write_summary(run_dir, {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "wall_s": wall})
     print(f"sft: {result.steps} steps, loss {result.loss:.3f} per token, {wall:.0f} s; model written to {output}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.errors import CheckpointError, CtpoError, RayLost, StartLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
 from ctpo_megatron.jobs.orders import on_signal, watch_files
@@ -37,10 +38,12 @@ from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.record.events import Emit, Event, RunDone, RunReady, RunResumed, print_sentence
 from ctpo_megatron.record.incarnation import IncarnationLog
 from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRestarted
+from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
 
+STORAGE_SHARE = 0.5  # of the time that a run has after SIGTERM: how long it then waits for its disk, whatever asked it to stop
 GCS_LOST_WITHIN_S = 50.0  # Ray ends this process 63 s after its GCS
 
 
@@ -70,7 +73,8 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = make_tool(config.rollout.tool)
     lead = Lead()
-    with IncarnationLog(Path(config.run_dir), [print_sentence, lead]) as events, ExitStack() as files:
+    storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s, STORAGE_SHARE * config.cluster.stop_grace_s)
+    with IncarnationLog(Path(config.run_dir), [print_sentence, lead], storage.write) as events:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
         prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
@@ -83,25 +87,28 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         for event in read:
             events(event)
         inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
-        journal = open_journal(config, run_dir, start.step, events, keep=resume != "no")
-        if journal is not None:
-            files.callback(journal.close)
-        run: _Run | None = None
-        try:
-            async with (
-                Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events) as runtime,
-                open_rollouts(runtime, model.chat, tool, journal) as rollouts,
-            ):
-                run = _Run(runtime, rollouts, inputs, journal, events, begun, lead)
-                loop = await run.to_its_end(stop)
-                if config.checkpoint.export:
-                    await runtime.guard(runtime.trainer.save_hf(run_dir / "model"))
-                    model.chat.save(run_dir / "model")
-        except (TrainerLost, RayLost, StartLost) as error:  # Ray at any time, others before or after training
-            raise begin_again(error, run_dir, start.step if run is None else run.done, config.cluster.restarts) from error
-        summary = _summary(config, loop, time.monotonic() - begun) | {"goodput": events.goodput(done=True).summary()}
-        write_summary(run_dir, summary)
-        events(RunDone(config.train.steps, summary["wall_s"], str(run_dir / "summary.json")))
+        runtime = Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events)
+        async with storage.outlasting(events, runtime.stages), AsyncExitStack() as files:
+            journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no")
+            if journal is not None:
+                files.callback(journal.close)
+            run: _Run | None = None
+            try:
+                async with runtime, open_rollouts(runtime, model.chat, tool, journal) as rollouts:
+                    run = _Run(runtime, rollouts, inputs, journal, storage, events, begun, lead)
+                    loop = await run.to_its_end(stop)
+                    if config.checkpoint.export:
+                        await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, run_dir / "model")))
+            except (TrainerLost, RayLost, StartLost) as error:  # Ray at any time, others before or after training
+                await storage.clear()  # the new beginning reads what this one has written
+                raise begin_again(error, run_dir, start.step if run is None else run.done, config.cluster.restarts) from error
+            summary = _summary(config, loop, time.monotonic() - begun)
+            await storage.patiently(partial(_write_summary, run_dir, summary, events))
+            events(RunDone(config.train.steps, summary["wall_s"], str(run_dir / "summary.json")))
+
+
+async def _write_summary(run_dir: Path, summary: dict[str, Any], events: IncarnationLog) -> None:
+    write_summary(run_dir, summary | {"goodput": events.goodput(done=True).summary()})
 
 
 class _Run:
@@ -113,12 +120,13 @@ class _Run:
         rollouts: OpenRollouts,
         inputs: _Inputs,
         journal: Journal | None,
+        storage: Storage,
         emit: Emit,
         begun: float,
         lead: Lead,
     ) -> None:
         self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
-        self._journal, self._emit, self._begun, self._lead = journal, emit, begun, lead
+        self._journal, self._storage, self._emit, self._begun, self._lead = journal, storage, emit, begun, lead
         self._totals = RunTotals()
         self.done = inputs.start.step  # training steps whose result is kept
 
@@ -127,7 +135,7 @@ class _Run:
         config, run_dir = self._inputs.config, self._inputs.run_dir
         loop = await self._runtime.guard(self._prepare(self._inputs.start, self._inputs.resumable))
         self._emit(RunReady(time.monotonic() - self._begun))
-        obeying = _obeying(stop, config, run_dir, self._emit, self._lead)
+        obeying = _obeying(stop, config, run_dir, self._storage, self._emit, self._lead)
         async with obeying as orders, _watching_gcs(self._runtime, orders):
             loop, stopped = await self._supervised(loop, orders)
         if stopped is not None and stopped.again:
@@ -161,8 +169,9 @@ class _Run:
     async def _again(self, lost: float) -> TrainLoop:
         """Returns a loop over a trainer that was started again, at the newest checkpoint."""
         inputs, emit = self._inputs, self._emit
+        await self._storage.clear()  # a directory that is away seems to hold no checkpoint
         await self._runtime.restart_trainer()
-        found = newest_or_none(inputs.run_dir / "checkpoints", emit)
+        found = await self._storage.patiently(self._newest)
         changed = [] if found is None else differences(found, inputs.config, self._runtime.shape, emit)
         start = start_of(inputs.config, inputs.prompts, found, changed, emit)
         if self._journal is not None:
@@ -171,6 +180,9 @@ class _Run:
         loop = await self._runtime.guard(self._prepare(start, found))
         emit(TrainerRestarted(start.step, time.monotonic() - lost))
         return loop
+
+    async def _newest(self) -> Resumable | None:
+        return newest_or_none(self._inputs.run_dir / "checkpoints", self._emit)
 
     async def _prepare(self, start: Start, chosen: Resumable | None) -> TrainLoop:
         """Returns the loop at its first step; where it goes on, with the checkpoint's weights in trainer and servers."""
@@ -190,6 +202,7 @@ class _Run:
             emit,
             resolved=dump_config(inputs.config),
             on_kept=self._forget,
+            storage=self._storage,
         )
         return TrainLoop(
             config=config,
@@ -198,7 +211,7 @@ class _Run:
             rollouts=self._rollouts.rollouter,
             trainer=runtime.trainer,
             publisher=publisher,
-            record=RunRecord(run_dir, config.log, Recorder(run_dir, config.log, first_step=start.step, emit=emit)),
+            record=await self._storage.patiently(partial(self._record, start.step)),
             checkpoints=checkpoints,
             first_step=start.step,
             samples=start.samples,
@@ -209,7 +222,13 @@ class _Run:
             skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
             emit=emit,
             stages=runtime.stages,
+            storage=self._storage,
         )
+
+    async def _record(self, step: int) -> RunRecord:
+        run_dir, config, through = self._inputs.run_dir, self._inputs.config.log, self._storage.write
+        recorder = Recorder(run_dir, config, first_step=step, emit=self._emit, through=through)
+        return RunRecord(run_dir, config, recorder, through)
 
     def _published(self, version: int, digest: str) -> None:
         if self._journal is not None:
@@ -221,12 +240,15 @@ class _Run:
 
 
 @asynccontextmanager
-async def _obeying(stop: StopSignal, config: RunConfig, run_dir: Path, emit: Emit, lead: Lead) -> AsyncIterator[Orders]:
+async def _obeying(
+    stop: StopSignal, config: RunConfig, run_dir: Path, storage: Storage, emit: Emit, lead: Lead
+) -> AsyncIterator[Orders]:
     """Orders that hear of signals, of files and of the job's time limit. Inside it the run is given up when a stop takes longer
     than it may."""
     limit, grace_s = asyncio.timeout(None), config.cluster.stop_grace_s
 
     def on_stop(request: StopRequest) -> None:
+        storage.stop()
         emit(StopRequested(request.reason))
         if request.within_s is not None:
             limit.reschedule(asyncio.get_running_loop().time() + request.within_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,22 +28,36 @@ from ctpo_megatron.checkpoints.files import (
     read_manifest,
     set_aside,
     step_of,
+    work_directory,
 )
 from ctpo_megatron.checkpoints.verify import verify_files
 from ctpo_megatron.config.train import CheckpointConfig
-from ctpo_megatron.errors import CheckpointError, CtpoError, DamagedCheckpoint, InputError, StorageError
+from ctpo_megatron.errors import (
+    CheckpointError,
+    CheckpointUnwritten,
+    CtpoError,
+    DamagedCheckpoint,
+    InputError,
+    StorageError,
+    mendable,
+    reason,
+)
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit
+from ctpo_megatron.record.storage import Storage
+from ctpo_megatron.record.storage_events import CheckpointDelayed, OldCheckpointsStay
 
 
 class Checkpoints:
     """The checkpoints of one run, at most one of them being written. `resolved`: the configuration of the run, as YAML.
 
     `on_kept` hears the state of the oldest checkpoint that is kept: nothing goes back further.
+    `storage`: says whether faults of the disk are waited for, and waits.
 
     save -> (training goes on) -> verified and named -> older ones go
-                               -> failed: `check` before the next step ends the run with that error
+                               -> the disk did not take it: the run is `behind`, and the next save waits until it is verified
+                               -> failed otherwise: `check` before the next step ends the run with that error
     """
 
     def __init__(
@@ -54,17 +69,45 @@ class Checkpoints:
         *,
         resolved: str | None = None,
         on_kept: Callable[[RunState], None] = lambda _state: None,
+        storage: Storage | None = None,
     ) -> None:
         self.root = root
+        self._storage = storage or Storage()
+        self._unwritten: CheckpointUnwritten | None = None  # why there is no checkpoint of the last save
         self._on_kept = on_kept
         self._further = {} if resolved is None else {CONFIG: resolved}
         self._trainer, self._config, self._emit = trainer, config, emit
         self._writing: asyncio.Task[None] | None = None
 
+    @property
+    def behind(self) -> bool:
+        """Whether the disk did not take the last save, which is to be made up for."""
+        return self._unwritten is not None
+
     async def save(self, state: RunState) -> None:
-        """Save the trainer as it is, with `state`, once the save before is settled."""
+        """Save the trainer as it is, with `state`, once the save before is settled.
+
+        While the disk does not take it, it is tried again and again, each time to its end.
+        """
         await self.settle()
+        if self._config.background and not self.behind:
+            try:
+                await self._begin(state)
+                return
+            except StorageError as error:
+                if not (self._storage.patient and mendable(error)):
+                    raise
+        await self._storage.patiently(lambda: self._to_its_end(state))
+
+    async def _to_its_end(self, state: RunState) -> None:
+        await self._begin(state)
+        await self.settle()
+        if self._unwritten is not None:
+            raise self._unwritten
+
+    async def _begin(self, state: RunState) -> None:
         begun = time.monotonic()
+        self._storage.require_home()
         directory = checkpoint_directory(self.root, state.step)
         begin_checkpoint(directory, {RUN: json.dumps(state.dump(), indent=1) + "\n", **self._further})
         await self._trainer.save(directory, background=self._config.background)
@@ -89,16 +132,34 @@ class Checkpoints:
         """`settle` for a run that ends for another reason: what goes wrong here is told, and the reason stays the reason."""
         try:
             await self.settle()
+            if self._unwritten is not None:
+                raise self._unwritten
         except (CtpoError, OSError) as error:
             with contextlib.suppress(StorageError):  # the log may be on the disk that is full
                 self._emit(CheckpointLost(str(error)))
 
     async def _finish(self, step: int, begun: float) -> None:
-        await self._trainer.settle()
+        retried, self._unwritten = self.behind, None
+        try:
+            await self._trainer.settle()
+        except CheckpointUnwritten as error:
+            if not self._storage.patient:
+                raise
+            self._unwritten = error
+            # what there is of it takes the room of the next one
+            await asyncio.to_thread(shutil.rmtree, work_directory(checkpoint_directory(self.root, step)), ignore_errors=True)
+            if not retried:
+                self._emit(CheckpointDelayed(step, str(error)))
+            return
         self._emit(CheckpointVerified(step, time.monotonic() - begun))
-        prune(self.root, self._config.keep)
-        for oldest in all_checkpoints(self.root)[:1]:
-            self._on_kept(_read_state(oldest, read_manifest(oldest)))
+        try:
+            prune(self.root, self._config.keep)
+            for oldest in all_checkpoints(self.root)[:1]:
+                self._on_kept(_read_state(oldest, read_manifest(oldest)))
+        except OSError as error:
+            if not (self._storage.patient and mendable(error)):
+                raise
+            self._emit(OldCheckpointsStay(reason(error, self.root)))
 
 
 def checkpoint_directory(root: Path, step: int) -> Path:

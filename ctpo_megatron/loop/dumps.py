@@ -59,6 +59,7 @@ class StepDumps:
         number, several = update.number(batches), len(batches) > 1
         target = self.root / f"step_{step:08d}{f'.{number + 1}' if several else ''}"
         with storing(target):
+            self.root.mkdir(exist_ok=True)  # without those above it: the run's directory may be away
             work = await asyncio.to_thread(temporary_directory, target)
         try:
             with storing(target):

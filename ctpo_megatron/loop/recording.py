@@ -9,17 +9,21 @@ from ctpo_megatron.loop.evaluate import Evaluation
 from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.record import Recorder
+from ctpo_megatron.record.files import Through, at_once
 from ctpo_megatron.record.trajectories import TrajectoryFiles, as_markdown
 from ctpo_megatron.types import TrajectoryGroup
 
 
 class RunRecord:
-    """Passes a run's steps and evaluations on to the recorder and to the files of trajectories, as `config` asks for it."""
+    """Passes a run's steps and evaluations on to the recorder and to the files of trajectories, as `config` asks for it.
 
-    def __init__(self, run_dir: Path, config: LogConfig, recorder: Recorder) -> None:
+    `through`: how these files are written.
+    """
+
+    def __init__(self, run_dir: Path, config: LogConfig, recorder: Recorder, through: Through = at_once) -> None:
         self._recorder = recorder
         self._texts = config.rollouts_per_step
-        self._files = TrajectoryFiles(run_dir, recorder.stale) if config.save_rollouts else None
+        self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
 
     def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
         """Write down training step `step`, counted from 1."""

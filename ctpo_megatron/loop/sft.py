@@ -13,6 +13,7 @@ from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.record import Recorder, progress
+from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.values import scalar
 from ctpo_megatron.types import TrainSample
 
@@ -29,11 +30,17 @@ class SftResult:
 
 
 async def run_sft(
-    config: RunConfig, samples: list[TrainSample], trainer: Trainer, recorder: Recorder, skipping: Skipping | None = None
+    config: RunConfig,
+    samples: list[TrainSample],
+    trainer: Trainer,
+    recorder: Recorder,
+    skipping: Skipping | None = None,
+    storage: Storage | None = None,
 ) -> SftResult:
     """Train for sft.steps optimizer steps, or until the smoothed loss falls below sft.stop_loss.
 
-    `skipping`: what becomes of a step whose loss or gradient is not finite; None: it ends the training.
+    `skipping`: what becomes of a step whose loss or gradient is not finite; None: it ends the training. `storage`: what
+    carries the record over faults of the disk.
     """
     sft = config.sft
     rng = np.random.default_rng(config.seed)
@@ -56,6 +63,8 @@ async def run_sft(
             smoothed = loss if math.isnan(smoothed) else SMOOTHING * smoothed + (1 - SMOOTHING) * loss
             tokens += scalar(stats["tokens"])
             recorder.step(step, {"sft/loss": loss, "sft/loss_smoothed": smoothed, "train/grad_norm": scalar(stats["grad_norm"])})
+            if storage is not None:
+                await storage.clear()
             show(step)
             if sft.stop_loss is not None and smoothed < sft.stop_loss:
                 break

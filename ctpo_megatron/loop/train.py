@@ -6,6 +6,8 @@
 Both are tasks of one group, so the first failure of either ends the run with that failure. With `train.staleness` 0 the
 producer sleeps from the last group of a step until the new weights are published.
 
+At the end of a step the run waits until all that it wrote is on the disk (`record.storage`), where that is at fault.
+
 A run that is asked to stop (`orders`) leaves off what waits for rollouts, ends what the trainer is at, and saves; all attempts
 are kept as they are. A run that goes on begins with what was left: an evaluation that was due, then the next step.
 """
@@ -37,6 +39,7 @@ from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.heartbeat import Stages
+from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
@@ -68,6 +71,7 @@ class TrainLoop:
     emit: Emit = discard
     orders: Orders = field(default_factory=Orders)
     stages: Stages = field(default_factory=Stages)  # what the driver is doing
+    storage: Storage = field(default_factory=Storage)  # what carries the run over faults of its disk
     totals: RunTotals = field(default_factory=RunTotals)
     _trained: RunState | None = None  # after the last step whose weights the trainer holds; None: where it began
 
@@ -100,6 +104,7 @@ class TrainLoop:
                 await self._keep_everything()
             if self.checkpoints is not None:
                 await self.checkpoints.settle()
+            await self._written()
         finally:
             if self.checkpoints is not None:
                 await self.checkpoints.abandon()
@@ -165,6 +170,8 @@ class TrainLoop:
             with timer("checkpoint"):
                 await self._save(self._state_after(step))
             self.record.checkpoint(step + 1, timer.seconds["checkpoint"])
+        with timer("storage"):
+            await self._written()
         self.emit(StepTrained(step + 1, time.monotonic() - begun, timer.seconds, tail.seconds))
         self.admission.forget(step + 1)
         await self.buffer.published(step + 1)
@@ -182,6 +189,13 @@ class TrainLoop:
         if self.checkpoints is not None and self._saved < state.step:
             await self.checkpoints.save(state)
             self._saved = state.step
+
+    async def _written(self) -> None:
+        """Wait until what the disk did not take is on it: a checkpoint that was written beside training, and small records."""
+        if self.checkpoints is not None and self.checkpoints.behind and self._trained is not None:
+            await self.checkpoints.save(replace(self._trained, accuracies=dict(self.accuracies)))
+            self._saved = self._trained.step
+        await self.storage.clear()
 
     async def _keep_everything(self) -> None:
         """Save the trainer; attempts are kept already. Nothing of the run that is done is only in memory then."""

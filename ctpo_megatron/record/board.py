@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import socket
+import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.catalogue import charts
-from ctpo_megatron.record.tfevents import cut_steps
+from ctpo_megatron.record.files import GrowingFile, Through, at_once
+from ctpo_megatron.record.tfevents import VERSION, cut_steps
 
 HISTOGRAM_BINS = 30
 
@@ -20,24 +22,25 @@ HISTOGRAM_BINS = 30
 class Board:
     """One run's events. What earlier files in `directory` hold of `first_step` or later is cut out of them; `cut` says what.
 
-    Events are written by the caller and can be read at once. tensorboardX's SummaryWriter has a thread that dies of a full disk,
-    and whoever adds the eleventh event afterwards waits for ever; here StorageError is raised.
+    Events are written by the caller, `through` something, and can be read at once. tensorboardX's SummaryWriter has a thread that
+    dies of a full disk, and whoever adds the eleventh event afterwards waits for ever; its EventsWriter keeps what failed in a
+    buffer, and writes it twice when it is tried again. Here StorageError is raised, and nothing is left of what failed.
     """
 
-    def __init__(self, directory: Path, first_step: int) -> None:
+    def __init__(self, directory: Path, first_step: int, through: Through = at_once) -> None:
         from tensorboardX import summary  # it imports torch where that is installed; `ctpo doctor` has no time for it
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._summary, self._event = summary, Event
-        self._path = directory / "events.out.tfevents.*"
-        with storing(self._path):
+        with storing(directory / "events.out.tfevents.*"):
             directory.mkdir(parents=True, exist_ok=True)
             # the library names files by the second only, and readers take them in the order of their names
             self.cut = cut_steps(directory, first_step)
             numbers = [int(path.suffix[1:]) for path in directory.glob("events.*") if path.suffix[1:].isdigit()]
-            suffix = f".{max(numbers, default=-1) + 1}"
-            self._writer = EventsWriter(str(directory / "events"), suffix)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{max(numbers, default=-1) + 1}"
+        self._file = GrowingFile(directory / name, through, beside=True)
+        self._file.open()
+        self._write(Event(file_version=VERSION))
         # a TensorBoard that is open while the run resumes has read the old files, and drops their points where it sees this
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         self._write(Event(summary=summary.custom_scalars(charts())))
@@ -78,17 +81,14 @@ class Board:
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
-        with contextlib.suppress(OSError, ValueError):  # each event was flushed: what is left failed before, or there is no file
-            self._writer.close()
+        self._file.close()
 
     def _add(self, summary: Any, step: int) -> None:
         self._write(self._event(summary=summary, step=step))
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        with storing(self._path):
-            self._writer.write_event(event)
-            self._writer.flush()
+        self._file.append(_framed(event.SerializeToString()))
 
     def _add_histogram(
         self,
@@ -103,3 +103,11 @@ class Board:
         """Add a histogram from its smallest and largest value, how many there are, their sum and their squares' sum."""
         # TensorBoard reads the first limit as the lower edge, so it gets an empty bucket
         self._add(self._summary.histogram_raw(name, *ends, count, *moments, limits, [0.0, *counts]), step)
+
+
+def _framed(content: bytes) -> bytes:
+    """Returns a record of an event file: the content's length, its checksum, the content, its checksum."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    length = struct.pack("<Q", len(content))
+    return length + struct.pack("<I", masked_crc32c(length)) + content + struct.pack("<I", masked_crc32c(content))

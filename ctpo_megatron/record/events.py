@@ -6,6 +6,7 @@ The part that sees something happen emits an event and knows nothing of its read
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ctpo_megatron.errors import storing
-from ctpo_megatron.record.files import GrowingFile, drop_half_line, jsonable
+from ctpo_megatron.record.files import GrowingFile, Through, at_once, drop_half_line, jsonable
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +44,18 @@ def discard(_event: Event) -> None:
 def print_sentence(event: Event) -> None:
     """Print an event's sentence, where its class is one for the console."""
     if event.console:
-        print(event.sentence, flush=True)
+        with contextlib.suppress(OSError):  # the console may be a file on the disk that is full; it comes with the next sentence
+            print(event.sentence, flush=True)
 
 
 class EventLog:
     """Appends events to a file and hands each to `readers`; complete after every line. Call it to emit.
 
-    The file and its directory are made by the first event.
+    The file and its directory are made by the first event. `through`: how lines are written.
     """
 
-    def __init__(self, path: Path, readers: Iterable[Emit] = ()) -> None:
-        self._path = path
+    def __init__(self, path: Path, readers: Iterable[Emit] = (), through: Through = at_once) -> None:
+        self._path, self._through = path, through
         self._file: GrowingFile | None = None
         self._readers = tuple(readers)
 
@@ -73,7 +75,7 @@ class EventLog:
         with storing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_half_line(self._path)
-        return GrowingFile(self._path)
+        return GrowingFile(self._path, self._through)
 
     def close(self) -> None:
         """Close the file. Safe to call twice; an event that comes later opens it again."""

@@ -8,10 +8,20 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.errors import StorageError, storing
+from ctpo_megatron.errors import storing
+
+Through = Callable[[Callable[[], None]], None]
+"""Does a write: at once, or, while the storage is at fault, later and in order (`storage.Storage.write`)."""
+
+
+def at_once(write: Callable[[], None]) -> None:
+    """Do the write now; what it raises comes out."""
+    write()
 
 
 def jsonable(value: Any) -> Any:
@@ -71,24 +81,26 @@ def _keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
 
 
 class GrowingFile:
-    """A file that grows by whole records. One that does not fit on the disk any more leaves nothing behind."""
+    """A file that grows by whole records. One that does not fit on the disk any more leaves nothing behind.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with storing(path):
-            self._file = path.open("ab", buffering=0)  # no buffer: what failed once is not tried again when it is closed
+    `through`: how records are written. `beside`: its directory is for files like it, and is made where it is missing; the run's
+    own is not, as it may be away. A record that was half written is taken back before anything else is added, also where the file
+    has to be opened again for that: its file system may have been away, or its handle be stale.
+    """
+
+    def __init__(self, path: Path, through: Through = at_once, *, beside: bool = False) -> None:
+        self._path, self._through, self._beside = path, through, beside
+        self._file: FileIO | None = None
+        self._torn_at: int | None = None  # where the half of a record begins that could not be taken back
+
+    def open(self) -> None:
+        """Open the file now, and not with the first record. Raises StorageError."""
+        with storing(self._path):
+            self._opened()
 
     def append(self, record: bytes) -> None:
         """Add a record: others who read the file see it at once. Raises StorageError where the disk does not take it."""
-        left, size = memoryview(record), os.fstat(self._file.fileno()).st_size
-        try:
-            with storing(self._path):
-                while left:
-                    left = left[self._file.write(left) :]
-        except StorageError:
-            with contextlib.suppress(OSError):  # not a plain file
-                os.ftruncate(self._file.fileno(), size)
-            raise
+        self._through(partial(self._append, record))
 
     def append_line(self, line: str) -> None:
         """Add a line of text, as `append` does."""
@@ -96,12 +108,60 @@ class GrowingFile:
 
     def sync(self) -> None:
         """Bring what was added onto the disk; it then outlives the host. Raises StorageError."""
-        with storing(self._path):
-            os.fdatasync(self._file.fileno())
+        # FileNotFoundError: somebody has deleted the file, and nothing of it is left to be brought anywhere
+        with storing(self._path), contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(self._path, os.O_RDONLY)  # its own: it is called in a thread, beside `append`
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def close(self) -> None:
-        """Close the file. Safe to call twice."""
-        self._file.close()
+        """Close the file behind what was added. Safe to call twice; a record that comes later opens it again."""
+        self._through(self._close)
+
+    def _append(self, record: bytes) -> None:
+        with storing(self._path):
+            file = self._opened()
+            size = os.fstat(file.fileno()).st_size
+            try:
+                left = memoryview(record)
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                self._torn_at = size
+                with contextlib.suppress(OSError):  # not a plain file, or one that is out of reach now
+                    self._take_back(file)
+                raise
+
+    def _opened(self) -> FileIO:
+        if self._file is not None and not self._is_there(self._file):
+            self._close()
+        if self._file is None:
+            if self._beside:
+                self._path.parent.mkdir(exist_ok=True)
+            # no buffer: what failed once is not tried again when it is closed
+            self._file = self._path.open("ab", buffering=0)
+        self._take_back(self._file)
+        return self._file
+
+    def _is_there(self, file: FileIO) -> bool:
+        """Whether the open file is the one that its path names."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self._path.stat())
+        except OSError:  # moved away, or a stale handle
+            return False
+
+    def _take_back(self, file: FileIO) -> None:
+        if self._torn_at is not None and os.fstat(file.fileno()).st_size > self._torn_at:
+            os.ftruncate(file.fileno(), self._torn_at)
+        self._torn_at = None
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # of a stale handle; each record was written without a buffer
+                file.close()
 
 
 class MetricsFile:
@@ -110,9 +170,10 @@ class MetricsFile:
     Lines of one step belong together: training and evaluation write their own.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, first_step: int, through: Through = at_once) -> None:
         drop_steps(path, first_step)
-        self._file = GrowingFile(path)
+        self._file = GrowingFile(path, through)
+        self._file.open()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of `step`. Raises StorageError where the disk does not take them."""

@@ -36,7 +36,7 @@ class Cause(enum.StrEnum):
     EVALUATE = "evaluate"
     CHECKPOINT = "checkpoint"  # standing still for one
     OTHER = "other"  # of a step, between its phases; and the step under way of a run that goes on
-    STALL = "stall"  # something hung, until it was noticed and dealt with
+    STALL = "stall"  # something hung, until it was noticed and dealt with; the disk took nothing, until it was mended
     LOST = "lost work"  # steps that are not part of the final history, and the one that was under way at the end
     START = "start"  # of the first incarnation, until the first step may begin
     RESTART = "restart"  # of the later ones; and the time between two in one allocation
@@ -53,6 +53,7 @@ PHASES = {  # of a step, as its event names them
     "publish": Cause.PUBLISH,
     "evaluate": Cause.EVALUATE,
     "checkpoint": Cause.CHECKPOINT,
+    "storage": Cause.STALL,
 }
 _LONGEST_S = 1e12  # beyond which a time is no time any more
 _NOTHING_DONE = -1  # of the state of a run that begins anew: not even the evaluation of step 0 stays

@@ -20,6 +20,7 @@ import psutil
 import ctpo_megatron
 from ctpo_megatron.errors import InputError, StorageError, told
 from ctpo_megatron.record.events import Emit, Event, EventLog
+from ctpo_megatron.record.files import Through, at_once
 from ctpo_megatron.record.goodput import Goodput, account
 from ctpo_megatron.record.origin import commit, host, safe_words, slurm_job
 from ctpo_megatron.record.run_events import RunStopped, StopRequested
@@ -34,11 +35,13 @@ class IncarnationLog:
 
     What is emitted before `begin` is written behind the beginning, or when it is left without one, as by a command that was
     refused. An incarnation that left no end behind is noticed, and counted as killed at its last sign of life.
+
+    `through`: how lines are written.
     """
 
-    def __init__(self, run_dir: Path, readers: Iterable[Emit] = ()) -> None:
+    def __init__(self, run_dir: Path, readers: Iterable[Emit] = (), through: Through = at_once) -> None:
         self._run_dir, self._path = run_dir, run_dir / "events.jsonl"
-        self._log, self._readers = EventLog(self._path), tuple(readers)
+        self._log, self._readers = EventLog(self._path, through=through), tuple(readers)
         self._held: list[tuple[float, Event]] = []
         self._number: int | None = None  # None: not begun
         self._asked, self._stopped = "a signal", ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -12,7 +13,7 @@ from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record.board import Board
 from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.record.events import Emit, discard
-from ctpo_megatron.record.files import MetricsFile
+from ctpo_megatron.record.files import MetricsFile, Through, at_once
 from ctpo_megatron.record.story_events import BoardCut
 from ctpo_megatron.record.tfevents import Cut
 
@@ -32,7 +33,7 @@ class Recorder:
     """Writes under `run_dir`. `first_step` is how many training steps are already done: 0, or where a run is resumed.
 
     What an earlier attempt in the same directory wrote after that is dropped, in TensorBoard too, so that a run which was
-    stopped and resumed shows one curve. `stale`: the first step that is written anew.
+    stopped and resumed shows one curve. `stale`: the first step that is written anew. `through`: how records are written.
     """
 
     def __init__(
@@ -43,13 +44,14 @@ class Recorder:
         first_step: int = 0,
         console: Console | None = None,
         emit: Emit = discard,
+        through: Through = at_once,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self.stale = stale = first_step + 1 if first_step else 0  # a fresh run writes step 0, the policy before training
         self._console = console or Console(highlight=False)
         self._every = config.every
-        self._metrics = MetricsFile(run_dir / "metrics.jsonl", stale)
-        self._board = Board(run_dir / "tb", stale) if config.tensorboard else None
+        self._metrics = MetricsFile(run_dir / "metrics.jsonl", stale, through)
+        self._board = Board(run_dir / "tb", stale, through) if config.tensorboard else None
         if self._board is not None and self._board.cut != Cut():
             emit(BoardCut(stale, *astuple(self._board.cut)))
 
@@ -63,7 +65,8 @@ class Recorder:
         if self._board is not None:
             self._board.scalars(step, metrics)
         if step % self._every == 0:
-            self._console.print(console_line(step, metrics), soft_wrap=True, markup=False)
+            with contextlib.suppress(OSError):  # it may be a file on the disk that is full
+                self._console.print(console_line(step, metrics), soft_wrap=True, markup=False)
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         """Show the distribution of `values` in TensorBoard; values that are not finite are left out."""

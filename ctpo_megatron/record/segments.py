@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctpo_megatron.errors import StorageError, storing
-from ctpo_megatron.record.files import GrowingFile
+from ctpo_megatron.record.files import GrowingFile, Through, at_once
 
 MAGIC = b"ctpo journal 1\n"
 SUFFIX = ".journal"
@@ -42,10 +42,14 @@ class Place:
 
 
 class SegmentWriter:
-    """The segment that this process adds to; the file is made by the first record."""
+    """The segment that this process adds to; the file is made by the first record.
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    `through`: how records are written. Where a record is, or will be, is known without the disk.
+    """
+
+    def __init__(self, directory: Path, through: Through = at_once) -> None:
+        self._directory, self._through = directory, through
+        self._last = max((int(path.stem) for path in segments(directory)), default=0)
         self.path: Path | None = None
         self._file: GrowingFile | None = None
         self._size = 0
@@ -62,18 +66,16 @@ class SegmentWriter:
         return place
 
     def _begin(self) -> None:
-        with storing(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-        numbers = [int(path.stem) for path in segments(self._directory)]
-        self.path = self._directory / f"{max(numbers, default=0) + 1:08d}{SUFFIX}"
-        self._file = GrowingFile(self.path)
-        self._file.append(MAGIC)
-        self._size = len(MAGIC)
+        path = self._directory / f"{self._last + 1:08d}{SUFFIX}"
+        file = GrowingFile(path, self._through, beside=True)
+        file.append(MAGIC)
+        self._last += 1
+        self.path, self._file, self._size = path, file, len(MAGIC)
 
-    def sync(self) -> None:
-        """Bring what was added onto the disk. Raises StorageError."""
-        if self._file is not None:
-            self._file.sync()
+    @property
+    def file(self) -> GrowingFile | None:
+        """The segment that the last record went to; None where the next one begins another."""
+        return self._file
 
     def end(self) -> None:
         """Let the next record begin another segment. Safe to call twice."""

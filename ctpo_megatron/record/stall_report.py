@@ -40,7 +40,7 @@ def next_report(run_dir: Path) -> Path:
 def write_report(path: Path, verdict: Verdict, scene: Scene) -> None:
     """Write the report of a stall. Raises StorageError."""
     with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # never the run's own directory, which may be away
         path.write_text(render(verdict, scene), encoding="utf-8")
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.errors import storing
-from ctpo_megatron.record.files import jsonable
+from ctpo_megatron.record.files import Through, at_once, jsonable
 from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup
 
 
 class TrajectoryFiles:
-    """The files RUN_DIR/rollouts/KIND_STEP.jsonl. Those of `first_step` or later, which an earlier attempt wrote, are deleted."""
+    """The files RUN_DIR/rollouts/KIND_STEP.jsonl. Those of `first_step` or later, which an earlier attempt wrote, are deleted.
 
-    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
-        self._directory = run_dir / "rollouts"
+    `through`: how files are written, each as a whole.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int = 0, through: Through = at_once) -> None:
+        self._directory, self._through = run_dir / "rollouts", through
         for path in self._directory.glob("*_*.jsonl"):
             number = path.stem.rpartition("_")[2]
             if number.isdigit() and int(number) >= first_step:
@@ -29,9 +33,11 @@ class TrajectoryFiles:
 
         Raises StorageError where the disk does not take them.
         """
-        path = self._directory / f"{kind}_{step:08d}.jsonl"
+        self._through(partial(self._write, self._directory / f"{kind}_{step:08d}.jsonl", list(groups)))
+
+    def _write(self, path: Path, groups: Sequence[TrajectoryGroup]) -> None:
         with storing(path):
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._directory.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 for group in groups:
                     for trajectory in group.trajectories:

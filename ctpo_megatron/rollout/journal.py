@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from ctpo_megatron.errors import storing
 from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.record.run_events import JournalCut, JournalRead
 from ctpo_megatron.record.segments import MAGIC, Place, SegmentWriter, cut, read_segment, segments
+from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.types import AttemptId, Prompt, Trajectory
 
@@ -52,12 +55,15 @@ class Journal:
     """The attempts of a run, in training and in evaluations.
 
     `recipe`: what sampling depends on besides weights and prompt; attempts that were made by another are not used. `step`: at
-    which the run goes on, whose weights are the first to be published.
+    which the run goes on, whose weights are the first to be published. `storage`: what carries it over faults of the disk.
     """
 
-    def __init__(self, directory: Path, recipe: str, *, step: int = 0, emit: Emit = discard) -> None:
+    def __init__(
+        self, directory: Path, recipe: str, *, step: int = 0, emit: Emit = discard, storage: Storage | None = None
+    ) -> None:
         self._directory, self._recipe, self._emit = directory, recipe, emit
-        self._writer = SegmentWriter(directory)
+        self._storage = storage or Storage()
+        self._writer = SegmentWriter(directory, self._storage.write)
         self._kept: dict[AttemptId, _Kept] = {}
         self._weights: dict[int, str] = {}
         self._published = asyncio.Event()
@@ -93,7 +99,9 @@ class Journal:
         known = self._kept.get(attempt)
         if known is None:
             return None
-        records = [_DECODER.decode(place.read()) for place in known.places]
+        if self._storage.held:  # it may be among them
+            await self._storage.clear()
+        records = [_DECODER.decode(payload) for payload in await self._storage.patiently(partial(_payloads, known.places))]
         found = _joined(records)
         same = records[-1].recipe == self._recipe and (found.prompt_index, found.prompt_ids) == (prompt.index, prompt_ids)
         if not same or not await self._same_weights(_versions(found), records[-1].weights):
@@ -121,16 +129,24 @@ class Journal:
         """
         self._writer.end()
         self._kept = {key: kept for key, kept in self._kept.items() if not _older(key, group, step)}
-        needed = {place.path for kept in self._kept.values() for place in kept.places}
         newest = dict(sorted(self._weights.items())[-REMEMBERED:])
         self._append(_Record(self._recipe, newest))
-        for path in segments(self._directory):
-            if path not in needed and path != self._writer.path:
-                path.unlink(missing_ok=True)
+        assert self._writer.path is not None, "it was begun just now"
+        self._storage.write(partial(self._drop_before, self._writer.path))
+
+    def _drop_before(self, newest: Path) -> None:
+        """Delete the segments before `newest` in which nothing is that is kept."""
+        needed = {place.path for kept in self._kept.values() for place in kept.places}
+        with storing(self._directory):
+            for path in segments(self._directory):
+                if path not in needed and path < newest:
+                    path.unlink(missing_ok=True)
 
     async def sync(self) -> None:
         """Bring what was noted onto the disk, beside the event loop. Raises StorageError."""
-        await asyncio.to_thread(self._writer.sync)
+        file = self._writer.file  # this one: others may have been begun by the time at which the storage takes it
+        if file is not None:
+            await self._storage.write_beside(file.sync)
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
@@ -161,6 +177,10 @@ class Journal:
         known.places.append(place)
         known.turns = 0 if record.attempt is None else record.after + len(record.attempt.turns)
         known.whole = record.attempt is None
+
+
+async def _payloads(places: list[Place]) -> list[bytes]:
+    return [place.read() for place in places]
 
 
 def _joined(records: list[_Record]) -> Attempt | Trajectory:

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -315,3 +316,36 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
         assert sampled[0] == sampled[1]
     weights = [(each / "model" / "model.safetensors").read_bytes() for each in (broken, straight)]
     assert weights[0] == weights[1]
+
+
+def test_a_run_directory_that_goes_away_is_waited_for(toy, tmp_path):
+    """It is moved away and comes back: the run goes on, and nothing is missing or there twice.
+
+    Then it is away for good, and the run is asked to stop: it ends in time and says why. The next command goes on.
+    """
+    run_dir, away = tmp_path / "run", tmp_path / "away"
+    sizes = ("train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8", "checkpoint.every=1")
+    run = start(toy, "quickstart.yaml", run_dir, *sizes, "train.steps=40")
+    run.wait_for_event("step", step=1)
+    run_dir.rename(away)
+    time.sleep(10.0)
+    assert run.process.poll() is None
+    assert not run_dir.exists(), "something was made in its place"
+    away.rename(run_dir)
+    mended = run.wait_for_event("storage mended")
+    run.wait_for_event("checkpoint verified", step=run.happened("step")[-1]["step"] + 1)
+    below = run.descendants()
+    run_dir.rename(away)
+    run.process.send_signal(signal.SIGTERM)
+    code = run.process.wait(END_S)
+    assert not run_dir.exists(), "something was made in its place"
+    away.rename(run_dir)
+    assert (code, gone(below)) == (1, [])
+    assert f"{run_dir}: no such file or directory" in run.text[run.text.index("\nerror:") :]
+    done = run.happened("step")[-1]["step"]
+    fault = run.happened("storage fault")[0]
+    assert 5 < mended["seconds"] <= mended["time"] - fault["time"] + 1
+    assert str(run_dir) in fault["reason"]
+    ended = start(toy, "quickstart.yaml", run_dir, *sizes, f"train.steps={done + 2}", "--resume", "auto").finish(RUN_S)
+    check_run(ended, done + 2)
+    assert ended.happened("storage fault") == [fault]

@@ -1,4 +1,4 @@
-"""A file system that is nearly full, for tests of what happens then."""
+"""File systems that are nearly full or read-only, for tests of what happens then."""
 
 from __future__ import annotations
 
@@ -38,3 +38,17 @@ def fill(disk: Path, leave: int = 0) -> Path:
             pass
         file.truncate(max(0, file.tell() - leave))
     return ballast
+
+
+@contextmanager
+def read_only(disk: Path) -> Iterator[None]:
+    """Inside it, the file system that `small_disk` mounted is read-only. No file on it may be open for writing."""
+    _remount(disk, "ro")
+    try:
+        yield
+    finally:
+        _remount(disk, "rw")
+
+
+def _remount(disk: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], timeout=10, check=True)

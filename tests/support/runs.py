@@ -67,6 +67,10 @@ class Started:
     def events(self) -> list[dict]:
         return read_events(self.run_dir)
 
+    def happened(self, name: str) -> list[dict]:
+        """The events of that name so far."""
+        return [event for event in self.events if event["event"] == name]
+
     def wait_for_event(self, name: str, timeout_s: float = START_S, **fields: object) -> dict:
         """The first event of that name with these `fields`; fails when the command ends or time runs out before it comes."""
         deadline = time.monotonic() + timeout_s

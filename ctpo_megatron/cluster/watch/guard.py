@@ -153,7 +153,7 @@ def end(pid: int, directory: Path, words: str) -> None:
     """Write the report and end the driver."""
     taken = [int(path.stem) for path in directory.glob("*.md") if re.fullmatch(r"\d+", path.stem)] if directory.exists() else []
     with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)  # never the run's own directory, which may be away
         path = directory / f"{max(taken, default=0) + 1:03d}.md"
         path.write_text(f"# {words}\n\nIt is ended with SIGKILL.\n\n## Stacks\n\n```\n{stacks(pid)}\n```\n", encoding="utf-8")
     with contextlib.suppress(OSError):

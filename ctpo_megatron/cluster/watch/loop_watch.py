@@ -142,5 +142,5 @@ class LoopWatch:
 
 def _write(path: Path, text: str) -> None:
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # never the run's own directory, which may be away
         path.write_text(text, encoding="utf-8")

@@ -29,7 +29,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ctpo_megatron.checkpoints.files import MODEL, VERSION, read_manifest, work_directory
 from ctpo_megatron.checkpoints.metadata import read_metadata
 from ctpo_megatron.checkpoints.verify import verify_files
-from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, out_of_space, reason, storage_words
+from ctpo_megatron.errors import (
+    CheckpointError,
+    CheckpointUnwritten,
+    DamagedCheckpoint,
+    mendable,
+    out_of_space,
+    reason,
+    storage_words,
+)
 from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
 from ctpo_megatron.mcore.checkpoint.commit import commit
@@ -75,7 +83,7 @@ def save_checkpoint(directory: str | Path, trained: Trained, saver: BackgroundSa
 
     def begin() -> None:
         if not work.is_dir():
-            raise CheckpointError(f"{work} is not there; call begin_checkpoint first, on a file system that rank 0 sees")
+            raise CheckpointUnwritten(f"{work} is not there; call begin_checkpoint first, on a file system that rank 0 sees")
         (work / MODEL).mkdir()
         copy_companions(Path(trained.model_path), work / MODEL, header["dtype"])
 
@@ -119,7 +127,7 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> None:
 
 def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any], group: dist.ProcessGroup, moved: bool) -> None:
     """Do the part of a save that runs beside training."""
-    report, complaint = None, None
+    report, complaint, may_pass = None, None, False
     with _told(f"checkpoint {target} cannot be written", work):
         try:
             report = write_and_verify(snapshot, work, group)
@@ -129,13 +137,14 @@ def _finish(snapshot: Snapshot, work: Path, target: Path, header: dict[str, Any]
             complaint = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
             if out_of_space(error, work):
                 complaint += f"; {storage_words(error, work)}"
-        reports = gather_plain((report, complaint), tuple[RankReport | None, str | None], group)
+            may_pass = mendable(error, work)
+        reports = gather_plain((report, complaint, may_pass), tuple[RankReport | None, str | None, bool], group)
 
     def finish() -> None:
-        complaints = [f"rank {rank}: {each}" for rank, (_, each) in enumerate(reports) if each]
+        complaints = [f"rank {rank}: {each}" for rank, (_, each, _) in enumerate(reports) if each]
         if complaints:
-            raise CheckpointError("; ".join(complaints))
-        commit(work, target, header, [report for report, _ in reports if report], snapshot.weights, moved=moved)
+            raise (CheckpointUnwritten if any(passing for *_, passing in reports) else CheckpointError)("; ".join(complaints))
+        commit(work, target, header, [report for report, *_ in reports if report], snapshot.weights, moved=moved)
 
     on_first_rank(finish, f"checkpoint {target} does not count", group)
 
@@ -161,7 +170,8 @@ def _verified_together(source: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told(failure: str, written: Path | None = None) -> Iterator[None]:
-    """Inside it, what torch, megatron and the system raise becomes a CheckpointError that begins with `failure`.
+    """Inside it, what torch, megatron and the system raise becomes a CheckpointError that begins with `failure`; where the
+    storage that is written to is at fault, a CheckpointUnwritten.
 
     `written`: the directory that is being written, if one is. torch's writer reports a full disk as an unexpected position in a
     file, so the file system is asked.
@@ -170,6 +180,12 @@ def _told(failure: str, written: Path | None = None) -> Iterator[None]:
         yield
     except CheckpointException as error:  # torch's, which tells every rank about all of them
         reasons = "; ".join(f"rank {rank}: {reason(cause[0], written)}" for rank, cause in sorted(error.failures.items()))
-        raise CheckpointError(f"{failure}: {reasons}") from error
+        passing = any(_passing(cause[0], written) for cause in error.failures.values())
+        raise (CheckpointUnwritten if passing else CheckpointError)(f"{failure}: {reasons}") from error
     except (CheckpointingException, OSError, RuntimeError, KeyError, ValueError, AssertionError, UnpicklingError) as error:
-        raise CheckpointError(f"{failure}: {reason(error, written)}") from error
+        kind = CheckpointUnwritten if _passing(error, written) else CheckpointError
+        raise kind(f"{failure}: {reason(error, written)}") from error
+
+
+def _passing(error: BaseException, written: Path | None) -> bool:
+    return written is not None and mendable(error, written)

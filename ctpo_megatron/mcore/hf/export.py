@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory, temporary_directory
-from ctpo_megatron.errors import CheckpointError, reason
+from ctpo_megatron.errors import CheckpointError, CheckpointUnwritten, mendable, reason
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.load import unwrap
 from ctpo_megatron.mcore.hf.stream import export_stream, find_holders
@@ -40,13 +40,16 @@ def save_hf(
     work = target.with_name(target.name + TEMPORARY_SUFFIX)
     files = _shards(find_holders(models, shape), shape, like.element_size(), shard_bytes)
     problem: str | None = None
+    may_pass = False
     for bucket in export_stream(models, shape, shard_bytes):
         if bucket and problem is None:  # a sender that cannot write goes on gathering: the others wait for it
             tensors = {name: tensor.cpu() for name, tensor in bucket}
             try:
                 save_file(tensors, work / files[bucket[0][0]], metadata={"format": "pt"})
             except (OSError, SafetensorError) as error:
-                problem = f"model directory {target} cannot be written: {reason(error, work)}"
+                problem, may_pass = f"model directory {target} cannot be written: {reason(error, work)}", mendable(error, work)
+    if (complaint := first_complaint(problem if may_pass else None)) is not None:
+        raise CheckpointUnwritten(complaint)
     if (complaint := first_complaint(problem)) is not None:
         raise CheckpointError(complaint)
 

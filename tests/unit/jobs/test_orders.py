@@ -12,6 +12,7 @@ from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.restarts import LONGEST_WAIT_S, Restarts
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.loop.orders import Orders, StopRequest
+from tests.support.disks import read_only, small_disk
 
 
 @pytest.mark.parametrize(("name", "within"), [("SIGTERM", 9.0), ("SIGUSR1", None), ("SIGINT", None)])
@@ -47,6 +48,21 @@ def test_files_are_obeyed_once(tmp_path: Path) -> None:
         watching.cancel()
 
     asyncio.run(scenario())
+
+
+def test_a_file_that_cannot_be_removed_is_obeyed(tmp_path: Path) -> None:
+    async def scenario(disk: Path) -> None:
+        orders = Orders()
+        watching = asyncio.ensure_future(watch_files(orders, disk))
+        await asyncio.sleep(0.1)
+        watching.cancel()
+        assert "STOP" in orders.stop_request.reason
+
+    with small_disk(tmp_path / "disk", 64) as disk:
+        (disk / "STOP").touch()
+        with read_only(disk):
+            asyncio.run(scenario(disk))
+        assert (disk / "STOP").exists()
 
 
 def test_restarts_are_bounded_while_no_step_is_done() -> None:

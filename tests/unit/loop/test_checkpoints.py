@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from ctpo_megatron.checkpoints.files import begin_checkpoint, commit_checkpoint, set_aside, work_directory
 from ctpo_megatron.config.train import CheckpointConfig
-from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError
+from ctpo_megatron.errors import CheckpointError, DamagedCheckpoint, InputError, StorageError
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest, read_resumable, refuse_earlier, restore
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit, Event, discard
@@ -201,3 +203,21 @@ def test_what_no_run_can_go_on_from_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no run\.json"):
         read_resumable(weights)
     assert names(tmp_path) == ["run", "step_00000004", "step_00000006", "step_00000007", "unsaved"]  # none is damaged
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+def test_a_checkpoint_that_is_out_of_reach_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(file: Path) -> str:
+        raise OSError(number, os.strerror(number), str(file))
+
+    newer = [write_checkpoint(tmp_path, step) for step in (1, 2)][-1]
+    monkeypatch.setattr("ctpo_megatron.checkpoints.verify.file_hash", refuse)
+    with pytest.raises(StorageError, match=r"run\.json"):
+        newest(tmp_path, 9, discard)
+    assert newer.is_dir()
+    number = errno.EIO  # the disk itself cannot read it: that is damage
+    with pytest.raises(InputError, match="no checkpoint in"):
+        newest(tmp_path, 9, discard)
+    assert names(tmp_path) == ["step_00000001.damaged", "step_00000002.damaged"]

@@ -18,6 +18,7 @@ from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.errors import CheckpointUnwritten
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest, restore
 from ctpo_megatron.loop.orders import Orders, StopRequest
@@ -25,7 +26,9 @@ from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record import Recorder
-from ctpo_megatron.record.events import EvaluationDone, Event, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, Event, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.storage import MARK, Storage
+from ctpo_megatron.record.storage_events import CheckpointDelayed, StorageFault, StorageMended
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 from tests.support.runs import ROOT
 
@@ -88,15 +91,22 @@ def config(*overrides: str) -> RunConfig:
 
 
 async def train(
-    config: RunConfig, run_dir: Path, *, resume: bool, ranks: Ranks | None = None, orders: Orders | None = None
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    resume: bool,
+    ranks: Ranks | None = None,
+    orders: Orders | None = None,
+    storage: Storage | None = None,
 ) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
     ranks, rollouts, events, root = ranks or Ranks(), Sampled(), [], run_dir / "checkpoints"
+    storage = storage or Storage()
     first_step, samples, accuracies, admission = 0, 0, {}, Admission(PromptSampler(PROMPTS, SEED))
     if resume:
         found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
         first_step, samples, accuracies = found.state.step, found.state.samples, dict(found.state.accuracies)
         admission = Admission(PromptSampler.restore(PROMPTS, found.state.cursor), found.state.groups)
-    recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()))
+    recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()), through=storage.write)
     loop = TrainLoop(
         config=config,
         admission=admission,
@@ -104,16 +114,18 @@ async def train(
         rollouts=rollouts,
         trainer=ranks,
         publisher=ranks,
-        record=RunRecord(run_dir, config.log, recorder),
-        checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append),
+        record=RunRecord(run_dir, config.log, recorder, storage.write),
+        checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append, storage=storage),
         first_step=first_step,
         samples=samples,
         accuracies=accuracies,
         emit=events.append,
         orders=orders or Orders(),
+        storage=storage,
     )
-    await loop.run()
-    loop.record.close()
+    async with storage.outlasting(events.append):
+        await loop.run()
+        loop.record.close()
     return rollouts.seen, loop, events
 
 
@@ -201,3 +213,64 @@ def test_a_checkpoint_that_is_asked_for_comes_once(tmp_path: Path) -> None:
     orders.save()
     asyncio.run(train(config("train.steps=2", "checkpoint.every=0"), tmp_path, resume=False, orders=orders))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_run_whose_directory_is_away_for_a_while_goes_on_and_has_every_step_once(tmp_path: Path, every: int) -> None:
+    run_dir, away, trained = tmp_path / "run", tmp_path / "away", []
+    run_dir.mkdir()
+    (run_dir / MARK).touch()
+
+    class Moving(Ranks):
+        async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+            if version == 1:
+                run_dir.rename(away)
+                asyncio.get_running_loop().call_later(0.3, away.rename, run_dir)
+            trained.append((version, run_dir.exists()))
+            return {}
+
+    storage = Storage(run_dir, 20.0, retry_s=0.02)
+    four = config("train.steps=4", "train.prompts_per_step=2", f"checkpoint.every={every}")
+    _, loop, events = asyncio.run(train(four, run_dir, resume=False, ranks=Moving(), storage=storage))
+    assert trained == [(0, True), (1, False), (2, True), (3, True)], "the run went on without its directory"
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "reward/mean" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval/accuracy" in line] == [0, 2, 4]
+    assert [len(rows(run_dir, f"step_{step:08d}.jsonl")) for step in (1, 2, 3, 4)] == [4] * 4
+    assert [type(event) for event in events if isinstance(event, StorageFault | StorageMended)] == [StorageFault, StorageMended]
+    waited = {event.step: event.seconds for event in events if isinstance(event, StepTrained)}
+    assert waited[2] >= 0.25
+    assert every == 0 or newest(run_dir / "checkpoints", 9, discard).state.step == 4
+    assert loop.done == 4
+    assert not away.exists()
+
+
+@pytest.mark.parametrize("failing", [1, 3])
+def test_a_checkpoint_that_finds_no_room_is_made_up_for(tmp_path: Path, failing: int) -> None:
+    """So many saves fail: the one after step 2, beside training, and each time that it is tried again after step 3."""
+
+    class Full(Ranks):
+        left = failing
+
+        async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+            await asyncio.sleep(0.1)  # the save has failed by then
+            return {}
+
+        async def save(self, directory: Path, *, background: bool) -> None:
+            if not self.left:
+                await super().save(directory, background=background)
+
+        async def settle(self) -> None:
+            await asyncio.sleep(0.02)
+            if self.left:
+                self.left -= 1
+                raise CheckpointUnwritten("no space left")
+
+    storage = Storage(tmp_path, 20.0, retry_s=0.02)
+    four = config("train.steps=4", "train.prompts_per_step=2", "checkpoint.every=2")
+    _, _, events = asyncio.run(train(four, tmp_path, resume=False, ranks=Full(), storage=storage))
+    assert [event.step for event in events if isinstance(event, CheckpointDelayed)] == [2]
+    assert sum(isinstance(event, StorageFault) for event in events) == (failing > 1)
+    assert sum(isinstance(event, StorageMended) for event in events) == (failing > 1)
+    assert [event.step for event in events if isinstance(event, CheckpointVerified)] == [3, 4]
+    assert newest(tmp_path / "checkpoints", 9, discard).state.step == 4

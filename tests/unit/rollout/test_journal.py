@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ctpo_megatron.record.events import Event, discard
 from ctpo_megatron.record.run_events import JournalCut, JournalRead
 from ctpo_megatron.record.segments import segments
+from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.types import AttemptId, Generation, GroupId, Prompt, Status, TopK, Trajectory, Turn
@@ -172,3 +173,37 @@ def test_a_version_that_nothing_is_known_of_is_not_waited_for(tmp_path: Path) ->
     again = Journal(tmp_path, "r", step=0)
     again.published(5, "five")
     assert soon(again.find(AttemptId(GroupId(0), 0), PROMPT, [7, 8])) is None
+
+
+def test_a_journal_whose_disk_is_away_for_a_while_forgets_and_keeps_what_it_should(tmp_path: Path) -> None:
+    """Meanwhile attempts end and are synced, a checkpoint is kept, so a segment begins, and one is looked for."""
+    run, away = tmp_path / "run", tmp_path / "away"
+    run.mkdir()
+
+    async def scenario() -> None:
+        storage = Storage(run, 5.0, retry_s=0.02)
+        async with storage.outlasting(discard):
+            journal = Journal(run / "journal", "r", storage=storage)
+            journal.published(0, "w")
+            journal.note(whole(0))
+            run.rename(away)
+            journal.note(whole(1))
+            await journal.sync()
+            journal.forget(1, 1)
+            journal.note(whole(2))
+            await journal.sync()
+            looking = asyncio.ensure_future(journal.find(AttemptId(GroupId(1), 0), PROMPT, [7, 8]))
+            await asyncio.sleep(0.1)
+            assert not looking.done()
+            away.rename(run)
+            await storage.clear()
+            assert same(await looking, whole(1))
+            journal.forget(2, 1)
+            journal.close()
+
+    soon(scenario())
+    assert [path.name for path in segments(run / "journal")] == ["00000002.journal", "00000003.journal"]
+    again = Journal(run / "journal", "r")
+    again.published(0, "w")
+    assert same(soon(again.find(AttemptId(GroupId(2), 0), PROMPT, [7, 8])), whole(2))
+    assert again.count() == (1, 0)
