@@ -35,7 +35,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.environment import Reader
-from ctpo_megatron.errors import ProcessDied, RayLost, TrainerLost
+from ctpo_megatron.errors import ProcessDied, RayLost, StartLost, TrainerLost
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.record.events import Emit, discard
@@ -206,7 +206,8 @@ class Runtime:
         watch = asyncio.ensure_future(self._watch())
         try:
             await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
-            if task.done() and not task.cancelled() and task.exception() is not None and not watch.done():
+            failure = task.exception() if task.done() and not task.cancelled() else None
+            if failure is not None and not isinstance(failure, StartLost):
                 await asyncio.wait([watch], timeout=DEATH_SHOWS_WITHIN_S)  # was the failure the consequence of a death?
             if watch.done():
                 if rescue is not None and isinstance(watch.exception(), TrainerLost | RayLost):
