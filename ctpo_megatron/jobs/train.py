@@ -31,6 +31,7 @@ from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, newest_or_non
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
+from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
@@ -220,6 +221,7 @@ class _Run:
             published=self._published,
             totals=self._totals,
             skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
+            spikes=SpikeDetector(config.train.spikes),
             emit=emit,
             stages=runtime.stages,
             storage=self._storage,

@@ -34,6 +34,7 @@ from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.skipping import Skipping
+from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
@@ -68,6 +69,7 @@ class TrainLoop:
     attention_weight: float = 0.0  # see `make_batches`
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
+    spikes: SpikeDetector | None = None  # None: nobody is told of loss spikes and reward collapses
     emit: Emit = discard
     orders: Orders = field(default_factory=Orders)
     stages: Stages = field(default_factory=Stages)  # what the driver is doing
@@ -161,6 +163,8 @@ class TrainLoop:
         metrics = rollout_metrics(groups, step) | train_metrics(stats) | published
         cost = StepCost.of(groups, timer.seconds, time.monotonic() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
+        for off_course in [] if self.spikes is None else self.spikes.step(step + 1, metrics):
+            self.emit(off_course)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         if self._evaluation_due(step + 1):
             with timer("evaluate"):

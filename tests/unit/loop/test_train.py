@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +24,11 @@ from ctpo_megatron.loop.checkpoints import Checkpoints, newest, restore
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
+from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, Event, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.nonfinite_events import OffCourse
 from ctpo_megatron.record.storage import MARK, Storage
 from ctpo_megatron.record.storage_events import CheckpointDelayed, StorageFault, StorageMended
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
@@ -98,8 +100,9 @@ async def train(
     ranks: Ranks | None = None,
     orders: Orders | None = None,
     storage: Storage | None = None,
+    rollouts: Sampled | None = None,
 ) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
-    ranks, rollouts, events, root = ranks or Ranks(), Sampled(), [], run_dir / "checkpoints"
+    ranks, rollouts, events, root = ranks or Ranks(), rollouts or Sampled(), [], run_dir / "checkpoints"
     storage = storage or Storage()
     first_step, samples, accuracies, admission = 0, 0, {}, Admission(PromptSampler(PROMPTS, SEED))
     if resume:
@@ -119,6 +122,7 @@ async def train(
         first_step=first_step,
         samples=samples,
         accuracies=accuracies,
+        spikes=SpikeDetector(config.train.spikes),
         emit=events.append,
         orders=orders or Orders(),
         storage=storage,
@@ -206,6 +210,24 @@ def test_a_run_that_is_stopped_saves_the_step_it_was_in_and_leaves_the_rest_to_t
     assert (found.state.step, found.state.groups, found.state.accuracies.keys()) == (2, 4, {0})
     _, resumed, _ = asyncio.run(train(short, tmp_path, resume=True))
     assert sorted(resumed.accuracies) == [0, 2, 3]
+
+
+def test_a_reward_that_collapses_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
+    class Collapsing(Sampled):
+        async def group(self, prompt: Prompt, group: GroupId, **options: Any) -> TrajectoryGroup:
+            made = await super().group(prompt, group, **options)
+            lost = group.evaluation is None and group.number >= 12  # from step 7 on
+            return replace(made, trajectories=[replace(each, reward=0.0) for each in made.trajectories]) if lost else made
+
+    looking = ("train.spikes.reward=5", "train.spikes.least=4", "train.spikes.window=4", "train.spikes.patience=1")
+    wanted = config("train.steps=8", "train.prompts_per_step=2", *looking)
+    _, loop, events = asyncio.run(train(wanted, tmp_path, resume=False, rollouts=Collapsing()))
+    found = [each for each in events if isinstance(each, OffCourse)]
+    assert [(each.kind, each.step, each.value, each.median) for each in found] == [
+        ("reward collapse", 7, 0.0, 0.5),
+        ("reward collapse", 8, 0.0, 0.5),
+    ]
+    assert loop.done == 8
 
 
 def test_a_checkpoint_that_is_asked_for_comes_once(tmp_path: Path) -> None:
