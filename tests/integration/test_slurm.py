@@ -34,6 +34,7 @@ read -r move < MOVES && sed -i 1d MOVES
 echo "start: $move, cluster $(echo "$@" | grep -o 'cluster.address=.*')"
 case $move in
 die) kill -KILL $$ ;;
+wait) exec sleep 300 ;;
 *) exit "$move" ;;
 esac
 """
@@ -162,6 +163,23 @@ def test_where_requeue_is_forbidden_jobs_follow_each_other_until_it_is_in_vain(
     starts = [json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines()]
     assert [(each["job_id"], each["step"]) for each in starts] == [(job_id, -1), (job_id, -1), (int(found[1]), -1)]
     assert left_on_nodes(job_id) == left_on_nodes(int(found[1])) == []
+
+
+def test_a_node_that_goes_down_requeues_the_job(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
+    path, run_dir = stand_in(tmp_path, ["wait", "0"]), tmp_path / "run"
+    job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], {"preflight": False}, nodes=2, path=path)
+    try:
+        slurm.until(lambda: "start: wait" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
+        slurm.command("scontrol", "update", "nodename=n2", "state=down", "reason=a test")
+        slurm.until(lambda: slurm.job(job_id)["Restarts"] == "1", "the requeue", JOB_TIMEOUT_S)
+    finally:
+        slurm.command("scontrol", "update", "nodename=n2", "state=resume")
+    job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), output
+    assert output.index("start: wait") < output.index("start: 0"), output
+    starts = [json.loads(line)["restarts"] for line in (run_dir / STARTS_FILE).read_text().splitlines()]
+    assert starts == [0, 1]
+    assert left_on_nodes(job_id) == []
 
 
 def test_a_limit_that_comes_near_gives_the_order_to_stop(slurm: SlurmCluster, tmp_path: Path) -> None:
