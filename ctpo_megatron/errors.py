@@ -149,6 +149,14 @@ class StartLost(ProcessDied):
     """A server's process was killed while the run came up. Nothing is known to be wrong with it: the command may begin anew."""
 
 
+class LeftCourse(CtpoError, RuntimeError):
+    """The loss or the reward of the last training step, `step`, shows that the run has left its course after step `good`."""
+
+    def __init__(self, message: str, *, step: int, good: int) -> None:
+        super().__init__(message)
+        self.step, self.good = step, good
+
+
 class StoppedInOrder(CtpoError, RuntimeError):
     """The run was asked to stop, and everything it had is saved; the same command with `--resume auto` goes on."""
 

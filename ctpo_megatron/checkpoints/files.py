@@ -33,7 +33,6 @@ SHARDS = "shards.json"
 MODEL = "model"
 VERSION = 3
 STEP_NAME = re.compile(r"step_(\d{8,})")
-_DAMAGED_SUFFIX = ".damaged"
 
 
 def all_checkpoints(root: str | Path) -> list[Path]:
@@ -54,12 +53,12 @@ def verified_checkpoints(root: str | Path) -> list[Path]:
     return [path for path in all_checkpoints(root) if _has_its_sizes(path)]
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it does not count any more and can still be looked at. Returns its new path."""
-    aside, number = checkpoint.with_name(checkpoint.name + _DAMAGED_SUFFIX), 1
+def set_aside(checkpoint: Path, suffix: str = ".damaged") -> Path:
+    """Rename a checkpoint, so that it does not count any more and can still be looked at. Returns its new path."""
+    aside, number = checkpoint.with_name(checkpoint.name + suffix), 1
     while aside.exists():
         number += 1
-        aside = checkpoint.with_name(f"{checkpoint.name}{_DAMAGED_SUFFIX}{number}")
+        aside = checkpoint.with_name(f"{checkpoint.name}{suffix}{number}")
     checkpoint.rename(aside)
     return aside
 

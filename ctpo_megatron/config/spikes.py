@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import Section
 
@@ -24,6 +24,9 @@ class SpikeConfig(Section):
     """Fewest steps of the window; before so many there is nothing to compare with."""
     patience: PositiveInt = 3
     """Steps in a row that have to be that far off. 1: a single step is enough."""
+    returns: NonNegativeInt = 0
+    """How often the run may go back to the newest checkpoint from before those steps, and go on with the prompts that follow. 0:
+    it is told, and the run goes on as it is."""
 
     @model_validator(mode="after")
     def _window_holds_the_least(self) -> SpikeConfig:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.errors import CheckpointError, CtpoError, RayLost, StartLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
@@ -27,7 +28,8 @@ from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.time_limit import Lead, time_limit
 from ctpo_megatron.jobs.topology import topology_of
-from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, newest_or_none, restore
+from ctpo_megatron.loop.admission import Admission, Position
+from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest_or_none, restore
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
@@ -38,6 +40,7 @@ from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.record.events import Emit, Event, RunDone, RunReady, RunResumed, print_sentence
 from ctpo_megatron.record.incarnation import IncarnationLog
+from ctpo_megatron.record.nonfinite_events import WentBack
 from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRestarted
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.journal import Journal
@@ -129,6 +132,7 @@ class _Run:
         self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
         self._journal, self._storage, self._emit, self._begun, self._lead = journal, storage, emit, begun, lead
         self._totals = RunTotals()
+        self._returns = inputs.config.train.spikes.returns
         self.done = inputs.start.step  # training steps whose result is kept
 
     async def to_its_end(self, stop: StopSignal) -> TrainLoop:
@@ -150,16 +154,22 @@ class _Run:
         return loop
 
     async def _supervised(self, loop: TrainLoop, orders: Orders) -> tuple[TrainLoop, StopRequest | None]:
-        """Returns the loop that ended, and why it was stopped; one whose trainer is lost is followed by another."""
-        restarts, lost = Restarts(self._inputs.config.cluster.restarts), None
+        """Returns the loop that ended, and why it was stopped.
+
+        One whose trainer is lost is followed by another, and so is one that left its course and may go back.
+        """
+        restarts, following = Restarts(self._inputs.config.cluster.restarts), None
         while True:
             try:
-                if lost is not None:
-                    loop = await self._again(lost)
-                loop.orders = orders
+                if following is not None:
+                    loop = await following()
+                loop.orders, loop.returns = orders, self._returns
                 return loop, await self._runtime.guard(loop.run(), rescue=self._rollouts.rollouter.interrupt)
+            except LeftCourse as error:
+                self._returns -= 1
+                following = partial(self._back, error, loop.admission.after(error.step - 1))
             except TrainerLost as error:
-                lost = time.monotonic()
+                following = partial(self._again, time.monotonic())
                 restart = restarts.next(error, loop.done)
                 self._emit(restart)
                 await asyncio.sleep(restart.wait_s)
@@ -180,6 +190,19 @@ class _Run:
         self._rollouts.rollouter.go_on()
         loop = await self._runtime.guard(self._prepare(start, found))
         emit(TrainerRestarted(start.step, time.monotonic() - lost))
+        return loop
+
+    async def _back(self, error: LeftCourse, position: Position) -> TrainLoop:
+        """Returns a loop at the newest checkpoint from before the run left its course, with the prompts behind `position`."""
+        inputs, emit = self._inputs, self._emit
+        leave_after(inputs.run_dir / "checkpoints", error.good)
+        found = await self._storage.patiently(self._newest)
+        start = start_of(inputs.config, inputs.prompts, found, [], emit)
+        sampler = PromptSampler.restore(inputs.prompts, position.cursor, inputs.config.seed)
+        if self._journal is not None:
+            self._journal.go_back(start.step)
+        loop = await self._runtime.guard(self._prepare(replace(start, admission=Admission(sampler, position.groups)), found))
+        emit(WentBack(error.step, start.step, position.groups - start.admission.groups))
         return loop
 
     async def _newest(self) -> Resumable | None:

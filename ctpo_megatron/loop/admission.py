@@ -37,6 +37,11 @@ class Admission:
         self._after[step] = Position(self._groups, self._sampler.state())
         return group, prompt
 
+    @property
+    def groups(self) -> int:
+        """Returns how many groups were handed out."""
+        return self._groups
+
     def after(self, step: int) -> Position:
         """Returns the position behind the last group of `step`. Raises KeyError for a step without groups, or a forgotten one."""
         return self._after[step]

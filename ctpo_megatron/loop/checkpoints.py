@@ -28,6 +28,7 @@ from ctpo_megatron.checkpoints.files import (
     read_manifest,
     set_aside,
     step_of,
+    verified_checkpoints,
     work_directory,
 )
 from ctpo_megatron.checkpoints.verify import verify_files
@@ -41,12 +42,15 @@ from ctpo_megatron.errors import (
     StorageError,
     mendable,
     reason,
+    storing,
 )
 from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.record.events import CheckpointDamaged, CheckpointLost, CheckpointVerified, Emit
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.storage_events import CheckpointDelayed, OldCheckpointsStay
+
+LEFT_COURSE = ".off-course"  # of checkpoints that a run went back behind
 
 
 class Checkpoints:
@@ -219,6 +223,19 @@ def newest(root: Path, steps: int, emit: Emit) -> Resumable:
             f"--resume: {found.checkpoint} already has {done} of train.steps={steps} steps; raise train.steps to go on"
         )
     return found
+
+
+def newest_until(root: Path, step: int) -> Path | None:
+    """Returns the newest checkpoint of `step` or an earlier one that counts."""
+    return next((path for path in reversed(verified_checkpoints(root)) if step_of(path) <= step), None)
+
+
+def leave_after(root: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than `step`: they count no more, and are kept. Raises StorageError."""
+    for path in all_checkpoints(root):
+        if step_of(path) > step:
+            with storing(path):
+                set_aside(path, LEFT_COURSE)
 
 
 async def restore(trainer: Trainer, chosen: Resumable, emit: Emit) -> Resumable:

@@ -25,9 +25,10 @@ from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.data.samples import build_samples
+from ctpo_megatron.errors import LeftCourse
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
-from ctpo_megatron.loop.checkpoints import Checkpoints
+from ctpo_megatron.loop.checkpoints import Checkpoints, newest_until
 from ctpo_megatron.loop.evaluate import evaluate
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
@@ -70,6 +71,7 @@ class TrainLoop:
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     spikes: SpikeDetector | None = None  # None: nobody is told of loss spikes and reward collapses
+    returns: int = 0  # how often the run may still go back because of these
     emit: Emit = discard
     orders: Orders = field(default_factory=Orders)
     stages: Stages = field(default_factory=Stages)  # what the driver is doing
@@ -163,8 +165,7 @@ class TrainLoop:
         metrics = rollout_metrics(groups, step) | train_metrics(stats) | published
         cost = StepCost.of(groups, timer.seconds, time.monotonic() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
-        for off_course in [] if self.spikes is None else self.spikes.step(step + 1, metrics):
-            self.emit(off_course)
+        self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         if self._evaluation_due(step + 1):
             with timer("evaluate"):
@@ -179,6 +180,14 @@ class TrainLoop:
         self.emit(StepTrained(step + 1, time.monotonic() - begun, timer.seconds, tail.seconds))
         self.admission.forget(step + 1)
         await self.buffer.published(step + 1)
+
+    def _judge(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell of a loss spike or a collapse of the reward. Raises LeftCourse where the run may go back to before it."""
+        for found in [] if self.spikes is None else self.spikes.step(step, metrics):
+            self.emit(found)
+            good = step - self.config.train.spikes.patience
+            if self.returns and self.checkpoints is not None and newest_until(self.checkpoints.root, good) is not None:
+                raise LeftCourse(found.sentence, step=step, good=good)
 
     async def _publish(self, version: int) -> dict[str, float]:
         """Publish, unless the run is to stop: nothing will be sampled from these weights then."""

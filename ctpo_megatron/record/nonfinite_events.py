@@ -48,6 +48,21 @@ class DumpLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WentBack(Event):
+    """The run left its course and is back at an earlier checkpoint; the prompts of `groups` groups are passed over."""
+
+    name: ClassVar[str] = "went back"
+    left: int  # the training step that showed it
+    step: int
+    groups: int
+
+    @property
+    def sentence(self) -> str:
+        """Returns the event for a person, in one line."""
+        return f"back from step {self.left} to step {self.step}; the {self.groups} groups in between are passed over"
+
+
+@dataclass(frozen=True, slots=True)
 class OffCourse(Event):
     """A metric has been far from what it was: `kind` is `loss spike` or `reward collapse`."""
 

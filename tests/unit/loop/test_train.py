@@ -18,9 +18,9 @@ from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.order import PromptSampler
-from ctpo_megatron.errors import CheckpointUnwritten
+from ctpo_megatron.errors import CheckpointUnwritten, LeftCourse
 from ctpo_megatron.loop.admission import Admission
-from ctpo_megatron.loop.checkpoints import Checkpoints, newest, restore
+from ctpo_megatron.loop.checkpoints import Checkpoints, leave_after, newest, newest_until, restore
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
@@ -87,6 +87,15 @@ class Sampled:
     async def interrupt(self) -> None: ...
 
 
+class Collapsing(Sampled):
+    """Earns no reward from the seventh step of two groups on."""
+
+    async def group(self, prompt: Prompt, group: GroupId, **options: Any) -> TrajectoryGroup:
+        made = await super().group(prompt, group, **options)
+        lost = group.evaluation is None and group.number >= 12
+        return replace(made, trajectories=[replace(each, reward=0.0) for each in made.trajectories]) if lost else made
+
+
 def config(*overrides: str) -> RunConfig:
     fixed = ("train.optimizer_steps=1", "train.staleness=1", "rollout.group_size=2", "checkpoint.every=1", f"seed={SEED}")
     return load_config(ROOT / "configs" / "quickstart.yaml", [*fixed, "eval.every=2", "eval.prompts=2", *overrides])
@@ -123,6 +132,7 @@ async def train(
         samples=samples,
         accuracies=accuracies,
         spikes=SpikeDetector(config.train.spikes),
+        returns=config.train.spikes.returns,
         emit=events.append,
         orders=orders or Orders(),
         storage=storage,
@@ -213,12 +223,6 @@ def test_a_run_that_is_stopped_saves_the_step_it_was_in_and_leaves_the_rest_to_t
 
 
 def test_a_reward_that_collapses_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
-    class Collapsing(Sampled):
-        async def group(self, prompt: Prompt, group: GroupId, **options: Any) -> TrajectoryGroup:
-            made = await super().group(prompt, group, **options)
-            lost = group.evaluation is None and group.number >= 12  # from step 7 on
-            return replace(made, trajectories=[replace(each, reward=0.0) for each in made.trajectories]) if lost else made
-
     looking = ("train.spikes.reward=5", "train.spikes.least=4", "train.spikes.window=4", "train.spikes.patience=1")
     wanted = config("train.steps=8", "train.prompts_per_step=2", *looking)
     _, loop, events = asyncio.run(train(wanted, tmp_path, resume=False, rollouts=Collapsing()))
@@ -228,6 +232,19 @@ def test_a_reward_that_collapses_is_told_and_the_run_goes_on(tmp_path: Path) -> 
         ("reward collapse", 8, 0.0, 0.5),
     ]
     assert loop.done == 8
+
+
+def test_a_run_that_may_go_back_leaves_its_course_at_once(tmp_path: Path) -> None:
+    looking = ("train.spikes.reward=5", "train.spikes.least=4", "train.spikes.window=4", "train.spikes.patience=1")
+    wanted = config("train.steps=8", "train.prompts_per_step=2", "train.spikes.returns=1", *looking)
+    with pytest.raises(LeftCourse, match="reward collapse at step 7") as raised:
+        asyncio.run(train(wanted, tmp_path, resume=False, rollouts=Collapsing()))
+    assert (raised.value.step, raised.value.good) == (7, 6)
+    root = tmp_path / "checkpoints"
+    leave_after(root, 5)
+    assert newest_until(root, 6) == root / "step_00000005"
+    assert newest(root, 8, discard).state.step == 5
+    assert (root / "step_00000006.off-course").is_dir()
 
 
 def test_a_checkpoint_that_is_asked_for_comes_once(tmp_path: Path) -> None:
