@@ -101,7 +101,8 @@ class Switch:
         """Time something that the journal does; for all but syncs the event loop stands still."""
         wall, cpu = time.perf_counter(), time.thread_time()
         yield
-        self.add({what: 1, f"{what} wall": time.perf_counter() - wall, "cpu": time.thread_time() - cpu})
+        cpu = time.thread_time() - cpu
+        self.add({what: 1, f"{what} wall": time.perf_counter() - wall, f"{what} cpu": cpu, "cpu": cpu})
 
     def add(self, spent: Seconds) -> None:
         """Count what the journal did."""
@@ -198,12 +199,18 @@ def costs(idle_rows: dict[bool, list[Seconds]], rows: list[dict[str, Any]]) -> d
     wall, cpu = sum(row["wall"] for row in with_all), sum(sum(row["cpu"].values()) for row in with_all)
     watch = sum(watch_of(idle_rows).values())
     journal = sum(row["journal"].get("cpu", 0.0) for row in with_all)
-    standing = sum(row["journal"].get(f"{what} wall", 0.0) for row in with_all for what in ("note", "publication"))
+    standing, standing_cpu = (
+        sum(row["journal"].get(f"{what} {unit}", 0.0) for row in with_all for what in ("note", "publication"))
+        for unit in ("wall", "cpu")
+    )
+    cores = os.cpu_count() or 1
     return {
         "watch, CPU s per s": watch,
-        "watch, of the CPU time": watch * wall / cpu,
-        "journal, of the CPU time": journal / cpu,
+        "watch, of the CPU time of a step": watch * wall / cpu,
+        "watch, of all processors": watch / cores,
+        "journal, of the CPU time of a step": journal / cpu,
         "event loop in the journal, of the time": standing / wall,
+        "event loop in the journal, computing": standing_cpu / wall,
         "seconds a step": wall / len(with_all),
         "CPU seconds a step": cpu / len(with_all),
     }
@@ -225,14 +232,18 @@ def show(idle_rows: dict[bool, list[Seconds]], rows: list[dict[str, Any]], conso
         both = (statistics.median(row[kind] for row in idle_rows[on]) for on in (True, False))
         shown.add_row(kind, *(f"{1000 * each:.2f}" for each in both), f"{1000 * own:.2f}")
     console.print(shown)
-    shown = Table("journal, watch", "s", "CPU s", "tokens", "notes", "note ms", "syncs", "sync ms", title="Training: each step")
+    of_each = [f"{what} {unit}ms" for what in ("note", "sync") for unit in ("", "CPU ")]
+    shown = Table("journal, watch", "s", "CPU s", "tokens", "notes", "syncs", *of_each, title="Training: each step")
     for row in rows:
         spent = row["journal"]
-        times = [f"{1000 * spent.get(f'{what} wall', 0.0) / max(spent.get(what, 0), 1):.2f}" for what in ("note", "sync")]
+        counts = [f"{spent.get(what, 0):.0f}" for what in ("note", "sync")]
+        times = [
+            f"{1000 * spent.get(f'{what} {unit}', 0.0) / max(spent.get(what, 0), 1):.3f}"
+            for what in ("note", "sync")
+            for unit in ("wall", "cpu")
+        ]
         cpu = f"{sum(row['cpu'].values()):.2f}"
-        notes, syncs = (f"{spent.get(what, 0):.0f}" for what in ("note", "sync"))
-        on = "on" if row["on"] else "off"
-        shown.add_row(on, f"{row['wall']:.2f}", cpu, f"{row['tokens']:.0f}", notes, times[0], syncs, times[1])
+        shown.add_row("on" if row["on"] else "off", f"{row['wall']:.2f}", cpu, f"{row['tokens']:.0f}", *counts, *times)
     console.print(shown)
 
 
@@ -273,7 +284,7 @@ def main(
     if json_file:
         everything = {"costs": found, "ratios": ratios, "steps": rows, "idle": {str(on): each for on, each in idle_rows.items()}}
         json_file.write_text(json.dumps(everything, indent=1))
-    both = found["watch, of the CPU time"] + found["journal, of the CPU time"]
+    both = found["watch, of the CPU time of a step"] + found["journal, of the CPU time of a step"]
     standing = found["event loop in the journal, of the time"]
     bounds = [
         Check(f"journal and watch {both:.4f} of a step's CPU time (at most {MOST})", both <= MOST),

@@ -127,10 +127,9 @@ def strike(runs: Runs, run_dir: Path, moment: Moment, sizes: Sizes) -> Kill | No
             if process.poll() is None:
                 fail(run_dir, f"{moment} did not come within {START_S:.0f} s")
             return None
-        after = time.time() - begun
+        after, shown = time.time() - begun, progress.shown()  # before: a rank may still complete a checkpoint
         gone_s, left = end(process)
-    progress.look()
-    return Kill(str(moment), progress.shown(), after, gone_s, left)
+    return Kill(str(moment), shown, after, gone_s, left)
 
 
 def wait_for(moment: Moment, process: subprocess.Popen[bytes], progress: Progress) -> bool:
