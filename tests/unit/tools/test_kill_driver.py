@@ -33,6 +33,7 @@ def group(number: int, evaluation: int | None = None) -> TrajectoryGroup:
 def run_dir(tmp_path: Path) -> Path:
     """A run of two steps that has come to its end, in two processes."""
     run = tmp_path / "run"
+    run.mkdir()
     rows = [{"step": 0, "time": 1.0, "eval/accuracy": 0.5}, {"step": 1, "time": 2.0, "train/loss": 0.25, "time/step": 3.0}]
     rows += [{"step": 1, "time": 2.5, "time/checkpoint": 1.0}, {"step": 2, "time": 3.0, "train/loss": 0.125, "time/step": 4.0}]
     journal, files = Journal(run / "journal", "recipe"), TrajectoryFiles(run)
