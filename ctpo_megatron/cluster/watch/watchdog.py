@@ -67,7 +67,7 @@ class Watched:
             except (RayError, CtpoError):
                 self.gone = True
         if not self.gone:
-            ref = self.process.actor.pulse.options(concurrency_group=GROUP).remote()
+            ref = self.process.actor.pulse.options(concurrency_group=GROUP, enable_task_events=False).remote()  # no history
             self._call = asyncio.wrap_future(ref.future())
 
     def _heard(self, pulse: Pulse) -> None:
