@@ -137,7 +137,11 @@ class Run:
     def left(self, within_s: float = 30.0) -> list[psutil.Process]:
         """Returns the processes of the run that still live when it is over."""
         self._closed.set()
-        return [each for each in psutil.wait_procs(list(self.seen.values()), timeout=within_s)[1] if each.is_running()]
+        deadline = time.monotonic() + within_s
+        # not psutil.wait_procs: an id that is a thread's by now is an error there
+        while (left := [each for each in self.seen.values() if _lives(each)]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
 
     def _works(self, endings: tuple[str, ...]) -> bool:
         """Whether a rank says by its title that it does one of these. Looking for the ranks takes longer than asking them."""
@@ -171,6 +175,13 @@ class Run:
             if process is not None:
                 with contextlib.suppress(psutil.Error):
                     self.seen |= {each.pid: each for each in [process, *process.children(recursive=True)]}
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def shared_memory() -> set[str]:
