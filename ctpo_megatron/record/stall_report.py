@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.heartbeat import Patience, Stage
-from ctpo_megatron.record.stalls import Evidence, Seen, Verdict
+from ctpo_megatron.record.stalls import SILENT_S, Evidence, Seen, Verdict
 
 DIRECTORY = "stalls"
 
@@ -76,7 +76,7 @@ def _row(each: Seen, scene: Scene) -> str:
     deadlines = [scene.patience.deadline_s(stage.usual_s) for stage in each.stages]
     allowed = f"{min(deadlines):.0f} s" if deadlines else ""
     silent = f"{each.silent_s:.0f} s" if each.stages or each.unanswered_s else ""
-    answers = "yes" if each.unanswered_s < 1.5 else f"not for {each.unanswered_s:.0f} s"
+    answers = "yes" if each.unanswered_s <= SILENT_S else f"not for {each.unanswered_s:.0f} s"
     if not each.stages and each.owner != each.name:
         answers = ""  # its owner answers for it
     doing = "; ".join(str(stage) for stage in each.stages) or scene.states.get(each.name, "")

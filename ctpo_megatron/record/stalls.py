@@ -20,7 +20,7 @@ from ctpo_megatron.record.heartbeat import Patience, Stage
 
 Kind = Literal["stopped", "deadlock", "collective", "hung", "slow"]
 STOPPED = ("stopped", "tracing-stop")
-SILENT_S = 3.0  # since the last answer to a question that is asked every second: the process does not answer
+SILENT_S = 4.0  # since the last answer to a question that is asked every two seconds: the process does not answer
 BUSY = 0.5  # processors: a process that uses more is computing
 
 

@@ -120,7 +120,7 @@ class EngineActor:
                 raise ProcessDied(f"the SGLang server {server.end}\n{server.log_tail()}")
 
     def pulse(self) -> Pulse:
-        """The server's processes, and how often its scheduler has answered. Asked every second, in a thread of its own."""
+        """The server's processes, and how often its scheduler has answered. Asked every two seconds, in a thread of its own."""
         now = time.monotonic()
         if self._launched is not None and now - self._processes[0] > PROCESSES_S:
             self._processes = (now, names_of_group(self._launched.pid))

@@ -226,7 +226,7 @@ class TrainerActor:
         self._built.rank.save_hf(Path(directory))
 
     def pulse(self) -> Pulse:
-        """What this rank is doing now. Asked every second, in a thread of its own."""
+        """What this rank is doing now. Asked every two seconds, in a thread of its own."""
         if self._signs.moved():
             self.stages.beat()
         return Pulse(os.getpid(), ray.get_runtime_context().get_node_id(), self.stages.now())

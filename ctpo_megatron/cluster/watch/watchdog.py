@@ -1,4 +1,4 @@
-"""Asks every process of a run every second whether it lives, lets the system look at it, and acts when one is stopped or late.
+"""Asks every process of a run whether it lives, lets the system look at it, and acts when one is stopped or late.
 
     pulse (an actor's own thread) ---+
     witness (the node's /proc) ------+--> judge --> event, report --> a server is lost to the fleet, which starts it again
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,10 +29,11 @@ from ctpo_megatron.errors import CtpoError, StorageError, TrainerLost
 from ctpo_megatron.record.events import Emit
 from ctpo_megatron.record.heartbeat import Depths, OpenStage, Patience, Pulse, Stages
 from ctpo_megatron.record.stall_report import Scene, next_report, write_report
-from ctpo_megatron.record.stalls import STOPPED, Evidence, Seen, Verdict, judge, late, stopped
+from ctpo_megatron.record.stalls import SILENT_S, STOPPED, Evidence, Seen, Verdict, judge, late, stopped
 from ctpo_megatron.record.watch_events import StallFound
 
-EVERY_S = 1.0
+EVERY_S = 1.0  # the system looks
+ASK_S = 2.0  # a question to an actor costs more: 3 ms at either end, and as much in Ray
 AT_MOST_A_SECOND = 100.0  # questions, of a driver that has other things to do
 EVIDENCE_S = 3.0
 OVERSLEPT_S = 5.0  # the driver itself was stopped or did not come to its turn: what others did meanwhile was not seen
@@ -53,20 +55,23 @@ class Watched:
     answered: float = field(default_factory=time.monotonic)
     pulse: Pulse | None = None
     gone: bool = False  # Ray says so, and tells others too
+    _asked: float = -math.inf
     _call: asyncio.Future[Any] | None = None
     _stages: Stages = field(default_factory=Stages)  # of a server, kept here: it does not know what it is used for
     _stage: OpenStage | None = None
 
     def ask(self) -> None:
-        """Take the answer to the last question, if it is there, and ask again."""
+        """Take the answer to the last question, if it is there, and ask again when it is time."""
         if self._call is not None:
             if not self._call.done():
                 return
+            call, self._call = self._call, None
             try:
-                self._heard(self._call.result())
+                self._heard(call.result())
             except (RayError, CtpoError):
                 self.gone = True
-        if not self.gone:
+        if not self.gone and time.monotonic() - self._asked >= ASK_S - EVERY_S / 2:
+            self._asked = time.monotonic()
             ref = self.process.actor.pulse.options(concurrency_group=GROUP, enable_task_events=False).remote()  # no history
             self._call = asyncio.wrap_future(ref.future())
 
@@ -227,7 +232,7 @@ class Watchdog:
 
     async def _evidence(self, watched: list[Watched], seen: list[Seen]) -> dict[str, Evidence]:
         """What the ranks that answer say of themselves, within a bounded time."""
-        silent = {each.name for each in seen if each.unanswered_s > EVIDENCE_S}
+        silent = {each.name for each in seen if each.unanswered_s > SILENT_S}
         asked = [each for each in watched if each.rank is not None and each.process.name not in silent and each.pulse is not None]
         calls = {
             each.process.name: asyncio.wrap_future(each.process.actor.evidence.options(concurrency_group=GROUP).remote().future())
