@@ -2,7 +2,7 @@
 
 Those look at processes, ports and daemons of the whole machine, and would see each other's. They also wait for things that happen
 in time; so the other worker stands back and takes what they leave of the processors. It would have nothing left to do long before
-the first one has, so it begins with the longest file of servers that wait for nothing but their own trainer.
+the first one has, so it begins with files of servers that look at nothing but their own run, and have time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ settings.load_profile("any host")
 
 ALONE = "tests/integration"
 NICENESS = 4  # of the other worker: a third of the first one's share where both want all, and still a share beside other work
-BESIDE = ("tests/integration/test_weights_dense.py",)
+BESIDE = ("tests/integration/test_weights_dense.py", "tests/integration/test_weights.py", "tests/integration/test_chaos.py")
 
 
 def runs_alone(nodeid: str) -> bool:

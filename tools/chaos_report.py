@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Struck:
 def proofs(run: Run, struck: list[Struck], *, steps: int, prompts: int, group: int, memory: set[str], rises: bool) -> Proofs:
     """Returns what has to hold of a run that is over."""
     left = run.left()
-    shm = sorted(shared_memory() - memory)
+    shm = _stays(memory)
     lost, twice, wrong = ledger(run.run_dir / "rollouts", steps, prompts, group)
     held: Proofs = {
         "the run came to its end with exit code 0": (run.done, run.failed or f"{run.starts} starts"),
@@ -73,6 +74,13 @@ def proofs(run: Run, struck: list[Struck], *, steps: int, prompts: int, group: i
         first, last = rewards(run.run_dir / "metrics.jsonl")
         held["the reward rose"] = (last > first, f"{first:.3f} to {last:.3f}")
     return held | bounds(run, struck)
+
+
+def _stays(before: set[str]) -> list[str]:
+    """Returns what has come into shared memory and stays there; a file of somebody else's is not mapped at its first moment."""
+    left = shared_memory() - before
+    time.sleep(1.0)
+    return sorted(left & shared_memory())
 
 
 def ledger(directory: Path, steps: int, prompts: int, group: int) -> tuple[list[str], list[str], list[str]]:

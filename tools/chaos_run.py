@@ -185,5 +185,9 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Returns the names of what lies in the machine's shared memory."""
-    return set(os.listdir("/dev/shm"))
+    """Returns the names of what lies in the machine's shared memory, and no living process has mapped: others use theirs."""
+    mapped = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            mapped |= {line.rpartition("/dev/shm/")[2] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+    return {name for name in os.listdir("/dev/shm") if name not in mapped}

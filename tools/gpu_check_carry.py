@@ -10,10 +10,10 @@ from importlib.metadata import Distribution
 from pathlib import Path
 
 MAX_MIB = 64
-# What the check imports and a machine with torch may lack: Megatron-Core, pydantic and rich with what they need. All are pure
-# Python but pydantic_core and megatron-core's index of data sets, which is not used.
+# What the check imports and a machine with torch may lack: Megatron-Core, msgspec, pydantic and rich with what they need. All are
+# pure Python but msgspec, pydantic_core and megatron-core's index of data sets, which is not used.
 PYDANTIC = ("pydantic", "pydantic_core", "annotated-types", "typing-inspection", "typing_extensions")
-CARRIED = ("megatron-core", "einops", *PYDANTIC, "rich", "markdown-it-py", "mdurl", "Pygments")
+CARRIED = ("megatron-core", "einops", "msgspec", *PYDANTIC, "rich", "markdown-it-py", "mdurl", "Pygments")
 COMPILED = (".so", ".pyd")
 PLATFORM = "x86_64-manylinux_2_28"
 

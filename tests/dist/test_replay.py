@@ -191,6 +191,7 @@ def dumped(name: str, root: Path, outcomes: list[Outcome]) -> Path:
     if outcomes[0].update is not None:
         update = join_abandoned([each.update for each in outcomes], [each.coords for each in outcomes], batches)
     directory = root / "runs" / name / "dumps"
+    directory.parent.mkdir(parents=True)  # a run has its directory
     writer = StepDumps(Saved(root / "weights" / name), directory, config_of(case))
     written: Written = asyncio.run(writer.write(update, batches, step=1))
     number = 1 if case.fault in NAMES else 2  # weights show at the first sequence

@@ -31,6 +31,7 @@ BY_THEMSELVES_S = 5.0  # may what is left take to end, and to tidy up
 TIDY_S = 2.0  # the same for what has lost its parent here
 END_WITHIN_S = 25.0
 LOOK_SHARE = 100.0  # looks at the table of processes take one part in so many of a processor's time
+LONGEST_PAUSE_S = 5.0  # between two looks: what came and lost its parent in between is not known
 
 
 def main(pid: int, frozen_s: float, run_dir: Path) -> None:
@@ -99,9 +100,9 @@ class Below:
 
     def look(self, *, now: bool = False) -> None:
         """See which there are. Unless it has to be `now`, only when it would not cost too much, as in a long table."""
-        begun = time.monotonic()
-        if not now and begun < self._next:
+        if not now and time.monotonic() < self._next:
             return
+        begun = time.process_time()  # not of a clock: on a busy host a look lasts long, and costs no more
         table = {int(name): _fields(int(name)) for name in os.listdir("/proc") if name.isdigit()}
         living = {pid: (int(of[1]), of[19]) for pid, of in table.items() if of and of[0] not in "ZX" and pid != os.getpid()}
         children: dict[int, list[int]] = defaultdict(list)
@@ -115,7 +116,7 @@ class Below:
             if pid not in self._known:
                 self._known[pid] = living[pid]
                 found += children[pid]
-        self._next = begun + LOOK_SHARE * (time.monotonic() - begun)
+        self._next = time.monotonic() + min(LOOK_SHARE * (time.process_time() - begun), LONGEST_PAUSE_S)
 
     def end(self, log: Path) -> None:
         """Wait for the end of all, then kill those that are left, and write into `log` which.

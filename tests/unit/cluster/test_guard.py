@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ctpo_megatron.cluster.watch import guard
 from tests.support.runs import gone
 
 STAY = "import time; time.sleep(600)"  # as Ray's agents do
@@ -77,3 +79,24 @@ def test_what_stays_below_a_dead_driver_is_ended(tmp_path: Path, how: str) -> No
                 process.kill()
         driver.communicate()
         stranger.wait()
+
+
+def test_a_look_that_a_busy_host_makes_slow_does_not_put_off_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes would not be known when the driver dies."""
+    read = guard._fields
+
+    def slowly(pid: int) -> list[str]:
+        time.sleep(0.01)  # without a processor
+        return read(pid)
+
+    monkeypatch.setattr(guard, "_fields", slowly)
+    child = subprocess.Popen([sys.executable, "-c", STAY])
+    try:
+        below, begun = guard.Below(os.getpid()), time.monotonic()
+        below.look(now=True)
+        lasted = time.monotonic() - begun
+        assert child.pid in below._known
+        assert below._next - time.monotonic() < min(guard.LONGEST_PAUSE_S, guard.LOOK_SHARE * lasted / 2)
+    finally:
+        child.kill()
+        child.wait()
