@@ -20,7 +20,10 @@ settings.load_profile("any host")
 
 ALONE = "tests/integration"
 NICENESS = 4  # of the other worker: a third of the first one's share where both want all, and still a share beside other work
-BESIDE = ("tests/integration/test_weights_dense.py", "tests/integration/test_weights.py", "tests/integration/test_chaos.py")
+BESIDE = tuple(
+    f"tests/integration/test_{name}.py"
+    for name in ("weights_dense", "weights", "chaos", "attest", "sglang_families", "placement")
+)
 
 
 def runs_alone(nodeid: str) -> bool:
