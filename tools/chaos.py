@@ -35,7 +35,7 @@ PROMPTS, GROUP = 8, 8
 def main(
     seed: Annotated[int, typer.Option(help="of the faults, the data and the training")] = 1,
     faults: Annotated[int, typer.Option(help="how many; 41 or more strike every kind of process in every phase")] = 44,
-    steps: Annotated[int, typer.Option(help="training steps: each fault takes two or three")] = 200,
+    steps: Annotated[int, typer.Option(help="training steps: each fault takes two or three")] = 150,
     run_dir: Annotated[Path, typer.Option(help="where everything is written")] = Path("runs/chaos"),
     taught: Annotated[bool, typer.Option(help="teach the model first, and want the reward to rise")] = True,
     model: Annotated[Path | None, typer.Option(help="sft/model of an earlier chaos run, instead of teaching anew")] = None,

@@ -147,6 +147,9 @@ async def _execute(code: str, config: PythonTool) -> _Call:
         if not ended:
             _kill(process, status)
             return _Call(_shown(stdout), _shown(stderr), None, timed_out=True)
+        # One that was killed in the first moments of its start leaves a child that waits for it for ever, in its group still. The
+        # group cannot be another's before bubblewrap is collected.
+        os.killpg(process.pid, signal.SIGKILL)
         code_of_bwrap = process.wait()
         killed_by = -code_of_bwrap if code_of_bwrap < 0 else None
         return _Call(_shown(stdout), _shown(stderr), _reported(status, "exit-code"), timed_out=False, killed_by=killed_by)

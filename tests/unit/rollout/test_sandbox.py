@@ -249,6 +249,20 @@ def test_a_program_whose_bubblewrap_is_killed_runs_again(kills: int):
 
 
 @needs_sandbox
+def test_a_bubblewrap_that_is_killed_as_it_starts_leaves_no_child(monkeypatch, tmp_path):
+    """A stand-in that dies in the moment when it has a child and has not set it up: too short to meet with the real one."""
+    fake, pids = tmp_path / "bwrap", tmp_path / "pids"
+    fake.write_text(f"#!/bin/sh\nsleep 600 &\necho $! >> {pids}\nkill -KILL $$\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(RolloutError, match="killed by signal 9"):
+        run("print(1)")
+    children = [Path(f"/proc/{pid}/stat") for pid in pids.read_text().split()]
+    assert len(children) == sandbox.ATTEMPTS
+    assert [each for each in children if each.exists() and each.read_text().rpartition(")")[2].split()[0] != "Z"] == []
+
+
+@needs_sandbox
 def test_programs_die_with_the_process_that_runs_them():
     program = (
         "import asyncio\nfrom ctpo_megatron.config.rollout import PythonTool\nfrom ctpo_megatron.rollout.sandbox import *\n"
