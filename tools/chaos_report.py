@@ -60,7 +60,7 @@ def proofs(run: Run, struck: list[Struck], *, steps: int, prompts: int, group: i
     held: Proofs = {
         "the run came to its end with exit code 0": (run.done, run.failed or f"{run.starts} starts"),
         "every fault struck, and a training step followed": (
-            all(each.stepped is not None for each in struck[:-1]),
+            all(each.at is not None for each in struck) and all(each.stepped is not None for each in struck[:-1]),
             "; ".join(each.sentence for each in struck if each.stepped is None),
         ),
         "every group trained once": (

@@ -120,9 +120,10 @@ class Run:
         process = find(fault.kind, self.driver)
         if process is None:
             return None
+        at = time.time()  # before it: on a busy host the run may answer before this process comes to its turn again
         with contextlib.suppress(psutil.Error):
             process.send_signal(NUMBERS[fault.by])
-            return time.time()
+            return at
         return None
 
     def end(self) -> None:

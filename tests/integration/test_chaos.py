@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.runs import ROOT
 
-FAULTS, STEPS = 4, 20  # a phase that lasts a tenth of a second may take some steps to be met
+FAULTS, STEPS = 4, 30  # a phase that lasts a tenth of a second may take some steps to be met
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
