@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import typer
 from chaos_faults import CALLED, RANKS, SERVERS, Fault, draw
 from chaos_report import Struck, proofs, show
-from chaos_run import Run, shared_memory
+from chaos_run import Run
 from commands import ROOT, ctpo, python
+from leftovers import shared_memory
+from run_ledger import Sizes
 
 from ctpo_megatron.rollout.rewards import quick_verdict
 
@@ -59,7 +61,7 @@ def main(
             if run.done or run.failed:
                 break
         run.wait(lambda: False, MENDED_S + steps * 10.0)
-        held = proofs(run, struck, steps=steps, prompts=PROMPTS, group=GROUP, memory=memory, rises=taught)
+        held = proofs(run, struck, Sizes(steps, PROMPTS, GROUP), memory, rises=taught)
     finally:
         run.end()
     held[f"{faults} faults"] = (len(struck) == faults, f"{len(struck)}")

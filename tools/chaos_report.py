@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chaos_faults import CALLED, RANKS, Fault
-from chaos_run import Run, shared_memory
+from chaos_run import Run
+from leftovers import left_in_shared_memory
 from rich.console import Console
 from rich.table import Table
+from run_ledger import Sizes, trained_once
 
 DEAD_SEEN_S = 2.0
 STOPPED_SEEN_S = 10.0  # and three times the usual duration of the phase
@@ -52,21 +52,18 @@ class Struck:
         return {"seen": self.after(self.seen), "back": self.after(self.mended), "next step": self.after(self.stepped)}
 
 
-def proofs(run: Run, struck: list[Struck], *, steps: int, prompts: int, group: int, memory: set[str], rises: bool) -> Proofs:
+def proofs(run: Run, struck: list[Struck], sizes: Sizes, memory: set[str], *, rises: bool) -> Proofs:
     """Returns what has to hold of a run that is over."""
     left = run.left()
-    shm = _stays(memory)
-    lost, twice, wrong = ledger(run.run_dir / "rollouts", steps, prompts, group)
+    shm = sorted(left_in_shared_memory(memory))
+    missed = [check.text for check in trained_once(run.run_dir, sizes) if not check.holds]
     held: Proofs = {
         "the run came to its end with exit code 0": (run.done, run.failed or f"{run.starts} starts"),
         "every fault struck, and a training step followed": (
             all(each.at is not None for each in struck) and all(each.stepped is not None for each in struck[:-1]),
             "; ".join(each.sentence for each in struck if each.stepped is None),
         ),
-        "every group trained once": (
-            not (lost or twice or wrong),
-            f"{steps * prompts} groups, lost {lost}, twice {twice}, {wrong}",
-        ),
+        "every group trained once": (not missed, "; ".join(missed) or f"{sizes.steps * sizes.groups} groups"),
         "no process left": (not left, ", ".join(str(each) for each in left)),
         "nothing left in shared memory": (not shm, ", ".join(shm)),
     }
@@ -74,27 +71,6 @@ def proofs(run: Run, struck: list[Struck], *, steps: int, prompts: int, group: i
         first, last = rewards(run.run_dir / "metrics.jsonl")
         held["the reward rose"] = (last > first, f"{first:.3f} to {last:.3f}")
     return held | bounds(run, struck)
-
-
-def _stays(before: set[str]) -> list[str]:
-    """Returns what has come into shared memory and stays there; a file of somebody else's is not mapped at its first moment."""
-    left = shared_memory() - before
-    time.sleep(1.0)
-    return sorted(left & shared_memory())
-
-
-def ledger(directory: Path, steps: int, prompts: int, group: int) -> tuple[list[str], list[str], list[str]]:
-    """Returns the groups that no step was trained on, those of more than one step, and those of a wrong size."""
-    trained: Counter[str] = Counter()
-    wrong = []
-    for step in range(1, steps + 1):
-        file = directory / f"step_{step:08d}.jsonl"
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        attempts = Counter(row["group"] for row in rows)
-        trained.update(attempts.keys())
-        wrong += [name for name, count in attempts.items() if count != group or len({r["id"] for r in rows}) != len(rows)]
-    wanted = {f"g{number:08d}" for number in range(steps * prompts)}
-    return sorted(wanted - set(trained)), sorted(name for name, count in trained.items() if count > 1), wrong
 
 
 def rewards(metrics: Path) -> tuple[float, float]:

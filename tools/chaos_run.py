@@ -15,10 +15,12 @@ from typing import Any
 
 import psutil
 from chaos_faults import NUMBERS, RANKS, Fault, Phase, find, title
+from leftovers import living
 
 from ctpo_megatron.slurm.requeue import what_next
 
 POLL_S = 0.005
+ENDS_WITHIN_S = 30.0
 SEEN_EVERY_S = 0.3
 FRESH_S = 0.4  # after an event, the phase that it begins is surely not over
 ERROR_FILE = "logs/error.log"
@@ -44,6 +46,7 @@ class Run:
         self._process: psutil.Process | None = None
         self._ranks: list[psutil.Process] = []
         self._begun = 0.0
+        self._sessions: set[int] = set()  # of all commands
         self._closed = threading.Event()
         threading.Thread(target=self._see, daemon=True).start()
 
@@ -60,6 +63,7 @@ class Run:
         with self._log.open("a") as sink:
             self._driver = subprocess.Popen(self._words, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
         self._process = psutil.Process(self._driver.pid)
+        self._sessions.add(self._driver.pid)
 
     def attend(self) -> None:
         """Look whether the command has ended, and start it again where a job file would."""
@@ -129,20 +133,25 @@ class Run:
     def end(self) -> None:
         """Kill whatever is left of it."""
         self._closed.set()
-        for process in self.seen.values():
+        for process in [*self.seen.values(), *self._of_sessions()]:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         if self._driver is not None:
             self._driver.wait(10)
 
-    def left(self, within_s: float = 30.0) -> list[psutil.Process]:
+    def left(self) -> list[psutil.Process]:
         """Returns the processes of the run that still live when it is over."""
         self._closed.set()
-        deadline = time.monotonic() + within_s
-        # not psutil.wait_procs: an id that is a thread's by now is an error there
-        while (left := [each for each in self.seen.values() if _lives(each)]) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        return left
+        return living([*self.seen.values(), *self._of_sessions()], ENDS_WITHIN_S)
+
+    def _of_sessions(self) -> list[psutil.Process]:
+        """Returns the processes of the commands' sessions: one that lived for a moment, and lost its parent, was not seen."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):  # it has just ended
+                if os.getsid(process.pid) in self._sessions:
+                    found.append(process)
+        return found
 
     def _works(self, endings: tuple[str, ...]) -> bool:
         """Whether a rank says by its title that it does one of these. Looking for the ranks takes longer than asking them."""
@@ -176,19 +185,3 @@ class Run:
             if process is not None:
                 with contextlib.suppress(psutil.Error):
                     self.seen |= {each.pid: each for each in [process, *process.children(recursive=True)]}
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def shared_memory() -> set[str]:
-    """Returns the names of what lies in the machine's shared memory, and no living process has mapped: others use theirs."""
-    mapped = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            mapped |= {line.rpartition("/dev/shm/")[2] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
-    return {name for name in os.listdir("/dev/shm") if name not in mapped}

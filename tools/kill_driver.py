@@ -30,10 +30,11 @@ import psutil
 import typer
 from bench_loss import Check
 from commands import ROOT
-from kill_driver_ledger import Sizes, ledger, same_run
 from kill_driver_moments import Moment, Progress, draw, kinds
+from leftovers import living
 from rich.console import Console
 from rich.table import Table
+from run_ledger import Sizes, same_run, sampled_once, trained_once
 
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
@@ -100,12 +101,12 @@ def end(process: subprocess.Popen[bytes]) -> tuple[float, tuple[str, ...]]:
     process.kill()
     process.wait()
     killed = time.monotonic()
-    _, left = psutil.wait_procs(below, timeout=GONE_S)
+    left = living(below, GONE_S)
     seconds, names = time.monotonic() - killed, []
     for each in left:
         names.append(_name(each))
         each.kill()
-    psutil.wait_procs(left, timeout=10.0)
+    living(left)
     return seconds, tuple(names)
 
 
@@ -168,7 +169,8 @@ def checks(kills: list[Kill], wanted: int, killed: Path, straight: Path, sizes: 
     return [
         Check(f"{len(kills)} of {wanted} kills came", len(kills) == wanted),
         Check(f"{gone}, left: {left or 'none'}", not left and slowest <= GONE_WITHIN_S),
-        *ledger(killed, sizes),
+        *trained_once(killed, sizes),
+        *sampled_once(killed),
         *same_run(killed, straight),
     ]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kill_driver_ledger import Sizes, finished
+from run_ledger import Sizes, finished
 
 from ctpo_megatron.checkpoints.files import RUN, work_directory
 from ctpo_megatron.loop.checkpoints import checkpoint_directory

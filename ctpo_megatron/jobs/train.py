@@ -39,6 +39,7 @@ from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record import Recorder, write_summary
 from ctpo_megatron.record.events import Emit, Event, RunDone, RunReady, RunResumed, print_sentence
+from ctpo_megatron.record.files import last_steps
 from ctpo_megatron.record.incarnation import IncarnationLog
 from ctpo_megatron.record.nonfinite_events import WentBack
 from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRestarted
@@ -244,7 +245,7 @@ class _Run:
             published=self._published,
             totals=self._totals,
             skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
-            spikes=SpikeDetector(config.train.spikes),
+            spikes=await self._storage.patiently(self._spikes),  # behind `_record`, which drops steps that are made again
             emit=emit,
             stages=runtime.stages,
             storage=self._storage,
@@ -254,6 +255,10 @@ class _Run:
         run_dir, config, through = self._inputs.run_dir, self._inputs.config.log, self._storage.write
         recorder = Recorder(run_dir, config, first_step=step, emit=self._emit, through=through)
         return RunRecord(run_dir, config, recorder, through)
+
+    async def _spikes(self) -> SpikeDetector:
+        config = self._inputs.config.train.spikes
+        return SpikeDetector(config, last_steps(self._inputs.run_dir / "metrics.jsonl", config.window))
 
     def _published(self, version: int, digest: str) -> None:
         if self._journal is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,12 +38,12 @@ class Deviation:
 
 
 class SpikeDetector:
-    """Judges a run step by step; `reset` after it went back to an earlier step."""
+    """Judges a run step by step. `earlier`: metrics of the steps before, the oldest first, none of which is judged."""
 
-    def __init__(self, config: SpikeConfig) -> None:
+    def __init__(self, config: SpikeConfig, earlier: Sequence[Mapping[str, float]] = ()) -> None:
         self._config = config
         self._limits = {kind: limit for kind, limit in _limits(config).items() if limit is not None}
-        self._history: dict[Kind, list[float]] = {kind: [] for kind in self._limits}
+        self._history = {kind: _finite(each.get(METRICS[kind], math.nan) for each in earlier) for kind in self._limits}
 
     def step(self, step: int, metrics: Mapping[str, float]) -> list[OffCourse]:
         """Returns what step `step` shows, given its `metrics`; an empty list while all is well. Steps without a metric are
@@ -61,12 +61,6 @@ class SpikeDetector:
                 found.append(OffCourse(kind, step, METRICS[kind], seen.value, seen.median, abs(seen.deviations), limit))
         return found
 
-    def reset(self, metrics: Sequence[Mapping[str, float]] = ()) -> None:
-        """Forget the history, and take `metrics` of earlier steps, the oldest first, in its place; none of them is judged."""
-        for kind, history in self._history.items():
-            values = [each.get(METRICS[kind], math.nan) for each in metrics]
-            history[:] = [value for value in values if math.isfinite(value)][-self._config.window :]
-
 
 def judge(values: Sequence[float], limit: float, *, above: bool, least: int, patience: int) -> Deviation | None:
     """Returns how far the last `patience` values are off, where each of them is beyond `limit` deviations of the ones before.
@@ -81,6 +75,10 @@ def judge(values: Sequence[float], limit: float, *, above: bool, least: int, pat
     deviation = max(spread, FLOOR * abs(median), SMALLEST)
     seen = Deviation(min(last) if above else max(last), median, deviation)
     return seen if (seen.deviations if above else -seen.deviations) > limit else None
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
 
 
 def _limits(config: SpikeConfig) -> dict[Kind, float | None]:

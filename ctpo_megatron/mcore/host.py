@@ -69,6 +69,14 @@ def megatron_region(device: torch.device) -> contextlib.AbstractContextManager[A
     return contextlib.nullcontext() if device.type == "cuda" else CudaMeansCpu()
 
 
+def forward_region(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context within `megatron_region` in which to call a model.
+
+    On a CPU it ends the watch over every call of torch, which takes an eighth of a small model's time. Layers do not name CUDA.
+    """
+    return contextlib.nullcontext() if device.type == "cuda" else torch._C.DisableTorchFunction()
+
+
 class CudaMeansCpu(TorchFunctionMode):
     """Inside it `device="cuda"` makes a CPU tensor, `.cuda()` changes nothing, and `.type()` says `torch.cuda.`.
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from ctpo_megatron.algorithms import LocalScan, Scan, Stats, Weighted
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.mcore.groups import current_coords
+from ctpo_megatron.mcore.host import forward_region
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
 from ctpo_megatron.mcore.model.head import Head, in_model_precision
 from ctpo_megatron.mcore.model.routing import Routers
@@ -179,11 +180,12 @@ def _forward_step(
     shard = described.shard
     followed = None if shard.replay is None else shard.replay.routed_experts
     routers.set_micro_batch(model, described.counted, described.total, routed_experts=followed)
-    output = model(
-        shard.tokens.input_ids.unsqueeze(0),
-        shard.tokens.position_ids.unsqueeze(0),
-        None,
-        packed_seq_params=described.packed,
-        **in_model_precision(model),
-    )
+    with forward_region(shard.tokens.input_ids.device):
+        output = model(
+            shard.tokens.input_ids.unsqueeze(0),
+            shard.tokens.position_ids.unsqueeze(0),
+            None,
+            packed_seq_params=described.packed,
+            **in_model_precision(model),
+        )
     return output, partial(loss, shard)

@@ -7,11 +7,14 @@ socket (`master_listen_fd`) listens where that is bound. A store asks nobody who
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
 
-from ctpo_megatron.ports import listen
+from ctpo_megatron.ports import await_listener, listen
+
+SHORTEST = timedelta(seconds=1)  # to hear from torch what was wrong, when nobody came
 
 
 def serve_store(
@@ -46,5 +49,11 @@ def serve_store(
 def join_store(
     address: str, port: int, *, timeout: timedelta, world_size: int | None = None, wait_for_workers: bool = False
 ) -> dist.TCPStore:
-    """The store that another process serves at `address`. Raises RuntimeError where none answers within `timeout`."""
+    """The store that another process serves at `address`. Raises RuntimeError where none answers within `timeout`.
+
+    One that comes too early would be made to wait half a second or more between its tries by torch (2.14).
+    """
+    begun = time.monotonic()
+    await_listener(address, port, timeout.total_seconds())
+    timeout = max(timeout - timedelta(seconds=time.monotonic() - begun), SHORTEST)
     return dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout, wait_for_workers=wait_for_workers)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from io import FileIO
@@ -63,6 +64,15 @@ def write_text(path: Path, text: str) -> None:
 def drop_steps(path: Path, first_step: int) -> None:
     """Remove from a JSON-lines file what a stopped attempt wrote at `first_step` or later, and a half-written last line."""
     _keep_lines(path, lambda line: json.loads(line)["step"] < first_step)
+
+
+def last_steps(path: Path, count: int) -> list[dict[str, float]]:
+    """Returns the metrics of the last `count` training steps in a metrics.jsonl, the oldest first; none where it is not there."""
+    if not path.exists():
+        return []
+    with storing(path), path.open(encoding="utf-8") as file:
+        lines = deque((line for line in file if '"train/loss"' in line), maxlen=count)
+    return [{name: float(value) for name, value in json.loads(line).items()} for line in lines]
 
 
 def drop_half_line(path: Path) -> None:

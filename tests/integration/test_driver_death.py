@@ -9,10 +9,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from leftovers import left_in_shared_memory, living, shared_memory
 
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
-from tests.support.runs import END_S, START_S, Started, gone, left_in_shared_memory, shared_memory
+from tests.support.runs import END_S, START_S, Started
 
 ALL_END_S = 30.0
 SQUEUE = "#!/bin/sh\ncat {answer}\n"  # in place of SLURM's: it says when the job began, or ends
@@ -47,7 +48,7 @@ def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit
         os.kill(rank.pid, signal.SIGSTOP)
         run.process.kill()
         killed = time.monotonic()
-        assert gone(everybody, ALL_END_S) == []
+        assert living(everybody, ALL_END_S) == []
         print(f"all {len(everybody)} processes were gone {time.monotonic() - killed:.1f} s after the driver")
         assert left_in_shared_memory(shm, ALL_END_S - time.monotonic() + killed) == set()
         ended = (run_dir / "logs" / "guard.log").read_text()
@@ -70,7 +71,7 @@ def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit
     began = stopped.happened("incarnation began")[-1]
     assert (began["previous"], began["step"] >= 2) == ("killed", True)
     assert stopped.happened("checkpoint verified")[-1]["step"] == stopped.happened("stopped")[-1]["step"]
-    assert gone(everybody) == []
+    assert living(everybody) == []
     assert left_in_shared_memory(shm) == set()
 
 

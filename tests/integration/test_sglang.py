@@ -16,6 +16,7 @@ import psutil
 import pytest
 import requests
 import torch
+from leftovers import left_in_shared_memory
 
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.client import EngineClient
@@ -44,7 +45,6 @@ from tests.support.engines import (
 from tests.support.ranks import run_ranks
 from tests.support.routing import check_crossing, check_record, drift, train_samples
 from tests.support.routing import sample as record
-from tests.support.runs import left_in_shared_memory
 
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between SGLang and transformers, float32
 PROMPT = list(b"What is 12 * 12?")

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ctpo_megatron.engine.fleet import MEMORY, State
-from ctpo_megatron.engine.sglang.sleep import give_back
 from ctpo_megatron.record.events import Event, ServerServing, ServerSuspended
 from ctpo_megatron.weights.protocol import Sent
 from ctpo_megatron.weights.publisher import WeightPublisher
@@ -79,6 +78,8 @@ def test_a_server_sleeps(server: RunningServer, qwen3: Path) -> None:
 
 def test_only_whole_pages_of_its_own_are_given_back(tmp_path: Path) -> None:
     """Neighbours of a tensor in its first and last page stay; so does memory that others see, and what a file holds."""
+    from ctpo_megatron.engine.sglang.sleep import give_back  # here: not every process that looks for tests is to import SGLang
+
     size = 64 * mmap.PAGESIZE
     own = torch.ones(size, dtype=torch.uint8)
     shared = torch.ones(size, dtype=torch.uint8).share_memory_()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -116,32 +114,3 @@ def read_events(run_dir: Path) -> list[dict]:
     path = run_dir / "events.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def gone(processes: list[psutil.Process], timeout_s: float = 10.0) -> list[psutil.Process]:
-    """Those of `processes` that are still there after `timeout_s`."""
-    return psutil.wait_procs(processes, timeout=timeout_s)[1]
-
-
-def shared_memory() -> set[str]:
-    """Names of what lies in the machine's shared memory now."""
-    return set(os.listdir("/dev/shm"))
-
-
-def left_in_shared_memory(before: set[str], timeout_s: float = 10.0) -> set[str]:
-    """What has come since `before` and stays, although no process has it mapped: other tests run beside, and use theirs."""
-    deadline = time.monotonic() + timeout_s
-    left = shared_memory() - before - in_use()
-    while left and time.monotonic() < deadline:
-        time.sleep(0.1)
-        left &= shared_memory() - in_use()
-    return left
-
-
-def in_use() -> set[str]:
-    """Names of what lies in the machine's shared memory and is mapped by a living process."""
-    mapped: set[int] = set()  # inodes: glibc maps a semaphore by another name, before it gives it this one
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # it has just ended, or is another user's
-            mapped.update(int(number) for number in re.findall(r" (\d+) +/dev/shm/", maps.read_text(errors="replace")))
-    return {entry.name for entry in os.scandir("/dev/shm") if entry.inode() in mapped}

@@ -42,8 +42,9 @@ from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
 from ctpo_megatron.mcore.checkpoint.commit import commit
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
+from ctpo_megatron.mcore.checkpoint.rank_report import RankReport
 from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
-from ctpo_megatron.mcore.checkpoint.writer import RankReport, write_and_verify
+from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.export import copy_companions
 from ctpo_megatron.mcore.hf.load import unwrap

@@ -17,7 +17,7 @@ from ctpo_megatron.checkpoints.files import (
 from ctpo_megatron.checkpoints.hashes import file_hash, text_hash
 from ctpo_megatron.checkpoints.metadata import read_metadata
 from ctpo_megatron.errors import CheckpointError
-from ctpo_megatron.mcore.checkpoint.writer import RankReport
+from ctpo_megatron.mcore.checkpoint.rank_report import RankReport
 
 
 def commit(

@@ -9,7 +9,6 @@ One thread writes them: torch's writer loses the errors of all threads but the f
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,15 +23,8 @@ from torch import Tensor
 from ctpo_megatron.checkpoints.hashes import bytes_hash, file_hash, new_hash, tensor_hash
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.mcore.checkpoint.random_state import random_file
+from ctpo_megatron.mcore.checkpoint.rank_report import RankReport
 from ctpo_megatron.mcore.checkpoint.snapshot import Place, Snapshot
-
-
-@dataclass
-class RankReport:
-    """Names what one rank wrote and found again on the disk."""
-
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> size, digest
-    shards: dict[str, list[list[Any]]] = field(default_factory=dict)  # file -> [name, offset, shape, dtype, digest, begin, end]
 
 
 def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -> RankReport:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from leftovers import living
 
 from ctpo_megatron.cluster.watch import guard
-from tests.support.runs import gone
 
 STAY = "import time; time.sleep(600)"  # as Ray's agents do
 TIDY = "import sys, pathlib; sys.stdin.read(); pathlib.Path(sys.argv[1]).touch()"  # ends, in order, when it loses its parent
@@ -59,8 +59,8 @@ def test_what_stays_below_a_dead_driver_is_ended(tmp_path: Path, how: str) -> No
     try:
         if how == "is killed":
             driver.kill()
-            assert gone([watch], ENDS_WITHIN_S) == []
-            assert gone(left, 0.0) == []
+            assert living([watch], ENDS_WITHIN_S) == []
+            assert living(left, 0.0) == []
             assert (tmp_path / "tidied").exists()
             said = (tmp_path / "logs" / "guard.log").read_text()
             assert all(f"ended with SIGKILL: {left[number].pid} " in said for number in (0, 1, 3))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ctpo_megatron
-from ctpo_megatron.mcore.checkpoint.writer import RankReport
+from ctpo_megatron.mcore.checkpoint.rank_report import RankReport
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.owners import Holding
 from ctpo_megatron.parallel import plain

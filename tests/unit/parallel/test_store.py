@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from datetime import timedelta
 
 import psutil
@@ -9,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from ctpo_megatron.parallel.store import join_store, serve_store
-from ctpo_megatron.ports import free_port
+from ctpo_megatron.ports import await_listener, free_port
 
 HOST, BOUND = "127.0.0.1", timedelta(seconds=20)
 
@@ -28,6 +30,25 @@ def test_a_store_listens_at_its_address_alone() -> None:
     port = store.port
     del store
     assert addresses_of(port) == set(), "it outlives its owner"
+
+
+def test_who_comes_early_waits_until_somebody_listens() -> None:
+    port, served = free_port(HOST), []
+    timer = threading.Timer(0.2, lambda: served.append(serve_store(HOST, port, timeout=BOUND)))
+    timer.start()
+    try:
+        await_listener(HOST, port, BOUND.total_seconds())
+        with socket.create_connection((HOST, port), timeout=1.0):
+            pass
+        join_store(HOST, port, timeout=BOUND).set("key", "value")
+    finally:
+        timer.join()
+    assert served[0].get("key") == b"value"
+
+
+def test_who_waits_for_nobody_is_told_so_by_torch() -> None:
+    with pytest.raises(RuntimeError, match=r"timed out|failed to connect"):
+        join_store(HOST, free_port(HOST), timeout=timedelta(seconds=0.1))
 
 
 def test_it_listens_at_the_port_that_is_asked_for() -> None:

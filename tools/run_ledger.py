@@ -1,7 +1,8 @@
-"""What two runs say that were given the same rollouts, one of them killed again and again: are they the same run?
+"""What runs have left in their directories, however often they were killed: was everything used once, and are two the same run?
 
-ledger       every group is trained on once, in its step; nothing that was finished was sampled a second time
-same_run     weights, optimizer, rollouts and numbers of both are equal, byte for byte
+trained_once   every group is trained on once, in its step
+sampled_once   nothing that was finished was sampled a second time, or not used; of a run that keeps its whole journal
+same_run       weights, optimizer, rollouts and numbers of two runs that were given the same rollouts are equal, byte for byte
 """
 
 from __future__ import annotations
@@ -44,23 +45,15 @@ def finished(segment: Path) -> Iterator[AttemptId]:
             yield AttemptId(GroupId(**made["id"]["group"]), made["id"]["number"])
 
 
-def ledger(run_dir: Path, sizes: Sizes) -> list[Check]:
-    """What has to hold in a run that has come to its end, however often it was killed."""
-    steps, all_steps = (
-        [row["step"] for row in lines(run_dir / "metrics.jsonl") if "train/loss" in row],
-        [*range(1, sizes.steps + 1)],
-    )
+def trained_once(run_dir: Path, sizes: Sizes) -> list[Check]:
+    """What has to hold of the groups of a run that has come to its end."""
+    steps = [row["step"] for row in lines(run_dir / "metrics.jsonl") if "train/loss" in row]
     wrong, trained = [], Counter[str]()
-    for step in all_steps:
+    for step in range(1, sizes.steps + 1):
         rows = list(lines(run_dir / "rollouts" / f"step_{step:08d}.jsonl"))
         trained.update(row["id"] for row in rows)
-        counts = Counter(row["group"] for row in rows)
-        if counts != dict.fromkeys(sizes.groups_of(step), sizes.attempts):
+        if Counter(row["group"] for row in rows) != dict.fromkeys(sizes.groups_of(step), sizes.attempts):
             wrong.append(step)
-    kept = Counter(str(attempt) for path in segments(run_dir / "journal") for attempt in finished(path))
-    again = [attempt for attempt, count in kept.items() if count > 1]
-    used = set(trained) | {row["id"] for path in (run_dir / "rollouts").glob("eval_*.jsonl") for row in lines(path)}
-    unused = kept.keys() - used
     state = json.loads((all_checkpoints(run_dir / "checkpoints")[-1] / "run.json").read_text())
     groups, samples = sizes.steps * sizes.groups, sizes.steps * sizes.groups * sizes.attempts
     counted = (state["step"], state["groups"], state["samples"])
@@ -72,6 +65,15 @@ def ledger(run_dir: Path, sizes: Sizes) -> list[Check]:
         Check(f"each step was trained on its own {sizes.groups} groups, wrong: {wrong or 'none'}", not wrong),
         Check(f"{len(trained)} attempts were trained on, each once", set(trained.values()) == {1} and len(trained) == samples),
         Check(f"the last checkpoint counts {counted} steps, groups and samples", counted == (sizes.steps, groups, samples)),
+    ]
+
+
+def sampled_once(run_dir: Path) -> list[Check]:
+    """What has to hold of the attempts in a journal of which nothing was taken away."""
+    kept = Counter(str(attempt) for path in segments(run_dir / "journal") for attempt in finished(path))
+    again = [attempt for attempt, count in kept.items() if count > 1]
+    unused = kept.keys() - {row["id"] for path in (run_dir / "rollouts").glob("*.jsonl") for row in lines(path)}
+    return [
         Check(f"{len(kept)} attempts were finished, sampled again: {again or 'none'}", not again),
         Check(f"finished attempts that were not used: {sorted(unused) or 'none'}", not unused),
     ]
