@@ -48,6 +48,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The worker that takes the tests of servers has them from the start, and is never the one that stands back."""
+    items.sort(key=lambda item: not runs_alone(item.nodeid))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """In a worker; for everything that it starts too."""
     if hasattr(item.config, "workerinput") and not runs_alone(item.nodeid):

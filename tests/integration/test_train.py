@@ -48,8 +48,8 @@ def start(toy: dict[str, Path], config: str, run_dir: Path, *overrides: str, kin
     return Started("train", config, run_dir, *paths, *change, "eval.temperature=1.0", *overrides)
 
 
-def check_run(run: Finished, steps: int) -> None:
-    """It ended well, its numbers are finite, and trainer and engine agreed after every sync."""
+def check_run(run: Finished, steps: int, passed_over: range = range(0)) -> None:
+    """It ended well, its numbers are finite, and trainer and engine agreed after every sync. See `check_ids`."""
     assert run.code == 0, run.output
     rows = [row for row in run.metrics if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, steps + 1))
@@ -63,7 +63,7 @@ def check_run(run: Finished, steps: int) -> None:
     assert run.happened("published")[-1]["version"] == steps
     assert "ready after" in run.output
     assert f"train: {steps} steps in" in run.output
-    check_ids(run, steps)
+    check_ids(run, steps, passed_over)
     assert run.summary["weight_version"] == steps
     assert run.summary["mismatch_max"] < AGREEMENT
 
@@ -84,8 +84,11 @@ def check_listeners(found: list[Listener], ranks: int, parts_of_servers: int) ->
     assert processes == expected
 
 
-def check_ids(run: Finished, steps: int) -> None:
-    """Every attempt that was trained on or evaluated has a name of its own, over all commands that the run took."""
+def check_ids(run: Finished, steps: int, passed_over: range) -> None:
+    """Every attempt that was trained on or evaluated has a name of its own, over all commands that the run took.
+
+    Groups are numbered through, but for those that were `passed_over`.
+    """
     names = []
     for path in sorted((run.run_dir / "rollouts").iterdir()):
         rows = run.trajectories(path.name)
@@ -93,7 +96,8 @@ def check_ids(run: Finished, steps: int) -> None:
         names += [row["id"] for row in rows]
     assert len(names) == len(set(names)) > 0
     trained = {row["group"] for step in range(1, steps + 1) for row in run.trajectories(f"step_{step:08d}.jsonl")}
-    assert trained == {f"g{number:08d}" for number in range(len(trained))}
+    numbers = {*range(len(trained) + len(passed_over))} - {*passed_over}
+    assert trained == {f"g{number:08d}" for number in numbers}
 
 
 def check_synced_weights(run: Finished, steps: int, start: Path) -> None:
@@ -174,16 +178,26 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     check_synced_weights(resumed, 3, toy["qwen3_moe"])
 
 
-def test_trainer_and_servers_take_turns(toy, tmp_path):
-    """Colocated servers give back their memory at every step, and take it again with the new weights. A Qwen2."""
-    sizes = ("train.steps=2", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
-    run = start(toy, "quickstart.yaml", tmp_path, *sizes, "weights.type=colocated", kind="qwen2").finish(RUN_S)
-    check_run(run, 2)
+def test_trainer_and_servers_take_turns_and_a_run_that_leaves_its_course_goes_back(toy, tmp_path):
+    """Colocated servers give back their memory at every step, and take it again with the new weights. A Qwen2.
+
+    While the learning rate warms up, weights move further from a reference with every step, so the loss of the fifth is above
+    those before: the run goes back to the checkpoint before it, once, and goes on with other prompts.
+    """
+    sizes = ("train.steps=6", "train.prompts_per_step=4", "rollout.group_size=4", "eval.prompts=8", "checkpoint.every=2")
+    course = ("train.spikes.loss=1e-9", "train.spikes.least=4", "train.spikes.patience=1", "train.spikes.returns=1")
+    growing = ("algorithm.reference.coeff=0.5", "optimizer.warmup_steps=24")
+    options = (*sizes, *course, *growing, "weights.type=colocated")
+    run = start(toy, "quickstart.yaml", tmp_path, *options, kind="qwen2").finish(RUN_S)
+    (back,) = run.happened("went back")
+    assert (back["left"], back["step"], back["groups"]) == (5, 4, 4)
+    assert run.happened("off course")[0]["metric"] == "train/loss"
+    check_run(run, 6, passed_over=range(16, 20))
     for row in (row for row in run.metrics if "train/loss" in row):
         assert row["time/sleep"] > 0
         assert row["publish/wake"] > 0, "nobody had given memory back"
         assert (row["servers/serving"], row["servers/lost"]) == (1, 0)
-    check_synced_weights(run, 2, toy["qwen2"])
+    check_synced_weights(run, 6, toy["qwen2"])
 
 
 def trainer(below: list[psutil.Process]) -> psutil.Process:
