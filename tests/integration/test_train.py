@@ -222,26 +222,28 @@ def parts_of_servers(below: list[psutil.Process]) -> list[psutil.Process]:
 
 def test_a_server_that_dies_is_started_again(toy, tmp_path):
     """The only server, on two nodes, loses its second half between two steps: the run waits, it comes back, nothing is lost."""
-    sizes = ("train.steps=3", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
+    sizes = ("train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
     run = start(toy, "quickstart.yaml", tmp_path, *sizes, "rollout.engine.tp=2", "rollout.engine.nodes=2")
-    run.wait_for_event("step", step=1)
-    found = listeners([psutil.Process(run.process.pid), *run.descendants()])
+    run.wait_for_event("ready")
     below = run.descendants()
+    found = listeners([psutil.Process(run.process.pid), *below])
     words = [" ".join(part.cmdline()) for part in parts_of_servers(below)]
     assert len(words) == 2
     (second,) = (at for at, each in enumerate(words) if "--nnodes 2 --node-rank 1 " in each)
-    schedulers(below)[second].kill()
+    victim = schedulers(below)[second]
+    run.wait_for_event("step", step=1)
+    victim.kill()
     ended = run.finish(RUN_S)
-    check_run(ended, 3)
+    check_run(ended, 4)
     check_listeners(found, ranks=1, parts_of_servers=2)
-    check_synced_weights(ended, 3, toy["qwen3"])
+    check_synced_weights(ended, 4, toy["qwen3"])
     assert "inference server 0 is lost: inference server 0, node 1" in ended.output
     assert (tmp_path / "logs" / "server_0_node_1.log").stat().st_size > 0
     assert "serves again, with version" in ended.output
     last = [row for row in ended.metrics if "train/loss" in row][-1]
     assert last["servers/lost"] == 1
     assert last["servers/rejoined"] == 1
-    for step in range(1, 4):
+    for step in range(1, 5):
         trajectories = ended.trajectories(f"step_{step:08d}.jsonl")
         assert len(trajectories) == 32
         versions = {version for each in trajectories for turn in each["turns"] for version in turn.get("versions") or []}
