@@ -17,7 +17,9 @@ from ctpo_megatron.errors import CtpoError, InputError
 # Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run.
 # It asks a process to end before it kills it: one that is stopped would hold its place for five seconds. An actor that ends would
 # kill the server that it has started, which ends by itself when it loses the actor, and then leaves nothing in shared memory.
+# Workers that it starts beforehand would serve no actor, since each has variables of its own.
 SETTINGS = {
+    "prestart_worker_first_driver": False,
     "worker_niceness": 0,
     "kill_worker_timeout_milliseconds": 1000,
     "kill_child_processes_on_worker_exit": False,
