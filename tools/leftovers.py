@@ -26,6 +26,15 @@ def living(processes: Iterable[psutil.Process], within_s: float = WAIT_S) -> lis
     return left
 
 
+def processes(pids: Iterable[int]) -> list[psutil.Process]:
+    """Returns those of these ids that are there."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(psutil.Process(pid))
+    return found
+
+
 def _lives(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
