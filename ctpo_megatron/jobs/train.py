@@ -244,7 +244,7 @@ class _Run:
             attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
             published=self._published,
             totals=self._totals,
-            skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
+            skipping=make_skipping(runtime.trainer, inputs.config.in_layout(config.parallel), run_dir, emit, checkpoints),
             spikes=await self._storage.patiently(self._spikes),  # behind `_record`, which drops steps that are made again
             emit=emit,
             stages=runtime.stages,
