@@ -20,7 +20,7 @@ FEW = ("train.steps=1000", "train.prompts_per_step=4", "train.optimizer_steps=1"
 ELASTIC = ("parallel.dp=2", "elastic.layouts=[{dp: 1}]", "elastic.wait_s=5", "checkpoint.every=2", "cluster.restarts=2")
 
 
-def steps_after(run: Started, event: dict, more: int = 2) -> None:
+def steps_after(run: Started, event: dict, more: int = 1) -> None:
     """Wait for some training steps behind an event."""
     deadline = time.monotonic() + 120
     while sum(each["time"] > event["time"] for each in run.happened("step")) < more:
