@@ -58,11 +58,11 @@ class Room:
 
     async def retake(self) -> None:
         """Places for a trainer that is started again: those that it had, unless nodes are gone or the layout is a smaller one."""
-        gone = await self._gone()
-        apart = not self.topology.needs_one_node
-        if not apart or (not gone and self.layout == self._layouts[0]):
+        if self.topology.needs_one_node:
+            return  # and that one is there, as the driver is on it
+        gone, before = await self._gone(), self.layout
+        if not gone and before == self._layouts[0]:
             return
-        before = self.layout
         if gone:
             self._emit(NodesLost(tuple(gone), self._wait_s if self._layouts[1:] else self._timeout_s, len(self._layouts) > 1))
         if self._trainer is not None:
