@@ -59,7 +59,7 @@ class Room:
     async def retake(self) -> None:
         """Places for a trainer that is started again: those that it had, unless nodes are gone or the layout is a smaller one."""
         if self.topology.needs_one_node:
-            return  # and that one is there, as the driver is on it
+            return  # with that one the servers are gone too
         gone, before = await self._gone(), self.layout
         if not gone and before == self._layouts[0]:
             return
