@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from ctpo_megatron.cluster.loopback import LOOPBACK, on_loopback
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.errors import CtpoError, InputError
+from ctpo_megatron.errors import CtpoError, InputError, NoRoom
 
 # Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run.
 # It asks a process to end before it kills it: one that is stopped would hold its place for five seconds. An actor that ends would
@@ -111,11 +111,11 @@ async def try_reserve(bundles: list[dict[str, float]], timeout_s: float) -> Plac
     return group
 
 
-def no_room(bundles: list[dict[str, float]], waited_s: float) -> CtpoError:
+def no_room(bundles: list[dict[str, float]], waited_s: float) -> NoRoom:
     """What to say where Ray has no room for these processes."""
     needed = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
     offered = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
-    return CtpoError(
+    return NoRoom(
         f"no room for the run's processes after {waited_s:.0f} s: {len(bundles)} processes need {needed}, the cluster has "
         f"{offered} and {ray.available_resources().get('CPU', 0)} CPUs, {ray.available_resources().get('GPU', 0)} GPUs free"
     )

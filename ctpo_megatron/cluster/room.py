@@ -43,7 +43,7 @@ class Room:
     async def take(self) -> None:
         """Reserve places for all processes: servers, which need whole parts of nodes, then the trainer.
 
-        Raises CtpoError where there is no room within cluster.start_timeout_s, InputError where it is not where it must be.
+        Raises NoRoom where there is none within cluster.start_timeout_s, InputError where it is not where it must be.
         """
         topology = self.topology
         if topology.needs_one_node or not topology.ranks:
@@ -57,7 +57,10 @@ class Room:
             self._tell(why)
 
     async def retake(self) -> None:
-        """Places for a trainer that is started again: those that it had, unless nodes are gone or the layout is a smaller one."""
+        """Places for a trainer that is started again: those that it had, unless nodes are gone or the layout is a smaller one.
+
+        Raises NoRoom where there is none for any layout within cluster.start_timeout_s.
+        """
         if self.topology.needs_one_node:
             return  # with that one the servers are gone too
         gone, before = await self._gone(), self.layout
