@@ -1,7 +1,8 @@
 """What the other nodes do for a job whose first one is lost.
 
-A job with --no-kill that loses the node of its batch script is made smaller like any other: SLURM (22.05) looks at neither script
-nor requeue, and the rest of the allocation would stand idle until its limit. So the others look, when Ray has ended on them.
+A job with --no-kill that loses the node of its batch script is made smaller like any other, where SLURM (22.05) would requeue it
+without that option. It then fails with the script; or, where nothing on that node can tell of the script's end, it stands idle
+until its limit. So the other nodes look when their part of it ends.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ ANSWER_S = 5.0
 
 
 def requeue_without_first(job_id: str, first: str, address: str) -> None:
-    """Requeue the job where SLURM has taken its node `first` away, or end it where that is forbidden.
+    """Requeue the job where SLURM has taken its node `first` away, or end it where that is not possible.
 
     Returns at once where that node lives. `address`: HOST:PORT of anything on it, whether somebody listens there or not.
     """
     deadline = time.monotonic() + SEEN_WITHIN_S
-    while not _runs_without(job_id, first):
+    while not _is_without(job_id, first):
         if _lives(address) or time.monotonic() > deadline:
             return
         time.sleep(LOOK_EVERY_S)
@@ -32,21 +33,18 @@ def requeue_without_first(job_id: str, first: str, address: str) -> None:
     try:
         ask("scontrol", "requeue", job_id)
     except SlurmError as error:
-        if not _runs_without(job_id, first):
+        if not _is_without(job_id, first):
             return  # another node was quicker
         print(f"error: {error}; the job is ended", file=sys.stderr, flush=True)
         ask("scancel", job_id)
 
 
-def _runs_without(job_id: str, first: str) -> bool:
-    """Whether the job is running, and that node is not one of its own. Raises SlurmError."""
+def _is_without(job_id: str, first: str) -> bool:
+    """Whether the job has, or had when it ended, nodes without that one; one that is pending has none. Raises SlurmError."""
     record = ask("scontrol", "show", "job", "--oneliner", job_id)
     nodes = re.search(r" NodeList=(\S+)", record)
-    return (
-        " JobState=RUNNING " in record
-        and nodes is not None
-        and first not in ask("scontrol", "show", "hostnames", nodes[1]).split()
-    )
+    names = [] if nodes is None or nodes[1] == "(null)" else ask("scontrol", "show", "hostnames", nodes[1]).split()
+    return bool(names) and first not in names
 
 
 def _lives(address: str) -> bool:

@@ -27,25 +27,26 @@ def main() -> int:
     raise_limits()
     orders = Orders()
     try:
-        code = _until_end(head, orders)
-        if given.first is not None and "SLURM_JOB_ID" in os.environ:
-            requeue_without_first(os.environ["SLURM_JOB_ID"], given.first, head)
+        with RayNode(head, my_address(head), is_head=False) as ray:
+            signal.signal(signal.SIGTERM, lambda *_: orders.end())
+            code = _until_end(ray, head, orders)
+            if given.first is not None and "SLURM_JOB_ID" in os.environ:  # before Ray is closed, as SLURM may leave little time
+                requeue_without_first(os.environ["SLURM_JOB_ID"], given.first, head)
+            return code
     except CtpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return code
 
 
-def _until_end(head: str, orders: Orders) -> int:
-    """Returns 0 when the end of Ray here was asked for, 1 where it ended by itself. Raises CtpoError where it did not start."""
-    with RayNode(head, my_address(head), is_head=False) as ray:
-        while not ray.ended:
-            if orders.next(POLL_S) == END:
-                return 0
-        if orders.next(5.0) == END:  # the first node's Ray ended, and with it this one: that is how a run may end
+def _until_end(ray: RayNode, head: str, orders: Orders) -> int:
+    """Returns 0 when the end of Ray here was asked for, 1 where it ended by itself."""
+    while not ray.ended:
+        if orders.next(POLL_S) == END:
             return 0
-        print(f"error: Ray ended on this node, {my_address(head)}. It said:\n{ray.said()}", file=sys.stderr)
-        return 1
+    if orders.next(5.0) == END:  # the first node's Ray ended, and with it this one: that is how a run may end
+        return 0
+    print(f"error: Ray ended on this node, {my_address(head)}. It said:\n{ray.said()}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
