@@ -8,6 +8,7 @@ until its limit. So the other nodes look when their part of it ends.
 from __future__ import annotations
 
 import re
+import shutil
 import socket
 import sys
 import time
@@ -22,8 +23,11 @@ ANSWER_S = 5.0
 def requeue_without_first(job_id: str, first: str, address: str) -> None:
     """Requeue the job where SLURM has taken its node `first` away, or end it where that is not possible.
 
-    Returns at once where that node lives. `address`: HOST:PORT of anything on it, whether somebody listens there or not.
+    Returns at once where that node lives, and in a container without SLURM's commands, where nobody can tell. `address`:
+    HOST:PORT of anything on it, whether somebody listens there or not. Raises SlurmError.
     """
+    if shutil.which("scontrol") is None:
+        return
     deadline = time.monotonic() + SEEN_WITHIN_S
     while not _is_without(job_id, first):
         if _lives(address) or time.monotonic() > deadline:
