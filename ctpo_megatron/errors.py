@@ -141,6 +141,10 @@ class TrainerLost(ProcessDied):
     """A rank of the trainer died or hangs; the servers and what they sample are not touched by it."""
 
 
+class NoRoom(CtpoError, RuntimeError):
+    """Ray had no room for processes of the run within the time that it has for this."""
+
+
 class RayLost(ProcessDied):
     """A process of Ray's own died, and with it all that ran on its node: the command has to begin anew, and can go on."""
 

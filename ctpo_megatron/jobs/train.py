@@ -15,7 +15,7 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.order import PromptSampler
-from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, RayLost, StartLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
@@ -174,9 +174,21 @@ class _Run:
                 restart = restarts.next(error, loop.done)
                 self._emit(restart)
                 await asyncio.sleep(restart.wait_s)
+            except NoRoom as error:
+                raise await self._given_up(error) from error
             finally:
                 self.done = loop.done
                 loop.record.close()
+
+    async def _given_up(self, error: NoRoom) -> StoppedInOrder:
+        """Returns the end of a run whose trainer has no place any more: elsewhere, as in a job anew, it can go on."""
+        found = await self._storage.patiently(self._newest)
+        step = 0 if found is None else found.state.step
+        self._emit(RunStopped(str(error), step))
+        return StoppedInOrder(
+            f"stopped at the checkpoint of step {step}: {error}. What was sampled since is kept too; the same command with "
+            "--resume auto goes on where there is room"
+        )
 
     async def _again(self, lost: float) -> TrainLoop:
         """Returns a loop over a trainer that was started again, at the newest checkpoint."""
@@ -244,7 +256,7 @@ class _Run:
             attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
             published=self._published,
             totals=self._totals,
-            skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
+            skipping=make_skipping(runtime.trainer, inputs.config.in_layout(config.parallel), run_dir, emit, checkpoints),
             spikes=await self._storage.patiently(self._spikes),  # behind `_record`, which drops steps that are made again
             emit=emit,
             stages=runtime.stages,

@@ -132,7 +132,7 @@ def test_directory_and_binary_are_refused(tmp_path: Path) -> None:
         ("train=null", "train: found null; must be a section of `key: value` lines."),
         ("seed.deep=1", "seed: found a section with deep; must be a whole number."),
         ("rollout.engine.extra_args=-x", "rollout.engine.extra_args: found '-x'; must be a list."),
-        ("rollout.engine.extra_args=[a, 3]", "rollout.engine.extra_args.1: found 3; must be text."),
+        ("rollout.engine.extra_args=[a, 3]", "rollout.engine.extra_args[1]: found 3; must be text."),
         ("algorithm.objective.type=gpro", "algorithm.objective: type: found 'gpro'; allowed: 'ctpo', 'grpo'"),
         ("algorithm.objective.clip_lw=1", "algorithm.objective.clip_lw: unknown key. Did you mean 'clip_low'?"),
         ("rollout.tool={type: python, timeout_s: -1}", "rollout.tool.timeout_s: found -1; must be greater than 0."),
