@@ -31,7 +31,7 @@ from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, Even
 from ctpo_megatron.record.nonfinite_events import OffCourse
 from ctpo_megatron.record.storage import MARK, Storage
 from ctpo_megatron.record.storage_events import CheckpointDelayed, StorageFault, StorageMended
-from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from ctpo_megatron.types import WHOLE, AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Truncation, Turn
 from tests.support.runs import ROOT
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(7)]
@@ -76,7 +76,14 @@ class Sampled:
     seen: list[tuple[int, str]] = field(default_factory=list)
 
     async def group(
-        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+        self,
+        prompt: Prompt,
+        group: GroupId,
+        *,
+        size: int,
+        temperature: float,
+        truncation: Truncation = WHOLE,
+        record: bool = False,
     ) -> TrajectoryGroup:
         if record:
             self.seen.append((prompt.index, str(group)))
