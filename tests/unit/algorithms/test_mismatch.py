@@ -94,7 +94,7 @@ def test_what_a_level_leaves_is_what_noise_leaves_of_it(level: str) -> None:
     free = level in ("token", "geometric")
     assert (found["correction"] > 0.99) == free
     assert (found["share"] > 0.99) == free
-    assert (found["before_max"] > CAP) != free
+    assert found["before_max"] < CAP or not free
 
 
 def test_without_a_cap_the_mean_is_right_and_a_few_sequences_are_all_of_it() -> None:
