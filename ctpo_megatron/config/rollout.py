@@ -101,9 +101,10 @@ class EngineConfig(Section):
     @classmethod
     def _tokens_are_drawn_as_asked(cls, words: tuple[str, ...]) -> tuple[str, ...]:
         for word in words:
-            flag = word.partition("=")[0]
-            if flag in DRAWS_OTHERWISE:
-                raise ValueError(f"{flag} is not allowed: {DRAWS_OTHERWISE[flag]}")
+            written = word.partition("=")[0]
+            for flag, why in DRAWS_OTHERWISE.items():
+                if len(written) > 2 and written.startswith("--") and flag.startswith(written):  # argparse takes beginnings too
+                    raise ValueError(f"{flag} is not allowed: {why}")
         return words
 
     @property
