@@ -103,7 +103,8 @@ class EngineConfig(Section):
         for word in words:
             written = word.partition("=")[0]
             for flag, why in DRAWS_OTHERWISE.items():
-                if len(written) > 2 and written.startswith("--") and flag.startswith(written):  # argparse takes beginnings too
+                # argparse takes beginnings too, where no other argument has them
+                if len(written) >= len("--config") and flag.startswith(written):
                     raise ValueError(f"{flag} is not allowed: {why}")
         return words
 
