@@ -59,6 +59,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _divergences_are_of_whole_distributions(self) -> RunConfig:
+        if self.algorithm.top_k and self.rollout.truncation.cuts:
+            raise ValueError(
+                f"algorithm.objective.divergence={getattr(self.algorithm.objective, 'divergence', '')} compares whole "
+                "distributions, but rollout.top_k, top_p or min_p truncate what is sampled; use binary_tv or binary_kl, or leave "
+                "these out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _smaller_layouts_work(self) -> RunConfig:
         layouts = changed_layouts(self.parallel, self.elastic.layouts)
         if layouts and self.weights.within_node:

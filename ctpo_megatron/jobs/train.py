@@ -33,6 +33,7 @@ from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, 
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
+from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
@@ -258,6 +259,7 @@ class _Run:
             totals=self._totals,
             skipping=make_skipping(runtime.trainer, inputs.config.in_layout(config.parallel), run_dir, emit, checkpoints),
             spikes=await self._storage.patiently(self._spikes),  # behind `_record`, which drops steps that are made again
+            shrinking=ShrinkingAlarm(inputs.config.algorithm),
             emit=emit,
             stages=runtime.stages,
             storage=self._storage,

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.record.values import Values
-from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
+from ctpo_megatron.types import WHOLE, GroupId, Prompt, TrajectoryGroup, Truncation
 
 
 class Trainer(Protocol):
@@ -76,7 +76,14 @@ class Rollouts(Protocol):
     """Makes judged trajectories."""
 
     async def group(
-        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+        self,
+        prompt: Prompt,
+        group: GroupId,
+        *,
+        size: int,
+        temperature: float,
+        truncation: Truncation = WHOLE,
+        record: bool = False,
     ) -> TrajectoryGroup:
         """Returns `size` attempts at one prompt, called by `group`.
 

@@ -34,6 +34,7 @@ from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
+from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
@@ -71,6 +72,7 @@ class TrainLoop:
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     spikes: SpikeDetector | None = None  # None: nobody is told of loss spikes and reward collapses
+    shrinking: ShrinkingAlarm | None = None  # None: nobody is told of corrections that leave little of a batch
     returns: int = 0  # how often the run may still go back because of these
     emit: Emit = discard
     orders: Orders = field(default_factory=Orders)
@@ -128,8 +130,14 @@ class TrainLoop:
         rollout = self.config.rollout
 
         async def one(prompt: Prompt, group: GroupId, step: int) -> None:
-            size, temperature = rollout.group_size, rollout.temperature
-            made = await self.rollouts.group(prompt, group, size=size, temperature=temperature, record=True)
+            made = await self.rollouts.group(
+                prompt,
+                group,
+                size=rollout.group_size,
+                temperature=rollout.temperature,
+                truncation=rollout.truncation,
+                record=True,
+            )
             made.step = step
             await self.buffer.put(made)
 
@@ -182,7 +190,9 @@ class TrainLoop:
         await self.buffer.published(step + 1)
 
     def _judge(self, step: int, metrics: dict[str, float]) -> None:
-        """Tell of a loss spike or a collapse of the reward. Raises LeftCourse where the run may go back to before it."""
+        """Tell of shrunk weights, a loss spike or a collapse of the reward. Raises LeftCourse where the run may go back."""
+        for shrunk in [] if self.shrinking is None else self.shrinking.step(step, metrics):
+            self.emit(shrunk)
         for found in [] if self.spikes is None else self.spikes.step(step, metrics):
             self.emit(found)
             good = step - self.config.train.spikes.patience

@@ -85,6 +85,11 @@ TRAIN = (
     ),
     Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
     Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote."),
+    Metric(
+        "train/support_mass",
+        "share",
+        "Probability, under the trained policy, of all tokens that truncated sampling could have drawn; with truncation only.",
+    ),
     Metric("train/kl_old", "nats", "Estimate of the distance to the policy of the ratios: minus the log-ratio, per token."),
     Metric("train/kl", "nats", "Distance to the reference policy by the chosen estimator, per token; with a reference only."),
     Metric("train/ratio", "ratio", "The objective's unclipped ratio, per token."),
@@ -98,7 +103,11 @@ TRAIN = (
     Metric("train/clip_dual", "share", "Tokens that the dual bound clipped: a large ratio and a negative advantage."),
     Metric("train/correction", "ratio", "Weight that corrects for the engine's distribution, per token; with a correction only."),
     Metric("train/correction_zero", "share", "Tokens whose such weight is 0."),
+    Metric("train/correction_sq", "ratio", "Square of such a weight."),
     Metric("train/correction_max", "ratio", "The largest such weight.", MAX),
+    Metric("train/correction_before", "ratio", "Such a weight before it is held to its range or masked, per token."),
+    Metric("train/correction_before_max", "ratio", "The largest of these.", MAX),
+    Metric("train/correction_log", "nats", "The logarithm of such a weight before that, per token."),
     Metric("sft/loss", "nats", "Supervised loss of an optimizer step, per token."),
     Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
 )
@@ -135,6 +144,7 @@ HEALTH = (
         "share",
         "(Σ w)² / (n Σ w²) of the unclipped ratios w over n tokens: 1 where all are equal, 1/n where one is all.",
     ),
+    Metric("health/correction_sample_size", "share", "The same of the weights of a correction, as they are used."),
 )
 EVALUATION = (
     Metric("eval/accuracy", "reward", "Mean reward on the held-out prompts."),

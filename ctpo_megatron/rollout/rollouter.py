@@ -7,7 +7,7 @@ import asyncio
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Interruptible, Sampling
-from ctpo_megatron.types import AttemptId, GroupId, Prompt, Trajectory, TrajectoryGroup
+from ctpo_megatron.types import WHOLE, AttemptId, GroupId, Prompt, Trajectory, TrajectoryGroup, Truncation
 
 
 class Rollouter:
@@ -32,14 +32,21 @@ class Rollouter:
         self._running: dict[AttemptId, Attempt] = {}
 
     async def group(
-        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+        self,
+        prompt: Prompt,
+        group: GroupId,
+        *,
+        size: int,
+        temperature: float,
+        truncation: Truncation = WHOLE,
+        record: bool = False,
     ) -> TrajectoryGroup:
         """Returns `size` attempts at one prompt. The first attempt that fails ends the others, and its exception comes out.
 
         `record`: with what training needs of the engine besides tokens and log-probs. Sessions are numbered through, from group
         to group and attempt to attempt, which spreads them evenly over the servers.
         """
-        sampling = Sampling(temperature, self._config.max_turns, self._config.max_response_tokens, record)
+        sampling = Sampling(temperature, self._config.max_turns, self._config.max_response_tokens, record, truncation)
         ids = [AttemptId(group, number) for number in range(size)]
         try:
             async with asyncio.TaskGroup() as running:

@@ -135,16 +135,23 @@ def log_probs_by(path: Path) -> Callable[[list[int]], torch.Tensor]:
 def test_dense_tp2_cp2_one_step_ahead(toy, tmp_path):
     """Four trainer ranks; rollouts are at most one version old, and some are. A Llama, on JSON lines.
 
-    Nothing of the run listens where another machine could reach it, and it does not come behind other work on its host.
+    Nothing of the run listens where another machine could reach it, and it does not come behind other work on its host. Sampling
+    is truncated, and trainer and engine agree about the distribution that is left: `drift/max` in `check_run`.
     """
     sizes = ("train.staleness=1", "train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
-    started = start(toy, "dense_tp2_cp2.yaml", tmp_path, *sizes, f"data.train={toy['train.jsonl']}", kind="llama")
+    cut = ("rollout.top_k=12", "rollout.top_p=0.9", "rollout.min_p=0.001", "algorithm.correction={type: truncate, high: 0.4}")
+    started = start(toy, "dense_tp2_cp2.yaml", tmp_path, *sizes, *cut, f"data.train={toy['train.jsonl']}", kind="llama")
     started.wait_for_event("ready")
     below = started.descendants()
     found = listeners([psutil.Process(started.process.pid), *below])
     assert {trainer(below).nice(), scheduler(below).nice()} == {os.nice(0)}
     run = started.finish(RUN_S)
     check_run(run, 4)
+    for row in (row for row in run.metrics if "train/loss" in row):
+        assert 0.01 < row["train/support_mass"] < 0.99
+        assert row["train/correction_before"] == pytest.approx(1, abs=AGREEMENT)
+        assert row["train/correction"] == pytest.approx(0.4)
+    assert [event["step"] for event in run.happened("weights shrunk")] == [1]
     check_listeners(found, ranks=4, parts_of_servers=1)
     oldest = [row["rollout/staleness_max"] for row in run.metrics if "train/loss" in row]
     assert oldest[0] == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from ctpo_megatron.config.explain import dotted_keys
 from ctpo_megatron.config.load import dump_config, load_config
+from ctpo_megatron.config.rollout import DRAWS_OTHERWISE
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.types import Truncation
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -204,6 +207,30 @@ def test_configuration_errors_end_with_exit_code_2(tmp_path: Path) -> None:
 )
 def test_only_top_k_divergences_ask_for_the_likeliest_tokens(tmp_path: Path, objective: str, k: int) -> None:
     assert load_config(write(tmp_path, GOOD), [f"algorithm.objective={objective}"]).algorithm.top_k == k
+
+
+def test_truncation_is_refused_where_supports_are_not_told(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert not load_config(path).rollout.truncation.cuts
+    both = load_config(path, ["rollout.top_k=20", "rollout.top_p=0.95"]).rollout.truncation
+    assert both == Truncation(top_p=0.95, top_k=20)
+    assert "rollout.top_p=0.9 without rollout.top_k" in refusal(path, "rollout.top_p=0.9")
+    assert "rollout.min_p=0.1 without rollout.top_k" in refusal(path, "rollout.min_p=0.1")
+    for value in ("rollout.top_k=1", "rollout.top_k=2000", "rollout.top_p=0", "rollout.min_p=1"):
+        assert value.partition("=")[0] in refusal(path, value)
+    message = refusal(path, "rollout.top_k=20", "algorithm.objective={type: dppo, divergence: topk_kl}")
+    assert "use binary_tv or binary_kl" in message
+
+
+@pytest.mark.parametrize("flag", sorted(DRAWS_OTHERWISE))
+def test_arguments_that_change_what_is_drawn_are_refused(tmp_path: Path, flag: str) -> None:
+    """SGLang must know them all, or they have another name by now."""
+    for words in (f"[{flag}, x]", f"['{flag}=x']", f"['{flag[: max(8, len(flag) - 2)]}', x]"):
+        assert f"{flag} is not allowed: " in refusal(write(tmp_path, GOOD), f"rollout.engine.extra_args={words}")
+    source = Path(find_spec("sglang").origin).parent / "srt"
+    field = flag.removeprefix("--").replace("-", "_")
+    files = [source / "server_args.py", *(source / "arg_groups" / "fields").glob("*.py")]
+    assert any(f"    {field}: A[" in file.read_text() or f'"{flag}"' in file.read_text() for file in files)
 
 
 PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}

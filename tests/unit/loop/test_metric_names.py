@@ -65,6 +65,7 @@ def trained() -> set[str]:
         "grad_norm",
         "lr",
         "entropy",
+        "support_mass",
         "moe/load_entropy/layer_1",
         "moe/load_max_over_mean/layer_1",
         "routing/changed",

@@ -24,14 +24,17 @@ from ctpo_megatron.loop.checkpoints import Checkpoints, leave_after, newest, new
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
+from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, Event, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.mismatch_events import WeightsShrunk
 from ctpo_megatron.record.nonfinite_events import OffCourse
 from ctpo_megatron.record.storage import MARK, Storage
 from ctpo_megatron.record.storage_events import CheckpointDelayed, StorageFault, StorageMended
-from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from ctpo_megatron.record.values import Mean, Values
+from ctpo_megatron.types import WHOLE, AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Truncation, Turn
 from tests.support.runs import ROOT
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(7)]
@@ -76,7 +79,14 @@ class Sampled:
     seen: list[tuple[int, str]] = field(default_factory=list)
 
     async def group(
-        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+        self,
+        prompt: Prompt,
+        group: GroupId,
+        *,
+        size: int,
+        temperature: float,
+        truncation: Truncation = WHOLE,
+        record: bool = False,
     ) -> TrajectoryGroup:
         if record:
             self.seen.append((prompt.index, str(group)))
@@ -132,6 +142,7 @@ async def train(
         samples=samples,
         accuracies=accuracies,
         spikes=SpikeDetector(config.train.spikes),
+        shrinking=ShrinkingAlarm(config.algorithm),
         returns=config.train.spikes.returns,
         emit=events.append,
         orders=orders or Orders(),
@@ -232,6 +243,17 @@ def test_a_reward_that_collapses_is_told_and_the_run_goes_on(tmp_path: Path) -> 
         ("reward collapse", 8, 0.0, 0.5),
     ]
     assert loop.done == 8
+
+
+def test_weights_of_a_correction_that_vanish_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def shrunk(self: Ranks, batches: list[TrainBatch], version: int) -> Values:
+        return {"correction": Mean(0.06), "correction_sq": Mean(0.018), "correction_log": Mean(-12.5)}
+
+    monkeypatch.setattr(Ranks, "update", shrunk)
+    wanted = config("train.steps=3", "algorithm.correction={type: truncate, level: sequence}")
+    _, _, events = asyncio.run(train(wanted, tmp_path, resume=False))
+    (event,) = [each for each in events if isinstance(each, WeightsShrunk)]
+    assert (event.step, event.metric, event.value) == (1, "train/correction", 0.06)
 
 
 def test_a_run_that_may_go_back_leaves_its_course_at_once(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ class Script:
     lines: list[str]
     seen: list[tuple[str, int, int]] = field(default_factory=list)  # input, tokens allowed, session
 
-    async def generate(self, input_ids, done, *, max_new_tokens, temperature, stop_token_ids, session, recorded):
+    async def generate(self, input_ids, done, *, max_new_tokens, temperature, truncation, stop_token_ids, session, recorded):
         assert stop_token_ids == [END]
         assert recorded is None
         assert done == Generation()

@@ -19,7 +19,7 @@ from ctpo_megatron.record.segments import segments
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.types import AttemptId, Generation, GroupId, Prompt, Status, TopK, Trajectory, Turn
+from ctpo_megatron.types import AttemptId, Generation, GroupId, Prompt, Status, Supports, TopK, Trajectory, Turn
 
 PROMPT = Prompt(3, ({"role": "user", "content": "x"},), "1")
 T = TypeVar("T")
@@ -32,7 +32,8 @@ def soon(work: Awaitable[T]) -> T:
 def generation(tokens: int, version: int = 0) -> Generation:
     experts = np.arange(tokens * 4, dtype=np.int8).reshape(tokens, 2, 2)
     top = TopK(np.arange(tokens * 2, dtype=np.int32).reshape(tokens, 2), np.full((tokens, 2), -0.1, np.float32))
-    return Generation(list(range(tokens)), [-0.1 * n for n in range(tokens)], [version] * tokens, "stop", top, experts)
+    supports = Supports(np.arange(tokens * 3, dtype=np.int32), np.full(tokens, 3, np.int32))
+    return Generation(list(range(tokens)), [-0.1 * n for n in range(tokens)], [version] * tokens, "stop", top, experts, supports)
 
 
 def whole(group: int, number: int = 0, version: int = 0, prompt_ids: tuple[int, ...] = (7, 8)) -> Trajectory:
