@@ -10,12 +10,13 @@ from typing import get_type_hints
 
 import pytest
 
-from ctpo_megatron.record import events, nonfinite_events, run_events, story_events, watch_events
+from ctpo_megatron.record import events, memory_events, nonfinite_events, run_events, story_events, watch_events
 from ctpo_megatron.record.events import Event, EventLog, RunReady, ServerLost, StepTrained, print_sentence
 from ctpo_megatron.record.run_events import RunStopped
 from ctpo_megatron.record.story_events import How
 
-FOUND = {**vars(events), **vars(run_events), **vars(story_events), **vars(nonfinite_events), **vars(watch_events)}.values()
+MODULES = (events, run_events, story_events, nonfinite_events, watch_events, memory_events)
+FOUND = {name: each for module in MODULES for name, each in vars(module).items()}.values()
 KINDS = [kind for kind in FOUND if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event]
 
 
