@@ -133,6 +133,10 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint is not what was written: a file is missing, cut short, or holds other bytes."""
 
 
+class CopyLost(CheckpointError):
+    """A copy of the trainer's state in memory is gone, incomplete, of another layout, or not what was handed over."""
+
+
 class ProcessDied(CtpoError, RuntimeError):
     """A process of the run ended on its own; the message names it, its exit code and its log."""
 

@@ -204,7 +204,7 @@ class Runtime:
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
-        remote = ray.remote(concurrency_groups={"watch": 1, "pulse": 1, "checkpoint": 1})(TrainerActor)
+        remote = ray.remote(concurrency_groups={"watch": 1, "pulse": 1, "checkpoint": 1, "memory": 1})(TrainerActor)
         environment = ray_environment("trainer", self.config.cluster.device, self._environment["trainer"])
         actor = remote.options(**options, runtime_env=environment).remote(self.config, self.shape, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)

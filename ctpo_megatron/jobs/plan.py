@@ -86,7 +86,7 @@ def _report(config: RunConfig, shape: ModelShape, plan: Plan, hardware: Hardware
     yield _groups(plan, hardware, shape.experts is not None)
     yield _servers(config, plan)
     if config.cluster.device != "cpu":
-        yield _checkpoints(plan, hardware)
+        yield _checkpoints(config, plan, hardware)
         yield _bounds(config, shape, plan)
 
 
@@ -221,11 +221,13 @@ def _servers(config: RunConfig, plan: Plan) -> Table:
     return table
 
 
-def _checkpoints(plan: Plan, hardware: Hardware) -> Table:
+def _checkpoints(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     saving = max((stage.saving for stage in plan.stages), key=lambda saving: saving.gathering)
     ranks = min(plan.trainer_gpus, hardware.gpus_per_node)
     table = plain_table("Checkpoints", "host, per rank", f"host, {ranks} ranks on a node", "GPU")
     rows = {"gathering": (saving.gathering, f"{_gib(saving.gpu)} GiB, without activations"), "writing": (saving.writing, "")}
+    if config.checkpoint.memory.every:
+        rows |= {"handing over": (saving.writing, ""), "two copies, kept": (saving.kept, "")}
     for name, (each, on_gpu) in rows.items():
         table.add_row(name, f"{_gib(each)} GiB", f"{_gib(ranks * each)} GiB", on_gpu)
     return table

@@ -78,6 +78,8 @@ def differences(found: Resumable, config: RunConfig, shape: ModelShape, emit: Em
 
     Where a resume cannot change some of it, all is told and InputError raised, which names that.
     """
+    if found.in_memory:
+        return []  # it is of this very process
     now = yaml.safe_load(dump_config(config))
     known = found.config
     changed = [] if known is None else settings_that_differ(known, now)

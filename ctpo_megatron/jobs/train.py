@@ -19,6 +19,7 @@ from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, NoRoom,
 from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
+from ctpo_megatron.jobs.memory import make_memory
 from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.restarts import Restarts, begin_again
@@ -134,6 +135,7 @@ class _Run:
         self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
         self._journal, self._storage, self._emit, self._begun, self._lead = journal, storage, emit, begun, lead
         self._totals = RunTotals()
+        self._memory = make_memory(runtime, inputs.config, inputs.run_dir, emit)
         self._returns = inputs.config.train.spikes.returns
         self.done = inputs.start.step  # training steps whose result is kept
 
@@ -144,7 +146,7 @@ class _Run:
         self._emit(RunReady(time.monotonic() - self._begun))
         obeying = _obeying(stop, config, run_dir, self._storage, self._emit, self._lead)
         async with obeying as orders, _watching_gcs(self._runtime, orders):
-            loop, stopped = await self._supervised(loop, orders)
+            loop, stopped = await self._memory.guarding(self._supervised(loop, orders))
         if stopped is not None and stopped.again:
             raise RayLost(stopped.reason)
         if stopped is not None:
@@ -192,11 +194,12 @@ class _Run:
         )
 
     async def _again(self, lost: float) -> TrainLoop:
-        """Returns a loop over a trainer that was started again, at the newest checkpoint."""
+        """Returns a loop over a trainer that was started again, at the newest copy in memory or checkpoint."""
         inputs, emit = self._inputs, self._emit
         await self._storage.clear()  # a directory that is away seems to hold no checkpoint
         await self._runtime.restart_trainer()
-        found = await self._storage.patiently(self._newest)
+        found = await self._runtime.guard(self._memory.recall(inputs.run_dir / "checkpoints"))
+        found = found or await self._storage.patiently(self._newest)
         changed = [] if found is None else differences(found, inputs.config, self._runtime.shape, emit)
         start = start_of(inputs.config, inputs.prompts, found, changed, emit)
         if self._journal is not None:
@@ -210,6 +213,7 @@ class _Run:
         """Returns a loop at the newest checkpoint from before the run left its course, with the prompts behind `position`."""
         inputs, emit = self._inputs, self._emit
         leave_after(inputs.run_dir / "checkpoints", error.good)
+        self._memory.forget()
         found = await self._storage.patiently(self._newest)
         start = start_of(inputs.config, inputs.prompts, found, [], emit)
         sampler = PromptSampler.restore(inputs.prompts, position.cursor, inputs.config.seed)
@@ -263,6 +267,8 @@ class _Run:
             emit=emit,
             stages=runtime.stages,
             storage=self._storage,
+            memory=self._memory,
+            unsaved=chosen.state if chosen is not None and chosen.in_memory else None,
         )
 
     async def _record(self, step: int) -> RunRecord:
@@ -351,7 +357,7 @@ async def _restored(runtime: Runtime, inputs: _Inputs, start: Start, chosen: Res
             )
         start = earlier
     made = found.manifest["scheduler_steps"]
-    emit(RunResumed(str(found.checkpoint), start.step, made, found.state.groups, start.samples))
+    emit(RunResumed(found.where, start.step, made, found.state.groups, start.samples))
     return start
 
 

@@ -176,12 +176,20 @@ class Resumable:
     """A checkpoint to go on from, and what it says: the manifest, the run's state, and the configuration that made it.
 
     `config`: as `config.load.dump_config` wrote it, read back; None in checkpoints of earlier releases.
+    `in_memory`: it is a copy that the trainer has taken already; no checkpoint is read, `checkpoint` is where these are, and of
+    the manifest there are the scheduler's steps.
     """
 
     checkpoint: Path
     state: RunState
     manifest: dict[str, Any]
     config: dict[str, Any] | None
+    in_memory: bool = False
+
+    @property
+    def where(self) -> str:
+        """Returns what it is called in events."""
+        return "memory" if self.in_memory else str(self.checkpoint)
 
 
 def refuse_earlier(run_dir: Path) -> None:
@@ -243,6 +251,8 @@ async def restore(trainer: Trainer, chosen: Resumable, emit: Emit) -> Resumable:
 
     Damaged ones are set aside. Raises CheckpointError where none is left.
     """
+    if chosen.in_memory:
+        return chosen
     found: Resumable | None = chosen
     while found is not None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.record.values import Values
@@ -48,6 +48,53 @@ class Trainer(Protocol):
 
     async def save_hf(self, directory: Path) -> None:
         """Write the model in Hugging Face format."""
+        ...
+
+
+class Copy(Protocol):
+    """A copy of the trainer's state that other processes hold all of."""
+
+    @property
+    def step(self) -> int:
+        """The training steps that it knows of."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        ...
+
+    @property
+    def scheduler_steps(self) -> int:
+        """The optimizer steps that were made."""
+        ...
+
+    @property
+    def stood_s(self) -> float:
+        """Seconds for which the trainer did nothing else."""
+        ...
+
+
+class Keepers(Protocol):
+    """Processes that hold copies of the trainer's state, and outlive its ranks."""
+
+    async def copy(self, step: int, stays: Any) -> Copy:
+        """Returns a whole copy of the trainer, which has done `step` training steps; `stays`, the one before, goes only then.
+
+        Raises CopyLost where it did not come about, TrainerLost for a rank that is lost.
+        """
+        ...
+
+    async def retain(self, copy: Any) -> None:
+        """Let everything go but `copy`. Raises CopyLost where one of them does not answer."""
+        ...
+
+    def holds(self, copy: Any) -> bool:
+        """Whether all of a copy is there still, as far as is known."""
+        ...
+
+    async def recall(self, copy: Any) -> None:
+        """The trainer, which has just been started, takes its state from `copy`. Raises CopyLost, and it is unchanged then."""
         ...
 
 

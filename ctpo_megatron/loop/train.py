@@ -30,6 +30,7 @@ from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest_until
 from ctpo_megatron.loop.evaluate import evaluate
+from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.recording import RunRecord
@@ -79,6 +80,8 @@ class TrainLoop:
     stages: Stages = field(default_factory=Stages)  # what the driver is doing
     storage: Storage = field(default_factory=Storage)  # what carries the run over faults of its disk
     totals: RunTotals = field(default_factory=RunTotals)
+    memory: MemoryCopies | None = None  # None: there are no copies in memory
+    unsaved: RunState | None = None  # where it begins, if that is not in a checkpoint
     _trained: RunState | None = None  # after the last step whose weights the trainer holds; None: where it began
 
     @property
@@ -92,7 +95,8 @@ class TrainLoop:
         Exceptions of any part come out as they are.
         """
         train = self.config.train
-        self._saved = self.first_step  # the newest step that has a checkpoint, as far as this loop knows
+        self._trained = self.unsaved
+        self._saved = self.first_step if self.unsaved is None else 0  # the newest step with a checkpoint, as far as it knows
         self.buffer = GroupBuffer(
             groups_per_step=train.prompts_per_step,
             staleness=train.staleness,
@@ -186,6 +190,8 @@ class TrainLoop:
         with timer("storage"):
             await self._written()
         self.emit(StepTrained(step + 1, time.monotonic() - begun, timer.seconds, tail.seconds))
+        if self.memory is not None:
+            self.memory.keep(self._state_after(step))
         self.admission.forget(step + 1)
         await self.buffer.published(step + 1)
 

@@ -211,6 +211,10 @@ def trainer(below: list[psutil.Process]) -> psutil.Process:
     return next(process for process in below if "TrainerActor" in " ".join(process.cmdline()))
 
 
+def keeper(below: list[psutil.Process]) -> psutil.Process:
+    return next(process for process in below if "KeeperActor" in " ".join(process.cmdline()))
+
+
 def scheduler(below: list[psutil.Process]) -> psutil.Process:
     """The server's child; its title says `sglang::scheduler`, but a forked process cannot always set one."""
     return schedulers(below)[0]
@@ -280,33 +284,48 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
 
 
 def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_path):
-    """A rank is killed: the trainer goes back to its checkpoint, the server stays. Then STOP, and a command that goes on.
+    """A rank is killed: the trainer goes on from the copy in memory, the server stays. Then a rank and the process with the
+    copy: it goes back to its checkpoint. Then STOP, and a command that goes on.
 
     A run without any of that, which is given what this one has sampled, ends with the same weights, bit for bit.
     """
-    sizes = ("train.steps=4", "train.prompts_per_step=4", "train.optimizer_steps=2", "rollout.group_size=4", "eval.prompts=8")
+    steps = 10
+    sizes = (f"train.steps={steps}", "train.prompts_per_step=4", "train.optimizer_steps=2", "rollout.group_size=4")
     # an untrained model earns no reward: the distance from a reference gives gradients that depend on what was sampled
     pull = ("algorithm.reference.coeff=0.5",)
-    options = (*sizes, *pull, "rollout.max_response_tokens=64", "checkpoint.every=1", "checkpoint.journal=all")
+    options = (*sizes, *pull, "eval.prompts=8", "rollout.max_response_tokens=64", "checkpoint.every=0", "checkpoint.journal=all")
     broken, straight = tmp_path / "broken", tmp_path / "straight"
-    run = start(toy, "quickstart.yaml", broken, *options)
-    run.wait_for_event("checkpoint verified")
+    run = start(toy, "quickstart.yaml", broken, *options, "checkpoint.memory.every=1")
+    kept = run.wait_for_event("copy kept")
     server = scheduler(run.descendants()).pid
     trainer(run.descendants()).kill()
+    assert strangers(listeners([psutil.Process(run.process.pid), *run.descendants()])) == []
     back = run.wait_for_event("trainer restarted")
-    assert back["step"] >= 1
+    assert back["step"] >= kept["step"] >= 1
+    assert not (broken / "checkpoints").exists(), "there was nothing but the copy to come back from"
+    assert [(each["checkpoint"], each["step"]) for each in run.happened("resumed")] == [("memory", back["step"])]
+    below = run.descendants()
+    victims = keeper(below), trainer(below)
+    (broken / "SAVE").touch()
+    saved = run.wait_for_event("checkpoint verified")
+    for victim in victims:
+        victim.kill()
+    second = run.wait_for_event("trainer restarted", step=saved["step"])
+    assert second["time"] > saved["time"]
+    assert run.happened("copy lost"), "nobody said that the copy was gone"
+    assert run.happened("resumed")[-1]["checkpoint"] == str(broken / "checkpoints" / f"step_{saved['step']:08d}")
     assert scheduler(run.descendants()).pid == server
     (broken / "STOP").touch()
     stopped = run.finish(RUN_S)
     assert stopped.code == 75, stopped.output
     again = start(toy, "quickstart.yaml", broken, *options, "--resume", "auto").finish(RUN_S)
-    check_run(again, 4)
+    check_run(again, steps)
     (straight / "journal").mkdir(parents=True)
     for path in (broken / "journal").iterdir():
         shutil.copy(path, straight / "journal")
-    check_run(start(toy, "quickstart.yaml", straight, *options, "--resume", "auto").finish(RUN_S), 4)
+    check_run(start(toy, "quickstart.yaml", straight, *options, "--resume", "auto").finish(RUN_S), steps)
     assert all(row["train/grad_norm"] > 0 for row in again.metrics if row["step"] > 1 and "train/loss" in row)
-    for step in range(1, 5):
+    for step in range(1, steps + 1):
         sampled = [(each / "rollouts" / f"step_{step:08d}.jsonl").read_bytes() for each in (broken, straight)]
         assert sampled[0] == sampled[1]
     weights = [(each / "model" / "model.safetensors").read_bytes() for each in (broken, straight)]

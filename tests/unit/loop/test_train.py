@@ -21,11 +21,13 @@ from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointUnwritten, LeftCourse
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.checkpoints import Checkpoints, leave_after, newest, newest_until, restore
+from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.spikes import SpikeDetector
+from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, Event, StepTrained, WeightsPublished, discard
@@ -120,6 +122,7 @@ async def train(
     orders: Orders | None = None,
     storage: Storage | None = None,
     rollouts: Sampled | None = None,
+    **more: Any,
 ) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
     ranks, rollouts, events, root = ranks or Ranks(), rollouts or Sampled(), [], run_dir / "checkpoints"
     storage = storage or Storage()
@@ -147,6 +150,7 @@ async def train(
         emit=events.append,
         orders=orders or Orders(),
         storage=storage,
+        **more,
     )
     async with storage.outlasting(events.append):
         await loop.run()
@@ -274,6 +278,40 @@ def test_a_checkpoint_that_is_asked_for_comes_once(tmp_path: Path) -> None:
     orders.save()
     asyncio.run(train(config("train.steps=2", "checkpoint.every=0"), tmp_path, resume=False, orders=orders))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+class Noted(MemoryCopies):
+    """Notes what would be copied."""
+
+    def __init__(self) -> None:
+        self.states: list[RunState] = []
+
+    def keep(self, state: RunState) -> None:
+        self.states.append(state)
+
+
+def test_what_is_copied_is_the_state_after_each_step_with_its_evaluation(tmp_path: Path) -> None:
+    copies, three = Noted(), config("train.steps=3", "train.prompts_per_step=2")
+    asyncio.run(train(three, tmp_path, resume=False, memory=copies))
+    assert [(state.step, state.groups, sorted(state.accuracies)) for state in copies.states] == [
+        (1, 2, [0]),
+        (2, 4, [0, 2]),
+        (3, 6, [0, 2, 3]),
+    ]
+    assert copies.states[-1] == newest(tmp_path / "checkpoints", 9, discard).state
+
+
+def test_a_run_that_began_at_a_copy_and_is_stopped_at_once_saves_what_it_began_with(tmp_path: Path) -> None:
+    """No checkpoint holds it: what the run has learned is not to end with its processes."""
+    copies, long = Noted(), config("train.steps=9", "train.prompts_per_step=2", "checkpoint.every=9")
+    asyncio.run(train(config("train.steps=2", "train.prompts_per_step=2"), tmp_path, resume=False, memory=copies))
+    leave_after(tmp_path / "checkpoints", 1)
+    orders = Orders()
+    orders.stop(StopRequest("a test"))
+    _, loop, _ = asyncio.run(train(long, tmp_path, resume=True, orders=orders, unsaved=copies.states[-1]))
+    assert loop.done == 2
+    found, began = newest(tmp_path / "checkpoints", 9, discard).state, copies.states[-1]
+    assert (found.step, found.groups, found.cursor, found.samples) == (2, began.groups, began.cursor, began.samples)
 
 
 @pytest.mark.parametrize("every", [0, 1])
