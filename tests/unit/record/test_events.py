@@ -24,7 +24,13 @@ KINDS = [kind for kind in FOUND if isinstance(kind, type) and issubclass(kind, E
 
 def example(kind: type[Event]) -> Event:
     samples = {int: 3, float: 1.5, str: "text", bool: True, str | None: None, int | None: None, tuple[str, ...]: ("a", "b")}
-    samples |= {dict[str, float]: {"train": 1.5}, float | None: 1.5, How: "failed", How | None: "killed"}
+    samples |= {
+        dict[str, float]: {"train": 1.5},
+        float | None: 1.5,
+        dict[str, int | None]: {"dp": 1},
+        How: "failed",
+        How | None: "killed",
+    }
     hints = get_type_hints(kind)
     return kind(**{each.name: samples[hints[each.name]] for each in fields(kind)})
 
