@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ctpo_megatron.config.memory import MemoryConfig
+from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import NoRoom, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.train import _Run
 from ctpo_megatron.loop.orders import Orders
@@ -42,8 +42,9 @@ def test_a_trainer_without_a_place_ends_the_run_so_that_a_job_is_requeued(tmp_pa
     async def training() -> None: ...
 
     loop = SimpleNamespace(done=7, record=SimpleNamespace(close=lambda: None), run=training, orders=None, returns=0)
-    spikes, checkpoint = SimpleNamespace(returns=0), SimpleNamespace(memory=MemoryConfig())
-    config = SimpleNamespace(cluster=SimpleNamespace(restarts=3), train=SimpleNamespace(spikes=spikes), checkpoint=checkpoint)
+    config = RunConfig.model_validate(
+        {"name": "run", "run_dir": str(tmp_path), "model": {"path": "model"}, "data": {"train": "rows.parquet"}}
+    )
     inputs = SimpleNamespace(config=config, run_dir=tmp_path, start=SimpleNamespace(step=0))
     rollouts = SimpleNamespace(rollouter=SimpleNamespace(interrupt=None))
     told: list[Event] = []
