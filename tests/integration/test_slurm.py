@@ -204,20 +204,13 @@ def test_a_node_that_goes_down_requeues_the_job(slurm: SlurmCluster, inputs: lis
 
 
 def test_a_job_with_a_spare_node_outlives_a_lost_one(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
-    """The first node cannot be done without, and SLURM does nothing about it: the other one has the job requeued.
-
-    When the other one is lost neither the job nor its other steps end with it, and a driver that is started again does without.
-    """
-    path, run_dir = stand_in(tmp_path, ["wait", "wait", "0"]), tmp_path / "run"
+    """Neither the job nor its other steps end with the node, and a driver that is started again does without it."""
+    path, run_dir = stand_in(tmp_path, ["wait", "0"]), tmp_path / "run"
     site = {"preflight": False, "spare_nodes": 1}
     job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], site, nodes=1, path=path)
     try:
         slurm.until(lambda: "start: wait" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
         assert slurm.job(job_id)["NumNodes"] == "2"
-        slurm.command("scontrol", "update", "nodename=n1", "state=down", "reason=a test")
-        slurm.until(lambda: slurm.job(job_id)["Restarts"] == "1", "the requeue", JOB_TIMEOUT_S)
-        slurm.command("scontrol", "update", "nodename=n1", "state=resume", check=False)
-        slurm.until(lambda: job_output(tmp_path, job_id).count("start: wait") == 2, "the run", JOB_TIMEOUT_S)
         slurm.command("scontrol", "update", "nodename=n2", "state=down", "reason=a test")
         slurm.until(lambda: "Ray has ended on all other nodes" in job_output(tmp_path, job_id), "the loss")
         assert slurm.job(job_id)["NumNodes"] == "1"
@@ -225,10 +218,31 @@ def test_a_job_with_a_spare_node_outlives_a_lost_one(slurm: SlurmCluster, inputs
         driver.kill()
         slurm.until(lambda: "start: 0" in job_output(tmp_path, job_id), "the second start", JOB_TIMEOUT_S)
     finally:
-        slurm.command("scontrol", "update", "nodename=n[1-2]", "state=resume", check=False)
+        slurm.command("scontrol", "update", "nodename=n2", "state=resume", check=False)
     job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), output
-    assert left_on_nodes(job_id) == []
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), output
+
+
+def test_a_spare_node_has_the_job_requeued_when_the_first_one_is_lost(
+    slurm: SlurmCluster, inputs: list[str], tmp_path: Path
+) -> None:
+    """With --no-kill SLURM lets the job fail with its script. The node that was put down is back at once, and may refuse it."""
+    path, run_dir = stand_in(tmp_path, ["wait", "wait"]), tmp_path / "run"
+    site = {"preflight": False, "spare_nodes": 1}
+    job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], site, nodes=1, path=path)
+    try:
+        slurm.until(lambda: "start: wait" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
+        slurm.command("scontrol", "update", "nodename=n1", "state=down", "reason=a test")
+        slurm.until(lambda: int(slurm.job(job_id)["Restarts"]) > 0, "the requeue", JOB_TIMEOUT_S)
+    finally:
+        slurm.command("scancel", str(job_id), check=False)
+        slurm.until(lambda: mended(slurm), "the nodes")
+
+
+def mended(slurm: SlurmCluster) -> bool:
+    """Whether all nodes are idle, once what keeps them from jobs was taken from them."""
+    slurm.command("scontrol", "update", "nodename=n[1-2]", "state=resume", check=False)
+    return slurm.command("sinfo", "--noheader", "--Node", "--format=%t").split() == ["idle", "idle"]
 
 
 def test_a_limit_that_comes_near_gives_the_order_to_stop(slurm: SlurmCluster, tmp_path: Path) -> None:
