@@ -64,6 +64,7 @@ class EngineClient:
         stop_token_ids: list[int],
         session: int,
         recorded: int | None = None,
+        aside: bool = False,
     ) -> Generation:
         """Sample after `input_ids` and `done` until a stop token, or `max_new_tokens` with `done`. Temperature 0 is greedy.
 
@@ -73,7 +74,8 @@ class EngineClient:
         goes on from the tokens in hand. `recorded`: of so many leading tokens the experts are known already, those of all others
         are returned, [input + sampled - 1 - recorded, ...]; the last token has not been read by the model. None: no record is
         wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of the truncated distribution;
-        without a record they are those of the whole. Raises EngineError when no server is left, and when every server that was
+        without a record they are those of the whole. `aside`: by servers that are set aside. Raises EngineError when no server is
+        left, and when every server that was
         tried has failed.
         """
         done = Generation() if done is None else done
@@ -87,7 +89,7 @@ class EngineClient:
             }
             body = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
             body |= {"return_sampling_mask": True} if told else {}
-            lease = await self.fleet.acquire(session)
+            lease = await self.fleet.acquire(session, aside=aside)
             answer = await self._answer(lease, body | record.wish())
             part = None if answer is None else _read(answer, lease.member.url, truncated=told)
             if answer is None or part is None or not await self.fleet.accept(lease, part.versions):

@@ -78,10 +78,14 @@ class ToolRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0."""
+    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0.
+
+    `given`: the answer that was found in the text, None where there is none.
+    """
 
     reward: float
     undecided: bool = False
+    given: str | None = None
 
 
 class Reward(Protocol):
@@ -101,6 +105,14 @@ class Sampling:
     max_response_tokens: int  # after the prompt, tool output included
     record: bool = False  # for training: with what the run collects besides tokens and log-probs
     truncation: Truncation = WHOLE
+
+
+class Grader(Protocol):
+    """Compares answers, by the rules that rewards are given by."""
+
+    async def same(self, one: str, other: str) -> bool | None:
+        """Returns whether two answers are equal; None where that could not be found out."""
+        ...
 
 
 class Environment(Protocol):
