@@ -39,10 +39,11 @@ def test_one_that_was_slow_and_then_hangs_is_acted_upon_at_once(
 
     async def scenario() -> None:
         config = WatchConfig(floor_s=10.0)
+        looks = iter([ranks(1.0, 0.5), ranks(late_s, 1.0), ranks(late_s, 2.0), ranks(2 * late_s, late_s)])
         watch = Watchdog(config, "node", tmp_path, told.append, stages=Stages(), depths=Depths(), lag=lambda: 0.0)
 
         async def look(_watched: object) -> list[Seen]:
-            return now
+            return next(looks)
 
         async def evidence(_watched: object, _seen: object) -> dict[str, object]:
             return {}
@@ -53,7 +54,7 @@ def test_one_that_was_slow_and_then_hangs_is_acted_upon_at_once(
         monkeypatch.setattr(watch, "_look", look)
         monkeypatch.setattr(watch, "_evidence", evidence)
         monkeypatch.setattr(watch, "_act", act)
-        for now in (ranks(1.0, 0.5), ranks(late_s, 1.0), ranks(late_s, 2.0), ranks(2 * late_s, late_s)):
+        for _ in range(4):
             await watch._round()
         watch.close()
 
