@@ -75,8 +75,7 @@ class EngineClient:
         are returned, [input + sampled - 1 - recorded, ...]; the last token has not been read by the model. None: no record is
         wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of the truncated distribution;
         without a record they are those of the whole. `aside`: by servers that are set aside. Raises EngineError when no server is
-        left, and when every server that was
-        tried has failed.
+        left, and when every server that was tried has failed.
         """
         done = Generation() if done is None else done
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
