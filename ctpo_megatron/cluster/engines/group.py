@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from ctpo_megatron.cluster.calls import Process, call_all, first_of
+from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.engines.actor import EngineActor
 from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.cluster.watch.watchdog import Watchdog, Watched
@@ -31,9 +31,10 @@ class _Server:
     watched: list[Watched]
 
     async def watch(self) -> None:
-        """Raises the error of the first part that dies; returns when one is closed."""
+        """Raises the most telling error as soon as a part dies: the others die of it, and may be seen first. Returns when all are
+        closed."""
         calls = [(part, part.actor.watch.options(concurrency_group="watch").remote()) for part in self.parts]
-        await first_of([call_all([call], timeout_s=None) for call in calls])
+        await call_all(calls, timeout_s=None)
 
     async def end(self) -> None:
         """End its processes, in order where an actor still answers within a bounded time."""

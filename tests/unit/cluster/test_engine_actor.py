@@ -1,14 +1,17 @@
-"""What the owner of a server does before it starts one on GPUs in the place of another; no process is started."""
+"""What the owner of a server does before it starts one on GPUs in the place of another, and which of its parts it blames."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ctpo_megatron.cluster.calls import Process
 from ctpo_megatron.cluster.engines import actor, group
 from ctpo_megatron.cluster.engines.actor import EngineActor
 from ctpo_megatron.cluster.engines.group import EngineGroup
@@ -16,6 +19,7 @@ from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.engine.fleet import Fleet
+from ctpo_megatron.errors import ProcessDied
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -66,3 +70,23 @@ def test_only_a_restart_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     servers = EngineGroup(config_of("cuda"), tmp_path, "key", [ServerPlacement(({},))], Fleet(patience_s=1.0))
     servers._launch(0, 1)
     assert launched == [False, True]
+
+
+def test_the_part_that_died_is_named_though_the_other_is_seen_first(tmp_path: Path) -> None:
+    """All parts of a server die together: those that lost their connection are looked at a moment longer."""
+
+    async def watch() -> None:
+        loop = asyncio.get_running_loop()
+
+        def part(rank: int, end: str, after_s: float) -> Process:
+            ended: Future[None] = Future()
+            loop.call_later(after_s, ended.set_exception, ProcessDied(end))
+            call = SimpleNamespace(remote=lambda: SimpleNamespace(future=lambda: ended))
+            actor = SimpleNamespace(watch=SimpleNamespace(options=lambda **_options: call))
+            return Process(f"inference server 0, node {rank}", actor, tmp_path / f"{rank}.log")
+
+        parts = [part(0, "RuntimeError: Connection closed by peer", 0.0), part(1, "it has lost a scheduler", 0.2)]
+        await group._Server("inference server 0", parts, [], []).watch()
+
+    with pytest.raises(ProcessDied, match="inference server 0, node 1: it has lost a scheduler"):
+        asyncio.run(watch())
