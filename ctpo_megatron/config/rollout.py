@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.dynamic import DynamicConfig
 
 CPU_KV_TOKENS = 65_536  # of a server on CPUs whose configuration does not say how many
 
@@ -112,6 +113,15 @@ class RolloutConfig(Section):
     """Tokens after the prompt, tool output included."""
     concurrency: PositiveInt = 64
     """Trajectories in flight."""
+    retries: NonNegativeInt = 2
+    """How often an attempt that failed (its servers, its sandbox, its reward) is tried again, from where it was. Then it counts
+    as failed: its group is not trained on, and another prompt takes its place."""
+    failed_share: float = Field(0.05, ge=0, le=1)
+    """Share of the last failed_window attempts that may fail in this way; the run ends when more do. 0: the first one ends it.
+    Attempts that are not used because another one of their group failed are not among them."""
+    failed_window: PositiveInt = 256
+    """Attempts that failed_share is taken of."""
+    dynamic: DynamicConfig = DynamicConfig()
     tool: Tool | None = PythonTool()
     """What executes the model's code. null: single-turn."""
     reward: MathReward = MathReward()

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ctpo_megatron.errors import EngineError
+from ctpo_megatron.errors import EngineError, NoServerLeft
 from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
 
@@ -217,17 +217,17 @@ class Fleet:
     async def acquire(self, session: int) -> Lease:
         """A serving server for a request: always the same for a session while that one serves.
 
-        Waits while none serves. Raises EngineError when none is left, or none has come within `patience_s`.
+        Waits while none serves. Raises NoServerLeft when none is left, or none has come within `patience_s`.
         """
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._until(lambda: not self._held and (self.hopeless or bool(self.members(State.SERVING))))
         except TimeoutError:
-            raise EngineError(
+            raise NoServerLeft(
                 f"no inference server came into service within {self._patience_s:.0f} s:\n{self.report()}"
             ) from None
         if self.hopeless:
-            raise EngineError(f"no inference server is left:\n{self.report()}")
+            raise NoServerLeft(f"no inference server is left:\n{self.report()}")
         known, serving = list(self._members.values()), self.members(State.SERVING)
         home = known[session % len(known)]
         member = home if home.state is State.SERVING else serving[session // len(known) % len(serving)]

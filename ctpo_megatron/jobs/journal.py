@@ -30,8 +30,9 @@ def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, storag
 
 def recipe(config: RunConfig) -> str:
     """Returns a digest of all settings that change what an attempt says or is worth, beside weights and prompt."""
+    others = {"group_size", "concurrency", "engine", "retries", "failed_share", "failed_window", "dynamic"}
     settings = {
-        "rollout": config.rollout.model_dump(mode="json", exclude={"group_size", "concurrency", "engine"}),
+        "rollout": config.rollout.model_dump(mode="json", exclude=others),
         "eval": config.eval.temperature,
         "chat": config.model.model_dump(mode="json", exclude={"path"}),
         "top_k": config.algorithm.top_k,

@@ -30,6 +30,8 @@ from ctpo_megatron.jobs.time_limit import Lead, time_limit
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest_or_none, restore
+from ctpo_megatron.loop.ledger import NAME as LEDGER
+from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
@@ -168,7 +170,7 @@ class _Run:
                 return loop, await self._runtime.guard(loop.run(), rescue=self._rollouts.rollouter.interrupt)
             except LeftCourse as error:
                 self._returns -= 1
-                following = partial(self._back, error, loop.admission.after(error.step - 1))
+                following = partial(self._back, error, loop.position or self._inputs.start.position)
             except TrainerLost as error:
                 following = partial(self._again, time.monotonic())
                 restart = restarts.next(error, loop.done)
@@ -177,6 +179,7 @@ class _Run:
             finally:
                 self.done = loop.done
                 loop.record.close()
+                loop.ledger.close()
 
     async def _again(self, lost: float) -> TrainLoop:
         """Returns a loop over a trainer that was started again, at the newest checkpoint."""
@@ -202,15 +205,20 @@ class _Run:
         sampler = PromptSampler.restore(inputs.prompts, position.cursor, inputs.config.seed)
         if self._journal is not None:
             self._journal.go_back(start.step)
-        loop = await self._runtime.guard(self._prepare(replace(start, admission=Admission(sampler, position.groups)), found))
+        admission = Admission(sampler, position.groups, position.open)
+        going_on = replace(start, admission=admission, position=position)
+        loop = await self._runtime.guard(self._prepare(going_on, found, passed_over=True))
         emit(WentBack(error.step, start.step, position.groups - start.admission.groups))
         return loop
 
     async def _newest(self) -> Resumable | None:
         return newest_or_none(self._inputs.run_dir / "checkpoints", self._emit)
 
-    async def _prepare(self, start: Start, chosen: Resumable | None) -> TrainLoop:
-        """Returns the loop at its first step; where it goes on, with the checkpoint's weights in trainer and servers."""
+    async def _prepare(self, start: Start, chosen: Resumable | None, *, passed_over: bool = False) -> TrainLoop:
+        """Returns the loop at its first step; where it goes on, with the checkpoint's weights in trainer and servers.
+
+        `passed_over`: the groups of the steps behind the checkpoint are not admitted again.
+        """
         runtime, inputs, emit = self._runtime, self._inputs, self._emit
         config, run_dir = runtime.config, inputs.run_dir
         publisher = make_publisher(runtime, self._rollouts.client, inputs.texts)
@@ -238,6 +246,8 @@ class _Run:
             publisher=publisher,
             record=await self._storage.patiently(partial(self._record, start.step)),
             checkpoints=checkpoints,
+            ledger=await self._storage.patiently(partial(self._ledger, start, passed_over)),
+            decisions=self._journal,
             first_step=start.step,
             samples=start.samples,
             accuracies=start.accuracies,
@@ -260,13 +270,17 @@ class _Run:
         config = self._inputs.config.train.spikes
         return SpikeDetector(config, last_steps(self._inputs.run_dir / "metrics.jsonl", config.window))
 
+    async def _ledger(self, start: Start, passed_over: bool) -> Ledger:
+        path, through = self._inputs.run_dir / LEDGER, self._storage.write
+        return Ledger(path, step=start.step, position=start.position, gone=start.gone, passed_over=passed_over, through=through)
+
     def _published(self, version: int, digest: str) -> None:
         if self._journal is not None:
             self._journal.published(version, digest)
 
     def _forget(self, oldest: RunState) -> None:
         if self._journal is not None and self._inputs.config.checkpoint.journal == "needed":
-            self._journal.forget(oldest.groups, oldest.step)
+            self._journal.forget(oldest.oldest_group, oldest.step)
 
 
 @asynccontextmanager
@@ -337,7 +351,7 @@ async def _restored(runtime: Runtime, inputs: _Inputs, start: Start, chosen: Res
             )
         start = earlier
     made = found.manifest["scheduler_steps"]
-    emit(RunResumed(str(found.checkpoint), start.step, made, found.state.groups, start.samples))
+    emit(RunResumed(str(found.checkpoint), start.step, made, found.state.groups - len(found.state.open), start.samples))
     return start
 
 
@@ -351,4 +365,5 @@ def _summary(config: RunConfig, loop: TrainLoop, wall: float) -> dict[str, Any]:
         **loop.totals.summary(),
         "wall_s": wall,
         "weight_version": config.train.steps,
+        "ledger": loop.ledger.summary(),
     }

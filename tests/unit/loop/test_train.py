@@ -19,9 +19,11 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointUnwritten, LeftCourse
-from ctpo_megatron.loop.admission import Admission
+from ctpo_megatron.jobs.resume import start_of
 from ctpo_megatron.loop.checkpoints import Checkpoints, leave_after, newest, newest_until, restore
+from ctpo_megatron.loop.ledger import NAME, Ledger
 from ctpo_megatron.loop.orders import Orders, StopRequest
+from ctpo_megatron.loop.protocols import Decisions
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.spikes import SpikeDetector
@@ -51,7 +53,7 @@ class Ranks:
         work = work_directory(directory)
         (run,) = work.iterdir()
         files = {run.name: {"size": run.stat().st_size, "digest": file_hash(run)}}
-        commit_checkpoint(work, directory, {"version": VERSION, "files": files})
+        commit_checkpoint(work, directory, {"version": VERSION, "files": files, "scheduler_steps": 0})
 
     async def settle(self) -> None: ...
 
@@ -60,8 +62,10 @@ class Ranks:
     async def save_hf(self, directory: Path) -> None: ...
 
     digest = "the same"
+    version = 0
 
     async def publish(self, version: int) -> dict[str, float]:
+        self.version = version
         return {"publish/total": 0.0, "servers/serving": 2.0}
 
     async def offload(self) -> None: ...
@@ -71,16 +75,27 @@ class Ranks:
 
 @dataclass
 class Sampled:
-    """Notes which prompts were sampled for training, with the ids of their groups, in the order of admission."""
+    """Notes which prompts were sampled for training, with the ids of their groups, in the order of admission.
+
+    What it says is of the version that `ranks` have published last.
+    """
 
     seen: list[tuple[int, str]] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
 
     async def group(
-        self, prompt: Prompt, group: GroupId, *, size: int, temperature: float, record: bool = False
+        self,
+        prompt: Prompt,
+        group: GroupId,
+        *,
+        size: int,
+        temperature: float,
+        record: bool = False,
+        keep_failed: bool = False,
     ) -> TrajectoryGroup:
         if record:
             self.seen.append((prompt.index, str(group)))
-        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [0, 0])]
+        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [self.ranks.version] * 2)]
         made = [Trajectory(prompt.index, [3], turns, Status.FINISHED, reward=n % 2, id=AttemptId(group, n)) for n in range(size)]
         return TrajectoryGroup(prompt, made, id=group)
 
@@ -110,27 +125,30 @@ async def train(
     orders: Orders | None = None,
     storage: Storage | None = None,
     rollouts: Sampled | None = None,
+    decisions: Decisions | None = None,
 ) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
     ranks, rollouts, events, root = ranks or Ranks(), rollouts or Sampled(), [], run_dir / "checkpoints"
     storage = storage or Storage()
-    first_step, samples, accuracies, admission = 0, 0, {}, Admission(PromptSampler(PROMPTS, SEED))
+    start = start_of(config, PROMPTS, None, [], events.append)
     if resume:
         found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
-        first_step, samples, accuracies = found.state.step, found.state.samples, dict(found.state.accuracies)
-        admission = Admission(PromptSampler.restore(PROMPTS, found.state.cursor), found.state.groups)
+        start = start_of(config, PROMPTS, found, [], discard)
+    first_step, rollouts.ranks, ranks.version = start.step, ranks, start.step
     recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()), through=storage.write)
     loop = TrainLoop(
         config=config,
-        admission=admission,
+        admission=start.admission,
         eval_prompts=PROMPTS,
         rollouts=rollouts,
         trainer=ranks,
         publisher=ranks,
         record=RunRecord(run_dir, config.log, recorder, storage.write),
         checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append, storage=storage),
+        ledger=Ledger(run_dir / NAME, step=first_step, position=start.position, gone=start.gone, through=storage.write),
+        decisions=decisions,
         first_step=first_step,
-        samples=samples,
-        accuracies=accuracies,
+        samples=start.samples,
+        accuracies=start.accuracies,
         spikes=SpikeDetector(config.train.spikes),
         returns=config.train.spikes.returns,
         emit=events.append,
@@ -140,6 +158,7 @@ async def train(
     async with storage.outlasting(events.append):
         await loop.run()
         loop.record.close()
+    assert loop.ledger.unbalanced() == []
     return rollouts.seen, loop, events
 
 
