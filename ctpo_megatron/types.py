@@ -55,6 +55,8 @@ class AttemptId:
 class Prompt:
     """One task. `index` is its row in the data file; `answer` is what the reward compares with.
 
+    `source` names the file among those of a mixture, and is empty for data.train. `difficulty` is what a column of the data says.
+
     A message has `role`, `content` and whatever else the chat template reads (`data.messages.KEYS`). Prompts that say the same
     share their messages.
     """
@@ -62,11 +64,13 @@ class Prompt:
     index: int
     messages: tuple[dict[str, Any], ...]
     answer: str
+    source: str = ""
+    difficulty: float | None = None
 
     @property
     def key(self) -> str:
-        """What tells it from the other prompts of the run."""
-        return str(self.index)
+        """What tells it from the other prompts of the run: its row, after its source where that is not data.train."""
+        return f"{self.source}:{self.index}" if self.source else str(self.index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.dynamic import DynamicConfig
+from ctpo_megatron.config.feeding import MAIN, PoolsConfig, SourceConfig
 
 CPU_KV_TOKENS = 65_536  # of a server on CPUs whose configuration does not say how many
 
@@ -17,6 +18,16 @@ class DataConfig(Section):
 
     train: FilePath
     """Prompts to train on."""
+    weight: PositiveFloat = 1.0
+    """How often a prompt of `train` comes, relative to the weights of the mixture's sources."""
+    mixture: tuple[SourceConfig, ...] = ()
+    """Further files of prompts to train on, for `ctpo train`. Each draw picks a source by the weights; each source comes in
+    epochs of its own."""
+    pools: PoolsConfig | None = None
+    """Pools of one difficulty in each source. null: none."""
+    curriculum: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    """`package.module:function` that gives the weights of sources and pools, asked after every step (docs/rollouts.md). null: the
+    weights stay."""
     eval: FilePath | None = None
     """Held-out prompts. null: no evaluation."""
     system_prompt: str | None = None
@@ -26,6 +37,13 @@ class DataConfig(Section):
     allow_change: bool = False
     """Whether a run may be resumed with other prompts than its checkpoint's, which are then counted from their first on. false:
     it is refused. Without effect where the prompts are the same."""
+
+    @model_validator(mode="after")
+    def _sources_have_names_of_their_own(self) -> DataConfig:
+        names = [MAIN, *(source.name for source in self.mixture)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.mixture: each source needs a name of its own, and {MAIN!r} is data.train's: {names[1:]}")
+        return self
 
 
 class PythonTool(Section):

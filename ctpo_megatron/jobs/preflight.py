@@ -43,7 +43,8 @@ def this_machine() -> Task:
 
 def preflight_task(config: RunConfig, task: Task) -> int:
     """Returns the exit code of this node's part: on the first node that of the verdict, which is printed, on others 0."""
-    paths = (config.model.path, config.data.train, config.data.eval or "")
+    sources = (source.path for source in config.data.mixture)
+    paths = (config.model.path, config.data.train, *sources, config.data.eval or "")
     wanted = Wanted(Path(config.run_dir), paths, on_gpus=config.cluster.device == "cuda")
     verdict = examine(task, wanted, os.environ)
     if verdict is None:

@@ -14,7 +14,8 @@ from ctpo_megatron.checkpoints.files import MODEL
 from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.data.order import PromptSampler, last_seed
+from ctpo_megatron.data.mixture import Sampler, new_sampler, restored_sampler
+from ctpo_megatron.data.order import last_seed
 from ctpo_megatron.errors import CheckpointError, DataError, InputError
 from ctpo_megatron.loop.admission import Admission, Admitted, Position
 from ctpo_megatron.loop.checkpoints import Resumable, newest, newest_or_none, refuse_earlier
@@ -109,7 +110,7 @@ def start_of(
     to_come = config.train.steps * config.train.optimizer_steps
     if found is None:
         config.optimizer.check_length(to_come)
-        first = PromptSampler(prompts, config.seed)
+        first = new_sampler(prompts, config.data, config.seed)
         return Start(Admission(first), Position(0, first.state()), to_come)
     state = found.state
     total = found.manifest["scheduler_steps"] + to_come - state.step * config.train.optimizer_steps
@@ -126,7 +127,7 @@ def start_of(
             "data.allow_change=true to go on with these, counted from their first on"
         )
     reopened, gone = _reopened(prompts, state.open, same=sampler is not None)
-    sampler = sampler or PromptSampler(prompts, config.seed)
+    sampler = sampler or new_sampler(prompts, config.data, config.seed)
     admission, position = Admission(sampler, state.groups, reopened), Position(state.groups, sampler.state(), reopened)
     return Start(admission, position, total, state.step, state.samples, dict(state.accuracies), gone)
 
@@ -147,17 +148,15 @@ def _tell(changed: list[Difference], emit: Emit) -> None:
         emit(each.event)
 
 
-def _sampler(config: RunConfig, prompts: Sequence[Prompt], found: Resumable) -> PromptSampler | None:
+def _sampler(config: RunConfig, prompts: Sequence[Prompt], found: Resumable) -> Sampler | None:
     """Returns the order of prompts behind the checkpoint; None where the prompts are others."""
     try:
-        return PromptSampler.restore(prompts, found.state.cursor, config.seed)
+        return restored_sampler(prompts, config.data, config.seed, found.state.cursor)
     except DataError:
         return None
 
 
-def _of_the_prompts(
-    config: RunConfig, prompts: Sequence[Prompt], found: Resumable, same: PromptSampler | None
-) -> list[Difference]:
+def _of_the_prompts(config: RunConfig, prompts: Sequence[Prompt], found: Resumable, same: Sampler | None) -> list[Difference]:
     """Returns what differs in the prompts, and in the settings that they are made of, where the checkpoint has them."""
     effect: Effect = "none" if same else "applies" if config.data.allow_change else "refused"
     why = {"none": "the prompts are the same", "applies": "these prompts are counted from their first on", "refused": ""}[effect]

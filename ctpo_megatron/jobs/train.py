@@ -14,10 +14,10 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.data.mixture import restored_sampler
 from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.export import export
-from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
+from ctpo_megatron.jobs.inputs import load_prompts, load_training_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
 from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
@@ -84,7 +84,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     with IncarnationLog(Path(config.run_dir), [print_sentence, lead], storage.write) as events:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
-        prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
+        prompts = load_training_prompts(config, model.chat, read.append, model.shape)
         held_out: list[Prompt] = []
         if config.data.eval:
             held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
@@ -202,7 +202,7 @@ class _Run:
         leave_after(inputs.run_dir / "checkpoints", error.good)
         found = await self._storage.patiently(self._newest)
         start = start_of(inputs.config, inputs.prompts, found, [], emit)
-        sampler = PromptSampler.restore(inputs.prompts, position.cursor, inputs.config.seed)
+        sampler = restored_sampler(inputs.prompts, inputs.config.data, inputs.config.seed, position.cursor)
         if self._journal is not None:
             self._journal.go_back(start.step)
         admission = Admission(sampler, position.groups, position.open)

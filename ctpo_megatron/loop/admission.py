@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-from ctpo_megatron.data.order import PromptSampler
-from ctpo_megatron.types import GroupId, Prompt
+from ctpo_megatron.data.mixture import Sampler
+from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Admission:
     under the ids that they have.
     """
 
-    def __init__(self, sampler: PromptSampler, groups: int = 0, reopened: Iterable[Admitted] = ()) -> None:
+    def __init__(self, sampler: Sampler, groups: int = 0, reopened: Iterable[Admitted] = ()) -> None:
         self._sampler = sampler
         self._groups = groups
         self.reopened = tuple(reopened)
@@ -46,6 +47,11 @@ class Admission:
         admitted = Admitted(GroupId(self._groups), prompt, version)
         self._groups += 1
         return admitted
+
+    def observe(self, groups: Iterable[TrajectoryGroup]) -> None:
+        """Let the sampler know what `groups`, of a step or filtered before it, earned. It chooses later prompts by that."""
+        ordered = sorted(groups, key=lambda group: group.id.number)
+        self._sampler.observe([(group.prompt, fmean(t.reward for t in group.trajectories)) for group in ordered])
 
     @property
     def groups(self) -> int:

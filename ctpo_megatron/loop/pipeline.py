@@ -80,4 +80,6 @@ class Pipeline:
         """Returns the groups of `step`, from 0, once it can be made."""
         made = await self.buffer.take(step)
         metrics = self._ledger.settle(step + 1, made) | {"ledger/carried": float(self.buffer.rules.carried(made.groups, step))}
+        judged = (each.made for each in made.ended if each.made is not None and each.made.trajectories)
+        self._admission.observe([*made.groups, *judged])
         return Taken(made.groups, metrics, self._admission.position(self._ledger.open))
