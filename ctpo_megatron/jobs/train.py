@@ -208,7 +208,7 @@ class _Run:
         admission = Admission(sampler, position.groups, position.open)
         going_on = replace(start, admission=admission, position=position)
         loop = await self._runtime.guard(self._prepare(going_on, found, passed_over=True))
-        emit(WentBack(error.step, start.step, position.groups - start.admission.groups))
+        emit(WentBack(error.step, start.step, position.ended - start.position.ended))
         return loop
 
     async def _newest(self) -> Resumable | None:

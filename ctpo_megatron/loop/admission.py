@@ -28,6 +28,11 @@ class Position:
     cursor: dict[str, Any]
     open: tuple[Admitted, ...] = ()
 
+    @property
+    def ended(self) -> int:
+        """How many groups have ended, however that was."""
+        return self.groups - len(self.open)
+
 
 class Admission:
     """Hands out prompts with the ids of their groups: which prompt a number gets depends on the sampler alone, not on time.

@@ -12,6 +12,7 @@ step again (`Decisions`): a run that goes on, and another one that is given its 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ctpo_megatron.loop.composition import Candidate, StepRules, oldest_version
@@ -86,12 +87,11 @@ class GroupBuffer:
         self._next = admitted  # no group of this number or a higher one was admitted
         self._ended: dict[int, EndedGroup] = {}  # since the last step
         self._places = 0
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
 
     async def room(self, number: int) -> bool:
         """Wait until group `number`, the next one, may begin; returns False when all steps are made."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._done or self._has_room(number))
+        await self._until(lambda: self._done or self._has_room(number))
         return not self._done
 
     def begin(self, number: int, prompt: Prompt, version: int | None = None) -> tuple[FailedAttempt, ...]:
@@ -99,33 +99,32 @@ class GroupBuffer:
         version = self.version if version is None else min(version, self.version)
         self._open[number] = _Open(number, version, prompt=prompt.key)
         self._next = max(self._next, number + 1)
+        self._notify()
         fate = self._decisions.fate(number)
         if fate is not None and fate.prompt != prompt.key:  # the data or their order have changed since
             self._decisions.drop_plans(fate.step)
             return ()
         return () if fate is None else fate.attempts
 
-    async def put(self, made: TrajectoryGroup) -> None:
+    def put(self, made: TrajectoryGroup) -> None:
         """Hand in a group that came to its end: finished, or with failed attempts."""
-        async with self._changed:
-            group = self._open[made.id.number]
-            oldest = oldest_version(made)
-            group.version = group.version if oldest is None else oldest
-            group.made, group.place = made, self._places
-            self._places += 1
-            if (verdict := self._verdict(group)) is not None:
-                self._end(group, *verdict)
-            self._changed.notify_all()
+        group = self._open[made.id.number]
+        oldest = oldest_version(made)
+        group.version = group.version if oldest is None else oldest
+        group.made, group.place = made, self._places
+        self._places += 1
+        if (verdict := self._verdict(group)) is not None:
+            self._end(group, *verdict)
+        self._notify()
 
     async def take(self, step: int) -> MadeStep:
         """Returns the groups of `step`, which is the next one, once it can be made."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._choice() is not None)
-            made = self._made(step, self._choice() or ([], []))
-            self._step = step + 1
-            for group in [group for group in self._open.values() if group.made and self.rules.too_old(group, self._step)]:
-                self._end(group, End.ABORTED, TOO_OLD)
-            self._changed.notify_all()
+        await self._until(lambda: self._choice() is not None)
+        made = self._made(step, self._choice() or ([], []))
+        self._step = step + 1
+        for group in [group for group in self._open.values() if group.made and self.rules.too_old(group, self._step)]:
+            self._end(group, End.ABORTED, TOO_OLD)
+        self._notify()
         return made
 
     def finished(self) -> int:
@@ -133,11 +132,10 @@ class GroupBuffer:
         window = self.rules.window(list(self._open.values()))
         return min(sum(group.place is not None for group in window), self.rules.groups)
 
-    async def published(self, version: int) -> None:
+    def published(self, version: int) -> None:
         """Note that the servers now sample from `version`."""
-        async with self._changed:
-            self.version = version
-            self._changed.notify_all()
+        self.version = version
+        self._notify()
 
     @property
     def open(self) -> list[int]:
@@ -147,6 +145,15 @@ class GroupBuffer:
     @property
     def _done(self) -> bool:
         return self._step >= self._last_step
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` holds; it still does then, as nobody else runs in between."""
+        while not condition():
+            await self._changed.wait()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     def _has_room(self, number: int) -> bool:
         plan = self._plan()

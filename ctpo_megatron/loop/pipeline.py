@@ -64,7 +64,7 @@ class Pipeline:
     async def _collect(self, group: Admitted, failed: tuple[FailedAttempt, ...]) -> None:
         """Sample a group and put it into the buffer. `failed`: its attempts, where it is on record that it fails."""
         if failed:
-            await self.buffer.put(TrajectoryGroup(group.prompt, [], id=group.id, failed=list(failed)))
+            self.buffer.put(TrajectoryGroup(group.prompt, [], id=group.id, failed=list(failed)))
             return
         size, temperature = self._config.group_size, self._config.temperature
         made = await self._rollouts.group(
@@ -74,7 +74,7 @@ class Pipeline:
             if not attempt.aborted:
                 self._emit(GroupFailed(str(group.id), str(attempt.id), attempt.reason))
         self._failures.add(made)
-        await self.buffer.put(made)
+        self.buffer.put(made)
 
     async def take(self, step: int) -> Taken:
         """Returns the groups of `step`, from 0, once it can be made."""

@@ -175,7 +175,7 @@ class TrainLoop:
         with timer("storage"):
             await self._written()
         self.emit(StepTrained(step + 1, time.monotonic() - begun, timer.seconds, tail.seconds))
-        await self._pipeline.buffer.published(step + 1)
+        self._pipeline.buffer.published(step + 1)
 
     def _judge(self, step: int, metrics: dict[str, float]) -> None:
         """Tell of a loss spike or a collapse of the reward. Raises LeftCourse where the run may go back to before it."""

@@ -58,9 +58,9 @@ class Fed:
             numbers.append(self.next)
             self.next += 1
 
-    async def put(self, *made: TrajectoryGroup) -> None:
+    def put(self, *made: TrajectoryGroup) -> None:
         for each in made:
-            await self.buffer.put(each)
+            self.buffer.put(each)
 
     async def taken(self, step: int) -> list[int]:
         return [each.id.number for each in (await asyncio.wait_for(self.buffer.take(step), 1)).groups]
@@ -81,10 +81,10 @@ def test_admission_follows_versions(staleness, at_start, after_first):
     async def scenario():
         fed = Fed(StepRules(2, staleness))
         assert await fed.admitted_now() == at_start
-        await fed.put(*map(group, at_start))
+        fed.put(*map(group, at_start))
         assert await fed.taken(0) == [0, 1]
         assert await fed.admitted_now() == [], "the weights of the step are not out yet"
-        await fed.buffer.published(1)
+        fed.buffer.published(1)
         assert await fed.admitted_now() == after_first
 
     asyncio.run(scenario())
@@ -94,11 +94,11 @@ def test_resume_starts_at_its_step():
     async def scenario():
         fed = Fed(StepRules(1, 0), first_step=7, last_step=9)
         assert await fed.admitted_now() == [7]
-        await fed.put(group(7, version=7))
+        fed.put(group(7, version=7))
         assert await fed.taken(7) == [7]
-        await fed.buffer.published(8)
+        fed.buffer.published(8)
         assert await fed.admitted_now() == [8]
-        await fed.put(group(8, version=8))
+        fed.put(group(8, version=8))
         assert await fed.taken(8) == [8]
         assert not await fed.buffer.room(9), "the run is done"
 
@@ -110,11 +110,11 @@ def test_take_waits_for_its_own_groups_in_prompt_order():
         fed = Fed(StepRules(2, 1), last_step=2)
         assert await fed.admitted_now() == [0, 1, 2, 3]
         taking = asyncio.ensure_future(fed.buffer.take(0))
-        await fed.put(group(3, index=9), group(0, index=5))  # a later step's group is quick
+        fed.put(group(3, index=9), group(0, index=5))  # a later step's group is quick
         await asyncio.sleep(0.01)
         assert not taking.done()
         assert fed.buffer.finished() == 1
-        await fed.put(group(1, index=2))
+        fed.put(group(1, index=2))
         made = await asyncio.wait_for(taking, 1)
         assert [g.prompt.index for g in made.groups] == [2, 5]
         assert {g.step for g in made.groups} == {0}
@@ -126,18 +126,18 @@ def test_with_oversampling_the_first_to_finish_make_the_step_and_the_others_go_o
     async def scenario():
         fed = Fed(StepRules(2, 1, oversample=1))
         assert await fed.admitted_now() == [0, 1, 2]
-        await fed.put(group(2), group(1))
+        fed.put(group(2), group(1))
         assert await fed.taken(0) == [1, 2]
         assert await fed.admitted_now() == [], "what goes on is all that is open while the trainer trains"
-        await fed.buffer.published(1)
+        fed.buffer.published(1)
         assert await fed.admitted_now() == [3, 4]
-        await fed.put(group(3, version=1), group(4, version=1))
+        fed.put(group(3, version=1), group(4, version=1))
         assert await fed.waits(1), "group 0 would be too old one step later"
-        await fed.put(group(0))
+        fed.put(group(0))
         assert await fed.taken(1) == [0, 3]
-        await fed.buffer.published(2)
+        fed.buffer.published(2)
         assert await fed.admitted_now() == [5], "the last step takes all that is open"
-        await fed.put(group(5, version=2))
+        fed.put(group(5, version=2))
         assert await fed.taken(2) == [4, 5]
         assert fed.buffer.open == []
 
@@ -148,17 +148,17 @@ def test_a_group_without_a_difference_is_replaced_up_to_the_bound():
     async def scenario():
         fed = Fed(StepRules(2, 0, max_refills=2))
         assert await fed.admitted_now() == [0, 1]
-        await fed.put(group(0, rewards=(1.0, 1.0)))
+        fed.put(group(0, rewards=(1.0, 1.0)))
         assert await fed.admitted_now() == [2]
-        await fed.put(group(2, rewards=(0.0, 0.0)), group(1))
+        fed.put(group(2, rewards=(0.0, 0.0)), group(1))
         assert await fed.admitted_now() == [3]
-        await fed.put(group(3, rewards=(0.0, 0.0)))  # the third: it is trained on as it is
+        fed.put(group(3, rewards=(0.0, 0.0)))  # the third: it is trained on as it is
         made = await asyncio.wait_for(fed.buffer.take(0), 1)
         assert [each.id.number for each in made.groups] == [1, 3]
         assert [(each.number, each.end) for each in made.ended] == [(0, End.FILTERED), (2, End.FILTERED)]
-        await fed.buffer.published(1)
+        fed.buffer.published(1)
         assert await fed.admitted_now() == [4, 5]
-        await fed.put(group(4, version=1, rewards=(0.0, 0.0)))  # counted anew for each step
+        fed.put(group(4, version=1, rewards=(0.0, 0.0)))  # counted anew for each step
         assert await fed.admitted_now() == [6]
 
     asyncio.run(scenario())
@@ -171,7 +171,7 @@ def test_the_next_group_takes_the_place_of_one_that_failed():
         fed = Fed(StepRules(2, 1), last_step=4)
         assert await fed.admitted_now() == [0, 1, 2, 3]
         failed = FailedAttempt(AttemptId(GroupId(0), 1), "the sandbox is gone", response_length=7)
-        await fed.put(TrajectoryGroup(prompt(0), [], id=GroupId(0), failed=[failed]), group(1), group(2))
+        fed.put(TrajectoryGroup(prompt(0), [], id=GroupId(0), failed=[failed]), group(1), group(2))
         made = await asyncio.wait_for(fed.buffer.take(0), 1)
         assert [each.id.number for each in made.groups] == [1, 2]
         assert [(each.number, each.end, each.reason) for each in made.ended] == [(0, End.FAILED, "the sandbox is gone")]
@@ -185,7 +185,7 @@ def test_what_its_tokens_say_is_the_age_of_a_group():
     async def scenario():
         fed = Fed(StepRules(1, 1), first_step=5, last_step=8)
         assert await fed.admitted_now() == [5, 6]
-        await fed.put(group(5, version=3), group(6, version=4))
+        fed.put(group(5, version=3), group(6, version=4))
         made = await asyncio.wait_for(fed.buffer.take(5), 1)
         assert [each.id.number for each in made.groups] == [6]
         assert [(each.number, each.end) for each in made.ended] == [(5, End.ABORTED)]
@@ -202,7 +202,7 @@ def test_steps_that_were_left_are_not_made_again():
         plans.add(Composition(5, (10, 11), fates, admitted=12), "weights", Place(Path("x"), 0, 0))
         fed = Fed(StepRules(2, 0), first_step=5, last_step=7, admitted=14, decisions=Kept(plans))
         assert await fed.admitted_now() == [14, 15]
-        await fed.put(group(14, version=5), group(15, version=5))
+        fed.put(group(14, version=5), group(15, version=5))
         assert await fed.taken(5) == [14, 15]
         assert plans.planned(5) is None
 
@@ -214,3 +214,21 @@ class Kept(Undecided):
 
     def __init__(self, plans: Plans) -> None:
         self.planned, self.fate, self.drop_plans = plans.planned, plans.fate, plans.drop
+
+
+def test_a_step_that_waits_for_an_admission_hears_of_it():
+    """As it was made before, the next prompts had been chosen by then."""
+
+    async def scenario():
+        plans = Plans()
+        plans.add(Composition(0, (0,), {0: Fate(0, End.TRAINED, "", "0")}, admitted=2), "weights", Place(Path("x"), 0, 0))
+        fed = Fed(StepRules(1, 1), decisions=Kept(plans))
+        fed.buffer.begin(0, prompt(0))
+        fed.put(group(0))
+        taking = asyncio.ensure_future(fed.buffer.take(0))
+        await asyncio.sleep(0)
+        assert not taking.done()
+        fed.buffer.begin(1, prompt(1))
+        assert [each.id.number for each in (await asyncio.wait_for(taking, 1)).groups] == [0]
+
+    asyncio.run(scenario())

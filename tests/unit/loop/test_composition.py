@@ -122,7 +122,7 @@ class Run:
     def finish(self, which: int) -> bool:
         ready = [number for number in self.running if self.decisions.sampled[number] <= self.version]
         if ready:
-            self.now(self.buffer.put(self.running.pop(ready[which % len(ready)])))
+            self.buffer.put(self.running.pop(ready[which % len(ready)]))
         return bool(ready)
 
     def take(self) -> bool:
@@ -146,7 +146,7 @@ class Run:
         if self.version == self.step:
             return False
         self.version += 1
-        self.now(self.buffer.published(self.version))
+        self.buffer.published(self.version)
         return True
 
     def to_its_end(self, order: random.Random) -> None:

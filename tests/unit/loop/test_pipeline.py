@@ -99,7 +99,7 @@ async def play(
             await asyncio.sleep(0.003)  # training
             environment.version = each + 1
             journal.published(each + 1, f"weights {each + 1}")
-            await buffer.published(each + 1)
+            buffer.published(each + 1)
 
     feeding, training = asyncio.ensure_future(pipeline.feed()), asyncio.ensure_future(train())
     try:
