@@ -23,7 +23,7 @@ def ledger_job(run_dir: Path) -> None:
     console.print(_table("groups", {"all": summary["groups"]}))
     console.print(_table("mean tokens, up to", summary["by_length"]))
     console.print(_table("mean reward", summary["by_difficulty"]))
-    console.print(
+    print(  # not by rich, which would wrap it
         f"attempts that were trained on: {summary['ledger/kept_length']:.3f} times the tokens of all that ended, "
         f"{summary['ledger/kept_reward']:+.3f} of their reward"
     )
