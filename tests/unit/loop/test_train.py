@@ -189,6 +189,31 @@ def test_what_was_in_flight_when_a_run_ended_is_sampled_again_under_the_same_ids
     assert second == first[6:]
 
 
+class Straggling(Sampled):
+    """The first group comes to its end under the second version of the weights."""
+
+    async def group(self, prompt: Prompt, group: GroupId, **options: Any) -> TrajectoryGroup:
+        while group == GroupId(0) and self.ranks.version < 1:
+            await asyncio.sleep(0.001)
+        return await super().group(prompt, group, **options)
+
+
+def test_a_group_that_goes_on_is_in_the_checkpoint_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+    sizes = ("train.prompts_per_step=2", "train.oversample=1", "train.steps=2", "eval.every=0")
+    _, whole, _ = asyncio.run(train(config(*sizes), tmp_path, resume=False, rollouts=Straggling()))
+    assert [{row["group"] for row in rows(tmp_path, f"step_0000000{step}.jsonl")} for step in (1, 2)] == [
+        {"g00000001", "g00000002"},
+        {"g00000000", "g00000003"},
+    ]
+    (tmp_path / "checkpoints" / "step_00000002").rename(tmp_path / "lost")
+    state = newest(tmp_path / "checkpoints", 9, discard).state
+    assert (state.groups, [group.number for group in state.open], state.oldest_group) == (3, [0], 0)
+    again, resumed, _ = asyncio.run(train(config(*sizes), tmp_path, resume=True, rollouts=Straggling()))
+    assert [group for _, group in again] == ["g00000000", "g00000003"]
+    assert resumed.ledger.summary() == whole.ledger.summary()
+    assert resumed.ledger.summary()["groups"] == {"trained": 4, "filtered": 0, "failed": 0, "aborted": 0}
+
+
 def test_ids_and_events_reach_the_record(tmp_path: Path) -> None:
     _, loop, events = asyncio.run(train(config("train.steps=2", "train.prompts_per_step=2"), tmp_path, resume=False))
     trained = [row for step in (1, 2) for row in rows(tmp_path, f"step_{step:08d}.jsonl")]
