@@ -86,8 +86,7 @@ class Journal:
         self._weights[version] = digest
         self._plans.published(version, digest)
         self._append(_Record(self._recipe, {version: digest}))
-        published, self._published = self._published, asyncio.Event()
-        published.set()
+        self._wake()
 
     def note(self, kept: Attempt | Trajectory) -> None:
         """Keep an attempt as it is now. Raises StorageError."""
@@ -118,6 +117,7 @@ class Journal:
     def drop_plans(self, step: int) -> None:
         """Forget how `step` and those after it were made (`loop.protocols.Decisions`)."""
         self._plans.drop(step)
+        self._wake()
 
     async def find(self, attempt: AttemptId, prompt: Prompt, prompt_ids: list[int]) -> Attempt | Trajectory | None:
         """Returns what is kept of an attempt (`protocols.AttemptStore.find`)."""
@@ -135,12 +135,21 @@ class Journal:
         return found
 
     async def _same_weights(self, versions: set[int], weights: dict[int, str]) -> bool:
+        """Whether the run's `versions` are these `weights`.
+
+        Later ones are waited for where they are to be made from the same groups again; otherwise a step could wait for a group
+        that waits for the step.
+        """
         for version in sorted(versions):
-            while version not in self._weights and version > max(self._weights, default=-1):
+            while version > max(self._weights, default=-1) and self._plans.planned(version - 1) is not None:
                 await self._published.wait()
             if version not in weights or self._weights.get(version) != weights[version]:
                 return False
         return True
+
+    def _wake(self) -> None:
+        published, self._published = self._published, asyncio.Event()
+        published.set()
 
     def count(self) -> tuple[int, int]:
         """Returns how many attempts are kept whole, and how many are not."""

@@ -209,6 +209,22 @@ def test_steps_that_were_left_are_not_made_again():
     asyncio.run(scenario())
 
 
+def test_a_step_that_would_be_too_old_now_is_not_made_again():
+    """train.staleness was 2 then and is 1 now."""
+
+    async def scenario():
+        plans = Plans()
+        plans.add(Composition(5, (10,), {10: Fate(5, End.TRAINED, "", "10")}, admitted=12), "weights", Place(Path("x"), 0, 0))
+        fed = Fed(StepRules(1, 1), first_step=5, last_step=8, admitted=10, decisions=Kept(plans))
+        assert await fed.admitted_now() == [10, 11]
+        fed.put(group(10, version=3), group(11, version=5))
+        made = await asyncio.wait_for(fed.buffer.take(5), 1)
+        assert [each.id.number for each in made.groups] == [11]
+        assert [(each.number, each.end) for each in made.ended] == [(10, End.ABORTED)]
+
+    asyncio.run(scenario())
+
+
 class Kept(Undecided):
     """Decisions of before; new ones are not kept."""
 

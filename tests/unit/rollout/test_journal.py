@@ -104,11 +104,35 @@ def test_later_weights_are_waited_for_and_compared(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "r")
     for version, digest in enumerate(["zero", "one", "two"]):
         journal.published(version, digest)
+        journal.decided(Composition(version, (version,), {version: Fate(version, End.TRAINED, "", "p")}))
     journal.note(whole(0, 1, version=1))
     journal.note(whole(0, 2, version=2))
     journal.close()
     assert soon(asked("two")) == [True]
     assert soon(asked("another two")) == [False]
+
+
+def test_weights_that_will_not_be_made_again_are_not_waited_for(tmp_path: Path) -> None:
+    """The groups of a step are others now: a step must not wait for an attempt that waits for the weights behind it."""
+
+    async def scenario() -> tuple[bool, bool]:
+        journal = Journal(tmp_path, "r", step=1)
+        journal.published(1, "one")
+        unplanned = await journal.find(AttemptId(GroupId(0), 3), PROMPT, [7, 8])
+        waiting = asyncio.ensure_future(journal.find(AttemptId(GroupId(0), 2), PROMPT, [7, 8]))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        journal.drop_plans(1)
+        return unplanned is None, await waiting is None
+
+    journal = Journal(tmp_path, "r")
+    for version in range(4):
+        journal.published(version, f"w{version}" if version != 1 else "one")
+    journal.decided(Composition(1, (5,), {5: Fate(1, End.TRAINED, "", "p")}))
+    journal.note(whole(0, 2, version=2))
+    journal.note(whole(0, 3, version=3))
+    journal.close()
+    assert soon(scenario()) == (True, True)
 
 
 @pytest.mark.parametrize(
