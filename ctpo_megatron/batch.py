@@ -33,6 +33,7 @@ class TokenStreams:
     reference_logp: Tensor | None = None  # [T] float32, of the reference policy
     top_k_ids: Tensor | None = None  # [T, K] int32, the top-k tokens of the policy that sampled
     top_k_logp: Tensor | None = None  # [T, K] float32, their log-probs under it; -inf: an unused place
+    support_ids: Tensor | None = None  # [T, K] int32, what truncated sampling could have drawn; -1: an unused column
     policy_top_k_logp: Tensor | None = None  # [T, K] float32, those of the policy in training, found in its forward pass
 
     def at(self, index: Tensor) -> TokenStreams:

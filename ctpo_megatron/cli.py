@@ -80,12 +80,17 @@ def sft(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command("eval")
-def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Accuracy of model.path on data.eval, through SGLang."""
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    anew: Annotated[bool, typer.Option("--anew", help="sample all again, also what an earlier command has sampled")] = False,
+) -> None:
+    """avg@k, pass@k and maj@k of model.path on data.eval and eval.benchmarks, through SGLang. The same command goes on from an
+    end before its time."""
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(loaded, lambda _stop: eval_job(loaded))
+    _run(loaded, lambda _stop: eval_job(loaded, anew=anew))
 
 
 @app.command()
@@ -229,13 +234,14 @@ def slurm(
         Path | None,
         typer.Option(help=f"YAML file of the site's options; default: {SITE_FILE}", callback=_at_home),
     ] = None,
-    nodes: Annotated[int | None, typer.Option(help="default: as many as the configuration needs")] = None,
+    nodes: Annotated[int | None, typer.Option(help="without spare ones; default: as many as the configuration needs")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="of the partition's nodes; default: 8")] = None,
     time: Annotated[str | None, typer.Option(help="limit, as sbatch takes it; 24:00:00")] = None,
     partition: Annotated[str | None, typer.Option(help="default: the cluster's")] = None,
     account: Annotated[str | None, typer.Option(help="default: yours")] = None,
     qos: Annotated[str | None, typer.Option(help="quality of service")] = None,
     reservation: Annotated[str | None, typer.Option(help="name of one")] = None,
+    spare_nodes: Annotated[int | None, typer.Option(help="to have beside those that the run needs")] = None,
     constraint: Annotated[str | None, typer.Option(help="features of the nodes")] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="any other of the site's options: key=value, like signal_lead=900")
@@ -250,7 +256,7 @@ def slurm(
     if submit and dry_run:
         raise ConfigError("--submit sends the job, --dry-run does not; give one of them")
     named = {"gpus_per_node": gpus_per_node, "time": time, "partition": partition, "account": account}
-    named |= {"qos": qos, "reservation": reservation, "constraint": constraint}
+    named |= {"qos": qos, "reservation": reservation, "constraint": constraint, "spare_nodes": spare_nodes}
     given = read_overrides(option or []).values | {key: value for key, value in named.items() if value is not None}
     source = site or (SITE_FILE if SITE_FILE.is_file() else None)
     options, loaded, words = read_site(source, given), load_config(config, overrides or []), overrides or []

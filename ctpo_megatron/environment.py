@@ -37,11 +37,19 @@ _RECORDER = Variable(
     TRAINER,
     "torch's flight recorder: which rank has come how far is told by its collective calls",
 )
+_LOGPROBS = Variable(
+    "SGLANG_RETURN_ORIGINAL_LOGPROB",
+    "0",
+    SERVER,
+    "with 1 servers report log-probs at temperature 1, whatever the temperature of sampling",
+    fixed=True,
+)
 KERNELS = f"/tmp/ctpo-kernels-{os.getuid()}"  # on the node's own disk: home directories are often shared by all nodes
 _CACHE = "compiled kernels stay on the node: a shared home directory means locks and a compilation per process"
 
 ON_CPUS = (
     _RECORDER,
+    _LOGPROBS,
     Variable("OMP_WAIT_POLICY", "passive", BOTH, "threads that wait must sleep: spinning, they take cores from other processes"),
     Variable(
         "THP_MEM_ALLOC_ENABLE", "1", BOTH, "torch's: buckets of weights come in large pages; small ones cost more than sending"
@@ -53,6 +61,7 @@ ON_CPUS = (
 )
 ON_GPUS = (
     _RECORDER,
+    _LOGPROBS,
     Variable("NCCL_CUMEM_ENABLE", "0", BOTH, "SGLang sets it where it is unset; NCCL fails or hangs where two ends differ"),
     Variable("NCCL_NVLS_ENABLE", "0", BOTH, "as NCCL_CUMEM_ENABLE"),
     Variable("NCCL_MNNVL_ENABLE", "0", BOTH, "SGLang sets both to 1 on GB200 and GB300 where they are unset; there set both"),

@@ -97,6 +97,10 @@ class NoServerLeft(EngineError):
     """No inference server serves, and none is to be expected: nothing can be sampled any more."""
 
 
+class AsideLost(EngineError):
+    """The servers that kept the weights of an evaluation are gone, or hold others."""
+
+
 class WeightSyncError(CtpoError, RuntimeError):
     """Publishing weights to the inference servers failed or could not be proven right.
 
@@ -137,12 +141,20 @@ class DamagedCheckpoint(CheckpointError):
     """A checkpoint is not what was written: a file is missing, cut short, or holds other bytes."""
 
 
+class CopyLost(CheckpointError):
+    """A copy of the trainer's state in memory is gone, incomplete, of another layout, or not what was handed over."""
+
+
 class ProcessDied(CtpoError, RuntimeError):
     """A process of the run ended on its own; the message names it, its exit code and its log."""
 
 
 class TrainerLost(ProcessDied):
     """A rank of the trainer died or hangs; the servers and what they sample are not touched by it."""
+
+
+class NoRoom(CtpoError, RuntimeError):
+    """Ray had no room for processes of the run within the time that it has for this."""
 
 
 class RayLost(ProcessDied):

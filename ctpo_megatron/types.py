@@ -9,6 +9,7 @@ text is ever tokenised a second time.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,15 +30,19 @@ class GroupId:
     """Names a group of its run, from admission to the record. Written `g00000012`, of an evaluation `e00000004-g00000012`.
 
     `number` counts the admitted groups of the run from 0, and goes on where a run is resumed; in an evaluation it is the prompt's
-    place among the held-out ones. `evaluation` is the number of training steps before that evaluation, None in training.
+    place in its file. `evaluation` is the number of training steps before that evaluation, None in training. `benchmark` is what
+    the file is called, empty for the held-out prompts of the run: `e00000004-aime25-g00000012`.
     """
 
     number: int
     evaluation: int | None = None
+    benchmark: str = ""
 
     def __str__(self) -> str:
         name = f"g{self.number:08d}"
-        return name if self.evaluation is None else f"e{self.evaluation:08d}-{name}"
+        if self.evaluation is None:
+            return name
+        return "-".join(part for part in (f"e{self.evaluation:08d}", self.benchmark, name) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,58 @@ class RoutingShape:
 
 
 @dataclass(frozen=True, slots=True)
+class Truncation:
+    """What is cut off the tempered distribution before a token is drawn. The defaults cut off nothing."""
+
+    top_p: float = 1.0  # the likeliest tokens that together reach this probability
+    top_k: int | None = None  # so many of the likeliest tokens; None: all
+    min_p: float = 0.0  # tokens that are at least so many times as likely as the likeliest one
+
+    @property
+    def cuts(self) -> bool:
+        """Whether anything can be cut off."""
+        return self.top_p < 1.0 or self.top_k is not None or self.min_p > 0.0
+
+
+WHOLE = Truncation()
+
+
+@dataclass(frozen=True, slots=True)
+class Supports:
+    """The tokens that could have been drawn at each place of a stream, where sampling was truncated (docs/truncation.md)."""
+
+    ids: NDArray[np.int32]  # [sum of counts], place after place
+    counts: NDArray[np.int32]  # [tokens]; 0 where no policy drew
+
+    @classmethod
+    def none(cls, tokens: int) -> Supports:
+        """The entry of `tokens` tokens that no policy drew."""
+        return cls(np.zeros(0, np.int32), np.zeros(tokens, np.int32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Supports]) -> Supports:
+        """One stream after the other; at least one is needed."""
+        return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.counts for p in parts]))
+
+    @classmethod
+    def of_rows(cls, rows: NDArray[np.int32]) -> Supports:
+        """Those in `rows` [tokens, K], where -1 is an unused column."""
+        used = rows >= 0
+        return cls(rows[used].astype(np.int32), used.sum(1).astype(np.int32))
+
+    @property
+    def width(self) -> int:
+        """The largest count, at least 1."""
+        return max(1, int(self.counts.max(initial=0)))
+
+    def rows(self, width: int) -> NDArray[np.int32]:
+        """[tokens, width]; -1: an unused column."""
+        rows = np.full((len(self.counts), width), -1, np.int32)
+        rows[np.arange(width) < self.counts[:, None]] = self.ids
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
 class TopK:
     """The top-k next tokens under the policy that sampled, most probable first, for each token of a stream."""
 
@@ -115,24 +172,28 @@ class Generation:
     """What an inference engine sampled after a prompt: streams of equal length. A stop token that ended it is the last entry."""
 
     token_ids: list[int] = field(default_factory=list)
-    rollout_logp: list[float] = field(default_factory=list)  # of the distribution at the sampling temperature (greedy: at 1)
+    # of the distribution at the sampling temperature (greedy: at 1); with supports, of what truncation left of it
+    rollout_logp: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # policy version that sampled each token
     finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
     top_k: TopK | None = None  # the top-k tokens at each place, at the sampling temperature
     routed_experts: NDArray[np.signedinteger] | None = None  # [tokens, expert layers, top_k], see `EngineClient.generate`
+    supports: Supports | None = None  # the tokens that could have been drawn, of truncated sampling for training
 
     def append(self, part: Generation) -> None:
         """Add the tokens of `part`."""
         self.token_ids += part.token_ids
         self.rollout_logp += part.rollout_logp
         self.versions += part.versions
+        if part.supports is not None:
+            self.supports = Supports.joined([self.supports or Supports.none(0), part.supports])
 
 
 @dataclass(slots=True)
 class Turn:
     """A run of tokens from one author.
 
-    For `assistant` turns `rollout_logp[i]` is the engine's log-prob of `token_ids[i]` at the sampling temperature and
+    For `assistant` turns `rollout_logp[i]` is the engine's log-prob of `token_ids[i]` as `Generation` has it and
     `versions[i]` the policy version that sampled it. `tool` turns carry 0.0 and -1 and are masked out of the loss.
     """
 
@@ -141,11 +202,14 @@ class Turn:
     rollout_logp: list[float]
     versions: list[int]
     top_k: TopK | None = None  # of an assistant's tokens, where the run collects it
+    supports: Supports | None = None  # of an assistant's tokens, where sampling is truncated
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.rollout_logp), len(self.versions)}
         if self.top_k is not None:
             lengths |= {len(self.top_k.ids), len(self.top_k.logp)}
+        if self.supports is not None:
+            lengths.add(len(self.supports.counts))
         if len(lengths) != 1:
             raise ValueError(f"streams of a {self.role} turn differ in length: {sorted(lengths)}")
 
@@ -169,6 +233,7 @@ class Trajectory:
     seconds: float = 0.0
     routed_experts: NDArray[np.signedinteger] | None = None
     undecided: bool = False  # whether its answer could not be compared with the right one; the reward is 0 then
+    given: str | None = None  # the answer that was judged, None where there is none
     id: AttemptId = field(kw_only=True)
 
     @property
@@ -267,12 +332,14 @@ class TrainSample:
     group: int = 0  # samples of one prompt share it
     routed_experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it
     top_k: TopK | None = None  # of each label, where the run collects it; unused where masked
+    supports: Supports | None = None  # of each label, where sampling is truncated; none where masked
 
     def __post_init__(self) -> None:
         streams: list[Any] = [self.input_ids, self.labels, self.mask, self.rollout_logp, self.versions]
         streams += [self.advantages]
         streams += [] if self.routed_experts is None else [self.routed_experts]
         streams += [] if self.top_k is None else [self.top_k.ids, self.top_k.logp]
+        streams += [] if self.supports is None else [self.supports.counts]
         if len({len(stream) for stream in streams}) != 1:
             raise ValueError(f"streams of a sample differ in length: {[len(stream) for stream in streams]}")
 

@@ -3,7 +3,7 @@
 With e = old_logp - rollout_logp per token, a level's log-weight is e itself (`token`), its sum up to the token (`prefix`), over
 the sequence (`sequence`) or the mean over the sequence (`geometric`). Truncated importance sampling (TIS) holds the weight to a
 range, masked importance sampling (MIS) and IcePop (arXiv 2510.18855) set it to zero outside. No gradient; denominators of the
-aggregation do not change.
+aggregation do not change. What long sequences make of each level: docs/mismatch.md.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ def correction_channel(level: str, mismatch: Tensor) -> Channel | None:
     return None if level == "token" else Channel(mismatch, reach=REACH[level])
 
 
-def correction_factor(
-    kind: str, level: str, low: float, high: float, *, mismatch: Tensor, scanned: Tensor | None, length: Tensor
-) -> Tensor:
-    """Factor of each token [T]. `scanned` [T]: the result of the level's channel; `length` [T]: tokens of the sequence."""
-    log_weight = mismatch if scanned is None else scanned
-    if level == "geometric":
-        log_weight = log_weight / length
-    weight = torch.exp(log_weight.clamp(-MAX_ABS, MAX_ABS))
+def log_weight(level: str, *, mismatch: Tensor, scanned: Tensor | None, length: Tensor) -> Tensor:
+    """Log of each token's weight before anything is held back, +-20 at most [T].
+
+    `scanned` [T]: the result of the level's channel; `length` [T]: tokens of the sequence.
+    """
+    found = mismatch if scanned is None else scanned
+    return (found / length if level == "geometric" else found).clamp(-MAX_ABS, MAX_ABS)
+
+
+def correction_factor(kind: str, low: float, high: float, weight: Tensor) -> Tensor:
+    """Factor of each token [T]: its `weight` [T] held to [low, high] where `kind` is truncate, set to 0 outside otherwise."""
     if kind == "truncate":
         return weight.clamp(low, high)
     return torch.where((weight >= low) & (weight <= high), weight, 0.0)

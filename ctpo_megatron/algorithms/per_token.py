@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctpo_megatron.algorithms.correction import correction_factor
+from ctpo_megatron.algorithms.correction import correction_factor, log_weight
 from ctpo_megatron.algorithms.health import health_sums
 from ctpo_megatron.algorithms.prepare import Prepared
 from ctpo_megatron.algorithms.recipe import Recipe
@@ -70,20 +70,27 @@ def _correct(correction: Correction, ready: Prepared, part: slice, value: Tensor
     if ready.mismatch is None:
         raise ValueError("a correction needs the mismatch that `prepare` finds for a recipe with one")
     gap, scanned, mask = ready.mismatch[part], ready.scanned_mismatch, ready.tokens.mask[part]
-    factor = correction_factor(
-        "truncate" if correction.type == "truncate" else "mask",
+    logs = log_weight(
         correction.level,
-        correction.low,
-        correction.high,
         mismatch=gap,
         scanned=None if scanned is None else scanned[part],
         length=ready.tokens.length[part],
     )
+    weight = logs.exp()
+    kind = "truncate" if correction.type == "truncate" else "mask"
+    factor = correction_factor(kind, correction.low, correction.high, weight)
     value[part] *= factor
     slope[part] *= factor
-    counted = torch.where(mask, factor, 0.0)
-    count, zero = mask.sum().double(), ((factor == 0) & mask).sum().double()
+    counted, before = torch.where(mask, factor, 0.0), torch.where(mask, weight, 0.0)
+    count = mask.sum().double()
+    totals = {
+        "correction": counted.sum(dtype=torch.float64),
+        "correction_sq": counted.square().sum(dtype=torch.float64),
+        "correction_zero": ((factor == 0) & mask).sum().double(),
+        "correction_before": before.sum(dtype=torch.float64),
+        "correction_log": torch.where(mask, logs, 0.0).sum(dtype=torch.float64),
+    }
     return Stats(
-        means={"correction": Weighted(counted.sum(dtype=torch.float64), count), "correction_zero": Weighted(zero, count)},
-        maxima={"correction_max": largest(counted)},
+        means={name: Weighted(total, count) for name, total in totals.items()},
+        maxima={"correction_max": largest(counted), "correction_before_max": largest(before)},
     )

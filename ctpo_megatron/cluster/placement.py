@@ -43,13 +43,14 @@ class Placement:
     servers: list[tuple[RayOptions, ...]] = field(default_factory=list)
 
 
-def place(topology: Topology, group: PlacementGroup) -> Placement:
-    """Ray's options for every actor of the run in `group`, which was reserved for `topology.bundles`.
+def place(topology: Topology, group: PlacementGroup, servers: PlacementGroup | None = None) -> Placement:
+    """Ray's options for every actor of the run: the trainer's in `group`, the servers' in the group `servers`.
 
-    Ranks are numbered in the order of their nodes, so that neighbours, tensor parallel first, share one. Raises InputError when
-    a run that needs one node has several.
+    `servers` was reserved for `topology.server_bundles`; without it `group` was reserved for all `topology.bundles`. Ranks are
+    numbered in the order of their nodes, so that neighbours, tensor parallel first, share one. Raises InputError when a run
+    that needs one node has several.
     """
-    node_of, bundles = placement_group_table(group)["bundles_to_node_id"], topology.bundles
+    node_of = placement_group_table(group)["bundles_to_node_id"]
     count = len(set(node_of.values()))
     if topology.needs_one_node and count > 1:
         raise InputError(
@@ -57,17 +58,22 @@ def place(topology: Topology, group: PlacementGroup) -> Placement:
             "nodes together; use weights.type=broadcast, or a smaller layout"
         )
     order = sorted(range(topology.ranks), key=lambda bundle: (node_of[bundle], bundle))
-    ranks = [_options(group, bundle, 1.0, min(1.0, bundles[bundle].get("GPU", 0.0))) for bundle in order]
-    servers: list[tuple[RayOptions, ...]]
+    own = topology.rank_bundles
+    ranks = [_options(group, bundle, 1.0, min(1.0, own[bundle].get("GPU", 0.0))) for bundle in order]
+    parts: list[tuple[RayOptions, ...]]
     if topology.shares_gpus:
-        servers = [(_options(group, bundle, 1.0, 0.0),) for bundle in order[:: topology.server_tp]]
+        parts = [(_options(group, bundle, 1.0, 0.0),) for bundle in order[:: topology.server_tp]]
     else:
-        own = range(topology.ranks, len(bundles))
-        parts = [_options(group, bundle, 1.0, bundles[bundle].get("GPU", 0.0)) for bundle in own]
-        nodes = topology.server_nodes
-        servers = [tuple(parts[at : at + nodes]) for at in range(0, len(parts), nodes)]
+        parts = _server_places(topology, group if servers is None else servers, topology.ranks if servers is None else 0)
     on_node = Counter(node_of[bundle] for bundle in order)
-    return Placement(ranks, [on_node[node_of[bundle]] for bundle in order], servers)
+    return Placement(ranks, [on_node[node_of[bundle]] for bundle in order], parts)
+
+
+def _server_places(topology: Topology, group: PlacementGroup, first: int) -> list[tuple[RayOptions, ...]]:
+    """Ray's options for each server's parts, whose bundles begin at number `first` of `group`."""
+    bundles, nodes = topology.server_bundles, topology.server_nodes
+    options = [_options(group, first + at, 1.0, bundle.get("GPU", 0.0)) for at, bundle in enumerate(bundles)]
+    return [tuple(options[at : at + nodes]) for at in range(0, len(options), nodes)]
 
 
 def share_gpus(gpus: list[list[str]], servers: list[tuple[RayOptions, ...]], tp: int) -> list[ServerPlacement]:

@@ -6,13 +6,14 @@ import asyncio
 import logging
 import os
 import signal
+import time
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from ctpo_megatron.cluster.loopback import LOOPBACK, on_loopback
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.errors import CtpoError, InputError
+from ctpo_megatron.errors import CtpoError, InputError, NoRoom
 
 # Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run.
 # It asks a process to end before it kills it: one that is stopped would hold its place for five seconds. An actor that ends would
@@ -24,6 +25,7 @@ SETTINGS = {
     "kill_worker_timeout_milliseconds": 1000,
     "kill_child_processes_on_worker_exit": False,
 }
+ASK_EVERY_S = 0.1  # whether there is room; a question takes a millisecond
 LOCAL_OBJECT_STORE = 2**30  # a CPU run's batches are small, and /dev/shm often is too
 
 
@@ -91,19 +93,32 @@ def resolve_device(config: RunConfig) -> RunConfig:
 
 
 async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:
-    """A placement group for all processes of the run, or an error that says what is missing."""
-    group = placement_group(bundles, strategy="PACK")
-    ready = asyncio.wrap_future(group.ready().future())
-    done, _ = await asyncio.wait([ready], timeout=timeout_s)
-    if not done:
-        ready.cancel()
-        needed = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
-        offered = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
-        raise CtpoError(
-            f"no room for the run's processes after {timeout_s:.0f} s: {len(bundles)} processes need {needed}, the cluster has "
-            f"{offered} and {ray.available_resources().get('CPU', 0)} CPUs, {ray.available_resources().get('GPU', 0)} GPUs free"
-        )
+    """A placement group for these processes of the run, or an error that says what is missing."""
+    group = await try_reserve(bundles, timeout_s)
+    if group is None:
+        raise no_room(bundles, timeout_s)
     return group
+
+
+async def try_reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup | None:
+    """A placement group for these processes; None, and nothing is asked for any more, where there is no room in time."""
+    group, deadline = placement_group(bundles, strategy="PACK"), time.monotonic() + timeout_s
+    while (await asyncio.to_thread(placement_group_table, group))["state"] != "CREATED":
+        if time.monotonic() > deadline:
+            remove_placement_group(group)
+            return None
+        await asyncio.sleep(ASK_EVERY_S)
+    return group
+
+
+def no_room(bundles: list[dict[str, float]], waited_s: float) -> NoRoom:
+    """What to say where Ray has no room for these processes."""
+    needed = {kind: sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU")}
+    offered = {kind: ray.cluster_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+    return NoRoom(
+        f"no room for the run's processes after {waited_s:.0f} s: {len(bundles)} processes need {needed}, the cluster has "
+        f"{offered} and {ray.available_resources().get('CPU', 0)} CPUs, {ray.available_resources().get('GPU', 0)} GPUs free"
+    )
 
 
 def node_address(config: RunConfig) -> str:

@@ -24,9 +24,10 @@ import ray
 from ctpo_megatron.cluster.calls import Process, call_all, first_of
 from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.environment import EVALUATION_RECORD, RECORD, decide, ray_environment, write_record
-from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, place, share_gpus
-from ctpo_megatron.cluster.ray_cluster import connect, reserve, resolve_device
+from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, share_gpus
+from ctpo_megatron.cluster.ray_cluster import connect, resolve_device
 from ctpo_megatron.cluster.ray_watch import Part, alive, ended, ray_processes
+from ctpo_megatron.cluster.room import Room
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.cluster.watch.loop_watch import LoopWatch
@@ -53,8 +54,9 @@ class Runtime:
     """Use as `async with Runtime(...) as runtime`; leaving the block ends every process it started.
 
     `shape`: of the model in config.model.path. `topology`: which processes there are. `total_steps`: optimizer steps of the run.
-    `emit` receives what happens to the inference servers. Once it has started, `config` and `topology` name the device that is
-    used, cpu or cuda.
+    `emit` receives what happens to the inference servers and to the trainer's places. Once it has started, `config` and
+    `topology` name the device that is used, cpu or cuda, and the layout that the trainer has: `parallel`, or a smaller one of
+    `elastic.layouts`.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Runtime:
         self._environment: dict[Reader, dict[str, str]] = {"trainer": {}, "server": {}}
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
-        self._placement = Placement()
+        self._room: Room | None = None
         self._ray: dict[Part, psutil.Process] = {}
         self.stages, self.depths = Stages(), Depths()  # of the driver
         self._emit = emit
@@ -113,20 +115,22 @@ class Runtime:
         connect(self.config, round(sum(bundle["CPU"] for bundle in self.topology.bundles)))
         self._ray = ray_processes()
         self.config = config = resolve_device(self.config)
-        self.topology = topology = self.topology.on(config.cluster.device)
+        topology = self.topology.on(config.cluster.device)
         topology.check_sharing()
+        self._room = room = Room(config, topology, self._emit)
         self._environment = decide(config, os.environ)
         write_record(config, self._environment, self._run_dir / (RECORD if topology.ranks else EVALUATION_RECORD))
         self._watchdog = watchdog = self._begin_watch()
-        group = await reserve(topology.bundles, config.cluster.start_timeout_s)
-        self._placement = placement = place(topology, group)
-        self._launch_trainer(watchdog)
-        if placement.servers and not topology.shares_gpus:
-            self._engines = self._engine_group([ServerPlacement(parts) for parts in placement.servers])
-        await self.guard(self._come_up_sharing(placement) if topology.shares_gpus else self._come_up(placement))
+        await room.take()
+        self._launch_trainer(room, watchdog)
+        servers = room.placement.servers
+        if servers and not topology.shares_gpus:
+            self._engines = self._engine_group([ServerPlacement(parts) for parts in servers])
+        await self.guard(self._come_up_sharing(room.placement) if topology.shares_gpus else self._come_up(room.placement))
 
-    def _launch_trainer(self, watchdog: Watchdog) -> None:
-        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(self._placement.ranks)]
+    def _launch_trainer(self, room: Room, watchdog: Watchdog) -> None:
+        self.config, self.topology = self.config.in_layout(room.layout), room.topology
+        self._ranks = [self._trainer_process(rank, options) for rank, options in enumerate(room.placement.ranks)]
         self._trainer = TrainerGroup(self._ranks, self.config.cluster.call_timeout_s) if self._ranks else None
         watchdog.watch_ranks(self._ranks)
 
@@ -134,14 +138,19 @@ class Runtime:
         """End what is left of the trainer's ranks and start all of them again, with the weights that a run begins with.
 
         Servers are left alone; those that share the trainer's GPUs have to have given back their memory. The ranks come up in
-        the places that they had, or where Ray finds room for these when a node is gone. Ray starts none before the one that had
-        its place is gone, also where that one is stopped and hears nothing.
+        the places that they had, or in others, and in a layout, that `Room` finds when a node is gone. Ray starts none before
+        the one that had its place is gone, also where that one is stopped and hears nothing.
         """
+        room, watchdog = self._room, self._watchdog
+        assert room is not None, "the runtime is open"
+        assert watchdog is not None, "the runtime is open"
         for rank in self._ranks:
             ray.kill(rank.actor)
-        assert self._watchdog is not None, "the runtime is open"
-        self._launch_trainer(self._watchdog)
-        await self.guard(self._build_trainer(self._placement))
+        self._ranks = []  # nobody waits for their end
+        watchdog.watch_ranks([])
+        await self.guard(room.retake())
+        self._launch_trainer(room, watchdog)
+        await self.guard(self._build_trainer(room.placement))
 
     def _begin_watch(self) -> Watchdog:
         node = ray.get_runtime_context().get_node_id()
@@ -175,7 +184,10 @@ class Runtime:
     async def _build_trainer(self, placement: Placement) -> None:
         ranks = self.topology.ranks
         here = [ranks] * ranks if self.topology.device == "cpu" else placement.ranks_here  # nodes without GPUs may be one machine
-        await asyncio.wait_for(self.trainer.build(here, self._total_steps), self.config.cluster.start_timeout_s)
+        building = [self.trainer.build(here, self._total_steps)]
+        if self._room is not None:
+            building.append(self._room.until_lost())
+        await asyncio.wait_for(first_of(building), self.config.cluster.start_timeout_s)
 
     def _engine_group(self, places: list[ServerPlacement]) -> EngineGroup:
         return EngineGroup(
@@ -192,7 +204,7 @@ class Runtime:
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
-        remote = ray.remote(concurrency_groups={"watch": 1, "pulse": 1, "checkpoint": 1})(TrainerActor)
+        remote = ray.remote(concurrency_groups={"watch": 1, "pulse": 1, "checkpoint": 1, "memory": 1})(TrainerActor)
         environment = ray_environment("trainer", self.config.cluster.device, self._environment["trainer"])
         actor = remote.options(**options, runtime_env=environment).remote(self.config, self.shape, rank, str(log))
         return Process(f"trainer rank {rank}", actor, log)

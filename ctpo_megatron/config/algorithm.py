@@ -8,6 +8,7 @@ from pydantic import NonNegativeFloat, model_validator
 
 from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingConfig
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.correction_alarm import CorrectionAlarm
 from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, Objective, SequenceMean
 
 TOP_K = 20  # of DPPO's and CPPO's top-k divergences, as their papers have it
@@ -46,6 +47,8 @@ class AlgorithmConfig(Section):
     """Keep the policy near a reference policy, whose weights wait in each rank's host memory. null: do not."""
     correction: Correction | None = None
     """Importance weights for the distance between the anchor and the engine's log-probs; `type` picks the kind. null: none."""
+    correction_alarm: CorrectionAlarm = CorrectionAlarm()
+    """When these weights count as shrunk, which is an event."""
 
     @property
     def top_k(self) -> int:

@@ -71,7 +71,7 @@ def dotted_keys(section: type[Section] = RunConfig, prefix: str = "") -> Iterato
 def _line(details: ErrorDetails, sources: list[Source], main: str, root: type[Section]) -> str:
     path, section = _walk(details["loc"], root)
     where = next((source.name for source in reversed(sources) if path and source.holds(path)), main)
-    key = ".".join(str(part) for part in path)
+    key = _dotted(path)
     return f"{where}: {key}: {_what(details, path, section, root)}" if key else f"{where}: {_what(details, path, section, root)}"
 
 
@@ -118,16 +118,21 @@ def _what(details: ErrorDetails, path: tuple[int | str, ...], section: type[Sect
 def _unknown_key(key: str, parents: tuple[int | str, ...], section: type[Section], root: type[Section]) -> str:
     allowed = list(section.model_fields)
     chosen = type_name(section)
-    own = ".".join(map(str, (*parents, key)))
+    own = _dotted((*parents, key))
     elsewhere = dict.fromkeys(dotted for dotted in dotted_keys(root) if dotted.rsplit(".", 1)[-1] == key)
     if own in elsewhere:
         guess = f" It is an option of another type than {chosen!r}."
     else:
         guess = near_miss(key, allowed) or (f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else "")
-    parent = ".".join(str(part) for part in parents) or "the top level"
+    parent = _dotted(parents) or "the top level"
     if chosen is not None and parents:
         parent += f" of type {chosen!r}"
     return f"unknown key.{guess} Allowed in {parent}: {', '.join(allowed)}."
+
+
+def _dotted(path: tuple[int | str, ...]) -> str:
+    """`elastic.layouts[0].dp`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def _wrong_type(key: str, section: type[Section], found: Any) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.dynamic import DynamicConfig
 from ctpo_megatron.config.feeding import MAIN, PoolsConfig, SourceConfig
+from ctpo_megatron.types import Truncation
 
+MAX_TOP_K = 1024  # SGLang reports supports of up to 4,096 tokens (--sampling-mask-max-tokens); ties at the cut may be many
 CPU_KV_TOKENS = 65_536  # of a server on CPUs whose configuration does not say how many
 
 
@@ -29,7 +31,7 @@ class DataConfig(Section):
     """`package.module:function` that gives the weights of sources and pools, asked after every step (docs/rollouts.md). null: the
     weights stay."""
     eval: FilePath | None = None
-    """Held-out prompts. null: no evaluation."""
+    """Held-out prompts, which `eval` is about; eval.benchmarks has further files. null: none."""
     system_prompt: str | None = None
     """Put before each conversation that has no system message of its own."""
     max_prompt_tokens: PositiveInt = 2048
@@ -79,6 +81,16 @@ class MathReward(Section):
     """Time to compare one answer; beyond it the reward is 0 and `reward/undecided` counts it."""
 
 
+# arguments of SGLang 0.5.23 by which tokens come from another distribution than requests ask for and log-probs are of
+DRAWS_OTHERWISE = {
+    "--preferred-sampling-params": "it adds to every request; set rollout.temperature, top_p, top_k and min_p instead",
+    "--enable-watermark": "a watermark changes which tokens are drawn, but not the log-probs that are reported",
+    "--speculative-accept-threshold-single": "drafts that are accepted below it are not drawn from the policy; leave it out",
+    "--speculative-accept-threshold-acc": "drafts that are accepted below it are not drawn from the policy; leave it out",
+    "--config": "a file of arguments cannot be checked; write them into rollout.engine.extra_args",
+}
+
+
 class EngineConfig(Section):
     """SGLang servers."""
 
@@ -102,7 +114,18 @@ class EngineConfig(Section):
     does not take its turns by cluster.watch."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for `sglang.launch_server`, passed as they are. `--json-model-override-args` is refused: the trainer
-    would not see it."""
+    would not see it. So is what changes how tokens are drawn behind a request's back (docs/truncation.md)."""
+
+    @field_validator("extra_args")
+    @classmethod
+    def _tokens_are_drawn_as_asked(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        for word in words:
+            written = word.partition("=")[0]
+            for flag, why in DRAWS_OTHERWISE.items():
+                # argparse takes beginnings too, where no other argument has them
+                if len(written) >= len("--config") and flag.startswith(written):
+                    raise ValueError(f"{flag} is not allowed: {why}")
+        return words
 
     @property
     def tp_per_node(self) -> int:
@@ -125,6 +148,14 @@ class RolloutConfig(Section):
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
     """Sampling temperature; the trainer applies the same to its logits."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw from the likeliest tokens that together reach this probability. Below 1 it needs `rollout.top_k`; the trainer's policy
+    is cut in the same way (docs/truncation.md). 1: no cut."""
+    top_k: Annotated[int, Field(ge=2, le=MAX_TOP_K)] | None = None
+    """Draw from so many of the likeliest tokens. null: no cut."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Draw from tokens that are at least so many times as likely as the likeliest one. Above 0 it needs `rollout.top_k`. 0: no
+    cut."""
     max_turns: PositiveInt = 5
     """Assistant turns per trajectory."""
     max_response_tokens: PositiveInt = 1024
@@ -147,15 +178,18 @@ class RolloutConfig(Section):
     engine: EngineConfig = EngineConfig()
     """The inference servers."""
 
+    @property
+    def truncation(self) -> Truncation:
+        """What is cut off the distribution before a token is drawn."""
+        return Truncation(self.top_p, self.top_k, self.min_p)
 
-class EvalConfig(Section):
-    """Held-out accuracy."""
-
-    every: NonNegativeInt = 0
-    """Evaluate after every so many steps, besides before the first and after the last. 0: only these two."""
-    prompts: PositiveInt | None = None
-    """Use the first so many rows. null: all."""
-    samples: PositiveInt = 1
-    """Samples per prompt; accuracy is their mean."""
-    temperature: NonNegativeFloat = 0.0
-    """0: greedy."""
+    @model_validator(mode="after")
+    def _supports_can_be_told(self) -> RolloutConfig:
+        if self.top_k is None and self.truncation.cuts:
+            key = f"rollout.top_p={self.top_p:g}" if self.top_p < 1 else f"rollout.min_p={self.min_p:g}"
+            raise ValueError(
+                f"{key} without rollout.top_k: what was cut off has to be known for each token, or ratios are biased, and SGLang "
+                f"tells it under a finite top_k only. Set rollout.top_k too, 2 to {MAX_TOP_K} (20 beside top_p=0.95 is Qwen3's "
+                f"recommendation), or leave {key.partition('=')[0]} out"
+            )
+        return self

@@ -7,9 +7,11 @@ from pydantic import NonNegativeInt, model_validator
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.cluster import ClusterConfig
+from ctpo_megatron.config.elastic import ElasticConfig, as_written, changed_layouts, layout_key
+from ctpo_megatron.config.evaluation import EvalConfig
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
-from ctpo_megatron.config.rollout import DataConfig, EvalConfig, RolloutConfig
+from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
 
@@ -26,6 +28,7 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = ParallelConfig()
+    elastic: ElasticConfig = ElasticConfig()
     moe: MoeConfig = MoeConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -48,12 +51,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.optimizer_steps={train.optimizer_steps} does not divide train.prompts_per_step={train.prompts_per_step}"
             )
-        per_step = samples // train.optimizer_steps
-        if per_step < self.parallel.dp:
-            raise ValueError(
-                f"parallel.dp={self.parallel.dp} needs at least that many samples per optimizer step; "
-                f"train.prompts_per_step * rollout.group_size / train.optimizer_steps = {per_step}"
-            )
+        _check_replicas(self.parallel, samples // train.optimizer_steps)
         return self
 
     @model_validator(mode="after")
@@ -78,13 +76,48 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _longest_sequence_fits(self) -> RunConfig:
-        longest = self.data.max_prompt_tokens + self.rollout.max_response_tokens
-        if longest > self.train.max_tokens_per_micro_batch * self.parallel.cp:
+        _check_length(self.parallel, self._longest, self.train.max_tokens_per_micro_batch)
+        return self
+
+    @model_validator(mode="after")
+    def _divergences_are_of_whole_distributions(self) -> RunConfig:
+        if self.algorithm.top_k and self.rollout.truncation.cuts:
             raise ValueError(
-                f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} does not fit into one micro-batch: "
-                f"train.max_tokens_per_micro_batch * parallel.cp = {self.train.max_tokens_per_micro_batch * self.parallel.cp}"
+                f"algorithm.objective.divergence={getattr(self.algorithm.objective, 'divergence', '')} compares whole "
+                "distributions, but rollout.top_k, top_p or min_p truncate what is sampled; use binary_tv or binary_kl, or leave "
+                "these out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _smaller_layouts_work(self) -> RunConfig:
+        layouts = changed_layouts(self.parallel, self.elastic.layouts)
+        if layouts and self.weights.within_node:
+            raise ValueError(
+                f"{layout_key(0)}: weights.type={self.weights.type} keeps trainer and servers together on one node, so there is "
+                "nothing to go on with when it is lost; set elastic.layouts=[], or weights.type=broadcast"
+            )
+        samples = self.train.prompts_per_step * self.rollout.group_size // self.train.optimizer_steps
+        for index, (changes, layout) in enumerate(zip(self.elastic.layouts, layouts, strict=True)):
+            try:
+                _check_replicas(layout, samples)
+                _check_length(layout, self._longest, self.train.max_tokens_per_micro_batch)
+            except ValueError as error:
+                raise ValueError(as_written(str(error), index, changes)) from error
+        return self
+
+    @property
+    def layouts(self) -> list[ParallelConfig]:
+        """Returns the layouts that the trainer may have: `parallel`, and the smaller ones in their order."""
+        return [self.parallel, *changed_layouts(self.parallel, self.elastic.layouts)]
+
+    def in_layout(self, parallel: ParallelConfig) -> RunConfig:
+        """Returns this configuration with the trainer in the layout `parallel`, and no other one beside it."""
+        return self.model_copy(update={"parallel": parallel, "elastic": ElasticConfig()})
+
+    @property
+    def _longest(self) -> int:
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens
 
     @model_validator(mode="after")
     def _servers_stay_where_weights_reach_them(self) -> RunConfig:
@@ -109,3 +142,36 @@ class RunConfig(Section):
                 "all weights; set weights.delta=false, or weights.release=false if there is room for both"
             )
         return self
+
+    @model_validator(mode="after")
+    def _servers_are_left_to_train_with(self) -> RunConfig:
+        aside, servers = self.eval.servers, self.rollout.engine.servers
+        if aside and aside >= servers:
+            raise ValueError(
+                f"eval.servers={aside} leaves none of rollout.engine.servers={servers} to train with; set more of these, or "
+                "eval.servers=0, with which training stands still for an evaluation"
+            )
+        if aside and self.weights.servers_sleep:
+            raise ValueError(
+                f"eval.servers={aside}, but with weights.type=colocated all servers give back their memory while the trainer "
+                "trains; set eval.servers=0, or weights.release=false if there is room for both"
+            )
+        return self
+
+
+def _check_replicas(parallel: ParallelConfig, samples: int) -> None:
+    """Raises ValueError where there are more replicas than `samples` of an optimizer step."""
+    if samples < parallel.dp:
+        raise ValueError(
+            f"parallel.dp={parallel.dp} needs at least that many samples per optimizer step; "
+            f"train.prompts_per_step * rollout.group_size / train.optimizer_steps = {samples}"
+        )
+
+
+def _check_length(parallel: ParallelConfig, longest: int, per_rank: int) -> None:
+    """Raises ValueError where the longest sample is longer than a micro-batch of `per_rank` tokens on each rank."""
+    if longest > per_rank * parallel.cp:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} does not fit into one micro-batch: "
+            f"train.max_tokens_per_micro_batch * parallel.cp = {per_rank * parallel.cp}"
+        )

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.memory import MemoryConfig
 from ctpo_megatron.config.spikes import SpikeConfig
 from ctpo_megatron.errors import ConfigError
 
@@ -132,5 +133,6 @@ class CheckpointConfig(Section):
     the first write that fails ends the run."""
     background: bool = True
     """Write and verify while training goes on; each rank then holds a second copy of its part in host memory meanwhile."""
+    memory: MemoryConfig = MemoryConfig()
     export: bool = True
     """Write the final weights in Hugging Face format to RUN_DIR/model."""

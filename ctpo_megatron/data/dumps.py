@@ -30,7 +30,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.balance import round_up
 from ctpo_megatron.data.packing import length_steps, pack
 from ctpo_megatron.errors import InputError, storing
-from ctpo_megatron.types import TopK, TrainSample
+from ctpo_megatron.types import Supports, TopK, TrainSample
 
 ABOUT, BATCH, CONFIG, WEIGHTS = "dump.json", "batch.safetensors", "config.yaml", "weights"
 VERSION = 1
@@ -146,6 +146,7 @@ def _sequence(mb: MicroBatch, extra: AnchorStreams, span: slice, place: int) -> 
     tokens, sequences = mb.tokens, mb.sequences
     streams: dict[str, Tensor | None] = {name: getattr(tokens, name) for name in TOKEN_STREAMS}
     streams |= {"top_k_ids": tokens.top_k_ids, "top_k_logp": tokens.top_k_logp, **extra}
+    streams["support_ids"] = tokens.support_ids
     streams["routed_experts"] = None if mb.replay is None else mb.replay.routed_experts
     found = {name: stream[span] for name, stream in streams.items() if stream is not None}
     own = slice(place, place + 1)
@@ -207,8 +208,9 @@ def _samples(tensors: dict[str, Tensor]) -> tuple[list[TrainSample], list[Anchor
     for index in range(len(lengths)):
         streams = {name: cut[name][index].tolist() for name in TOKEN_STREAMS}
         top_k = TopK(cut["top_k_ids"][index].numpy(), cut["top_k_logp"][index].numpy()) if "top_k_ids" in cut else None
+        supports = Supports.of_rows(cut["support_ids"][index].numpy()) if "support_ids" in cut else None
         routed = cut["routed_experts"][index].numpy() if "routed_experts" in cut else None
         group = int(tensors["groups"][index])
-        samples.append(TrainSample(**streams, group=group, routed_experts=routed, top_k=top_k))
+        samples.append(TrainSample(**streams, group=group, routed_experts=routed, top_k=top_k, supports=supports))
     names = [name for name in ANCHOR_STREAMS if name in cut]
     return samples, [{name: cut[name][index] for name in names} for index in range(len(lengths))] if names else []

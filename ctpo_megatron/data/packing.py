@@ -25,7 +25,7 @@ from ctpo_megatron.batch import MicroBatch, Replay, Sequences, TokenStreams, Tra
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import Aggregation, Constant
 from ctpo_megatron.data.balance import plan_micro_batches, round_up
-from ctpo_megatron.types import TopK, TrainSample
+from ctpo_megatron.types import Supports, TopK, TrainSample
 
 FILLER = TrainSample([0], [0], [False], [0.0], [-1], [0.0], group=-1)  # for ranks with fewer samples than micro-batches
 
@@ -61,11 +61,12 @@ def pack(
             )
     weighted = [1.0] * len(samples) if weights is None else weights
     bins = plan_micro_batches(lengths, capacity=capacity, dp=dp, multiple=multiple, attention_weight=attention_weight)
-    samples, filler = _with_top_k(samples)
+    samples, filler = _alike(samples)
+    width = max((sample.supports.width for sample in samples if sample.supports is not None), default=1)
 
     def micro_batch(members: Sequence[int]) -> MicroBatch:
         chosen = [(samples[i], weighted[i], first_id + i) for i in members]
-        return _micro_batch(chosen or [(filler, 0.0, -1)], step, unit)
+        return _micro_batch(chosen or [(filler, 0.0, -1)], step, unit, width)
 
     return [[micro_batch(members) for members in bins[rank]] for rank in range(dp)]
 
@@ -122,19 +123,21 @@ def length_steps(cp: int, tp: int) -> tuple[int, int]:
     return step, math.lcm(step, cp * tp)
 
 
-def _with_top_k(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:
-    """The samples and a filler, all of them with top-k streams where one has them: all micro-batches are of one kind."""
+def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:
+    """The samples and a filler, all with top-k streams or supports where one has them: all micro-batches are of one kind."""
+    filled = [*samples, FILLER]
     k = next((sample.top_k.ids.shape[1] for sample in samples if sample.top_k is not None), None)
-    if k is None:
-        return samples, FILLER
-    filled = [s if s.top_k is not None else replace(s, top_k=TopK.unused(len(s), k)) for s in (*samples, FILLER)]
+    if k is not None:
+        filled = [s if s.top_k is not None else replace(s, top_k=TopK.unused(len(s), k)) for s in filled]
+    if any(sample.supports is not None for sample in samples):
+        filled = [s if s.supports is not None else replace(s, supports=Supports.none(len(s))) for s in filled]
     return filled[:-1], filled[-1]
 
 
-def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, unit: int) -> MicroBatch:
+def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, unit: int, width: int) -> MicroBatch:
     """One micro-batch; each sequence padded to `step`, the last one further until the total is a multiple of `unit`.
 
-    `chosen` holds samples with their weights and numbers.
+    `chosen` holds samples with their weights and numbers; `width`: columns for their supports.
     """
     samples, weights, ids = zip(*chosen, strict=True)
     lengths = [round_up(max(len(sample), 1), step) for sample in samples]
@@ -171,6 +174,7 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
             restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
             top_k_ids=rows([s.top_k and s.top_k.ids for s in samples], 0),
             top_k_logp=rows([s.top_k and s.top_k.logp for s in samples], -math.inf),
+            support_ids=rows([s.supports and s.supports.rows(width) for s in samples], -1),
         ),
         Sequences(
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpo_megatron.types import TopK, TrainSample, TrajectoryGroup, Turn
+from ctpo_megatron.types import Supports, TopK, TrainSample, TrajectoryGroup, Turn
 
 
 def build_samples(group: TrajectoryGroup, advantages: Sequence[float | Sequence[float]], group_id: int) -> list[TrainSample]:
@@ -59,6 +59,7 @@ def build_sample(
         group=group_id,
         routed_experts=routed_experts,
         top_k=_top_k(prompt_labels, turns),
+        supports=_supports(prompt_labels, turns),
     )
 
 
@@ -69,3 +70,11 @@ def _top_k(prompt_labels: int, turns: Sequence[Turn]) -> TopK | None:
         return None
     parts = [turn.top_k or TopK.unused(len(turn.token_ids), k) for turn in turns]
     return TopK.joined([TopK.unused(prompt_labels, k), *parts])
+
+
+def _supports(prompt_labels: int, turns: Sequence[Turn]) -> Supports | None:
+    """What could have been drawn at the place of each label; None where sampling was not truncated."""
+    if all(turn.supports is None for turn in turns):
+        return None
+    parts = [turn.supports or Supports.none(len(turn.token_ids)) for turn in turns]
+    return Supports.joined([Supports.none(prompt_labels), *parts])

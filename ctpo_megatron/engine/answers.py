@@ -1,4 +1,5 @@
-"""What a server's answer holds besides tokens: the experts that each token went to, and the top-k tokens at each place."""
+"""What a server's answer holds besides tokens: the experts that each token went to, and the top-k tokens and the support at each
+place."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctpo_megatron.errors import EngineError
-from ctpo_megatron.types import RoutingShape, TopK
+from ctpo_megatron.types import RoutingShape, Supports, TopK
 
 Experts = NDArray[np.signedinteger]
 
@@ -56,3 +57,22 @@ def read_top(meta: dict[str, Any], k: int, tokens: int, url: str) -> TopK:
         raise EngineError(f"{url}/generate returned {len(rows)} rows of {sizes} top log-probs for {tokens} tokens; asked for {k}")
     pairs = np.array([[entry[:2] for entry in row] for row in rows], np.float64).reshape(tokens, k, 2)
     return TopK(pairs[..., 1].astype(np.int32), pairs[..., 0].astype(np.float32))
+
+
+def read_supports(meta: dict[str, Any], token_ids: list[int], url: str) -> tuple[Supports, list[float]]:
+    """What could have been drawn at the place of each of `token_ids`, and their log-probs in the truncated distribution.
+
+    SGLang (0.5.23, return_sampling_mask) reports what its sampler left of the vocabulary, whichever way its backend cuts, and the
+    probability of the drawn token among that. Raises EngineError where the answer has other places, or a token outside of its
+    support.
+    """
+    rows, logp = meta.get("output_token_sampling_mask") or [], meta.get("output_token_sampling_logprobs") or []
+    if not len(rows) == len(logp) == len(token_ids):
+        raise EngineError(
+            f"{url}/generate returned {len(rows)} supports and {len(logp)} log-probs among these for {len(token_ids)} tokens"
+        )
+    for token, row in zip(token_ids, rows, strict=True):
+        if token not in row:
+            raise EngineError(f"{url}/generate returned token {token}, which is not in the support that it reports for its place")
+    ids = np.array([token for row in rows for token in row], np.int32)
+    return Supports(ids, np.array([len(row) for row in rows], np.int32)), logp

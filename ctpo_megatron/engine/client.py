@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpo_megatron.engine.answers import forget_older, read_experts, read_top
+from ctpo_megatron.engine.answers import forget_older, read_experts, read_supports, read_top
 from ctpo_megatron.engine.control import ServerControl
 from ctpo_megatron.engine.fleet import Fleet, Lease, State
 from ctpo_megatron.engine.http import Requests, beside_loop
+from ctpo_megatron.engine.sampling import sampling_params
 from ctpo_megatron.errors import EngineError, EngineRefused
-from ctpo_megatron.types import Generation, RoutingShape, TopK
+from ctpo_megatron.types import WHOLE, Generation, RoutingShape, TopK, Truncation
 
 MAX_FAILURES = 20  # of servers, at one generation
 INTERRUPT_TIMEOUT_S = 10.0  # for servers to give what they have; it takes one forward
@@ -59,9 +60,11 @@ class EngineClient:
         *,
         max_new_tokens: int,
         temperature: float,
+        truncation: Truncation = WHOLE,
         stop_token_ids: list[int],
         session: int,
         recorded: int | None = None,
+        aside: bool = False,
     ) -> Generation:
         """Sample after `input_ids` and `done` until a stop token, or `max_new_tokens` with `done`. Temperature 0 is greedy.
 
@@ -70,22 +73,25 @@ class EngineClient:
         change while it runs: the tokens before and after the change carry their own versions. Where a server fails, another one
         goes on from the tokens in hand. `recorded`: of so many leading tokens the experts are known already, those of all others
         are returned, [input + sampled - 1 - recorded, ...]; the last token has not been read by the model. None: no record is
-        wanted. Raises EngineError when no server is left, and when every server that was tried has failed.
+        wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of the truncated distribution;
+        without a record they are those of the whole. `aside`: by servers that are set aside. Raises EngineError when no server is
+        left, and when every server that was
+        tried has failed.
         """
         done = Generation() if done is None else done
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
+        told = truncation.cuts and recorded is not None
         failures = 0
         while True:
-            sampling = {
+            sampling = sampling_params(temperature, truncation) | {
                 "max_new_tokens": max_new_tokens - len(done.token_ids),
-                "temperature": temperature,
                 "stop_token_ids": stop_token_ids,
-                **{"top_p": 1.0, "top_k": -1, "min_p": 0.0},
             }
             body = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
-            lease = await self.fleet.acquire(session)
+            body |= {"return_sampling_mask": True} if told else {}
+            lease = await self.fleet.acquire(session, aside=aside)
             answer = await self._answer(lease, body | record.wish())
-            part = None if answer is None else _read(answer, lease.member.url)
+            part = None if answer is None else _read(answer, lease.member.url, truncated=told)
             if answer is None or part is None or not await self.fleet.accept(lease, part.versions):
                 failures += 1
                 if failures == MAX_FAILURES:
@@ -190,8 +196,11 @@ class _Record:
         return self._inputs + len(self._done.token_ids) - 1 - self._next
 
 
-def _read(answer: dict[str, Any], url: str) -> Generation:
-    """The tokens of one answer. Raises EngineError where its streams differ in length, or its finish reason is unknown."""
+def _read(answer: dict[str, Any], url: str, *, truncated: bool) -> Generation:
+    """The tokens of one answer, with their supports and log-probs among these where `truncated`.
+
+    Raises EngineError where its streams differ in length, or its finish reason is unknown.
+    """
     meta = answer["meta_info"]
     token_ids, reason = answer["output_ids"], meta["finish_reason"]["type"]
     logprobs = [entry[0] for entry in meta.get("output_token_logprobs") or []]
@@ -206,4 +215,7 @@ def _read(answer: dict[str, Any], url: str) -> Generation:
         raise EngineError(f"{url}/generate returned {len(token_ids)} tokens but {len(versions)} weight versions: {spans}")
     if reason not in REASONS:
         raise EngineError(f"{url}/generate ended a generation for the unknown reason {reason!r}")
-    return Generation(token_ids, logprobs, versions, reason)
+    supports = None
+    if truncated:
+        supports, logprobs = read_supports(meta, token_ids, url)
+    return Generation(token_ids, logprobs, versions, reason, supports=supports)

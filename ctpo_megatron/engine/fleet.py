@@ -13,6 +13,9 @@
 
 `offload` makes every server that is up SLEEPING, `update` ends it. While servers sleep, none that was lost is started again.
 
+A server that is set aside keeps its weights for an evaluation: no publication goes to it, and only requests that ask for such a
+server. One that fails then is not aside any more, as its weights are lost.
+
 Requests go to SERVING servers only. A token counts when the version that it carries was proven on its server (`serve`), and is
 not older than what the server had been given when the request began. Only a trainer that goes back to a checkpoint makes versions
 older; then none is proven any more that is newer.
@@ -26,7 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ctpo_megatron.errors import EngineError, NoServerLeft
+from ctpo_megatron.errors import AsideLost, EngineError, NoServerLeft
 from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
 
@@ -60,6 +63,7 @@ class Member:
     proven: set[int] = field(default_factory=set)  # versions that it has served, since the last that went back
     returns: int = 0  # how often it was given an older version, because the trainer went back to a checkpoint
     reason: str = ""  # why it does not serve
+    aside: bool = False  # whether it is kept out of publications
     failures: int = 0
     given_back: frozenset[Memory] = frozenset()  # what it was told to give back, and not yet to take again
 
@@ -151,6 +155,28 @@ class Fleet:
         self._held = False
         self._notify()
 
+    def set_aside(self, count: int) -> int:
+        """Keep the last `count` servers that serve out of publications, fewer where none would be left; returns how many."""
+        serving = [member for member in self.members(State.SERVING) if not member.aside]
+        chosen = serving[max(1, len(serving) - count) :]
+        for member in chosen:
+            member.aside = True
+        self._notify()
+        return len(chosen)
+
+    def give_back(self) -> None:
+        """Let the servers that are set aside take part in publications again; those with old weights serve after the next."""
+        newest = max((each.version or 0 for each in self.members(State.SERVING) if not each.aside), default=None)
+        for member in self.members(State.SERVING):
+            if member.aside and member.version != newest:
+                member.state, member.reason = State.JOINING, f"it kept version {member.version} of the weights for an evaluation"
+            member.aside = False
+        self._notify()
+
+    def publishable(self, *states: State) -> list[Member]:
+        """The servers in one of `states` that a publication may go to."""
+        return [member for member in self.members(*states) if not member.aside]
+
     async def memory_free(self) -> None:
         """Return when there is memory for a server to start with."""
         await self._until(lambda: not self._offloaded)
@@ -176,6 +202,7 @@ class Fleet:
         if member.state is not State.SUSPENDED:
             self._emit(ServerSuspended(member.name, reason))
         member.state, member.version, member.reason = State.SUSPENDED, None, reason
+        member.aside = False
         member.failures += 1
         self._notify()
 
@@ -186,6 +213,7 @@ class Fleet:
         deaths = self._lost[member.name] = self._lost.get(member.name, 0) + 1
         again = deaths <= self._restarts
         member.state, member.version = State.STARTING if again else State.GONE, None
+        member.aside = False
         member.failures += 1
         ending = f"starting it again, {deaths} of {self._restarts}" if again else f"rollout.engine.restarts = {self._restarts}"
         member.reason = f"{reason}\n({ending})"
@@ -210,25 +238,33 @@ class Fleet:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Servers that serve now, and how many were lost and came back since the run began."""
-        counts = {"serving": len(self.members(State.SERVING)), "lost": sum(self._lost.values()), "rejoined": self._rejoined}
+        """Servers that serve now, those that are set aside, and how many were lost and came back since the run began."""
+        counts = {"serving": len(self.publishable(State.SERVING)), "aside": sum(each.aside for each in self._members.values())}
+        counts |= {"lost": sum(self._lost.values()), "rejoined": self._rejoined}
         return {f"servers/{name}": float(count) for name, count in counts.items()}
 
-    async def acquire(self, session: int) -> Lease:
-        """A serving server for a request: always the same for a session while that one serves.
+    async def acquire(self, session: int, *, aside: bool = False) -> Lease:
+        """A serving server for a request: always the same for a session while that one serves. `aside`: one that is set aside.
 
-        Waits while none serves. Raises NoServerLeft when none is left, or none has come within `patience_s`.
+        Waits while none serves. Raises NoServerLeft when none is left, or none has come within `patience_s`, and AsideLost when
+        none is set aside any more.
         """
+
+        def pool(members: Iterable[Member]) -> list[Member]:
+            return [member for member in members if member.aside == aside]
+
         try:
             async with asyncio.timeout(self._patience_s):
-                await self._until(lambda: not self._held and (self.hopeless or bool(self.members(State.SERVING))))
+                await self._until(lambda: not self._held and (aside or self.hopeless or bool(self.publishable(State.SERVING))))
         except TimeoutError:
             raise NoServerLeft(
                 f"no inference server came into service within {self._patience_s:.0f} s:\n{self.report()}"
             ) from None
         if self.hopeless:
             raise NoServerLeft(f"no inference server is left:\n{self.report()}")
-        known, serving = list(self._members.values()), self.members(State.SERVING)
+        known, serving = pool(self._members.values()), pool(self.members(State.SERVING))
+        if not serving:
+            raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")
         home = known[session % len(known)]
         member = home if home.state is State.SERVING else serving[session // len(known) % len(serving)]
         if member.version is None:  # `serve` sets both

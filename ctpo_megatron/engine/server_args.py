@@ -52,6 +52,7 @@ def server_args(
     arguments += ["--device", device, "--dtype", dtype, "--tp-size", str(engine.tp), "--random-seed", str(seed)]
     arguments += ["--weight-version", "0", "--skip-tokenizer-init", "--grammar-backend", "none", "--skip-server-warmup"]
     arguments += ["--log-level-http", "warning"]  # not a line per request
+    arguments += ["--sampling-defaults", "openai"]  # not the model's generation_config.json, whatever the endpoint
     if device == "cpu":
         arguments += _CPU_ARGUMENTS
     if engine.nodes > 1:

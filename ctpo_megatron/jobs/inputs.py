@@ -22,8 +22,8 @@ from ctpo_megatron.jobs.agreement import (
     check_rollouts,
     check_training,
 )
+from ctpo_megatron.jobs.layouts import check_layouts
 from ctpo_megatron.models.config import read_hf_config
-from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.rollout.chat import ChatTokenizer
@@ -63,12 +63,12 @@ def open_model(config: RunConfig, use: Use) -> OpenModel:
 
 
 def read_model(config: RunConfig) -> ModelShape:
-    """The shape of the model, which divides over the trainer's ranks. Raises ModelError and ConfigError.
+    """The shape of the model, which divides over the trainer's ranks in all its layouts. Raises ModelError and ConfigError.
 
     Read once: everything else in the run is given the shape.
     """
     shape = read_hf_config(config.model.path)
-    check_layout(shape, config.parallel)
+    check_layouts(shape, config)
     return shape
 
 

@@ -44,7 +44,7 @@ def _candidates(config: RunConfig) -> list[dict[str, object]]:
 
 
 def _with(config: RunConfig, changes: dict[str, object]) -> RunConfig:
-    values = config.model_dump()
+    values = config.model_dump(exclude={"elastic"})  # other layouts are not asked about
     for key, value in changes.items():
         section, name = key.split(".")
         values[section][name] = value

@@ -16,10 +16,10 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError, ModelError
 from ctpo_megatron.jobs.agreement import check_training
 from ctpo_megatron.jobs.knobs import helpful_changes
+from ctpo_megatron.jobs.layouts import check_layouts, layouts_that_do_not_fit, smaller_plans
 from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import check_what_is_there, read_json
-from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.memory import GIB, Stage
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters
@@ -35,12 +35,15 @@ def plan_job(
     """Print the plan of `config`, read from the file `where`. Raises ConfigError, after printing, for what cannot run."""
     source = find_model_config(config, where, model_config)
     shape, absent = read_planned(config, source)
-    plan = plan_of(config, shape, hardware)
+    plan, smaller = plan_of(config, shape, hardware), smaller_plans(config, shape, hardware)
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     for part in _report(config, shape, plan, hardware, source):
         console.print(part, "")
-    if plan.problems:
-        raise ConfigError(f"{where} cannot run:\n" + "\n".join(f"- {problem}" for problem in plan.problems))
+    if smaller:
+        console.print(_smaller(config, smaller, hardware), "")
+    problems = plan.problems + ([] if config.cluster.device == "cpu" else layouts_that_do_not_fit(smaller, hardware))
+    if problems:
+        raise ConfigError(f"{where} cannot run:\n" + "\n".join(f"- {problem}" for problem in problems))
     console.print(_verdict(config, plan, hardware))
     lacking = f"; {' and '.join(absent)}, as there are none beside {source}" if absent else ""
     console.print(Text(f"Not looked at: the data{lacking}.", style="dim"))
@@ -52,7 +55,7 @@ def read_planned(config: RunConfig, source: Path) -> tuple[ModelShape, list[str]
     Raises InputError for all that `ctpo train` would refuse in the configuration and in what of the model is there.
     """
     shape = parse_config(read_json(source), str(source))
-    check_layout(shape, config.parallel)
+    check_layouts(shape, config)
     absent = check_what_is_there(source.parent)
     check_training(config, shape, source.parent)
     return shape, absent
@@ -83,7 +86,7 @@ def _report(config: RunConfig, shape: ModelShape, plan: Plan, hardware: Hardware
     yield _groups(plan, hardware, shape.experts is not None)
     yield _servers(config, plan)
     if config.cluster.device != "cpu":
-        yield _checkpoints(plan, hardware)
+        yield _checkpoints(config, plan, hardware)
         yield _bounds(config, shape, plan)
 
 
@@ -188,6 +191,21 @@ def _groups(plan: Plan, hardware: Hardware, has_experts: bool) -> Table:
     return table
 
 
+def _smaller(config: RunConfig, plans: list[Plan], hardware: Hardware) -> Table:
+    """What the trainer may go on as when nodes are lost: elastic.layouts, the best first."""
+    table = plain_table(
+        "Smaller layouts", "ranks", "nodes in all", "fullest rank, GiB", "free", "samples per replica", right=True
+    )
+    for layout, plan in zip(config.layouts[1:], plans, strict=True):
+        sizes = " x ".join(f"{name} {getattr(layout, name)}" for name in ("tp", "cp", "dp", "pp"))
+        free = "" if config.cluster.device == "cpu" else _gib(hardware.gpu_gib * GIB - plan.fullest)
+        style = "red" if free.startswith("-") else ""
+        nodes = "" if config.cluster.device == "cpu" else str(plan.nodes)
+        replica = f"{plan.batches.per_replica:g}"
+        table.add_row(sizes, str(plan.trainer_gpus), nodes, _gib(plan.fullest), Text(free, style=style), replica)
+    return table
+
+
 def _servers(config: RunConfig, plan: Plan) -> Table:
     s = plan.servers
     table = plain_table("Servers", "", "")
@@ -203,11 +221,13 @@ def _servers(config: RunConfig, plan: Plan) -> Table:
     return table
 
 
-def _checkpoints(plan: Plan, hardware: Hardware) -> Table:
+def _checkpoints(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     saving = max((stage.saving for stage in plan.stages), key=lambda saving: saving.gathering)
     ranks = min(plan.trainer_gpus, hardware.gpus_per_node)
     table = plain_table("Checkpoints", "host, per rank", f"host, {ranks} ranks on a node", "GPU")
     rows = {"gathering": (saving.gathering, f"{_gib(saving.gpu)} GiB, without activations"), "writing": (saving.writing, "")}
+    if config.checkpoint.memory.every:
+        rows |= {"handing over": (saving.writing, ""), "two copies, kept": (saving.kept, "")}
     for name, (each, on_gpu) in rows.items():
         table.add_row(name, f"{_gib(each)} GiB", f"{_gib(ranks * each)} GiB", on_gpu)
     return table

@@ -52,6 +52,7 @@ class Start:
     samples: int | None = 0
     accuracies: dict[int, float] = field(default_factory=dict)
     gone: tuple[int, ...] = ()  # groups that were open, and whose prompts are not among the present ones
+    owed: tuple[int, ...] = ()  # evaluations of earlier steps that were not done
 
 
 def checkpoint_to_resume(config: RunConfig, resume: Resume, emit: Emit) -> Resumable | None:
@@ -82,6 +83,8 @@ def differences(found: Resumable, config: RunConfig, shape: ModelShape, emit: Em
 
     Where a resume cannot change some of it, all is told and InputError raised, which names that.
     """
+    if found.in_memory:
+        return []  # it is of this very process
     now = yaml.safe_load(dump_config(config))
     known = found.config
     changed = [] if known is None else settings_that_differ(known, now)
@@ -128,8 +131,16 @@ def start_of(
         )
     reopened, gone = _reopened(prompts, state.open, same=sampler is not None)
     sampler = sampler or new_sampler(prompts, config.data, config.seed)
-    admission, position = Admission(sampler, state.groups, reopened), Position(state.groups, sampler.state(), reopened)
-    return Start(admission, position, total, state.step, state.samples, dict(state.accuracies), gone)
+    return Start(
+        Admission(sampler, state.groups, reopened),
+        Position(state.groups, sampler.state(), reopened),
+        total,
+        state.step,
+        state.samples,
+        dict(state.accuracies),
+        gone=gone,
+        owed=tuple(step for step in state.owed if step < state.step),  # that of its own step is due anyway
+    )
 
 
 def _reopened(

@@ -29,7 +29,8 @@ async def sft_job(config: RunConfig) -> None:
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
     topology = topology_of(config, engines=False)
-    runtime = Runtime(config, model.shape, topology, run_dir, total_steps=config.sft.steps)
+    one = config.in_layout(config.parallel)  # nothing of it is started again
+    runtime = Runtime(one, model.shape, topology, run_dir, total_steps=config.sft.steps)
     storage = Storage(run_dir, config.checkpoint.storage_wait_s)
     async with storage.outlasting(print_sentence, runtime.stages):
         async with runtime:

@@ -21,7 +21,7 @@ GPU_GIB = 80.0  # that a plan is made for unless `ctpo plan --gpu-gb` says other
 
 def job_text(config: RunConfig, where: Path, overrides: list[str], nodes: int | None, site: Site, source: Path | None) -> str:
     """Returns the job file of the configuration in the file `where`, with the site's options, read from `source`."""
-    job = Job(config.name, topology_of(config), where, overrides, nodes)
+    job = Job(config.name, topology_of(config), where, overrides, nodes, elastic=bool(config.elastic.layouts))
     return render(job, site, LAUNCH, source=None if source is None else str(source))
 
 

@@ -26,5 +26,5 @@ def planned_run(config: RunConfig) -> PlannedRun:
         weights=config.weights,
         topology=topology_of(config),
         has_reference=config.algorithm.reference is not None,
-        top_k=config.algorithm.top_k,
+        top_k=config.algorithm.top_k or config.rollout.top_k or 0,
     )

@@ -15,10 +15,12 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.mixture import restored_sampler
-from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, RayLost, StartLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.jobs.evaluations import bring_back, load_benchmarks, make_evaluations, recipes
 from ctpo_megatron.jobs.export import export
-from ctpo_megatron.jobs.inputs import load_prompts, load_training_prompts, open_model, prepare_run_dir
+from ctpo_megatron.jobs.inputs import load_training_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
+from ctpo_megatron.jobs.memory import make_memory
 from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.restarts import Restarts, begin_again
@@ -30,11 +32,14 @@ from ctpo_megatron.jobs.time_limit import Lead, time_limit
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest_or_none, restore
+from ctpo_megatron.loop.evaluation.evaluate import Benchmark
+from ctpo_megatron.loop.evaluation.files import read_estimates
 from ctpo_megatron.loop.ledger import NAME as LEDGER
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
+from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
@@ -60,7 +65,7 @@ class _Inputs:
 
     config: RunConfig  # as the user gave it: the device in it is not decided yet
     prompts: list[Prompt]
-    held_out: list[Prompt]
+    benchmarks: list[Benchmark]
     texts: list[list[int]]  # token ids that canaries are made of
     run_dir: Path
     start: Start
@@ -85,18 +90,17 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
         prompts = load_training_prompts(config, model.chat, read.append, model.shape)
-        held_out: list[Prompt] = []
-        if config.data.eval:
-            held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
+        benchmarks = load_benchmarks(config, model, read.append)
         start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
         events.begin(checkpoint=None if resumable is None else resumable.checkpoint, step=start.step)
         for event in read:
             events(event)
-        inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
+        inputs = _Inputs(config, prompts, benchmarks, canary_texts(prompts, model.chat), run_dir, start, resumable)
         runtime = Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events)
         async with storage.outlasting(events, runtime.stages), AsyncExitStack() as files:
-            journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no")
+            of_evaluations = recipes(config, benchmarks)
+            journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no", recipes=of_evaluations)
             if journal is not None:
                 files.callback(journal.close)
             run: _Run | None = None
@@ -115,7 +119,8 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
 
 
 async def _write_summary(run_dir: Path, summary: dict[str, Any], events: IncarnationLog) -> None:
-    write_summary(run_dir, summary | {"goodput": events.goodput(done=True).summary()})
+    more = {"evaluations": read_estimates(run_dir), "goodput": events.goodput(done=True).summary()}
+    write_summary(run_dir, summary | more)
 
 
 class _Run:
@@ -135,6 +140,7 @@ class _Run:
         self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
         self._journal, self._storage, self._emit, self._begun, self._lead = journal, storage, emit, begun, lead
         self._totals = RunTotals()
+        self._memory = make_memory(runtime, inputs.config, inputs.run_dir, emit)
         self._returns = inputs.config.train.spikes.returns
         self.done = inputs.start.step  # training steps whose result is kept
 
@@ -145,7 +151,7 @@ class _Run:
         self._emit(RunReady(time.monotonic() - self._begun))
         obeying = _obeying(stop, config, run_dir, self._storage, self._emit, self._lead)
         async with obeying as orders, _watching_gcs(self._runtime, orders):
-            loop, stopped = await self._supervised(loop, orders)
+            loop, stopped = await self._memory.guarding(self._supervised(loop, orders))
         if stopped is not None and stopped.again:
             raise RayLost(stopped.reason)
         if stopped is not None:
@@ -176,17 +182,30 @@ class _Run:
                 restart = restarts.next(error, loop.done)
                 self._emit(restart)
                 await asyncio.sleep(restart.wait_s)
+            except NoRoom as error:
+                raise await self._given_up(error) from error
             finally:
                 self.done = loop.done
                 loop.record.close()
                 loop.ledger.close()
 
+    async def _given_up(self, error: NoRoom) -> StoppedInOrder:
+        """Returns the end of a run whose trainer has no place any more: elsewhere, as in a job anew, it can go on."""
+        found = await self._storage.patiently(self._newest)
+        step = 0 if found is None else found.state.step
+        self._emit(RunStopped(str(error), step))
+        return StoppedInOrder(
+            f"stopped at the checkpoint of step {step}: {error}. What was sampled since is kept too; the same command with "
+            "--resume auto goes on where there is room"
+        )
+
     async def _again(self, lost: float) -> TrainLoop:
-        """Returns a loop over a trainer that was started again, at the newest checkpoint."""
+        """Returns a loop over a trainer that was started again, at the newest copy in memory or checkpoint."""
         inputs, emit = self._inputs, self._emit
         await self._storage.clear()  # a directory that is away seems to hold no checkpoint
         await self._runtime.restart_trainer()
-        found = await self._storage.patiently(self._newest)
+        found = await self._runtime.guard(self._memory.recall(inputs.run_dir / "checkpoints"))
+        found = found or await self._storage.patiently(self._newest)
         changed = [] if found is None else differences(found, inputs.config, self._runtime.shape, emit)
         start = start_of(inputs.config, inputs.prompts, found, changed, emit)
         if self._journal is not None:
@@ -200,6 +219,7 @@ class _Run:
         """Returns a loop at the newest checkpoint from before the run left its course, with the prompts behind `position`."""
         inputs, emit = self._inputs, self._emit
         leave_after(inputs.run_dir / "checkpoints", error.good)
+        self._memory.forget()
         found = await self._storage.patiently(self._newest)
         start = start_of(inputs.config, inputs.prompts, found, [], emit)
         sampler = restored_sampler(inputs.prompts, inputs.config.data, inputs.config.seed, position.cursor)
@@ -228,6 +248,10 @@ class _Run:
         published = await publisher.publish(start.step)
         self._published(start.step, publisher.digest)
         emit(weights_published(start.step, published))
+        record = await self._storage.patiently(partial(self._record, start.step))
+        evaluations = make_evaluations(
+            config, inputs.benchmarks, self._rollouts, runtime.fleet, start, inputs.run_dir, record, self._totals, emit
+        )
         checkpoints = Checkpoints(
             runtime.trainer,
             run_dir / "checkpoints",
@@ -235,30 +259,34 @@ class _Run:
             emit,
             resolved=dump_config(inputs.config),
             on_kept=self._forget,
+            needed=evaluations.unfinished,
             storage=self._storage,
         )
         return TrainLoop(
             config=config,
             admission=start.admission,
-            eval_prompts=inputs.held_out,
             rollouts=self._rollouts.rollouter,
             trainer=runtime.trainer,
             publisher=publisher,
-            record=await self._storage.patiently(partial(self._record, start.step)),
+            record=record,
+            evaluations=evaluations,
+            bring_back=partial(bring_back, runtime.trainer, publisher, run_dir / "checkpoints", self._published),
             checkpoints=checkpoints,
             ledger=await self._storage.patiently(partial(self._ledger, start, passed_over)),
             decisions=self._journal,
             first_step=start.step,
             samples=start.samples,
-            accuracies=start.accuracies,
             attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
             published=self._published,
             totals=self._totals,
-            skipping=make_skipping(runtime.trainer, inputs.config, run_dir, emit, checkpoints),
+            skipping=make_skipping(runtime.trainer, inputs.config.in_layout(config.parallel), run_dir, emit, checkpoints),
             spikes=await self._storage.patiently(self._spikes),  # behind `_record`, which drops steps that are made again
+            shrinking=ShrinkingAlarm(inputs.config.algorithm),
             emit=emit,
             stages=runtime.stages,
             storage=self._storage,
+            memory=self._memory,
+            unsaved=chosen.state if chosen is not None and chosen.in_memory else None,
         )
 
     async def _record(self, step: int) -> RunRecord:
@@ -351,7 +379,7 @@ async def _restored(runtime: Runtime, inputs: _Inputs, start: Start, chosen: Res
             )
         start = earlier
     made = found.manifest["scheduler_steps"]
-    emit(RunResumed(str(found.checkpoint), start.step, made, found.state.groups - len(found.state.open), start.samples))
+    emit(RunResumed(found.where, start.step, made, found.state.groups - len(found.state.open), start.samples))
     return start
 
 

@@ -19,10 +19,11 @@ ROUNDING = 1e-12  # a variance that is less of the mean square than this is what
 def health_metrics(stats: Mapping[str, Value]) -> dict[str, float]:
     """The panel's numbers from the sums of `algorithms.health`, the ratios and the drift; those without tokens are left out."""
     metrics = _by_position(stats) | _by_decile(stats) | _drift_by_position(stats)
-    ratio, square = stats.get("ratio"), stats.get("ratio_sq")
-    if isinstance(ratio, Mean) and isinstance(square, Mean):
-        size = effective_sample_size(float(ratio.total), float(square.total), float(ratio.weight))
-        metrics["health/effective_sample_size"] = size
+    for name, of in (("effective_sample_size", "ratio"), ("correction_sample_size", "correction")):
+        mean, square = stats.get(of), stats.get(f"{of}_sq")
+        if isinstance(mean, Mean) and isinstance(square, Mean):
+            size = effective_sample_size(float(mean.total), float(square.total), float(mean.weight))
+            metrics[f"health/{name}"] = size
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 

@@ -22,6 +22,7 @@ from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.protocols import Rollouts
 from ctpo_megatron.record.events import Emit
 from ctpo_megatron.record.rollout_events import GroupFailed
+from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.types import FailedAttempt, TrajectoryGroup
 
 
@@ -43,6 +44,9 @@ class Pipeline:
         self.buffer, self._ledger = buffer, ledger
         self._admission, self._rollouts, self._config, self._emit = admission, rollouts, config, emit
         self._failures = FailureShare(config.failed_share, config.failed_window)
+        self._sampling = Sampling(
+            config.temperature, config.max_turns, config.max_response_tokens, record=True, truncation=config.truncation
+        )
 
     async def feed(self) -> None:
         """Admit groups until all steps are made. Raises what a group raises."""
@@ -66,9 +70,8 @@ class Pipeline:
         if failed:
             self.buffer.put(TrajectoryGroup(group.prompt, [], id=group.id, failed=list(failed)))
             return
-        size, temperature = self._config.group_size, self._config.temperature
         made = await self._rollouts.group(
-            group.prompt, group.id, size=size, temperature=temperature, record=True, keep_failed=True
+            group.prompt, group.id, size=self._config.group_size, sampling=self._sampling, keep_failed=True
         )
         for attempt in made.failed:
             if not attempt.aborted:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.record.values import Values
+from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.types import Composition, Fate, GroupId, Prompt, TrajectoryGroup
 
 
@@ -51,6 +52,53 @@ class Trainer(Protocol):
         ...
 
 
+class Copy(Protocol):
+    """A copy of the trainer's state that other processes hold all of."""
+
+    @property
+    def step(self) -> int:
+        """The training steps that it knows of."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        ...
+
+    @property
+    def scheduler_steps(self) -> int:
+        """The optimizer steps that were made."""
+        ...
+
+    @property
+    def stood_s(self) -> float:
+        """Seconds for which the trainer did nothing else."""
+        ...
+
+
+class Keepers(Protocol):
+    """Processes that hold copies of the trainer's state, and outlive its ranks."""
+
+    async def copy(self, step: int, stays: Any) -> Copy:
+        """Returns a whole copy of the trainer, which has done `step` training steps; `stays`, the one before, goes only then.
+
+        Raises CopyLost where it did not come about, TrainerLost for a rank that is lost.
+        """
+        ...
+
+    async def retain(self, copy: Any) -> None:
+        """Let everything go but `copy`. Raises CopyLost where one of them does not answer."""
+        ...
+
+    def holds(self, copy: Any) -> bool:
+        """Whether all of a copy is there still, as far as is known."""
+        ...
+
+    async def recall(self, copy: Any) -> None:
+        """The trainer, which has just been started, takes its state from `copy`. Raises CopyLost, and it is unchanged then."""
+        ...
+
+
 class Publisher(Protocol):
     """Brings the trainer's weights to the inference servers."""
 
@@ -76,19 +124,12 @@ class Rollouts(Protocol):
     """Makes judged trajectories."""
 
     async def group(
-        self,
-        prompt: Prompt,
-        group: GroupId,
-        *,
-        size: int,
-        temperature: float,
-        record: bool = False,
-        keep_failed: bool = False,
+        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False, keep_failed: bool = False
     ) -> TrajectoryGroup:
         """Returns `size` attempts at one prompt, called by `group`.
 
-        `record`: with what the trainer needs of the engine besides tokens and log-probs. `keep_failed`: an attempt that failed
-        too often is part of what is returned, and ends its group; otherwise its error is raised.
+        `aside`: by servers that are set aside (`ServersAside`). `keep_failed`: an attempt that failed too often is part of what
+        is returned, and ends its group; otherwise its error is raised.
         """
         ...
 
@@ -114,4 +155,16 @@ class Decisions(Protocol):
 
     def drop_plans(self, step: int) -> None:
         """Forget how `step` and those after it were made: they cannot be made so again."""
+        ...
+
+
+class ServersAside(Protocol):
+    """Servers that are kept out of publications for a while, with the weights that they have."""
+
+    def set_aside(self, count: int) -> int:
+        """Set up to `count` servers aside, as long as one is left to train with; returns how many these are."""
+        ...
+
+    def give_back(self) -> None:
+        """Let them take the newest weights and serve as all others. Safe to call twice."""
         ...

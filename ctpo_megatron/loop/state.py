@@ -34,6 +34,7 @@ class RunState:
     groups: Count  # admitted when the last of these steps was made: the number of the next group
     cursor: dict[str, Any]  # the sampler behind the last prompt of these groups, see `PromptSampler.restore`
     accuracies: dict[Count, float]  # held-out accuracy by the number of training steps before it
+    owed: tuple[Count, ...] = ()  # evaluations that had begun beside training and were not done, by the steps before them
     samples: Count | None = None  # attempts that these steps were trained on; None: the release that began the run did not count
     open: tuple[OpenGroup, ...] = ()  # of these groups, in the order of their numbers; they go on
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,8 @@ from ctpo_megatron.record.values import Max, Values, scalar
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
+    from ctpo_megatron.mcore.checkpoint.part import Contents, Part
+    from ctpo_megatron.mcore.checkpoint.recall import Read
     from ctpo_megatron.mcore.step import LossFn
 
 TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up; `cluster.watch` finds that rank before
@@ -303,6 +305,22 @@ class TrainerRank:
 
         with megatron_region(self.device):
             load_checkpoint(directory, self._trained())
+
+    def part(self) -> Part:
+        """This rank's part of weights, optimizer, schedule and random states as they are now, copied to host memory."""
+        from ctpo_megatron.mcore.checkpoint.part import Part
+        from ctpo_megatron.mcore.checkpoint.snapshot import take_snapshot
+
+        trained = self._trained()
+        with megatron_region(self.device):
+            return Part(take_snapshot(self.models, self.optimizer), trained.header(), self.parallel.model_dump())
+
+    def recall(self, contents: Callable[[], Contents], read: Read) -> None:
+        """Take all of that from the parts of a copy. Raises CopyLost, and is as it was then: see `checkpoint.recall`."""
+        from ctpo_megatron.mcore.checkpoint.recall import recall
+
+        with megatron_region(self.device):
+            recall(self._trained(), self.parallel.model_dump(), contents, read)
 
     def _trained(self) -> Trained:
         from ctpo_megatron.mcore.checkpoint.checkpoint import Trained

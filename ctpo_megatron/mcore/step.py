@@ -98,7 +98,7 @@ class Stepper:
         def loss(shard: MicroBatch, hidden: Tensor) -> tuple[Tensor, Stats]:
             found = self._words(hidden, shard, temperature)
             share, stats = loss_fn(found.logp, shard.with_streams(policy_top_k_logp=found.top_k_logp), self.scan)
-            return share * factor, Stats(sums={"loss": share.detach()}) | entropy_stats(shard, found) | stats
+            return share * factor, Stats(sums={"loss": share.detach()}) | word_stats(shard, found) | stats
 
         for model in self.models:
             model.zero_grad_buffer()  # type: ignore[operator]  # megatron's DistributedDataParallel, see `build_model`
@@ -164,12 +164,13 @@ class Stepper:
         return reduced
 
 
-def entropy_stats(shard: MicroBatch, found: WordLogp) -> Stats:
-    """The mean entropy of the policy at the tokens that it wrote."""
+def word_stats(shard: MicroBatch, found: WordLogp) -> Stats:
+    """Means over the tokens that the policy wrote: its entropy, and the mass of what sampling could have drawn, if truncated."""
     if found.entropy is None:
         raise ValueError("the entropy was not asked for")
     mask = shard.tokens.mask
-    return Stats(means={"entropy": Weighted(torch.where(mask, found.entropy, 0.0).sum(), mask.sum())})
+    each = {"entropy": found.entropy} | ({} if found.support_mass is None else {"support_mass": found.support_mass})
+    return Stats(means={name: Weighted(torch.where(mask, value, 0.0).sum(), mask.sum()) for name, value in each.items()})
 
 
 def _forward_step(

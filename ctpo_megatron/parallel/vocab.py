@@ -11,17 +11,14 @@ Under tensor parallelism each rank walks its slice of the vocabulary, and one al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.parallel.gather import all_gather_single
-
-BLOCK = 2**23  # logits held at once: 32 MiB in float32; larger blocks are not faster
-FEWEST_WORDS = 128  # of a block, however many tokens there are
+from ctpo_megatron.parallel.truncated import TruncatedLogp, with_labels
+from ctpo_megatron.parallel.words import blocks, in_float, join, places, summarise
 
 
 class WordLogp(NamedTuple):
@@ -30,23 +27,7 @@ class WordLogp(NamedTuple):
     logp: Tensor  # [T] with grad, of each label
     entropy: Tensor | None  # [T], of each token's distribution
     top_k_logp: Tensor | None  # [T, K], of the words that were asked for
-
-
-class _Summary(NamedTuple):
-    """What one rank finds for its words, with logits l already divided by the temperature."""
-
-    top: Tensor  # [T], max l
-    total: Tensor  # [T], sum of exp(l - top)
-    weighted: Tensor  # [T], sum of (l - top) exp(l - top); zeros where the entropy is not asked for
-    picked: Tensor  # [T, I], l at the ids that are this rank's, 0 at the others
-
-
-class _Kept(NamedTuple):
-    """The last block of the forward, for the backward."""
-
-    first: int  # of its words, among this rank's
-    shifted: Tensor  # [T, words], l - top; no words where the entropy is not asked for
-    top: Tensor  # [T], of this rank's words
+    support_mass: Tensor | None = None  # [T], probability of the support in the whole distribution, where one was given
 
 
 class _VocabParallelLogp(torch.autograd.Function):
@@ -63,9 +44,9 @@ class _VocabParallelLogp(torch.autograd.Function):
         scale: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        found, kept = _summarise(hidden, weight[:rows], ids, scale, entropy)
+        found, kept = summarise(hidden, weight[:rows], ids, scale, entropy)
         if group is not None:
-            found = _join(found, group)
+            found = join(found, group)
         log_total = found.total.log()
         logp = found.picked - (found.top + log_total).unsqueeze(-1)
         # by way of the largest logit, which is closer to the label's than the sum's logarithm: one rounding less
@@ -90,7 +71,7 @@ class _VocabParallelLogp(torch.autograd.Function):
 
         def add(words: slice, softmax: Tensor, room: Tensor) -> None:
             """`room`: memory for the block in the weight's number format; `softmax` where that is float32."""
-            place, mine = _places(labels.unsqueeze(-1), words)
+            place, mine = places(labels.unsqueeze(-1), words)
             difference = softmax.scatter_add_(-1, place, -mine.to(softmax.dtype))
             if room is not softmax:
                 difference = room.copy_(difference)
@@ -101,78 +82,10 @@ class _VocabParallelLogp(torch.autograd.Function):
             softmax = kept.add_(kept_shift.unsqueeze(-1)).exp_()  # in place: torch refuses a second backward
             room = softmax if weight.dtype == torch.float32 else torch.empty_like(softmax, dtype=weight.dtype)
             add(slice(ctx.first_kept, ctx.rows), softmax, room)
-        for words, logits, buffer in _blocks(hidden, weight[: ctx.first_kept]):
-            shifted = torch.add(-log_sum.unsqueeze(-1), _float(logits, buffer), alpha=ctx.scale, out=buffer)
+        for words, logits, buffer in blocks(hidden, weight[: ctx.first_kept]):
+            shifted = torch.add(-log_sum.unsqueeze(-1), in_float(logits, buffer), alpha=ctx.scale, out=buffer)
             add(words, shifted.exp_(), logits)
         return grad_hidden.mul_(factor).to(hidden.dtype), grad_weight, None, None, None, None, None
-
-
-def _blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some words at a time: which, their logits [T, words] as computed, and a float32 buffer of that shape.
-
-    In float32 the two are one tensor. The next block takes the same memory.
-    """
-    tokens, words = hidden.shape[0], weight.shape[0]
-    step = max(1, min(words, max(FEWEST_WORDS, BLOCK // max(tokens, 1))))
-    memory = torch.empty(tokens * step, dtype=weight.dtype, device=weight.device)
-    floats = memory if weight.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
-    for begin in range(0, words, step):
-        part = slice(begin, min(begin + step, words))
-        shape = (tokens, part.stop - begin)
-        size = shape[0] * shape[1]
-        logits = torch.mm(hidden, weight[part].t(), out=memory[:size].view(shape))
-        yield part, logits, logits if floats is memory else floats[:size].view(shape)
-
-
-def _float(logits: Tensor, buffer: Tensor) -> Tensor:
-    return logits if logits is buffer else buffer.copy_(logits)
-
-
-def _places(ids: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Column of each id [T, I] in a block, 0 where it is not in it, and whether it is."""
-    place = ids - words.start
-    mine = (place >= 0) & (place < words.stop - words.start)
-    return place.masked_fill_(~mine, 0), mine
-
-
-def _summarise(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entropy: bool) -> tuple[_Summary, _Kept]:
-    top = torch.full((hidden.shape[0],), torch.finfo(torch.float32).min, device=hidden.device)
-    total, weighted = torch.zeros_like(top), torch.zeros_like(top)
-    picked = torch.zeros(ids.shape, device=hidden.device)
-    products: Tensor | None = None
-    kept, first = top.new_empty(len(top), 0), len(weight)
-    for words, logits, buffer in _blocks(hidden, weight):
-        place, mine = _places(ids, words)
-        picked = torch.where(mine, logits.gather(-1, place).float() * scale, picked)
-        now = torch.maximum(top, logits.amax(-1).float() * scale)
-        shift, top = top - now, now
-        shifted = torch.add(-top.unsqueeze(-1), _float(logits, buffer), alpha=scale, out=buffer)
-        shrink = shift.exp()
-        if entropy:
-            products = torch.empty_like(buffer) if products is None else products.view(-1)[: buffer.numel()].view_as(buffer)
-            weights = torch.exp(shifted, out=products)
-            weighted = (weighted + total * shift) * shrink
-            total = total * shrink + weights.sum(-1)
-            weighted += weights.mul_(shifted).sum(-1)
-            kept, first = shifted, words.start
-        else:
-            total = total * shrink + shifted.exp_().sum(-1)
-    return _Summary(top, total, weighted, picked), _Kept(first, kept, top)
-
-
-def _join(mine: _Summary, group: dist.ProcessGroup) -> _Summary:
-    """All ranks' words as one: one all-gather of 3 + I numbers per token."""
-    sent = torch.cat([torch.stack(mine[:3]), mine.picked.t()])
-    gathered = sent.new_empty(group.size() * sent.numel())
-    all_gather_single(gathered, sent.view(-1), group)
-    gathered = gathered.view(-1, *sent.shape)
-    tops, totals, weighted = gathered[:, :3].unbind(1)
-    top = tops.amax(0)
-    shift = tops - top
-    shrink = shift.exp()
-    return _Summary(
-        top, (totals * shrink).sum(0), ((weighted + totals * shift) * shrink).sum(0), gathered[:, 3:].sum(0).t().contiguous()
-    )
 
 
 def vocab_parallel_logp(
@@ -185,6 +98,7 @@ def vocab_parallel_logp(
     vocab_size: int | None = None,
     entropy: bool = True,
     top_k_ids: Tensor | None = None,
+    support_ids: Tensor | None = None,
 ) -> WordLogp:
     """Log-prob of each label, with grad, at the sampling temperature; entropy and other words' log-probs without.
 
@@ -197,8 +111,10 @@ def vocab_parallel_logp(
         vocab_size: words from here on only make the vocabulary divisible and do not count; None: all count.
         entropy: whether to find it.
         top_k_ids: [T, K] int, the words whose log-probs are wanted besides the labels'.
+        support_ids: [T, K] int, the words that truncated sampling could have drawn, -1: an unused column; then log-probs are of
+            the distribution cut to these and the label (`truncated.TruncatedLogp`), while the entropy stays that of the whole.
 
-    Raises ValueError where all of a rank's words are padding.
+    Raises ValueError where all of a rank's words are padding, and for top-k words beside supports.
     """
     if group is not None and group.size() == 1:
         group = None
@@ -207,6 +123,12 @@ def vocab_parallel_logp(
     if vocab_size is not None and first >= vocab_size:
         raise ValueError(f"all words of tensor-parallel rank {first // rows} are padding: {vocab_size} words; use a smaller tp")
     used = rows if vocab_size is None else min(rows, vocab_size - first)
+    if support_ids is not None:
+        if top_k_ids is not None:
+            raise ValueError("top-k words are of whole distributions; log-probs are wanted of truncated ones")
+        words, counted = with_labels(labels_T, support_ids)
+        cut, whole = TruncatedLogp.apply(hidden_TH, weight_VH, words - first, counted, used, group, 1.0 / temperature, entropy)
+        return WordLogp(cut, whole[:, 0] if entropy else None, None, whole[:, 1].exp())
     ids = labels_T.unsqueeze(-1)
     if top_k_ids is not None:
         ids = torch.cat([ids, top_k_ids.to(ids.dtype)], dim=-1)

@@ -14,7 +14,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape
 
 FLOAT = 4  # bytes
-BLOCK, FEWEST_WORDS = 2**23, 128  # of parallel.vocab, which needs torch; a test holds them equal
+BLOCK, FEWEST_WORDS = 2**23, 128  # of parallel.words, which needs torch; a test holds them equal
 
 
 @dataclass(frozen=True, slots=True)

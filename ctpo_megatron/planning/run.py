@@ -31,7 +31,7 @@ class PlannedRun:
     weights: Transport
     topology: Topology
     has_reference: bool  # log-probs of a reference policy are computed
-    top_k: int  # tokens at each place whose log-probs are recorded
+    top_k: int  # tokens at each place whose log-probs are recorded, or that could have been drawn
 
     @property
     def token_bytes(self) -> int:

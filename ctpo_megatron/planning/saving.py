@@ -10,6 +10,7 @@ from ctpo_megatron.planning.groups import expert_data_parallel
 from ctpo_megatron.planning.parameters import Parameters
 
 STATES = 3  # of each parameter: itself and two moments, stored in float32 whatever the optimizer keeps
+COPIES = 2  # of cluster.keepers.shelf: a test holds them equal
 GATHERED = 2**26  # numbers; of mcore.checkpoint.gathering, which needs torch: a test holds them equal
 
 
@@ -20,6 +21,11 @@ class Saving:
     gpu: int  # beside what stays on the GPU; activations are not there at that moment
     gathering: int  # in the host's memory
     writing: int  # in the host's memory, until the checkpoint is on the disk
+
+    @property
+    def kept(self) -> int:
+        """Returns the bytes of this rank's parts of copies in memory where these are kept: the last whole one, and the next."""
+        return COPIES * self.writing
 
 
 def plan_saving(parameters: Parameters, parallel: ParallelConfig, element: int) -> Saving:

@@ -92,15 +92,24 @@ class Topology:
 
     @property
     def bundles(self) -> list[Bundle]:
-        """What is reserved in Ray: for each trainer rank first, then for each part of a server that has no share in those.
+        """What is reserved in Ray: those of the trainer first, then those of the servers."""
+        return self.rank_bundles + self.server_bundles
 
-        A part is what a server has on one of its nodes. A bundle has GPUs only once `device` is known to be cuda.
+    @property
+    def rank_bundles(self) -> list[Bundle]:
+        """What is reserved for the trainer: a bundle for each rank. It has a GPU only once `device` is known to be cuda."""
+        return [_bundle(2.0 if self.shares_gpus else 1.0, 1.0 if self.device == "cuda" else 0.0)] * self.ranks
+
+    @property
+    def server_bundles(self) -> list[Bundle]:
+        """What is reserved for the servers: a bundle for each part that has no share in the trainer's.
+
+        A part is what a server has on one of its nodes.
         """
-        on_gpus = self.device == "cuda"
         if self.shares_gpus:
-            return [_bundle(2.0, 1.0 if on_gpus else 0.0)] * self.ranks
-        rank, part = _bundle(1.0, 1.0 if on_gpus else 0.0), _bundle(1.0, float(self.server_tp_per_node) if on_gpus else 0.0)
-        return [rank] * self.ranks + [part] * (self.servers * self.server_nodes)
+            return []
+        part = _bundle(1.0, float(self.server_tp_per_node) if self.device == "cuda" else 0.0)
+        return [part] * (self.servers * self.server_nodes)
 
     @property
     def sharing_problem(self) -> str | None:
@@ -122,6 +131,10 @@ class Topology:
     def on(self, device: str) -> Topology:
         """The same processes on `device`, cpu or cuda."""
         return replace(self, device=device)
+
+    def with_layout(self, parallel: ParallelConfig) -> Topology:
+        """The same run with the trainer in another layout."""
+        return replace(self, ranks=parallel.world_size)
 
 
 def make_topology(

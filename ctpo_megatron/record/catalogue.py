@@ -24,9 +24,12 @@ class Reduction(enum.StrEnum):
     LAST = "last"
 
 
+_PLACEHOLDERS = {"{benchmark}": "[A-Za-z0-9_-]+"}  # that do not stand for a whole number
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number."""
+    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number; `{benchmark}` is one for a name."""
 
     name: str
     unit: str  # `share`: of 1; `ratio`: no unit, around 1; `nats`: of log-probs
@@ -46,7 +49,11 @@ class Metric:
     @property
     def pattern(self) -> str:
         """A regular expression for the names of the family, or for the one name."""
-        return "".join(r"\d+" if part.startswith("{") else re.escape(part) for part in re.split(r"(\{\w+\})", self.name))
+        return "".join(_PLACEHOLDERS.get(part, r"\d+") if part.startswith("{") else re.escape(part) for part in self._parts)
+
+    @property
+    def _parts(self) -> list[str]:
+        return re.split(r"(\{\w+\})", self.name)
 
 
 SUM, MEAN, MAX, MIN, LAST = Reduction.SUM, Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.LAST
@@ -103,6 +110,11 @@ TRAIN = (
     ),
     Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
     Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote."),
+    Metric(
+        "train/support_mass",
+        "share",
+        "Probability, under the trained policy, of all tokens that truncated sampling could have drawn; with truncation only.",
+    ),
     Metric("train/kl_old", "nats", "Estimate of the distance to the policy of the ratios: minus the log-ratio, per token."),
     Metric("train/kl", "nats", "Distance to the reference policy by the chosen estimator, per token; with a reference only."),
     Metric("train/ratio", "ratio", "The objective's unclipped ratio, per token."),
@@ -116,7 +128,11 @@ TRAIN = (
     Metric("train/clip_dual", "share", "Tokens that the dual bound clipped: a large ratio and a negative advantage."),
     Metric("train/correction", "ratio", "Weight that corrects for the engine's distribution, per token; with a correction only."),
     Metric("train/correction_zero", "share", "Tokens whose such weight is 0."),
+    Metric("train/correction_sq", "ratio", "Square of such a weight."),
     Metric("train/correction_max", "ratio", "The largest such weight.", MAX),
+    Metric("train/correction_before", "ratio", "Such a weight before it is held to its range or masked, per token."),
+    Metric("train/correction_before_max", "ratio", "The largest of these.", MAX),
+    Metric("train/correction_log", "nats", "The logarithm of such a weight before that, per token."),
     Metric("sft/loss", "nats", "Supervised loss of an optimizer step, per token."),
     Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
 )
@@ -153,14 +169,25 @@ HEALTH = (
         "share",
         "(Σ w)² / (n Σ w²) of the unclipped ratios w over n tokens: 1 where all are equal, 1/n where one is all.",
     ),
+    Metric("health/correction_sample_size", "share", "The same of the weights of a correction, as they are used."),
 )
 EVALUATION = (
-    Metric("eval/accuracy", "reward", "Mean reward on the held-out prompts."),
+    Metric("eval/accuracy", "reward", "Mean reward of each benchmark, and of these the mean; left out where only some were due."),
     Metric("eval/tool_rate", "share", "Trajectories of the evaluation that called the tool."),
     Metric("eval/response_tokens", "tokens", "Tokens after the prompt, per trajectory of the evaluation."),
+    Metric("eval/accuracy/{benchmark}", "reward", "avg@n: mean reward of all attempts at a benchmark's problems."),
+    Metric("eval/accuracy_low/{benchmark}", "reward", "The lower end of its 95 % interval, by bootstrap over problems."),
+    Metric("eval/accuracy_high/{benchmark}", "reward", "The upper end of that."),
+    Metric("eval/pass_at_{k}/{benchmark}", "share", "pass@k: the chance that of k attempts at a problem one is right."),
+    Metric("eval/pass_at_{k}_low/{benchmark}", "share", "The lower end of its 95 % interval, by bootstrap over problems."),
+    Metric("eval/pass_at_{k}_high/{benchmark}", "share", "The upper end of that."),
+    Metric("eval/maj_at_{k}/{benchmark}", "share", "maj@k: the chance that the most frequent answer of k attempts is right."),
+    Metric("eval/maj_at_{k}_low/{benchmark}", "share", "The lower end of its 95 % interval, by bootstrap over problems."),
+    Metric("eval/maj_at_{k}_high/{benchmark}", "share", "The upper end of that."),
 )
 SERVERS = (
     Metric("servers/serving", "servers", "Inference servers that serve after the publication.", LAST),
+    Metric("servers/aside", "servers", "Inference servers that keep older weights, for an evaluation beside training.", LAST),
     Metric("servers/lost", "servers", "Losses of servers since the command began.", LAST),
     Metric("servers/rejoined", "servers", "Returns of servers that were lost, since the command began.", LAST),
 )
@@ -195,7 +222,8 @@ TIME = (
     Metric("time/train", "seconds", "Log-probs, gradients and optimizer steps.", SUM),
     Metric("time/publish", "seconds", "Publishing the new weights.", SUM),
     Metric("time/checkpoint", "seconds", "Training standing still for a checkpoint.", SUM),
-    Metric("time/eval", "seconds", "The evaluation.", SUM),
+    Metric("time/eval", "seconds", "The evaluation, from its beginning to its end.", SUM),
+    Metric("time/eval_stood_still", "seconds", "How long of that training stood still.", SUM),
     Metric("perf/rollout_tokens_per_s", "tokens/s", "Tokens that the policy wrote, by the seconds of `time/rollout`."),
     Metric("perf/train_tokens_per_s", "tokens/s", "Tokens of whole trajectories, by the seconds of `time/train`."),
 )

@@ -46,11 +46,12 @@ class TrajectoryFiles:
 
 def as_row(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
     """Returns a trajectory as JSON values, its ids as `id` and `group`; what the engine recorded for the trainer is left out."""
-    plain = asdict(replace(trajectory, routed_experts=None, turns=[replace(turn, top_k=None) for turn in trajectory.turns]))
+    turns = [replace(turn, top_k=None, supports=None) for turn in trajectory.turns]
+    plain = asdict(replace(trajectory, routed_experts=None, turns=turns))
     for key in ("routed_experts", "id"):
         del plain[key]
     for turn in plain["turns"]:
-        del turn["top_k"]
+        del turn["top_k"], turn["supports"]
     row: dict[str, Any] = jsonable(plain)
     return {"id": str(trajectory.id), "group": str(trajectory.id.group), "answer": prompt.answer, **row}
 

@@ -66,7 +66,8 @@ class Attempt:
 
     def close_turn(self, generation: Generation) -> None:
         """Make the open turn a complete one: `generation` is all of it."""
-        self.turns.append(Turn("assistant", generation.token_ids, generation.rollout_logp, generation.versions, generation.top_k))
+        ids, logp, versions = generation.token_ids, generation.rollout_logp, generation.versions
+        self.turns.append(Turn("assistant", ids, logp, versions, generation.top_k, generation.supports))
         if generation.routed_experts is not None:  # of the prompt or the tool's text before this turn too
             self.routed_experts.append(generation.routed_experts)
         self.finish = "length" if generation.finish == "length" else "stop"

@@ -57,6 +57,7 @@ class ToolEnvironment:
             text=self._chat.decode(attempt.tokens[len(attempt.prompt_ids) :], special=True),
             reward=score.reward,
             undecided=score.undecided,
+            given=score.given,
             tool_calls=attempt.tool_calls,
             tool_errors=attempt.tool_errors,
             seconds=attempt.seconds,
@@ -92,6 +93,7 @@ class ToolEnvironment:
             attempt.open,
             max_new_tokens=left,
             temperature=sampling.temperature,
+            truncation=sampling.truncation,
             stop_token_ids=stop,
             session=session,
             recorded=attempt.recorded if sampling.record else None,
@@ -118,5 +120,10 @@ def _check(generation: Generation, allowed: int, stop: list[int]) -> None:
         raise RolloutError(f"the engine answered with {len(ids)} tokens; it was asked for 1 to {allowed}")
     if finish not in ("stop", "length"):
         raise RolloutError(f"the engine ended a generation with {finish!r}; known: stop, length")
+    if finish == "length" and len(ids) < allowed:
+        raise RolloutError(
+            f"the engine ended a generation with 'length' after {len(ids)} of {allowed} tokens: its context or its KV cache is "
+            "smaller than the run's longest sample. Lower rollout.max_response_tokens, or raise rollout.engine.max_total_tokens"
+        )
     if finish == "stop" and ids[-1] not in stop:
         raise RolloutError(f"the engine ended a generation with 'stop' after token {ids[-1]}; stop tokens are {stop}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.types import AttemptId, Generation, Prompt, Trajectory
+from ctpo_megatron.types import WHOLE, AttemptId, Generation, Prompt, Trajectory, Truncation
 
 
 class Generator(Protocol):
@@ -20,6 +20,7 @@ class Generator(Protocol):
         *,
         max_new_tokens: int,
         temperature: float,
+        truncation: Truncation,
         stop_token_ids: list[int],
         session: int,
         recorded: int | None,
@@ -28,8 +29,8 @@ class Generator(Protocol):
 
         `max_new_tokens`: with those in `done`. Requests of one `session` share a prefix and should meet the same server.
 
-        `recorded`: of so many leading tokens the experts are known already. None: neither experts nor top-k tokens are
-        wanted.
+        `recorded`: of so many leading tokens the experts are known already. None: neither experts nor top-k tokens nor the
+        supports of truncated sampling are wanted.
         """
         ...
 
@@ -77,10 +78,14 @@ class ToolRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0."""
+    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0.
+
+    `given`: the answer that was found in the text, None where there is none.
+    """
 
     reward: float
     undecided: bool = False
+    given: str | None = None
 
 
 class Reward(Protocol):
@@ -99,6 +104,15 @@ class Sampling:
     max_turns: int  # assistant turns
     max_response_tokens: int  # after the prompt, tool output included
     record: bool = False  # for training: with what the run collects besides tokens and log-probs
+    truncation: Truncation = WHOLE
+
+
+class Grader(Protocol):
+    """Compares answers, by the rules that rewards are given by."""
+
+    async def same(self, one: str, other: str) -> bool | None:
+        """Returns whether two answers are equal; None where that could not be found out."""
+        ...
 
 
 class Environment(Protocol):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 
 from ctpo_megatron.config.rollout import RolloutConfig
-from ctpo_megatron.errors import EngineRefused, InputError, NoServerLeft, RolloutError, StorageError
+from ctpo_megatron.errors import AsideLost, EngineRefused, InputError, NoServerLeft, RolloutError, StorageError
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Interruptible, Sampling
 from ctpo_megatron.types import AttemptId, FailedAttempt, GroupId, Prompt, Trajectory, TrajectoryGroup
 
 RETRY_PAUSE_S = 0.2  # before the first retry of an attempt; as much more before each one after it
 # what is the run's and not the attempt's: another try, or another prompt, would end in the same way
-ENDS_THE_RUN = (InputError, StorageError, EngineRefused, NoServerLeft)
+ENDS_THE_RUN = (InputError, StorageError, EngineRefused, NoServerLeft, AsideLost)
 
 
 class _AttemptFailed(Exception):
@@ -27,7 +27,8 @@ class Rollouter:
     """Samples groups with one environment; at most `config.concurrency` trajectories of all groups run at a time.
 
     `store`: where attempts are looked for before they are made, and kept; None: nowhere. `engine`: what they sample from, where
-    it can be interrupted.
+    it can be interrupted. `aside`: an environment over servers that are set aside, and how many trajectories it plays at a time
+    besides the others.
     """
 
     def __init__(
@@ -36,12 +37,15 @@ class Rollouter:
         config: RolloutConfig,
         store: AttemptStore | None = None,
         engine: Interruptible | None = None,
+        aside: tuple[Environment, int] | None = None,
     ) -> None:
         self._environment = environment
-        self._config = config
+        self._retries = config.retries
         self._store = store
         self._engine = engine
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._aside, aside_slots = aside or (environment, config.concurrency)
+        self._aside_slots = asyncio.Semaphore(aside_slots)
         self._running: dict[AttemptId, Attempt] = {}
 
     async def group(
@@ -50,26 +54,25 @@ class Rollouter:
         group: GroupId,
         *,
         size: int,
-        temperature: float,
-        record: bool = False,
+        sampling: Sampling,
+        aside: bool = False,
         keep_failed: bool = False,
     ) -> TrajectoryGroup:
         """Returns `size` attempts at one prompt. An attempt that fails is tried again, `config.retries` times.
 
         The first that fails once more ends the others. With `keep_failed` all of them are in `TrajectoryGroup.failed` then, and
-        otherwise its exception comes out; so does what is not the attempt's own fault (`ENDS_THE_RUN`). `record`: with what
-        training needs of the engine besides tokens and log-probs. Sessions are numbered through, from group to group and attempt
-        to attempt, which spreads them evenly over the servers.
+        otherwise its exception comes out; so does what is not the attempt's own fault (`ENDS_THE_RUN`). `aside`: by the servers
+        that are set aside. Sessions are numbered through, from group to group and attempt to attempt, which spreads them evenly
+        over the servers.
         """
-        sampling = Sampling(temperature, self._config.max_turns, self._config.max_response_tokens, record)
         ids = [AttemptId(group, number) for number in range(size)]
         begun = {each: self._environment.begin(prompt, each) for each in ids}
         tasks: list[asyncio.Task[Trajectory]] = []
         try:
             async with asyncio.TaskGroup() as running:
                 for each in ids:
-                    session = group.number * size + each.number
-                    tasks.append(running.create_task(self._attempt(begun, prompt, each, session, sampling)))
+                    attempt = self._attempt(begun, prompt, each, group.number * size + each.number, sampling, aside)
+                    tasks.append(running.create_task(attempt))
         except ExceptionGroup as failures:
             error = next((each for each in failures.exceptions if not isinstance(each, _AttemptFailed)), failures.exceptions[0])
             if not isinstance(error, _AttemptFailed):
@@ -98,30 +101,33 @@ class Rollouter:
             self._engine.go_on()
 
     async def _attempt(
-        self, begun: dict[AttemptId, Attempt], prompt: Prompt, number: AttemptId, session: int, sampling: Sampling
+        self, begun: dict[AttemptId, Attempt], prompt: Prompt, number: AttemptId, session: int, sampling: Sampling, aside: bool
     ) -> Trajectory:
         """Returns the attempt `number` of those that were `begun`, played to its end, which may be in the store already."""
+        environment, slots = (self._aside, self._aside_slots) if aside else (self._environment, self._slots)
         if self._store is not None:
             kept = await self._store.find(number, prompt, begun[number].prompt_ids)
             if isinstance(kept, Trajectory):
                 return kept
             begun[number] = kept or begun[number]
-        async with self._slots:
+        async with slots:
             attempt = self._running[number] = begun[number]
             try:
-                made = await self._tried(attempt, prompt, session, sampling)
+                made = await self._tried(environment, attempt, prompt, session, sampling)
                 if self._store is not None:
                     self._store.note(made)
                 return made
             finally:
                 del self._running[number]
 
-    async def _tried(self, attempt: Attempt, prompt: Prompt, session: int, sampling: Sampling) -> Trajectory:
+    async def _tried(
+        self, environment: Environment, attempt: Attempt, prompt: Prompt, session: int, sampling: Sampling
+    ) -> Trajectory:
         """Play `attempt`; where that fails, go on from what it holds. Raises _AttemptFailed."""
-        tries = self._config.retries + 1
+        tries = self._retries + 1
         for number in range(1, tries + 1):
             try:
-                return await self._environment.run(attempt, prompt, session, sampling, self._note)
+                return await environment.run(attempt, prompt, session, sampling, self._note)
             except ENDS_THE_RUN:
                 raise
             except Exception as error:

@@ -18,6 +18,10 @@ class Orders:
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True, name="orders").start()
 
+    def end(self) -> None:
+        """Take it as the end of the input: the end was asked for in another way."""
+        self._orders.put(END)
+
     def next(self, timeout_s: float) -> Order | None:
         """Returns the next order, None where none comes within `timeout_s`."""
         try:

@@ -16,13 +16,17 @@ SCRIPT = "ctpo.sbatch"
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run on its way to SLURM: its name, where its processes are, and the words that `ctpo train` is given."""
+    """A run on its way to SLURM: its name, where its processes are, and the words that `ctpo train` is given.
+
+    `elastic`: its trainer may go on with fewer ranks.
+    """
 
     name: str
     topology: Topology
     config: Path
     overrides: list[str]
-    nodes: int | None = None  # None: as few as hold all GPUs
+    nodes: int | None = None  # None: as few as hold all GPUs, and the site's spare ones
+    elastic: bool = False
 
 
 def render(job: Job, site: Site, launch: Path, *, source: str | None = None) -> str:
@@ -35,8 +39,8 @@ def render(job: Job, site: Site, launch: Path, *, source: str | None = None) -> 
     if not script.is_file():
         raise InputError(f"{script}: no such file. `ctpo slurm` needs the project's launch directory, as in a git checkout.")
     nodes, words = _nodes(job, site)
-    options = [f"#SBATCH {option}" for option in _options(job.name, nodes, site)]
-    command = shlex.join(["bash", str(script.resolve()), *_script_options(site), "--", str(job.config), *job.overrides])
+    options = [f"#SBATCH {option}" for option in _options(job, nodes, site)]
+    command = shlex.join(["bash", str(script.resolve()), *_script_options(job, site), "--", str(job.config), *job.overrides])
     lines = [
         "#!/bin/bash",
         f"# {words}",
@@ -52,9 +56,9 @@ def render(job: Job, site: Site, launch: Path, *, source: str | None = None) -> 
     return "\n".join(lines)
 
 
-def _options(name: str, nodes: int, site: Site) -> list[str]:
+def _options(job: Job, nodes: int, site: Site) -> list[str]:
     named = {
-        "job-name": re.sub(r"[^\w.-]+", "-", name),
+        "job-name": re.sub(r"[^\w.-]+", "-", job.name),
         "nodes": nodes,
         "ntasks-per-node": 1,
         "gpus-per-node": site.gpus_per_node or None,
@@ -74,11 +78,19 @@ def _options(name: str, nodes: int, site: Site) -> list[str]:
     # mem=0: all of a node's memory, of which --exclusive alone gives the partition's default share
     found += ["--exclusive", "--mem=0"] if site.exclusive else []
     found += ["--requeue" if site.requeue else "--no-requeue"]
+    # a run that can do without a node is not ended with it
+    found += ["--no-kill"] if _survives(job, site) else []
     return found + [option if option.startswith("-") else f"--{option}" for option in site.sbatch]
 
 
-def _script_options(site: Site) -> list[str]:
+def _survives(job: Job, site: Site) -> bool:
+    """Whether the run may go on when a node is lost that is not the first."""
+    return job.elastic or site.spare_nodes > 0
+
+
+def _script_options(job: Job, site: Site) -> list[str]:
     found = [f"--starts={site.starts}", *([] if site.preflight else ["--no-preflight"])]
+    found += ["--no-kill"] if _survives(job, site) else []
     if site.container is not None:
         container = {"image": site.container.image, "workdir": site.container.workdir}
         container["mounts"] = ",".join(site.container.mounts) or None
@@ -88,10 +100,14 @@ def _script_options(site: Site) -> list[str]:
 
 def _nodes(job: Job, site: Site) -> tuple[int, str]:
     """Returns how many nodes to ask for, and a sentence about what is on them."""
-    topology, per_node = job.topology, site.gpus_per_node
+    topology, per_node, spare = job.topology, site.gpus_per_node, site.spare_nodes
+    beside = f"; {spare} spare" if spare else ""
     if per_node == 0:
         nodes = job.nodes or 1
-        return nodes, f"{job.name}: {topology.ranks} trainer ranks and {topology.servers} servers on the CPUs of {_count(nodes)}"
+        words = (
+            f"{job.name}: {topology.ranks} trainer ranks and {topology.servers} servers on the CPUs of {_count(nodes)}{beside}"
+        )
+        return nodes + spare, words
     if topology.server_tp_per_node > per_node:
         raise InputError(
             f"rollout.engine.tp={topology.server_tp} on rollout.engine.nodes={topology.server_nodes} does not fit on nodes of "
@@ -103,7 +119,8 @@ def _nodes(job: Job, site: Site) -> tuple[int, str]:
             f"--nodes {job.nodes} with {per_node} GPUs each hold {job.nodes * per_node} GPUs; the run needs "
             f"{topology.gpus} (parallel: {topology.ranks}, servers: {topology.server_gpus}), at least {fewest.all} nodes"
         )
-    return job.nodes or fewest.all, f"{job.name}: {topology.gpus} GPUs. {_placement(topology, fewest)}"
+    words = f"{job.name}: {topology.gpus} GPUs. {_placement(topology, fewest)}{beside}"
+    return (job.nodes or fewest.all) + spare, words
 
 
 def _placement(topology: Topology, nodes: NodeCount) -> str:

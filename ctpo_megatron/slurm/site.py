@@ -15,7 +15,7 @@ from ctpo_megatron.errors import ConfigError
 
 # What sbatch takes: minutes, minutes:seconds, hours:minutes:seconds, and days before hours
 _TIME = re.compile(r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+(:\d+){0,2}|UNLIMITED")
-_OURS = ("nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue", "no-requeue", "open-mode")
+_OURS = ("nodes", "ntasks-per-node", "gpus-per-node", "time", "signal", "requeue", "no-requeue", "no-kill", "open-mode")
 
 
 def _time(text: object) -> str:
@@ -83,6 +83,8 @@ class Site(Section):
     """Whether jobs may be requeued here. false: a job that was stopped in order submits one that follows it."""
     starts: PositiveInt = 3
     """So many starts without a newer checkpoint, one after the other, and the job does not go on by itself."""
+    spare_nodes: NonNegativeInt = 0
+    """Nodes that a job gets beside those that its run needs, to be used when one of them is lost."""
     preflight: bool = True
     """Whether each job checks its nodes before it starts."""
     exclusive: bool = True

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 
 from ctpo_megatron.errors import CtpoError
+from ctpo_megatron.slurm.first_node import requeue_without_first
 from ctpo_megatron.slurm.limits import raise_limits
 from ctpo_megatron.slurm.orders import END, Orders
 from ctpo_megatron.slurm.ray_node import RayNode, my_address
@@ -18,22 +20,33 @@ def main() -> int:
     """Returns 0 when the end was asked for, 1 where Ray did not start or ended by itself."""
     parser = argparse.ArgumentParser(prog="python -m ctpo_megatron.slurm.worker", description=__doc__)
     parser.add_argument("--address", required=True, help="HOST:PORT of the first node's Ray")
-    head = parser.parse_args().address
+    parser.add_argument("--first", help="name of the first node, in a job that goes on without a lost node")
+    given = parser.parse_args()
+    head = given.address
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     raise_limits()
     orders = Orders()
     try:
         with RayNode(head, my_address(head), is_head=False) as ray:
-            while not ray.ended:
-                if orders.next(POLL_S) == END:
-                    return 0
-            if orders.next(5.0) == END:  # the first node's Ray ended, and with it this one: that is how a run may end
-                return 0
-            print(f"error: Ray ended on this node, {my_address(head)}. It said:\n{ray.said()}", file=sys.stderr)
-            return 1
+            signal.signal(signal.SIGTERM, lambda *_: orders.end())
+            code = _until_end(ray, head, orders)
+            if given.first is not None and "SLURM_JOB_ID" in os.environ:  # before Ray is closed, as SLURM may leave little time
+                requeue_without_first(os.environ["SLURM_JOB_ID"], given.first, head)
+            return code
     except CtpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _until_end(ray: RayNode, head: str, orders: Orders) -> int:
+    """Returns 0 when the end of Ray here was asked for, 1 where it ended by itself."""
+    while not ray.ended:
+        if orders.next(POLL_S) == END:
+            return 0
+    if orders.next(5.0) == END:  # the first node's Ray ended, and with it this one: that is how a run may end
+        return 0
+    print(f"error: Ray ended on this node, {my_address(head)}. It said:\n{ray.said()}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

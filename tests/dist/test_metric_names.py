@@ -24,7 +24,8 @@ LAYERS = 2
 STEP = (
     *("tokens", "loss", "entropy", "grad_norm", "grad_norm_max", "lr", "kl", "kl_old", "log_ratio_sq"),
     *("ratio", "ratio_sq", "ratio_max", "ratio_min", "clip_fraction", "clip_high", "clip_low", "clip_dual"),
-    *("correction", "correction_max", "correction_zero"),
+    *("correction", "correction_sq", "correction_max", "correction_zero"),
+    *("correction_before", "correction_before_max", "correction_log"),
 )
 POSITIONS = [1, 2, 4, 8, 16]  # where ranges of positions begin; no sequence has more than 31 tokens of the policy
 BY_POSITION = ["drift", "health/log_ratio_mean", "health/log_ratio_std", "health/log_ratio_fit"]

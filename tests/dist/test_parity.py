@@ -7,7 +7,8 @@ norms, all statistics of both steps and every exported parameter. The bound is 1
 for statistics, which are sums over tokens; `parity.OPTIMIZER` says why the optimizer is not the usual one.
 
 At every layout: ctpo, grpo and gspo with {12 sequences packed, one sequence per micro-batch} x {1, 3 micro-batches per
-data-parallel rank}; of the experts one case more, in which they replay a given routing. Interleaving (VPP) takes multiples of its
+data-parallel rank}; of the experts one case more, in which they replay a given routing, of the dense model one with truncated
+sampling. Interleaving (VPP) takes multiples of its
 2 stages, 2 and 4, instead of 1 and 3. Each layout pads its packs as it must, one rank not at all. One rank trains on packs of the
 same sequences: the auxiliary losses are means of their values for each pack.
 """

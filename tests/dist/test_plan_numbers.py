@@ -155,9 +155,9 @@ def latent_width(shape: ModelShape) -> int:
 
 
 def test_blocks_of_the_head_are_those_of_the_plan() -> None:
-    from ctpo_megatron.parallel import vocab
+    from ctpo_megatron.parallel import words
 
-    assert (activations.BLOCK, activations.FEWEST_WORDS) == (vocab.BLOCK, vocab.FEWEST_WORDS)
+    assert (activations.BLOCK, activations.FEWEST_WORDS) == (words.BLOCK, words.FEWEST_WORDS)
 
 
 # ---- in the ranks ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,12 @@ torch.set_num_threads(1)  # models that are judges are small, and threads that w
 
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy model whose logits are far from uniform, so that a wrong one is seen."""
-    return endless(make_toy_model(tmp_path_factory.mktemp("qwen3"), "qwen3", seed=1, init_std=0.2))
+    """A toy model whose logits are far from uniform, so that a wrong one is seen, and which recommends another way to sample."""
+    model = endless(make_toy_model(tmp_path_factory.mktemp("qwen3"), "qwen3", seed=1, init_std=0.2))
+    file = model / "generation_config.json"
+    recommended = {"do_sample": True, "temperature": 0.6, "top_k": 1, "top_p": 0.5, "repetition_penalty": 1.5}
+    file.write_text(json.dumps(json.loads(file.read_text()) | recommended))
+    return model
 
 
 @pytest.fixture(scope="session")

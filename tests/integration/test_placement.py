@@ -10,20 +10,26 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ctpo_megatron.cluster.calls import Process
 from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.environment import decide, ray_environment
+from ctpo_megatron.cluster.keepers.calls import PIECE, Handed, hand_over, reader
+from ctpo_megatron.cluster.keepers.group import Keepers
 from ctpo_megatron.cluster.placement import place, share_gpus
 from ctpo_megatron.cluster.ray_cluster import reserve
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
+from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet
-from ctpo_megatron.errors import InputError
+from ctpo_megatron.errors import CopyLost, InputError
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.models.config import read_hf_config
 
@@ -166,5 +172,65 @@ def test_several_nodes_are_refused(cluster: None, qwen3: Path) -> None:
         with pytest.raises(InputError, match=r"only on 2 nodes together; use weights.type=broadcast"):
             place(topology, group)
         remove_placement_group(group)
+
+    asyncio.run(scenario())
+
+
+class Row:
+    """A part of bytes that tell its step, a piece and a bit long; it stands for a rank's state."""
+
+    size, scheduler_steps = PIECE + 5, 7
+
+    def __init__(self, fill: int) -> None:
+        self.row = np.full(self.size, fill, dtype=np.uint8)
+
+    def pieces(self, most: int) -> Iterator[tuple[int, np.ndarray]]:
+        for begin in range(0, self.size, most):
+            yield begin, self.row[begin : begin + most]
+
+    def contents(self) -> Row:
+        return self
+
+    def packed(self) -> bytes:
+        return b"contents"
+
+
+class Rank:
+    """An actor that hands such parts over as a rank of the trainer does."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def copy(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
+    def hand_over(self, step: int, keeper: object, stays: int | None) -> Handed:
+        return hand_over(Row(10 * step + self.rank), keeper, step, self.rank, stays)
+
+
+def test_copies_are_kept_on_the_other_node_and_a_lost_keeper_is_replaced(cluster: None, tmp_path: Path) -> None:
+    here, there = (node["NodeID"] for node in ray.nodes())
+    options = {"num_cpus": 1, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+    remote = ray.remote(concurrency_groups={"memory": 1})(Rank).options(**options)
+    trainer = TrainerGroup([Process(f"rank {rank}", remote.remote(rank), tmp_path / "log") for rank in range(2)], 60.0)
+    keepers = Keepers(lambda: trainer, tmp_path, 60.0)
+
+    async def scenario() -> None:
+        first = await keepers.copy(1, None)
+        second = await keepers.copy(2, first)
+        assert second.size == 2 * Row.size
+        assert {await each.actor.node.remote() for each in second.keepers} == {there}
+        for copy in (first, second):  # both are whole until the older one is let go
+            read = reader([each.actor for each in copy.keepers], copy.step, lambda: None)
+            assert [set(read(rank, PIECE - 5, PIECE + 5)) for rank in (0, 1)] == [{10 * copy.step}, {10 * copy.step + 1}]
+        await keepers.retain(second)
+        with pytest.raises(CopyLost, match="there is no part of rank 0 after step 1"):
+            await asyncio.to_thread(reader([first.keepers[0].actor], 1, lambda: None), 0, 0, 1)
+        ray.kill(second.keepers[0].actor)
+        with pytest.raises(CopyLost, match="a keeper is gone"):
+            await keepers.copy(3, second)
+        assert not keepers.holds(second)
+        third = await keepers.copy(4, None)
+        assert keepers.holds(third)
 
     asyncio.run(scenario())

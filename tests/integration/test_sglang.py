@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -24,9 +25,10 @@ from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.errors import EngineError, EngineRefused, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.models.context import RESERVED
 from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.toy.model import make_toy_model
-from ctpo_megatron.types import Generation, TrainSample
+from ctpo_megatron.types import WHOLE, Generation, TrainSample, Truncation
 from ctpo_megatron.weights.protocol import Sent, Server
 from ctpo_megatron.weights.publisher import WeightPublisher
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender
@@ -45,6 +47,7 @@ from tests.support.engines import (
 from tests.support.ranks import run_ranks
 from tests.support.routing import check_crossing, check_record, drift, train_samples
 from tests.support.routing import sample as record
+from tests.support.truncation import check_supports, whole_logp
 
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between SGLang and transformers, float32
 PROMPT = list(b"What is 12 * 12?")
@@ -244,6 +247,113 @@ def test_aborted_generation_goes_on(server: RunningServer, qwen3: Path) -> None:
             assert (generation.finish == "stop") == (generation.token_ids[-1] == END_OF_TURN)
             assert generation.finish == "stop" or len(generation.token_ids) == 1000
             check_against(model, generation, 1.0)
+
+    asyncio.run(scenario())
+
+
+CUTS = [
+    Truncation(top_k=5),
+    Truncation(top_p=0.7, top_k=60),
+    Truncation(top_k=60, min_p=0.1),
+    Truncation(top_p=0.9, top_k=20, min_p=0.02),
+]
+
+
+def test_truncated_sampling(server: RunningServer, qwen3: Path) -> None:
+    """Supports are what was cut to, log-probs are among them, in one batch with whole distributions and over an abort."""
+
+    async def scenario() -> None:
+        model = load_reference(qwen3)
+        options = {"temperature": 0.7, "stop_token_ids": [END_OF_TURN]}
+        async with publishing(server, model) as (client, publisher):
+            await publisher.publish(13)
+            running = [
+                asyncio.create_task(client.generate(PROMPT, max_new_tokens=300, truncation=cut, session=n, recorded=0, **options))
+                for n, cut in enumerate([*CUTS, WHOLE])
+            ]
+            await in_flight(server.url, server.api_key, running=3)
+            await client.interrupt()  # parts are in; the rest is asked for anew
+            client.go_on()
+            generations = await asyncio.gather(*running)
+            for generation, cut in zip(generations, CUTS, strict=False):
+                check_supports(model, PROMPT, generation, 0.7, cut)
+                assert generation.supports.counts.max() > 1
+            assert generations[-1].supports is None
+            check_against(model, generations[-1], 0.7)
+            evaluated = await client.generate(PROMPT, max_new_tokens=20, truncation=CUTS[0], session=0, **options)
+            assert evaluated.supports is None
+            check_against(model, evaluated, 0.7)  # of the whole distribution: SGLang does not renormalise
+            # should this not fail any more, rollout.top_p and min_p need no top_k
+            with pytest.raises(EngineRefused, match="finite 1 < top_k"):
+                await client.generate(
+                    PROMPT, max_new_tokens=2, truncation=Truncation(top_p=0.9), session=0, recorded=0, **options
+                )
+
+    asyncio.run(scenario())
+
+
+def test_what_the_model_recommends_is_not_applied(server: RunningServer, qwen3: Path) -> None:
+    """The model's generation_config.json would make every token the likeliest one, and repetitions rare."""
+    recommended = json.loads((qwen3 / "generation_config.json").read_text())
+    assert recommended["top_k"] == 1
+
+    async def scenario() -> None:
+        model = load_reference(qwen3)
+        async with publishing(server, model) as (client, publisher):
+            await publisher.publish(14)
+            drawn = [await sample(client, 1.0, session=n) for n in range(3)]
+        assert len({tuple(each.token_ids) for each in drawn}) == 3
+        for each in drawn:
+            check_against(model, each, 1.0)
+        logp = whole_logp(model, PROMPT, drawn[0], 1.0)
+        assert (logp.argmax(-1) != torch.tensor(drawn[0].token_ids)).any()
+
+    asyncio.run(scenario())
+
+
+def test_samples_that_fill_the_context(server: RunningServer, qwen3: Path) -> None:
+    """Up to what the checks before a start allow, every token comes; one more, and the server ends short or refuses."""
+
+    async def scenario() -> None:
+        model = load_reference(qwen3)
+        limit = read_hf_config(qwen3).max_positions - RESERVED
+        options = {"temperature": 1.0, "stop_token_ids": [], "session": 0}
+        async with publishing(server, model) as (client, publisher):
+            await publisher.publish(15)
+            for tokens in (1, 40):
+                prompt = [(3 * i) % 250 for i in range(limit - tokens)]
+                generation = await client.generate(prompt, max_new_tokens=tokens, **options)
+                assert (len(generation.token_ids), generation.finish) == (tokens, "length")
+                expected = reference_logprobs(model, prompt, generation, 1.0)
+                assert generation.rollout_logp == pytest.approx(expected, abs=AGREEMENT)
+            prompt = [(3 * i) % 250 for i in range(limit + RESERVED - 40)]
+            short = await client.generate(prompt, max_new_tokens=40, **options)
+            assert (len(short.token_ids), short.finish) == (38, "length")
+            with pytest.raises(EngineRefused):
+                await client.generate(prompt + [1] * 40, max_new_tokens=1, **options)
+
+    asyncio.run(scenario())
+
+
+def test_a_group_that_is_given_up_ends_at_the_server(server: RunningServer, qwen3: Path) -> None:
+    """Its requests are cancelled here; the server stops computing for them."""
+
+    async def scenario() -> None:
+        async with publishing(server, load_reference(qwen3)) as (client, publisher):
+            await publisher.publish(16)
+            group = [asyncio.create_task(sample(client, 1.0, tokens=1900, session=n, stop=())) for n in range(4)]
+            await in_flight(server.url, server.api_key, running=4)
+            for attempt in group:
+                attempt.cancel()
+            await asyncio.gather(*group, return_exceptions=True)
+            headers = {"Authorization": f"Bearer {server.api_key}"}
+
+            def idle() -> bool:
+                (load,) = requests.get(f"{server.url}/v1/loads", headers=headers, timeout=TIMEOUT_S).json()["loads"]
+                return load["num_running_reqs"] == 0
+
+            assert await asyncio.to_thread(eventually, idle, 5)
+            assert len((await sample(client, 1.0, tokens=8, stop=())).token_ids) == 8
 
     asyncio.run(scenario())
 

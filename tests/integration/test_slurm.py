@@ -66,7 +66,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
     if reason := obstacle():
         pytest.skip(reason)
-    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "s", nodes=2) as cluster:
+    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "s", nodes=2, cpus=2) as cluster:
         yield cluster
 
 
@@ -104,10 +104,13 @@ def left_on_nodes(job_id: int) -> list[str]:
     return [str(path) for pattern in ("ray", "ctpo") for path in Path("/tmp").glob(f"{pattern}-{job_id}-*")]
 
 
-def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_beside_a_strangers_ray(
+def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_on_one_beside_a_strangers_ray(
     slurm: SlurmCluster, inputs: list[str], tmp_path: Path
 ) -> None:
-    """One CPU on each node: the trainer's rank and the server end up on different ones. Preflight looks at both before."""
+    """Two CPUs on each node: the trainer's two ranks and the server end up on different ones. Preflight looks at both before.
+
+    The job comes back with one node, which has room for a server and one rank: the run goes on in the smaller layout.
+    """
     other = ["start", "--head", "--block", "--port=6379", "--num-cpus=1", "--include-dashboard=false"]
     temp = tempfile.mkdtemp(prefix="stranger-", dir="/tmp")  # short, since Unix sockets live below it
     ray = str(Path(sys.executable).parent / "ray")
@@ -115,20 +118,27 @@ def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_beside_a_strangers_r
     try:
         slurm.until(lambda: "Ray runtime started" in (tmp_path / "stranger.log").read_text(), "the stranger's Ray")
         run_dir = tmp_path / "run"
-        words = [*inputs, f"run_dir={run_dir}", "train.steps=6", "train.prompts_per_step=4", "train.optimizer_steps=1"]
+        words = [*inputs, f"run_dir={run_dir}", "train.steps=20", "train.prompts_per_step=4", "train.optimizer_steps=1"]
+        words += ["parallel.dp=2", "elastic.layouts=[{dp: 1}]", "elastic.wait_s=5"]
         job_id = submit(slurm, tmp_path, [*words, "rollout.group_size=2", "eval.prompts=4"], {}, nodes=2)
         slurm.until(lambda: "ready after" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
+        slurm.until(lambda: '"event": "step"' in (run_dir / "events.jsonl").read_text(), "a step", JOB_TIMEOUT_S)
         slurm.command("scancel", "--batch", "--signal=USR1", str(job_id))
-        slurm.until(lambda: slurm.job(job_id)["Restarts"] == "1", "the requeue", JOB_TIMEOUT_S)
+        slurm.until(lambda: slurm.job(job_id)["JobState"] == "PENDING", "the requeue", JOB_TIMEOUT_S)
+        slurm.command("scontrol", "update", f"jobid={job_id}", "numnodes=1-1", "numtasks=1")
         job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
         logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*"))
         assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), output + logs
-        assert output.count("All 2 nodes can start.") == 2
+        assert output.index("All 2 nodes can start.") < output.index("The node can start."), output
         assert re.search(r"all-reduce .* GB/s by gloo, 16 MiB, 2 nodes", output), output
         assert output.index("SIGUSR1: stopping in order") < output.index(f"to requeue job {job_id}"), output
-        events = [json.loads(line)["event"] for line in (run_dir / "events.jsonl").read_text().splitlines()]
-        assert [each for each in events if each in ("ready", "stopped", "done")] == ["ready", "stopped", "ready", "done"]
-        assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 6
+        events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+        story = [each["event"] for each in events if each["event"] in ("ready", "layout", "stopped", "done")]
+        assert story == ["ready", "stopped", "layout", "ready", "done"]
+        assert [each["ranks"] for each in events if each["event"] == "layout"] == [1]
+        (resumed,) = [each for each in events if each["event"] == "resumed"]
+        assert resumed["step"] > 0
+        assert json.loads((run_dir / "summary.json").read_text())["weight_version"] == 20
         # the server's log holds its own address and that of the trainer it receives weights from
         heard = set(re.findall(r"198\.18\.\d+\.\d+", (run_dir / "logs" / "server_0.log").read_text()))
         assert heard == set(slurm.addresses.values())
@@ -142,6 +152,16 @@ def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_beside_a_strangers_r
                 process.kill()
         stranger.wait(timeout=30)
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def drivers(job_id: int) -> list[psutil.Process]:
+    """What stands in for the driver of a job and waits: processes of all nodes are this machine's too."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline() == ["sleep", "300"] and process.environ().get("SLURM_JOB_ID") == str(job_id):
+                found.append(process)
+    return found
 
 
 def test_where_requeue_is_forbidden_jobs_follow_each_other_until_it_is_in_vain(
@@ -181,6 +201,48 @@ def test_a_node_that_goes_down_requeues_the_job(slurm: SlurmCluster, inputs: lis
     starts = [json.loads(line)["restarts"] for line in (run_dir / STARTS_FILE).read_text().splitlines()]
     assert starts == [0, 1]
     assert left_on_nodes(job_id) == []
+
+
+def test_a_job_with_a_spare_node_outlives_a_lost_one(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
+    """Neither the job nor its other steps end with the node, and a driver that is started again does without it."""
+    path, run_dir = stand_in(tmp_path, ["wait", "0"]), tmp_path / "run"
+    site = {"preflight": False, "spare_nodes": 1}
+    job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], site, nodes=1, path=path)
+    try:
+        slurm.until(lambda: "start: wait" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
+        assert slurm.job(job_id)["NumNodes"] == "2"
+        slurm.command("scontrol", "update", "nodename=n2", "state=down", "reason=a test")
+        slurm.until(lambda: "Ray has ended on all other nodes" in job_output(tmp_path, job_id), "the loss")
+        assert slurm.job(job_id)["NumNodes"] == "1"
+        (driver,) = drivers(job_id)
+        driver.kill()
+        slurm.until(lambda: "start: 0" in job_output(tmp_path, job_id), "the second start", JOB_TIMEOUT_S)
+    finally:
+        slurm.command("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), output
+
+
+def test_a_spare_node_has_the_job_requeued_when_the_first_one_is_lost(
+    slurm: SlurmCluster, inputs: list[str], tmp_path: Path
+) -> None:
+    """With --no-kill SLURM lets the job fail with its script. The node that was put down is back at once, and may refuse it."""
+    path, run_dir = stand_in(tmp_path, ["wait", "wait"]), tmp_path / "run"
+    site = {"preflight": False, "spare_nodes": 1}
+    job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], site, nodes=1, path=path)
+    try:
+        slurm.until(lambda: "start: wait" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
+        slurm.command("scontrol", "update", "nodename=n1", "state=down", "reason=a test")
+        slurm.until(lambda: int(slurm.job(job_id)["Restarts"]) > 0, "the requeue", JOB_TIMEOUT_S)
+    finally:
+        slurm.command("scancel", str(job_id), check=False)
+        slurm.until(lambda: mended(slurm), "the nodes")
+
+
+def mended(slurm: SlurmCluster) -> bool:
+    """Whether all nodes are idle, once what keeps them from jobs was taken from them."""
+    slurm.command("scontrol", "update", "nodename=n[1-2]", "state=resume", check=False)
+    return slurm.command("sinfo", "--noheader", "--Node", "--format=%t").split() == ["idle", "idle"]
 
 
 def test_a_limit_that_comes_near_gives_the_order_to_stop(slurm: SlurmCluster, tmp_path: Path) -> None:

@@ -151,21 +151,50 @@ def log_probs_by(path: Path) -> Callable[[list[int]], torch.Tensor]:
 def test_dense_tp2_cp2_one_step_ahead(toy, tmp_path):
     """Four trainer ranks; rollouts are at most one version old, and some are. A Llama, on JSON lines.
 
-    Nothing of the run listens where another machine could reach it, and it does not come behind other work on its host.
+    One of two servers keeps version 3 for an evaluation, while the trainer goes on with the other. Nothing of the run listens
+    where another machine could reach it, and it does not come behind other work on its host. Sampling is truncated, and trainer
+    and engine agree about the distribution that is left: `drift/max` in `check_run`.
     """
     sizes = ("train.staleness=1", "train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
-    started = start(toy, "dense_tp2_cp2.yaml", tmp_path, *sizes, f"data.train={toy['train.jsonl']}", kind="llama")
+    cut = ("rollout.top_k=12", "rollout.top_p=0.9", "rollout.min_p=0.001", "algorithm.correction={type: truncate, high: 0.4}")
+    benchmark = (f"eval.benchmarks.sums.file={toy['eval']}", "eval.benchmarks.sums.every=3", "eval.benchmarks.sums.samples=4")
+    options = (*sizes, *cut, *benchmark, "rollout.engine.servers=2", "eval.servers=1", f"data.train={toy['train.jsonl']}")
+    started = start(toy, "dense_tp2_cp2.yaml", tmp_path, *options, kind="llama")
     started.wait_for_event("ready")
     below = started.descendants()
     found = listeners([psutil.Process(started.process.pid), *below])
     assert {trainer(below).nice(), scheduler(below).nice()} == {os.nice(0)}
     run = started.finish(RUN_S)
     check_run(run, 4)
-    check_listeners(found, ranks=4, parts_of_servers=1)
+    for row in (row for row in run.metrics if "train/loss" in row):
+        assert 0.01 < row["train/support_mass"] < 0.99
+        assert row["train/correction_before"] == pytest.approx(1, abs=AGREEMENT)
+        assert row["train/correction"] == pytest.approx(0.4)
+    assert [event["step"] for event in run.happened("weights shrunk")] == [1]
+    check_listeners(found, ranks=4, parts_of_servers=2)
+    check_evaluations(run)
     oldest = [row["rollout/staleness_max"] for row in run.metrics if "train/loss" in row]
     assert oldest[0] == 0
     assert max(oldest) == 1
     check_synced_weights(run, 4, toy["llama"])
+
+
+def check_evaluations(run: Finished) -> None:
+    """One benchmark was evaluated after step 3 beside training, both before the first step and after the last."""
+    begun, done = run.happened("evaluation begun"), {each["step"]: each for each in run.happened("evaluation")}
+    assert [(each["step"], each["servers"]) for each in begun] == [(3, 1)]
+    both = {"held_out", "sums"}
+    assert {step: set(each["benchmarks"]) for step, each in done.items()} == {0: both, 3: {"sums"}, 4: both}
+    for step in done:
+        turns = [turn for each in run.trajectories(f"eval_{step:08d}.jsonl") for turn in each["turns"]]
+        assert {version for turn in turns if turn["role"] == "assistant" for version in turn["versions"]} == {step}
+        result = json.loads((run.run_dir / "evals" / f"step_{step:08d}" / "sums.json").read_text())
+        assert (result["problems"], result["version"]) == (8, step)
+        estimates = result["estimates"]
+        assert estimates.keys() == {"accuracy", "pass_at_2", "pass_at_4", "maj_at_2", "maj_at_4"}
+        assert run.summary["evaluations"]["sums"][str(step)] == estimates
+    shown = [row for row in run.metrics if "eval/pass_at_4_high/sums" in row]
+    assert [(row["step"], "eval/accuracy" in row) for row in shown] == [(0, True), (3, False), (4, True)]
 
 
 def test_moe_ep2_and_resume(toy, tmp_path):
@@ -218,6 +247,10 @@ def test_trainer_and_servers_take_turns_and_a_run_that_leaves_its_course_goes_ba
 
 def trainer(below: list[psutil.Process]) -> psutil.Process:
     return next(process for process in below if "TrainerActor" in " ".join(process.cmdline()))
+
+
+def keeper(below: list[psutil.Process]) -> psutil.Process:
+    return next(process for process in below if "KeeperActor" in " ".join(process.cmdline()))
 
 
 def scheduler(below: list[psutil.Process]) -> psutil.Process:
@@ -289,40 +322,55 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
 
 
 def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_path):
-    """A rank is killed: the trainer goes back to its checkpoint, the server stays. Then STOP, and a command that goes on.
+    """A rank is killed: the trainer goes on from the copy in memory, the server stays. Then a rank and the process with the
+    copy: it goes back to its checkpoint. Then STOP, and a command that goes on.
 
     A run without any of that, which is given what this one has sampled, ends with the same weights, bit for bit. In both a step
     takes the first groups to finish, others go on into the next, and one without a difference is replaced.
     """
-    sizes = ("train.steps=4", "train.prompts_per_step=4", "train.optimizer_steps=2", "rollout.group_size=4", "eval.prompts=8")
+    steps = 10
+    sizes = (f"train.steps={steps}", "train.prompts_per_step=4", "train.optimizer_steps=2", "rollout.group_size=4")
     # an untrained model earns no reward: the distance from a reference gives gradients that depend on what was sampled
     pull = ("algorithm.reference.coeff=0.5", "train.staleness=1", "train.oversample=2", "rollout.dynamic.max_refills=1")
-    options = (*sizes, *pull, "rollout.max_response_tokens=64", "checkpoint.every=1", "checkpoint.journal=all")
+    options = (*sizes, *pull, "eval.prompts=8", "rollout.max_response_tokens=64", "checkpoint.every=0", "checkpoint.journal=all")
     broken, straight = tmp_path / "broken", tmp_path / "straight"
-    run = start(toy, "quickstart.yaml", broken, *options)
-    run.wait_for_event("checkpoint verified")
+    run = start(toy, "quickstart.yaml", broken, *options, "checkpoint.memory.every=1")
+    kept = run.wait_for_event("copy kept")
     server = scheduler(run.descendants()).pid
     trainer(run.descendants()).kill()
+    assert strangers(listeners([psutil.Process(run.process.pid), *run.descendants()])) == []
     back = run.wait_for_event("trainer restarted")
-    assert back["step"] >= 1
+    assert back["step"] >= kept["step"] >= 1
+    assert not (broken / "checkpoints").exists(), "there was nothing but the copy to come back from"
+    assert [(each["checkpoint"], each["step"]) for each in run.happened("resumed")] == [("memory", back["step"])]
+    below = run.descendants()
+    victims = keeper(below), trainer(below)
+    (broken / "SAVE").touch()
+    saved = run.wait_for_event("checkpoint verified")
+    for victim in victims:
+        victim.kill()
+    second = run.wait_for_event("trainer restarted", step=saved["step"])
+    assert second["time"] > saved["time"]
+    assert run.happened("copy lost"), "nobody said that the copy was gone"
+    assert run.happened("resumed")[-1]["checkpoint"] == str(broken / "checkpoints" / f"step_{saved['step']:08d}")
     assert scheduler(run.descendants()).pid == server
     (broken / "STOP").touch()
     stopped = run.finish(RUN_S)
     assert stopped.code == 75, stopped.output
     again = start(toy, "quickstart.yaml", broken, *options, "--resume", "auto").finish(RUN_S)
-    check_run(again, 4)
+    check_run(again, steps)
     (straight / "journal").mkdir(parents=True)
     for path in (broken / "journal").iterdir():
         shutil.copy(path, straight / "journal")
-    check_run(start(toy, "quickstart.yaml", straight, *options, "--resume", "auto").finish(RUN_S), 4)
+    check_run(start(toy, "quickstart.yaml", straight, *options, "--resume", "auto").finish(RUN_S), steps)
     assert all(row["train/grad_norm"] > 0 for row in again.metrics if row["step"] > 1 and "train/loss" in row)
-    for step in range(1, 5):
+    for step in range(1, steps + 1):
         sampled = [(each / "rollouts" / f"step_{step:08d}.jsonl").read_bytes() for each in (broken, straight)]
         assert sampled[0] == sampled[1]
     weights = [(each / "model" / "model.safetensors").read_bytes() for each in (broken, straight)]
     assert weights[0] == weights[1]
     ends = [Counter(ends_of_groups(each / "ledger.jsonl").values()) for each in (broken, straight)]
-    assert ends[0] == ends[1] == {"trained": 16, "filtered": 4}
+    assert ends[0] == ends[1] == {"trained": 4 * steps, "filtered": steps}
     stale = [row["rollout/staleness_max"] for row in again.metrics if "train/loss" in row]
     assert max(stale) <= 1
 

@@ -20,7 +20,7 @@ from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
-from ctpo_megatron.types import TrainSample
+from ctpo_megatron.types import Supports, TrainSample
 from tests.support.engine_faults import Fault
 from tests.support.numbers import flat
 from tests.support.ranks import at_own_port
@@ -61,6 +61,7 @@ class Case(NamedTuple):
     packed: bool  # SEQUENCES over the packs; else one sequence in each
     packs: int
     replay: bool = False  # experts follow a routing that was drawn at random
+    truncated: bool = False  # log-probs are those among a few words at each place
 
 
 class Found(NamedTuple):
@@ -102,7 +103,8 @@ FOUR_RANKS = [
 
 
 def cases_of(layout: Layout, family: str) -> list[Case]:
-    """Every objective in every combination of packing and micro-batches, of qwen3_moe also a replayed routing.
+    """Every objective in every combination of packing and micro-batches, of qwen3_moe also a replayed routing, of qwen3 also
+    truncated sampling.
 
     deepseek_v3, which is there for its parts, has one case packed and one not, with ratios that do not run away with its weights.
     Interleaving takes multiples of pp.
@@ -111,12 +113,13 @@ def cases_of(layout: Layout, family: str) -> list[Case]:
     if family == "deepseek_v3":
         return [Case("grpo", True, many), Case("gspo", False, many)]
     cases = [Case(objective, packed, packs) for objective in OBJECTIVES for packed in (True, False) for packs in (few, many)]
-    return [*cases, Case("ctpo", True, many, replay=True)] if family == "qwen3_moe" else cases
+    replay = family == "qwen3_moe"
+    return [*cases, Case("ctpo", True, many, replay=replay, truncated=not replay)]
 
 
 def fault_case(layout: Layout, family: str) -> Case:
     """The case that faults are planted in: many packs of many sequences, and for experts the one that replays routes."""
-    candidates = [case for case in cases_of(layout, family) if case.objective == "ctpo" and case.packed]
+    candidates = [case for case in cases_of(layout, family) if case.objective == "ctpo" and case.packed and not case.truncated]
     return max(candidates, key=lambda case: (case.replay, case.packs))
 
 
@@ -128,7 +131,7 @@ def engines_of(layouts: list[Layout]) -> list[tuple[Layout, str]]:
 def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSample]:
     """Sequences with a prompt and a gap that a tool wrote; the rollout policy is near `logp`, where that is given.
 
-    Each token comes with a routing for 4 experts of which 2 are chosen.
+    Each token comes with a routing for 4 experts of which 2 are chosen, and a support of 1 to 6 words besides its label.
     """
     rng = random.Random(3)
     routing = np.random.default_rng(3)
@@ -150,15 +153,28 @@ def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSam
                 advantages=[advantage if mine else 0.0 for mine in wrote],
                 group=number // 4,
                 routed_experts=routing.permuted(np.tile(np.arange(4, dtype=np.int8), (length, LAYERS, 1)), axis=-1)[..., :2],
+                supports=draw_supports(np.random.default_rng(number), tokens[1:], wrote),
             )
         )
     return samples
+
+
+def draw_supports(rng: np.random.Generator, labels: list[int], wrote: list[bool]) -> Supports:
+    """Of each label that the policy wrote: it, and 1 to 6 other words."""
+    rows = np.full((len(labels), 7), -1, np.int32)
+    for t, label in enumerate(labels):
+        if wrote[t]:
+            others = rng.permutation(np.setdiff1d(np.arange(VOCAB), [label]))[: rng.integers(1, 7)]
+            rows[t, : 1 + len(others)] = [label, *others]
+    return Supports.of_rows(rows)
 
 
 def packs_of(case: Case, samples: list[TrainSample], parallel: ParallelConfig) -> list[MicroBatch]:
     """The packs of a case, padded as the layout wants it."""
     if not case.replay:
         samples = [replace(sample, routed_experts=None) for sample in samples]
+    if not case.truncated:
+        samples = [replace(sample, supports=None) for sample in samples]
     groups = [samples[i :: case.packs] if case.packed else [samples[i]] for i in range(case.packs)]
     chosen = [sample for group in groups for sample in group]
     weights = sequence_weights("sequence-mean", torch.tensor([sum(sample.mask) for sample in chosen])).tolist()
@@ -198,7 +214,8 @@ def train(engine: TrainerRank, case: Case, samples: list[TrainSample]) -> Found:
 
     begin_again(engine)
     packs = packs_of(case, samples, engine.parallel)[engine.coords.dp_rank :: engine.parallel.dp]
-    algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="rollout")
+    # rollout log-probs are near the whole distribution's, so among few words the policy is compared with itself
+    algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="old" if case.truncated else "rollout")
     options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftBounds(), "version": 0}
     steps = [flat(update_policy(engine, [packs], **options)) for _ in range(2)]
     return Found(steps, exported(engine))

@@ -36,6 +36,7 @@ OWNERS = (
     Owner("Ray's autoscaler monitor", r"autoscaler/(v2|_private)/monitor\.py", 1, "anybody, to read numbers"),
     Owner("Ray's dashboard head", r"dashboard/dashboard\.py", 1, "anybody, to read numbers"),
     Owner("trainer rank", r"ray::TrainerActor", 5, "Ray: the token; stores and gloo: anybody"),
+    Owner("keeper", r"ray::KeeperActor", 1, "the token"),
     Owner("engine actor", r"ray::EngineActor", 1, "the token"),
     Owner("Ray worker that waits", r"ray::IDLE|default_worker\.py", 1, "the token"),
     Owner("driver", r"ctpo_megatron\.cli", 1, "the token"),

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, UpdateAbandoned
 from ctpo_megatron.cluster.environment import log_line, node_environment
+from ctpo_megatron.cluster.keepers.calls import Handed, contents_of, hand_over, reader
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.cluster.threads import bind_to_cores, check_gpus, cores_of_gpu, set_threads, threads_per_rank
 from ctpo_megatron.cluster.trainer.evidence import Signs, gather
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.answers import Experts
-from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.errors import ConfigError, CopyLost
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
@@ -30,6 +32,7 @@ from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.protocol import Sent, Server
 
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
+    from ctpo_megatron.mcore.checkpoint.part import Part
     from ctpo_megatron.mcore.host_weights import HostWeights
     from ctpo_megatron.mcore.rank import TrainerRank
     from ctpo_megatron.weights.source import RankWeights
@@ -48,7 +51,8 @@ class _Built:
 
 
 class TrainerActor:
-    """Rank `rank` of the trainer. Calls run one after another, `watch`, `settle` and `pulse` beside them; `build` comes first."""
+    """Rank `rank` of the trainer. `build` comes first. Calls run one after another, `watch`, `settle`, `hand_over` and `pulse`
+    beside them."""
 
     def __init__(self, config: RunConfig, shape: ModelShape, rank: int, log_path: str) -> None:
         redirect_output(Path(log_path))
@@ -58,6 +62,7 @@ class TrainerActor:
         self.shape = shape
         self.rank = rank
         self._result: _Built | None = None
+        self._part: Part | None = None
         self._closed = threading.Event()
 
     @functools.cached_property
@@ -128,6 +133,9 @@ class TrainerActor:
         self._signs.attach(rank.models)
         self._result = _Built(rank, weights, host_weights)
         self._free_memory()
+        # megatron collects garbage at every copy of the optimizer's state, and would look at all that was imported: 0.3 s
+        gc.collect()
+        gc.freeze()
         return rank.coords
 
     @stage("update")
@@ -219,6 +227,25 @@ class TrainerActor:
     def load(self, directory: str) -> None:
         """Go on from this rank's part of a checkpoint: `loop.protocols.Trainer.load`."""
         self._built.rank.load(Path(directory))
+
+    @stage("copy")
+    def copy(self) -> str:
+        """Copy this rank's part of the state to host memory, for `hand_over`. Returns the node that it is on."""
+        self._part = self._built.rank.part()
+        return ray.get_runtime_context().get_node_id()
+
+    def hand_over(self, step: int, keeper: Any, stays: int | None) -> Handed:
+        """Send what was copied to `keeper`, beside the other calls: `keepers.calls.hand_over`. It bounds its waits itself."""
+        part, self._part = self._part, None
+        if part is None:
+            raise CopyLost(f"trainer rank {self.rank} has copied nothing")
+        return hand_over(part, keeper, step, self.rank, stays)
+
+    @stage("recall")
+    def recall(self, step: int, keepers: list[Any], digest: str) -> None:
+        """Go on from what `keepers` hold, one for each rank: `TrainerRank.recall`. `digest`: of this rank's part."""
+        contents = functools.partial(contents_of, keepers[self.rank], step, self.rank, digest)
+        self._built.rank.recall(contents, reader(keepers, step, self.stages.beat))
 
     @stage("export")
     def save_hf(self, directory: str) -> None:

@@ -13,6 +13,7 @@ import ray
 
 from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, TrainBatch, UpdateAbandoned
 from ctpo_megatron.cluster.calls import Process, call_all
+from ctpo_megatron.cluster.keepers.calls import Handed
 from ctpo_megatron.cluster.trainer.abandoned import join_abandoned
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import TrainerLost
@@ -96,6 +97,21 @@ class TrainerGroup:
     async def load(self, directory: Path) -> None:
         """All ranks go on from a checkpoint (`loop.protocols.Trainer.load`)."""
         await self._each("load", str(directory))
+
+    async def copy(self) -> list[str]:
+        """The ranks copy their state to host memory, for `hand_over`. Returns the node of each."""
+        return await self._each("copy")
+
+    async def hand_over(self, step: int, keepers: Sequence[Any], stays: int | None, timeout_s: float) -> list[Handed]:
+        """The ranks send what they have copied, each to its keeper, beside the other calls: `keepers.calls.hand_over`."""
+        sent = zip(self.ranks, keepers, strict=True)
+        calls = [(rank, rank.actor.hand_over.options(concurrency_group="memory"), keeper) for rank, keeper in sent]
+        return await call_all([(rank, call.remote(step, keeper, stays)) for rank, call, keeper in calls], timeout_s)
+
+    async def recall(self, step: int, keepers: Sequence[Any], digests: Sequence[str]) -> None:
+        """All ranks go on from what `keepers` hold: `TrainerRank.recall`. Raises CopyLost, and nothing has changed then."""
+        sent = zip(self.ranks, digests, strict=True)
+        await self._calls([rank.actor.recall.remote(step, list(keepers), digest) for rank, digest in sent])
 
     async def save_hf(self, directory: Path) -> None:
         """The ranks write the model in Hugging Face format together (`loop.protocols.Trainer.save_hf`)."""

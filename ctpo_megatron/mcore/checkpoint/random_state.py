@@ -30,7 +30,11 @@ def capture() -> dict[str, Any]:
 
 def restore(checkpoint: Path, rank: int) -> None:
     """Go on from the states of `rank` in a checkpoint."""
-    states = torch.load(checkpoint / random_file(rank), weights_only=True)
+    set_states(torch.load(checkpoint / random_file(rank), weights_only=True))
+
+
+def set_states(states: dict[str, Any]) -> None:
+    """Go on from what `capture` gave."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -59,6 +59,7 @@ class Head:
         """What `vocab_parallel_logp` finds for hidden states [1, T_local, H] of `shard`.
 
         Besides the labels' log-probs the entropy, and the top-k tokens' log-probs where the shard has some, unless `labels_only`.
+        Where the shard has supports, log-probs are those of the distribution that is cut to them.
         """
         return vocab_parallel_logp(
             hidden.squeeze(0),
@@ -69,6 +70,7 @@ class Head:
             vocab_size=self.vocab_size,
             entropy=not labels_only,
             top_k_ids=None if labels_only else shard.tokens.top_k_ids,
+            support_ids=shard.tokens.support_ids,
         )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from ctpo_megatron.config.explain import dotted_keys
 from ctpo_megatron.config.load import dump_config, load_config
+from ctpo_megatron.config.rollout import DRAWS_OTHERWISE
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.types import Truncation
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -132,7 +135,7 @@ def test_directory_and_binary_are_refused(tmp_path: Path) -> None:
         ("train=null", "train: found null; must be a section of `key: value` lines."),
         ("seed.deep=1", "seed: found a section with deep; must be a whole number."),
         ("rollout.engine.extra_args=-x", "rollout.engine.extra_args: found '-x'; must be a list."),
-        ("rollout.engine.extra_args=[a, 3]", "rollout.engine.extra_args.1: found 3; must be text."),
+        ("rollout.engine.extra_args=[a, 3]", "rollout.engine.extra_args[1]: found 3; must be text."),
         ("algorithm.objective.type=gpro", "algorithm.objective: type: found 'gpro'; allowed: 'ctpo', 'grpo'"),
         ("algorithm.objective.clip_lw=1", "algorithm.objective.clip_lw: unknown key. Did you mean 'clip_low'?"),
         ("rollout.tool={type: python, timeout_s: -1}", "rollout.tool.timeout_s: found -1; must be greater than 0."),
@@ -206,8 +209,33 @@ def test_only_top_k_divergences_ask_for_the_likeliest_tokens(tmp_path: Path, obj
     assert load_config(write(tmp_path, GOOD), [f"algorithm.objective={objective}"]).algorithm.top_k == k
 
 
-IN_LISTS = {"data.mixture.path"}
+def test_truncation_is_refused_where_supports_are_not_told(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD)
+    assert not load_config(path).rollout.truncation.cuts
+    both = load_config(path, ["rollout.top_k=20", "rollout.top_p=0.95"]).rollout.truncation
+    assert both == Truncation(top_p=0.95, top_k=20)
+    assert "rollout.top_p=0.9 without rollout.top_k" in refusal(path, "rollout.top_p=0.9")
+    assert "rollout.min_p=0.1 without rollout.top_k" in refusal(path, "rollout.min_p=0.1")
+    for value in ("rollout.top_k=1", "rollout.top_k=2000", "rollout.top_p=0", "rollout.min_p=1"):
+        assert value.partition("=")[0] in refusal(path, value)
+    message = refusal(path, "rollout.top_k=20", "algorithm.objective={type: dppo, divergence: topk_kl}")
+    assert "use binary_tv or binary_kl" in message
+
+
+@pytest.mark.parametrize("flag", sorted(DRAWS_OTHERWISE))
+def test_arguments_that_change_what_is_drawn_are_refused(tmp_path: Path, flag: str) -> None:
+    """SGLang must know them all, or they have another name by now."""
+    for words in (f"[{flag}, x]", f"['{flag}=x']", f"['{flag[: max(8, len(flag) - 2)]}', x]"):
+        assert f"{flag} is not allowed: " in refusal(write(tmp_path, GOOD), f"rollout.engine.extra_args={words}")
+    source = Path(find_spec("sglang").origin).parent / "srt"
+    field = flag.removeprefix("--").replace("-", "_")
+    files = [source / "server_args.py", *(source / "arg_groups" / "fields").glob("*.py")]
+    assert any(f"    {field}: A[" in file.read_text() or f'"{flag}"' in file.read_text() for file in files)
+
+
 PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}
+IN_LISTS = {"data.mixture.path"}
+NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's
 
 
 def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,13 +251,15 @@ def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [source.path for source in mixture] == ["/home/ann/m.parquet"]
     assert load_config(write(tmp_path, GOOD), ["run_dir=~/r", "model.path=${run_dir}/m"]).model.path == "/home/ann/r/m"
     assert load_config(write(tmp_path, GOOD), ["run_dir=a/~b"]).run_dir == "a/~b"
+    named = load_config(write(tmp_path, GOOD), ["eval.benchmarks.aime.file=~/aime.parquet"])
+    assert named.eval.benchmarks["aime"].file == "/home/ann/aime.parquet"
     assert "~nobodyatall" in refusal(write(tmp_path, GOOD), "data.train=~nobodyatall/x.parquet")
 
 
 def test_no_path_of_the_configuration_is_missing_above() -> None:
     """Whatever is called a path, a file or a directory, or says that it is one, may begin at home."""
     meant = {key for key in dotted_keys() if key.rsplit(".", 1)[-1] in ("path", "file", "directory", "dir", "output", "run_dir")}
-    assert meant <= PATHS | IN_LISTS
+    assert meant <= PATHS | IN_LISTS | NAMED
 
 
 @pytest.mark.parametrize(

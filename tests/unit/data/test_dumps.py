@@ -19,7 +19,7 @@ from ctpo_megatron.config.objectives import SequenceMean
 from ctpo_megatron.data.dumps import ABOUT, BATCH, CONFIG, About, StepDump, read_dump, sequences_of, write_about, write_batch
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.errors import InputError
-from ctpo_megatron.types import TopK, TrainSample
+from ctpo_megatron.types import Supports, TopK, TrainSample
 
 ABOUT_IT = About(
     kind="policy",
@@ -46,6 +46,7 @@ def draw(seed: int, *, rows: bool) -> list[TrainSample]:
         length = rng.randint(1, 23)
         mask = [True] + [rng.random() < 0.7 for _ in range(length - 1)]
         values = [rng.choice([rng.gauss(0, 1), float("nan"), float("inf")]) for _ in range(length)]
+        supports = np.where(np.array(mask)[:, None], numbers.integers(-1, 99, (length, 1 + n)), -1).astype(np.int32)
         as_float32 = np.asarray(values, np.float32).tolist()
         samples.append(
             TrainSample(
@@ -60,6 +61,7 @@ def draw(seed: int, *, rows: bool) -> list[TrainSample]:
                 top_k=TopK(numbers.integers(0, 99, (length, 3)).astype(np.int32), -numbers.random((length, 3), np.float32))
                 if rows
                 else None,
+                supports=Supports.of_rows(supports) if rows else None,
             )
         )
     return samples

@@ -14,7 +14,7 @@ import torch
 
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.data.samples import build_samples
-from ctpo_megatron.engine.answers import read_experts, read_top
+from ctpo_megatron.engine.answers import read_experts, read_supports, read_top
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
@@ -24,11 +24,12 @@ from ctpo_megatron.record.trajectories import as_row
 from ctpo_megatron.record.values import Mean
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Sampling, Score
-from ctpo_megatron.types import Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup
+from ctpo_megatron.types import WHOLE, Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup, Truncation
 from tests.support.trajectories import ATTEMPT, GROUP
 
 SHAPE = RoutingShape(num_layers=3, expert_layers=(1, 2), experts=16, top_k=2)
 STOP = 9
+CUT = Truncation(top_p=0.9, top_k=20)
 Run = tuple[list[int], int, str]  # what an answer holds: tokens, version, why it ended
 
 
@@ -62,15 +63,17 @@ class Server(EngineClient):
             rows = np.array([of_position(p, version) for p in positions], np.int32)
             record = np.broadcast_to(rows[:, None, None], (len(rows), 3, 2)) + np.array([0, 1, 2])[:, None]
             meta["routed_experts"] = base64.b64encode((record % 16).astype(np.int32).tobytes()).decode()
+        if body.get("return_sampling_mask"):
+            meta["output_token_sampling_mask"] = [[token, token + 1] for token in tokens]
+            meta["output_token_sampling_logprobs"] = [-0.25] * len(tokens)
         if k := body.get("top_logprobs_num"):
             meta["output_top_logprobs"] = [[[-0.5 - i, token + i, None] for i in range(k)] for token in tokens]
         return {"output_ids": tokens, "meta_info": meta}
 
 
-def sample(server: Server, recorded: int | None = 0) -> Generation:
-    return asyncio.run(
-        server.generate([5, 6, 7], max_new_tokens=8, temperature=1.0, stop_token_ids=[STOP], session=0, recorded=recorded)
-    )
+def sample(server: Server, recorded: int | None = 0, truncation: Truncation = WHOLE) -> Generation:
+    options = {"temperature": 1.0, "truncation": truncation, "stop_token_ids": [STOP], "session": 0, "recorded": recorded}
+    return asyncio.run(server.generate([5, 6, 7], max_new_tokens=8, **options))
 
 
 def expected(versions: list[int | None]) -> list[int]:
@@ -150,6 +153,48 @@ def test_top_log_probs() -> None:
         read_top({"output_top_logprobs": [[[-0.5, 1, None]]]}, 3, 1, "http://server")
 
 
+def test_supports_come_with_the_log_probs_among_them() -> None:
+    """Part by part; each support is one token more than the one that was drawn, the first answer's, and so on."""
+    server = Server([([1, 2], 4, "abort"), ([], 4, "abort"), ([3, STOP], 5, "stop")])
+    generation = sample(server, truncation=CUT)
+    assert generation.supports.counts.tolist() == [2] * 4
+    assert generation.supports.rows(3).tolist() == [[1, 2, -1], [2, 3, -1], [3, 4, -1], [9, 10, -1]]
+    assert generation.rollout_logp == [-0.25] * 4
+    sampling = server.asked[0]["sampling_params"]
+    assert (sampling["top_p"], sampling["top_k"], sampling["min_p"]) == (0.9, 20, 0.0)
+    assert server.asked[0]["return_sampling_mask"]
+
+
+def test_without_truncation_or_without_a_record_no_supports_are_asked_for() -> None:
+    for options in ({"truncation": WHOLE}, {"truncation": CUT, "recorded": None}):
+        server = Server([([1, STOP], 4, "stop")])
+        generation = sample(server, **options)
+        assert (generation.supports, generation.rollout_logp) == (None, [-0.5] * 2)
+        assert "return_sampling_mask" not in server.asked[0]
+
+
+def test_requests_leave_no_default_to_the_server() -> None:
+    server = Server([([STOP], 4, "stop")])
+    sample(server)
+    sampling = server.asked[0]["sampling_params"]
+    neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "frequency_penalty": 0.0}
+    assert not {"stop", "stop_regex", "n", "logit_bias"} & sampling.keys()  # a stop string would end a turn within a token
+    assert sampling.items() >= (neutral | {"presence_penalty": 0.0, "min_new_tokens": 0, "temperature": 1.0}).items()
+
+
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({}, "0 supports and 0 log-probs among these for 2 tokens"),
+        ({"output_token_sampling_mask": [[1], [2]], "output_token_sampling_logprobs": [0.0]}, "2 supports and 1 log-probs"),
+        ({"output_token_sampling_mask": [[1], [3]], "output_token_sampling_logprobs": [0.0, 0.0]}, "token 2, which is not in"),
+    ],
+)
+def test_supports_that_do_not_fit_are_an_error(meta: dict[str, Any], words: str) -> None:
+    with pytest.raises(EngineError, match=words):
+        read_supports(meta, [1, 2], "http://server")
+
+
 def test_large_models_need_two_bytes() -> None:
     assert RoutingShape(2, (0, 1), 128, 8).unknown(1).dtype == np.int8
     assert RoutingShape(2, (0, 1), 129, 8).unknown(1).dtype == np.int16
@@ -186,11 +231,12 @@ class Worth:
 PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "a")
 
 
-def played() -> Trajectory:
+def played(truncation: Truncation = WHOLE) -> Trajectory:
     """Two turns with a tool's text between them, the second at a newer version."""
     server = Server([([1, STOP], 4, "stop"), ([2, 3, STOP], 5, "stop")], top_k=2)
     environment = ToolEnvironment(server, Chat(), Tool(), Worth())
-    trajectory = asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 0, Sampling(1.0, 3, 50, record=True)))
+    sampling = Sampling(1.0, 3, 50, record=True, truncation=truncation)
+    trajectory = asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 0, sampling))
     assert [body["routed_experts_start_len"] for body in server.asked] == [0, 4]
     return trajectory
 
@@ -207,6 +253,25 @@ def test_every_input_of_a_trajectory_has_its_experts() -> None:
     trajectory.routed_experts = trajectory.routed_experts[:-1]
     with pytest.raises(ValueError, match="differ in length"):
         build_samples(TrajectoryGroup(PROMPT, [trajectory], id=GROUP), [1.0], 0)
+
+
+def test_every_label_of_a_trajectory_has_its_support() -> None:
+    """Also in the pack, and in each context-parallel part of it; what the tool wrote and padding have none."""
+    group = TrajectoryGroup(PROMPT, [played(CUT), played(CUT)], id=GROUP)
+    first, second = build_samples(group, [1.0, 1.0], 0)
+    assert first.supports.counts.tolist() == [2 * wrote for wrote in first.mask]
+    ((whole,),) = pack([first, replace(second, supports=None)], dp=1, max_tokens=200, cp=2)
+    for rank in range(2):
+        tokens = whole.shard(rank, 2).tokens
+        told = tokens.support_ids[:, 0] >= 0
+        assert torch.equal(tokens.support_ids[told, 0], tokens.labels[told].int())
+        assert torch.equal(tokens.support_ids[told, 1], tokens.labels[told].int() + 1)
+    of_first = whole.tokens.support_ids[: len(first), 0] >= 0
+    assert of_first.tolist() == first.mask
+    assert not (whole.tokens.support_ids[len(first) :] >= 0).any()
+    assert all("supports" not in turn for turn in as_row(PROMPT, played(CUT))["turns"])
+    ((bare,),) = pack([build_samples(TrajectoryGroup(PROMPT, [played()], id=GROUP), [1.0], 0)[0]], dp=1, max_tokens=200)
+    assert bare.tokens.support_ids is None
 
 
 def test_what_is_written_down() -> None:

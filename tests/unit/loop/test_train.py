@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,23 +17,32 @@ from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.checkpoints.files import VERSION, commit_checkpoint, work_directory
 from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointUnwritten, LeftCourse
+from ctpo_megatron.jobs.evaluations import bring_back, known_accuracies
 from ctpo_megatron.jobs.resume import start_of
-from ctpo_megatron.loop.checkpoints import Checkpoints, leave_after, newest, newest_until, restore
+from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest, newest_until, restore
+from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
+from ctpo_megatron.loop.evaluation.evaluations import Evaluations
 from ctpo_megatron.loop.ledger import NAME, Ledger
+from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
-from ctpo_megatron.loop.protocols import Decisions
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
+from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.spikes import SpikeDetector
+from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, Event, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.mismatch_events import WeightsShrunk
 from ctpo_megatron.record.nonfinite_events import OffCourse
 from ctpo_megatron.record.storage import MARK, Storage
 from ctpo_megatron.record.storage_events import CheckpointDelayed, StorageFault, StorageMended
+from ctpo_megatron.record.values import Mean, Values
+from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 from tests.support.runs import ROOT
 
@@ -72,6 +82,11 @@ class Ranks:
 
     async def heal(self) -> None: ...
 
+    def set_aside(self, count: int) -> int:
+        return count
+
+    def give_back(self) -> None: ...
+
 
 @dataclass
 class Sampled:
@@ -84,18 +99,12 @@ class Sampled:
     ranks: Ranks = field(default_factory=Ranks)
 
     async def group(
-        self,
-        prompt: Prompt,
-        group: GroupId,
-        *,
-        size: int,
-        temperature: float,
-        record: bool = False,
-        keep_failed: bool = False,
+        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False, keep_failed: bool = False
     ) -> TrajectoryGroup:
-        if record:
+        if sampling.record:
             self.seen.append((prompt.index, str(group)))
-        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [self.ranks.version] * 2)]
+        version = self.ranks.version if group.evaluation is None else group.evaluation
+        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [version] * 2)]
         made = [Trajectory(prompt.index, [3], turns, Status.FINISHED, reward=n % 2, id=AttemptId(group, n)) for n in range(size)]
         return TrajectoryGroup(prompt, made, id=group)
 
@@ -121,39 +130,58 @@ async def train(
     run_dir: Path,
     *,
     resume: bool,
+    recalled: Resumable | None = None,
     ranks: Ranks | None = None,
     orders: Orders | None = None,
     storage: Storage | None = None,
     rollouts: Sampled | None = None,
-    decisions: Decisions | None = None,
+    **more: Any,
 ) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
     ranks, rollouts, events, root = ranks or Ranks(), rollouts or Sampled(), [], run_dir / "checkpoints"
     storage = storage or Storage()
-    start = start_of(config, PROMPTS, None, [], events.append)
+    start, known = start_of(config, PROMPTS, None, [], events.append), {}
+    (held_out,) = benchmarks_of(config.data, config.eval, config.rollout)
+    benchmarks = [Benchmark(held_out, PROMPTS)]
     if resume:
-        found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
+        found = recalled or await restore(ranks, newest(root, config.train.steps, events.append), events.append)
         start = start_of(config, PROMPTS, found, [], discard)
+        known = known_accuracies(run_dir, [*start.owed, start.step], benchmarks, config.train.steps)
     first_step, rollouts.ranks, ranks.version = start.step, ranks, start.step
     recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()), through=storage.write)
+    record, totals = RunRecord(run_dir, config.log, recorder, storage.write), RunTotals()
+    evaluations = Evaluations(
+        benchmarks,
+        config.train.steps,
+        Evaluator(rollouts, None, SEED),
+        record,
+        totals,
+        start.accuracies | known,
+        set(start.owed) - set(known),
+        config.eval.servers,
+        ranks,
+        events.append,
+    )
     loop = TrainLoop(
         config=config,
         admission=start.admission,
-        eval_prompts=PROMPTS,
         rollouts=rollouts,
         trainer=ranks,
         publisher=ranks,
-        record=RunRecord(run_dir, config.log, recorder, storage.write),
-        checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append, storage=storage),
+        record=record,
+        evaluations=evaluations,
+        checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append, needed=evaluations.unfinished, storage=storage),
+        bring_back=partial(bring_back, ranks, ranks, root, lambda _version, _digest: None),
         ledger=Ledger(run_dir / NAME, step=first_step, position=start.position, gone=start.gone, through=storage.write),
-        decisions=decisions,
+        totals=totals,
         first_step=first_step,
         samples=start.samples,
-        accuracies=start.accuracies,
         spikes=SpikeDetector(config.train.spikes),
+        shrinking=ShrinkingAlarm(config.algorithm),
         returns=config.train.spikes.returns,
         emit=events.append,
         orders=orders or Orders(),
         storage=storage,
+        **more,
     )
     async with storage.outlasting(events.append):
         await loop.run()
@@ -278,6 +306,17 @@ def test_a_reward_that_collapses_is_told_and_the_run_goes_on(tmp_path: Path) -> 
     assert loop.done == 8
 
 
+def test_weights_of_a_correction_that_vanish_are_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def shrunk(self: Ranks, batches: list[TrainBatch], version: int) -> Values:
+        return {"correction": Mean(0.06), "correction_sq": Mean(0.018), "correction_log": Mean(-12.5)}
+
+    monkeypatch.setattr(Ranks, "update", shrunk)
+    wanted = config("train.steps=3", "algorithm.correction={type: truncate, level: sequence}")
+    _, _, events = asyncio.run(train(wanted, tmp_path, resume=False))
+    (event,) = [each for each in events if isinstance(each, WeightsShrunk)]
+    assert (event.step, event.metric, event.value) == (1, "train/correction", 0.06)
+
+
 def test_a_run_that_may_go_back_leaves_its_course_at_once(tmp_path: Path) -> None:
     looking = ("train.spikes.reward=5", "train.spikes.least=4", "train.spikes.window=4", "train.spikes.patience=1")
     wanted = config("train.steps=8", "train.prompts_per_step=2", "train.spikes.returns=1", *looking)
@@ -296,6 +335,41 @@ def test_a_checkpoint_that_is_asked_for_comes_once(tmp_path: Path) -> None:
     orders.save()
     asyncio.run(train(config("train.steps=2", "checkpoint.every=0"), tmp_path, resume=False, orders=orders))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+class Noted(MemoryCopies):
+    """Notes what would be copied."""
+
+    def __init__(self) -> None:
+        self.states: list[RunState] = []
+
+    def keep(self, state: RunState) -> None:
+        self.states.append(state)
+
+
+def test_what_is_copied_is_the_state_after_each_step_with_its_evaluation(tmp_path: Path) -> None:
+    copies, three = Noted(), config("train.steps=3", "train.prompts_per_step=2")
+    asyncio.run(train(three, tmp_path, resume=False, memory=copies))
+    still_open = [[group.number for group in state.open] for state in copies.states]
+    assert [(s.step, s.groups, numbers, sorted(s.accuracies)) for s, numbers in zip(copies.states, still_open, strict=True)] == [
+        (1, 4, [2, 3], [0]),
+        (2, 6, [4, 5], [0, 2]),
+        (3, 6, [], [0, 2, 3]),
+    ]
+    assert copies.states[-1] == newest(tmp_path / "checkpoints", 9, discard).state
+
+
+def test_a_run_that_began_at_a_copy_and_is_stopped_at_once_saves_what_it_began_with(tmp_path: Path) -> None:
+    """No checkpoint holds it: what the run has learned is not to end with its processes."""
+    copies, long = Noted(), config("train.steps=9", "train.prompts_per_step=2", "checkpoint.every=9")
+    asyncio.run(train(config("train.steps=2", "train.prompts_per_step=2"), tmp_path, resume=False, memory=copies))
+    leave_after(tmp_path / "checkpoints", 1)
+    orders = Orders()
+    orders.stop(StopRequest("a test"))
+    _, loop, _ = asyncio.run(train(long, tmp_path, resume=True, orders=orders, unsaved=copies.states[-1]))
+    assert loop.done == 2
+    found, began = newest(tmp_path / "checkpoints", 9, discard).state, copies.states[-1]
+    assert (found.step, found.groups, found.cursor, found.samples) == (2, began.groups, began.cursor, began.samples)
 
 
 @pytest.mark.parametrize("every", [0, 1])

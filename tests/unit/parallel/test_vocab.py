@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctpo_megatron.parallel import vocab, vocab_parallel_logp
+from ctpo_megatron.parallel import vocab_parallel_logp, words
 
 TOKENS, WIDTH, WORDS = 37, 24, 531
 
@@ -49,7 +49,7 @@ def naive(c: Case, temperature: float, words: int = WORDS) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_like_log_softmax_of_all_logits(monkeypatch, block, temperature, dtype):
-    monkeypatch.setattr(vocab, "BLOCK", block)
+    monkeypatch.setattr(words, "BLOCK", block)
     c = case(dtype)
     found = vocab_parallel_logp(c.hidden, c.weight, c.labels, temperature=temperature, top_k_ids=c.support)
     (found.logp * c.upstream).sum().backward()
@@ -108,7 +108,7 @@ def test_nan_stays_with_its_token():
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
-    monkeypatch.setattr(vocab, "BLOCK", 1)
+    monkeypatch.setattr(words, "BLOCK", 1)
     c = case(torch.bfloat16)
     kept: list[int] = []
 
@@ -118,7 +118,7 @@ def test_nothing_of_the_size_of_the_logits_is_kept(monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         vocab_parallel_logp(c.hidden, c.weight, c.labels, top_k_ids=c.support)
-    last = WORDS % vocab.FEWEST_WORDS
+    last = WORDS % words.FEWEST_WORDS
     assert 0 < last < WORDS / 4
     assert sorted(kept) == sorted([c.hidden.numel(), c.weight.numel(), TOKENS, TOKENS, TOKENS, TOKENS * last])
 

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from ctpo_megatron import cli
+from ctpo_megatron.cluster.keepers.shelf import MOST
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.model import ParallelConfig
@@ -261,6 +262,20 @@ def test_a_save_is_planned_for_host_and_gpu() -> None:
     assert stage.saving.gpu == 2**29
     source = (CONFIGS.parent / "ctpo_megatron" / "mcore" / "checkpoint" / "gathering.py").read_text()
     assert f"\nGATHERED = 2**{GATHERED.bit_length() - 1}  #" in source
+    assert stage.saving.kept == MOST * stage.saving.writing
+
+
+def test_copies_in_memory_are_planned_where_there_are_any() -> None:
+    where, told = CONFIGS / "qwen3-30b-a3b.yaml", {}
+    for every in (0, 1):
+        console = Console(file=io.StringIO(), width=120)
+        plan_job(load_config(where, [f"checkpoint.memory.every={every}"]), where, None, Hardware(), console)
+        told[every] = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    (stage,) = plan_of(config_of("qwen3-30b-a3b"), shape_of("qwen3-30b-a3b"), Hardware()).stages
+    sizes = {"handing over": stage.saving.writing, "two copies, kept": stage.saving.kept}
+    rows = {f"{name} {size / GIB:.1f} GiB {8 * size / GIB:.1f} GiB" for name, size in sizes.items()}
+    assert rows <= set(told[1])
+    assert not rows & set(told[0])
 
 
 def test_bounds_on_time_are_told_with_what_they_ask() -> None:

@@ -30,6 +30,8 @@ def test_bundles() -> None:
     assert topology(two, COLOCATED, trainer=False).bundles == [{"CPU": 1.0, "GPU": 2.0}] * 2, "`ctpo eval` has no trainer"
     assert topology(two, COLOCATED, engines=False).bundles == [{"CPU": 1.0, "GPU": 1.0}] * 4, "`ctpo sft` has no servers"
     assert shared.on("cpu").bundles == [{"CPU": 1.0}] * 6
+    assert (apart.rank_bundles, apart.server_bundles) == (apart.bundles[:4], apart.bundles[4:])
+    assert apart.with_layout(ParallelConfig(tp=2)).bundles == apart.bundles[2:], "the servers stay as they are"
     assert [each.shares_gpus for each in (shared, apart, shared.on("cpu"))] == [True, False, False]
 
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import pkgutil
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 
-from ctpo_megatron.record import events, nonfinite_events, run_events, story_events, watch_events
+from ctpo_megatron import record
 from ctpo_megatron.record.events import Event, EventLog, RunReady, ServerLost, StepTrained, print_sentence
 from ctpo_megatron.record.run_events import RunStopped
 from ctpo_megatron.record.story_events import How
 
-FOUND = {**vars(events), **vars(run_events), **vars(story_events), **vars(nonfinite_events), **vars(watch_events)}.values()
+MODULES = [importlib.import_module(f"{record.__name__}.{each.name}") for each in pkgutil.iter_modules(record.__path__)]
+FOUND = {name: each for module in MODULES if module.__name__.endswith("events") for name, each in vars(module).items()}.values()
 KINDS = [kind for kind in FOUND if isinstance(kind, type) and issubclass(kind, Event) and kind is not Event]
 
 
 def example(kind: type[Event]) -> Event:
     samples = {int: 3, float: 1.5, str: "text", bool: True, str | None: None, int | None: None, tuple[str, ...]: ("a", "b")}
-    samples |= {dict[str, float]: {"train": 1.5}, float | None: 1.5, How: "failed", How | None: "killed"}
+    samples |= {
+        dict[str, float]: {"train": 1.5},
+        float | None: 1.5,
+        dict[str, int | None]: {"dp": 1},
+        How: "failed",
+        How | None: "killed",
+    }
     hints = get_type_hints(kind)
     return kind(**{each.name: samples[hints[each.name]] for each in fields(kind)})
 

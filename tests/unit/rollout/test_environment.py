@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.data.samples import build_samples
-from ctpo_megatron.errors import ConfigError, EngineError, EngineRefused, NoServerLeft, RolloutError, StorageError
+from ctpo_megatron.errors import AsideLost, ConfigError, EngineError, EngineRefused, NoServerLeft, RolloutError, StorageError
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.environment import ToolEnvironment
@@ -24,6 +24,7 @@ from tests.support.trajectories import ATTEMPT, GROUP
 
 END = ord("|")
 PROMPT = Prompt(4, ({"role": "user", "content": "question"},), "56")
+SAMPLING = Sampling(1.0, 5, 9)
 CALL = "```python\nprint(7*8)\n```"
 WRONG = "```python\nprint(7/0)\n```"
 
@@ -52,7 +53,7 @@ class Script:
     lines: list[str]
     seen: list[tuple[str, int, int]] = field(default_factory=list)  # input, tokens allowed, session
 
-    async def generate(self, input_ids, done, *, max_new_tokens, temperature, stop_token_ids, session, recorded):
+    async def generate(self, input_ids, done, *, max_new_tokens, temperature, truncation, stop_token_ids, session, recorded):
         assert stop_token_ids == [END]
         assert recorded is None
         assert done == Generation()
@@ -104,7 +105,7 @@ async def group_of(trajectory: Trajectory):
         async def run(self, attempt, prompt, session, sampling, note):
             return trajectory
 
-    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, temperature=1.0)
+    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, sampling=SAMPLING)
 
 
 def test_an_error_of_the_program_is_told_and_counted():
@@ -212,10 +213,11 @@ class Counting:
 
 def test_groups_share_the_bound_and_each_attempt_has_its_session():
     environment = Counting()
-    rollouter = Rollouter(environment, RolloutConfig(concurrency=3, max_turns=2, max_response_tokens=7))
+    rollouter = Rollouter(environment, RolloutConfig(concurrency=3))
+    sampling = Sampling(0.7, 2, 7)
 
     async def two():
-        return await asyncio.gather(*(rollouter.group(PROMPT, GroupId(n), size=5, temperature=0.7) for n in (7, 8)))
+        return await asyncio.gather(*(rollouter.group(PROMPT, GroupId(n), size=5, sampling=sampling) for n in (7, 8)))
 
     groups = asyncio.run(two())
     assert [len(g.trajectories) for g in groups] == [5, 5]
@@ -224,14 +226,29 @@ def test_groups_share_the_bound_and_each_attempt_has_its_session():
     assert sorted(environment.sessions) == list(range(35, 45))  # as even over any number of servers as counting is
     assert [str(t.id) for t in groups[1].trajectories] == [f"g00000008.{n}" for n in range(5)]
     assert [group.id for group in groups] == [GroupId(7), GroupId(8)]
-    assert environment.sampling == Sampling(0.7, 2, 7)
+    assert environment.sampling == sampling
+
+
+def test_attempts_beside_training_take_no_place_of_its_own():
+    training, aside = Counting(), Counting()
+    rollouter = Rollouter(training, RolloutConfig(concurrency=3), aside=(aside, 2))
+
+    async def both():
+        groups = ((GroupId(0), False), (GroupId(0, evaluation=4), True))
+        return await asyncio.gather(
+            *(rollouter.group(PROMPT, name, size=5, sampling=Sampling(0.7, 2, 7), aside=way) for name, way in groups)
+        )
+
+    asyncio.run(both())
+    assert (training.most, aside.most) == (3, 2)
+    assert (training.ended, aside.ended) == (5, 5)
 
 
 def test_a_failure_ends_the_group_and_comes_out_as_itself():
     environment = Counting(fails_at=2)
     rollouter = Rollouter(environment, RolloutConfig())
     with pytest.raises(RolloutError, match="the server is gone"):
-        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, temperature=1.0), 10))
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING), 10))
     assert environment.running == 0
 
 
@@ -258,11 +275,11 @@ class Failing(Counting):
 def test_an_attempt_that_fails_is_tried_again_from_where_it_was(monkeypatch):
     monkeypatch.setattr("ctpo_megatron.rollout.rollouter.RETRY_PAUSE_S", 0.001)
     environment = Failing({1: 2}, EngineError("no answer"))
-    made = asyncio.run(Rollouter(environment, RolloutConfig(retries=2)).group(PROMPT, GROUP, size=3, temperature=1.0))
+    made = asyncio.run(Rollouter(environment, RolloutConfig(retries=2)).group(PROMPT, GROUP, size=3, sampling=SAMPLING))
     assert (len(made.trajectories), made.failed) == (3, [])
     assert [open_tokens for number, open_tokens in environment.found if number == 1] == [None, 3, 3]
     environment = Failing({1: 2}, RolloutError("it answered with too many tokens"))
-    asyncio.run(Rollouter(environment, RolloutConfig(retries=2)).group(PROMPT, GROUP, size=3, temperature=1.0))
+    asyncio.run(Rollouter(environment, RolloutConfig(retries=2)).group(PROMPT, GROUP, size=3, sampling=SAMPLING))
     assert [open_tokens for number, open_tokens in environment.found if number == 1] == [
         None,
         None,
@@ -274,7 +291,7 @@ def test_an_attempt_that_fails_too_often_is_data_for_training_and_an_error_elsew
     monkeypatch.setattr("ctpo_megatron.rollout.rollouter.RETRY_PAUSE_S", 0.001)
     failing = {1: 3}, EngineError("no answer")
     rollouter = Rollouter(Failing(*failing), RolloutConfig(retries=2))
-    made = asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, temperature=1.0, keep_failed=True), 5))
+    made = asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING, keep_failed=True), 5))
     assert made.trajectories == []
     other = "another attempt of its group failed"
     assert [(f.id.number, f.reason, f.aborted, f.response_length, f.reward) for f in made.failed] == [
@@ -285,14 +302,16 @@ def test_an_attempt_that_fails_too_often_is_data_for_training_and_an_error_elsew
     ]
     rollouter = Rollouter(Failing(*failing), RolloutConfig(retries=2))
     with pytest.raises(EngineError, match="no answer"):
-        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, temperature=1.0), 5))
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING), 5))
 
 
-@pytest.mark.parametrize("error", [NoServerLeft("none"), EngineRefused("too long"), StorageError("full"), ConfigError("wrong")])
+@pytest.mark.parametrize(
+    "error", [NoServerLeft("none"), AsideLost("they died"), EngineRefused("too long"), StorageError("full"), ConfigError("wrong")]
+)
 def test_what_is_the_runs_fault_ends_it_at_once(error):
     rollouter = Rollouter(Failing({1: 1}, error), RolloutConfig(retries=2))
     with pytest.raises(type(error)) as raised:
-        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, temperature=1.0, keep_failed=True), 5))
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING, keep_failed=True), 5))
     assert raised.value is error
 
 

@@ -69,7 +69,7 @@ def test_every_option_of_a_site_has_its_place() -> None:
             "gpus_per_node": 4, "signal_lead": 900, "requeue": False, "starts": 5, "preflight": False, "exclusive": False,
             "mail_user": "me@here", "mail_type": "END", "modules": ["cuda/13"], "environment": ["export NCCL_IB_HCA=mlx5"],
             "container": {"image": "/images/a.sqsh", "mounts": ["/a:/a", "/b:/b"], "workdir": "/a"},
-            "sbatch": ["#SBATCH --licenses=x"],
+            "sbatch": ["#SBATCH --licenses=x"], "spare_nodes": 1,
         }
     )  # fmt: skip
     assert all(getattr(site, name) != getattr(Site(), name) for name in Site.model_fields)
@@ -89,6 +89,19 @@ def test_a_run_on_cpus_asks_for_no_gpus() -> None:
     found = lines(Site(gpus_per_node=0))
     assert "#SBATCH --nodes=1" in found
     assert not any("gpus" in line for line in found)
+
+
+def test_spare_nodes_are_asked_for_and_a_lost_one_does_not_end_the_job() -> None:
+    """Nor does it where the trainer may go on with fewer ranks; other runs are better off requeued."""
+    spared, plain = lines(Site(spare_nodes=2)), lines(Site())
+    assert {"#SBATCH --nodes=4", "#SBATCH --no-kill"} <= set(spared)
+    assert spared[1].endswith("1 node for 4 servers of 2 GPUs; 2 spare")
+    assert "#SBATCH --nodes=5" in lines(Site(spare_nodes=2), nodes=3)
+    assert "#SBATCH --nodes=3" in lines(Site(spare_nodes=2, gpus_per_node=0))
+    run = config()
+    elastic = render(Job(run.name, topology_of(run), Path("c.yaml"), [], elastic=True), Site(), LAUNCH).splitlines()
+    for found, wanted in ((spared, True), (elastic, True), (plain, False)):
+        assert ("#SBATCH --no-kill" in found, "--no-kill" in shlex.split(found[-1])) == (wanted, wanted)
 
 
 def test_words_of_the_command_stay_apart() -> None:

@@ -30,9 +30,9 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
         ("time: 24:00:00", "time: 86400 is a number; write the time in quotes"),
         ("time: soon", "time: 'soon' is no time limit; write it as sbatch takes it, like 24:00:00"),
         ("partition: a b", "partition: 'a b' must be one word"),
-        ("sbatch: ['--time=3']", r"sbatch.0: --time has a place of its own in the job file"),
-        ("sbatch: ['#SBATCH --nodes 3']", r"sbatch.0: --nodes has a place of its own"),
-        ('environment: ["a\\nb"]', r"environment.0: 'a\\nb' must be one line"),
+        ("sbatch: ['--time=3']", r"sbatch\[0\]: --time has a place of its own in the job file"),
+        ("sbatch: ['#SBATCH --nodes 3']", r"sbatch\[0\]: --nodes has a place of its own"),
+        ('environment: ["a\\nb"]', r"environment\[0\]: 'a\\nb' must be one line"),
         ("signal_lead: 0", "signal_lead: found 0; must be greater than 0"),
     ],
 )

@@ -1,0 +1,1 @@
+"""Processes that hold copies of the trainer's state in their memory."""
