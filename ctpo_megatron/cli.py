@@ -204,6 +204,14 @@ def replay(
 
 
 @app.command()
+def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=_at_home)]) -> None:
+    """What became of the groups of a run, by length and difficulty: how many were trained on, replaced or lost."""
+    from ctpo_megatron.jobs.ledger import ledger_job
+
+    ledger_job(run_dir)
+
+
+@app.command()
 def doctor() -> None:
     """What this host has and lacks for a run; exit code 1 when a run cannot work here."""
     from rich.console import Console

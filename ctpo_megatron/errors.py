@@ -93,6 +93,10 @@ class EngineRefused(EngineError):
     """An inference server understood a request and refused it: asking again, or another server, would not help."""
 
 
+class NoServerLeft(EngineError):
+    """No inference server serves, and none is to be expected: nothing can be sampled any more."""
+
+
 class AsideLost(EngineError):
     """The servers that kept the weights of an evaluation are gone, or hold others."""
 

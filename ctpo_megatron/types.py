@@ -60,6 +60,8 @@ class AttemptId:
 class Prompt:
     """One task. `index` is its row in the data file; `answer` is what the reward compares with.
 
+    `source` names the file among those of a mixture, and is empty for data.train. `difficulty` is what a column of the data says.
+
     A message has `role`, `content` and whatever else the chat template reads (`data.messages.KEYS`). Prompts that say the same
     share their messages.
     """
@@ -67,6 +69,13 @@ class Prompt:
     index: int
     messages: tuple[dict[str, Any], ...]
     answer: str
+    source: str = ""
+    difficulty: float | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other prompts of the run: its row, after its source where that is not data.train."""
+        return f"{self.source}:{self.index}" if self.source else str(self.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +247,68 @@ class Trajectory:
         return sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
 
 
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """An attempt of a group that failed: it failed too often, or is not used because another one had (`aborted`)."""
+
+    id: AttemptId
+    reason: str
+    aborted: bool = False
+    response_length: int = 0  # tokens after the prompt by then
+    reward: float | None = None  # of one that was finished by then
+
+
 @dataclass(slots=True)
 class TrajectoryGroup:
-    """All attempts at one prompt; advantages are computed within it. `step` is the training step it was admitted for."""
+    """All attempts at one prompt; advantages are computed within it.
+
+    A group of which one failed has no trajectories, and all of its attempts in `failed`; it is not trained on. `step` is the
+    training step that the group is part of, once that is decided.
+    """
 
     prompt: Prompt
     trajectories: list[Trajectory]
     step: int = 0
     id: GroupId = field(kw_only=True)
+    failed: list[FailedAttempt] = field(default_factory=list, kw_only=True)
+
+
+class End(enum.StrEnum):
+    """What became of a group that was admitted."""
+
+    TRAINED = "trained"
+    FILTERED = "filtered"  # all its rewards are equal, and another one took its place
+    FAILED = "failed"  # one of its attempts failed too often, and another one took its place
+    ABORTED = "aborted"  # it can be trained on no more
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """How a group ended, and why, and before which training step, or in it. `attempts`: of one that failed."""
+
+    step: int
+    end: End
+    reason: str
+    prompt: str  # `Prompt.key`
+    attempts: tuple[FailedAttempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Which groups make training step `step`, counted from 0, and what became of others since the step before.
+
+    Which group is finished first is a matter of time, so it is written down, for whoever makes the same step again.
+    """
+
+    step: int
+    trained: tuple[int, ...]  # numbers of its groups
+    fates: dict[int, Fate] = field(default_factory=dict)  # of these, and of the others, by their numbers
+    admitted: int = 0  # groups by then: the prompts of the next ones were chosen knowing what this step earned
+
+    @property
+    def others(self) -> list[int]:
+        """The numbers of the groups that ended otherwise."""
+        return [number for number in self.fates if number not in self.trained]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.dynamic import DynamicConfig
+from ctpo_megatron.config.feeding import MAIN, PoolsConfig, SourceConfig
 from ctpo_megatron.types import Truncation
 
 MAX_TOP_K = 1024  # SGLang reports supports of up to 4,096 tokens (--sampling-mask-max-tokens); ties at the cut may be many
@@ -18,6 +20,16 @@ class DataConfig(Section):
 
     train: FilePath
     """Prompts to train on."""
+    weight: PositiveFloat = 1.0
+    """How often a prompt of `train` comes, relative to the weights of the mixture's sources."""
+    mixture: tuple[SourceConfig, ...] = ()
+    """Further files of prompts to train on, for `ctpo train`. Each draw picks a source by the weights; each source comes in
+    epochs of its own."""
+    pools: PoolsConfig | None = None
+    """Pools of one difficulty in each source. null: none."""
+    curriculum: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    """`package.module:function` that gives the weights of sources and pools, asked after every step (docs/rollouts.md). null: the
+    weights stay."""
     eval: FilePath | None = None
     """Held-out prompts, which `eval` is about; eval.benchmarks has further files. null: none."""
     system_prompt: str | None = None
@@ -27,6 +39,13 @@ class DataConfig(Section):
     allow_change: bool = False
     """Whether a run may be resumed with other prompts than its checkpoint's, which are then counted from their first on. false:
     it is refused. Without effect where the prompts are the same."""
+
+    @model_validator(mode="after")
+    def _sources_have_names_of_their_own(self) -> DataConfig:
+        names = [MAIN, *(source.name for source in self.mixture)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.mixture: each source needs a name of its own, and {MAIN!r} is data.train's: {names[1:]}")
+        return self
 
 
 class PythonTool(Section):
@@ -143,6 +162,15 @@ class RolloutConfig(Section):
     """Tokens after the prompt, tool output included."""
     concurrency: PositiveInt = 64
     """Trajectories in flight."""
+    retries: NonNegativeInt = 2
+    """How often an attempt that failed (its servers, its sandbox, its reward) is tried again, from where it was. Then it counts
+    as failed: its group is not trained on, and another prompt takes its place."""
+    failed_share: float = Field(0.05, ge=0, le=1)
+    """Share of the last failed_window attempts that may fail in this way; the run ends when more do. 0: the first one ends it.
+    Attempts that are not used because another one of their group failed are not among them."""
+    failed_window: PositiveInt = 256
+    """Attempts that failed_share is taken of."""
+    dynamic: DynamicConfig = DynamicConfig()
     tool: Tool | None = PythonTool()
     """What executes the model's code. null: single-turn."""
     reward: MathReward = MathReward()

@@ -55,6 +55,26 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _groups_that_go_on_are_not_too_old(self) -> RunConfig:
+        train = self.train
+        if train.oversample and not train.staleness:
+            raise ValueError(
+                f"train.oversample={train.oversample} lets groups go on into the next step, where they are one version old; set "
+                "train.staleness to 1 or more"
+            )
+        if train.oversample > train.prompts_per_step:
+            raise ValueError(
+                f"train.oversample={train.oversample} groups that go on do not fit into the next step; allowed: at most "
+                f"train.prompts_per_step={train.prompts_per_step}"
+            )
+        if self.rollout.dynamic.max_refills and self.rollout.group_size == 1:
+            raise ValueError(
+                "rollout.dynamic.max_refills replaces groups whose rewards are all equal, which every group of "
+                "rollout.group_size=1 is; set one of them otherwise"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _longest_sequence_fits(self) -> RunConfig:
         _check_length(self.parallel, self._longest, self.train.max_tokens_per_micro_batch)
         return self

@@ -89,6 +89,9 @@ class TrainConfig(Section):
     """What the data-parallel ranks get equal shares of. flops: attention's square of the length counts too."""
     staleness: NonNegativeInt = 0
     """How many versions old the policy of a rollout may be when it is trained on. 0: strictly synchronous."""
+    oversample: NonNegativeInt = 0
+    """Groups in flight beyond prompts_per_step: a step takes the first prompts_per_step that are finished, and the others go on
+    in the next step. Rollouts then run ahead of training by one version less than staleness, which has to be at least 1."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass. selective: inside attention, and where it pays inside experts; full: of
     whole layers."""

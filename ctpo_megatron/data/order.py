@@ -22,8 +22,8 @@ class PromptSampler:
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
         if not prompts:
             raise DataError("no prompts to sample from; at least one is needed")
-        self._prompts = list(prompts)
-        self._fingerprint = _fingerprint(self._prompts)
+        self.prompts = list(prompts)
+        self._fingerprint = fingerprint(self.prompts)
         self._start_epoch(0, seed)
 
     @classmethod
@@ -50,11 +50,14 @@ class PromptSampler:
         """The next `count` prompts; epochs follow one another without a gap."""
         chosen: list[Prompt] = []
         while len(chosen) < count:
-            if self._position == len(self._prompts):
+            if self._position == len(self.prompts):
                 self._start_epoch(self._epoch + 1, self._seeds[-1][1])
-            chosen.append(self._prompts[self._order[self._position]])
+            chosen.append(self.prompts[self._order[self._position]])
             self._position += 1
         return chosen
+
+    def observe(self, results: Sequence[tuple[Prompt, float]]) -> None:
+        """Look away: the order of prompts does not depend on what they earned."""
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, as JSON values. `seeds`: [place in the epoch, seed of the order from there on]."""
@@ -62,13 +65,13 @@ class PromptSampler:
             "seeds": [list(each) for each in self._seeds],
             "epoch": self._epoch,
             "position": self._position,
-            "count": len(self._prompts),
+            "count": len(self.prompts),
             "fingerprint": self._fingerprint,
         }
 
     def _start_epoch(self, epoch: int, seed: int) -> None:
         self._epoch, self._position, self._seeds = epoch, 0, [(0, seed)]
-        self._order = _order(len(self._prompts), epoch, self._seeds)
+        self._order = _order(len(self.prompts), epoch, self._seeds)
 
 
 def last_seed(state: dict[str, Any]) -> int:
@@ -97,7 +100,8 @@ def _order(count: int, epoch: int, seeds: list[tuple[int, int]]) -> np.ndarray:
     return order
 
 
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Returns what tells these prompts, in their order, from all others."""
     found = hashlib.blake2b(digest_size=16)
     for prompt in prompts:
         found.update(repr((prompt.index, prompt.messages, prompt.answer)).encode())

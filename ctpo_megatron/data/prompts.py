@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,39 +26,59 @@ LENGTHS_AT_ONCE = 512  # conversations that go to the tokenizer together
 Conversation = tuple[Message, ...]
 
 
-def read_prompts(path: str | Path, *, system_prompt: str | None = None, emit: Emit = discard) -> list[Prompt]:
+def read_prompts(
+    path: str | Path,
+    *,
+    system_prompt: str | None = None,
+    emit: Emit = discard,
+    source: str = "",
+    difficulty: str | None = None,
+) -> list[Prompt]:
     """All rows of a .parquet or .jsonl file with the columns `prompt` (list of messages) and `reward_model` (struct with
     `ground_truth`). Rows that say the same share their messages; `emit` hears how many they are, and what was ignored.
 
-    `system_prompt` is put before conversations without a system message. Raises DataError, naming the rows, where some cannot
+    `system_prompt` is put before conversations without a system message. `source`: what the prompts are said to be from.
+    `difficulty`: the column with a number for each, None: there is none. Raises DataError, naming the rows, where some cannot
     be used: no row is ever left out.
     """
-    table, complaints = Table(path, COLUMNS, structs=("extra_info",)), Complaints(path)
+    columns = COLUMNS if difficulty is None else (*COLUMNS, difficulty)
+    table, complaints = Table(path, columns, structs=("extra_info",)), Complaints(path)
     prompts: list[Prompt] = []
     known: dict[Any, Conversation] = {}
     with closing(table.batches()) as batches:
         for batch in batches:
-            tasks = _tasks(batch, system_prompt, known, complaints)
+            tasks = _tasks(batch, system_prompt, known, complaints, difficulty)
             first = len(prompts)
-            prompts += [Prompt(first + row, *tasks[number]) for row, number in enumerate(batch.numbers.tolist())]
+            for row, number in enumerate(batch.numbers.tolist()):
+                messages, answer, value = tasks[number]
+                prompts.append(Prompt(first + row, messages, answer, source, value))
     complaints.settle(table.rows)
     emit(DataRead(str(path), table.rows, len(known), table.ignored))
     return prompts
 
 
 def _tasks(
-    batch: Batch, system_prompt: str | None, known: dict[Any, Conversation], complaints: Complaints
-) -> list[tuple[Conversation, str]]:
-    """Messages and answer of each distinct row. Conversations that are `known` are those very objects; new ones are added."""
+    batch: Batch,
+    system_prompt: str | None,
+    known: dict[Any, Conversation],
+    complaints: Complaints,
+    difficulty: str | None,
+) -> list[tuple[Conversation, str, float | None]]:
+    """Messages, answer and difficulty of each distinct row.
+
+    Conversations that are `known` are those very objects; new ones are added.
+    """
     times = np.bincount(batch.numbers, minlength=len(batch.rows)).tolist()
-    tasks: list[tuple[Conversation, str]] = []
+    tasks: list[tuple[Conversation, str, float | None]] = []
     for row, first, count in zip(batch.rows, batch.firsts.tolist(), times, strict=True):
         try:
-            messages, answer = _task(batch.place(first), row, system_prompt)
+            place = batch.place(first)
+            messages, answer = _task(place, row, system_prompt)
+            value = None if difficulty is None else _difficulty(place, difficulty, row[difficulty])
         except DataError as error:
             complaints.add(str(error), count)
-            messages, answer = (), ""
-        tasks.append((known.setdefault(_key(messages), messages), answer))
+            messages, answer, value = (), "", None
+        tasks.append((known.setdefault(_key(messages), messages), answer, value))
     return tasks
 
 
@@ -137,3 +158,9 @@ def _answer(place: str, reward_model: Any) -> str:
         raise DataError(f"{place}: 'reward_model' is {quote(reward_model)}; needed: a struct with 'ground_truth'")
     check_keys(f"{place}: reward_model", reward_model, ("ground_truth",))
     return answer_text(place, "reward_model.ground_truth", reward_model["ground_truth"])
+
+
+def _difficulty(place: str, column: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{place}: {column!r} is {quote(value)}; data.pools.column needs a number there")
+    return float(value)

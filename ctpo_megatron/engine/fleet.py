@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ctpo_megatron.errors import AsideLost, EngineError
+from ctpo_megatron.errors import AsideLost, EngineError, NoServerLeft
 from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
 
@@ -246,7 +246,7 @@ class Fleet:
     async def acquire(self, session: int, *, aside: bool = False) -> Lease:
         """A serving server for a request: always the same for a session while that one serves. `aside`: one that is set aside.
 
-        Waits while none serves. Raises EngineError when none is left, or none has come within `patience_s`, and AsideLost when
+        Waits while none serves. Raises NoServerLeft when none is left, or none has come within `patience_s`, and AsideLost when
         none is set aside any more.
         """
 
@@ -257,11 +257,11 @@ class Fleet:
             async with asyncio.timeout(self._patience_s):
                 await self._until(lambda: not self._held and (aside or self.hopeless or bool(self.publishable(State.SERVING))))
         except TimeoutError:
-            raise EngineError(
+            raise NoServerLeft(
                 f"no inference server came into service within {self._patience_s:.0f} s:\n{self.report()}"
             ) from None
         if self.hopeless:
-            raise EngineError(f"no inference server is left:\n{self.report()}")
+            raise NoServerLeft(f"no inference server is left:\n{self.report()}")
         known, serving = pool(self._members.values()), pool(self.members(State.SERVING))
         if not serving:
             raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")

@@ -10,6 +10,7 @@ from typing import Literal
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.data.curriculum import check_curriculum
 from ctpo_megatron.data.packing import longest_sample
 from ctpo_megatron.data.prompts import prompt_lengths, read_prompts, refuse_long
 from ctpo_megatron.data.sft import LengthLimit, read_demonstrations
@@ -81,6 +82,19 @@ def load_prompts(
     file = read_prompt_file(path, config, chat, emit)
     check_prompt_file(file, config, chat, shape)
     return file.prompts
+
+
+def load_training_prompts(config: RunConfig, chat: ChatTokenizer, emit: Emit, shape: ModelShape | None) -> list[Prompt]:
+    """The prompts of data.train and of all sources of the mixture, all of which a run can use. Raises DataError, ConfigError."""
+    check_curriculum(config.data.curriculum)
+    pools, found = config.data.pools, list[Prompt]()
+    for source, path in (("", config.data.train), *((each.name, each.path) for each in config.data.mixture)):
+        column = None if pools is None else pools.column
+        prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit, source=source, difficulty=column)
+        check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
+        check_prompt_file(PromptFile(path, prompts, prompt_lengths(prompts, chat, path)), config, chat, shape)
+        found += prompts
+    return found
 
 
 def read_prompt_file(path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard) -> PromptFile:

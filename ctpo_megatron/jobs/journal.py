@@ -34,8 +34,9 @@ def open_journal(
 
 def recipe(config: RunConfig) -> str:
     """Returns a digest of all settings that change what an attempt in training says or is worth, beside weights and prompt."""
+    others = {"group_size", "concurrency", "engine", "retries", "failed_share", "failed_window", "dynamic"}
     settings = {
-        "rollout": config.rollout.model_dump(mode="json", exclude={"group_size", "concurrency", "engine"}),
+        "rollout": config.rollout.model_dump(mode="json", exclude=others),
         "chat": config.model.model_dump(mode="json", exclude={"path"}),
         "top_k": config.algorithm.top_k,
         "routing_replay": config.moe.routing_replay,

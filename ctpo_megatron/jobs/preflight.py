@@ -44,8 +44,9 @@ def this_machine() -> Task:
 
 def preflight_task(config: RunConfig, task: Task) -> int:
     """Returns the exit code of this node's part: on the first node that of the verdict, which is printed, on others 0."""
+    sources = (source.path for source in config.data.mixture)
     evaluated = (each.file for each in benchmarks_of(config.data, config.eval, config.rollout))
-    paths = (config.model.path, config.data.train, *evaluated)
+    paths = (config.model.path, config.data.train, *sources, *evaluated)
     wanted = Wanted(Path(config.run_dir), paths, on_gpus=config.cluster.device == "cuda")
     verdict = examine(task, wanted, os.environ)
     if verdict is None:

@@ -14,9 +14,10 @@ from ctpo_megatron.checkpoints.files import MODEL
 from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.data.order import PromptSampler, last_seed
+from ctpo_megatron.data.mixture import Sampler, new_sampler, restored_sampler
+from ctpo_megatron.data.order import last_seed
 from ctpo_megatron.errors import CheckpointError, DataError, InputError
-from ctpo_megatron.loop.admission import Admission
+from ctpo_megatron.loop.admission import Admission, Admitted, Position
 from ctpo_megatron.loop.checkpoints import Resumable, newest, newest_or_none, refuse_earlier
 from ctpo_megatron.loop.differences import (
     ABSENT,
@@ -27,11 +28,12 @@ from ctpo_megatron.loop.differences import (
     settings_that_differ,
     shapes_that_differ,
 )
+from ctpo_megatron.loop.state import OpenGroup
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import read_json
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.record.events import Emit, SettingsUnknown
-from ctpo_megatron.types import Prompt
+from ctpo_megatron.types import GroupId, Prompt
 
 Resume = Literal["no", "newest", "auto"]
 """How a run begins: anew, from the newest checkpoint, which there has to be, or from whatever an earlier process left."""
@@ -44,10 +46,12 @@ class Start:
     """What is done when a run begins, and what follows for the whole of it."""
 
     admission: Admission
+    position: Position  # where its prompts and groups go on
     total_steps: int  # optimizer steps of the whole run: those that were made, and those to come
     step: int = 0
     samples: int | None = 0
     accuracies: dict[int, float] = field(default_factory=dict)
+    gone: tuple[int, ...] = ()  # groups that were open, and whose prompts are not among the present ones
     owed: tuple[int, ...] = ()  # evaluations of earlier steps that were not done
 
 
@@ -109,7 +113,8 @@ def start_of(
     to_come = config.train.steps * config.train.optimizer_steps
     if found is None:
         config.optimizer.check_length(to_come)
-        return Start(Admission(PromptSampler(prompts, config.seed)), to_come)
+        first = new_sampler(prompts, config.data, config.seed)
+        return Start(Admission(first), Position(0, first.state()), to_come)
     state = found.state
     total = found.manifest["scheduler_steps"] + to_come - state.step * config.train.optimizer_steps
     config.optimizer.check_length(total)
@@ -124,9 +129,29 @@ def start_of(
             f"--resume: the prompts changed since {found.checkpoint}:{lines}\nResume with the same prompts; or set "
             "data.allow_change=true to go on with these, counted from their first on"
         )
-    admission = Admission(sampler or PromptSampler(prompts, config.seed), state.groups)
-    owed = tuple(step for step in state.owed if step < state.step)  # that of its own step is due anyway
-    return Start(admission, total, state.step, state.samples, dict(state.accuracies), owed)
+    reopened, gone = _reopened(prompts, state.open, same=sampler is not None)
+    sampler = sampler or new_sampler(prompts, config.data, config.seed)
+    return Start(
+        Admission(sampler, state.groups, reopened),
+        Position(state.groups, sampler.state(), reopened),
+        total,
+        state.step,
+        state.samples,
+        dict(state.accuracies),
+        gone=gone,
+        owed=tuple(step for step in state.owed if step < state.step),  # that of its own step is due anyway
+    )
+
+
+def _reopened(
+    prompts: Sequence[Prompt], groups: Sequence[OpenGroup], *, same: bool
+) -> tuple[tuple[Admitted, ...], tuple[int, ...]]:
+    """Returns the groups that go on, and the numbers of those that cannot, as the prompts are not the `same`."""
+    if not same:
+        return (), tuple(group.number for group in groups)
+    wanted = {group.prompt for group in groups}
+    found = {prompt.key: prompt for prompt in prompts if prompt.key in wanted}
+    return tuple(Admitted(GroupId(each.number), found[each.prompt], each.version) for each in groups), ()
 
 
 def _tell(changed: list[Difference], emit: Emit) -> None:
@@ -134,17 +159,15 @@ def _tell(changed: list[Difference], emit: Emit) -> None:
         emit(each.event)
 
 
-def _sampler(config: RunConfig, prompts: Sequence[Prompt], found: Resumable) -> PromptSampler | None:
+def _sampler(config: RunConfig, prompts: Sequence[Prompt], found: Resumable) -> Sampler | None:
     """Returns the order of prompts behind the checkpoint; None where the prompts are others."""
     try:
-        return PromptSampler.restore(prompts, found.state.cursor, config.seed)
+        return restored_sampler(prompts, config.data, config.seed, found.state.cursor)
     except DataError:
         return None
 
 
-def _of_the_prompts(
-    config: RunConfig, prompts: Sequence[Prompt], found: Resumable, same: PromptSampler | None
-) -> list[Difference]:
+def _of_the_prompts(config: RunConfig, prompts: Sequence[Prompt], found: Resumable, same: Sampler | None) -> list[Difference]:
     """Returns what differs in the prompts, and in the settings that they are made of, where the checkpoint has them."""
     effect: Effect = "none" if same else "applies" if config.data.allow_change else "refused"
     why = {"none": "the prompts are the same", "applies": "these prompts are counted from their first on", "refused": ""}[effect]

@@ -14,11 +14,11 @@ from typing import Any
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.data.mixture import restored_sampler
 from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.evaluations import bring_back, load_benchmarks, make_evaluations, recipes
 from ctpo_megatron.jobs.export import export
-from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
+from ctpo_megatron.jobs.inputs import load_training_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
 from ctpo_megatron.jobs.memory import make_memory
 from ctpo_megatron.jobs.orders import on_signal, watch_files
@@ -34,6 +34,8 @@ from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest_or_none, restore
 from ctpo_megatron.loop.evaluation.evaluate import Benchmark
 from ctpo_megatron.loop.evaluation.files import read_estimates
+from ctpo_megatron.loop.ledger import NAME as LEDGER
+from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
@@ -87,7 +89,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     with IncarnationLog(Path(config.run_dir), [print_sentence, lead], storage.write) as events:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
-        prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
+        prompts = load_training_prompts(config, model.chat, read.append, model.shape)
         benchmarks = load_benchmarks(config, model, read.append)
         start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
@@ -174,7 +176,7 @@ class _Run:
                 return loop, await self._runtime.guard(loop.run(), rescue=self._rollouts.rollouter.interrupt)
             except LeftCourse as error:
                 self._returns -= 1
-                following = partial(self._back, error, loop.admission.after(error.step - 1))
+                following = partial(self._back, error, loop.position or self._inputs.start.position)
             except TrainerLost as error:
                 following = partial(self._again, time.monotonic())
                 restart = restarts.next(error, loop.done)
@@ -185,6 +187,7 @@ class _Run:
             finally:
                 self.done = loop.done
                 loop.record.close()
+                loop.ledger.close()
 
     async def _given_up(self, error: NoRoom) -> StoppedInOrder:
         """Returns the end of a run whose trainer has no place any more: elsewhere, as in a job anew, it can go on."""
@@ -219,18 +222,23 @@ class _Run:
         self._memory.forget()
         found = await self._storage.patiently(self._newest)
         start = start_of(inputs.config, inputs.prompts, found, [], emit)
-        sampler = PromptSampler.restore(inputs.prompts, position.cursor, inputs.config.seed)
+        sampler = restored_sampler(inputs.prompts, inputs.config.data, inputs.config.seed, position.cursor)
         if self._journal is not None:
             self._journal.go_back(start.step)
-        loop = await self._runtime.guard(self._prepare(replace(start, admission=Admission(sampler, position.groups)), found))
-        emit(WentBack(error.step, start.step, position.groups - start.admission.groups))
+        admission = Admission(sampler, position.groups, position.open)
+        going_on = replace(start, admission=admission, position=position)
+        loop = await self._runtime.guard(self._prepare(going_on, found, passed_over=True))
+        emit(WentBack(error.step, start.step, position.ended - start.position.ended))
         return loop
 
     async def _newest(self) -> Resumable | None:
         return newest_or_none(self._inputs.run_dir / "checkpoints", self._emit)
 
-    async def _prepare(self, start: Start, chosen: Resumable | None) -> TrainLoop:
-        """Returns the loop at its first step; where it goes on, with the checkpoint's weights in trainer and servers."""
+    async def _prepare(self, start: Start, chosen: Resumable | None, *, passed_over: bool = False) -> TrainLoop:
+        """Returns the loop at its first step; where it goes on, with the checkpoint's weights in trainer and servers.
+
+        `passed_over`: the groups of the steps behind the checkpoint are not admitted again.
+        """
         runtime, inputs, emit = self._runtime, self._inputs, self._emit
         config, run_dir = runtime.config, inputs.run_dir
         publisher = make_publisher(runtime, self._rollouts.client, inputs.texts)
@@ -264,6 +272,8 @@ class _Run:
             evaluations=evaluations,
             bring_back=partial(bring_back, runtime.trainer, publisher, run_dir / "checkpoints", self._published),
             checkpoints=checkpoints,
+            ledger=await self._storage.patiently(partial(self._ledger, start, passed_over)),
+            decisions=self._journal,
             first_step=start.step,
             samples=start.samples,
             attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
@@ -288,13 +298,17 @@ class _Run:
         config = self._inputs.config.train.spikes
         return SpikeDetector(config, last_steps(self._inputs.run_dir / "metrics.jsonl", config.window))
 
+    async def _ledger(self, start: Start, passed_over: bool) -> Ledger:
+        path, through = self._inputs.run_dir / LEDGER, self._storage.write
+        return Ledger(path, step=start.step, position=start.position, gone=start.gone, passed_over=passed_over, through=through)
+
     def _published(self, version: int, digest: str) -> None:
         if self._journal is not None:
             self._journal.published(version, digest)
 
     def _forget(self, oldest: RunState) -> None:
         if self._journal is not None and self._inputs.config.checkpoint.journal == "needed":
-            self._journal.forget(oldest.groups, oldest.step)
+            self._journal.forget(oldest.oldest_group, oldest.step)
 
 
 @asynccontextmanager
@@ -365,7 +379,7 @@ async def _restored(runtime: Runtime, inputs: _Inputs, start: Start, chosen: Res
             )
         start = earlier
     made = found.manifest["scheduler_steps"]
-    emit(RunResumed(found.where, start.step, made, found.state.groups, start.samples))
+    emit(RunResumed(found.where, start.step, made, found.state.groups - len(found.state.open), start.samples))
     return start
 
 
@@ -379,4 +393,5 @@ def _summary(config: RunConfig, loop: TrainLoop, wall: float) -> dict[str, Any]:
         **loop.totals.summary(),
         "wall_s": wall,
         "weight_version": config.train.steps,
+        "ledger": loop.ledger.summary(),
     }

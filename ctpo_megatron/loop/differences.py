@@ -61,6 +61,7 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "optimizer.wsd_decay": ("applies", _SCHEDULE),
     "train.steps": ("applies", "of the whole run, the steps that are done included; schedules that fall end there"),
     "train.prompts_per_step": ("applies", "prompts are counted one by one, so none is repeated or left out"),
+    "train.staleness": ("applies", "groups that are open and too old for it are aborted when they are finished"),
     "train.optimizer_steps": ("applies", "the schedule counts the optimizer steps that were made"),
     "rollout.group_size": ("applies", "prompts are counted, whatever the size of their groups"),
     "algorithm.reference": ("applies", "the reference policy is read anew"),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.rollout.protocols import Sampling
-from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
+from ctpo_megatron.types import Composition, Fate, GroupId, Prompt, TrajectoryGroup
 
 
 class Trainer(Protocol):
@@ -124,13 +124,37 @@ class Rollouts(Protocol):
     """Makes judged trajectories."""
 
     async def group(
-        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False
+        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False, keep_failed: bool = False
     ) -> TrajectoryGroup:
-        """Returns `size` attempts at one prompt, called by `group`. `aside`: by servers that are set aside (`ServersAside`)."""
+        """Returns `size` attempts at one prompt, called by `group`.
+
+        `aside`: by servers that are set aside (`ServersAside`). `keep_failed`: an attempt that failed too often is part of what
+        is returned, and ends its group; otherwise its error is raised.
+        """
         ...
 
     async def interrupt(self) -> None:
         """Stop sampling, and keep all attempts as they are where others will find them."""
+        ...
+
+
+class Decisions(Protocol):
+    """What a run had decided before, of which only time knew; it is followed as long as its weights are the same."""
+
+    def planned(self, step: int) -> Composition | None:
+        """Returns how training step `step`, from 0, was made; None where it was not, or with other weights."""
+        ...
+
+    def fate(self, group: int) -> Fate | None:
+        """Returns what became of a group; None where that is not known."""
+        ...
+
+    def decided(self, made: Composition) -> None:
+        """Keep how a step is made. Raises StorageError."""
+        ...
+
+    def drop_plans(self, step: int) -> None:
+        """Forget how `step` and those after it were made: they cannot be made so again."""
         ...
 
 

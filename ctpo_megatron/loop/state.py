@@ -13,6 +13,17 @@ from ctpo_megatron.errors import CheckpointError
 Count = Annotated[int, Field(ge=0)]
 
 
+@dataclass(frozen=True, slots=True)
+class OpenGroup:
+    """A group that was admitted and has not ended: its number, `Prompt.key`, and the version of the weights by then."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    number: Count
+    prompt: str
+    version: Count
+
+
 @dataclass(frozen=True)
 class RunState:
     """A run after `step` training steps. All of it was counted as it happened; nothing follows from present settings."""
@@ -20,11 +31,17 @@ class RunState:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     step: Count
-    groups: Count  # admitted for these steps: the number of the next group
-    cursor: dict[str, Any]  # the sampler behind the last prompt of these steps, see `PromptSampler.restore`
+    groups: Count  # admitted when the last of these steps was made: the number of the next group
+    cursor: dict[str, Any]  # the sampler behind the last prompt of these groups, see `PromptSampler.restore`
     accuracies: dict[Count, float]  # held-out accuracy by the number of training steps before it
     owed: tuple[Count, ...] = ()  # evaluations that had begun beside training and were not done, by the steps before them
     samples: Count | None = None  # attempts that these steps were trained on; None: the release that began the run did not count
+    open: tuple[OpenGroup, ...] = ()  # of these groups, in the order of their numbers; they go on
+
+    @property
+    def oldest_group(self) -> int:
+        """The lowest number of a group that may still be sampled."""
+        return min((group.number for group in self.open), default=self.groups)
 
     def dump(self) -> dict[str, Any]:
         """Returns the state as JSON values, for `parse`."""

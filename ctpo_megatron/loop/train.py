@@ -1,10 +1,10 @@
 """The reinforcement-learning loop: one asyncio controller for synchronous and asynchronous training.
 
-    producer:  admit -> sample a group -> put                    (as many at once as the buffer admits)
+    feeder:    room -> the next prompt -> collector              (`pipeline`: as many at once as the buffer has room for)
     trainer:   take(step) -> advantages, packing -> offload -> update -> publish(version + 1) -> record
 
 Both are tasks of one group, so the first failure of either ends the run with that failure. With `train.staleness` 0 the
-producer sleeps from the last group of a step until the new weights are published.
+feeder sleeps from the last group of a step until the new weights are published.
 
 At the end of a step the run waits until all that it wrote is on the disk (`record.storage`), where that is at fault.
 
@@ -26,27 +26,29 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.errors import LeftCourse
-from ctpo_megatron.loop.admission import Admission
+from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.checkpoints import Checkpoints, newest_until, steps_in
+from ctpo_megatron.loop.composition import StepRules
 from ctpo_megatron.loop.evaluation.evaluations import Evaluations
+from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
-from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
+from ctpo_megatron.loop.pipeline import Pipeline, Taken
+from ctpo_megatron.loop.protocols import Decisions, Publisher, Rollouts, Trainer
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.loop.spikes import SpikeDetector
-from ctpo_megatron.loop.state import RunState
+from ctpo_megatron.loop.state import OpenGroup, RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.values import Values
-from ctpo_megatron.rollout.protocols import Sampling
-from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
+from ctpo_megatron.types import TrajectoryGroup
 
 T = TypeVar("T")
 
@@ -67,6 +69,8 @@ class TrainLoop:
     record: RunRecord
     evaluations: Evaluations
     checkpoints: Checkpoints | None = None
+    ledger: Ledger = field(default_factory=Ledger)  # what became of each group
+    decisions: Decisions | None = None  # how steps were made before, by this run or by one whose journal it was given
     first_step: int = 0
     samples: int | None = 0  # trained on in the steps that are done; None: not known
     attention_weight: float = 0.0  # see `make_batches`
@@ -81,6 +85,7 @@ class TrainLoop:
     stages: Stages = field(default_factory=Stages)  # what the driver is doing
     storage: Storage = field(default_factory=Storage)  # what carries the run over faults of its disk
     totals: RunTotals = field(default_factory=RunTotals)
+    position: Position | None = None  # behind the last step that was made; None: where the loop began
     memory: MemoryCopies | None = None  # None: there are no copies in memory
     unsaved: RunState | None = None  # where it begins, if that is not in a checkpoint
     _trained: RunState | None = None  # after the last step whose weights the trainer holds; None: where it began
@@ -103,12 +108,14 @@ class TrainLoop:
         train = self.config.train
         self._trained = self.unsaved
         self._saved = self.first_step if self.unsaved is None else 0  # the newest step with a checkpoint, as far as it knows
-        self.buffer = GroupBuffer(
-            groups_per_step=train.prompts_per_step,
-            staleness=train.staleness,
+        buffer = GroupBuffer(
+            StepRules.of(self.config),
             first_step=self.first_step,
             last_step=train.steps,
+            admitted=self.admission.groups,
+            decisions=self.decisions,
         )
+        self._pipeline = Pipeline(self.admission, buffer, self.ledger, self.rollouts, self.config.rollout, self.emit)
         stopped = None
         try:
             try:
@@ -131,7 +138,7 @@ class TrainLoop:
         return stopped
 
     async def _produce_and_consume(self) -> None:
-        producer = asyncio.ensure_future(self._produce())
+        producer = asyncio.ensure_future(self._pipeline.feed())
         consumer = asyncio.ensure_future(self._consume())
         try:
             await first_failure(producer, consumer)
@@ -140,27 +147,12 @@ class TrainLoop:
                 task.cancel()
             await asyncio.gather(producer, consumer, return_exceptions=True)
 
-    async def _produce(self) -> None:
-        rollout = self.config.rollout
-
-        async def one(prompt: Prompt, group: GroupId, step: int) -> None:
-            sampling = Sampling(
-                rollout.temperature, rollout.max_turns, rollout.max_response_tokens, record=True, truncation=rollout.truncation
-            )
-            made = await self.rollouts.group(prompt, group, size=rollout.group_size, sampling=sampling)
-            made.step = step
-            await self.buffer.put(made)
-
-        async with asyncio.TaskGroup() as running:
-            while (step := await self.buffer.admit()) is not None:
-                group, prompt = self.admission.next(step)
-                running.create_task(one(prompt, group, step))
-
     async def _consume(self) -> None:
         for step in range(self.first_step, self.config.train.steps):
             await self._step(step)
         if self.orders.stop_request is not None:
             raise _LeftOff
+        self.ledger.end_all(self.config.train.steps)
 
     async def _step(self, step: int) -> None:
         if self.checkpoints is not None:
@@ -169,7 +161,8 @@ class TrainLoop:
         timer, begun = PhaseTimer(stages=self.stages, step=step + 1), time.monotonic()
         tail = TailTimer(self.config.train.prompts_per_step)
         with timer("rollout"):
-            groups = await self._take(step, tail)
+            taken = await self._take(step, tail)
+        groups, self.position = taken.groups, taken.position
         with timer("batch"):
             batches = make_batches(groups, self.config, self.attention_weight)
         with timer("sleep"):
@@ -181,7 +174,7 @@ class TrainLoop:
         self._trained = self._state_after(step)
         with timer("publish"):
             published = await self._publish(step + 1)
-        metrics = rollout_metrics(groups, step) | train_metrics(stats) | published
+        metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
         cost = StepCost.of(groups, timer.seconds, time.monotonic() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
         self._judge(step + 1, metrics)
@@ -199,8 +192,7 @@ class TrainLoop:
         self.emit(StepTrained(step + 1, time.monotonic() - begun, timer.seconds, tail.seconds))
         if self.memory is not None:
             self.memory.keep(self._state_after(step))
-        self.admission.forget(step + 1)
-        await self.buffer.published(step + 1)
+        self._pipeline.buffer.published(step + 1)
 
     def _judge(self, step: int, metrics: dict[str, float]) -> None:
         """Tell of shrunk weights, a loss spike or a collapse of the reward. Raises LeftCourse where the run may go back."""
@@ -256,16 +248,19 @@ class TrainLoop:
 
     def _state_after(self, step: int) -> RunState:
         """Returns the run's state when training step `step`, counted from 0, is done; rollouts may be further."""
-        position = self.admission.after(step)
-        return self._as_of_now(RunState(step + 1, position.groups, position.cursor, {}, samples=self.samples))
+        assert self.position is not None, "a step was taken"
+        groups, cursor = self.position.groups, self.position.cursor
+        still_open = tuple(OpenGroup(each.id.number, each.prompt.key, each.version) for each in self.position.open)
+        return self._as_of_now(RunState(step + 1, groups, cursor, {}, samples=self.samples, open=still_open))
 
-    async def _take(self, step: int, tail: TailTimer) -> list[TrajectoryGroup]:
+    async def _take(self, step: int, tail: TailTimer) -> Taken:
         """The groups of `step`; meanwhile the progress bar follows how many are in."""
+        pipeline = self._pipeline
         with progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
-            groups = await self._with_servers(self.buffer.take(step), lambda: show(tail(self.buffer.finished(step))))
+            taken = await self._with_servers(pipeline.take(step), lambda: show(tail(pipeline.buffer.finished())))
             tail.end()
             show(self.config.train.prompts_per_step)
-        return groups
+        return taken
 
     async def _evaluate(self, step: int) -> None:
         """Evaluate what the servers hold: beside training where that can be, and else now."""

@@ -79,6 +79,24 @@ ROLLOUT = (
     Metric("tool/calls", "calls", "Calls of the tool, per trajectory."),
     Metric("tool/error_rate", "share", "Calls of the tool in which the policy's code failed."),
 )
+LEDGER = (
+    Metric("ledger/filtered", "groups", "Groups with equal rewards that were replaced since the step before.", SUM),
+    Metric("ledger/failed", "groups", "Groups that were replaced because one of their attempts failed too often.", SUM),
+    Metric("ledger/aborted", "groups", "Groups that became too old to be trained on.", SUM),
+    Metric("ledger/carried", "groups", "Groups of the step that had gone on from an earlier one, with `train.oversample`.", SUM),
+    Metric(
+        "ledger/kept_length",
+        "ratio",
+        "Mean tokens of the attempts that were trained on over those of all, in the whole run; below 1: short ones are favoured.",
+        LAST,
+    ),
+    Metric(
+        "ledger/kept_reward",
+        "reward",
+        "Mean reward of the attempts that were trained on minus that of all, in the whole run; above 0: easy ones are favoured.",
+        LAST,
+    ),
+)
 TRAIN = (
     Metric("train/loss", "loss", "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens."),
     Metric("train/grad_norm", "norm", "Norm of the gradient before it is clipped."),
@@ -213,6 +231,7 @@ CATALOGUE: tuple[Metric, ...] = (
     *REWARD,
     *EVALUATION,
     *ROLLOUT,
+    *LEDGER,
     *TRAIN,
     *AGREEMENT,
     *HEALTH,

@@ -6,7 +6,8 @@ what came after the last whole group.
 
 An attempt may be used again while the policy versions that sampled it are the ones that the run has, or comes to have again. That
 is told by digests of the weights: where a run goes back to version v, what v sampled is good; what later versions sampled is good
-if training makes the same weights once more, and is sampled anew if it does not.
+if training makes the same weights once more, and is sampled anew if it does not. Which groups made a step is a record too, and is
+good in the same way.
 """
 
 from __future__ import annotations
@@ -28,20 +29,25 @@ from ctpo_megatron.record.run_events import JournalCut, JournalRead
 from ctpo_megatron.record.segments import MAGIC, Place, SegmentWriter, cut, read_segment, segments
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.types import AttemptId, Prompt, Trajectory
+from ctpo_megatron.rollout.plans import Plans
+from ctpo_megatron.types import AttemptId, Composition, Fate, Prompt, Trajectory
 
 REMEMBERED = 64  # versions of the weights that a new segment begins with; more than any staleness
 
 
 @dataclass(slots=True)
 class _Record:
-    """One entry. `weights`: digests of the versions that sampled what it holds; alone, of those that were published."""
+    """One entry. `weights`: digests of the versions that sampled what it holds; alone, of those that were published.
+
+    `composition`: how a step was made from the groups that there were, with the digest of the version that it trains.
+    """
 
     recipe: str
     weights: dict[int, str]
     attempt: Attempt | None = None
     after: int = 0  # so many of the attempt's turns are in records before
     trajectory: Trajectory | None = None
+    composition: Composition | None = None
 
 
 @dataclass(slots=True)
@@ -76,6 +82,7 @@ class Journal:
         self._writer = SegmentWriter(directory, self._storage.write)
         self._kept: dict[AttemptId, _Kept] = {}
         self._weights: dict[int, str] = {}
+        self._plans = Plans()
         self._published = asyncio.Event()
         self._read()
         self.go_back(step)
@@ -87,9 +94,9 @@ class Journal:
     def published(self, version: int, digest: str) -> None:
         """Note which weights `version` is. Raises StorageError."""
         self._weights[version] = digest
+        self._plans.published(version, digest)
         self._append(_Record(self._recipe, {version: digest}))
-        published, self._published = self._published, asyncio.Event()
-        published.set()
+        self._wake()
 
     def note(self, kept: Attempt | Trajectory) -> None:
         """Keep an attempt as it is now. Raises StorageError."""
@@ -103,6 +110,24 @@ class Journal:
         fresh = replace(kept, turns=kept.turns[known.turns :], routed_experts=kept.routed_experts[experts:])
         known.places.append(self._append(_Record(self._recipe_of(kept.id), weights, fresh, known.turns)))
         known.turns = len(kept.turns)
+
+    def decided(self, made: Composition) -> None:
+        """Keep how a step is made (`loop.protocols.Decisions`). Raises StorageError."""
+        digest = self._weights.get(made.step, "")
+        self._plans.add(made, digest, self._append(_Record(self._recipe, {made.step: digest}, composition=made)))
+
+    def planned(self, step: int) -> Composition | None:
+        """Returns how `step` was made (`loop.protocols.Decisions`)."""
+        return self._plans.planned(step)
+
+    def fate(self, group: int) -> Fate | None:
+        """Returns what became of a group (`loop.protocols.Decisions`)."""
+        return self._plans.fate(group)
+
+    def drop_plans(self, step: int) -> None:
+        """Forget how `step` and those after it were made (`loop.protocols.Decisions`)."""
+        self._plans.drop(step)
+        self._wake()
 
     async def find(self, attempt: AttemptId, prompt: Prompt, prompt_ids: list[int]) -> Attempt | Trajectory | None:
         """Returns what is kept of an attempt (`protocols.AttemptStore.find`)."""
@@ -124,12 +149,21 @@ class Journal:
         return self._recipe if group.evaluation is None else self._recipes.get(group.benchmark, self._recipe)
 
     async def _same_weights(self, versions: set[int], weights: dict[int, str]) -> bool:
+        """Whether the run's `versions` are these `weights`.
+
+        Later ones are waited for where they are to be made from the same groups again; otherwise a step could wait for a group
+        that waits for the step.
+        """
         for version in sorted(versions):
-            while version not in self._weights and version > max(self._weights, default=-1):
+            while version > max(self._weights, default=-1) and self._plans.planned(version - 1) is not None:
                 await self._published.wait()
             if version not in weights or self._weights.get(version) != weights[version]:
                 return False
         return True
+
+    def _wake(self) -> None:
+        published, self._published = self._published, asyncio.Event()
+        published.set()
 
     def count(self) -> tuple[int, int]:
         """Returns how many attempts are kept whole, and how many are not."""
@@ -143,6 +177,7 @@ class Journal:
         """
         self._writer.end()
         self._kept = {key: kept for key, kept in self._kept.items() if not _older(key, group, step)}
+        self._plans.forget(step)
         newest = dict(sorted(self._weights.items())[-REMEMBERED:])
         self._append(_Record(self._recipe, newest))
         assert self._writer.path is not None, "it was begun just now"
@@ -150,7 +185,7 @@ class Journal:
 
     def _drop_before(self, newest: Path) -> None:
         """Delete the segments before `newest` in which nothing is that is kept."""
-        needed = {place.path for kept in self._kept.values() for place in kept.places}
+        needed = {place.path for kept in self._kept.values() for place in kept.places} | self._plans.paths()
         with storing(self._directory):
             for path in segments(self._directory):
                 if path not in needed and path < newest:
@@ -181,9 +216,15 @@ class Journal:
             self._emit(JournalRead(*self.count()))
 
     def _take(self, record: _Record, place: Place) -> None:
+        if record.composition is not None:
+            if record.recipe == self._recipe:
+                self._plans.add(record.composition, record.weights.get(record.composition.step, ""), place)
+            return
         kept = record.trajectory or record.attempt
         if kept is None:
             self._weights |= record.weights
+            for version, digest in record.weights.items():
+                self._plans.published(version, digest)
             return
         known = self._kept.setdefault(kept.id, _Kept())
         if record.after == 0:

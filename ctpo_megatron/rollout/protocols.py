@@ -139,7 +139,8 @@ class AttemptStore(Protocol):
     async def find(self, attempt: AttemptId, prompt: Prompt, prompt_ids: list[int]) -> Attempt | Trajectory | None:
         """Returns what is kept of an attempt that may be used again: whole, begun, or nothing.
 
-        Waits until the policy versions that sampled it are published, since only then it shows whether they are the same.
+        Waits until the policy versions that sampled it are published, since only then it shows whether they are the same; but for
+        no version that will not be made from the same groups again.
         """
         ...
 

@@ -96,8 +96,24 @@ def check_ids(run: Finished, steps: int, passed_over: range) -> None:
         names += [row["id"] for row in rows]
     assert len(names) == len(set(names)) > 0
     trained = {row["group"] for step in range(1, steps + 1) for row in run.trajectories(f"step_{step:08d}.jsonl")}
-    numbers = {*range(len(trained) + len(passed_over))} - {*passed_over}
-    assert trained == {f"g{number:08d}" for number in numbers}
+    ends, sums = ends_of_groups(run.run_dir / "ledger.jsonl"), run.summary["ledger"]
+    assert ends.keys() == {f"g{number:08d}" for number in range(len(ends))}
+    assert {group for group, end in ends.items() if end == "trained"} == trained
+    assert {group for group, end in ends.items() if end == "aborted"} == {f"g{number:08d}" for number in passed_over}
+    assert (sums["admitted"], sums["open"], sums["unknown"]) == (len(ends), 0, 0)
+    assert {end: count for end, count in sums["groups"].items() if count} == Counter(ends.values())
+
+
+def ends_of_groups(ledger: Path) -> dict[str, str]:
+    """How each group ended, in the steps that count; one that ended twice is a failure."""
+    found: dict[str, tuple[int, str]] = {}
+    for line in map(json.loads, ledger.read_text().splitlines()):
+        if "back" in line:
+            found = {group: (step, end) for group, (step, end) in found.items() if step <= line["back"]}
+            continue
+        assert line["group"] not in found, "it ended twice"
+        found[line["group"]] = line["step"], line["end"]
+    return {group: end for group, (_, end) in found.items()}
 
 
 def check_synced_weights(run: Finished, steps: int, start: Path) -> None:
@@ -309,12 +325,13 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
     """A rank is killed: the trainer goes on from the copy in memory, the server stays. Then a rank and the process with the
     copy: it goes back to its checkpoint. Then STOP, and a command that goes on.
 
-    A run without any of that, which is given what this one has sampled, ends with the same weights, bit for bit.
+    A run without any of that, which is given what this one has sampled, ends with the same weights, bit for bit. In both a step
+    takes the first groups to finish, others go on into the next, and one without a difference is replaced.
     """
     steps = 10
     sizes = (f"train.steps={steps}", "train.prompts_per_step=4", "train.optimizer_steps=2", "rollout.group_size=4")
     # an untrained model earns no reward: the distance from a reference gives gradients that depend on what was sampled
-    pull = ("algorithm.reference.coeff=0.5",)
+    pull = ("algorithm.reference.coeff=0.5", "train.staleness=1", "train.oversample=2", "rollout.dynamic.max_refills=1")
     options = (*sizes, *pull, "eval.prompts=8", "rollout.max_response_tokens=64", "checkpoint.every=0", "checkpoint.journal=all")
     broken, straight = tmp_path / "broken", tmp_path / "straight"
     run = start(toy, "quickstart.yaml", broken, *options, "checkpoint.memory.every=1")
@@ -352,6 +369,10 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
         assert sampled[0] == sampled[1]
     weights = [(each / "model" / "model.safetensors").read_bytes() for each in (broken, straight)]
     assert weights[0] == weights[1]
+    ends = [Counter(ends_of_groups(each / "ledger.jsonl").values()) for each in (broken, straight)]
+    assert ends[0] == ends[1] == {"trained": 4 * steps, "filtered": steps}
+    stale = [row["rollout/staleness_max"] for row in again.metrics if "train/loss" in row]
+    assert max(stale) <= 1
 
 
 def test_a_run_directory_that_goes_away_is_waited_for(toy, tmp_path):

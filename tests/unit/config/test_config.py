@@ -234,6 +234,7 @@ def test_arguments_that_change_what_is_drawn_are_refused(tmp_path: Path, flag: s
 
 
 PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}
+IN_LISTS = {"data.mixture.path"}
 NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's
 
 
@@ -246,6 +247,8 @@ def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
         for part in key.split("."):
             found = getattr(found, part)
         assert found == f"/home/ann/{key}"
+    mixture = load_config(write(tmp_path, GOOD), ["data.mixture=[{name: more, path: ~/m.parquet}]"]).data.mixture
+    assert [source.path for source in mixture] == ["/home/ann/m.parquet"]
     assert load_config(write(tmp_path, GOOD), ["run_dir=~/r", "model.path=${run_dir}/m"]).model.path == "/home/ann/r/m"
     assert load_config(write(tmp_path, GOOD), ["run_dir=a/~b"]).run_dir == "a/~b"
     named = load_config(write(tmp_path, GOOD), ["eval.benchmarks.aime.file=~/aime.parquet"])
@@ -256,4 +259,18 @@ def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_no_path_of_the_configuration_is_missing_above() -> None:
     """Whatever is called a path, a file or a directory, or says that it is one, may begin at home."""
     meant = {key for key in dotted_keys() if key.rsplit(".", 1)[-1] in ("path", "file", "directory", "dir", "output", "run_dir")}
-    assert meant <= PATHS | NAMED
+    assert meant <= PATHS | IN_LISTS | NAMED
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.oversample=2"], "train.oversample=2 lets groups go on into the next step, where they are one version old"),
+        (["train.oversample=33", "train.staleness=1"], "allowed: at most train.prompts_per_step=32"),
+        (["rollout.dynamic.max_refills=1", "rollout.group_size=1", "train.optimizer_steps=1"], "which every group of"),
+    ],
+)
+def test_groups_that_go_on_and_groups_that_are_replaced(tmp_path: Path, overrides: list[str], words: str) -> None:
+    path = write(tmp_path, GOOD)
+    assert words in refusal(path, *overrides)
+    assert load_config(path, ["train.oversample=32", "train.staleness=1", "rollout.dynamic.max_refills=4"]).train.oversample == 32

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.data.order import PromptSampler, last_seed
 from ctpo_megatron.errors import DataError
-from ctpo_megatron.loop.admission import Admission
-from ctpo_megatron.types import Prompt
+from ctpo_megatron.loop.admission import Admission, Admitted
+from ctpo_megatron.types import GroupId, Prompt
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -50,20 +50,27 @@ def test_each_prompt_of_an_epoch_comes_once_whatever_changes_between_starts(coun
     kept: list[tuple[int, str]] = []  # what the checkpoints answer for
     position: dict[str, Any] | None = None
     groups, steps = 0, 0
+    still_open: tuple[Admitted, ...] = ()
     for each in stretches:
         sampler = PromptSampler(rows, each.seed) if position is None else PromptSampler.restore(rows, position, each.seed)
-        admission = Admission(sampler, groups)
-        first, taken = steps, []
-        for step in range(first, first + each.steps + each.ahead):
-            taken += [(step, *admission.next(step)) for _ in range(each.prompts_per_step)]
+        admission = Admission(sampler, groups, still_open)
+        first, queue, taken, after = steps, [*admission.reopened], [], []
+        for step in range(first, first + each.steps):
+            wanted = (each.ahead + 1) * each.prompts_per_step  # rollouts are so far ahead when a step is made
+            queue += [admission.next(step) for _ in range(wanted - len(queue))]
+            taken += [(step, group) for group in queue[: each.prompts_per_step]]
+            queue = queue[each.prompts_per_step :]
+            after.append(admission.position(queue))
         last = first + each.steps - each.saved_before_end  # steps that the newest checkpoint holds
         if last <= first:
             continue
-        after = admission.after(last - 1)
-        position, groups, steps = json.loads(json.dumps(after.cursor)), after.groups, last
-        kept += [(prompt.index, str(group)) for step, group, prompt in taken if step < last]
+        position, groups, steps = json.loads(json.dumps(after[last - first - 1].cursor)), after[last - first - 1].groups, last
+        still_open = after[last - first - 1].open
+        kept += [(group.prompt.index, str(group.id)) for step, group in taken if step < last]
+    kept += [(group.prompt.index, str(group.id)) for group in still_open]
     seen = [index for index, _ in kept]
     assert groups == len(seen) == len({group for _, group in kept})
+    assert sorted(group for _, group in kept) == [str(GroupId(number)) for number in range(groups)]
     for epoch in range(0, len(seen), count):
         found = Counter(seen[epoch : epoch + count])
         assert max(found.values()) == 1

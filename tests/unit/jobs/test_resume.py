@@ -67,7 +67,7 @@ def begin(
 
 
 def following(start: Start, count: int) -> list[int]:
-    return [start.admission.next(start.step)[1].index for _ in range(count)]
+    return [start.admission.next(start.step).prompt.index for _ in range(count)]
 
 
 def test_a_run_goes_on_where_it_was_and_tells_nothing_when_nothing_differs(model: Path) -> None:
@@ -119,8 +119,9 @@ def test_other_prompts_that_are_wanted_are_counted_from_their_first_on(model: Pa
     assert {key: each.effect for key, each in told.items()} == dict.fromkeys(
         ("data.allow_change", f"prompts of {config(model).data.train}", "data.system_prompt"), "applies"
     )
-    group, prompt = start.admission.next(2)
-    assert group.number == DONE  # ids go on
+    admitted = start.admission.next(2)
+    prompt = admitted.prompt
+    assert admitted.id.number == DONE  # ids go on
     assert prompt == PromptSampler(others, 1).next(1)[0]
     assert sorted([prompt.index, *following(start, 14)]) == [each.index for each in others]
 

@@ -41,7 +41,8 @@ class Nothing:
 def test_a_trainer_without_a_place_ends_the_run_so_that_a_job_is_requeued(tmp_path: Path) -> None:
     async def training() -> None: ...
 
-    loop = SimpleNamespace(done=7, record=SimpleNamespace(close=lambda: None), run=training, orders=None, returns=0)
+    closed = SimpleNamespace(close=lambda: None)
+    loop = SimpleNamespace(done=7, record=closed, ledger=closed, run=training, orders=None, returns=0)
     config = RunConfig.model_validate(
         {"name": "run", "run_dir": str(tmp_path), "model": {"path": "model"}, "data": {"train": "rows.parquet"}}
     )

@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
+from ctpo_megatron.batch import TrainBatch
+from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.errors import CheckpointError, CopyLost, TrainerLost
 from ctpo_megatron.loop.memory import MemoryCopies
-from ctpo_megatron.record.events import Event
+from ctpo_megatron.loop.train import TrainLoop
+from ctpo_megatron.record.events import Event, discard
 from ctpo_megatron.record.memory_events import CopyGone, CopyKept, CopyLeftOut
 from tests.support.checkpoints import state_after, write_checkpoint
+from tests.unit.loop.test_train import Ranks, Straggling, config, train
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,34 @@ def test_the_loss_of_the_trainer_is_left_to_others_and_faults_of_our_own_are_not
             copies.keep(state_after(3))
 
     asyncio.run(run())
+
+
+def test_the_copy_knows_the_groups_that_are_open_and_the_ledger_balances_behind_it(tmp_path: Path) -> None:
+    """The trainer is lost in the second step, which the first group had gone on into: it is trained on there, once."""
+    sizes = config("train.prompts_per_step=2", "train.oversample=1", "train.steps=2", "eval.every=0", "checkpoint.every=0")
+
+    class Lost(Ranks):
+        async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
+            await turn()
+            if version == 1:
+                raise TrainerLost("rank 0 died")
+            return {}
+
+    async def run() -> tuple[list[tuple[int, str]], TrainLoop]:
+        copies = MemoryCopies(Holding(), 1, yaml.safe_load(dump_config(sizes)), discard)
+        with pytest.raises(TrainerLost):
+            await train(sizes, tmp_path, resume=False, rollouts=Straggling(), ranks=Lost(), memory=copies)
+        found = await copies.recall(tmp_path / "checkpoints")
+        assert found is not None
+        assert (found.state.step, found.state.groups, [group.number for group in found.state.open]) == (1, 3, [0])
+        seen, loop, _ = await train(sizes, tmp_path, resume=True, recalled=found, rollouts=Straggling(), unsaved=found.state)
+        return seen, loop
+
+    again, loop = asyncio.run(run())
+    assert [group for _, group in again] == ["g00000000", "g00000003"]
+    sums = loop.ledger.summary()
+    assert (sums["admitted"], sums["open"], sums["unknown"]) == (4, 0, 0)
+    assert sums["groups"] == {"trained": 4, "filtered": 0, "failed": 0, "aborted": 0}
 
 
 def test_what_is_forgotten_is_not_gone_on_from(tmp_path: Path) -> None:

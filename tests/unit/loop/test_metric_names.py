@@ -16,14 +16,21 @@ from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
+from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.loop.admission import Admission
+from ctpo_megatron.loop.buffer import GroupBuffer
+from ctpo_megatron.loop.composition import StepRules
 from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
+from ctpo_megatron.loop.ledger import Ledger
+from ctpo_megatron.loop.pipeline import Pipeline
 from ctpo_megatron.loop.report import StepCost
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.loop.skipping import SKIPPED
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
+from ctpo_megatron.record.events import discard
 from ctpo_megatron.record.values import Max, Mean, Sum, Values
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup, Turn
 from ctpo_megatron.weights.publisher import Proof, WeightPublisher
@@ -134,9 +141,24 @@ def timed() -> set[str]:
     return set(StepCost.of([group()], dict.fromkeys(("rollout", "batch", "sleep", "train", "publish"), 1.0), 5.0).metrics())
 
 
+def accounted() -> set[str]:
+    class Sampled:
+        async def group(self, prompt: Prompt, name: GroupId, **_: Any) -> TrajectoryGroup:
+            return group(name.number)
+
+    async def scenario() -> set[str]:
+        config = load_config(ROOT / "configs" / "quickstart.yaml", [])
+        buffer = GroupBuffer(StepRules(2, 0), first_step=0, last_step=1)
+        pipeline = Pipeline(Admission(PromptSampler([group().prompt], 1)), buffer, Ledger(), Sampled(), config.rollout, discard)
+        taken, _ = await asyncio.gather(pipeline.take(0), pipeline.feed())
+        return set(taken.metrics)
+
+    return asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
 def test_what_is_made_is_what_is_listed() -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
-    made |= {"time/checkpoint"}  # by RunRecord.checkpoint
+    made |= accounted() | {"time/checkpoint"}  # by RunRecord.checkpoint
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
 

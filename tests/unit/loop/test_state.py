@@ -12,7 +12,7 @@ import pytest
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.loop.admission import Admission
-from ctpo_megatron.loop.state import RunState
+from ctpo_megatron.loop.state import OpenGroup, RunState
 from ctpo_megatron.types import AttemptId, GroupId, Prompt
 
 STATE = RunState(step=12, groups=48, cursor={"seed": 1, "epoch": 2, "position": 3}, accuracies={9: 0.25, 10: 0.5, 0: 0.0})
@@ -22,9 +22,11 @@ def test_what_is_dumped_comes_back_through_json() -> None:
     assert RunState.parse(json.loads(json.dumps(STATE.dump(), allow_nan=False)), "run.json") == STATE
     assert list(STATE.dump()["accuracies"]) == ["0", "9", "10"]
     assert replace(STATE, samples=7).dump()["samples"] == 7
-    owing = replace(STATE, owed=(8, 10))
-    assert RunState.parse(json.loads(json.dumps(owing.dump())), "run.json") == owing
-    earlier = {key: value for key, value in STATE.dump().items() if key not in ("samples", "owed")}
+    open_groups = (OpenGroup(41, "7", 11), OpenGroup(47, "2", 12))
+    going_on = replace(STATE, open=open_groups, owed=(8, 10))
+    assert RunState.parse(json.loads(json.dumps(going_on.dump())), "run.json") == going_on
+    assert (STATE.oldest_group, going_on.oldest_group) == (48, 41)
+    earlier = {key: value for key, value in STATE.dump().items() if key not in ("samples", "owed", "open")}
     assert RunState.parse(earlier, "run.json") == STATE  # of releases that did not know of them
     with pytest.raises(FrozenInstanceError):
         STATE.step = 13  # type: ignore[misc]  # that is the point
@@ -41,6 +43,7 @@ def test_what_is_dumped_comes_back_through_json() -> None:
         ({"accuracies": {"1": math.nan}}, "accuracies.1"),
         ({"version": 2}, "version: "),
         ({"samples": -1}, "samples: "),
+        ({"open": [{"number": 3, "prompt": 4, "version": 1}]}, "open.0.prompt: "),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], words: str) -> None:
@@ -52,19 +55,18 @@ def test_what_is_wrong_is_named(change: dict[str, Any], words: str) -> None:
         RunState.parse([1], "there")
 
 
-def test_the_position_of_a_step_is_behind_its_own_groups() -> None:
+def test_a_run_goes_on_with_what_is_open_and_the_next_prompts() -> None:
     """Two groups a step; the third step is being sampled while the first is trained on."""
     prompts = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(5)]
     admission = Admission(PromptSampler(prompts, seed=3), groups=10)
-    admitted = [admission.next(step) for step in (0, 0, 1, 1, 2)]
-    assert [str(group) for group, _ in admitted] == [f"g000000{n}" for n in (10, 11, 12, 13, 14)]
-    position = admission.after(1)
+    admitted = [admission.next(version) for version in (7, 7, 7, 7)]
+    assert [str(group.id) for group in admitted] == [f"g000000{n}" for n in (10, 11, 12, 13)]
+    position = admission.position(admitted[2:])
+    later = [admission.next(8) for _ in range(2)]
     assert position.groups == 14
-    again = Admission(PromptSampler.restore(prompts, position.cursor), position.groups)
-    assert again.next(2) == admitted[4]
-    admission.forget(2)
-    with pytest.raises(KeyError):
-        admission.after(1)
+    again = Admission(PromptSampler.restore(prompts, position.cursor), position.groups, position.open)
+    assert again.reopened == (*admitted[2:],)
+    assert [again.next(8) for _ in range(2)] == later
 
 
 def test_ids_name_one_thing_each() -> None:

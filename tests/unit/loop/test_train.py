@@ -22,10 +22,11 @@ from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointUnwritten, LeftCourse
 from ctpo_megatron.jobs.evaluations import bring_back, known_accuracies
-from ctpo_megatron.loop.admission import Admission
-from ctpo_megatron.loop.checkpoints import Checkpoints, leave_after, newest, newest_until, restore
+from ctpo_megatron.jobs.resume import start_of
+from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest, newest_until, restore
 from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.evaluation.evaluations import Evaluations
+from ctpo_megatron.loop.ledger import NAME, Ledger
 from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
@@ -62,7 +63,7 @@ class Ranks:
         work = work_directory(directory)
         (run,) = work.iterdir()
         files = {run.name: {"size": run.stat().st_size, "digest": file_hash(run)}}
-        commit_checkpoint(work, directory, {"version": VERSION, "files": files})
+        commit_checkpoint(work, directory, {"version": VERSION, "files": files, "scheduler_steps": 0})
 
     async def settle(self) -> None: ...
 
@@ -71,8 +72,10 @@ class Ranks:
     async def save_hf(self, directory: Path) -> None: ...
 
     digest = "the same"
+    version = 0
 
     async def publish(self, version: int) -> dict[str, float]:
+        self.version = version
         return {"publish/total": 0.0, "servers/serving": 2.0}
 
     async def offload(self) -> None: ...
@@ -87,16 +90,21 @@ class Ranks:
 
 @dataclass
 class Sampled:
-    """Notes which prompts were sampled for training, with the ids of their groups, in the order of admission."""
+    """Notes which prompts were sampled for training, with the ids of their groups, in the order of admission.
+
+    What it says is of the version that `ranks` have published last.
+    """
 
     seen: list[tuple[int, str]] = field(default_factory=list)
+    ranks: Ranks = field(default_factory=Ranks)
 
     async def group(
-        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False
+        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False, keep_failed: bool = False
     ) -> TrajectoryGroup:
         if sampling.record:
             self.seen.append((prompt.index, str(group)))
-        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [group.evaluation or 0] * 2)]
+        version = self.ranks.version if group.evaluation is None else group.evaluation
+        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [version] * 2)]
         made = [Trajectory(prompt.index, [3], turns, Status.FINISHED, reward=n % 2, id=AttemptId(group, n)) for n in range(size)]
         return TrajectoryGroup(prompt, made, id=group)
 
@@ -122,6 +130,7 @@ async def train(
     run_dir: Path,
     *,
     resume: bool,
+    recalled: Resumable | None = None,
     ranks: Ranks | None = None,
     orders: Orders | None = None,
     storage: Storage | None = None,
@@ -130,17 +139,14 @@ async def train(
 ) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
     ranks, rollouts, events, root = ranks or Ranks(), rollouts or Sampled(), [], run_dir / "checkpoints"
     storage = storage or Storage()
-    first_step, samples, accuracies, owed, admission = 0, 0, {}, (), Admission(PromptSampler(PROMPTS, SEED))
-    if resume:
-        found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
-        first_step, samples, accuracies = found.state.step, found.state.samples, dict(found.state.accuracies)
-        owed = tuple(step for step in found.state.owed if step < first_step)
-        admission = Admission(PromptSampler.restore(PROMPTS, found.state.cursor), found.state.groups)
-    known = {}
+    start, known = start_of(config, PROMPTS, None, [], events.append), {}
     (held_out,) = benchmarks_of(config.data, config.eval, config.rollout)
     benchmarks = [Benchmark(held_out, PROMPTS)]
     if resume:
-        known = known_accuracies(run_dir, [*owed, first_step], benchmarks, config.train.steps)
+        found = recalled or await restore(ranks, newest(root, config.train.steps, events.append), events.append)
+        start = start_of(config, PROMPTS, found, [], discard)
+        known = known_accuracies(run_dir, [*start.owed, start.step], benchmarks, config.train.steps)
+    first_step, rollouts.ranks, ranks.version = start.step, ranks, start.step
     recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()), through=storage.write)
     record, totals = RunRecord(run_dir, config.log, recorder, storage.write), RunTotals()
     evaluations = Evaluations(
@@ -149,15 +155,15 @@ async def train(
         Evaluator(rollouts, None, SEED),
         record,
         totals,
-        accuracies | known,
-        set(owed) - set(known),
+        start.accuracies | known,
+        set(start.owed) - set(known),
         config.eval.servers,
         ranks,
         events.append,
     )
     loop = TrainLoop(
         config=config,
-        admission=admission,
+        admission=start.admission,
         rollouts=rollouts,
         trainer=ranks,
         publisher=ranks,
@@ -165,9 +171,10 @@ async def train(
         evaluations=evaluations,
         checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append, needed=evaluations.unfinished, storage=storage),
         bring_back=partial(bring_back, ranks, ranks, root, lambda _version, _digest: None),
+        ledger=Ledger(run_dir / NAME, step=first_step, position=start.position, gone=start.gone, through=storage.write),
         totals=totals,
         first_step=first_step,
-        samples=samples,
+        samples=start.samples,
         spikes=SpikeDetector(config.train.spikes),
         shrinking=ShrinkingAlarm(config.algorithm),
         returns=config.train.spikes.returns,
@@ -179,6 +186,7 @@ async def train(
     async with storage.outlasting(events.append):
         await loop.run()
         loop.record.close()
+    assert loop.ledger.unbalanced() == []
     return rollouts.seen, loop, events
 
 
@@ -207,6 +215,31 @@ def test_what_was_in_flight_when_a_run_ended_is_sampled_again_under_the_same_ids
     (tmp_path / "checkpoints" / "step_00000003").rename(tmp_path / "lost")
     second, _, _ = asyncio.run(train(config("train.steps=3", *sizes), tmp_path, resume=True))
     assert second == first[6:]
+
+
+class Straggling(Sampled):
+    """The first group comes to its end under the second version of the weights."""
+
+    async def group(self, prompt: Prompt, group: GroupId, **options: Any) -> TrajectoryGroup:
+        while group == GroupId(0) and self.ranks.version < 1:
+            await asyncio.sleep(0.001)
+        return await super().group(prompt, group, **options)
+
+
+def test_a_group_that_goes_on_is_in_the_checkpoint_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+    sizes = ("train.prompts_per_step=2", "train.oversample=1", "train.steps=2", "eval.every=0")
+    _, whole, _ = asyncio.run(train(config(*sizes), tmp_path, resume=False, rollouts=Straggling()))
+    assert [{row["group"] for row in rows(tmp_path, f"step_0000000{step}.jsonl")} for step in (1, 2)] == [
+        {"g00000001", "g00000002"},
+        {"g00000000", "g00000003"},
+    ]
+    (tmp_path / "checkpoints" / "step_00000002").rename(tmp_path / "lost")
+    state = newest(tmp_path / "checkpoints", 9, discard).state
+    assert (state.groups, [group.number for group in state.open], state.oldest_group) == (3, [0], 0)
+    again, resumed, _ = asyncio.run(train(config(*sizes), tmp_path, resume=True, rollouts=Straggling()))
+    assert [group for _, group in again] == ["g00000000", "g00000003"]
+    assert resumed.ledger.summary() == whole.ledger.summary()
+    assert resumed.ledger.summary()["groups"] == {"trained": 4, "filtered": 0, "failed": 0, "aborted": 0}
 
 
 def test_ids_and_events_reach_the_record(tmp_path: Path) -> None:
@@ -317,10 +350,11 @@ class Noted(MemoryCopies):
 def test_what_is_copied_is_the_state_after_each_step_with_its_evaluation(tmp_path: Path) -> None:
     copies, three = Noted(), config("train.steps=3", "train.prompts_per_step=2")
     asyncio.run(train(three, tmp_path, resume=False, memory=copies))
-    assert [(state.step, state.groups, sorted(state.accuracies)) for state in copies.states] == [
-        (1, 2, [0]),
-        (2, 4, [0, 2]),
-        (3, 6, [0, 2, 3]),
+    still_open = [[group.number for group in state.open] for state in copies.states]
+    assert [(s.step, s.groups, numbers, sorted(s.accuracies)) for s, numbers in zip(copies.states, still_open, strict=True)] == [
+        (1, 4, [2, 3], [0]),
+        (2, 6, [4, 5], [0, 2]),
+        (3, 6, [], [0, 2, 3]),
     ]
     assert copies.states[-1] == newest(tmp_path / "checkpoints", 9, discard).state
 

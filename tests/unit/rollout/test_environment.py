@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.data.samples import build_samples
-from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.errors import AsideLost, ConfigError, EngineError, EngineRefused, NoServerLeft, RolloutError, StorageError
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.environment import ToolEnvironment
@@ -24,6 +24,7 @@ from tests.support.trajectories import ATTEMPT, GROUP
 
 END = ord("|")
 PROMPT = Prompt(4, ({"role": "user", "content": "question"},), "56")
+SAMPLING = Sampling(1.0, 5, 9)
 CALL = "```python\nprint(7*8)\n```"
 WRONG = "```python\nprint(7/0)\n```"
 
@@ -104,7 +105,7 @@ async def group_of(trajectory: Trajectory):
         async def run(self, attempt, prompt, session, sampling, note):
             return trajectory
 
-    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, sampling=Sampling(1.0, 5, 9))
+    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, sampling=SAMPLING)
 
 
 def test_an_error_of_the_program_is_told_and_counted():
@@ -247,8 +248,71 @@ def test_a_failure_ends_the_group_and_comes_out_as_itself():
     environment = Counting(fails_at=2)
     rollouter = Rollouter(environment, RolloutConfig())
     with pytest.raises(RolloutError, match="the server is gone"):
-        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=Sampling(1.0, 5, 9)), 10))
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING), 10))
     assert environment.running == 0
+
+
+class Failing(Counting):
+    """An environment in which attempts fail so many times, by their numbers, and go on from where they were."""
+
+    def __init__(self, times: dict[int, int], error: Exception) -> None:
+        super().__init__()
+        self.times, self.error = dict(times), error
+        self.found: list[tuple[int, int | None]] = []
+
+    async def run(self, attempt, prompt, session, sampling, note):
+        self.found.append((attempt.id.number, None if attempt.open is None else len(attempt.open.token_ids)))
+        await asyncio.sleep(0)
+        if self.times.get(attempt.id.number, 0):
+            self.times[attempt.id.number] -= 1
+            attempt.open = Generation([1] * 3, [0.0] * 3, [1] * 3)
+            raise self.error
+        if attempt.id.number == 3:
+            await asyncio.sleep(30)
+        return Trajectory(prompt.index, [1], [], Status.FINISHED, id=attempt.id)
+
+
+def test_an_attempt_that_fails_is_tried_again_from_where_it_was(monkeypatch):
+    monkeypatch.setattr("ctpo_megatron.rollout.rollouter.RETRY_PAUSE_S", 0.001)
+    environment = Failing({1: 2}, EngineError("no answer"))
+    made = asyncio.run(Rollouter(environment, RolloutConfig(retries=2)).group(PROMPT, GROUP, size=3, sampling=SAMPLING))
+    assert (len(made.trajectories), made.failed) == (3, [])
+    assert [open_tokens for number, open_tokens in environment.found if number == 1] == [None, 3, 3]
+    environment = Failing({1: 2}, RolloutError("it answered with too many tokens"))
+    asyncio.run(Rollouter(environment, RolloutConfig(retries=2)).group(PROMPT, GROUP, size=3, sampling=SAMPLING))
+    assert [open_tokens for number, open_tokens in environment.found if number == 1] == [
+        None,
+        None,
+        None,
+    ]  # not from what is wrong
+
+
+def test_an_attempt_that_fails_too_often_is_data_for_training_and_an_error_elsewhere(monkeypatch):
+    monkeypatch.setattr("ctpo_megatron.rollout.rollouter.RETRY_PAUSE_S", 0.001)
+    failing = {1: 3}, EngineError("no answer")
+    rollouter = Rollouter(Failing(*failing), RolloutConfig(retries=2))
+    made = asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING, keep_failed=True), 5))
+    assert made.trajectories == []
+    other = "another attempt of its group failed"
+    assert [(f.id.number, f.reason, f.aborted, f.response_length, f.reward) for f in made.failed] == [
+        (0, other, True, 0, 0.0),
+        (1, "EngineError: no answer", False, 3, None),
+        (2, other, True, 0, 0.0),
+        (3, other, True, 0, None),
+    ]
+    rollouter = Rollouter(Failing(*failing), RolloutConfig(retries=2))
+    with pytest.raises(EngineError, match="no answer"):
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING), 5))
+
+
+@pytest.mark.parametrize(
+    "error", [NoServerLeft("none"), AsideLost("they died"), EngineRefused("too long"), StorageError("full"), ConfigError("wrong")]
+)
+def test_what_is_the_runs_fault_ends_it_at_once(error):
+    rollouter = Rollouter(Failing({1: 1}, error), RolloutConfig(retries=2))
+    with pytest.raises(type(error)) as raised:
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=SAMPLING, keep_failed=True), 5))
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("interrupted_at", range(1, 8))

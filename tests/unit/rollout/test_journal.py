@@ -19,7 +19,21 @@ from ctpo_megatron.record.segments import segments
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.types import AttemptId, Generation, GroupId, Prompt, Status, Supports, TopK, Trajectory, Turn
+from ctpo_megatron.types import (
+    AttemptId,
+    Composition,
+    End,
+    FailedAttempt,
+    Fate,
+    Generation,
+    GroupId,
+    Prompt,
+    Status,
+    Supports,
+    TopK,
+    Trajectory,
+    Turn,
+)
 
 PROMPT = Prompt(3, ({"role": "user", "content": "x"},), "1")
 T = TypeVar("T")
@@ -92,11 +106,35 @@ def test_later_weights_are_waited_for_and_compared(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "r")
     for version, digest in enumerate(["zero", "one", "two"]):
         journal.published(version, digest)
+        journal.decided(Composition(version, (version,), {version: Fate(version, End.TRAINED, "", "p")}))
     journal.note(whole(0, 1, version=1))
     journal.note(whole(0, 2, version=2))
     journal.close()
     assert soon(asked("two")) == [True]
     assert soon(asked("another two")) == [False]
+
+
+def test_weights_that_will_not_be_made_again_are_not_waited_for(tmp_path: Path) -> None:
+    """The groups of a step are others now: a step must not wait for an attempt that waits for the weights behind it."""
+
+    async def scenario() -> tuple[bool, bool]:
+        journal = Journal(tmp_path, "r", step=1)
+        journal.published(1, "one")
+        unplanned = await journal.find(AttemptId(GroupId(0), 3), PROMPT, [7, 8])
+        waiting = asyncio.ensure_future(journal.find(AttemptId(GroupId(0), 2), PROMPT, [7, 8]))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        journal.drop_plans(1)
+        return unplanned is None, await waiting is None
+
+    journal = Journal(tmp_path, "r")
+    for version in range(4):
+        journal.published(version, f"w{version}" if version != 1 else "one")
+    journal.decided(Composition(1, (5,), {5: Fate(1, End.TRAINED, "", "p")}))
+    journal.note(whole(0, 2, version=2))
+    journal.note(whole(0, 3, version=3))
+    journal.close()
+    assert soon(scenario()) == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -227,3 +265,32 @@ def test_a_journal_whose_disk_is_away_for_a_while_forgets_and_keeps_what_it_shou
     again.published(0, "w")
     assert same(soon(again.find(AttemptId(GroupId(2), 0), PROMPT, [7, 8])), whole(2))
     assert again.count() == (1, 0)
+
+
+def test_how_steps_were_made_comes_back_while_the_weights_are_the_same(tmp_path: Path) -> None:
+    def composition(step: int, *groups: int) -> Composition:
+        fates = {each: Fate(step, End.TRAINED, "", "p") for each in groups}
+        lost = FailedAttempt(AttemptId(GroupId(9 + step), 0), "gone", response_length=4)
+        return Composition(step, groups, fates | {9 + step: Fate(step, End.FAILED, "gone", "p", (lost,))})
+
+    journal = Journal(tmp_path, "r")
+    for step, weights in enumerate(["zero", "one", "two"]):
+        journal.published(step, weights)
+        journal.decided(composition(step, 2 * step, 2 * step + 1))
+    journal.close()
+    again = Journal(tmp_path, "r", step=1)
+    assert [again.planned(step) for step in range(4)] == [*(composition(s, 2 * s, 2 * s + 1) for s in range(3)), None]
+    assert again.fate(11) == composition(2, 4, 5).fates[11]
+    assert again.fate(3) == Fate(1, End.TRAINED, "", "p")
+    again.published(1, "one")
+    assert again.planned(2) is not None
+    again.published(2, "another two")
+    assert (again.planned(1), again.planned(2), again.fate(11)) == (composition(1, 2, 3), None, None)
+    again.decided(composition(2, 5, 6))
+    again.close()
+    newest = Journal(tmp_path, "r", step=1)
+    assert newest.planned(2) == composition(2, 5, 6), "the newest counts, the one of other weights does not"
+    assert Journal(tmp_path, "other").planned(1) is None, "its attempts are not used either"
+    newest.forget(100, 2)
+    kept = Journal(tmp_path, "r", step=2)
+    assert (kept.planned(2), newest.planned(1)) == (composition(2, 5, 6), None)
