@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.engine.options import check_options
 from ctpo_megatron.errors import ConfigError, DataError, ModelError
 from ctpo_megatron.models.context import check_context, check_length
 from ctpo_megatron.models.shape import ModelShape
@@ -38,6 +39,7 @@ def check_rollouts(config: RunConfig, shape: ModelShape, model: Path) -> None:
             f"{model}: config.json lacks {', '.join(shape.unserved)}, without which SGLang does not start. Write what the "
             "published model of this architecture has there."
         )
+    check_options(config.rollout.engine.extra_args)
     check_context(shape, config.data, config.rollout)
     check_ordinary(tokens_beyond(model, shape.vocab_size), model, shape.vocab_size)
 
