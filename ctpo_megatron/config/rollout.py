@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.types import Truncation
 
 MAX_TOP_K = 1024  # SGLang reports supports of up to 4,096 tokens (--sampling-mask-max-tokens); ties at the cut may be many
@@ -93,9 +94,12 @@ class EngineConfig(Section):
     """How long one generation may take, waiting in the server's queue included, before it counts as failed and its server is
     suspended. `ctpo plan` says how fast a server must be for that. A server that dies is noticed at once, one that
     does not take its turns by cluster.watch."""
+    traffic: TrafficConfig = TrafficConfig()
+    """How many requests each server is sent, and when one leaves a slow server."""
     extra_args: tuple[str, ...] = ()
-    """Further arguments for `sglang.launch_server`, passed as they are. `--json-model-override-args` is refused: the trainer
-    would not see it. So is what changes how tokens are drawn behind a request's back (docs/truncation.md)."""
+    """Further arguments for `sglang.launch_server`, passed as they are. Those that break what the loss needs are refused by name:
+    docs/rollouts.md. So is `--json-model-override-args`, which the trainer would not see, and what changes how tokens are drawn
+    behind a request's back (docs/truncation.md)."""
 
     @field_validator("extra_args")
     @classmethod
@@ -143,6 +147,10 @@ class RolloutConfig(Section):
     """Tokens after the prompt, tool output included."""
     concurrency: PositiveInt = 64
     """Trajectories in flight."""
+    deadline_s: PositiveFloat | None = None
+    """How long a trajectory of training may take, from its first request on. Then it ends where it is, with one token of the turn
+    that it is in at least: its status is `deadline`, and it is judged and trained on like one that `max_response_tokens` ended.
+    `rollout/deadline` counts them. Evaluations have no deadline. null: none."""
     tool: Tool | None = PythonTool()
     """What executes the model's code. null: single-turn."""
     reward: MathReward = MathReward()

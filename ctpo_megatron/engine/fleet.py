@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ctpo_megatron.engine.choice import Place, choose
 from ctpo_megatron.errors import EngineError
 from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
@@ -61,6 +62,8 @@ class Member:
     returns: int = 0  # how often it was given an older version, because the trainer went back to a checkpoint
     reason: str = ""  # why it does not serve
     failures: int = 0
+    in_flight: int = 0  # requests at it
+    limit: int | None = None  # of these; None: no bound
     given_back: frozenset[Memory] = frozenset()  # what it was told to give back, and not yet to take again
 
     @property
@@ -107,6 +110,7 @@ class Fleet:
         self._rejoined = 0
         self._offloaded = False
         self._held = False
+        self.traffic: Callable[[], dict[str, float]] | None = None  # what is measured of the requests
         self._changed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
@@ -212,11 +216,13 @@ class Fleet:
     def metrics(self) -> dict[str, float]:
         """Servers that serve now, and how many were lost and came back since the run began."""
         counts = {"serving": len(self.members(State.SERVING)), "lost": sum(self._lost.values()), "rejoined": self._rejoined}
-        return {f"servers/{name}": float(count) for name, count in counts.items()}
+        traffic = {} if self.traffic is None else self.traffic()
+        return {f"servers/{name}": float(count) for name, count in counts.items()} | traffic
 
-    async def acquire(self, session: int) -> Lease:
-        """A serving server for a request: always the same for a session while that one serves.
+    async def acquire(self, session: int, left: Member | None = None) -> Lease:
+        """A serving server for a request, until `done`: always the same for a session while that one serves and has room.
 
+        `left`: where the request comes from, because that one was slow.
         Waits while none serves. Raises EngineError when none is left, or none has come within `patience_s`.
         """
         try:
@@ -228,12 +234,17 @@ class Fleet:
             ) from None
         if self.hopeless:
             raise EngineError(f"no inference server is left:\n{self.report()}")
-        known, serving = list(self._members.values()), self.members(State.SERVING)
-        home = known[session % len(known)]
-        member = home if home.state is State.SERVING else serving[session // len(known) % len(serving)]
+        known = list(self._members.values())
+        places = [Place(each.state is State.SERVING, each.in_flight, each.limit, each is left) for each in known]
+        member = known[choose(places, session)]
         if member.version is None:  # `serve` sets both
             raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
+        member.in_flight += 1
         return Lease(member, member.version, member.failures, member.returns)
+
+    def done(self, lease: Lease) -> None:
+        """Note that the request is over."""
+        lease.member.in_flight -= 1
 
     async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
         """Whether tokens that carry `versions` may be used. Where they may not, their server is suspended.

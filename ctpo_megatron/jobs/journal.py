@@ -31,7 +31,7 @@ def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, storag
 def recipe(config: RunConfig) -> str:
     """Returns a digest of all settings that change what an attempt says or is worth, beside weights and prompt."""
     settings = {
-        "rollout": config.rollout.model_dump(mode="json", exclude={"group_size", "concurrency", "engine"}),
+        "rollout": config.rollout.model_dump(mode="json", exclude={"group_size", "concurrency", "deadline_s", "engine"}),
         "eval": config.eval.temperature,
         "chat": config.model.model_dump(mode="json", exclude={"path"}),
         "top_k": config.algorithm.top_k,

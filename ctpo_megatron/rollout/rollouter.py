@@ -46,7 +46,8 @@ class Rollouter:
         `record`: with what training needs of the engine besides tokens and log-probs. Sessions are numbered through, from group
         to group and attempt to attempt, which spreads them evenly over the servers.
         """
-        sampling = Sampling(temperature, self._config.max_turns, self._config.max_response_tokens, record, truncation)
+        config, deadline_s = self._config, self._config.deadline_s if record else None  # an accuracy is not to depend on the load
+        sampling = Sampling(temperature, config.max_turns, config.max_response_tokens, record, truncation, deadline_s)
         ids = [AttemptId(group, number) for number in range(size)]
         try:
             async with asyncio.TaskGroup() as running:

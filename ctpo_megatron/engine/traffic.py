@@ -1,0 +1,92 @@
+"""What flows to the servers: bounded by what they say they can take, and led away from one that falls behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from ctpo_megatron.config.traffic import TrafficConfig
+from ctpo_megatron.engine.control import ServerControl
+from ctpo_megatron.engine.fleet import Fleet, Member, State
+from ctpo_megatron.engine.gate import Gate
+from ctpo_megatron.engine.load import Load, next_limit
+from ctpo_megatron.engine.pace import Pace
+from ctpo_megatron.errors import EngineError
+
+LOOK_TIMEOUT_S = 5.0  # for a server to say how busy it is; one that does not keeps its bound
+
+
+class Traffic:
+    """Looks at the servers of `fleet` while there are requests, and sets how many each may have.
+
+    `most`: how many one server may ever have at a time.
+    """
+
+    def __init__(self, config: TrafficConfig, fleet: Fleet, control: ServerControl, *, most: int) -> None:
+        self._config, self._fleet, self._control, self._most = config, fleet, control, most
+        moving = config.moving
+        self.pace = None if moving is None else Pace(moving.factor, moving.least_s)
+        self.moves = 0 if moving is None else moving.most  # of one generation
+        self._gate = Gate()
+        self._moved = 0
+        self._seen = {"waiting": 0.0, "retracted": 0.0, "cache_use": 0.0}  # the most since `metrics` was asked last
+
+    @contextlib.asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Look while the context is open."""
+        looking = asyncio.create_task(self._look_on(), name="traffic")
+        self._fleet.traffic = self.metrics
+        try:
+            yield
+        finally:
+            self._fleet.traffic = None
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
+
+    def passing(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """The context of one request."""
+        return self._gate.passing()
+
+    def leave_after_s(self, member: Member, tokens: int) -> float | None:
+        """How long a request for at most `tokens` may stay at `member`; None: as long as it takes."""
+        if self.pace is None:
+            return None
+        return self.pace.patience_s(member.name, tokens, [each.name for each in self._fleet.members(State.SERVING)])
+
+    def moved(self) -> None:
+        """Count a request that left a slow server."""
+        self._moved += 1
+
+    def metrics(self) -> dict[str, float]:
+        """What was seen since this was asked last, and how many requests have left slow servers since the command began."""
+        limits = [member.limit for member in self._fleet.members(State.SERVING) if member.limit is not None]
+        found = {f"servers/{name}": value for name, value in self._seen.items()} | {"servers/moved": float(self._moved)}
+        self._seen = dict.fromkeys(self._seen, 0.0)
+        return found | ({"servers/limit": float(sum(limits))} if limits else {})
+
+    async def look(self) -> None:
+        """Ask all servers that serve once, and set their bounds."""
+        members = self._fleet.members(State.SERVING)
+        loads = await asyncio.gather(*(self._load(member) for member in members))
+        for member, load in zip(members, loads, strict=True):
+            if load is not None:
+                for name in self._seen:
+                    self._seen[name] = max(self._seen[name], float(getattr(load, name)))
+            if isinstance(self._config.per_server, int):
+                member.limit = self._config.per_server
+            elif self._config.per_server == "auto" and load is not None:
+                member.limit = next_limit(member.limit, member.in_flight, load, self._most)
+        limits = [member.limit for member in self._fleet.members(State.SERVING)]
+        self._gate.set_limit(sum(each for each in limits if each is not None) if limits and None not in limits else None)
+
+    async def _load(self, member: Member) -> Load | None:
+        try:
+            return await self._control.load(member.url, timeout_s=LOOK_TIMEOUT_S)
+        except EngineError:  # whether it lives is for its watch to find out
+            return None
+
+    async def _look_on(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(self._config.look_s)
