@@ -38,7 +38,8 @@ from ctpo_megatron.toy.model import make_toy_model
 BASE = "abe080c"
 END_S = 60.0  # for a side to end
 SIZES: dict[str, dict[str, Any]] = {"tail-0.46M": {}, "tail-5M": {"hidden": 256, "layers": 6, "ffn": 768}}
-GROUPS = {"tail-0.46M": 32, "tail-5M": 16, "short": 32}  # of a round, 8 trajectories each, all of them in flight at once
+GROUPS = {"tail-0.46M": 32, "tail-5M": 16, "short": 32}  # of a round, 8 trajectories each
+IN_FLIGHT = {"tail-0.46M": 64, "tail-5M": 64, "short": 256}  # fewer than there are: those in flight differ in length then
 GROUP_SIZE = 8
 
 
@@ -113,12 +114,11 @@ def checkout(commit: str, folder: Path) -> Iterator[Path]:
         subprocess.run(["git", "worktree", "remove", "--force", folder], cwd=ROOT, check=False, capture_output=True)
 
 
-def make_task(case: str, folder: Path, run_dir: Path, options: list[str], servers: int) -> dict[str, Any]:
+def make_task(case: str, folder: Path, run_dir: Path, options: list[str], servers: int, in_flight: int) -> dict[str, Any]:
     """What both sides are to sample."""
-    flight = GROUPS[case] * GROUP_SIZE
     rollout: dict[str, Any] = {
         "group_size": GROUP_SIZE,
-        "concurrency": flight,
+        "concurrency": in_flight or IN_FLIGHT[case],
         "engine": {"extra_args": options, "servers": servers},
     }
     if case == "short":
@@ -188,6 +188,7 @@ def main(
     run_dir: Annotated[Path, typer.Option(help="of a finished quickstart, for the case `short`")] = ROOT / "runs" / "quickstart",
     option: Annotated[list[str] | None, typer.Option(help="of SGLang's, for this build only")] = None,
     servers: Annotated[int, typer.Option(help="of this build; the older one has one", min=1)] = 1,
+    in_flight: Annotated[int, typer.Option(help="trajectories; 0: 64, in the case `short` 256", min=0)] = 0,
     least: Annotated[float, typer.Option(help="times the older build's tokens per second, in every case")] = 0.0,
     file: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
 ) -> None:
@@ -201,7 +202,8 @@ def main(
             folder, sides = Path(scratch) / name, []
             try:
                 for side, tree, options, count in (("older", older, [], 1), ("this", ROOT, option or [], servers)):
-                    sides.append(Side.start(side, tree, folder / side, make_task(name, folder, run_dir, options, count)))
+                    task = make_task(name, folder, run_dir, options, count, in_flight)
+                    sides.append(Side.start(side, tree, folder / side, task))
                 compare(name, sides, repeats)
             finally:
                 for each in sides:
