@@ -86,9 +86,10 @@ class EngineClient:
         change while it runs: the tokens before and after the change carry their own versions. Where a server fails, or is far
         slower than the others, another one goes on from the tokens in hand. `recorded`: of so many leading tokens the experts are
         known already, those of all others are returned, [input + sampled - 1 - recorded, ...]; the model has not read the last
-        token. None: no record is wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of the
-        truncated distribution; without a record they are those of the whole. `deadline`, of `time.monotonic()`: when it ends with
-        the tokens that there are, one at least. Raises EngineError when no server is left, and when every server that was tried has failed.
+        token. None: no record is wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of
+        the truncated distribution; without a record they are those of the whole. `deadline`, of `time.monotonic()`: when it ends
+        with the tokens that there are, one at least. Raises EngineError when no server is left, and when every server that was
+        tried has failed.
         """
         done = Generation() if done is None else done
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
