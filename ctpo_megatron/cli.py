@@ -80,12 +80,17 @@ def sft(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command("eval")
-def evaluate(config: Config, overrides: Overrides = None) -> None:
-    """Accuracy of model.path on data.eval, through SGLang."""
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    anew: Annotated[bool, typer.Option("--anew", help="sample all again, also what an earlier command has sampled")] = False,
+) -> None:
+    """avg@k, pass@k and maj@k of model.path on data.eval and eval.benchmarks, through SGLang. The same command goes on from an
+    end before its time."""
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(loaded, lambda _stop: eval_job(loaded))
+    _run(loaded, lambda _stop: eval_job(loaded, anew=anew))
 
 
 @app.command()

@@ -93,6 +93,10 @@ class EngineRefused(EngineError):
     """An inference server understood a request and refused it: asking again, or another server, would not help."""
 
 
+class AsideLost(EngineError):
+    """The servers that kept the weights of an evaluation are gone, or hold others."""
+
+
 class WeightSyncError(CtpoError, RuntimeError):
     """Publishing weights to the inference servers failed or could not be proven right.
 

@@ -31,15 +31,19 @@ class GroupId:
     """Names a group of its run, from admission to the record. Written `g00000012`, of an evaluation `e00000004-g00000012`.
 
     `number` counts the admitted groups of the run from 0, and goes on where a run is resumed; in an evaluation it is the prompt's
-    place among the held-out ones. `evaluation` is the number of training steps before that evaluation, None in training.
+    place in its file. `evaluation` is the number of training steps before that evaluation, None in training. `benchmark` is what
+    the file is called, empty for the held-out prompts of the run: `e00000004-aime25-g00000012`.
     """
 
     number: int
     evaluation: int | None = None
+    benchmark: str = ""
 
     def __str__(self) -> str:
         name = f"g{self.number:08d}"
-        return name if self.evaluation is None else f"e{self.evaluation:08d}-{name}"
+        if self.evaluation is None:
+            return name
+        return "-".join(part for part in (f"e{self.evaluation:08d}", self.benchmark, name) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +225,7 @@ class Trajectory:
     seconds: float = 0.0
     routed_experts: NDArray[np.signedinteger] | None = None
     undecided: bool = False  # whether its answer could not be compared with the right one; the reward is 0 then
+    given: str | None = None  # the answer that was judged, None where there is none
     id: AttemptId = field(kw_only=True)
 
     @property

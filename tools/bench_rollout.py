@@ -1,6 +1,6 @@
 """How many tokens a server on CPUs and its controller sample, against an older build of this project, and where the time goes.
 
-    python tools/bench_rollout.py                                  against abe080c; 15 minutes on two free cores, 4 GB of memory
+    python tools/bench_rollout.py                                  against 41666cf; 15 minutes on two free cores, 4 GB of memory
     python tools/bench_rollout.py --case tail-0.46M --repeats 1    one case
     python tools/bench_rollout.py --case short --run-dir runs/quickstart     the quickstart's own, after `make quickstart`
     python tools/bench_rollout.py --case tail-5M --option=--disable-radix-cache      what an option of SGLang's changes
@@ -35,7 +35,7 @@ from rich.table import Table
 
 from ctpo_megatron.toy.model import make_toy_model
 
-BASE = "abe080c"
+BASE = "41666cf"
 END_S = 60.0  # for a side to end
 SIZES: dict[str, dict[str, Any]] = {"tail-0.46M": {}, "tail-5M": {"hidden": 256, "layers": 6, "ffn": 768}}
 GROUPS = {"tail-0.46M": 32, "tail-5M": 16, "short": 32}  # of a round, 8 trajectories each

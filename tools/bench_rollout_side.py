@@ -28,6 +28,7 @@ from ctpo_megatron.ports import free_port
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.journal import Journal
+from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.rollout.rewards import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.rollout.tools import make_tool
@@ -52,14 +53,18 @@ def cpu_seconds(servers: list[SGLangServer]) -> dict[str, float]:
 
 
 async def play(
-    rollouter: Rollouter, prompts: list[Prompt], first: int, order: dict[str, Any], servers: list[SGLangServer]
+    rollouter: Rollouter,
+    prompts: list[Prompt],
+    sampling: Sampling,
+    first: int,
+    order: dict[str, Any],
+    servers: list[SGLangServer],
 ) -> dict[str, Any]:
     """A round: all groups at once, as many trajectories in flight as the rollouter allows."""
     before, begun = cpu_seconds(servers), time.perf_counter()
     ids = range(first, first + order["groups"])
     calls = [
-        rollouter.group(prompts[each % len(prompts)], GroupId(each), size=order["group_size"], temperature=1.0, record=True)
-        for each in ids
+        rollouter.group(prompts[each % len(prompts)], GroupId(each), size=order["group_size"], sampling=sampling) for each in ids
     ]
     groups = await asyncio.gather(*calls)
     seconds, after = time.perf_counter() - begun, cpu_seconds(servers)
@@ -82,6 +87,7 @@ async def serve(task: dict[str, Any], servers: list[SGLangServer], key: str) -> 
     reward = MathReward(MathRewardConfig())
     prompts = [Prompt(number, tuple(each["messages"]), each["answer"]) for number, each in enumerate(task["prompts"])]
     config = RolloutConfig.model_validate(task["rollout"])
+    sampling = Sampling(1.0, config.max_turns, config.max_response_tokens, record=True)
     chat, journal = ChatTokenizer(task["model"]), Journal(Path(task["folder"]) / "journal", "bench")
     journal.published(0, "first")
     try:
@@ -91,7 +97,7 @@ async def serve(task: dict[str, Any], servers: list[SGLangServer], key: str) -> 
             first = 0
             while line := await asyncio.to_thread(sys.stdin.readline):
                 order = json.loads(line)
-                print(json.dumps(await play(rollouter, prompts, first, order, servers)), flush=True)
+                print(json.dumps(await play(rollouter, prompts, sampling, first, order, servers)), flush=True)
                 first += order["groups"]
     finally:
         reward.close()

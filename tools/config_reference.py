@@ -68,6 +68,8 @@ def values(field: FieldInfo) -> str:
 
 def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
+    if origin is dict:
+        return f"names, each with {'a section' if sections_in(args[1]) else _words(args[1])}"
     if sections_in(annotation):
         none = " or null" if type(None) in args else ""
         return "section" + none
@@ -79,8 +81,6 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return ", ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
         return f"list of {_words(args[0])}"
-    if origin is dict:
-        return f"names, each with {_words(args[1])}"
     plain = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null", date: "date"}[annotation]
     return plain + _bounds(metadata) if annotation in (int, float) else plain
 

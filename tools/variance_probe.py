@@ -148,10 +148,11 @@ async def export(config: RunConfig, targets: dict[Path, Path], out: Path) -> Non
 async def sample(config: RunConfig, model: Path, file: Path, out: Path, *, prompts: int, samples: int) -> None:
     """Sample the held-out prompts at the run's training temperature, into a file like those in RUN/rollouts."""
     from ctpo_megatron.cluster.runtime import Runtime
+    from ctpo_megatron.config.evaluation import BenchmarkSettings
     from ctpo_megatron.jobs.inputs import load_prompts, read_model
     from ctpo_megatron.jobs.rollouts import open_rollouts
     from ctpo_megatron.jobs.topology import topology_of
-    from ctpo_megatron.loop.evaluate import evaluate
+    from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
     from ctpo_megatron.rollout.chat import ChatTokenizer
     from ctpo_megatron.rollout.tools import make_tool
 
@@ -161,12 +162,16 @@ async def sample(config: RunConfig, model: Path, file: Path, out: Path, *, promp
     if config.data.eval is None:
         raise InputError("the run has no held-out prompts; give some with data.eval=FILE")
     held_out, tool = load_prompts(config.data.eval, config, chat), make_tool(config.rollout.tool)
-    sizes = {"prompts": prompts, "samples": samples, "temperature": config.rollout.temperature}
+    rollout = config.rollout
+    settings = BenchmarkSettings(
+        "held_out", config.data.eval, 0, prompts, samples, rollout.temperature, rollout.max_turns, rollout.max_response_tokens
+    )
     async with (
         Runtime(config, shape, topology_of(config, trainer=False), out.resolve()) as runtime,
         open_rollouts(runtime, chat, tool) as rollouts,
     ):
-        result = await runtime.guard(evaluate(rollouts.rollouter, held_out, config.eval.model_copy(update=sizes), step=0))
+        evaluator = Evaluator(rollouts.rollouter, rollouts.grader, config.seed)
+        result = await runtime.guard(evaluator.evaluate([Benchmark(settings, held_out)], step=0))
     found = [as_row(group.prompt, each) for group in result.groups for each in group.trajectories]
     file.write_text("".join(json.dumps(each) + "\n" for each in found))
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,10 @@ def set_aside(checkpoint: Path, suffix: str = ".damaged") -> Path:
     return aside
 
 
-def prune(root: str | Path, keep: int) -> None:
+def prune(root: str | Path, keep: int, needed: Collection[int] = ()) -> None:
     """Delete all but the newest `keep` verified checkpoints in `root`, and what interrupted writes left. One process calls it.
 
+    Those of the steps in `needed` stay.
     One whose files have lost their sizes neither counts nor goes: `set_aside` is for those. Raises ValueError when `keep` is
     less than 1.
     """
@@ -73,6 +74,8 @@ def prune(root: str | Path, keep: int) -> None:
         raise ValueError(f"keep is {keep}, but must be at least 1.")
     root = Path(root)
     for old in verified_checkpoints(root)[:-keep]:
+        if step_of(old) in needed:
+            continue
         doomed = old.with_name(old.name + TEMPORARY_SUFFIX)  # so that a half-deleted one does not count either
         old.rename(doomed)
     for leftover in root.glob(f"step_*{TEMPORARY_SUFFIX}"):

@@ -90,11 +90,10 @@ def _reason(error: RayActorError) -> str:
 
 
 def _weight(error: BaseException) -> int:
-    """How likely this is the cause and not a consequence: deaths, then our own errors, then peers that lost a connection."""
+    """How likely this is the cause and not a consequence: deaths, then our own errors, then others; below, in the same order,
+    what tells of a lost connection, such as the log of a server's part whose other part has died."""
     if isinstance(error, (ActorDiedError, ActorUnavailableError)):
-        return 3
+        return 4
     cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, CtpoError):
-        return 2
     lost = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out")
-    return 0 if any(word in str(cause).lower() for word in lost) else 1
+    return isinstance(cause, CtpoError) + 2 * (not any(word in str(cause).lower() for word in lost))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.traffic import TrafficConfig
@@ -20,7 +20,7 @@ class DataConfig(Section):
     train: FilePath
     """Prompts to train on."""
     eval: FilePath | None = None
-    """Held-out prompts. null: no evaluation."""
+    """Held-out prompts, which `eval` is about; eval.benchmarks has further files. null: none."""
     system_prompt: str | None = None
     """Put before each conversation that has no system message of its own."""
     max_prompt_tokens: PositiveInt = 2048
@@ -173,16 +173,3 @@ class RolloutConfig(Section):
                 f"recommendation), or leave {key.partition('=')[0]} out"
             )
         return self
-
-
-class EvalConfig(Section):
-    """Held-out accuracy."""
-
-    every: NonNegativeInt = 0
-    """Evaluate after every so many steps, besides before the first and after the last. 0: only these two."""
-    prompts: PositiveInt | None = None
-    """Use the first so many rows. null: all."""
-    samples: PositiveInt = 1
-    """Samples per prompt; accuracy is their mean."""
-    temperature: NonNegativeFloat = 0.0
-    """0: greedy."""

@@ -8,9 +8,10 @@ from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.cluster import ClusterConfig
 from ctpo_megatron.config.elastic import ElasticConfig, as_written, changed_layouts, layout_key
+from ctpo_megatron.config.evaluation import EvalConfig
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
-from ctpo_megatron.config.rollout import DataConfig, EvalConfig, RolloutConfig
+from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
 
@@ -119,6 +120,21 @@ class RunConfig(Section):
             raise ValueError(
                 "weights.delta=true sends what has changed, but with weights.type=colocated the servers give back the memory of "
                 "all weights; set weights.delta=false, or weights.release=false if there is room for both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_are_left_to_train_with(self) -> RunConfig:
+        aside, servers = self.eval.servers, self.rollout.engine.servers
+        if aside and aside >= servers:
+            raise ValueError(
+                f"eval.servers={aside} leaves none of rollout.engine.servers={servers} to train with; set more of these, or "
+                "eval.servers=0, with which training stands still for an evaluation"
+            )
+        if aside and self.weights.servers_sleep:
+            raise ValueError(
+                f"eval.servers={aside}, but with weights.type=colocated all servers give back their memory while the trainer "
+                "trains; set eval.servers=0, or weights.release=false if there is room for both"
             )
         return self
 

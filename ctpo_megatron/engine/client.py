@@ -78,6 +78,7 @@ class EngineClient:
         session: int,
         recorded: int | None = None,
         deadline: float | None = None,
+        aside: bool = False,
     ) -> Generation:
         """Sample after `input_ids` and `done` until a stop token, or `max_new_tokens` with `done`. Temperature 0 is greedy.
 
@@ -88,13 +89,13 @@ class EngineClient:
         known already, those of all others are returned, [input + sampled - 1 - recorded, ...]; the model has not read the last
         token. None: no record is wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of
         the truncated distribution; without a record they are those of the whole. `deadline`, of `time.monotonic()`: when it ends
-        with the tokens that there are, one at least. Raises EngineError when no server is left, and when every server that was
-        tried has failed.
+        with the tokens that there are, one at least. `aside`: by servers that are set aside. Raises EngineError when no server is
+        left, and when every server that was tried has failed.
         """
         done = Generation() if done is None else done
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
         told = truncation.cuts and recorded is not None
-        request = _Request(session, self.traffic.moves, deadline)
+        request = _Request(session, aside, self.traffic.moves, deadline)
         while not (request.late and done.token_ids):
             left = 1 if request.late else max_new_tokens - len(done.token_ids)
             sampling = sampling_params(temperature, truncation) | {
@@ -145,8 +146,8 @@ class EngineClient:
 
     async def _ask(self, request: _Request, body: dict[str, Any], tokens: int) -> tuple[Lease, dict[str, Any] | None]:
         """Ask one server for at most `tokens`: returns which, and its answer, None where there is none that can be used."""
-        async with self.traffic.passing():
-            lease = await self.fleet.acquire(request.session, request.left)
+        async with self.traffic.passing(aside=request.aside):
+            lease = await self.fleet.acquire(request.session, request.left, aside=request.aside)
             try:
                 patience_s = self.traffic.leave_after_s(lease.member, tokens) if request.moves else None
                 begun = time.monotonic()
@@ -206,8 +207,8 @@ class _Name:
 class _Request:
     """Where one generation may go, and until when."""
 
-    def __init__(self, session: int, moves: int, deadline: float | None) -> None:
-        self.session, self.moves, self._deadline = session, moves, deadline
+    def __init__(self, session: int, aside: bool, moves: int, deadline: float | None) -> None:
+        self.session, self.aside, self.moves, self._deadline = session, aside, moves, deadline
         self.failures = 0
         self.left: Member | None = None  # the slow server that it comes from
 

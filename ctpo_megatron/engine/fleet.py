@@ -13,6 +13,9 @@
 
 `offload` makes every server that is up SLEEPING, `update` ends it. While servers sleep, none that was lost is started again.
 
+A server that is set aside keeps its weights for an evaluation: no publication goes to it, and only requests that ask for such a
+server. One that fails then is not aside any more, as its weights are lost.
+
 Requests go to SERVING servers only. A token counts when the version that it carries was proven on its server (`serve`), and is
 not older than what the server had been given when the request began. Only a trainer that goes back to a checkpoint makes versions
 older; then none is proven any more that is newer.
@@ -27,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ctpo_megatron.engine.choice import Place, choose
-from ctpo_megatron.errors import EngineError
+from ctpo_megatron.errors import AsideLost, EngineError
 from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
 
@@ -61,6 +64,7 @@ class Member:
     proven: set[int] = field(default_factory=set)  # versions that it has served, since the last that went back
     returns: int = 0  # how often it was given an older version, because the trainer went back to a checkpoint
     reason: str = ""  # why it does not serve
+    aside: bool = False  # whether it is kept out of publications
     failures: int = 0
     in_flight: int = 0  # requests at it
     limit: int | None = None  # of these; None: no bound
@@ -155,6 +159,28 @@ class Fleet:
         self._held = False
         self._notify()
 
+    def set_aside(self, count: int) -> int:
+        """Keep the last `count` servers that serve out of publications, fewer where none would be left; returns how many."""
+        serving = [member for member in self.members(State.SERVING) if not member.aside]
+        chosen = serving[max(1, len(serving) - count) :]
+        for member in chosen:
+            member.aside = True
+        self._notify()
+        return len(chosen)
+
+    def give_back(self) -> None:
+        """Let the servers that are set aside take part in publications again; those with old weights serve after the next."""
+        newest = max((each.version or 0 for each in self.members(State.SERVING) if not each.aside), default=None)
+        for member in self.members(State.SERVING):
+            if member.aside and member.version != newest:
+                member.state, member.reason = State.JOINING, f"it kept version {member.version} of the weights for an evaluation"
+            member.aside = False
+        self._notify()
+
+    def publishable(self, *states: State) -> list[Member]:
+        """The servers in one of `states` that a publication may go to."""
+        return [member for member in self.members(*states) if not member.aside]
+
     async def memory_free(self) -> None:
         """Return when there is memory for a server to start with."""
         await self._until(lambda: not self._offloaded)
@@ -180,6 +206,7 @@ class Fleet:
         if member.state is not State.SUSPENDED:
             self._emit(ServerSuspended(member.name, reason))
         member.state, member.version, member.reason = State.SUSPENDED, None, reason
+        member.aside = False
         member.failures += 1
         self._notify()
 
@@ -190,6 +217,7 @@ class Fleet:
         deaths = self._lost[member.name] = self._lost.get(member.name, 0) + 1
         again = deaths <= self._restarts
         member.state, member.version = State.STARTING if again else State.GONE, None
+        member.aside = False
         member.failures += 1
         ending = f"starting it again, {deaths} of {self._restarts}" if again else f"rollout.engine.restarts = {self._restarts}"
         member.reason = f"{reason}\n({ending})"
@@ -214,28 +242,31 @@ class Fleet:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Servers that serve now, and how many were lost and came back since the run began."""
-        counts = {"serving": len(self.members(State.SERVING)), "lost": sum(self._lost.values()), "rejoined": self._rejoined}
+        """Servers that serve, those set aside, how many were lost and came back, and what is measured of requests."""
+        counts = {"serving": len(self.publishable(State.SERVING)), "aside": sum(each.aside for each in self._members.values())}
+        counts |= {"lost": sum(self._lost.values()), "rejoined": self._rejoined}
         traffic = {} if self.traffic is None else self.traffic()
         return {f"servers/{name}": float(count) for name, count in counts.items()} | traffic
 
-    async def acquire(self, session: int, left: Member | None = None) -> Lease:
+    async def acquire(self, session: int, left: Member | None = None, *, aside: bool = False) -> Lease:
         """A serving server for a request, until `done`: always the same for a session while that one serves and has room.
 
-        `left`: where the request comes from, because that one was slow.
-        Waits while none serves. Raises EngineError when none is left, or none has come within `patience_s`.
+        `left`: where the request comes from, because that one was slow. `aside`: one that is set aside. Waits while none serves.
+        Raises EngineError when none is left, or none has come within `patience_s`, and AsideLost when none is set aside any more.
         """
         try:
             async with asyncio.timeout(self._patience_s):
-                await self._until(lambda: not self._held and (self.hopeless or bool(self.members(State.SERVING))))
+                await self._until(lambda: not self._held and (aside or self.hopeless or bool(self.publishable(State.SERVING))))
         except TimeoutError:
             raise EngineError(
                 f"no inference server came into service within {self._patience_s:.0f} s:\n{self.report()}"
             ) from None
         if self.hopeless:
             raise EngineError(f"no inference server is left:\n{self.report()}")
-        known = list(self._members.values())
+        known = [each for each in self._members.values() if each.aside == aside]
         places = [Place(each.state is State.SERVING, each.in_flight, each.limit, each is left) for each in known]
+        if not any(place.serves for place in places):
+            raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")
         member = known[choose(places, session)]
         if member.version is None:  # `serve` sets both
             raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")

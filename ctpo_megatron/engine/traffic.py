@@ -20,7 +20,7 @@ LOOK_TIMEOUT_S = 5.0  # for a server to say how busy it is; one that does not ke
 class Traffic:
     """Looks at the servers of `fleet` while there are requests, and sets how many each may have.
 
-    `most`: how many one server may ever have at a time.
+    `most`: how many one server may ever have at a time. Servers that are set aside are a pool of their own, with its own gate.
     """
 
     def __init__(self, config: TrafficConfig, fleet: Fleet, control: ServerControl, *, most: int) -> None:
@@ -28,7 +28,7 @@ class Traffic:
         moving = config.moving
         self.pace = None if moving is None else Pace(moving.factor, moving.least_s)
         self.moves = 0 if moving is None else moving.most  # of one generation
-        self._gate = Gate()
+        self._gates = {aside: Gate() for aside in (False, True)}
         self._moved = 0
         self._seen = {"waiting": 0.0, "retracted": 0.0, "cache_use": 0.0}  # the most since `metrics` was asked last
 
@@ -44,15 +44,16 @@ class Traffic:
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
 
-    def passing(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """The context of one request."""
-        return self._gate.passing()
+    def passing(self, *, aside: bool = False) -> contextlib.AbstractAsyncContextManager[None]:
+        """The context of one request. `aside`: for the servers that are set aside."""
+        return self._gates[aside].passing()
 
     def leave_after_s(self, member: Member, tokens: int) -> float | None:
         """How long a request for at most `tokens` may stay at `member`; None: as long as it takes."""
         if self.pace is None:
             return None
-        return self.pace.patience_s(member.name, tokens, [each.name for each in self._fleet.members(State.SERVING)])
+        others = [each.name for each in self._fleet.members(State.SERVING) if each.aside == member.aside]
+        return self.pace.patience_s(member.name, tokens, others)
 
     def moved(self) -> None:
         """Count a request that left a slow server."""
@@ -77,8 +78,9 @@ class Traffic:
                 member.limit = self._config.per_server
             elif self._config.per_server == "auto" and load is not None:
                 member.limit = next_limit(member.limit, member.in_flight, load, self._most)
-        limits = [member.limit for member in self._fleet.members(State.SERVING)]
-        self._gate.set_limit(sum(each for each in limits if each is not None) if limits and None not in limits else None)
+        for aside, gate in self._gates.items():
+            limits = [member.limit for member in self._fleet.members(State.SERVING) if member.aside == aside]
+            gate.set_limit(sum(each for each in limits if each is not None) if limits and None not in limits else None)
 
     async def _load(self, member: Member) -> Load | None:
         try:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.options import check_options
 from ctpo_megatron.errors import ConfigError, DataError, ModelError
@@ -41,6 +42,9 @@ def check_rollouts(config: RunConfig, shape: ModelShape, model: Path) -> None:
         )
     check_options(config.rollout.engine.extra_args)
     check_context(shape, config.data, config.rollout)
+    for each in benchmarks_of(config.data, config.eval, config.rollout):
+        longer = config.rollout.model_copy(update={"max_response_tokens": each.max_response_tokens})
+        check_context(shape, config.data, longer, of_response=f"max_response_tokens of benchmark {each.name}")
     check_ordinary(tokens_beyond(model, shape.vocab_size), model, shape.vocab_size)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.data.kind import Kind, kind_of
 from ctpo_megatron.data.survey import find_shared
 from ctpo_megatron.errors import InputError
@@ -83,8 +84,8 @@ def look(config: RunConfig, found: Findings, samples: int) -> None:
         _look_at_demonstrations(config, model, found, samples)
         return
     train = _look_at_prompts(config.data.train, "train", config, model, found, samples)
-    if config.data.eval is not None:
-        held_out = _look_at_prompts(config.data.eval, "eval", config, model, found, samples=0)
+    for benchmark in benchmarks_of(config.data, config.eval, config.rollout):
+        held_out = _look_at_prompts(benchmark.file, "eval", config, model, found, samples=0)
         found.files[-1].shared = find_shared(held_out.prompts, train.prompts)
 
 

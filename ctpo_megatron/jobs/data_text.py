@@ -92,8 +92,9 @@ def _facts(found: Findings) -> Table:
         lines = [line for other, line in told if other == label]
         for number, line in enumerate(lines):
             files = [file for other, said, _, file in facts if (other, said) == (label, line)]
-            name = "" if len(files) == len(found.files) or label == RUN else f"{_name(files[0], found.files)}: "
-            table.add_row("" if number else label, Text(name + line, style=told[label, line]))
+            names = ", ".join(_name(file, found.files) for file in files)
+            where = "" if len(files) == len(found.files) or label == RUN else f"{names}: "
+            table.add_row("" if number else label, Text(where + line, style=told[label, line]))
     if found.model is not None:
         for label, line in _model_facts(found.model, found):
             table.add_row(label, Text(line))

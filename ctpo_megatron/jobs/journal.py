@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from ctpo_megatron.config import RunConfig
@@ -14,9 +15,12 @@ from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.journal import Journal
 
 
-def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, storage: Storage, *, keep: bool) -> Journal | None:
+def open_journal(
+    config: RunConfig, run_dir: Path, step: int, emit: Emit, storage: Storage, *, keep: bool, recipes: Mapping[str, str]
+) -> Journal | None:
     """Returns the journal of a run that begins at training step `step`, None where the configuration wants none.
 
+    `recipes`: of its benchmarks (`jobs.evaluations.recipes`).
     `keep`: whether what is there already belongs to this run; otherwise it is deleted.
     """
     directory = run_dir / "journal"
@@ -25,14 +29,13 @@ def open_journal(config: RunConfig, run_dir: Path, step: int, emit: Emit, storag
             shutil.rmtree(directory)
     if config.checkpoint.journal == "none":
         return None
-    return Journal(directory, recipe(config), step=step, emit=emit, storage=storage)
+    return Journal(directory, recipe(config), recipes=recipes, step=step, emit=emit, storage=storage)
 
 
 def recipe(config: RunConfig) -> str:
-    """Returns a digest of all settings that change what an attempt says or is worth, beside weights and prompt."""
+    """Returns a digest of all settings that change what an attempt in training says or is worth, beside weights and prompt."""
     settings = {
         "rollout": config.rollout.model_dump(mode="json", exclude={"group_size", "concurrency", "deadline_s", "engine"}),
-        "eval": config.eval.temperature,
         "chat": config.model.model_dump(mode="json", exclude={"path"}),
         "top_k": config.algorithm.top_k,
         "routing_replay": config.moe.routing_replay,

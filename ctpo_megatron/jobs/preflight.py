@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.errors import CtpoError
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.slurm.allocation import Allocation, address_of, hosts
@@ -43,7 +44,8 @@ def this_machine() -> Task:
 
 def preflight_task(config: RunConfig, task: Task) -> int:
     """Returns the exit code of this node's part: on the first node that of the verdict, which is printed, on others 0."""
-    paths = (config.model.path, config.data.train, config.data.eval or "")
+    evaluated = (each.file for each in benchmarks_of(config.data, config.eval, config.rollout))
+    paths = (config.model.path, config.data.train, *evaluated)
     wanted = Wanted(Path(config.run_dir), paths, on_gpus=config.cluster.device == "cuda")
     verdict = examine(task, wanted, os.environ)
     if verdict is None:

@@ -48,6 +48,7 @@ class Start:
     step: int = 0
     samples: int | None = 0
     accuracies: dict[int, float] = field(default_factory=dict)
+    owed: tuple[int, ...] = ()  # evaluations of earlier steps that were not done
 
 
 def checkpoint_to_resume(config: RunConfig, resume: Resume, emit: Emit) -> Resumable | None:
@@ -124,7 +125,8 @@ def start_of(
             "data.allow_change=true to go on with these, counted from their first on"
         )
     admission = Admission(sampler or PromptSampler(prompts, config.seed), state.groups)
-    return Start(admission, total, state.step, state.samples, dict(state.accuracies))
+    owed = tuple(step for step in state.owed if step < state.step)  # that of its own step is due anyway
+    return Start(admission, total, state.step, state.samples, dict(state.accuracies), owed)
 
 
 def _tell(changed: list[Difference], emit: Emit) -> None:

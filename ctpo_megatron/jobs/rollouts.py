@@ -5,23 +5,37 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.counted import CountedReward, CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import AttemptStore, ToolRunner
+from ctpo_megatron.rollout.protocols import AttemptStore, Grader, ToolRunner
 from ctpo_megatron.rollout.rewards import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
+from ctpo_megatron.types import Generation
 
 
 @dataclass(frozen=True)
 class OpenRollouts:
-    """What samples, and the connection to the servers below it."""
+    """What samples, the connection to the servers below it, and what compares answers."""
 
     rollouter: Rollouter
     client: EngineClient
+    grader: Grader
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """The servers of `client` that are set aside, as an engine of their own."""
+
+    client: EngineClient
+
+    async def generate(self, input_ids: list[int], done: Generation, **options: Any) -> Generation:
+        """Implement `Generator.generate`."""
+        return await self.client.generate(input_ids, done, aside=True, **options)
 
 
 @asynccontextmanager
@@ -43,7 +57,10 @@ async def open_rollouts(
     try:
         async with client:
             counted = None if tool is None else CountedTool(tool, runtime.depths)
-            environment = ToolEnvironment(client, chat, counted, CountedReward(reward, runtime.depths))
-            yield OpenRollouts(Rollouter(environment, rollout, store, client), client)
+            judged = CountedReward(reward, runtime.depths)
+            environment = ToolEnvironment(client, chat, counted, judged)
+            share = runtime.config.eval.servers / rollout.engine.servers
+            aside = ToolEnvironment(_Aside(client), chat, counted, judged), max(1, round(share * rollout.concurrency))
+            yield OpenRollouts(Rollouter(environment, rollout, store, client, aside), client, reward)
     finally:
         reward.close()

@@ -16,6 +16,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.jobs.evaluations import bring_back, load_benchmarks, make_evaluations, recipes
 from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import load_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
@@ -31,6 +32,8 @@ from ctpo_megatron.jobs.time_limit import Lead, time_limit
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest_or_none, restore
+from ctpo_megatron.loop.evaluation.evaluate import Benchmark
+from ctpo_megatron.loop.evaluation.files import read_estimates
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
@@ -60,7 +63,7 @@ class _Inputs:
 
     config: RunConfig  # as the user gave it: the device in it is not decided yet
     prompts: list[Prompt]
-    held_out: list[Prompt]
+    benchmarks: list[Benchmark]
     texts: list[list[int]]  # token ids that canaries are made of
     run_dir: Path
     start: Start
@@ -85,18 +88,17 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
         prompts = load_prompts(config.data.train, config, model.chat, read.append, model.shape)
-        held_out: list[Prompt] = []
-        if config.data.eval:
-            held_out = load_prompts(config.data.eval, config, model.chat, read.append, model.shape)
+        benchmarks = load_benchmarks(config, model, read.append)
         start = start_of(config, prompts, resumable, changed, events)
         run_dir = prepare_run_dir(config)
         events.begin(checkpoint=None if resumable is None else resumable.checkpoint, step=start.step)
         for event in read:
             events(event)
-        inputs = _Inputs(config, prompts, held_out, canary_texts(prompts, model.chat), run_dir, start, resumable)
+        inputs = _Inputs(config, prompts, benchmarks, canary_texts(prompts, model.chat), run_dir, start, resumable)
         runtime = Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events)
         async with storage.outlasting(events, runtime.stages), AsyncExitStack() as files:
-            journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no")
+            of_evaluations = recipes(config, benchmarks)
+            journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no", recipes=of_evaluations)
             if journal is not None:
                 files.callback(journal.close)
             run: _Run | None = None
@@ -115,7 +117,8 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
 
 
 async def _write_summary(run_dir: Path, summary: dict[str, Any], events: IncarnationLog) -> None:
-    write_summary(run_dir, summary | {"goodput": events.goodput(done=True).summary()})
+    more = {"evaluations": read_estimates(run_dir), "goodput": events.goodput(done=True).summary()}
+    write_summary(run_dir, summary | more)
 
 
 class _Run:
@@ -237,6 +240,10 @@ class _Run:
         published = await publisher.publish(start.step)
         self._published(start.step, publisher.digest)
         emit(weights_published(start.step, published))
+        record = await self._storage.patiently(partial(self._record, start.step))
+        evaluations = make_evaluations(
+            config, inputs.benchmarks, self._rollouts, runtime.fleet, start, inputs.run_dir, record, self._totals, emit
+        )
         checkpoints = Checkpoints(
             runtime.trainer,
             run_dir / "checkpoints",
@@ -244,20 +251,21 @@ class _Run:
             emit,
             resolved=dump_config(inputs.config),
             on_kept=self._forget,
+            needed=evaluations.unfinished,
             storage=self._storage,
         )
         return TrainLoop(
             config=config,
             admission=start.admission,
-            eval_prompts=inputs.held_out,
             rollouts=self._rollouts.rollouter,
             trainer=runtime.trainer,
             publisher=publisher,
-            record=await self._storage.patiently(partial(self._record, start.step)),
+            record=record,
+            evaluations=evaluations,
+            bring_back=partial(bring_back, runtime.trainer, publisher, run_dir / "checkpoints", self._published),
             checkpoints=checkpoints,
             first_step=start.step,
             samples=start.samples,
-            accuracies=start.accuracies,
             attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
             published=self._published,
             totals=self._totals,

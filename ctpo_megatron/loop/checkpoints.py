@@ -11,7 +11,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Checkpoints:
     """The checkpoints of one run, at most one of them being written. `resolved`: the configuration of the run, as YAML.
 
     `on_kept` hears the state of the oldest checkpoint that is kept: nothing goes back further.
+    `needed`: returns the steps whose checkpoints are to stay, however old they are.
     `storage`: says whether faults of the disk are waited for, and waits.
 
     save -> (training goes on) -> verified and named -> older ones go
@@ -73,12 +74,14 @@ class Checkpoints:
         *,
         resolved: str | None = None,
         on_kept: Callable[[RunState], None] = lambda _state: None,
+        needed: Callable[[], Collection[int]] = tuple,
         storage: Storage | None = None,
     ) -> None:
         self.root = root
         self._storage = storage or Storage()
         self._unwritten: CheckpointUnwritten | None = None  # why there is no checkpoint of the last save
         self._on_kept = on_kept
+        self._needed = needed
         self._further = {} if resolved is None else {CONFIG: resolved}
         self._trainer, self._config, self._emit = trainer, config, emit
         self._writing: asyncio.Task[None] | None = None
@@ -157,7 +160,7 @@ class Checkpoints:
             return
         self._emit(CheckpointVerified(step, time.monotonic() - begun))
         try:
-            prune(self.root, self._config.keep)
+            prune(self.root, self._config.keep, self._needed())
             for oldest in all_checkpoints(self.root)[:1]:
                 self._on_kept(_read_state(oldest, read_manifest(oldest)))
         except OSError as error:
@@ -236,6 +239,11 @@ def newest(root: Path, steps: int, emit: Emit) -> Resumable:
 def newest_until(root: Path, step: int) -> Path | None:
     """Returns the newest checkpoint of `step` or an earlier one that counts."""
     return next((path for path in reversed(verified_checkpoints(root)) if step_of(path) <= step), None)
+
+
+def steps_in(root: Path) -> list[int]:
+    """Returns the steps whose checkpoints in `root` count."""
+    return [step_of(path) for path in verified_checkpoints(root)]
 
 
 def leave_after(root: Path, step: int) -> None:

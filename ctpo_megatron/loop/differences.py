@@ -51,6 +51,7 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "data.eval": ("applies", _EVALUATION),
     "eval": ("applies", _EVALUATION),
     "eval.every": ("applies", ""),
+    "eval.servers": ("applies", ""),
     "parallel": ("applies", "the same tensors are cut in another way"),
     "optimizer.lr": ("applies", _SCHEDULE),
     "optimizer.min_lr": ("applies", _SCHEDULE),

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.record.values import Values
-from ctpo_megatron.types import WHOLE, GroupId, Prompt, TrajectoryGroup, Truncation
+from ctpo_megatron.rollout.protocols import Sampling
+from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 
 class Trainer(Protocol):
@@ -123,21 +124,23 @@ class Rollouts(Protocol):
     """Makes judged trajectories."""
 
     async def group(
-        self,
-        prompt: Prompt,
-        group: GroupId,
-        *,
-        size: int,
-        temperature: float,
-        truncation: Truncation = WHOLE,
-        record: bool = False,
+        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False
     ) -> TrajectoryGroup:
-        """Returns `size` attempts at one prompt, called by `group`.
-
-        `record`: with what the trainer needs of the engine besides tokens and log-probs.
-        """
+        """Returns `size` attempts at one prompt, called by `group`. `aside`: by servers that are set aside (`ServersAside`)."""
         ...
 
     async def interrupt(self) -> None:
         """Stop sampling, and keep all attempts as they are where others will find them."""
+        ...
+
+
+class ServersAside(Protocol):
+    """Servers that are kept out of publications for a while, with the weights that they have."""
+
+    def set_aside(self, count: int) -> int:
+        """Set up to `count` servers aside, as long as one is left to train with; returns how many these are."""
+        ...
+
+    def give_back(self) -> None:
+        """Let them take the newest weights and serve as all others. Safe to call twice."""
         ...

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctpo_megatron.config.record import LogConfig
-from ctpo_megatron.loop.evaluate import Evaluation
+from ctpo_megatron.loop.evaluation.files import ResultFiles
+from ctpo_megatron.loop.evaluation.results import Evaluation
+from ctpo_megatron.loop.evaluation.table import as_table
 from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.record import Recorder
@@ -24,6 +26,7 @@ class RunRecord:
         self._recorder = recorder
         self._texts = config.rollouts_per_step
         self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
+        self._results = ResultFiles(run_dir, recorder.stale, through)
 
     def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
         """Write down training step `step`, counted from 1."""
@@ -38,11 +41,14 @@ class RunRecord:
         if self._files is not None:
             self._files.write("step", step, groups)
 
-    def evaluation(self, step: int, result: Evaluation) -> None:
-        """Write down an evaluation of the policy after `step` training steps."""
-        self._recorder.step(step, result.metrics())
+    def evaluation(self, step: int, made: Evaluation, *, late: bool = False) -> None:
+        """Write down an evaluation of the policy after `step` training steps; `late`: behind one after more steps."""
+        self._recorder.step(step, made.metrics(), board=not late)
+        if made.has_more_to_tell:
+            self._recorder.show(as_table(made))
         if self._files is not None:
-            self._files.write("eval", step, result.groups)
+            self._files.write("eval", step, made.groups)
+        self._results.write(step, made.results)
 
     def checkpoint(self, step: int, seconds: float) -> None:
         """Write down how long training stood still for the checkpoint after `step` training steps."""

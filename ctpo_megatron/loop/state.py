@@ -23,6 +23,7 @@ class RunState:
     groups: Count  # admitted for these steps: the number of the next group
     cursor: dict[str, Any]  # the sampler behind the last prompt of these steps, see `PromptSampler.restore`
     accuracies: dict[Count, float]  # held-out accuracy by the number of training steps before it
+    owed: tuple[Count, ...] = ()  # evaluations that had begun beside training and were not done, by the steps before them
     samples: Count | None = None  # attempts that these steps were trained on; None: the release that began the run did not count
 
     def dump(self) -> dict[str, Any]:

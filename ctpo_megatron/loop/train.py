@@ -9,14 +9,14 @@ producer sleeps from the last group of a step until the new weights are publishe
 At the end of a step the run waits until all that it wrote is on the disk (`record.storage`), where that is at fault.
 
 A run that is asked to stop (`orders`) leaves off what waits for rollouts, ends what the trainer is at, and saves; all attempts
-are kept as they are. A run that goes on begins with what was left: an evaluation that was due, then the next step.
+are kept as they are. A run that goes on begins with what was left: evaluations that are owed or due, then the next step.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -28,8 +28,8 @@ from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.errors import LeftCourse
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
-from ctpo_megatron.loop.checkpoints import Checkpoints, newest_until
-from ctpo_megatron.loop.evaluate import evaluate
+from ctpo_megatron.loop.checkpoints import Checkpoints, newest_until, steps_in
+from ctpo_megatron.loop.evaluation.evaluations import Evaluations
 from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.protocols import Publisher, Rollouts, Trainer
@@ -41,10 +41,11 @@ from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
-from ctpo_megatron.record.events import Emit, EvaluationDone, StepTrained, WeightsPublished, discard
+from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.values import Values
+from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup
 
 T = TypeVar("T")
@@ -60,17 +61,17 @@ class TrainLoop:
 
     config: RunConfig
     admission: Admission
-    eval_prompts: list[Prompt]
     rollouts: Rollouts
     trainer: Trainer
     publisher: Publisher
     record: RunRecord
+    evaluations: Evaluations
     checkpoints: Checkpoints | None = None
     first_step: int = 0
     samples: int | None = 0  # trained on in the steps that are done; None: not known
-    accuracies: dict[int, float] = field(default_factory=dict)  # held-out accuracy by the training steps before it
     attention_weight: float = 0.0  # see `make_batches`
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
+    bring_back: Callable[[int], Awaitable[None]] | None = None  # lets trainer and servers hold the checkpoint of a step
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     spikes: SpikeDetector | None = None  # None: nobody is told of loss spikes and reward collapses
     shrinking: ShrinkingAlarm | None = None  # None: nobody is told of corrections that leave little of a batch
@@ -89,6 +90,11 @@ class TrainLoop:
         """Training steps whose result the trainer holds, or a checkpoint."""
         return self.first_step if self._trained is None else self._trained.step
 
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """Held-out accuracy by the training steps before it."""
+        return self.evaluations.accuracies
+
     async def run(self) -> StopRequest | None:
         """Train to the configured number of steps, or until `orders` says stop, which is returned then.
 
@@ -106,9 +112,12 @@ class TrainLoop:
         stopped = None
         try:
             try:
-                if self._evaluation_due(self.first_step):
-                    await self._evaluate(self.first_step)
+                await self._make_up()
+                if self.evaluations.due(self.first_step):
+                    await self._with_servers(self.evaluations.evaluate(self.first_step))
                 await self._produce_and_consume()
+                await self._with_servers(self.evaluations.settled())
+                await self._make_up()
             except _LeftOff:
                 stopped = self.orders.stop_request
                 await self._keep_everything()
@@ -116,6 +125,7 @@ class TrainLoop:
                 await self.checkpoints.settle()
             await self._written()
         finally:
+            await self.evaluations.abandon()
             if self.checkpoints is not None:
                 await self.checkpoints.abandon()
         return stopped
@@ -134,14 +144,15 @@ class TrainLoop:
         rollout = self.config.rollout
 
         async def one(prompt: Prompt, group: GroupId, step: int) -> None:
-            made = await self.rollouts.group(
-                prompt,
-                group,
-                size=rollout.group_size,
-                temperature=rollout.temperature,
-                truncation=rollout.truncation,
+            sampling = Sampling(
+                rollout.temperature,
+                rollout.max_turns,
+                rollout.max_response_tokens,
                 record=True,
+                truncation=rollout.truncation,
+                deadline_s=rollout.deadline_s,
             )
+            made = await self.rollouts.group(prompt, group, size=rollout.group_size, sampling=sampling)
             made.step = step
             await self.buffer.put(made)
 
@@ -159,6 +170,7 @@ class TrainLoop:
     async def _step(self, step: int) -> None:
         if self.checkpoints is not None:
             self.checkpoints.check()
+        self.evaluations.check()
         timer, begun = PhaseTimer(stages=self.stages, step=step + 1), time.monotonic()
         tail = TailTimer(self.config.train.prompts_per_step)
         with timer("rollout"):
@@ -179,11 +191,11 @@ class TrainLoop:
         self.record.step(step + 1, groups, metrics | cost.metrics())
         self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
-        if self._evaluation_due(step + 1):
+        if self.evaluations.due(step + 1):
             with timer("evaluate"):
                 await self._evaluate(step + 1)
         asked = self.orders.take_save()
-        if (asked or self._due(self.config.checkpoint.every, step)) and self.checkpoints is not None:
+        if (asked or self._save_due(step + 1)) and self.checkpoints is not None:
             with timer("checkpoint"):
                 await self._save(self._state_after(step))
             self.record.checkpoint(step + 1, timer.seconds["checkpoint"])
@@ -222,19 +234,25 @@ class TrainLoop:
     async def _written(self) -> None:
         """Wait until what the disk did not take is on it: a checkpoint that was written beside training, and small records."""
         if self.checkpoints is not None and self.checkpoints.behind and self._trained is not None:
-            await self.checkpoints.save(replace(self._trained, accuracies=dict(self.accuracies)))
+            await self.checkpoints.save(self._as_of_now(self._trained))
             self._saved = self._trained.step
         await self.storage.clear()
 
     async def _keep_everything(self) -> None:
         """Save the trainer; attempts are kept already. Nothing of the run that is done is only in memory then."""
+        if self.evaluations.running is not None:
+            await self.rollouts.interrupt()
         if self._trained is not None and self.config.checkpoint.on_stop:
-            await self._save(replace(self._trained, accuracies=dict(self.accuracies)))
+            await self._save(self._as_of_now(self._trained))
 
-    def _evaluation_due(self, step: int) -> bool:
-        """Whether the policy after `step` training steps is to be evaluated, and was not."""
-        ends = step in (0, self.config.train.steps)
-        return step not in self.accuracies and (ends or self._due(self.config.eval.every, step - 1))
+    def _as_of_now(self, state: RunState) -> RunState:
+        """Returns `state` with the evaluations that are done by now, and those that are not."""
+        return replace(state, accuracies=dict(self.accuracies), owed=self.evaluations.unfinished())
+
+    def _save_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` training steps: an evaluation that goes on beside training needs its own."""
+        every = self.config.checkpoint.every
+        return every > 0 and (step % every == 0 or self.evaluations.running == step)
 
     async def _update(self, batches: list[TrainBatch], step: int) -> Values:
         if self.skipping is None:
@@ -244,7 +262,7 @@ class TrainLoop:
     def _state_after(self, step: int) -> RunState:
         """Returns the run's state when training step `step`, counted from 0, is done; rollouts may be further."""
         position = self.admission.after(step)
-        return RunState(step + 1, position.groups, position.cursor, dict(self.accuracies), self.samples)
+        return self._as_of_now(RunState(step + 1, position.groups, position.cursor, {}, samples=self.samples))
 
     async def _take(self, step: int, tail: TailTimer) -> list[TrajectoryGroup]:
         """The groups of `step`; meanwhile the progress bar follows how many are in."""
@@ -255,13 +273,34 @@ class TrainLoop:
         return groups
 
     async def _evaluate(self, step: int) -> None:
-        if not self.eval_prompts:
+        """Evaluate what the servers hold: beside training where that can be, and else now."""
+        if step < self.config.train.steps and self.orders.stop_request is None and self.config.eval.servers:
+            await self._with_servers(self.evaluations.make_room(step))
+            await self.publisher.heal()
+            if self.evaluations.begin(step):
+                return
+        await self._with_servers(self.evaluations.evaluate(step))
+
+    async def _make_up(self) -> None:
+        """Evaluate the policies of earlier steps that are owed: trainer and servers hold their checkpoints meanwhile."""
+        owed = [step for step in sorted(self.evaluations.owed) if self.evaluations.due(step)]
+        there = [] if self.checkpoints is None else steps_in(self.checkpoints.root)
+        for step in owed:
+            if step not in there or self.bring_back is None:
+                self.evaluations.lose(step, "there is no checkpoint of that step")
+        if self.checkpoints is None or self.bring_back is None or not set(owed).intersection(there):
             return
-        result = await self._with_servers(evaluate(self.rollouts, self.eval_prompts, self.config.eval, step=step))
-        self.accuracies[step] = result.accuracy
-        self.record.evaluation(step, result)
-        self.totals.add_evaluation(result.seconds)
-        self.emit(EvaluationDone(step, result.accuracy, result.seconds))
+        if self._trained is not None:
+            await self._save(self._as_of_now(self._trained))
+        await self.checkpoints.settle()
+        await self._written()
+        if self.done not in steps_in(self.checkpoints.root):
+            return  # nothing to come back to; at the end of the run there is
+        for step in owed:
+            if step in there:
+                await self.bring_back(step)
+                await self._with_servers(self.evaluations.evaluate(step))
+        await self.bring_back(self.done)
 
     async def _with_servers(self, rollouts: Coroutine[Any, Any, T], show: Callable[[], None] = lambda: None) -> T:
         """Wait for rollouts. The trainer is idle meanwhile, and brings servers that come late to the version that it holds."""

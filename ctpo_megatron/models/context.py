@@ -15,8 +15,13 @@ OTHER_MODEL = "--json-model-override-args"
 CONTEXT_FLAG, CACHE_FLAG = "--context-length", "--max-total-tokens"
 
 
-def check_context(shape: ModelShape, data: DataConfig, rollout: RolloutConfig) -> None:
-    """Raise ConfigError where a prompt and its response, both at their limits, exceed a limit; the message names both sides."""
+def check_context(
+    shape: ModelShape, data: DataConfig, rollout: RolloutConfig, *, of_response: str = "rollout.max_response_tokens"
+) -> None:
+    """Raise ConfigError where a prompt and its response, both at their limits, exceed a limit; the message names both sides.
+
+    `of_response`: what the response's limit is called.
+    """
     engine = rollout.engine
     if argument(engine, OTHER_MODEL) is not None:
         raise ConfigError(
@@ -24,7 +29,7 @@ def check_context(shape: ModelShape, data: DataConfig, rollout: RolloutConfig) -
             "what it says into the model's config.json."
         )
     longest = data.max_prompt_tokens + rollout.max_response_tokens
-    asked = f"data.max_prompt_tokens + rollout.max_response_tokens = {data.max_prompt_tokens} + {rollout.max_response_tokens}"
+    asked = f"data.max_prompt_tokens + {of_response} = {data.max_prompt_tokens} + {rollout.max_response_tokens}"
     for limit, name in _limits(shape, engine):
         if longest + RESERVED > limit:
             raise ConfigError(

@@ -24,9 +24,12 @@ class Reduction(enum.StrEnum):
     LAST = "last"
 
 
+_PLACEHOLDERS = {"{benchmark}": "[A-Za-z0-9_-]+"}  # that do not stand for a whole number
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number."""
+    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number; `{benchmark}` is one for a name."""
 
     name: str
     unit: str  # `share`: of 1; `ratio`: no unit, around 1; `nats`: of log-probs
@@ -46,7 +49,11 @@ class Metric:
     @property
     def pattern(self) -> str:
         """A regular expression for the names of the family, or for the one name."""
-        return "".join(r"\d+" if part.startswith("{") else re.escape(part) for part in re.split(r"(\{\w+\})", self.name))
+        return "".join(_PLACEHOLDERS.get(part, r"\d+") if part.startswith("{") else re.escape(part) for part in self._parts)
+
+    @property
+    def _parts(self) -> list[str]:
+        return re.split(r"(\{\w+\})", self.name)
 
 
 SUM, MEAN, MAX, MIN, LAST = Reduction.SUM, Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.LAST
@@ -148,12 +155,22 @@ HEALTH = (
     Metric("health/correction_sample_size", "share", "The same of the weights of a correction, as they are used."),
 )
 EVALUATION = (
-    Metric("eval/accuracy", "reward", "Mean reward on the held-out prompts."),
+    Metric("eval/accuracy", "reward", "Mean reward of each benchmark, and of these the mean; left out where only some were due."),
     Metric("eval/tool_rate", "share", "Trajectories of the evaluation that called the tool."),
     Metric("eval/response_tokens", "tokens", "Tokens after the prompt, per trajectory of the evaluation."),
+    Metric("eval/accuracy/{benchmark}", "reward", "avg@n: mean reward of all attempts at a benchmark's problems."),
+    Metric("eval/accuracy_low/{benchmark}", "reward", "The lower end of its 95 % interval, by bootstrap over problems."),
+    Metric("eval/accuracy_high/{benchmark}", "reward", "The upper end of that."),
+    Metric("eval/pass_at_{k}/{benchmark}", "share", "pass@k: the chance that of k attempts at a problem one is right."),
+    Metric("eval/pass_at_{k}_low/{benchmark}", "share", "The lower end of its 95 % interval, by bootstrap over problems."),
+    Metric("eval/pass_at_{k}_high/{benchmark}", "share", "The upper end of that."),
+    Metric("eval/maj_at_{k}/{benchmark}", "share", "maj@k: the chance that the most frequent answer of k attempts is right."),
+    Metric("eval/maj_at_{k}_low/{benchmark}", "share", "The lower end of its 95 % interval, by bootstrap over problems."),
+    Metric("eval/maj_at_{k}_high/{benchmark}", "share", "The upper end of that."),
 )
 SERVERS = (
     Metric("servers/serving", "servers", "Inference servers that serve after the publication.", LAST),
+    Metric("servers/aside", "servers", "Inference servers that keep older weights, for an evaluation beside training.", LAST),
     Metric("servers/lost", "servers", "Losses of servers since the command began.", LAST),
     Metric("servers/waiting", "requests", "The longest queue of a server that was seen since the last publication.", MAX),
     Metric("servers/retracted", "requests", "The most that a server had taken back to its queue, its KV cache being full.", MAX),
@@ -193,7 +210,8 @@ TIME = (
     Metric("time/train", "seconds", "Log-probs, gradients and optimizer steps.", SUM),
     Metric("time/publish", "seconds", "Publishing the new weights.", SUM),
     Metric("time/checkpoint", "seconds", "Training standing still for a checkpoint.", SUM),
-    Metric("time/eval", "seconds", "The evaluation.", SUM),
+    Metric("time/eval", "seconds", "The evaluation, from its beginning to its end.", SUM),
+    Metric("time/eval_stood_still", "seconds", "How long of that training stood still.", SUM),
     Metric("perf/rollout_tokens_per_s", "tokens/s", "Tokens that the policy wrote, by the seconds of `time/rollout`."),
     Metric("perf/train_tokens_per_s", "tokens/s", "Tokens of whole trajectories, by the seconds of `time/train`."),
 )

@@ -187,13 +187,15 @@ class StepTrained(Event):
 
 @dataclass(frozen=True, slots=True)
 class EvaluationDone(Event):
-    """The policy after `step` training steps was evaluated on the held-out prompts."""
+    """The policy after `step` training steps was evaluated. `benchmarks`: accuracy of each, `accuracy` is their mean."""
 
     name: ClassVar[str] = "evaluation"
     console: ClassVar[bool] = False  # the recorder prints its numbers
     step: int
     accuracy: float
-    seconds: float
+    seconds: float  # that training stood still for it
+    took_s: float = 0.0  # from its beginning to its end
+    benchmarks: dict[str, float] = field(default_factory=dict)
 
     @property
     def sentence(self) -> str:

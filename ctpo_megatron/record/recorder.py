@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record.board import Board
@@ -27,6 +27,7 @@ CONSOLE_KEYS = (
     "drift/mean",
     "time/step",
 )
+TABLE_WIDTH = 120  # of tables where the console is a file
 
 
 class Recorder:
@@ -55,18 +56,24 @@ class Recorder:
         if self._board is not None and self._board.cut != Cut():
             emit(BoardCut(stale, *astuple(self._board.cut)))
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], *, board: bool = True) -> None:
         """Record the metrics of `step`, names like `reward/mean`; metrics.jsonl has them afterwards, and TensorBoard's file too.
 
+        `board`: False for metrics that come behind those of a later step: TensorBoard would drop the later ones.
         Raises ValueError, before anything is written, for a name that is not in the catalogue.
         """
         require_known(metrics)
         self._metrics.write(step, metrics)
-        if self._board is not None:
+        if self._board is not None and board:
             self._board.scalars(step, metrics)
         if step % self._every == 0:
-            with contextlib.suppress(OSError):  # it may be a file on the disk that is full
-                self._console.print(console_line(step, metrics), soft_wrap=True, markup=False)
+            self.show(console_line(step, metrics))
+
+    def show(self, what: RenderableType) -> None:
+        """Print a line or a table on the console."""
+        with contextlib.suppress(OSError):  # it may be a file on the disk that is full
+            width = None if isinstance(what, str) or self._console.is_terminal else TABLE_WIDTH
+            self._console.print(what, soft_wrap=True, markup=False, width=width)
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         """Show the distribution of `values` in TensorBoard; values that are not finite are left out."""
@@ -91,6 +98,10 @@ class Recorder:
 
 
 def console_line(step: int, metrics: Mapping[str, float]) -> str:
-    """Returns the metrics a person watches, in a fixed order; all of them where none of these is there."""
-    shown = [key for key in CONSOLE_KEYS if key in metrics] or list(metrics)
+    """Returns the metrics a person watches, in a fixed order; all of them where none of these is there.
+
+    Of an evaluation on some benchmarks these are their accuracies.
+    """
+    shown = [key for key in CONSOLE_KEYS if key in metrics]
+    shown = shown or [key for key in metrics if key.startswith("eval/accuracy/")] or list(metrics)
     return "  ".join([f"step {step}", *(f"{key} {metrics[key]:.4g}" for key in shown)])

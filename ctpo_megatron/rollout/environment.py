@@ -59,6 +59,7 @@ class ToolEnvironment:
             text=self._chat.decode(attempt.tokens[len(attempt.prompt_ids) :], special=True),
             reward=score.reward,
             undecided=score.undecided,
+            given=score.given,
             tool_calls=attempt.tool_calls,
             tool_errors=attempt.tool_errors,
             seconds=attempt.seconds,

@@ -12,9 +12,11 @@ if training makes the same weights once more, and is sampled anew if it does not
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -54,14 +56,22 @@ class _Kept:
 class Journal:
     """The attempts of a run, in training and in evaluations.
 
-    `recipe`: what sampling depends on besides weights and prompt; attempts that were made by another are not used. `step`: at
-    which the run goes on, whose weights are the first to be published. `storage`: what carries it over faults of the disk.
+    `recipe`: what sampling depends on besides weights and prompt; attempts that were made by another are not used. `recipes`: of
+    evaluations on benchmarks, by what `GroupId.benchmark` says. `step`: at which the run goes on, whose weights are the first to
+    be published. `storage`: what carries it over faults of the disk.
     """
 
     def __init__(
-        self, directory: Path, recipe: str, *, step: int = 0, emit: Emit = discard, storage: Storage | None = None
+        self,
+        directory: Path,
+        recipe: str,
+        *,
+        recipes: Mapping[str, str] = MappingProxyType({}),
+        step: int = 0,
+        emit: Emit = discard,
+        storage: Storage | None = None,
     ) -> None:
-        self._directory, self._recipe, self._emit = directory, recipe, emit
+        self._directory, self._recipe, self._recipes, self._emit = directory, recipe, recipes, emit
         self._storage = storage or Storage()
         self._writer = SegmentWriter(directory, self._storage.write)
         self._kept: dict[AttemptId, _Kept] = {}
@@ -86,12 +96,12 @@ class Journal:
         known = self._kept.setdefault(kept.id, _Kept())
         weights = {version: self._weights[version] for version in _versions(kept) if version in self._weights}
         if isinstance(kept, Trajectory):
-            known.places, known.turns = [self._append(_Record(self._recipe, weights, trajectory=kept))], 0
+            known.places, known.turns = [self._append(_Record(self._recipe_of(kept.id), weights, trajectory=kept))], 0
             known.whole = True
             return
         experts = sum(turn.role == "assistant" for turn in kept.turns[: known.turns])
         fresh = replace(kept, turns=kept.turns[known.turns :], routed_experts=kept.routed_experts[experts:])
-        known.places.append(self._append(_Record(self._recipe, weights, fresh, known.turns)))
+        known.places.append(self._append(_Record(self._recipe_of(kept.id), weights, fresh, known.turns)))
         known.turns = len(kept.turns)
 
     async def find(self, attempt: AttemptId, prompt: Prompt, prompt_ids: list[int]) -> Attempt | Trajectory | None:
@@ -103,11 +113,15 @@ class Journal:
             await self._storage.clear()
         records = [_DECODER.decode(payload) for payload in await self._storage.patiently(partial(_payloads, known.places))]
         found = _joined(records)
-        same = records[-1].recipe == self._recipe and (found.prompt_index, found.prompt_ids) == (prompt.index, prompt_ids)
+        same = (records[-1].recipe, found.prompt_index, found.prompt_ids) == (self._recipe_of(attempt), prompt.index, prompt_ids)
         if not same or not await self._same_weights(_versions(found), records[-1].weights):
             self._kept.pop(attempt, None)  # `forget` may have come meanwhile
             return None
         return found
+
+    def _recipe_of(self, attempt: AttemptId) -> str:
+        group = attempt.group
+        return self._recipe if group.evaluation is None else self._recipes.get(group.benchmark, self._recipe)
 
     async def _same_weights(self, versions: set[int], weights: dict[int, str]) -> bool:
         for version in sorted(versions):

@@ -80,10 +80,14 @@ class ToolRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0."""
+    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0.
+
+    `given`: the answer that was found in the text, None where there is none.
+    """
 
     reward: float
     undecided: bool = False
+    given: str | None = None
 
 
 class Reward(Protocol):
@@ -104,6 +108,14 @@ class Sampling:
     record: bool = False  # for training: with what the run collects besides tokens and log-probs
     truncation: Truncation = WHOLE
     deadline_s: float | None = None  # working time of the whole trajectory; None: no bound
+
+
+class Grader(Protocol):
+    """Compares answers, by the rules that rewards are given by."""
+
+    async def same(self, one: str, other: str) -> bool | None:
+        """Returns whether two answers are equal; None where that could not be found out."""
+        ...
 
 
 class Environment(Protocol):

@@ -42,21 +42,25 @@ class MathReward:
         given = last_box(text)
         if given is None or len(given) > MAX_ANSWER_CHARS:
             return Score(0.0)
-        answer = last_box(prompt.answer) or prompt.answer
-        verdict = quick_verdict(answer, given)
-        return await self._ask(answer, given) if verdict is None else Score(float(verdict))
+        verdict = await self.same(last_box(prompt.answer) or prompt.answer, given)
+        return Score(float(verdict or 0.0), undecided=verdict is None, given=given)
+
+    async def same(self, one: str, other: str) -> bool | None:
+        """Returns whether two answers, without their boxes, are equal; None where that is undecided."""
+        verdict = quick_verdict(one, other)
+        return await self._ask(one, other) if verdict is None else verdict
 
     def close(self) -> None:
         """End the judges' processes."""
         for judge in self._judges:
             judge.close()
 
-    async def _ask(self, answer: str, given: str) -> Score:
+    async def _ask(self, answer: str, given: str) -> bool | None:
         judge = await self._idle.get()
         try:
-            return Score(float(await judge.equal(answer, given, self._timeout_s)))
+            return await judge.equal(answer, given, self._timeout_s)
         except _Undecided:
-            return Score(0.0, undecided=True)
+            return None
         finally:
             self._idle.put_nowait(judge)
 

@@ -108,17 +108,18 @@ class WeightPublisher:
     async def publish(self, version: int) -> dict[str, float]:
         """Seconds by phase, counts of servers, and `publish/changed`, after all servers that are up hold `version`.
 
-        Generations in flight go on under it from their next token. `publish/changed` is the share of the servers' tensors that
-        differ from the version before: 0 after a step that moved the weights means that old ones were sent, as both ends agree.
-        Servers that fail twice are lost; those that are being started are left to `heal`. Raises WeightSyncError when no server
-        is left, and when the canaries say that none of them can be brought to compute what the trainer computes.
+        Those that are set aside keep what they have. Generations in flight go on under it from their next token.
+        `publish/changed` is the share of the servers' tensors that differ from the version before: 0 after a step that moved the
+        weights means that old ones were sent, as both ends agree. Servers that fail twice are lost; those that are being started
+        are left to `heal`. Raises WeightSyncError when no server is left, and when the canaries say that none of them can be
+        brought to compute what the trainer computes.
         """
         self._version = version
         self._verdicts = CanaryVerdicts(version)
         self._fleet.awake()
         timer = PhaseTimer()
         with timer("total"):
-            await self._bring_up(self._fleet.members(*UP), timer)
+            await self._bring_up(self._fleet.publishable(*UP), timer)
         if self._fleet.hopeless:
             raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
@@ -154,7 +155,7 @@ class WeightPublisher:
 
     async def heal(self) -> None:
         """Bring servers that are up but do not serve to the current version. The trainer must still hold that version."""
-        waiting = self._fleet.members(State.JOINING, State.SUSPENDED)
+        waiting = self._fleet.publishable(State.JOINING, State.SUSPENDED)
         if waiting:
             await self._bring_up(waiting, PhaseTimer())
         if self._fleet.hopeless:

@@ -135,12 +135,15 @@ def log_probs_by(path: Path) -> Callable[[list[int]], torch.Tensor]:
 def test_dense_tp2_cp2_one_step_ahead(toy, tmp_path):
     """Four trainer ranks; rollouts are at most one version old, and some are. A Llama, on JSON lines.
 
-    Nothing of the run listens where another machine could reach it, and it does not come behind other work on its host. Sampling
-    is truncated, and trainer and engine agree about the distribution that is left: `drift/max` in `check_run`.
+    One of two servers keeps version 3 for an evaluation, while the trainer goes on with the other. Nothing of the run listens
+    where another machine could reach it, and it does not come behind other work on its host. Sampling is truncated, and trainer
+    and engine agree about the distribution that is left: `drift/max` in `check_run`.
     """
     sizes = ("train.staleness=1", "train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
     cut = ("rollout.top_k=12", "rollout.top_p=0.9", "rollout.min_p=0.001", "algorithm.correction={type: truncate, high: 0.4}")
-    started = start(toy, "dense_tp2_cp2.yaml", tmp_path, *sizes, *cut, f"data.train={toy['train.jsonl']}", kind="llama")
+    benchmark = (f"eval.benchmarks.sums.file={toy['eval']}", "eval.benchmarks.sums.every=3", "eval.benchmarks.sums.samples=4")
+    options = (*sizes, *cut, *benchmark, "rollout.engine.servers=2", "eval.servers=1", f"data.train={toy['train.jsonl']}")
+    started = start(toy, "dense_tp2_cp2.yaml", tmp_path, *options, kind="llama")
     started.wait_for_event("ready")
     below = started.descendants()
     found = listeners([psutil.Process(started.process.pid), *below])
@@ -152,11 +155,30 @@ def test_dense_tp2_cp2_one_step_ahead(toy, tmp_path):
         assert row["train/correction_before"] == pytest.approx(1, abs=AGREEMENT)
         assert row["train/correction"] == pytest.approx(0.4)
     assert [event["step"] for event in run.happened("weights shrunk")] == [1]
-    check_listeners(found, ranks=4, parts_of_servers=1)
+    check_listeners(found, ranks=4, parts_of_servers=2)
+    check_evaluations(run)
     oldest = [row["rollout/staleness_max"] for row in run.metrics if "train/loss" in row]
     assert oldest[0] == 0
     assert max(oldest) == 1
     check_synced_weights(run, 4, toy["llama"])
+
+
+def check_evaluations(run: Finished) -> None:
+    """One benchmark was evaluated after step 3 beside training, both before the first step and after the last."""
+    begun, done = run.happened("evaluation begun"), {each["step"]: each for each in run.happened("evaluation")}
+    assert [(each["step"], each["servers"]) for each in begun] == [(3, 1)]
+    both = {"held_out", "sums"}
+    assert {step: set(each["benchmarks"]) for step, each in done.items()} == {0: both, 3: {"sums"}, 4: both}
+    for step in done:
+        turns = [turn for each in run.trajectories(f"eval_{step:08d}.jsonl") for turn in each["turns"]]
+        assert {version for turn in turns if turn["role"] == "assistant" for version in turn["versions"]} == {step}
+        result = json.loads((run.run_dir / "evals" / f"step_{step:08d}" / "sums.json").read_text())
+        assert (result["problems"], result["version"]) == (8, step)
+        estimates = result["estimates"]
+        assert estimates.keys() == {"accuracy", "pass_at_2", "pass_at_4", "maj_at_2", "maj_at_4"}
+        assert run.summary["evaluations"]["sums"][str(step)] == estimates
+    shown = [row for row in run.metrics if "eval/pass_at_4_high/sums" in row]
+    assert [(row["step"], "eval/accuracy" in row) for row in shown] == [(0, True), (3, False), (4, True)]
 
 
 def test_moe_ep2_and_resume(toy, tmp_path):

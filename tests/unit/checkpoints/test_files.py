@@ -60,6 +60,13 @@ def test_pruning_keeps_the_newest_that_are_whole_and_removes_leftovers(tmp_path:
         prune(tmp_path, 0)
 
 
+def test_pruning_leaves_what_is_needed(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write_checkpoint(tmp_path, step)
+    prune(tmp_path, 1, {2, 9})
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 1)
     file, manifest = checkpoint / "random" / "rank_00000.pt", checkpoint / "checkpoint.json"

@@ -47,6 +47,13 @@ def test_a_death_is_told_before_the_peers_it_took_along():
         wait_for(Call(error=peer), Call(error=ActorDiedError(), after_s=0.2), Call(after_s=None))
 
 
+def test_a_part_that_died_is_told_before_the_one_that_lost_its_connection_to_it():
+    lost = ProcessDied("the SGLang server has lost a scheduler\n  RuntimeError: Connection reset by peer")
+    died = ProcessDied("the SGLang server has lost a scheduler\n  the last thing that it said")
+    with pytest.raises(ProcessDied, match=r"trainer rank 1: (.|\n)*last thing"):
+        wait_for(Call(error=lost), Call(error=died, after_s=0.2))
+
+
 def test_our_own_errors_keep_their_type_and_name_the_process():
     peer = RuntimeError("Connection reset by peer")
     with pytest.raises(MismatchError, match=r"trainer rank 0: they disagree\nlog: logs/trainer_0.log"):

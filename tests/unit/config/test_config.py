@@ -234,6 +234,7 @@ def test_arguments_that_change_what_is_drawn_are_refused(tmp_path: Path, flag: s
 
 
 PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}
+NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's
 
 
 def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,10 +248,12 @@ def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
         assert found == f"/home/ann/{key}"
     assert load_config(write(tmp_path, GOOD), ["run_dir=~/r", "model.path=${run_dir}/m"]).model.path == "/home/ann/r/m"
     assert load_config(write(tmp_path, GOOD), ["run_dir=a/~b"]).run_dir == "a/~b"
+    named = load_config(write(tmp_path, GOOD), ["eval.benchmarks.aime.file=~/aime.parquet"])
+    assert named.eval.benchmarks["aime"].file == "/home/ann/aime.parquet"
     assert "~nobodyatall" in refusal(write(tmp_path, GOOD), "data.train=~nobodyatall/x.parquet")
 
 
 def test_no_path_of_the_configuration_is_missing_above() -> None:
     """Whatever is called a path, a file or a directory, or says that it is one, may begin at home."""
     meant = {key for key in dotted_keys() if key.rsplit(".", 1)[-1] in ("path", "file", "directory", "dir", "output", "run_dir")}
-    assert meant <= PATHS
+    assert meant <= PATHS | NAMED

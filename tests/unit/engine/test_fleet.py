@@ -92,7 +92,7 @@ def test_a_generation_goes_on_elsewhere() -> None:
             assert (done.token_ids, done.rollout_logp, done.versions) == ([1] * 8, [-0.5] * 8, [0] * 8)
             assert [body["input_ids"] for body in second.generations] == [[1, 2, 3, 1, 1, 1, 1]]
             assert second.generations[0]["sampling_params"]["max_new_tokens"] == 4
-            assert fleet.metrics() == {"servers/serving": 1, "servers/lost": 0, "servers/rejoined": 0}
+            assert fleet.metrics() == {"servers/serving": 1, "servers/aside": 0, "servers/lost": 0, "servers/rejoined": 0}
             assert f"server 0 is suspended: {first.url}/generate answered 500" in said[0]
             await second.die()
             last = generate(client, tokens=1)
@@ -208,7 +208,7 @@ def test_restarts_are_counted() -> None:
             assert member.state is State.JOINING
             fleet.lose(before, "nobody cares any more")
             assert member.state is State.JOINING
-        assert fleet.metrics() == {"servers/serving": 0, "servers/lost": 2, "servers/rejoined": 2}
+        assert fleet.metrics() == {"servers/serving": 0, "servers/aside": 0, "servers/lost": 2, "servers/rejoined": 2}
         fleet.lose(member, "died")
         assert (member.gone, fleet.hopeless) == (True, True)
         assert "rollout.engine.restarts = 2" in fleet.report()

@@ -91,6 +91,14 @@ def test_context_length(refused: Command, model: Path, command: str) -> None:
     assert "max_position_embeddings of the model's config.json = 80" in message
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_context_length_of_a_benchmark(refused: Command, model: Path, inputs: dict[str, Path], command: str) -> None:
+    change(model, max_position_embeddings=400)
+    own = (f"eval.benchmarks.aime.file={inputs['data.eval']}", "eval.benchmarks.aime.max_response_tokens=300")
+    message = refused(command, *own)
+    assert "data.max_prompt_tokens + max_response_tokens of benchmark aime = 96 + 300 = 396 tokens" in message
+
+
 @pytest.mark.parametrize("command", ["train", "plan"])
 @pytest.mark.parametrize(
     ("keys", "remove", "words"),

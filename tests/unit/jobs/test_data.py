@@ -156,6 +156,19 @@ def test_what_is_odd_in_a_file_is_said(command, rows, tmp_path):
         assert words in " ".join(out.split())
 
 
+def test_each_benchmark_is_looked_at(command, rows):
+    path, held_out = rows(asked("1+1?"), name="train.jsonl"), rows(asked("1+2?"), asked("1+3?"), name="eval.jsonl")
+    sums, more = rows(asked("1+1?"), name="sums.jsonl"), rows(asked("1+4?"), name="more.jsonl")
+    names = (f"eval.benchmarks.sums.file={sums}", f"eval.benchmarks.more.file={more}")
+    code, out, _ = command(f"data.train={path}", f"data.eval={held_out}", *names)
+    words = " ".join(out.split())
+    assert code == 0
+    assert "1 prompts to train on, 2 to evaluate on, 1 to evaluate on, 1 to evaluate on" in words
+    assert "eval.jsonl, more.jsonl: no row asks what is trained on" in words
+    assert "sums.jsonl: 1 of 1 rows ask what a row asks (in brackets) that is trained on: 0 (0)" in words
+    assert "no/such.parquet" in command("eval.benchmarks.sums.file=no/such.parquet")[2]
+
+
 def test_files_of_one_name_are_told_apart(command, rows, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

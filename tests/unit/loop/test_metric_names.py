@@ -14,10 +14,11 @@ import torch
 from ctpo_megatron.algorithms import Stats, policy_loss
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
+from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.engine.layout import EngineLayout
-from ctpo_megatron.loop.evaluate import evaluate
+from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.report import StepCost
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.loop.skipping import SKIPPED
@@ -91,8 +92,10 @@ def evaluated() -> set[str]:
         async def group(self, prompt: Prompt, name: GroupId, **_: Any) -> TrajectoryGroup:
             return group()
 
-    config = load_config(ROOT / "configs" / "quickstart.yaml", []).eval
-    return set(asyncio.run(evaluate(Sampled(), [group().prompt], config, step=0)).metrics())
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["eval.samples=2"])
+    (settings,) = benchmarks_of(config.data, config.eval, config.rollout)
+    evaluator = Evaluator(Sampled(), None, seed=1)  # no answer, so nothing to compare
+    return set(asyncio.run(evaluator.evaluate([Benchmark(settings, [group().prompt])], step=0)).metrics())
 
 
 def supervised() -> set[str]:

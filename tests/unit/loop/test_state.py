@@ -22,8 +22,10 @@ def test_what_is_dumped_comes_back_through_json() -> None:
     assert RunState.parse(json.loads(json.dumps(STATE.dump(), allow_nan=False)), "run.json") == STATE
     assert list(STATE.dump()["accuracies"]) == ["0", "9", "10"]
     assert replace(STATE, samples=7).dump()["samples"] == 7
-    earlier = {key: value for key, value in STATE.dump().items() if key != "samples"}
-    assert RunState.parse(earlier, "run.json").samples is None  # releases that did not count them
+    owing = replace(STATE, owed=(8, 10))
+    assert RunState.parse(json.loads(json.dumps(owing.dump())), "run.json") == owing
+    earlier = {key: value for key, value in STATE.dump().items() if key not in ("samples", "owed")}
+    assert RunState.parse(earlier, "run.json") == STATE  # of releases that did not know of them
     with pytest.raises(FrozenInstanceError):
         STATE.step = 13  # type: ignore[misc]  # that is the point
 
@@ -68,5 +70,12 @@ def test_the_position_of_a_step_is_behind_its_own_groups() -> None:
 def test_ids_name_one_thing_each() -> None:
     assert str(AttemptId(GroupId(12), 3)) == "g00000012.3"
     assert str(AttemptId(GroupId(12, evaluation=4), 0)) == "e00000004-g00000012.0"
-    ids = {GroupId(n, step) for n in range(3) for step in (None, 0, 1)}
-    assert len({str(each) for each in ids}) == len(ids) == 9
+    assert str(AttemptId(GroupId(12, evaluation=4, benchmark="aime25"), 0)) == "e00000004-aime25-g00000012.0"
+    ids = {
+        GroupId(n, step, name)
+        for n in range(3)
+        for step in (None, 0, 1)
+        for name in ("", "a", "b")
+        if step is not None or not name
+    }
+    assert len({str(each) for each in ids}) == len(ids) == 21

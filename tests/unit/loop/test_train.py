@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,11 +17,15 @@ from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.checkpoints.files import VERSION, commit_checkpoint, work_directory
 from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointUnwritten, LeftCourse
+from ctpo_megatron.jobs.evaluations import bring_back, known_accuracies
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.checkpoints import Checkpoints, leave_after, newest, newest_until, restore
+from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
+from ctpo_megatron.loop.evaluation.evaluations import Evaluations
 from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.recording import RunRecord
@@ -36,7 +41,8 @@ from ctpo_megatron.record.nonfinite_events import OffCourse
 from ctpo_megatron.record.storage import MARK, Storage
 from ctpo_megatron.record.storage_events import CheckpointDelayed, StorageFault, StorageMended
 from ctpo_megatron.record.values import Mean, Values
-from ctpo_megatron.types import WHOLE, AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Truncation, Turn
+from ctpo_megatron.rollout.protocols import Sampling
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 from tests.support.runs import ROOT
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(7)]
@@ -73,6 +79,11 @@ class Ranks:
 
     async def heal(self) -> None: ...
 
+    def set_aside(self, count: int) -> int:
+        return count
+
+    def give_back(self) -> None: ...
+
 
 @dataclass
 class Sampled:
@@ -81,18 +92,11 @@ class Sampled:
     seen: list[tuple[int, str]] = field(default_factory=list)
 
     async def group(
-        self,
-        prompt: Prompt,
-        group: GroupId,
-        *,
-        size: int,
-        temperature: float,
-        truncation: Truncation = WHOLE,
-        record: bool = False,
+        self, prompt: Prompt, group: GroupId, *, size: int, sampling: Sampling, aside: bool = False
     ) -> TrajectoryGroup:
-        if record:
+        if sampling.record:
             self.seen.append((prompt.index, str(group)))
-        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [0, 0])]
+        turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [group.evaluation or 0] * 2)]
         made = [Trajectory(prompt.index, [3], turns, Status.FINISHED, reward=n % 2, id=AttemptId(group, n)) for n in range(size)]
         return TrajectoryGroup(prompt, made, id=group)
 
@@ -126,24 +130,44 @@ async def train(
 ) -> tuple[list[tuple[int, str]], TrainLoop, list[Event]]:
     ranks, rollouts, events, root = ranks or Ranks(), rollouts or Sampled(), [], run_dir / "checkpoints"
     storage = storage or Storage()
-    first_step, samples, accuracies, admission = 0, 0, {}, Admission(PromptSampler(PROMPTS, SEED))
+    first_step, samples, accuracies, owed, admission = 0, 0, {}, (), Admission(PromptSampler(PROMPTS, SEED))
     if resume:
         found = await restore(ranks, newest(root, config.train.steps, events.append), events.append)
         first_step, samples, accuracies = found.state.step, found.state.samples, dict(found.state.accuracies)
+        owed = tuple(step for step in found.state.owed if step < first_step)
         admission = Admission(PromptSampler.restore(PROMPTS, found.state.cursor), found.state.groups)
+    known = {}
+    (held_out,) = benchmarks_of(config.data, config.eval, config.rollout)
+    benchmarks = [Benchmark(held_out, PROMPTS)]
+    if resume:
+        known = known_accuracies(run_dir, [*owed, first_step], benchmarks, config.train.steps)
     recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()), through=storage.write)
+    record, totals = RunRecord(run_dir, config.log, recorder, storage.write), RunTotals()
+    evaluations = Evaluations(
+        benchmarks,
+        config.train.steps,
+        Evaluator(rollouts, None, SEED),
+        record,
+        totals,
+        accuracies | known,
+        set(owed) - set(known),
+        config.eval.servers,
+        ranks,
+        events.append,
+    )
     loop = TrainLoop(
         config=config,
         admission=admission,
-        eval_prompts=PROMPTS,
         rollouts=rollouts,
         trainer=ranks,
         publisher=ranks,
-        record=RunRecord(run_dir, config.log, recorder, storage.write),
-        checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append, storage=storage),
+        record=record,
+        evaluations=evaluations,
+        checkpoints=Checkpoints(ranks, root, config.checkpoint, events.append, needed=evaluations.unfinished, storage=storage),
+        bring_back=partial(bring_back, ranks, ranks, root, lambda _version, _digest: None),
+        totals=totals,
         first_step=first_step,
         samples=samples,
-        accuracies=accuracies,
         spikes=SpikeDetector(config.train.spikes),
         shrinking=ShrinkingAlarm(config.algorithm),
         returns=config.train.spikes.returns,

@@ -54,6 +54,15 @@ def test_steps_reach_the_file_and_tensorboard(tmp_path: Path) -> None:
     assert points(tmp_path, "eval/accuracy") == [(0, 0.25)]
 
 
+def test_what_comes_late_does_not_take_later_points_from_tensorboard(tmp_path: Path) -> None:
+    with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:
+        for step in (0, 4, 6):
+            recorder.step(step, {"eval/accuracy/aime25": step / 8})
+        recorder.step(2, {"eval/accuracy/aime25": 0.25}, board=False)
+    assert [row["step"] for row in rows(tmp_path)] == [0, 4, 6, 2]
+    assert points(tmp_path, "eval/accuracy/aime25") == [(0, 0.0), (4, 0.5), (6, 0.75)]
+
+
 def test_a_resumed_run_shows_one_curve(tmp_path: Path) -> None:
     """Steps 0..5 were written, the checkpoint was after step 3; the second attempt writes 4 and 5 again, differently."""
     with closing(Recorder(tmp_path, LogConfig(), console=silent())) as recorder:

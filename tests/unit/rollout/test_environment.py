@@ -104,7 +104,7 @@ async def group_of(trajectory: Trajectory):
         async def run(self, attempt, prompt, session, sampling, note):
             return trajectory
 
-    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, temperature=1.0)
+    return await Rollouter(Same(), RolloutConfig()).group(PROMPT, GROUP, size=1, sampling=Sampling(1.0, 5, 9))
 
 
 def test_an_error_of_the_program_is_told_and_counted():
@@ -212,10 +212,11 @@ class Counting:
 
 def test_groups_share_the_bound_and_each_attempt_has_its_session():
     environment = Counting()
-    rollouter = Rollouter(environment, RolloutConfig(concurrency=3, max_turns=2, max_response_tokens=7))
+    rollouter = Rollouter(environment, RolloutConfig(concurrency=3))
+    sampling = Sampling(0.7, 2, 7)
 
     async def two():
-        return await asyncio.gather(*(rollouter.group(PROMPT, GroupId(n), size=5, temperature=0.7) for n in (7, 8)))
+        return await asyncio.gather(*(rollouter.group(PROMPT, GroupId(n), size=5, sampling=sampling) for n in (7, 8)))
 
     groups = asyncio.run(two())
     assert [len(g.trajectories) for g in groups] == [5, 5]
@@ -224,14 +225,29 @@ def test_groups_share_the_bound_and_each_attempt_has_its_session():
     assert sorted(environment.sessions) == list(range(35, 45))  # as even over any number of servers as counting is
     assert [str(t.id) for t in groups[1].trajectories] == [f"g00000008.{n}" for n in range(5)]
     assert [group.id for group in groups] == [GroupId(7), GroupId(8)]
-    assert environment.sampling == Sampling(0.7, 2, 7)
+    assert environment.sampling == sampling
+
+
+def test_attempts_beside_training_take_no_place_of_its_own():
+    training, aside = Counting(), Counting()
+    rollouter = Rollouter(training, RolloutConfig(concurrency=3), aside=(aside, 2))
+
+    async def both():
+        groups = ((GroupId(0), False), (GroupId(0, evaluation=4), True))
+        return await asyncio.gather(
+            *(rollouter.group(PROMPT, name, size=5, sampling=Sampling(0.7, 2, 7), aside=way) for name, way in groups)
+        )
+
+    asyncio.run(both())
+    assert (training.most, aside.most) == (3, 2)
+    assert (training.ended, aside.ended) == (5, 5)
 
 
 def test_a_failure_ends_the_group_and_comes_out_as_itself():
     environment = Counting(fails_at=2)
     rollouter = Rollouter(environment, RolloutConfig())
     with pytest.raises(RolloutError, match="the server is gone"):
-        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, temperature=1.0), 10))
+        asyncio.run(asyncio.wait_for(rollouter.group(PROMPT, GROUP, size=4, sampling=Sampling(1.0, 5, 9)), 10))
     assert environment.running == 0
 
 

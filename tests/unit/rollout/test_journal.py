@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ctpo_megatron.record.events import Event, discard
@@ -115,6 +115,23 @@ def test_what_was_made_otherwise_is_not_used(tmp_path: Path, recipe: str, index:
     assert soon(right.find(AttemptId(GroupId(0), 0), PROMPT, [7, 8])) is not None
 
 
+def test_each_benchmark_has_a_recipe_of_its_own(tmp_path: Path) -> None:
+    names = {name: AttemptId(GroupId(0, evaluation=0, benchmark=name), 0) for name in ("", "aime", "brumo")}
+    names["training"] = AttemptId(GroupId(0), 0)
+
+    def opened(**recipes: str) -> Journal:
+        journal = Journal(tmp_path, "r", recipes={"": "h", **recipes})
+        journal.published(0, "w")
+        return journal
+
+    first = opened(aime="a", brumo="b")
+    for each in names.values():
+        first.note(replace(whole(0), id=each))
+    again = opened(aime="a", brumo="changed")
+    found = {name: soon(again.find(each, PROMPT, [7, 8])) is not None for name, each in names.items()}
+    assert found == {"": True, "aime": True, "brumo": False, "training": True}
+
+
 @given(st.integers(1, 200), st.binary(max_size=30))
 def test_a_torn_end_costs_the_last_record_only(tmp_path_factory: pytest.TempPathFactory, lost: int, garbage: bytes) -> None:
     directory = tmp_path_factory.mktemp("journal")
@@ -126,7 +143,9 @@ def test_a_torn_end_costs_the_last_record_only(tmp_path_factory: pytest.TempPath
     (path,) = segments(directory)
     data = path.read_bytes()
     size = (len(data) - data.rindex(b"text")) + 100  # more than the last record's end, less than all of it
-    path.write_bytes(data[: -min(lost, size)] + garbage)
+    torn = data[: -min(lost, size)] + garbage
+    assume(not torn.startswith(data))  # the garbage may be what was lost: the record's last byte is its attempt's number
+    path.write_bytes(torn)
     events: list[Event] = []
     again = Journal(directory, "r", emit=events.append)
     again.published(0, "w")

@@ -105,7 +105,7 @@ def test_a_publication(proof: Proof) -> None:
             phases = {"total", "prepare", "paused", "pause", "connect", "transfer", "attest", "canary"}
             phases |= {"gather", "send", "digest", "wait", "canary_gap_mean", "canary_gap_max"}
             assert metrics.keys() == {f"publish/{phase}" for phase in phases} | {
-                f"servers/{name}" for name in ("serving", "lost", "rejoined")
+                f"servers/{name}" for name in ("serving", "aside", "lost", "rejoined")
             }
             assert (metrics["publish/send"], metrics["servers/serving"]) == (0.2, 2)
             again = await s.publisher.publish(2)
