@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.sglang_options import check_options
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.types import Truncation
 
@@ -63,16 +64,6 @@ class MathReward(Section):
     """Time to compare one answer; beyond it the reward is 0 and `reward/undecided` counts it."""
 
 
-# arguments of SGLang 0.5.23 by which tokens come from another distribution than requests ask for and log-probs are of
-DRAWS_OTHERWISE = {
-    "--preferred-sampling-params": "it adds to every request; set rollout.temperature, top_p, top_k and min_p instead",
-    "--enable-watermark": "a watermark changes which tokens are drawn, but not the log-probs that are reported",
-    "--speculative-accept-threshold-single": "drafts that are accepted below it are not drawn from the policy; leave it out",
-    "--speculative-accept-threshold-acc": "drafts that are accepted below it are not drawn from the policy; leave it out",
-    "--config": "a file of arguments cannot be checked; write them into rollout.engine.extra_args",
-}
-
-
 class EngineConfig(Section):
     """SGLang servers."""
 
@@ -98,18 +89,12 @@ class EngineConfig(Section):
     """How many requests each server is sent, and when one leaves a slow server."""
     extra_args: tuple[str, ...] = ()
     """Further arguments for `sglang.launch_server`, passed as they are. Those that break what the loss needs are refused by name:
-    docs/rollouts.md. So is `--json-model-override-args`, which the trainer would not see, and what changes how tokens are drawn
-    behind a request's back (docs/truncation.md)."""
+    docs/rollouts.md."""
 
     @field_validator("extra_args")
     @classmethod
-    def _tokens_are_drawn_as_asked(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        for word in words:
-            written = word.partition("=")[0]
-            for flag, why in DRAWS_OTHERWISE.items():
-                # argparse takes beginnings too, where no other argument has them
-                if len(written) >= len("--config") and flag.startswith(written):
-                    raise ValueError(f"{flag} is not allowed: {why}")
+    def _options_leave_the_loss_right(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        check_options(words)
         return words
 
     @property

@@ -11,7 +11,6 @@ from pathlib import Path
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.engine.layout import EngineLayout
-from ctpo_megatron.engine.options import check_options
 from ctpo_megatron.errors import ConfigError, DataError, ModelError
 from ctpo_megatron.models.context import check_context, check_length
 from ctpo_megatron.models.shape import ModelShape
@@ -40,7 +39,6 @@ def check_rollouts(config: RunConfig, shape: ModelShape, model: Path) -> None:
             f"{model}: config.json lacks {', '.join(shape.unserved)}, without which SGLang does not start. Write what the "
             "published model of this architecture has there."
         )
-    check_options(config.rollout.engine.extra_args)
     check_context(shape, config.data, config.rollout)
     for each in benchmarks_of(config.data, config.eval, config.rollout):
         longer = config.rollout.model_copy(update={"max_response_tokens": each.max_response_tokens})

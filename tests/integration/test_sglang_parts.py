@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import itertools
 
 import pytest
 import torch
+
+from ctpo_megatron.config.sglang_options import REFUSED, THRESHOLDS, Option
 
 pytestmark = pytest.mark.integration
 
@@ -102,3 +105,22 @@ def test_a_record_of_routing_still_wants_cuda() -> None:
 
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         alloc_with_host_register((4,), torch.int32, "cpu", True, HostTensorAllocator())
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_what_is_refused_is_all_that_its_parser_takes_for_it() -> None:
+    """Every other name and every beginning of what is refused is refused too, and no other option is, by its whole name."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    actions = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items() if name.startswith("--")}
+    named = {*REFUSED, *THRESHOLDS}
+    assert named <= actions.keys()
+    refused = {name for name, action in actions.items() if action.dest in {actions[each].dest for each in named}}
+    assert refused == named
+    for name in actions:
+        beginnings = [name[:end] for end in range(1, len(name))]
+        taken = [each for each in beginnings if len(parser._get_option_tuples(f"--{each}")) == 1 and each not in actions]
+        for word in [name, *(taken if name in named else [])]:
+            assert bool(list(Option(word, "x").faults)) == (name in named), word
