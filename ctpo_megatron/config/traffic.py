@@ -28,6 +28,7 @@ class TrafficConfig(Section):
     """The most requests at one server at a time. auto: as many as it takes without a queue of its own and without running out of
     KV cache, found out while it works. null: only `rollout.concurrency` bounds them."""
     look_s: PositiveFloat = 1.0
-    """Time between two looks at the servers' queues and caches; they are recorded as `servers/...`."""
+    """Time between two looks at the servers' queues and caches; they are recorded as `servers/...`. At least 15 s where
+    `per_server` is not auto, since only the record needs them then."""
     moving: MovingConfig | None = None
     """When a request leaves a slow server. null: never."""

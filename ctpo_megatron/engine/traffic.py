@@ -10,15 +10,16 @@ from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.engine.control import ServerControl
 from ctpo_megatron.engine.fleet import Fleet, Member, State
 from ctpo_megatron.engine.gate import Gate
-from ctpo_megatron.engine.load import Load, next_limit
+from ctpo_megatron.engine.load import START, Load, next_limit
 from ctpo_megatron.engine.pace import Pace
 from ctpo_megatron.errors import EngineError
 
 LOOK_TIMEOUT_S = 5.0  # for a server to say how busy it is; one that does not keeps its bound
+SELDOM_S = 15.0  # between two looks where no bound follows from them, only metrics
 
 
 class Traffic:
-    """Looks at the servers of `fleet` while there are requests, and sets how many each may have.
+    """Looks at the servers of `fleet`, and sets how many requests each may have.
 
     `most`: how many one server may ever have at a time. Servers that are set aside are a pool of their own, with its own gate.
     """
@@ -30,7 +31,7 @@ class Traffic:
         self.moves = 0 if moving is None else moving.most  # of one generation
         self._gates = {aside: Gate() for aside in (False, True)}
         self._moved = 0
-        self._seen = {"waiting": 0.0, "retracted": 0.0, "cache_use": 0.0}  # the most since `metrics` was asked last
+        self._seen: dict[str, float] = {}  # the most since `metrics` was asked last
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -46,6 +47,7 @@ class Traffic:
 
     def passing(self, *, aside: bool = False) -> contextlib.AbstractAsyncContextManager[None]:
         """The context of one request. `aside`: for the servers that are set aside."""
+        self._bound()
         return self._gates[aside].passing()
 
     def leave_after_s(self, member: Member, tokens: int) -> float | None:
@@ -63,7 +65,7 @@ class Traffic:
         """What was seen since this was asked last, and how many requests have left slow servers since the command began."""
         limits = [member.limit for member in self._fleet.members(State.SERVING) if member.limit is not None]
         found = {f"servers/{name}": value for name, value in self._seen.items()} | {"servers/moved": float(self._moved)}
-        self._seen = dict.fromkeys(self._seen, 0.0)
+        self._seen = {}
         return found | ({"servers/limit": float(sum(limits))} if limits else {})
 
     async def look(self) -> None:
@@ -72,15 +74,27 @@ class Traffic:
         loads = await asyncio.gather(*(self._load(member) for member in members))
         for member, load in zip(members, loads, strict=True):
             if load is not None:
-                for name in self._seen:
-                    self._seen[name] = max(self._seen[name], float(getattr(load, name)))
-            if isinstance(self._config.per_server, int):
-                member.limit = self._config.per_server
-            elif self._config.per_server == "auto" and load is not None:
-                member.limit = next_limit(member.limit, member.in_flight, load, self._most)
+                for name in ("waiting", "retracted", "cache_use"):
+                    self._seen[name] = max(self._seen.get(name, 0.0), float(getattr(load, name)))
+                if self._config.per_server == "auto":
+                    member.limit = next_limit(member.limit, member.in_flight, load, self._most)
+        self._bound()
+
+    def _bound(self) -> None:
+        """Give new servers their first bound, and each gate the sum of its pool.
+
+        Servers that take new weights or are started again count: what was let in meanwhile would be too much for them. A pool
+        of which nothing is left has no bound, so that its requests come to hear of that.
+        """
+        first = self._config.per_server
+        if first is None:
+            return
         for aside, gate in self._gates.items():
-            limits = [member.limit for member in self._fleet.members(State.SERVING) if member.aside == aside]
-            gate.set_limit(sum(each for each in limits if each is not None) if limits and None not in limits else None)
+            pool = [each for each in self._fleet.members(*State) if each.aside == aside and not each.gone]
+            for member in pool:
+                if member.limit is None:
+                    member.limit = min(START, self._most) if first == "auto" else first
+            gate.set_limit(sum(each.limit for each in pool if each.limit is not None) or None)
 
     async def _load(self, member: Member) -> Load | None:
         try:
@@ -89,6 +103,7 @@ class Traffic:
             return None
 
     async def _look_on(self) -> None:
+        pause_s = self._config.look_s if self._config.per_server == "auto" else max(self._config.look_s, SELDOM_S)
         while True:
             await self.look()
-            await asyncio.sleep(self._config.look_s)
+            await asyncio.sleep(pause_s)

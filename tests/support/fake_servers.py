@@ -80,6 +80,7 @@ class FakeServer:
             "/release_memory_occupation": self._sleep,
             "/resume_memory_occupation": self._wake,
             "/model_info": self._info,
+            "/v1/loads": self._loads,
             "/weights_checker": self._checksums,
             "/generate": self._generate,
         }.get(path)
@@ -125,6 +126,9 @@ class FakeServer:
 
     async def _info(self, _body: dict[str, Any]) -> dict[str, Any]:
         return {"weight_version": self.version}
+
+    async def _loads(self, _body: dict[str, Any]) -> dict[str, Any]:
+        return {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0, "token_usage": 0.0}]}
 
     async def _checksums(self, _body: dict[str, Any]) -> dict[str, Any]:
         sums = {name: write_digest(value) for name, value in self.digests.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -17,7 +19,7 @@ from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.gate import Gate
 from ctpo_megatron.engine.load import START, Load, next_limit, read_load
 from ctpo_megatron.engine.pace import ENOUGH, Pace
-from ctpo_megatron.errors import EngineError
+from ctpo_megatron.errors import AsideLost, EngineError
 from tests.support.fake_servers import FakeServer, fakes
 
 PLACES = st.lists(
@@ -127,11 +129,15 @@ def test_loads_are_read_with_suspicion() -> None:
             read_load(answer, "http://a")
 
 
-async def ask(client: EngineClient, tokens: int = 8, session: int = 0, seconds: float | None = None):
-    deadline = None if seconds is None else time.monotonic() + seconds
-    return await client.generate(
-        [1, 2], max_new_tokens=tokens, temperature=1.0, stop_token_ids=[], session=session, deadline=deadline
-    )
+async def ask(client: EngineClient, tokens: int = 8, session: int = 0, seconds: float | None = None, **options: Any):
+    options["deadline"] = None if seconds is None else time.monotonic() + seconds
+    return await client.generate([1, 2], max_new_tokens=tokens, temperature=1.0, stop_token_ids=[], session=session, **options)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 class Slow(FakeServer):
@@ -216,7 +222,53 @@ def test_what_servers_say_bounds_what_they_are_sent() -> None:
             assert len(server.generations) == 11
             metrics = fleet.metrics()
             assert (metrics["servers/waiting"], metrics["servers/limit"], metrics["servers/cache_use"]) == (4, 8, 0.5)
-            assert fleet.metrics()["servers/waiting"] == 0
+            assert "servers/waiting" not in fleet.metrics(), "nothing was seen since"
+
+    asyncio.run(scenario())
+
+
+def test_each_pool_has_its_bounds() -> None:
+    """From the first request on, and while no server serves: neither training nor an evaluation beside it sends one too many."""
+
+    async def scenario() -> None:
+        servers = [FakeServer(), FakeServer()]
+        for each in servers:
+            each.hold = asyncio.Event()
+        async with fakes(2, servers=servers, traffic=TrafficConfig(per_server=2, look_s=60.0)) as (_, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            assert fleet.set_aside(1) == 1
+            running = [asyncio.ensure_future(ask(client, tokens=1, session=each)) for each in range(6)]
+            beside = [asyncio.ensure_future(ask(client, tokens=1, session=each, aside=True)) for each in range(3)]
+            await until(lambda: [len(each.generations) for each in servers] == [2, 2])
+            fleet.update(fleet.publishable(State.SERVING))
+            running.append(asyncio.ensure_future(ask(client, tokens=1)))
+            await client.traffic.look()
+            await asyncio.sleep(0.1)
+            fleet.serve(fleet.publishable(State.UPDATING), 0)
+            await asyncio.sleep(0.1)
+            assert [len(each.generations) for each in servers] == [2, 2]
+            assert [each.in_flight for each in fleet.members(State.SERVING)] == [2, 2]
+            for each in servers:
+                each.hold.set()
+            await asyncio.gather(*running, *beside)
+            assert [len(each.generations) for each in servers] == [7, 3]
+
+    asyncio.run(scenario())
+
+
+def test_those_who_wait_hear_that_no_server_is_aside() -> None:
+    async def scenario() -> None:
+        servers = [FakeServer(), FakeServer()]
+        servers[1].hold = asyncio.Event()
+        async with fakes(2, servers=servers, traffic=TrafficConfig(per_server=1)) as (_, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            fleet.set_aside(1)
+            beside = [asyncio.ensure_future(ask(client, session=each, aside=True)) for each in range(3)]
+            await until(lambda: bool(servers[1].generations))
+            fleet.suspend(fleet.members(State.SERVING)[1], "it failed")
+            async with asyncio.timeout(10):
+                for failed in await asyncio.gather(*beside, return_exceptions=True):
+                    assert isinstance(failed, AsideLost)
 
     asyncio.run(scenario())
 
