@@ -20,6 +20,7 @@ from ctpo_megatron.record.heartbeat import Patience, Stage
 
 Kind = Literal["stopped", "deadlock", "collective", "hung", "slow"]
 STOPPED = ("stopped", "tracing-stop")
+RUNNING = "running"
 SILENT_S = 4.0  # since the last answer to a question that is asked every two seconds: the process does not answer
 BUSY = 0.5  # processors: a process that uses more is computing
 
@@ -261,6 +262,8 @@ def _condition(condition: Condition | None) -> str:
         return f"is blocked in the kernel, as by a disk or network that does not answer{where}"
     if condition.cpus >= BUSY:
         return f"computes on {condition.cpus:.1f} processors: it spins"
+    if condition.state == RUNNING:  # others have the processors of a busy host
+        return f"wants a processor and gets {condition.cpus:.1f} of one: it spins"
     return f"uses no processor: it waits{where}"
 
 

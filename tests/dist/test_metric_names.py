@@ -34,7 +34,7 @@ NAMES = {
     *("drift/mean", "drift/max"),
     *(f"{name}/from_token_{first}" for name in BY_POSITION for first in POSITIONS),
     *(f"health/clip_fraction/decile_{k}" for k in range(10)),
-    *("health/effective_sample_size", "health/log_ratio_growth", "health/log_ratio_sigma"),
+    *("health/effective_sample_size", "health/correction_sample_size", "health/log_ratio_growth", "health/log_ratio_sigma"),
     *(f"moe/{name}/layer_{n}" for name in ("load_entropy", "load_max_over_mean") for n in range(LAYERS)),
     "routing/changed",
 }

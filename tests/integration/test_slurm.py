@@ -124,7 +124,7 @@ def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_on_one_beside_a_stra
         slurm.until(lambda: "ready after" in job_output(tmp_path, job_id), "the run", JOB_TIMEOUT_S)
         slurm.until(lambda: '"event": "step"' in (run_dir / "events.jsonl").read_text(), "a step", JOB_TIMEOUT_S)
         slurm.command("scancel", "--batch", "--signal=USR1", str(job_id))
-        slurm.until(lambda: slurm.job(job_id)["JobState"] == "PENDING", "the requeue", JOB_TIMEOUT_S)
+        slurm.wait_pending(job_id, JOB_TIMEOUT_S)
         slurm.command("scontrol", "update", f"jobid={job_id}", "numnodes=1-1", "numtasks=1")
         job, output = slurm.wait(job_id, JOB_TIMEOUT_S), job_output(tmp_path, job_id)
         logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in (run_dir / "logs").glob("*"))

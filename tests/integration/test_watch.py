@@ -83,10 +83,9 @@ def stop(process: psutil.Process) -> float:
     return time.time()
 
 
-def stall(run: Started, number: int, since: float) -> tuple[dict, str, float]:
-    """The event and the report of the run's stall `number`, and how long it took to find."""
-    run.wait_for_event("stall", report=str(run.run_dir / "stalls" / f"{number:03d}.md"))
-    event = [each for each in run.events if each["event"] == "stall"][number - 1]
+def stall(run: Started, since: float, **fields: object) -> tuple[dict, str, float]:
+    """The event of a stall with these `fields`, its report, and how long it took to find."""
+    event = run.wait_for_event("stall", **fields)
     report, deadline = Path(event["report"]), time.monotonic() + 60.0
     while not report.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -102,7 +101,7 @@ def test_a_stopped_scheduler_is_replaced_and_so_is_a_stopped_rank(inputs: tuple[
         run.wait_for_event("step", step=1)
         everybody = run.descendants()
         scheduler = found(run, lambda each: title(each).startswith("sglang::scheduler"))
-        event, report, seconds = stall(run, 1, stop(scheduler))
+        event, report, seconds = stall(run, stop(scheduler), culprits=["inference server 0: scheduler"])
         assert (event["kind"], event["acts"]) == ("stopped", True)
         assert event["culprits"] == ["inference server 0: scheduler"]
         assert seconds < STOPPED_S
@@ -117,7 +116,7 @@ def test_a_stopped_scheduler_is_replaced_and_so_is_a_stopped_rank(inputs: tuple[
         assert not scheduler.is_running()
 
         rank = found(run, lambda each: is_rank(each, 1) and title(each).endswith(".update"))
-        event, report, seconds = stall(run, 2, stop(rank))
+        event, report, seconds = stall(run, stop(rank), culprits=["trainer rank 1"])
         assert (event["kind"], event["culprits"]) == ("stopped", ["trainer rank 1"])
         assert seconds < STOPPED_S
         heard = r"(; last heard in [^;]+)?"  # it is asked every two seconds, and has begun since then
@@ -162,7 +161,7 @@ def test_a_rank_that_spins_is_told_from_the_one_that_waits(
     try:
         run.wait_for_event("step", step=3)
         file.touch()
-        event, report, seconds = stall(run, 1, time.time())
+        event, report, seconds = stall(run, time.time(), kind="hung")  # it may be told before that it is slow
         file.unlink()
         run.wait_for_event("trainer restarted")
         below = run.descendants()

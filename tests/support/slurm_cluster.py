@@ -97,6 +97,11 @@ class SlurmCluster:
         """Start a command on a node, outside of every job, as another of the user's shells would."""
         return self._hosts.start(name, *words, log=log, env=dict(self.environment))
 
+    def wait_pending(self, job_id: int, timeout_s: float) -> None:
+        """Wait until a job that was requeued is pending, and nothing of its last start is left. Raises TimeoutError."""
+        self._wait_for(lambda: self.job(job_id)["JobState"] == "PENDING", f"job {job_id} to be pending", timeout_s)
+        self._wait_for(self._all_idle, "the nodes to be idle again")
+
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = START_TIMEOUT_S) -> None:
         """Wait for `condition`. Raises TimeoutError."""
         self._wait_for(condition, what, timeout_s)

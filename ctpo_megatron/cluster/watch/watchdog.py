@@ -38,6 +38,7 @@ AT_MOST_A_SECOND = 100.0  # questions, of a driver that has other things to do
 EVIDENCE_S = 3.0
 OVERSLEPT_S = 5.0  # the driver itself was stopped or did not come to its turn: what others did meanwhile was not seen
 AGAIN_S = 60.0  # between reports of something that the run does nothing about
+JUDGE_S = 5.0  # meanwhile it is judged again: to ask the ranks where they are costs them something
 GROUP = "pulse"  # the actors' concurrency group
 
 
@@ -143,7 +144,7 @@ class Watchdog:
         self._watched: list[Watched] = []
         self._others: dict[str, int] = {}
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._quiet_until = 0.0
+        self._quiet_until = self._judge_from = 0.0
         self._task: asyncio.Future[None] | None = None
 
     def start(self) -> None:
@@ -208,14 +209,19 @@ class Watchdog:
             each.ask()
         watched = [each for each in self._watched if not each.gone]
         seen = await self._look(watched)
-        suspicious = stopped(seen, self._stopped_s) or late(seen, self._patience)
-        if not suspicious or time.monotonic() < self._quiet_until or self._failed.done():
+        halted, now = stopped(seen, self._stopped_s), time.monotonic()
+        if self._failed.done() or not (halted or (late(seen, self._patience) and now >= self._judge_from)):
             return
         evidence = await self._evidence(watched, seen)
         told = [_with_evidence(each, evidence.get(each.name)) for each in seen]
         verdict = judge(told, self._patience, self._stopped_s)
-        if verdict is not None:
-            await self._handle(verdict, watched, told, evidence)
+        if verdict is None:
+            return
+        if not verdict.acts:  # who is slow now may be found to hang in a moment
+            self._judge_from = now + JUDGE_S
+            if now < self._quiet_until:
+                return
+        await self._handle(verdict, watched, told, evidence)
 
     async def _look(self, watched: list[Watched]) -> list[Seen]:
         places: dict[Place, int] = {(self._node, pid): 0 for pid in self._others.values()}

@@ -121,14 +121,17 @@ def _spy() -> str | None:
 
 
 def _of_thread(pid: int, thread: int) -> str:
-    """`disk-sleep` where the working thread is blocked in the kernel, which the process's own state may not show; else empty."""
+    """The state of the working thread where it computes or is blocked in the kernel; empty otherwise.
+
+    The process's own state is that of its first thread, and may not show it.
+    """
     if not thread or thread == pid:
         return ""
     try:
         state = Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
-    return psutil.STATUS_DISK_SLEEP if state == "D" else ""
+    return {"D": psutil.STATUS_DISK_SLEEP, "R": psutil.STATUS_RUNNING}.get(state, "")
 
 
 def _place(pid: int, thread: int) -> str:

@@ -135,6 +135,7 @@ def test_a_pipeline_neighbour_is_waited_for() -> None:
         (Condition("disk-sleep", 50.0, 50, 0.0, "rpc_wait_bit_killable"), "is blocked in the kernel, as by a disk or network"),
         (Condition("sleeping", 50.0, 50, 0.0, "pipe_read"), r"uses no processor: it waits \(pipe_read\)"),
         (Condition("running", 50.0, 50, 1.0), "computes on 1.0 processors: it spins"),
+        (Condition("running", 50.0, 50, 0.2), "wants a processor and gets 0.2 of one: it spins"),
         (None, "the system does not tell"),
     ],
 )
