@@ -23,6 +23,7 @@ class Status(enum.StrEnum):
     FINISHED = "finished"  # the model ended its own turn and asked for no tool
     LENGTH = "length"  # the response budget was used up
     MAX_TURNS = "max_turns"  # the model asked for a tool after its last allowed call
+    DEADLINE = "deadline"  # its time was over; what it had said by then counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ class Generation:
     # of the distribution at the sampling temperature (greedy: at 1); with supports, of what truncation left of it
     rollout_logp: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # policy version that sampled each token
-    finish: Literal["stop", "length", "abort"] = "length"  # abort: of a part, more is to come
+    finish: Literal["stop", "length", "deadline", "abort"] = "length"  # abort: of a part, more is to come
     top_k: TopK | None = None  # the top-k tokens at each place, at the sampling temperature
     routed_experts: NDArray[np.signedinteger] | None = None  # [tokens, expert layers, top_k], see `EngineClient.generate`
     supports: Supports | None = None  # the tokens that could have been drawn, of truncated sampling for training

@@ -9,6 +9,8 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.dynamic import DynamicConfig
 from ctpo_megatron.config.feeding import MAIN, PoolsConfig, SourceConfig
+from ctpo_megatron.config.sglang_options import check_options
+from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.types import Truncation
 
 MAX_TOP_K = 1024  # SGLang reports supports of up to 4,096 tokens (--sampling-mask-max-tokens); ties at the cut may be many
@@ -81,16 +83,6 @@ class MathReward(Section):
     """Time to compare one answer; beyond it the reward is 0 and `reward/undecided` counts it."""
 
 
-# arguments of SGLang 0.5.23 by which tokens come from another distribution than requests ask for and log-probs are of
-DRAWS_OTHERWISE = {
-    "--preferred-sampling-params": "it adds to every request; set rollout.temperature, top_p, top_k and min_p instead",
-    "--enable-watermark": "a watermark changes which tokens are drawn, but not the log-probs that are reported",
-    "--speculative-accept-threshold-single": "drafts that are accepted below it are not drawn from the policy; leave it out",
-    "--speculative-accept-threshold-acc": "drafts that are accepted below it are not drawn from the policy; leave it out",
-    "--config": "a file of arguments cannot be checked; write them into rollout.engine.extra_args",
-}
-
-
 class EngineConfig(Section):
     """SGLang servers."""
 
@@ -112,19 +104,16 @@ class EngineConfig(Section):
     """How long one generation may take, waiting in the server's queue included, before it counts as failed and its server is
     suspended. `ctpo plan` says how fast a server must be for that. A server that dies is noticed at once, one that
     does not take its turns by cluster.watch."""
+    traffic: TrafficConfig = TrafficConfig()
+    """How many requests each server is sent, and when one leaves a slow server."""
     extra_args: tuple[str, ...] = ()
-    """Further arguments for `sglang.launch_server`, passed as they are. `--json-model-override-args` is refused: the trainer
-    would not see it. So is what changes how tokens are drawn behind a request's back (docs/truncation.md)."""
+    """Further arguments for `sglang.launch_server`, passed as they are. Those that break what the loss needs are refused by name:
+    docs/traffic.md."""
 
     @field_validator("extra_args")
     @classmethod
-    def _tokens_are_drawn_as_asked(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        for word in words:
-            written = word.partition("=")[0]
-            for flag, why in DRAWS_OTHERWISE.items():
-                # argparse takes beginnings too, where no other argument has them
-                if len(written) >= len("--config") and flag.startswith(written):
-                    raise ValueError(f"{flag} is not allowed: {why}")
+    def _options_leave_the_loss_right(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        check_options(words)
         return words
 
     @property
@@ -171,6 +160,10 @@ class RolloutConfig(Section):
     failed_window: PositiveInt = 256
     """Attempts that failed_share is taken of."""
     dynamic: DynamicConfig = DynamicConfig()
+    deadline_s: PositiveFloat | None = None
+    """How long a trajectory of training may take, from its first request on. Then it ends where it is, with one token of the turn
+    that it is in at least: its status is `deadline`, and it is judged and trained on like one that `max_response_tokens` ended.
+    `rollout/deadline` counts them. Evaluations have no deadline. null: none."""
     tool: Tool | None = PythonTool()
     """What executes the model's code. null: single-turn."""
     reward: MathReward = MathReward()

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+import uuid
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.engine.answers import forget_older, read_experts, read_supports, read_top
 from ctpo_megatron.engine.control import ServerControl
-from ctpo_megatron.engine.fleet import Fleet, Lease, State
+from ctpo_megatron.engine.fleet import Fleet, Lease, Member, State
 from ctpo_megatron.engine.http import Requests, beside_loop
 from ctpo_megatron.engine.sampling import sampling_params
+from ctpo_megatron.engine.traffic import Traffic
 from ctpo_megatron.errors import EngineError, EngineRefused
 from ctpo_megatron.types import WHOLE, Generation, RoutingShape, TopK, Truncation
 
 MAX_FAILURES = 20  # of servers, at one generation
 INTERRUPT_TIMEOUT_S = 10.0  # for servers to give what they have; it takes one forward
 INTERRUPT_POLL_S = 0.02
+END_TIMEOUT_S = 5.0  # for a server to give what it has of one generation, when its time there is over
 REASONS = ("stop", "length", "abort")
 
 
@@ -29,6 +34,7 @@ class EngineClient:
     `fleet` knows which servers serve; `control` is for everything but generation. `routing`: how the model routes, where the
     servers report it (`--enable-return-routed-experts`). `top_k`: of how many most probable tokens the servers report log-probs
     at each place. Both hold only for requests that say what is `recorded`. Every request is bounded by `request_timeout_s`.
+    `traffic`: how requests are bounded and led away from slow servers, `most` of them at one server; None: they are not.
     """
 
     def __init__(
@@ -39,19 +45,26 @@ class EngineClient:
         request_timeout_s: float,
         routing: RoutingShape | None = None,
         top_k: int = 0,
+        traffic: TrafficConfig | None = None,
+        most: int = 1,
     ) -> None:
         self.fleet = fleet
         self._routing, self._top_k = routing, top_k
         self._requests = Requests(api_key, request_timeout_s)
         self.control = ServerControl(self._requests)
+        self.traffic = Traffic(traffic or TrafficConfig(), fleet, self.control, most=most)
+        self._watches = traffic is not None
+        self._open = contextlib.AsyncExitStack()
         self._in_flight = 0  # requests for generations that no server has answered
 
     async def __aenter__(self) -> EngineClient:
-        await self._requests.__aenter__()
+        await self._open.enter_async_context(self._requests)
+        if self._watches:
+            await self._open.enter_async_context(self.traffic.watched())
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._requests.__aexit__(*error)
+        await self._open.aclose()
 
     async def generate(
         self,
@@ -64,46 +77,55 @@ class EngineClient:
         stop_token_ids: list[int],
         session: int,
         recorded: int | None = None,
+        deadline: float | None = None,
         aside: bool = False,
     ) -> Generation:
         """Sample after `input_ids` and `done` until a stop token, or `max_new_tokens` with `done`. Temperature 0 is greedy.
 
         `done` grows with every part that a server gives, and is returned in the end; None: of a generation that begins. Requests
         with the same `session` go to the same server, whose prefix cache then holds the earlier turns. Weights may
-        change while it runs: the tokens before and after the change carry their own versions. Where a server fails, another one
-        goes on from the tokens in hand. `recorded`: of so many leading tokens the experts are known already, those of all others
-        are returned, [input + sampled - 1 - recorded, ...]; the last token has not been read by the model. None: no record is
-        wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of the truncated distribution;
-        without a record they are those of the whole. `aside`: by servers that are set aside. Raises EngineError when no server is
+        change while it runs: the tokens before and after the change carry their own versions. Where a server fails, or is far
+        slower than the others, another one goes on from the tokens in hand. `recorded`: of so many leading tokens the experts are
+        known already, those of all others are returned, [input + sampled - 1 - recorded, ...]; the model has not read the last
+        token. None: no record is wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of
+        the truncated distribution; without a record they are those of the whole. `deadline`, of `time.monotonic()`: when it ends
+        with the tokens that there are, one at least. `aside`: by servers that are set aside. Raises EngineError when no server is
         left, and when every server that was tried has failed.
         """
         done = Generation() if done is None else done
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
         told = truncation.cuts and recorded is not None
-        failures = 0
-        while True:
+        request = _Request(session, aside, self.traffic.moves, deadline)
+        while not (request.late and done.token_ids):
+            left = 1 if request.late else max_new_tokens - len(done.token_ids)
             sampling = sampling_params(temperature, truncation) | {
-                "max_new_tokens": max_new_tokens - len(done.token_ids),
+                "max_new_tokens": left,
                 "stop_token_ids": stop_token_ids,
             }
             body = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
             body |= {"return_sampling_mask": True} if told else {}
-            lease = await self.fleet.acquire(session, aside=aside)
-            answer = await self._answer(lease, body | record.wish())
-            part = None if answer is None else _read(answer, lease.member.url, truncated=told)
+            lease, answer = await self._ask(request, body | record.wish(), left)
+            url = lease.member.url
+            part = None if answer is None else _read(answer, url, truncated=told)
             if answer is None or part is None or not await self.fleet.accept(lease, part.versions):
-                failures += 1
-                if failures == MAX_FAILURES:
-                    raise EngineError(f"{failures} attempts at one generation failed, the last one on {lease.member.url}")
+                request.failures += 1
+                if request.failures == MAX_FAILURES:
+                    raise EngineError(f"{MAX_FAILURES} attempts at one generation failed, the last one on {url}")
                 continue
             done.append(part)
             meta = answer["meta_info"]
-            await beside_loop(len(meta.get("routed_experts") or ""), record.read, meta, lease.member.url)
+            await beside_loop(len(meta.get("routed_experts") or ""), record.read, meta, url)
             # aborted for a weight update: go on from the tokens so far; a paused server holds the request back until it resumes
-            if part.finish != "abort" or len(done.token_ids) >= max_new_tokens:
+            if part.finish == "stop" or len(done.token_ids) >= max_new_tokens:
                 done.finish = "length" if part.finish == "abort" else part.finish
-                record.close(lease.member.url)
-                return done
+                break
+            if part.finish == "length" and not request.late:  # SGLang's context ends here: the bounds of a run leave room for it
+                done.finish = "length"
+                break
+        else:
+            done.finish = "deadline"
+        record.close()
+        return done
 
     async def interrupt(self, timeout_s: float = INTERRUPT_TIMEOUT_S) -> None:
         """Let all servers give what they have of the generations in flight, and send them nothing more until `go_on`.
@@ -122,14 +144,42 @@ class EngineClient:
         """Send requests again."""
         self.fleet.release()
 
-    async def _answer(self, lease: Lease, body: dict[str, Any]) -> dict[str, Any] | None:
-        """The server's answer; None when it has failed, which suspends it. Raises EngineRefused."""
+    async def _ask(self, request: _Request, body: dict[str, Any], tokens: int) -> tuple[Lease, dict[str, Any] | None]:
+        """Ask one server for at most `tokens`: returns which, and its answer, None where there is none that can be used."""
+        async with self.traffic.passing(aside=request.aside):
+            lease = await self.fleet.acquire(request.session, request.left, aside=request.aside)
+            try:
+                patience_s = self.traffic.leave_after_s(lease.member, tokens) if request.moves else None
+                begun = time.monotonic()
+                answer = await self._answer(lease, body, request.limit_s(patience_s))
+            finally:
+                self.fleet.done(lease)
+        seconds = time.monotonic() - begun
+        if answer is not None and self.traffic.pace is not None:
+            self.traffic.pace.answered(lease.member.name, len(answer["output_ids"]), seconds)
+        if patience_s is not None and seconds >= patience_s and not lease.broken and not request.late:
+            request.leave(lease.member)
+            self.traffic.moved()
+        return lease, answer
+
+    async def _answer(self, lease: Lease, body: dict[str, Any], limit_s: float | None) -> dict[str, Any] | None:
+        """The server's answer; None when it has failed, which suspends it. Raises EngineRefused.
+
+        After `limit_s` the server is asked for what it has. It is None, too, where the server does not even give that; what it
+        may still sample is dropped, and a server that hangs is found by its watch.
+        """
         self._in_flight += 1
-        request = asyncio.ensure_future(self._requests.post(f"{lease.member.url}/generate", body))
+        name = _Name()
+        named = body if limit_s is None else lambda: body | {"rid": name.fresh()}
+        request = asyncio.ensure_future(self._requests.post(f"{lease.member.url}/generate", named))
         broken = asyncio.ensure_future(self.fleet.broken(lease))
         try:
-            await asyncio.wait([request, broken], return_when=asyncio.FIRST_COMPLETED)
-            return None if broken.done() else request.result()
+            await asyncio.wait([request, broken], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if not request.done() and not broken.done():
+                with contextlib.suppress(EngineError):
+                    await self.control.abort(lease.member.url, name.last, timeout_s=END_TIMEOUT_S)
+                await asyncio.wait([request, broken], timeout=END_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+            return request.result() if request.done() and not broken.done() else None
         except EngineRefused:
             raise
         except EngineError as error:
@@ -143,6 +193,41 @@ class EngineClient:
             await asyncio.gather(request, broken, return_exceptions=True)
 
 
+class _Name:
+    """The name of a request at a server, another one for each try. All are equally long: SGLang aborts by the beginning."""
+
+    last = ""
+
+    def fresh(self) -> str:
+        """The next name."""
+        self.last = uuid.uuid4().hex
+        return self.last
+
+
+class _Request:
+    """Where one generation may go, and until when."""
+
+    def __init__(self, session: int, aside: bool, moves: int, deadline: float | None) -> None:
+        self.session, self.aside, self.moves, self._deadline = session, aside, moves, deadline
+        self.failures = 0
+        self.left: Member | None = None  # the slow server that it comes from
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline is over."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def limit_s(self, patience_s: float | None) -> float | None:
+        """Seconds until a server is asked for what it has; None: no bound. What is late already has no deadline any more."""
+        left = None if self._deadline is None or self.late else max(0.0, self._deadline - time.monotonic())
+        return min((each for each in (left, patience_s) if each is not None), default=None)
+
+    def leave(self, member: Member) -> None:
+        """Note that `member` was too slow for it."""
+        self.moves -= 1
+        self.left = member
+
+
 class _Record:
     """The routed experts and top-k tokens of the generation `done`, which gathers them over the answers it takes."""
 
@@ -153,6 +238,7 @@ class _Record:
         self._done = done
         self._routing, self._top_k = (routing, top_k) if wanted else (None, 0)
         self._inputs = len(input_ids)
+        self._url = ""  # of the last server that answered
         self._next = (recorded or 0) + (0 if done.routed_experts is None else len(done.routed_experts))
 
     def wish(self) -> dict[str, Any]:
@@ -162,7 +248,7 @@ class _Record:
 
     def read(self, meta: dict[str, Any], url: str) -> None:
         """Add the record in an answer, whose tokens are in already. Aborted requests that never ran have none."""
-        done = self._done
+        done, self._url = self._done, url
         if self._top_k:
             known = [] if done.top_k is None else [done.top_k]
             fresh = len(done.token_ids) - sum(len(top.ids) for top in known)
@@ -177,11 +263,11 @@ class _Record:
             forget_older(experts, [done.versions[i] if i >= 0 else None for i in after], done.versions[-1])
         self._add(experts)
 
-    def close(self, url: str) -> None:
+    def close(self) -> None:
         """Make the record whole. Raises EngineError where a server that was asked to report experts never did."""
         if self._routing is not None:
             if self._done.routed_experts is None:
-                raise EngineError(f"{url} reports no experts; was it started with --enable-return-routed-experts?")
+                raise EngineError(f"{self._url} reports no experts; was it started with --enable-return-routed-experts?")
             self._add(self._routing.unknown(self._left))
 
     def _add(self, experts: NDArray[np.signedinteger]) -> None:

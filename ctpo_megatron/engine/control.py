@@ -9,6 +9,7 @@ from typing import Any
 from ctpo_megatron.engine.answers import Experts, read_experts
 from ctpo_megatron.engine.fleet import Memory
 from ctpo_megatron.engine.http import Requests
+from ctpo_megatron.engine.load import Load, read_load
 from ctpo_megatron.errors import EngineError, EngineRefused
 from ctpo_megatron.types import RoutingShape
 
@@ -39,6 +40,14 @@ class ServerControl:
     async def abort_all(self, url: str, *, timeout_s: float | None = None) -> None:
         """End all generations where they are: each request is answered with the tokens that it has."""
         await self._requests.post(f"{url}/abort_request", {"abort_all": True}, timeout_s=timeout_s)
+
+    async def abort(self, url: str, rid: str, *, timeout_s: float | None = None) -> None:
+        """End the generation of the request `rid` where it is. One that the server does not know is no error."""
+        await self._requests.post(f"{url}/abort_request", {"rid": rid}, timeout_s=timeout_s)
+
+    async def load(self, url: str, *, timeout_s: float | None = None) -> Load:
+        """How busy the server is."""
+        return read_load(await self._requests.get(f"{url}/v1/loads", timeout_s=timeout_s), url)
 
     async def open_update(self, url: str, *, timeout_s: float | None = None) -> None:
         """Make the server ready to receive weights, while paused. A session that a failed update left open is closed first."""

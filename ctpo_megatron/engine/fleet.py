@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ctpo_megatron.engine.choice import Place, choose
 from ctpo_megatron.errors import AsideLost, EngineError, NoServerLeft
 from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
@@ -65,6 +66,8 @@ class Member:
     reason: str = ""  # why it does not serve
     aside: bool = False  # whether it is kept out of publications
     failures: int = 0
+    in_flight: int = 0  # requests at it
+    limit: int | None = None  # of these; None: no bound
     given_back: frozenset[Memory] = frozenset()  # what it was told to give back, and not yet to take again
 
     @property
@@ -111,6 +114,7 @@ class Fleet:
         self._rejoined = 0
         self._offloaded = False
         self._held = False
+        self.traffic: Callable[[], dict[str, float]] | None = None  # what is measured of the requests
         self._changed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
@@ -238,21 +242,18 @@ class Fleet:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Servers that serve now, those that are set aside, and how many were lost and came back since the run began."""
+        """Servers that serve, those set aside, how many were lost and came back, and what is measured of requests."""
         counts = {"serving": len(self.publishable(State.SERVING)), "aside": sum(each.aside for each in self._members.values())}
         counts |= {"lost": sum(self._lost.values()), "rejoined": self._rejoined}
-        return {f"servers/{name}": float(count) for name, count in counts.items()}
+        traffic = {} if self.traffic is None else self.traffic()
+        return {f"servers/{name}": float(count) for name, count in counts.items()} | traffic
 
-    async def acquire(self, session: int, *, aside: bool = False) -> Lease:
-        """A serving server for a request: always the same for a session while that one serves. `aside`: one that is set aside.
+    async def acquire(self, session: int, left: Member | None = None, *, aside: bool = False) -> Lease:
+        """A serving server for a request, until `done`: always the same for a session while that one serves and has room.
 
-        Waits while none serves. Raises NoServerLeft when none is left, or none has come within `patience_s`, and AsideLost when
-        none is set aside any more.
+        `left`: where the request comes from, because that one was slow. `aside`: one that is set aside. Waits while none serves.
+        Raises NoServerLeft when none is left, or none has come within `patience_s`, and AsideLost when none is set aside now.
         """
-
-        def pool(members: Iterable[Member]) -> list[Member]:
-            return [member for member in members if member.aside == aside]
-
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._until(lambda: not self._held and (aside or self.hopeless or bool(self.publishable(State.SERVING))))
@@ -262,14 +263,19 @@ class Fleet:
             ) from None
         if self.hopeless:
             raise NoServerLeft(f"no inference server is left:\n{self.report()}")
-        known, serving = pool(self._members.values()), pool(self.members(State.SERVING))
-        if not serving:
+        known = [each for each in self._members.values() if each.aside == aside]
+        places = [Place(each.state is State.SERVING, each.in_flight, each.limit, each is left) for each in known]
+        if not any(place.serves for place in places):
             raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")
-        home = known[session % len(known)]
-        member = home if home.state is State.SERVING else serving[session // len(known) % len(serving)]
+        member = known[choose(places, session)]
         if member.version is None:  # `serve` sets both
             raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
+        member.in_flight += 1
         return Lease(member, member.version, member.failures, member.returns)
+
+    def done(self, lease: Lease) -> None:
+        """Note that the request is over."""
+        lease.member.in_flight -= 1
 
     async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
         """Whether tokens that carry `versions` may be used. Where they may not, their server is suspended.

@@ -28,6 +28,7 @@ SHOWN_CHARACTERS = 500  # of an answer, in a message
 LARGE_CHARACTERS = 2**18  # of an answer; decoding fewer takes a millisecond, not much longer than changing threads
 
 Method = Literal["GET", "POST"]
+Body = dict[str, Any] | Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +114,26 @@ class Requests:
         """The decoded answer. Raises EngineError, or EngineRefused, as the module's table says."""
         return await self._request("GET", url, None, timeout_s or self._timeout_s)
 
-    async def post(self, url: str, body: dict[str, Any], *, timeout_s: float | None = None) -> Any:
-        """The decoded answer. Raises EngineError, or EngineRefused, as the module's table says."""
+    async def post(self, url: str, body: Body, *, timeout_s: float | None = None) -> Any:
+        """The decoded answer. Raises EngineError, or EngineRefused, as the module's table says.
+
+        `body` may be a function that makes the body of each try: a server refuses a name of a request that it still knows.
+        """
         return await self._request("POST", url, body, timeout_s or self._timeout_s)
 
-    async def _request(self, method: Method, url: str, body: dict[str, Any] | None, timeout_s: float) -> Any:
+    async def _request(self, method: Method, url: str, body: Body | None, timeout_s: float) -> Any:
         if self._session is None:
             raise EngineError(f"{url} cannot be asked: Requests is used as an async context manager, and was not entered")
-        answer = await ask(self._session, method, url, body, timeout_s)
+        answer = await ask(self._session, method, url, _made(body), timeout_s)
         for attempt in range(RETRIES - 1):
             if isinstance(answer, Answer) or not answer.may_pass:
                 break
             await asyncio.sleep(BACKOFF_S * 2**attempt)
-            answer = await ask(self._session, method, url, body, timeout_s)
+            answer = await ask(self._session, method, url, _made(body), timeout_s)
         if isinstance(answer, Failure):
             raise answer.error
         return answer.value
+
+
+def _made(body: Body | None) -> dict[str, Any] | None:
+    return body() if callable(body) else body

@@ -20,7 +20,7 @@ def open_journal(
 ) -> Journal | None:
     """Returns the journal of a run that begins at training step `step`, None where the configuration wants none.
 
-    `recipes`: of its benchmarks (`jobs.benchmarks.recipes`).
+    `recipes`: of its benchmarks (`jobs.evaluations.recipes`).
     `keep`: whether what is there already belongs to this run; otherwise it is deleted.
     """
     directory = run_dir / "journal"
@@ -34,7 +34,7 @@ def open_journal(
 
 def recipe(config: RunConfig) -> str:
     """Returns a digest of all settings that change what an attempt in training says or is worth, beside weights and prompt."""
-    others = {"group_size", "concurrency", "engine", "retries", "failed_share", "failed_window", "dynamic"}
+    others = {"group_size", "concurrency", "deadline_s", "engine", "retries", "failed_share", "failed_window", "dynamic"}
     settings = {
         "rollout": config.rollout.model_dump(mode="json", exclude=others),
         "chat": config.model.model_dump(mode="json", exclude={"path"}),

@@ -51,6 +51,8 @@ async def open_rollouts(
         request_timeout_s=rollout.engine.request_timeout_s,
         routing=runtime.routing,
         top_k=runtime.config.algorithm.top_k,
+        traffic=rollout.engine.traffic,
+        most=rollout.concurrency,
     )
     try:
         async with client:

@@ -45,7 +45,12 @@ class Pipeline:
         self._admission, self._rollouts, self._config, self._emit = admission, rollouts, config, emit
         self._failures = FailureShare(config.failed_share, config.failed_window)
         self._sampling = Sampling(
-            config.temperature, config.max_turns, config.max_response_tokens, record=True, truncation=config.truncation
+            config.temperature,
+            config.max_turns,
+            config.max_response_tokens,
+            record=True,
+            truncation=config.truncation,
+            deadline_s=config.deadline_s,
         )
 
     async def feed(self) -> None:

@@ -30,6 +30,7 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
         "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in trajectories) / count,
         "rollout/turns": sum(sum(turn.role == "assistant" for turn in t.turns) for t in trajectories) / count,
         "rollout/truncated": sum(t.status is not Status.FINISHED for t in trajectories) / count,
+        "rollout/deadline": sum(t.status is Status.DEADLINE for t in trajectories) / count,
         "rollout/staleness_mean": sum(ages) / max(len(ages), 1),
         "rollout/staleness_max": max(ages, default=0),
         "tool/rate": sum(t.tool_calls > 0 for t in trajectories) / count,

@@ -11,7 +11,6 @@ from ctpo_megatron.models.shape import ModelShape
 # SGLang 0.5.23 with context C takes at most C - 7 tokens of a prompt (`TpModelWorker.get_worker_info`, `validate_input_length`)
 # and ends a generation at C - 2 tokens. A turn, or a generation that goes on after an update, may begin one token before its end.
 RESERVED = 6
-OTHER_MODEL = "--json-model-override-args"
 CONTEXT_FLAG, CACHE_FLAG = "--context-length", "--max-total-tokens"
 
 
@@ -23,11 +22,6 @@ def check_context(
     `of_response`: what the response's limit is called.
     """
     engine = rollout.engine
-    if argument(engine, OTHER_MODEL) is not None:
-        raise ConfigError(
-            f"rollout.engine.extra_args has {OTHER_MODEL}: the servers would read another config.json than the trainer. Write "
-            "what it says into the model's config.json."
-        )
     longest = data.max_prompt_tokens + rollout.max_response_tokens
     asked = f"data.max_prompt_tokens + {of_response} = {data.max_prompt_tokens} + {rollout.max_response_tokens}"
     for limit, name in _limits(shape, engine):

@@ -72,7 +72,8 @@ ROLLOUT = (
     Metric("rollout/sampled_tokens", "tokens", "Tokens that the policy wrote, per trajectory."),
     Metric("rollout/prompt_tokens", "tokens", "Tokens of the prompt, per trajectory."),
     Metric("rollout/turns", "turns", "Turns of the policy, per trajectory."),
-    Metric("rollout/truncated", "share", "Trajectories that a budget of tokens or turns ended."),
+    Metric("rollout/truncated", "share", "Trajectories that a budget of tokens, turns or time ended."),
+    Metric("rollout/deadline", "share", "Trajectories that `rollout.deadline_s` ended."),
     Metric("rollout/staleness_mean", "versions", "How much older than the trained policy the one was that wrote a token."),
     Metric("rollout/staleness_max", "versions", "The same of the oldest token.", MAX),
     Metric("tool/rate", "share", "Trajectories that called the tool."),
@@ -189,6 +190,11 @@ SERVERS = (
     Metric("servers/serving", "servers", "Inference servers that serve after the publication.", LAST),
     Metric("servers/aside", "servers", "Inference servers that keep older weights, for an evaluation beside training.", LAST),
     Metric("servers/lost", "servers", "Losses of servers since the command began.", LAST),
+    Metric("servers/waiting", "requests", "The longest queue of a server that was seen since the last publication.", MAX),
+    Metric("servers/retracted", "requests", "The most that a server had taken back to its queue, its KV cache being full.", MAX),
+    Metric("servers/cache_use", "share", "The most that was seen in use of a server's KV cache.", MAX),
+    Metric("servers/limit", "requests", "What all servers may be sent at a time, where that is bounded.", LAST),
+    Metric("servers/moved", "requests", "Requests that left a slow server for another, since the command began.", LAST),
     Metric("servers/rejoined", "servers", "Returns of servers that were lost, since the command began.", LAST),
 )
 PUBLICATION = (

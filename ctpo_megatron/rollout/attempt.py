@@ -25,7 +25,7 @@ class Attempt:
     prompt_ids: list[int]
     turns: list[Turn] = field(default_factory=list)  # those that are complete
     open: Generation | None = None  # the assistant's turn that is being sampled; None between turns
-    finish: Literal["stop", "length"] | None = None  # why the assistant's last complete turn ended
+    finish: Literal["stop", "length", "deadline"] | None = None  # why the assistant's last complete turn ended
     outputs: list[str] = field(default_factory=list)  # what tools said
     routed_experts: list[NDArray[np.signedinteger]] = field(default_factory=list)  # of all tokens but the last, turn by turn
     status: Status | None = None  # how it ended; its reward may still be open
@@ -70,7 +70,7 @@ class Attempt:
         self.turns.append(Turn("assistant", ids, logp, versions, generation.top_k, generation.supports))
         if generation.routed_experts is not None:  # of the prompt or the tool's text before this turn too
             self.routed_experts.append(generation.routed_experts)
-        self.finish = "length" if generation.finish == "length" else "stop"
+        self.finish = "stop" if generation.finish == "abort" else generation.finish
         self.open = None
 
     def add_tool_turn(self, ids: list[int], output: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 
@@ -41,9 +42,10 @@ class ToolEnvironment:
         from there.
         """
         begun, before = time.monotonic(), attempt.seconds
+        deadline = None if sampling.deadline_s is None else begun + sampling.deadline_s - before
         try:
             if attempt.status is None:
-                attempt.status = await self._play(attempt, session, sampling, note)
+                attempt.status = await self._play(attempt, session, sampling, note, deadline)
             written = [self._chat.decode(turn.token_ids) for turn in attempt.assistant_turns]
             score = await self._reward.score(prompt, "\n".join(written))
         finally:
@@ -64,14 +66,18 @@ class ToolEnvironment:
             routed_experts=np.concatenate(attempt.routed_experts) if attempt.routed_experts else None,
         )
 
-    async def _play(self, attempt: Attempt, session: int, sampling: Sampling, note: Callable[[Attempt], None]) -> Status:
+    async def _play(
+        self, attempt: Attempt, session: int, sampling: Sampling, note: Callable[[Attempt], None], deadline: float | None
+    ) -> Status:
         if sampling.max_turns < 1:
             raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
         while True:
             if not attempt.awaits_tool:
-                await self._assistant_turn(attempt, session, sampling)
+                await self._assistant_turn(attempt, session, sampling, deadline)
             if attempt.finish == "length":
                 return Status.LENGTH
+            if attempt.finish == "deadline":
+                return Status.DEADLINE
             code = None
             if self._tool is not None:
                 code = extract_code(self._chat.decode(attempt.turns[-1].token_ids))
@@ -79,11 +85,16 @@ class ToolEnvironment:
                 return Status.FINISHED
             if len(attempt.assistant_turns) >= sampling.max_turns:
                 return Status.MAX_TURNS
-            if not await self._tool_turn(self._tool, attempt, code, sampling):
+            try:
+                async with asyncio.timeout_at(_on_loop(deadline)):
+                    added = await self._tool_turn(self._tool, attempt, code, sampling)
+            except TimeoutError:
+                return Status.DEADLINE
+            if not added:
                 return Status.LENGTH
             note(attempt)
 
-    async def _assistant_turn(self, attempt: Attempt, session: int, sampling: Sampling) -> None:
+    async def _assistant_turn(self, attempt: Attempt, session: int, sampling: Sampling, deadline: float | None) -> None:
         """Add a turn of the model, or the rest of one that is open."""
         stop, left = self._chat.stop_token_ids, sampling.max_response_tokens - attempt.response_length
         if attempt.open is None:
@@ -97,6 +108,7 @@ class ToolEnvironment:
             stop_token_ids=stop,
             session=session,
             recorded=attempt.recorded if sampling.record else None,
+            **({} if deadline is None else {"deadline": deadline}),
         )
         _check(generation, left, stop)
         attempt.close_turn(generation)
@@ -113,13 +125,18 @@ class ToolEnvironment:
         return True
 
 
+def _on_loop(deadline: float | None) -> float | None:
+    """Returns `deadline`, of `time.monotonic()`, on the clock of the event loop."""
+    return None if deadline is None else asyncio.get_running_loop().time() + deadline - time.monotonic()
+
+
 def _check(generation: Generation, allowed: int, stop: list[int]) -> None:
     """Raise RolloutError where an answer of the engine would make a wrong sample."""
     ids, finish = generation.token_ids, generation.finish
     if not 1 <= len(ids) <= allowed:
         raise RolloutError(f"the engine answered with {len(ids)} tokens; it was asked for 1 to {allowed}")
-    if finish not in ("stop", "length"):
-        raise RolloutError(f"the engine ended a generation with {finish!r}; known: stop, length")
+    if finish not in ("stop", "length", "deadline"):
+        raise RolloutError(f"the engine ended a generation with {finish!r}; known: stop, length, deadline")
     if finish == "length" and len(ids) < allowed:
         raise RolloutError(
             f"the engine ended a generation with 'length' after {len(ids)} of {allowed} tokens: its context or its KV cache is "

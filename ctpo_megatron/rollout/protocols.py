@@ -24,13 +24,15 @@ class Generator(Protocol):
         stop_token_ids: list[int],
         session: int,
         recorded: int | None,
+        deadline: float | None = None,
     ) -> Generation:
         """Continue `input_ids` and what is `done`, which grows part by part and is returned when it is whole.
 
         `max_new_tokens`: with those in `done`. Requests of one `session` share a prefix and should meet the same server.
 
         `recorded`: of so many leading tokens the experts are known already. None: neither experts nor top-k tokens nor the
-        supports of truncated sampling are wanted.
+        supports of truncated sampling are wanted. `deadline`, of `time.monotonic()`: when it ends with what
+        there is, one token at least, for the reason "deadline".
         """
         ...
 
@@ -105,6 +107,7 @@ class Sampling:
     max_response_tokens: int  # after the prompt, tool output included
     record: bool = False  # for training: with what the run collects besides tokens and log-probs
     truncation: Truncation = WHOLE
+    deadline_s: float | None = None  # working time of the whole trajectory; None: no bound
 
 
 class Grader(Protocol):

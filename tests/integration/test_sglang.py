@@ -358,6 +358,31 @@ def test_a_group_that_is_given_up_ends_at_the_server(server: RunningServer, qwen
     asyncio.run(scenario())
 
 
+def test_a_deadline_ends_one_generation(server: RunningServer, qwen3: Path) -> None:
+    """It is answered with what it has, log-probs and all; the others beside it go on. A prompt without a token gets one."""
+
+    async def scenario() -> None:
+        model = load_reference(qwen3)
+        async with publishing(server, model) as (client, publisher):
+            await publisher.publish(17)
+            options = {"max_new_tokens": 1000, "temperature": 1.0, "stop_token_ids": []}
+            beside = asyncio.create_task(client.generate(PROMPT, **options, session=1))
+            late = asyncio.create_task(client.generate(PROMPT, **options, session=0, deadline=time.monotonic() + 0.5))
+            none = await client.generate(PROMPT, **options, session=0, deadline=time.monotonic() - 1)
+            assert (len(none.token_ids), none.finish) == (1, "deadline")
+            generations = [none, await late, await beside]
+            load = await client.control.load(server.url)
+        assert generations[1].finish == "deadline"
+        assert 0 < len(generations[1].token_ids) < 1000
+        assert len(generations[2].token_ids) == 1000
+        assert (load.waiting, load.retracted) == (0, 0)
+        assert 0 <= load.cache_use <= 1
+        for generation in generations:
+            check_against(model, generation, 1.0)
+
+    asyncio.run(scenario())
+
+
 def test_refused_update_is_reported(server: RunningServer, qwen3: Path) -> None:
     """A tensor the model does not have: WeightSyncError with server and bucket, in seconds."""
     sender = server.sender(digests=False)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import itertools
+
 import pytest
 import torch
+
+from ctpo_megatron.config.sglang_options import REFUSED, THRESHOLDS, Option
 
 pytestmark = pytest.mark.integration
 
@@ -33,9 +39,88 @@ def test_attention_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+@pytest.mark.parametrize("dim", [8, 32])
+def test_attention_is_the_same_in_any_part(monkeypatch: pytest.MonkeyPatch, dim: int) -> None:
+    """Decoding and reading, with and without shared key heads, against one sequence after the other."""
+    from ctpo_megatron.engine.sglang import attention
+
+    generator = torch.Generator().manual_seed(dim)
+    cases = [([1] * 9, [3, 60, 40, 2, 50, 700, 8, 9, 701]), ([3, 1, 40, 1, 7], [3, 60, 40, 2, 50])]
+    for heads, key_heads, (new, total), cost in itertools.product((4,), (1, 2, 4), cases, (0, 768)):
+        monkeypatch.setattr(attention, "PART_COST", cost)
+        slots = torch.randperm(len(new) * max(total), generator=generator).view(len(new), -1).int()
+        keys, values = (torch.randn(slots.numel(), key_heads, dim, generator=generator) for _ in range(2))
+        query = torch.randn(sum(new), heads, dim, generator=generator)
+        out, row = torch.full_like(query, torch.nan), 0
+        parts = attention.plan(new, total, slots)
+        assert cost or len(parts) > 1
+        for part in parts:
+            attention.attend(query, keys, values, part, 0.3, out)
+        for n, length, mine in zip(new, total, slots.long(), strict=True):
+            k, v = (each[mine[:length]].repeat_interleave(heads // key_heads, 1).transpose(0, 1) for each in (keys, values))
+            scores = 0.3 * query[row : row + n].transpose(0, 1) @ k.transpose(1, 2)
+            scores.masked_fill_(torch.ones(n, length, dtype=torch.bool).triu(length - n + 1), -torch.inf)
+            torch.testing.assert_close(out[row : row + n], (scores.softmax(-1) @ v).transpose(0, 1), atol=1e-5, rtol=0)
+            row += n
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_operators_are_sglangs() -> None:
+    """In fewer calls, the same numbers to the last places of float32; and SGLang's own form where ours does not fit."""
+    from sglang.srt.layers.activation import SiluAndMul
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+
+    from ctpo_megatron.engine.sglang import operators
+
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    norm = object.__new__(RMSNorm)
+    torch.nn.Module.__init__(norm)
+    norm.weight, norm.variance_epsilon, norm.hidden_size = torch.nn.Parameter(drawn(64)), 1e-6, 64
+    norm.variance_size_override = norm.override_orig_dtype = None
+    norm.fp32_residual = norm.cast_x_before_out_mul = False
+    for x, residual in ((drawn(5, 64), None), (drawn(5, 64), drawn(5, 64)), (drawn(5, 64).bfloat16(), None)):
+        torch.testing.assert_close(operators.rms_norm(norm, x, residual), norm.forward_native(x, residual))
+    silu, x = object.__new__(SiluAndMul), drawn(7, 48)
+    torch.testing.assert_close(operators.silu_and_mul(silu, x), silu.forward_native(x))
+    rotary = object.__new__(RotaryEmbedding)
+    torch.nn.Module.__init__(rotary)
+    rotary.head_size, rotary.is_neox_style, rotary.cos_sin_cache = 16, True, drawn(100, 16)
+    rotary._apply_rotary_emb_wrapped = importlib.import_module(RotaryEmbedding.__module__).apply_rotary_emb
+    for rotary.rotary_dim, rotary.is_neox_style in ((16, True), (16, False), (8, True)):
+        rotary.cos_sin_cache = drawn(100, rotary.rotary_dim)
+        query, key = drawn(6, 96).split([64, 32], dim=-1)
+        given = (torch.tensor([0, 5, 99, 7, 7, 3]), query, key)
+        torch.testing.assert_close(operators.rotary(rotary, *given), rotary.forward_native(*given))
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
 def test_a_record_of_routing_still_wants_cuda() -> None:
     """Should this not fail any more, `engine.sglang.routed` may go."""
     from sglang.srt.mem_cache.pool_host.common import HostTensorAllocator, alloc_with_host_register
 
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         alloc_with_host_register((4,), torch.int32, "cpu", True, HostTensorAllocator())
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_what_is_refused_is_all_that_its_parser_takes_for_it() -> None:
+    """Every other name and every beginning of what is refused is refused too, and no other option is, by its whole name."""
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    actions = {name.removeprefix("--"): action for name, action in parser._option_string_actions.items() if name.startswith("--")}
+    named = {*REFUSED, *THRESHOLDS}
+    assert named <= actions.keys()
+    refused = {name for name, action in actions.items() if action.dest in {actions[each].dest for each in named}}
+    assert refused == named
+    for name in actions:
+        beginnings = [name[:end] for end in range(1, len(name))]
+        taken = [each for each in beginnings if len(parser._get_option_tuples(f"--{each}")) == 1 and each not in actions]
+        for word in [name, *(taken if name in named else [])]:
+            assert bool(list(Option(word, "x").faults)) == (name in named), word

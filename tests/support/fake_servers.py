@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
+from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.checksums import write_digest
 from ctpo_megatron.engine.client import EngineClient
@@ -79,6 +80,7 @@ class FakeServer:
             "/release_memory_occupation": self._sleep,
             "/resume_memory_occupation": self._wake,
             "/model_info": self._info,
+            "/v1/loads": self._loads,
             "/weights_checker": self._checksums,
             "/generate": self._generate,
         }.get(path)
@@ -124,6 +126,9 @@ class FakeServer:
 
     async def _info(self, _body: dict[str, Any]) -> dict[str, Any]:
         return {"weight_version": self.version}
+
+    async def _loads(self, _body: dict[str, Any]) -> dict[str, Any]:
+        return {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0, "token_usage": 0.0}]}
 
     async def _checksums(self, _body: dict[str, Any]) -> dict[str, Any]:
         sums = {name: write_digest(value) for name, value in self.digests.items()}
@@ -204,13 +209,20 @@ def blaming(*urls: str) -> Callable[[FakeServer, dict[str, int]], dict[str, int]
 
 
 @asynccontextmanager
-async def fakes(count: int, **options: Any) -> AsyncIterator[tuple[list[FakeServer], Fleet, EngineClient, list[str]]]:
-    """That many servers that have joined a fleet, a client of it, and a sentence for each event."""
+async def fakes(
+    count: int,
+    *,
+    servers: list[FakeServer] | None = None,
+    traffic: TrafficConfig | None = None,
+    most: int = 1,
+    **options: Any,
+) -> AsyncIterator[tuple[list[FakeServer], Fleet, EngineClient, list[str]]]:
+    """That many servers, or these, that have joined a fleet, a client of it, and a sentence for each event."""
     said: list[str] = []
     async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(FakeServer().serving()) for _ in range(count)]
+        servers = [await stack.enter_async_context(each.serving()) for each in servers or [FakeServer() for _ in range(count)]]
         fleet = Fleet(**{"patience_s": 5.0, "emit": lambda event: said.append(event.sentence)} | options)
         for number, server in enumerate(servers):
             fleet.join(f"server {number}", server.url)
-        client = await stack.enter_async_context(EngineClient(fleet, "key", request_timeout_s=5.0))
+        client = await stack.enter_async_context(EngineClient(fleet, "key", request_timeout_s=5.0, traffic=traffic, most=most))
         yield servers, fleet, client, said

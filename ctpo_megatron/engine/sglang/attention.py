@@ -2,7 +2,7 @@
 
 SGLang's `torch_native` backend calls PyTorch's attention once per sequence and layer, and for a cached prefix computes its
 queries again; for small models that is most of the time. This one gathers keys and values of similarly long sequences into
-one padded tensor and masks the padding.
+one padded tensor and masks the padding, a few parts for a batch: what is padded is read, and with long tails it would be most.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "torch_batched"
 MAX_SCORES = 2**22  # queries x keys of one padded call, per head: bounds its memory
+PART_COST = 768  # padded places that take as long as the calls of one more part: 400 with 5 million parameters, 1,100 with 0.5
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class _Part:
     query_slots: Tensor  # [n] their places in [B * Q]
     keys: Tensor  # [B * K] slots of the KV cache; a padded place repeats the sequence's first slot
     mask: Tensor  # [B, 1, Q, K] bool, True where a query may look
+    bias: Tensor  # the same as what is added to scores, 0 or -inf: made once, and not by each layer
     shape: tuple[int, int]  # B, Q
 
 
 def plan(new_lens: list[int], total_lens: list[int], slots: Tensor) -> list[_Part]:
     """Parts for sequences whose last `new_lens[i]` of `total_lens[i]` tokens are queries, concatenated in order.
 
-    `slots` [N, >= max(total_lens)] holds each sequence's places in the KV cache.
+    `slots` [N, >= max(total_lens)] holds each sequence's places in the KV cache. A part ends where its scores would become too
+    many, or its padding would cost more than one more part.
     """
     starts = [0]
     for length in new_lens:
@@ -46,30 +49,38 @@ def plan(new_lens: list[int], total_lens: list[int], slots: Tensor) -> list[_Par
     order = sorted(range(len(new_lens)), key=lambda i: (new_lens[i], total_lens[i]))
     parts: list[_Part] = []
     members: list[int] = []
+    real = most_queries = most_keys = 0
     for i in order:
-        queries = max(new_lens[j] for j in [*members[-1:], i])
-        keys = max([total_lens[j] for j in members] + [total_lens[i]])
-        if members and (len(members) + 1) * queries * keys > MAX_SCORES:
+        queries, keys = max(most_queries, new_lens[i]), max(most_keys, total_lens[i])
+        count, places = len(members) + 1, real + new_lens[i] + total_lens[i]
+        if members and (count * queries * keys > MAX_SCORES or count * (queries + keys) - places > PART_COST):
             parts.append(_part(members, starts, new_lens, total_lens, slots))
-            members = []
+            members, queries, keys, places = [], new_lens[i], total_lens[i], new_lens[i] + total_lens[i]
         members.append(i)
+        real, most_queries, most_keys = places, queries, keys
     parts.append(_part(members, starts, new_lens, total_lens, slots))
     return parts
 
 
 def _part(members: list[int], starts: list[int], new_lens: list[int], total_lens: list[int], slots: Tensor) -> _Part:
     new, total = torch.tensor([new_lens[i] for i in members]), torch.tensor([total_lens[i] for i in members])
-    queries, keys = int(new.max()), int(total.max())
+    queries, keys = max(new_lens[i] for i in members), max(total_lens[i] for i in members)
     place, query = torch.arange(keys), torch.arange(queries)
-    position = (total - new)[:, None] + query  # [B, Q] of each query in its sequence
-    real = query < new[:, None]  # [B, Q]
-    first = torch.tensor([starts[i] for i in members])
+    there = place < total[:, None]  # [B, K]
     mine = slots[torch.tensor(members), :keys]
+    first = torch.tensor([starts[i] for i in members])
+    if queries == 1:  # as in every step but those that read prompts; made for each of them, so with few calls
+        rows, places, mask = first, torch.arange(len(members)), there[:, None, None]
+    else:
+        real = query < new[:, None]  # [B, Q]
+        rows, places = (first[:, None] + query)[real], real.flatten().nonzero().squeeze(-1)
+        mask = (place <= ((total - new)[:, None] + query)[..., None])[:, None]
     return _Part(
-        query_rows=(first[:, None] + query)[real],
-        query_slots=real.flatten().nonzero().squeeze(-1),
-        keys=torch.where(place < total[:, None], mine, mine[:, :1]).long().flatten(),
-        mask=(place <= position[..., None])[:, None],
+        query_rows=rows,
+        query_slots=places,
+        keys=torch.where(there, mine, mine[:, :1]).flatten(),
+        mask=mask,
+        bias=torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf),
         shape=(len(members), queries),
     )
 
@@ -107,19 +118,38 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         q = q.reshape(-1, heads, dim)
         out = torch.empty_like(q)
         for part in self._parts:
-            count, queries = part.shape
-            padded = q.new_zeros(count * queries, heads, dim)
-            padded[part.query_slots] = q[part.query_rows]
-            answer = scaled_dot_product_attention(
-                padded.view(count, queries, heads, dim).transpose(1, 2),
-                _gather(all_keys, part).to(q.dtype),
-                _gather(all_values, part).to(q.dtype),
-                attn_mask=part.mask,
-                scale=layer.scaling,
-                enable_gqa=heads != layer.tp_k_head_num,
-            )
-            out[part.query_rows] = answer.transpose(1, 2).reshape(count * queries, heads, dim)[part.query_slots]
+            attend(q, all_keys, all_values, part, layer.scaling, out)
         return out.view(-1, heads * dim)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float, out: Tensor) -> None:
+    """Write into `out`, shaped as q [T, heads, dim], what the queries of `part` see in the cache [slots, key heads, dim]."""
+    mine = _attend_last if part.shape[1] == 1 else _attend_padded
+    mine(q, _gather(keys, part).to(q.dtype), _gather(values, part).to(q.dtype), part, scale, out)
+
+
+def _attend_last(q: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float, out: Tensor) -> None:
+    """One query of each sequence. The query heads of a key head stand as queries of it: nothing is repeated for them."""
+    count, key_heads, dim = keys.shape[0], keys.shape[1], q.shape[-1]
+    mine = q.index_select(0, part.query_rows).view(count, key_heads, -1, dim)
+    answer = scaled_dot_product_attention(mine, keys, values, attn_mask=part.bias.to(q.dtype), scale=scale)
+    out.index_copy_(0, part.query_rows, answer.reshape(count, -1, dim))
+
+
+def _attend_padded(q: Tensor, keys: Tensor, values: Tensor, part: _Part, scale: float, out: Tensor) -> None:
+    """Any number of queries of each sequence, padded."""
+    (count, queries), (heads, dim) = part.shape, q.shape[1:]
+    padded = q.new_zeros(count * queries, heads, dim)
+    padded[part.query_slots] = q[part.query_rows]
+    answer = scaled_dot_product_attention(
+        padded.view(count, queries, heads, dim).transpose(1, 2),
+        keys,
+        values,
+        attn_mask=part.bias.to(q.dtype),
+        scale=scale,
+        enable_gqa=heads != keys.shape[1],
+    )
+    out[part.query_rows] = answer.transpose(1, 2).reshape(count * queries, heads, dim)[part.query_slots]
 
 
 def _gather(cache: Tensor, part: _Part) -> Tensor:

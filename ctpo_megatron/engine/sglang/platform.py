@@ -10,6 +10,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+DISPATCH_KEY = "native"
+
 
 def activate() -> str | None:
     """Dotted name of the platform class where torch sees no CUDA device, None where SGLang's own platform serves."""
@@ -27,7 +29,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_dispatch_key_name(self) -> str:
         """The key under which SGLang's layers find their plain PyTorch methods, `forward_native`."""
-        return "native"
+        return DISPATCH_KEY
 
     def is_pin_memory_available(self, device: torch.device | None = None) -> bool:
         """False: there is no device to pin memory for."""

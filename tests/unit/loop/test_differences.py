@@ -42,7 +42,7 @@ def differences(*overrides: str) -> dict[str, Difference]:
         ("rollout.tool=null", "applies", "rollout.tool: {type: python, timeout_s: 10"),
         ("algorithm.objective.type=grpo", "applies", "algorithm.objective: {type: ctpo, ratio: cumulative"),
         ("algorithm.reference.coeff=0.5", "applies", "algorithm.reference: null in the checkpoint, {coeff: 0.5"),
-        ("rollout.engine.extra_args=[--a, b]", "applies", 'rollout.engine.extra_args: [] in the checkpoint, ["--a", "b"] now'),
+        ("rollout.engine.extra_args=[--x, b]", "applies", 'rollout.engine.extra_args: [] in the checkpoint, ["--x", "b"] now'),
         ("sft.steps=3", "none", "has no effect on a resume: it belongs to `ctpo sft`"),
         ("eval.prompts=5", "applies", "not of the same evaluation"),
         ("model.path=elsewhere", "applies", "model.path: runs/quickstart/sft/model in the checkpoint, elsewhere now"),

@@ -16,6 +16,7 @@ from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
+from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.loop.admission import Admission
@@ -127,10 +128,11 @@ def published() -> set[str]:
     async def scenario() -> set[str]:
         shape = parse_config(MODEL)
         proof = Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
-        async with fakes(1) as (servers, fleet, client, _):
+        async with fakes(1, traffic=TrafficConfig(per_server=4, look_s=60.0)) as (servers, fleet, client, _):
             trainer = FakeTrainer(servers, list(proof.layout.tensors))
             publisher = WeightPublisher(fleet, client.control, trainer, proof, api_key="key", timeout_s=5.0, release=True)
             names = set(await publisher.publish(1))
+            await client.traffic.look()
             await publisher.offload()
             return names | set(await publisher.publish(2))
 

@@ -1,0 +1,288 @@
+"""How many requests a server is sent, which one a request goes to, and when it leaves a slow one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctpo_megatron.config.traffic import MovingConfig, TrafficConfig
+from ctpo_megatron.engine.choice import Place, choose
+from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.engine.fleet import Fleet, State
+from ctpo_megatron.engine.gate import Gate
+from ctpo_megatron.engine.load import START, Load, next_limit, read_load
+from ctpo_megatron.engine.pace import ENOUGH, Pace
+from ctpo_megatron.errors import AsideLost, EngineError
+from tests.support.fake_servers import FakeServer, fakes
+
+PLACES = st.lists(
+    st.builds(Place, st.booleans(), st.integers(0, 9), st.none() | st.integers(1, 9), st.booleans()), min_size=1, max_size=6
+)
+LOADS = st.builds(Load, st.integers(0, 99), st.integers(0, 3), st.integers(0, 1), st.floats(0, 1))
+
+
+@given(PLACES, st.integers(0, 1000))
+def test_choice(places: list[Place], session: int) -> None:
+    """It serves; it is home where home serves and has room; it has room where any has, and is no server that was left for it."""
+    if not any(place.serves for place in places):
+        with pytest.raises(ValueError, match="no server serves"):
+            choose(places, session)
+        return
+    chosen, home = places[choose(places, session)], places[session % len(places)]
+    assert chosen.serves
+    if home.serves and home.has_room and not home.left:
+        assert chosen is home
+    others = [place for place in places if place.serves and not place.left]
+    assert not (chosen.left and others)
+    assert chosen.has_room or not any(place.has_room for place in others)
+
+
+@given(st.none() | st.integers(1, 64), st.integers(0, 64), LOADS, st.integers(1, 64))
+def test_limit(limit: int | None, in_flight: int, load: Load, most: int) -> None:
+    """Between 1 and the most; it never grows with a crowded server, and grows only where it was reached."""
+    found, before = next_limit(limit, in_flight, load, most), min(START if limit is None else limit, most)
+    assert 1 <= found <= most
+    if load.crowded:
+        assert found <= min(before, max(1, 0.8 * in_flight))
+    elif in_flight < before:
+        assert found == before
+    else:
+        assert found == min(most, before + max(1, before // 20))
+
+
+def test_a_limit_settles_near_what_a_server_takes() -> None:
+    """A server that has room for 40 and queues the rest, always asked for more."""
+    limit, seen = None, []
+    for _ in range(200):
+        in_flight = limit or START
+        limit = next_limit(limit, in_flight, Load(min(40, in_flight), max(0, in_flight - 40), 0, 0.5), 500)
+        seen.append(limit)
+    assert all(30 <= each <= 43 for each in seen[60:]), seen
+
+
+@given(st.lists(st.integers(-1, 4), max_size=60))
+def test_gate(steps: list[int]) -> None:
+    """Nobody comes in above the bound, nobody waits while there is room, and those who gave up are forgotten."""
+
+    async def scenario() -> None:
+        gate, limit, inside = Gate(1), 1, 0
+        tasks: list[asyncio.Task[None]] = []
+
+        async def one() -> None:
+            nonlocal inside
+            async with gate.passing():
+                inside += 1
+                try:
+                    await asyncio.sleep(3600)
+                finally:
+                    inside -= 1
+
+        for step in steps:
+            before = inside
+            if step > 1:
+                limit = step - 1
+                gate.set_limit(limit)
+            elif step == 1:
+                tasks.append(asyncio.create_task(one()))
+            elif tasks:
+                tasks.pop(0 if step else -1).cancel()
+            for _ in range(8):
+                await asyncio.sleep(0)
+            assert inside <= max(limit, before)
+            assert inside == len(tasks) or inside >= limit
+            assert gate.waiting == len(tasks) - inside
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (inside, gate.waiting) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+def test_patience() -> None:
+    """By the others' median: neither one slow answer nor the server's own slowness counts, nor few answers."""
+    pace = Pace(factor=4.0, least_s=1.0)
+    for server, seconds in (("a", 0.1), ("b", 0.2), ("slow", 5.0)):
+        assert pace.patience_s("slow", 100, ["a", "b", "slow"]) is None
+        for _ in range(ENOUGH - 1):
+            pace.answered(server, 10, seconds * 10)
+    for server in ("a", "b", "slow"):
+        pace.answered(server, 1, 1000.0)
+    assert pace.patience_s("slow", 100, ["a", "b", "slow"]) == pytest.approx(4 * 0.15 * 100)
+    assert pace.patience_s("slow", 1, ["a", "slow"]) == 1.0
+    assert pace.patience_s("a", 10, ["a"]) is None
+    pace.answered("a", 0, 1.0)  # aborted before it ran
+
+
+def test_loads_are_read_with_suspicion() -> None:
+    rank = {"num_running_reqs": 3, "num_waiting_reqs": 1, "token_usage": 0.25}
+    assert read_load({"loads": [rank, rank | {"queues": {"retracted": 2}}]}, "http://a") == Load(6, 2, 2, 0.25)
+    for answer in ({}, [], {"loads": [{}]}, {"loads": []}, {"loads": [rank | {"token_usage": None}]}, "no"):
+        with pytest.raises(EngineError, match="http://a/v1/loads gave no loads"):
+            read_load(answer, "http://a")
+
+
+async def ask(client: EngineClient, tokens: int = 8, session: int = 0, seconds: float | None = None, **options: Any):
+    options["deadline"] = None if seconds is None else time.monotonic() + seconds
+    return await client.generate([1, 2], max_new_tokens=tokens, temperature=1.0, stop_token_ids=[], session=session, **options)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+class Slow(FakeServer):
+    """Gives one token when it is asked to end, and else nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(tokens=1)
+        self.hold = asyncio.Event()
+        self.faults["/abort_request"] = lambda: (self.hold and self.hold.set(), web.json_response({}))[1]
+
+
+def test_a_request_leaves_a_slow_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on elsewhere from the token in hand; the slow server was told by name; one that says nothing loses nothing else."""
+
+    async def scenario(*, silent: bool) -> None:
+        config = TrafficConfig(look_s=0.05, moving=MovingConfig(factor=2.0, least_s=0.1))
+        async with fakes(2, servers=[Slow(), FakeServer()], traffic=config) as ((slow, quick), fleet, client, _):
+            if silent:
+                slow.faults["/abort_request"] = lambda: web.json_response({})
+            fleet.serve(fleet.members(State.JOINING), 0)
+            for _ in range(ENOUGH):
+                await ask(client, session=1)
+            answered = len(quick.generations)
+            done = await ask(client)
+            assert (len(done.token_ids), done.finish, done.versions) == (8, "length", [0] * 8)
+            first = quick.generations[answered]
+            assert first["input_ids"] == ([1, 2] if silent else [1, 2, 1])
+            assert first["sampling_params"]["max_new_tokens"] == (8 if silent else 7)
+            assert slow.calls.count("/abort_request") == 1
+            assert len(slow.generations) == 1
+            assert fleet.metrics()["servers/moved"] == 1
+            assert all(member.in_flight == 0 for member in fleet.members(*State))
+            assert fleet.members(State.SUSPENDED) == []
+
+    monkeypatch.setattr("ctpo_megatron.engine.client.END_TIMEOUT_S", 0.2)
+    asyncio.run(scenario(silent=False))
+    asyncio.run(scenario(silent=True))
+
+
+def test_a_deadline_keeps_what_there_is() -> None:
+    """The server is asked for it; where there is nothing yet, one token is waited for. What ends by itself is not marked."""
+
+    async def scenario() -> None:
+        async with fakes(1, servers=[Slow()]) as ((slow,), fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            done = await ask(client, seconds=0.1)
+            assert (len(done.token_ids), done.finish) == (1, "deadline")
+            assert slow.calls.count("/abort_request") == 1
+            late = await ask(client, seconds=-1.0)
+            assert (len(late.token_ids), late.finish) == (1, "deadline")
+            assert slow.generations[-1]["sampling_params"]["max_new_tokens"] == 1
+            assert (await ask(client, tokens=3, seconds=60.0)).finish == "length"
+
+    asyncio.run(scenario())
+
+
+def test_what_servers_say_bounds_what_they_are_sent() -> None:
+    """With one that has a queue the next requests wait here, and go on as others end."""
+
+    async def scenario() -> None:
+        load = {"num_running_reqs": 9, "num_waiting_reqs": 4, "token_usage": 0.5}
+        server = FakeServer()
+        server.hold = asyncio.Event()
+        server.faults["/v1/loads"] = lambda: web.json_response({"loads": [load]})
+        async with fakes(1, servers=[server], traffic=TrafficConfig(per_server="auto", look_s=60.0), most=100) as (
+            _,
+            fleet,
+            client,
+            _,
+        ):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            running = [asyncio.ensure_future(ask(client, tokens=1, session=number)) for number in range(10)]
+            while len(server.generations) < 10:
+                await asyncio.sleep(0.01)
+            await client.traffic.look()
+            assert fleet.members(State.SERVING)[0].limit == 8
+            late = asyncio.ensure_future(ask(client, tokens=1))
+            await asyncio.sleep(0.2)
+            assert len(server.generations) == 10
+            server.hold.set()
+            await asyncio.gather(late, *running)
+            assert len(server.generations) == 11
+            metrics = fleet.metrics()
+            assert (metrics["servers/waiting"], metrics["servers/limit"], metrics["servers/cache_use"]) == (4, 8, 0.5)
+            assert "servers/waiting" not in fleet.metrics(), "nothing was seen since"
+
+    asyncio.run(scenario())
+
+
+def test_each_pool_has_its_bounds() -> None:
+    """From the first request on, and while no server serves: neither training nor an evaluation beside it sends one too many."""
+
+    async def scenario() -> None:
+        servers = [FakeServer(), FakeServer()]
+        for each in servers:
+            each.hold = asyncio.Event()
+        async with fakes(2, servers=servers, traffic=TrafficConfig(per_server=2, look_s=60.0)) as (_, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            assert fleet.set_aside(1) == 1
+            running = [asyncio.ensure_future(ask(client, tokens=1, session=each)) for each in range(6)]
+            beside = [asyncio.ensure_future(ask(client, tokens=1, session=each, aside=True)) for each in range(3)]
+            await until(lambda: [len(each.generations) for each in servers] == [2, 2])
+            fleet.update(fleet.publishable(State.SERVING))
+            running.append(asyncio.ensure_future(ask(client, tokens=1)))
+            await client.traffic.look()
+            await asyncio.sleep(0.1)
+            fleet.serve(fleet.publishable(State.UPDATING), 0)
+            await asyncio.sleep(0.1)
+            assert [len(each.generations) for each in servers] == [2, 2]
+            assert [each.in_flight for each in fleet.members(State.SERVING)] == [2, 2]
+            for each in servers:
+                each.hold.set()
+            await asyncio.gather(*running, *beside)
+            assert [len(each.generations) for each in servers] == [7, 3]
+
+    asyncio.run(scenario())
+
+
+def test_those_who_wait_hear_that_no_server_is_aside() -> None:
+    async def scenario() -> None:
+        servers = [FakeServer(), FakeServer()]
+        servers[1].hold = asyncio.Event()
+        async with fakes(2, servers=servers, traffic=TrafficConfig(per_server=1)) as (_, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            fleet.set_aside(1)
+            beside = [asyncio.ensure_future(ask(client, session=each, aside=True)) for each in range(3)]
+            await until(lambda: bool(servers[1].generations))
+            fleet.suspend(fleet.members(State.SERVING)[1], "it failed")
+            async with asyncio.timeout(10):
+                for failed in await asyncio.gather(*beside, return_exceptions=True):
+                    assert isinstance(failed, AsideLost)
+
+    asyncio.run(scenario())
+
+
+def test_no_limit_no_bound() -> None:
+    """A fleet of which nothing is said lets everything pass."""
+
+    async def scenario() -> None:
+        fleet = Fleet(patience_s=1)
+        fleet.serve([fleet.join(str(number), f"http://{number}") for number in range(2)], 0)
+        leases = [await fleet.acquire(4) for _ in range(100)]
+        assert {lease.member.name for lease in leases} == {"0"}
+        for lease in leases:
+            fleet.done(lease)
+        assert [member.in_flight for member in fleet.members(State.SERVING)] == [0, 0]
+
+    asyncio.run(scenario())
