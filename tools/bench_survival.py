@@ -45,7 +45,7 @@ from ctpo_megatron.jobs.train import train_job
 from ctpo_megatron.record.files import GrowingFile
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.types import Trajectory
+from ctpo_megatron.types import Composition, Trajectory
 
 MOST = 0.01  # of a step
 SETTLE_S = 1.5  # after the watch was switched
@@ -87,6 +87,16 @@ class Mark:
     journal: Seconds
 
 
+class Inside(threading.local):
+    """Seconds of what was timed within something else that is timed, in this thread."""
+
+    wall = 0.0
+    cpu = 0.0
+
+
+STANDING = ("note", "write", "publication", "decision")  # the event loop waits for them; not for a sync
+
+
 @dataclass
 class Switch:
     """Whether journal and watch do their work, and what was seen of it. `journal`: seconds and counts so far."""
@@ -94,15 +104,20 @@ class Switch:
     on: bool = True
     marks: list[Mark] = field(default_factory=list)
     journal: Seconds = field(default_factory=lambda: defaultdict(float))
+    _inside: Inside = field(default_factory=Inside)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Time something that the journal does; for all but syncs the event loop stands still."""
+        """Time something that the journal does, without what is timed within it."""
+        inside = self._inside
+        before, inside.wall, inside.cpu = (inside.wall, inside.cpu), 0.0, 0.0
         wall, cpu = time.perf_counter(), time.thread_time()
         yield
-        cpu = time.thread_time() - cpu
-        self.add({what: 1, f"{what} wall": time.perf_counter() - wall, f"{what} cpu": cpu, "cpu": cpu})
+        cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
+        own = cpu - inside.cpu
+        self.add({what: 1, f"{what} wall": wall - inside.wall, f"{what} cpu": own, "cpu": own})
+        inside.wall, inside.cpu = before[0] + wall, before[1] + cpu
 
     def add(self, spent: Seconds) -> None:
         """Count what the journal did."""
@@ -137,6 +152,17 @@ def switched(switch: Switch) -> Iterator[None]:
             if switch.on:
                 with switch.timed("note"):
                     super().note(kept)
+
+        def decided(self, made: Composition) -> None:
+            with switch.timed("decision"):
+                super().decided(made)
+
+        def _write(self) -> None:
+            if not self._noted:  # by far most of what `find` asks for
+                super()._write()
+                return
+            with switch.timed("write"):  # of what was noted, whenever that is
+                super()._write()
 
         async def sync(self) -> None:
             if switch.on:
@@ -201,8 +227,7 @@ def costs(idle_rows: dict[bool, list[Seconds]], rows: list[dict[str, Any]]) -> d
     watch = sum(watch_of(idle_rows).values())
     journal = sum(row["journal"].get("cpu", 0.0) for row in with_all)
     standing, standing_cpu = (
-        sum(row["journal"].get(f"{what} {unit}", 0.0) for row in with_all for what in ("note", "publication"))
-        for unit in ("wall", "cpu")
+        sum(row["journal"].get(f"{what} {unit}", 0.0) for row in with_all for what in STANDING) for unit in ("wall", "cpu")
     )
     cores = os.cpu_count() or 1
     return {
@@ -233,14 +258,16 @@ def show(idle_rows: dict[bool, list[Seconds]], rows: list[dict[str, Any]], conso
         both = (statistics.median(row[kind] for row in idle_rows[on]) for on in (True, False))
         shown.add_row(kind, *(f"{1000 * each:.2f}" for each in both), f"{1000 * own:.2f}")
     console.print(shown)
-    of_each = [f"{what} {unit}ms" for what in ("note", "sync") for unit in ("", "CPU ")]
-    shown = Table("journal, watch", "s", "CPU s", "tokens", "notes", "syncs", *of_each, title="Training: each step")
+    often = ("note", "write", "sync")
+    of_each = [f"{what} {unit}ms" for what in often for unit in ("", "CPU ")]
+    counted = [f"{what}s" for what in often]
+    shown = Table("journal, watch", "s", "CPU s", "tokens", *counted, *of_each, title="Training: each step")
     for row in rows:
         spent = row["journal"]
-        counts = [f"{spent.get(what, 0):.0f}" for what in ("note", "sync")]
+        counts = [f"{spent.get(what, 0):.0f}" for what in often]
         times = [
             f"{1000 * spent.get(f'{what} {unit}', 0.0) / max(spent.get(what, 0), 1):.3f}"
-            for what in ("note", "sync")
+            for what in often
             for unit in ("wall", "cpu")
         ]
         cpu = f"{sum(row['cpu'].values()):.2f}"

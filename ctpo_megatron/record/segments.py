@@ -53,34 +53,55 @@ class SegmentWriter:
         self.path: Path | None = None
         self._file: GrowingFile | None = None
         self._size = 0
+        self._added: list[bytes] = []  # and not written yet
+        self._ended: list[GrowingFile] = []  # segments of which something may not be on the disk
 
-    def append(self, payload: bytes) -> Place:
-        """Add a record; other processes see it at once. Raises StorageError, and leaves the file as it was."""
+    def add(self, payload: bytes) -> Place:
+        """Take up a record, to be written with those before it by `write`; returns where it will be."""
         if self._file is None or self.path is None:
             self._begin()
-        assert self._file is not None
         assert self.path is not None
-        self._file.append(_HEAD.pack(len(payload), zlib.crc32(payload)) + payload)
+        self._added += (_HEAD.pack(len(payload), zlib.crc32(payload)), payload)
         place = Place(self.path, self._size + _HEAD.size, len(payload))
         self._size += _HEAD.size + len(payload)
         return place
 
-    def _begin(self) -> None:
-        path = self._directory / f"{self._last + 1:08d}{SUFFIX}"
-        file = GrowingFile(path, self._through, beside=True)
-        file.append(MAGIC)
-        self._last += 1
-        self.path, self._file, self._size = path, file, len(MAGIC)
+    def write(self) -> None:
+        """Write all that was added, at one go; other processes see it at once.
 
-    @property
-    def file(self) -> GrowingFile | None:
-        """The segment that the last record went to; None where the next one begins another."""
-        return self._file
+        Raises StorageError, and leaves the file as it was; the next call tries again, in the same order.
+        """
+        if self._added:
+            assert self._file is not None
+            self._file.append(b"".join(self._added))
+            self._added = []
+
+    def append(self, payload: bytes) -> Place:
+        """`add` and `write`."""
+        place = self.add(payload)
+        self.write()
+        return place
+
+    def _begin(self) -> None:
+        self._last += 1
+        self.path = self._directory / f"{self._last:08d}{SUFFIX}"
+        self._file = GrowingFile(self.path, self._through, beside=True)
+        self._added, self._size = [MAGIC], len(MAGIC)
+
+    def unsynced(self) -> list[GrowingFile]:
+        """Returns the segments, the oldest first, that have to be synced so that all that was written outlives the host."""
+        return self._ended if self._file is None else [*self._ended, self._file]
+
+    def synced(self, files: list[GrowingFile]) -> None:
+        """Note that `files` were."""
+        self._ended = [file for file in self._ended if file not in files]
 
     def end(self) -> None:
-        """Let the next record begin another segment. Safe to call twice."""
+        """Write what was added, and let the next record begin another segment. Safe to call twice. Raises StorageError."""
+        self.write()
         if self._file is not None:
             self._file.close()
+            self._ended.append(self._file)
         self._file, self.path = None, None
 
 

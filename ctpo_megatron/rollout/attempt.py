@@ -7,7 +7,7 @@ The turn that the assistant is in is `open`: it grows part by part, each token w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -63,6 +63,15 @@ class Attempt:
         """The policy versions that sampled its tokens, those of the open turn included."""
         found = {version for turn in self.assistant_turns for version in turn.versions}
         return found | set(self.open.versions if self.open else [])
+
+    def copy(self) -> Attempt:
+        """Returns it as it is now: what is added to this one later does not show there."""
+        begun = self.open
+        if begun is not None:
+            streams = {name: getattr(begun, name).copy() for name in ("token_ids", "rollout_logp", "versions")}
+            begun = replace(begun, **streams)
+        turns, outputs, experts = self.turns.copy(), self.outputs.copy(), self.routed_experts.copy()
+        return replace(self, turns=turns, outputs=outputs, routed_experts=experts, open=begun)
 
     def close_turn(self, generation: Generation) -> None:
         """Make the open turn a complete one: `generation` is all of it."""

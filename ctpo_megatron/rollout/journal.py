@@ -1,8 +1,13 @@
 """What attempts have said, on disk, so that no generation is paid for twice: RUN_DIR/journal.
 
 Each record is an attempt as it was: after a tool's turn, where it was interrupted, or judged at its end; the newest one of an
-attempt counts. A process that is killed loses what it had not noted; a host that goes down loses what was not synced, which is
-what came after the last whole group.
+attempt counts. What is noted within `GATHER_S` is encoded and written together: a record alone finds the processor's caches full
+of other work, and pays the system calls of a write for itself. `find`, `sync`, `forget` and `close` have it written first, so
+nobody sees a difference, and a group is on disk before anybody uses it. Which weights were published and how a step is made is
+written at once, behind all that was noted before: these records are few, and what the run does next rests on them.
+
+A process that is killed loses what it had not noted, and what it noted within the last `GATHER_S`, or since its event loop was
+last free if that is longer. A host that goes down loses what was not synced, which is what came after the last whole group.
 
 An attempt may be used again while the policy versions that sampled it are the ones that the run has, or comes to have again. That
 is told by digests of the weights: where a run goes back to version v, what v sampled is good; what later versions sampled is good
@@ -13,6 +18,7 @@ good in the same way.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +30,9 @@ import msgspec
 import numpy as np
 
 from ctpo_megatron.errors import storing
+from ctpo_megatron.record.deferred import Deferred
 from ctpo_megatron.record.events import Emit, discard
+from ctpo_megatron.record.files import GrowingFile
 from ctpo_megatron.record.run_events import JournalCut, JournalRead
 from ctpo_megatron.record.segments import MAGIC, Place, SegmentWriter, cut, read_segment, segments
 from ctpo_megatron.record.storage import Storage
@@ -32,6 +40,7 @@ from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.plans import Plans
 from ctpo_megatron.types import AttemptId, Composition, Fate, Prompt, Trajectory
 
+GATHER_S = 0.1  # how long what is noted may wait for more of its kind
 REMEMBERED = 64  # versions of the weights that a new segment begins with; more than any staleness
 
 
@@ -80,6 +89,8 @@ class Journal:
         self._directory, self._recipe, self._recipes, self._emit = directory, recipe, recipes, emit
         self._storage = storage or Storage()
         self._writer = SegmentWriter(directory, self._storage.write)
+        self._noted: deque[Attempt | Trajectory] = deque()  # and not encoded yet
+        self._writing = Deferred(self._write, GATHER_S)
         self._kept: dict[AttemptId, _Kept] = {}
         self._weights: dict[int, str] = {}
         self._plans = Plans()
@@ -88,31 +99,51 @@ class Journal:
         self.go_back(step)
 
     def go_back(self, step: int) -> None:
-        """Note that the run goes on at training step `step`: later versions of the weights are to be made again."""
+        """Note that the run goes on at training step `step`: later versions of the weights are to be made again.
+
+        Raises StorageError.
+        """
+        self._writing.now()
         self._weights = {version: digest for version, digest in self._weights.items() if version < step}
 
     def published(self, version: int, digest: str) -> None:
         """Note which weights `version` is. Raises StorageError."""
+        self._writing.now()
         self._weights[version] = digest
         self._plans.published(version, digest)
         self._append(_Record(self._recipe, {version: digest}))
         self._wake()
 
     def note(self, kept: Attempt | Trajectory) -> None:
-        """Keep an attempt as it is now. Raises StorageError."""
+        """Keep an attempt as it is now; a trajectory is not changed any more.
+
+        Raises StorageError, as does whatever comes next, where what was noted before could not be written.
+        """
+        self._noted.append(kept if isinstance(kept, Trajectory) else kept.copy())
+        self._writing.want()
+
+    def _write(self) -> None:
+        """Write what was noted. What raises an error stays, and is first the next time."""
+        while self._noted:
+            self._take_up(self._noted[0])
+            self._noted.popleft()
+        self._writer.write()
+
+    def _take_up(self, kept: Attempt | Trajectory) -> None:
         known = self._kept.setdefault(kept.id, _Kept())
         weights = {version: self._weights[version] for version in _versions(kept) if version in self._weights}
         if isinstance(kept, Trajectory):
-            known.places, known.turns = [self._append(_Record(self._recipe_of(kept.id), weights, trajectory=kept))], 0
+            known.places, known.turns = [self._add(_Record(self._recipe_of(kept.id), weights, trajectory=kept))], 0
             known.whole = True
             return
         experts = sum(turn.role == "assistant" for turn in kept.turns[: known.turns])
         fresh = replace(kept, turns=kept.turns[known.turns :], routed_experts=kept.routed_experts[experts:])
-        known.places.append(self._append(_Record(self._recipe_of(kept.id), weights, fresh, known.turns)))
+        known.places.append(self._add(_Record(self._recipe_of(kept.id), weights, fresh, known.turns)))
         known.turns = len(kept.turns)
 
     def decided(self, made: Composition) -> None:
         """Keep how a step is made (`loop.protocols.Decisions`). Raises StorageError."""
+        self._writing.now()
         digest = self._weights.get(made.step, "")
         self._plans.add(made, digest, self._append(_Record(self._recipe, {made.step: digest}, composition=made)))
 
@@ -131,6 +162,7 @@ class Journal:
 
     async def find(self, attempt: AttemptId, prompt: Prompt, prompt_ids: list[int]) -> Attempt | Trajectory | None:
         """Returns what is kept of an attempt (`protocols.AttemptStore.find`)."""
+        self._writing.now()
         known = self._kept.get(attempt)
         if known is None:
             return None
@@ -166,15 +198,16 @@ class Journal:
         published.set()
 
     def count(self) -> tuple[int, int]:
-        """Returns how many attempts are kept whole, and how many are not."""
+        """Returns how many attempts are kept whole, and how many are not; of those that are written."""
         whole = sum(kept.whole for kept in self._kept.values())
         return whole, len(self._kept) - whole
 
     def forget(self, group: int, step: int) -> None:
         """Drop segments in which all is older than `group`, or than the evaluation after `step`; begin a new one.
 
-        Nothing that a checkpoint could go back to may be older.
+        Nothing that a checkpoint could go back to may be older. Raises StorageError.
         """
+        self._writing.now()
         self._writer.end()
         self._kept = {key: kept for key, kept in self._kept.items() if not _older(key, group, step)}
         self._plans.forget(step)
@@ -193,13 +226,19 @@ class Journal:
 
     async def sync(self) -> None:
         """Bring what was noted onto the disk, beside the event loop. Raises StorageError."""
-        file = self._writer.file  # this one: others may have been begun by the time at which the storage takes it
-        if file is not None:
-            await self._storage.write_beside(file.sync)
+        self._writing.now()
+        files = self._writer.unsynced()  # these: others may have been begun by the time at which the storage takes it
+        if files:
+            await self._storage.write_beside(partial(_sync, files))
+            self._writer.synced(files)
 
     def close(self) -> None:
-        """Close the file. Safe to call twice."""
+        """Write what was noted and close the file. Safe to call twice. Raises StorageError."""
+        self._writing.now()
         self._writer.end()
+
+    def _add(self, record: _Record) -> Place:
+        return self._writer.add(_ENCODER.encode(record))
 
     def _append(self, record: _Record) -> Place:
         return self._writer.append(_ENCODER.encode(record))
@@ -232,6 +271,11 @@ class Journal:
         known.places.append(place)
         known.turns = 0 if record.attempt is None else record.after + len(record.attempt.turns)
         known.whole = record.attempt is None
+
+
+def _sync(files: list[GrowingFile]) -> None:
+    for file in files:
+        file.sync()
 
 
 async def _payloads(places: list[Place]) -> list[bytes]:
