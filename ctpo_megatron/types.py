@@ -181,6 +181,11 @@ class Generation:
     routed_experts: NDArray[np.signedinteger] | None = None  # [tokens, expert layers, top_k], see `EngineClient.generate`
     supports: Supports | None = None  # the tokens that could have been drawn, of truncated sampling for training
 
+    def copy(self) -> Generation:
+        """Returns it as it is now: what is appended to this one later does not show there."""
+        streams = self.token_ids.copy(), self.rollout_logp.copy(), self.versions.copy()
+        return Generation(*streams, self.finish, self.top_k, self.routed_experts, self.supports)
+
     def append(self, part: Generation) -> None:
         """Add the tokens of `part`."""
         self.token_ids += part.token_ids

@@ -111,6 +111,8 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
                     if config.checkpoint.export:
                         await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, run_dir / "model")))
             except (TrainerLost, RayLost, StartLost) as error:  # Ray at any time, others before or after training
+                if journal is not None:
+                    journal.close()  # it may still gather
                 await storage.clear()  # the new beginning reads what this one has written
                 raise begin_again(error, run_dir, start.step if run is None else run.done, config.cluster.restarts) from error
             summary = _summary(config, loop, time.monotonic() - begun)

@@ -7,7 +7,7 @@ The turn that the assistant is in is `open`: it grows part by part, each token w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -66,12 +66,20 @@ class Attempt:
 
     def copy(self) -> Attempt:
         """Returns it as it is now: what is added to this one later does not show there."""
-        begun = self.open
-        if begun is not None:
-            streams = {name: getattr(begun, name).copy() for name in ("token_ids", "rollout_logp", "versions")}
-            begun = replace(begun, **streams)
-        turns, outputs, experts = self.turns.copy(), self.outputs.copy(), self.routed_experts.copy()
-        return replace(self, turns=turns, outputs=outputs, routed_experts=experts, open=begun)
+        return Attempt(
+            self.id,
+            self.prompt_index,
+            self.prompt_ids,
+            self.turns.copy(),
+            None if self.open is None else self.open.copy(),
+            self.finish,
+            self.outputs.copy(),
+            self.routed_experts.copy(),
+            self.status,
+            self.tool_calls,
+            self.tool_errors,
+            self.seconds,
+        )
 
     def close_turn(self, generation: Generation) -> None:
         """Make the open turn a complete one: `generation` is all of it."""

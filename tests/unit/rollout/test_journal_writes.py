@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ from ctpo_megatron.record.storage_events import StorageFault, StorageMended
 from ctpo_megatron.rollout import journal as module
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.types import AttemptId, Composition, End, Fate, GroupId
+from ctpo_megatron.types import AttemptId, Composition, End, Fate, Generation, GroupId, Status
 from tests.support.disks import fill, small_disk
 from tests.unit.rollout.test_journal import PROMPT, generation, same, soon, whole
 
@@ -129,9 +130,9 @@ def test_what_is_not_written_yet_is_found_as_it_was_when_it_was_noted(tmp_path: 
         noted = await journal.find(attempt.id, PROMPT, [7, 8])
         assert isinstance(noted, Attempt)
         assert noted.open is not None
-        assert noted.open.token_ids == [0, 1]
+        assert (noted.open.token_ids, noted.open.rollout_logp, noted.open.versions) == ([0, 1], [-0.0, -0.1], [0, 0])
         journal.note(attempt)
-        attempt.close_turn(attempt.open)
+        attempt.close_turn(generation(4))
         attempt.add_tool_turn([4], "more")
         attempt.tool_calls += 1
         noted = await journal.find(attempt.id, PROMPT, [7, 8])
@@ -142,6 +143,21 @@ def test_what_is_not_written_yet_is_found_as_it_was_when_it_was_noted(tmp_path: 
         assert same(first.turns[0], noted.turns[0])
 
     soon(scenario())
+
+
+def test_a_copy_of_an_attempt_has_all_that_it_holds() -> None:
+    attempt = Attempt(AttemptId(GroupId(2), 1), 3, [7, 8], finish="length", status=Status.FINISHED, tool_calls=2, tool_errors=1)
+    attempt.seconds = 2.5
+    attempt.close_turn(generation(3))
+    attempt.add_tool_turn([4], "said")
+    attempt.finish = "length"
+    attempt.open = generation(2, version=1)
+    attempt.open.finish = "abort"
+    begun = Attempt(attempt.id, 0, [])
+    for full, empty in ((attempt, begun), (attempt.open, Generation())):
+        alike = [each.name for each in fields(empty) if repr(getattr(full, each.name)) == repr(getattr(empty, each.name))]
+        assert set(alike) <= {"id"}, "nothing would be seen of a copy without it"
+    assert same(attempt.copy(), attempt)
 
 
 @pytest.mark.usefixtures("late")
@@ -293,5 +309,19 @@ def test_a_fault_that_is_not_waited_for_reaches_whoever_comes_next(
             assert on_disk(run / "journal") == ["w", "0", "1", "2", "3"]
             assert same(await journal.find(AttemptId(GroupId(0), 1), PROMPT, [7, 8]), whole(0, 1))
             journal.close()
+
+    soon(scenario())
+
+
+def test_what_cannot_be_encoded_is_told_and_not_dropped(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
+        journal = Journal(tmp_path, "r")
+        journal.note(whole(0, 0))
+        journal.note(replace(whole(0, 1), text=object()))
+        await asyncio.sleep(3 * module.GATHER_S)
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match="object cannot be kept"):
+                await journal.sync()
 
     soon(scenario())

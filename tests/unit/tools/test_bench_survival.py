@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import bench_survival as bench
 import pytest
+
+from ctpo_megatron.types import Composition
+from tests.unit.rollout.test_journal import whole
 
 
 def marks(*cpu: float) -> list[bench.Mark]:
@@ -57,3 +61,45 @@ def test_the_kernel_tells_the_time_of_a_process_and_of_a_thread() -> None:
     assert bench.cpu_s(os.getpid()) == pytest.approx(time.process_time(), abs=0.02)
     assert 0.05 <= bench.cpu_s(os.getpid(), thread=True) <= bench.cpu_s(os.getpid()) + 0.02
     assert bench.cpu_s(1 << 22) == 0.0
+
+
+def test_what_is_put_off_is_counted_and_nothing_is_counted_twice(tmp_path: Path) -> None:
+    switch = bench.Switch()
+
+    async def scenario() -> None:
+        journal = bench.jobs.journal.Journal(tmp_path, "r")
+        journal.published(0, "w")
+        for number in range(20):
+            journal.note(whole(0, number))
+        assert "write" not in switch.journal
+        await journal.sync()
+        await journal.sync()  # nothing was noted
+        journal.note(whole(1))
+        journal.decided(Composition(0, (0,)))  # writes what was noted, too
+        journal.note(whole(2))
+        async with asyncio.timeout(5):
+            while switch.journal["write"] < 3:  # by itself
+                await asyncio.sleep(0.01)
+
+    with bench.switched(switch):
+        asyncio.run(scenario())
+    spent = switch.journal
+    counted = {"note": 22, "write": 3, "sync": 2, "publication": 1, "decision": 1}
+    assert {what: spent[what] for what in counted} == counted
+    assert spent["cpu"] == pytest.approx(sum(spent[f"{what} cpu"] for what in counted))
+    assert spent["write cpu"] > 0
+
+
+def test_what_is_timed_within_something_else_is_its_own() -> None:
+    switch = bench.Switch()
+    with switch.timed("decision"):
+        with switch.timed("write"):
+            begun = time.thread_time()
+            while time.thread_time() - begun < 0.05:
+                pass
+        with switch.timed("write"):
+            pass
+    assert switch.journal["write cpu"] >= 0.05
+    assert switch.journal["decision cpu"] < 0.02
+    assert switch.journal["decision wall"] < switch.journal["write wall"]
+    assert switch.journal["cpu"] == pytest.approx(switch.journal["write cpu"] + switch.journal["decision cpu"])
