@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import bench_survival as bench
 import pytest
+from rich.console import Console
 
 from ctpo_megatron.types import Composition
 from tests.unit.rollout.test_journal import whole
@@ -88,6 +90,18 @@ def test_what_is_put_off_is_counted_and_nothing_is_counted_twice(tmp_path: Path)
     assert {what: spent[what] for what in counted} == counted
     assert spent["cpu"] == pytest.approx(sum(spent[f"{what} cpu"] for what in counted))
     assert spent["write cpu"] > 0
+
+
+def test_writes_are_shown_beside_notes_and_are_part_of_what_the_event_loop_stands_for(rows: list[dict]) -> None:
+    for row in rows:
+        row["journal"] |= {"note": 500.0, "write": 60.0, "write wall": 0.03, "write cpu": 0.012}
+    idle, shown = {True: [{"driver": 0.0}], False: [{"driver": 0.0}]}, io.StringIO()
+    bench.show(idle, rows, Console(file=shown, width=150))
+    cells = [cell.strip() for cell in shown.getvalue().split("│")]
+    counts = cells.index("500")
+    assert cells[counts : counts + 3] == ["500", "60", "0"]
+    assert cells[counts + 5 : counts + 7] == ["0.500", "0.200"], "milliseconds of a write, and of its CPU time"
+    assert bench.costs(idle, rows)["event loop in the journal, of the time"] == pytest.approx((2 * 0.02 + 2 * 0.03) / 4.0)
 
 
 def test_what_is_timed_within_something_else_is_its_own() -> None:
