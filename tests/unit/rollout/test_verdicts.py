@@ -197,9 +197,9 @@ def test_nothing_in_reading_grows_without_bound():
         "_" * 990,
         "1 " * 490,
     ):
-        begun = time.monotonic()
+        begun = time.process_time()
         assert not equal_parts(text, "1", never)
-        assert time.monotonic() - begun < 2.0
+        assert time.process_time() - begun < 2.0
 
 
 def never(left: str, right: str) -> bool:
