@@ -31,7 +31,7 @@ def choose(places: Sequence[Place], session: int) -> int:
 
     Its home is the same for all requests of a session. Where home does not serve, its sessions are spread evenly over those that
     do; where the place so found is full or was left, the emptiest other one with room is taken. Where all are full, the
-    emptiest is: whoever bounds the sum of all requests keeps that from happening.
+    emptiest is: it is waited for (`Fleet.acquire`).
     """
     serving = [number for number, place in enumerate(places) if place.serves]
     if not serving:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import numpy as np
@@ -96,15 +97,17 @@ class EngineClient:
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
         told = truncation.cuts and recorded is not None
         request = _Request(session, aside, self.traffic.moves, deadline)
+
+        def body(tokens: int) -> dict[str, Any]:
+            sampling = sampling_params(temperature, truncation) | {"max_new_tokens": tokens, "stop_token_ids": stop_token_ids}
+            asked = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
+            return asked | ({"return_sampling_mask": True} if told else {}) | record.wish()
+
         while not (request.late and done.token_ids):
-            left = 1 if request.late else max_new_tokens - len(done.token_ids)
-            sampling = sampling_params(temperature, truncation) | {
-                "max_new_tokens": left,
-                "stop_token_ids": stop_token_ids,
-            }
-            body = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
-            body |= {"return_sampling_mask": True} if told else {}
-            lease, answer = await self._ask(request, body | record.wish(), left)
+            asked = await self._ask(request, body, max_new_tokens - len(done.token_ids), begun=bool(done.token_ids))
+            if asked is None:  # it waited for a server until its deadline
+                continue
+            lease, answer = asked
             url = lease.member.url
             part = None if answer is None else _read(answer, url, truncated=told)
             if answer is None or part is None or not await self.fleet.accept(lease, part.versions):
@@ -144,23 +147,43 @@ class EngineClient:
         """Send requests again."""
         self.fleet.release()
 
-    async def _ask(self, request: _Request, body: dict[str, Any], tokens: int) -> tuple[Lease, dict[str, Any] | None]:
-        """Ask one server for at most `tokens`: returns which, and its answer, None where there is none that can be used."""
-        async with self.traffic.passing(aside=request.aside):
-            lease = await self.fleet.acquire(request.session, request.left, aside=request.aside)
-            try:
-                patience_s = self.traffic.leave_after_s(lease.member, tokens) if request.moves else None
-                begun = time.monotonic()
-                answer = await self._answer(lease, body, request.limit_s(patience_s))
-            finally:
-                self.fleet.done(lease)
-        seconds = time.monotonic() - begun
+    async def _ask(
+        self, request: _Request, body: Callable[[int], dict[str, Any]], tokens: int, *, begun: bool
+    ) -> tuple[Lease, dict[str, Any] | None] | None:
+        """Ask one server for at most `tokens`: returns which, and its answer, None where there is none that can be used.
+
+        `body`: what it is sent, by the most tokens that it may give. `begun`: whether there are tokens already. Then the deadline
+        holds while a server is waited for, too; returns None where it came by then. Otherwise one token is asked for in the end.
+        """
+        limit = asyncio.timeout(request.left_s if begun else None)
+        try:
+            async with limit, self._leased(request) as lease:
+                limit.reschedule(None)
+                most = 1 if request.late else tokens
+                patience_s = self.traffic.leave_after_s(lease.member, most) if request.moves else None
+                asked = time.monotonic()
+                answer = await self._answer(lease, body(most), request.limit_s(patience_s))
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            return None
+        seconds = time.monotonic() - asked
         if answer is not None and self.traffic.pace is not None:
             self.traffic.pace.answered(lease.member.name, len(answer["output_ids"]), seconds)
         if patience_s is not None and seconds >= patience_s and not lease.broken and not request.late:
             request.leave(lease.member)
             self.traffic.moved()
         return lease, answer
+
+    @contextlib.asynccontextmanager
+    async def _leased(self, request: _Request) -> AsyncIterator[Lease]:
+        """The server for one request, which counts there while the context is open."""
+        async with self.traffic.passing(aside=request.aside):
+            lease = await self.fleet.acquire(request.session, request.left, aside=request.aside)
+            try:
+                yield lease
+            finally:
+                self.fleet.done(lease)
 
     async def _answer(self, lease: Lease, body: dict[str, Any], limit_s: float | None) -> dict[str, Any] | None:
         """The server's answer; None when it has failed, which suspends it. Raises EngineRefused.
@@ -217,9 +240,14 @@ class _Request:
         """Whether the deadline is over."""
         return self._deadline is not None and time.monotonic() >= self._deadline
 
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
     def limit_s(self, patience_s: float | None) -> float | None:
         """Seconds until a server is asked for what it has; None: no bound. What is late already has no deadline any more."""
-        left = None if self._deadline is None or self.late else max(0.0, self._deadline - time.monotonic())
+        left = None if self.late else self.left_s
         return min((each for each in (left, patience_s) if each is not None), default=None)
 
     def leave(self, member: Member) -> None:

@@ -116,6 +116,7 @@ class Fleet:
         self._held = False
         self.traffic: Callable[[], dict[str, float]] | None = None  # what is measured of the requests
         self._changed = asyncio.Event()
+        self._freed = asyncio.Event()  # a request has ended, or a server has changed
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
         """The new member: a server called `name` answers at `url`, perhaps in place of one that was lost."""
@@ -251,9 +252,33 @@ class Fleet:
     async def acquire(self, session: int, left: Member | None = None, *, aside: bool = False) -> Lease:
         """A serving server for a request, until `done`: always the same for a session while that one serves and has room.
 
-        `left`: where the request comes from, because that one was slow. `aside`: one that is set aside. Waits while none serves.
-        Raises NoServerLeft when none is left, or none has come within `patience_s`, and AsideLost when none is set aside now.
+        `left`: where the request comes from, because that one was slow. `aside`: one that is set aside. Waits while none serves,
+        and while those that do have no room: a bound holds whatever becomes of other servers. Raises NoServerLeft when none is
+        left, or none has come within `patience_s`, and AsideLost when none is set aside now.
         """
+        while True:
+            await self._served(aside)
+            known = [each for each in self._members.values() if each.aside == aside]
+            places = [Place(each.state is State.SERVING, each.in_flight, each.limit, each is left) for each in known]
+            if not any(place.serves for place in places):
+                raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")
+            chosen = choose(places, session)
+            if places[chosen].has_room:
+                break
+            await self._freed.wait()  # each request there is bounded
+        member = known[chosen]
+        if member.version is None:  # `serve` sets both
+            raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
+        member.in_flight += 1
+        return Lease(member, member.version, member.failures, member.returns)
+
+    def done(self, lease: Lease) -> None:
+        """Note that the request is over."""
+        lease.member.in_flight -= 1
+        self._free()
+
+    async def _served(self, aside: bool) -> None:
+        """Return when a server serves; for one that is `aside`, when requests may go out. Raises NoServerLeft."""
         try:
             async with asyncio.timeout(self._patience_s):
                 await self._until(lambda: not self._held and (aside or self.hopeless or bool(self.publishable(State.SERVING))))
@@ -263,19 +288,6 @@ class Fleet:
             ) from None
         if self.hopeless:
             raise NoServerLeft(f"no inference server is left:\n{self.report()}")
-        known = [each for each in self._members.values() if each.aside == aside]
-        places = [Place(each.state is State.SERVING, each.in_flight, each.limit, each is left) for each in known]
-        if not any(place.serves for place in places):
-            raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")
-        member = known[choose(places, session)]
-        if member.version is None:  # `serve` sets both
-            raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
-        member.in_flight += 1
-        return Lease(member, member.version, member.failures, member.returns)
-
-    def done(self, lease: Lease) -> None:
-        """Note that the request is over."""
-        lease.member.in_flight -= 1
 
     async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
         """Whether tokens that carry `versions` may be used. Where they may not, their server is suspended.
@@ -307,3 +319,8 @@ class Fleet:
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        self._free()
+
+    def _free(self) -> None:
+        freed, self._freed = self._freed, asyncio.Event()
+        freed.set()

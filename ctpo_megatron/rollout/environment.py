@@ -85,10 +85,13 @@ class ToolEnvironment:
                 return Status.FINISHED
             if len(attempt.assistant_turns) >= sampling.max_turns:
                 return Status.MAX_TURNS
+            limit = asyncio.timeout_at(_on_loop(deadline))
             try:
-                async with asyncio.timeout_at(_on_loop(deadline)):
+                async with limit:
                     added = await self._tool_turn(self._tool, attempt, code, sampling)
             except TimeoutError:
+                if not limit.expired():  # it is the tool's own
+                    raise
                 return Status.DEADLINE
             if not added:
                 return Status.LENGTH

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpo_megatron.config.traffic import MovingConfig, TrafficConfig
 from ctpo_megatron.engine.choice import Place, choose
-from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.engine.client import EngineClient, _Request
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.gate import Gate
 from ctpo_megatron.engine.load import START, Load, next_limit, read_load
 from ctpo_megatron.engine.pace import ENOUGH, Pace
 from ctpo_megatron.errors import AsideLost, EngineError
+from ctpo_megatron.types import Generation
 from tests.support.fake_servers import FakeServer, fakes
 
 PLACES = st.lists(
@@ -284,5 +285,118 @@ def test_no_limit_no_bound() -> None:
         for lease in leases:
             fleet.done(lease)
         assert [member.in_flight for member in fleet.members(State.SERVING)] == [0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_bound_holds_while_another_server_is_down() -> None:
+    """What it would take waits, although the sum of all bounds leaves room, and is heard by the next that has room."""
+
+    async def scenario() -> None:
+        servers = [FakeServer() for _ in range(3)]
+        for each in servers:
+            each.hold = asyncio.Event()
+        async with fakes(3, servers=servers, traffic=TrafficConfig(per_server=2, look_s=60.0)) as (_, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            fleet.suspend(fleet.members(State.SERVING)[2], "it failed")
+            running = [asyncio.ensure_future(ask(client, tokens=1, session=each)) for each in range(7)]
+            await until(lambda: [len(each.generations) for each in servers[:2]] == [2, 2])
+            await asyncio.sleep(0.1)
+            assert [each.in_flight for each in fleet.members(*State)] == [2, 2, 0]
+            fleet.serve(fleet.members(State.SUSPENDED), 0)
+            await until(lambda: len(servers[2].generations) == 2)
+            running.pop().cancel()
+            for each in servers:
+                each.hold.set()
+            await asyncio.gather(*running)
+            assert [each.in_flight for each in fleet.members(*State)] == [0, 0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_deadline_holds_while_a_server_is_waited_for() -> None:
+    """With tokens in hand it ends there; without any it waits for its turn, and asks for one."""
+
+    async def scenario() -> None:
+        server = FakeServer(tokens=99)
+        server.hold = asyncio.Event()
+        async with fakes(1, servers=[server], traffic=TrafficConfig(per_server=1, look_s=60.0)) as (_, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            first = asyncio.ensure_future(ask(client))
+            await until(lambda: bool(server.generations))
+            fresh = asyncio.ensure_future(ask(client, seconds=0.1))
+            begun = await asyncio.wait_for(ask(client, seconds=0.1, done=Generation([7], [-0.5], [0])), 2)
+            assert (begun.token_ids, begun.finish) == ([7], "deadline")
+            assert len(server.generations) == 1
+            assert not fresh.done()
+            server.hold.set()
+            assert len((await first).token_ids) == 8
+            assert (len((await fresh).token_ids), fresh.result().finish) == (1, "deadline")
+            assert [each["sampling_params"]["max_new_tokens"] for each in server.generations] == [8, 1]
+            assert fleet.members(State.SERVING)[0].in_flight == 0
+
+    asyncio.run(scenario())
+
+
+EVENTS = st.tuples(
+    st.sampled_from(["ask", "ask", "ask", "aside", "end", "cancel", "fail", "serve", "publish", "split"]), st.integers(0, 9)
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3), st.lists(EVENTS, max_size=40))
+def test_whatever_happens_leases_come_back_and_bounds_hold(limit: int, events: list[tuple[str, int]]) -> None:
+    """Servers fail, are published to and set aside, requests end, fail and are given up: nobody waits for ever."""
+
+    async def scenario() -> None:
+        fleet = Fleet(patience_s=60.0)
+        client = EngineClient(fleet, "key", request_timeout_s=1.0, traffic=TrafficConfig(per_server=limit))
+        fleet.serve([fleet.join(str(number), f"http://{number}") for number in range(3)], 0)
+        tasks: list[asyncio.Task[None]] = []
+        ends: dict[asyncio.Task[None], asyncio.Event] = {}
+
+        async def one(session: int, aside: bool, end: asyncio.Event) -> None:
+            async with client._leased(_Request(session, aside, 0, None)) as lease:
+                assert lease.member.aside == aside
+                assert lease.member.in_flight <= limit
+                ending = [asyncio.ensure_future(each) for each in (end.wait(), fleet.broken(lease))]
+                try:
+                    await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for each in ending:
+                        each.cancel()
+
+        def begin(session: int, aside: bool) -> None:
+            end = asyncio.Event()
+            tasks.append(asyncio.create_task(one(session, aside, end)))
+            ends[tasks[-1]] = end
+
+        for what, which in events:
+            members = fleet.members(*State)
+            if what in ("ask", "aside"):
+                begin(which, what == "aside")
+            elif what == "end" and tasks:
+                ends[tasks[which % len(tasks)]].set()
+            elif what == "cancel" and tasks:
+                tasks[which % len(tasks)].cancel()
+            elif what == "fail":
+                fleet.suspend(members[which % 3], "it failed")
+            elif what == "serve":
+                fleet.serve([each for each in members if each.state in (State.UPDATING, State.SUSPENDED)], 0)
+            elif what == "publish":
+                fleet.update(fleet.publishable(State.SERVING))
+            elif what == "split":
+                fleet.give_back() if which % 2 else fleet.set_aside(1)
+            for _ in range(4):
+                await asyncio.sleep(0)
+            assert all(0 <= each.in_flight <= limit for each in members), [each.in_flight for each in members]
+        fleet.give_back()
+        fleet.serve(fleet.members(State.UPDATING, State.SUSPENDED, State.JOINING), 0)
+        for end in ends.values():
+            end.set()
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        assert all(each is None or isinstance(each, AsideLost | asyncio.CancelledError) for each in results), results
+        assert [each.in_flight for each in fleet.members(*State)] == [0, 0, 0]
+        assert [gate.waiting for gate in client.traffic._gates.values()] == [0, 0]
 
     asyncio.run(scenario())
