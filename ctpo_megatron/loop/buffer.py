@@ -170,7 +170,7 @@ class GroupBuffer:
             return End.FAILED, next(each.reason for each in group.made.failed if not each.aborted)
         refills = self.rules.max_refills if equal_rewards(group.made) else None
         fate = self._decisions.fate(group.number)
-        too_old = fate is not None and fate.end is End.TRAINED and self.rules.too_old(group, fate.step)
+        too_old = fate is not None and fate.end is End.TRAINED and self.rules.too_old(group, max(fate.step, self._step))
         if fate is not None and (too_old or (fate.end is End.FILTERED and refills is None)):  # settings have changed since
             self._decisions.drop_plans(fate.step)
         elif fate is not None:

@@ -19,7 +19,10 @@ class Plans:
         self._fates: dict[int, Fate] = {}
 
     def add(self, made: Composition, digest: str, place: Place) -> None:
-        """Take up how a step is made, in place of how it was made before."""
+        """Take up how a step is made. Where it was made otherwise before, that and what followed from it are forgotten."""
+        known = self.planned(made.step)
+        if known is None or _groups(known) != _groups(made):
+            self.drop(made.step)
         self._steps[made.step] = made, digest, place
         self._fates |= made.fates
 
@@ -51,3 +54,7 @@ class Plans:
     def paths(self) -> set[Path]:
         """Returns the files that hold them."""
         return {place.path for _, _, place in self._steps.values()}
+
+
+def _groups(made: Composition) -> tuple[object, ...]:
+    return made.trained, made.admitted, {group: fate.end for group, fate in made.fates.items()}

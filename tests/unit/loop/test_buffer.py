@@ -225,6 +225,33 @@ def test_a_step_that_would_be_too_old_now_is_not_made_again():
     asyncio.run(scenario())
 
 
+def test_what_followed_from_a_step_that_is_made_otherwise_now_is_forgotten():
+    """Otherwise a group would be said to be trained on in a step that it is no part of any more, however old it gets."""
+
+    def made(step, *trained):
+        return Composition(step, trained, {n: Fate(step, End.TRAINED, "", str(n)) for n in trained}, admitted=12)
+
+    plans = Plans()
+    for composition in (made(2, 8, 9), made(3, 10, 11), made(2, 8, 9)):
+        plans.add(composition, "weights", Place(Path("x"), 0, 0))
+    assert plans.planned(3) is not None, "it was made again as it was"
+    plans.add(made(2, 8), "weights", Place(Path("x"), 0, 0))
+    assert (plans.planned(3), plans.fate(9), plans.fate(10)) == (None, None, None)
+    assert plans.fate(8) is not None
+
+
+def test_no_fate_makes_a_group_that_is_too_old_be_trained_on():
+    async def scenario():
+        plans = Plans()
+        plans.add(Composition(2, (9,), {9: Fate(2, End.TRAINED, "", "9")}, admitted=10), "weights", Place(Path("x"), 0, 0))
+        fed = Fed(StepRules(1, 1), first_step=3, last_step=8, admitted=9, decisions=Kept(plans))
+        assert await fed.admitted_now() == [9, 10]
+        fed.put(group(9, version=1), group(10, version=3))
+        assert await fed.taken(3) == [10]
+
+    asyncio.run(scenario())
+
+
 class Kept(Undecided):
     """Decisions of before; new ones are not kept."""
 
