@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.errors import storing
+from ctpo_megatron.errors import StorageError, storing
 from ctpo_megatron.loop.admission import Admitted, Position
 from ctpo_megatron.loop.buffer import MadeStep
 from ctpo_megatron.loop.tally import Tally, group_line
@@ -60,7 +60,8 @@ class Ledger:
         lost = dict.fromkeys((str(GroupId(number)) for number in gone), GONE)
         lost |= dict.fromkeys(later if passed_over else (), LEFT)
         for group, reason in lost.items():  # of the next step: a run that goes back to this one again has them open again
-            self._add({"step": step + 1, "group": group, "end": End.ABORTED, "reason": reason, "attempts": []})
+            known = dict.fromkeys(("prompt", "version", "reward", "tokens"))
+            self._add({"step": step + 1, "group": group, **known, "end": End.ABORTED, "reason": reason, "attempts": []})
         self._admitted = position.groups
         self._unknown = position.groups - self._tally.groups - len(self._open)  # of a release without a ledger
 
@@ -91,9 +92,13 @@ class Ledger:
         return counts | self._tally.bias()
 
     def end_all(self, step: int, reason: str = OVER) -> None:
-        """Enter the end of all groups that are open: nothing of them is used any more. Raises StorageError."""
+        """Enter the end of all groups that are open behind the last step, `step`: nothing of them is used any more.
+
+        It belongs to the next step, which would have had them: a run that goes on from this one with more steps takes it back.
+        Raises StorageError.
+        """
         for number in list(self._open):
-            self._add(group_line(self._close(number), step, End.ABORTED, reason, None))
+            self._add(group_line(self._close(number), step + 1, End.ABORTED, reason, None))
 
     def unbalanced(self) -> list[str]:
         """Returns a sentence for all that does not balance: nothing where each admitted group is open or has ended once."""
@@ -102,11 +107,17 @@ class Ledger:
             found.append(f"{self._admitted} groups were admitted, but {ended} have ended and {len(self._open)} are open")
         if self._unknown < 0:
             found.append(f"{-self._unknown} more groups have ended, or are open, than the checkpoint had admitted")
+        if self._unknown > 0:
+            found.append(
+                f"{self._unknown} groups that the checkpoint had admitted are not in the ledger: a release without one began the "
+                "run, or lines are lost"
+            )
         return found
 
     def summary(self) -> dict[str, Any]:
         """Returns the sums for summary.json: how many groups ended how, and which, by length and by difficulty."""
-        return {"admitted": self._admitted, "open": len(self._open), "unknown": self._unknown, **self._tally.summary()}
+        counts = {"admitted": self._admitted, "open": len(self._open), "unknown": self._unknown}
+        return {**counts, "unbalanced": self.unbalanced(), **self._tally.summary()}
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
@@ -150,5 +161,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
     with storing(path), path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):  # of a run that is writing it
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise StorageError(
+                    f"{path} line {number} is damaged: {error}. Take the line out; its group is unknown then"
+                ) from error

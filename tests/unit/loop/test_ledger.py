@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ctpo_megatron.errors import StorageError
 from ctpo_megatron.loop.admission import Admitted, Position
 from ctpo_megatron.loop.buffer import EndedGroup, MadeStep
 from ctpo_megatron.loop.ledger import GONE, LEFT, Ledger, read_tally
@@ -115,6 +116,49 @@ def test_groups_that_are_passed_over_or_cannot_go_on_are_aborted(tmp_path: Path)
     others = Ledger(path, step=1, position=Position(5, {}), gone=(1, 2, 3, 4))
     assert others.unbalanced() == []
     assert [line["reason"] for line in lines(path)[-4:]] == [GONE] * 4
+
+
+def test_a_run_that_is_done_and_then_gets_more_steps(tmp_path: Path) -> None:
+    """What was open behind its last step had ended with it, and is open again: its end counts no more."""
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    for number in range(3):
+        ledger.admit(admitted(number))
+    ledger.settle(1, MadeStep([group(0)], []))
+    behind = Position(3, {}, ledger.open)
+    ledger.end_all(1)
+    ledger.close()
+    assert read_tally(path)[0]["groups", "aborted"] == 2
+    more = Ledger(path, step=1, position=behind)
+    assert more.unbalanced() == []
+    more.settle(2, MadeStep([group(1), group(2)], []))
+    more.close()
+    assert more.unbalanced() == []
+    tally, _ = read_tally(path)
+    assert (tally["groups", "trained"], tally["groups", "aborted"]) == (3, 0)
+
+
+def test_groups_that_the_ledger_does_not_know_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path, step=4, position=Position(8, {}))
+    assert ledger.unbalanced() == [
+        "8 groups that the checkpoint had admitted are not in the ledger: a release without one began the run, or lines are lost"
+    ]
+    assert ledger.summary()["unbalanced"] == ledger.unbalanced()
+
+
+def test_a_line_that_is_being_written_is_left_out_and_one_that_is_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.admit(admitted(0))
+    ledger.settle(1, MadeStep([group(0)], []))
+    ledger.close()
+    whole = path.read_text()
+    path.write_text(whole + whole[:40])
+    assert read_tally(path)[0].groups == 1
+    path.write_text(whole + whole[:40] + "\n")
+    with pytest.raises(StorageError, match=r"ledger.jsonl line 2 is damaged: .*Take the line out"):
+        read_tally(path)
 
 
 def test_a_bias_is_a_number() -> None:
