@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ class Progress:
     is here, for a run that goes on to be the same run: random numbers come from `seed`, `step` and `state`.
     """
 
-    step: int  # that are made
+    step: int  # that were made, with those that a run left when it went back to before a spike
     drawn: int  # prompts so far
     seed: int
     weights: dict[str, float]  # as configured, by source, or source/pool
@@ -38,6 +39,8 @@ def load_curriculum(path: str) -> Curriculum:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"data.curriculum={path}: {error}. Is its package on PYTHONPATH?") from error
+    except Exception as error:
+        raise ConfigError(f"data.curriculum={path}: its module cannot be loaded: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"data.curriculum={path} is a {type(found).__name__}; needed: a function")
     return found
@@ -49,16 +52,47 @@ def check_curriculum(path: str | None) -> None:
         load_curriculum(path)
 
 
-def asked(curriculum: Curriculum, path: str, progress: Progress) -> dict[str, float]:
-    """Returns the weights that a curriculum gives. Raises ConfigError where they, or its state, cannot be used."""
-    known, given = progress.weights.keys(), dict(curriculum(progress))
-    if given.keys() != known:
-        raise ConfigError(f"data.curriculum={path} gave weights for {sorted(given)}; needed: for {sorted(known)}")
-    bad = {name: weight for name, weight in given.items() if not math.isfinite(weight) or weight < 0}
-    if bad or not sum(given.values()):
-        raise ConfigError(f"data.curriculum={path} gave {bad or given}; weights are 0 or more, finite, and not all of them 0")
+def asked(curriculum: Curriculum, path: str, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the weights that a curriculum gives, and its state behind that, as it comes back from a checkpoint.
+
+    Raises ConfigError where the function fails, or where its weights or its state cannot be used.
+    """
+    known = list(progress.weights)
     try:
-        json.dumps(progress.state)
-    except TypeError as error:
+        given: Any = curriculum(progress)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"data.curriculum={path} failed when {progress.step} steps were made: {type(error).__name__}: {error} "
+            f"({place.filename}, line {place.lineno})"
+        ) from error
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"data.curriculum={path} gave a {type(given).__name__}; needed: a weight by the name of each of {known}"
+        )
+    if set(given) != set(known):
+        raise ConfigError(f"data.curriculum={path} gave weights for {sorted(map(str, given))}; needed: for {sorted(known)}")
+    bad = {name: given[name] for name in known if not _is_weight(given[name])}
+    if bad or not 0 < sum(map(float, given.values())) < math.inf:
+        raise ConfigError(
+            f"data.curriculum={path} gave {bad or dict(given)}; weights are numbers from 0 on, finite, and not all of them 0"
+        )
+    return {name: float(given[name]) for name in known}, _kept(progress.state, path)
+
+
+def _is_weight(value: Any) -> bool:
+    try:
+        return math.isfinite(value) and value >= 0
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _kept(state: Any, path: str) -> dict[str, Any]:
+    """Returns `state` through JSON: a run that goes on and one that was never stopped see the same. Raises ConfigError."""
+    try:
+        kept = json.loads(json.dumps(state, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"data.curriculum={path}: its state cannot be kept in a checkpoint: {error}") from error
-    return {name: float(given[name]) for name in progress.weights}
+    if not isinstance(kept, dict):
+        raise ConfigError(f"data.curriculum={path}: its state is a {type(state).__name__}; needed: a dict of JSON values")
+    return kept

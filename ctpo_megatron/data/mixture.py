@@ -10,6 +10,7 @@ that were made when it was drawn, and on nothing else; a position can be resumed
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.data.pools import MeasuredPools
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.types import Prompt
+
+ALONE = "data.train alone"
 
 
 class Sampler(Protocol):
@@ -42,26 +45,35 @@ class Sampler(Protocol):
 
 def new_sampler(prompts: Sequence[Prompt], data: DataConfig, seed: int) -> Sampler:
     """Returns the sampler of a run that begins. Raises DataError where a source has no prompts."""
-    plain = not data.mixture and data.pools is None and data.curriculum is None
-    return PromptSampler(prompts, seed) if plain else MixedSampler(prompts, data, seed)
+    return PromptSampler(prompts, seed) if _plain(data) else MixedSampler(prompts, data, seed)
 
 
 def restored_sampler(prompts: Sequence[Prompt], data: DataConfig, seed: int, state: dict[str, Any]) -> Sampler:
     """Returns the sampler of a run that goes on from `state`. Raises DataError where prompts, sources or pools are others."""
-    fresh = new_sampler(prompts, data, seed)
-    if isinstance(fresh, PromptSampler):
-        if "parts" in state:
-            raise DataError("the prompts were a mixture when the state was saved")
-        return PromptSampler.restore(prompts, state, seed)
-    assert isinstance(fresh, MixedSampler)
-    fresh.restore(state)
-    return fresh
+    if not _plain(data):
+        return MixedSampler(prompts, data, seed, state)
+    if "parts" in state:
+        raise DataError(f"the prompts were a mixture when the state was saved: {parts_in(state)}")
+    return PromptSampler.restore(prompts, state, seed)
+
+
+def parts_in(state: dict[str, Any]) -> list[str]:
+    """Returns the names of the sources and pools that a sampler's state is about."""
+    return sorted({*state.get("parts", {}), *state.get("measured", {})}) or [ALONE]
+
+
+def _plain(data: DataConfig) -> bool:
+    return not data.mixture and data.pools is None and data.curriculum is None
 
 
 class MixedSampler:
-    """The parts of a configuration, each with its own stream, and what they earned."""
+    """The parts of a configuration, each with its own stream, and what they earned.
 
-    def __init__(self, prompts: Sequence[Prompt], data: DataConfig, seed: int) -> None:
+    `state`: of one that this one goes on from, with the present weights; None: it begins. Raises DataError where a source has no
+    prompts, and where prompts, sources or pools are others than in `state`.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], data: DataConfig, seed: int, state: dict[str, Any] | None = None) -> None:
         self._data, self._seed, self._count = data, seed, len(prompts)
         self._streams: dict[str, PromptSampler] = {}
         self._measured: dict[str, MeasuredPools] = {}
@@ -72,7 +84,11 @@ class MixedSampler:
         self._drawn, self._steps = 0, 0
         self._earned = {name: [0.0, 0] for name in self._configured}  # sum of mean rewards, groups
         self._own: dict[str, Any] = {}  # the curriculum's
-        self._weights = self._asked()
+        self._weights = dict(self._configured)
+        if state is None:
+            self._ask()
+        else:
+            self._restore(state)
 
     def next(self, count: int) -> list[Prompt]:
         """Returns the next `count` prompts."""
@@ -87,7 +103,7 @@ class MixedSampler:
             if (measured := self._measured.get(prompt.source or MAIN)) is not None:
                 measured.observe(prompt, reward)
         self._steps += 1
-        self._weights = self._asked()
+        self._ask()
 
     def state(self) -> dict[str, Any]:
         """Returns all that `restore` needs, as JSON values."""
@@ -103,19 +119,20 @@ class MixedSampler:
             "weights": dict(self._weights),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`, with the present weights. Raises DataError where prompts, sources or pools are others."""
+    def _restore(self, state: dict[str, Any]) -> None:
         parts, measured = state.get("parts", {}), state.get("measured", {})
         if (parts.keys(), measured.keys()) != (self._streams.keys(), self._measured.keys()):
-            raise DataError("the sources and pools of the data changed since the state was saved")
+            now = sorted({*self._streams, *self._measured})
+            raise DataError(f"the sources and pools of the data changed since the state was saved: {parts_in(state)}, now {now}")
         self._streams = {
             name: PromptSampler.restore(stream.prompts, parts[name], self._seed) for name, stream in self._streams.items()
         }
         for name, of_source in self._measured.items():
             of_source.restore(measured[name])
-        self._drawn, self._steps, self._own = state["drawn"], state["steps"], dict(state["curriculum"])
+        self._drawn, self._steps, self._own = state["drawn"], state["steps"], state["curriculum"]
         self._earned |= {name: list(each) for name, each in state["earned"].items() if name in self._earned}
-        self._weights = dict(self._configured) if self._curriculum is None else dict(state["weights"])
+        if self._curriculum is not None and state["weights"].keys() == self._configured.keys():
+            self._weights = dict(state["weights"])
 
     def _add_source(self, name: str, weight: float, prompts: Sequence[Prompt]) -> None:
         pools = self._data.pools
@@ -166,9 +183,10 @@ class MixedSampler:
         assert prompt.difficulty is not None, "it was read with its column"
         return bisect.bisect_right(self._data.pools.borders, prompt.difficulty)
 
-    def _asked(self) -> dict[str, float]:
+    def _ask(self) -> None:
         if self._curriculum is None or self._data.curriculum is None:
-            return dict(self._configured)
+            return
         rewards = {name: total / count if count else None for name, (total, count) in self._earned.items()}
-        progress = Progress(self._steps, self._drawn, self._seed, dict(self._configured), rewards, self._own)
-        return asked(self._curriculum, self._data.curriculum, progress)
+        own = copy.deepcopy(self._own)  # a state that was given out does not change
+        progress = Progress(self._steps, self._drawn, self._seed, dict(self._configured), rewards, own)
+        self._weights, self._own = asked(self._curriculum, self._data.curriculum, progress)

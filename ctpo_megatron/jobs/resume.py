@@ -14,7 +14,7 @@ from ctpo_megatron.checkpoints.files import MODEL
 from ctpo_megatron.checkpoints.hashes import file_hash
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
-from ctpo_megatron.data.mixture import Sampler, new_sampler, restored_sampler
+from ctpo_megatron.data.mixture import Sampler, new_sampler, parts_in, restored_sampler
 from ctpo_megatron.data.order import last_seed
 from ctpo_megatron.errors import CheckpointError, DataError, InputError
 from ctpo_megatron.loop.admission import Admission, Admitted, Position
@@ -173,8 +173,7 @@ def _of_the_prompts(config: RunConfig, prompts: Sequence[Prompt], found: Resumab
     why = {"none": "the prompts are the same", "applies": "these prompts are counted from their first on", "refused": ""}[effect]
     changed = []
     if not same:
-        rows = (f"{found.state.cursor['count']} prompts", f"{len(prompts)} with other contents")
-        changed.append(Difference(f"prompts of {config.data.train}", *rows, effect, why))
+        changed.append(Difference(*_what_differs(config, prompts, found.state.cursor), effect, why))
     if found.config is not None:
         now = config.data.model_dump(mode="json")
         for key in PROMPT_KEYS:
@@ -182,6 +181,15 @@ def _of_the_prompts(config: RunConfig, prompts: Sequence[Prompt], found: Resumab
             if found.config["data"][name] != now[name]:
                 changed.append(Difference(key, found.config["data"][name], now[name], effect, why))
     return changed
+
+
+def _what_differs(config: RunConfig, prompts: Sequence[Prompt], cursor: dict[str, Any]) -> tuple[str, Any, Any]:
+    """Returns what is not as it was when `cursor` was kept: the sources and pools, or else the prompts in them."""
+    before, now = parts_in(cursor), parts_in(new_sampler(prompts, config.data, config.seed).state())
+    if before != now:
+        return "sources and pools of the prompts", before, now
+    files = ", ".join((config.data.train, *(source.path for source in config.data.mixture)))
+    return f"prompts of {files}", f"{cursor['count']} prompts", f"{len(prompts)} with other contents"
 
 
 def _of_the_model(found: Resumable, config: RunConfig, shape: ModelShape) -> list[Difference]:

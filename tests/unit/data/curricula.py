@@ -31,3 +31,43 @@ def negative(progress: Progress) -> Mapping[str, float]:
 def unkept(progress: Progress) -> Mapping[str, float]:
     progress.state["x"] = object()
     return progress.weights
+
+
+def raising(_progress: Progress) -> Mapping[str, float]:
+    raise KeyError("the plan")
+
+
+def none(_progress: Progress) -> None:
+    return None
+
+
+def numbered(_progress: Progress) -> Mapping[int, float]:
+    return {1: 1.0, "x": 1.0}
+
+
+def not_a_number(progress: Progress) -> Mapping[str, float]:
+    return progress.weights | {"hard": float("nan")}
+
+
+def words(progress: Progress) -> Mapping[str, str]:
+    return progress.weights | {"hard": "often"}
+
+
+def too_much(progress: Progress) -> Mapping[str, float]:
+    return dict.fromkeys(progress.weights, 1e308)
+
+
+def unread(progress: Progress) -> Mapping[str, float]:
+    progress.state["x"] = float("nan")
+    return progress.weights
+
+
+def counting(progress: Progress) -> Mapping[str, float]:
+    """One more source in turn has weight; what it counts is under keys that JSON changes, and deep down."""
+    seen = progress.state.get("seen", {})
+    seen = {int(key): list(each) for key, each in seen.items()}
+    seen[progress.step] = [progress.drawn]
+    progress.state.setdefault("deep", {}).setdefault("steps", []).append(progress.step)
+    progress.state = {**progress.state, "seen": seen}
+    name = list(progress.weights)[len(seen) % len(progress.weights)]
+    return dict.fromkeys(progress.weights, 0.0) | {name: 1.0}

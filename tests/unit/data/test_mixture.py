@@ -46,6 +46,7 @@ FORMS = {
     "column": ({"pools": {"column": "level", "borders": [0.3, 0.6], "weights": [1, 0, 2]}}, prompts(20)),
     "measured": ({"mixture": MIXTURE, "pools": {"borders": [0.1, 0.9], "weights": [1, 1, 4, 1]}}, ALL),
     "curriculum": ({"mixture": MIXTURE, "curriculum": f"{HERE}:towards_hard"}, ALL),
+    "counting": ({"mixture": MIXTURE, "curriculum": f"{HERE}:counting"}, ALL),
 }
 
 
@@ -112,6 +113,28 @@ def test_a_curriculum_is_asked_after_each_step_and_keeps_its_state() -> None:
     assert {prompt.source for prompt in sampler.next(30)} == {"hard"}
 
 
+def test_a_state_that_was_given_out_does_not_change() -> None:
+    """A copy in memory is of its own step, whatever the curriculum does to its state later."""
+    options, rows = FORMS["counting"]
+    sampler = new_sampler(rows, data(**options), 1)
+    sampler.observe([])
+    kept = sampler.state()
+    before = json.dumps(kept)
+    sampler.observe([])
+    assert json.dumps(kept) == before
+    assert sampler.state()["curriculum"]["deep"] == {"steps": [0, 1, 2]}
+
+
+def test_measured_pools_take_other_borders() -> None:
+    """A prompt's rewards are kept, not its pool."""
+    rows = prompts(12)
+    options = {"borders": [0.1, 0.9], "weights": [0, 0, 1, 0]}
+    sampler = new_sampler(rows, data(pools=options), 2)
+    sampler.observe([(prompt, prompt.index / 11) for prompt in sampler.next(12)])
+    again = restored_sampler(rows, data(pools={"borders": [0.5], "weights": [0, 0, 1]}), 2, sampler.state())
+    assert {prompt.index for prompt in again.next(60)} == set(range(6, 12))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -119,6 +142,13 @@ def test_a_curriculum_is_asked_after_each_step_and_keeps_its_state() -> None:
         ("nothing", "not all of them 0"),
         ("negative", "gave {'hard': -1.0}"),
         ("unkept", "its state cannot be kept in a checkpoint"),
+        ("unread", "its state cannot be kept in a checkpoint"),
+        ("raising", r"failed when 0 steps were made: KeyError: 'the plan' \(.*curricula.py, line \d+\)"),
+        ("none", "gave a NoneType; needed: a weight by the name of each"),
+        ("numbered", r"gave weights for \['1', 'x'\]; needed: for"),
+        ("not_a_number", "gave {'hard': nan}"),
+        ("words", "gave {'hard': 'often'}; weights are numbers"),
+        ("too_much", "weights are numbers from 0 on, finite"),
     ],
 )
 def test_a_curriculum_that_cannot_be_used_is_named(name: str, words: str) -> None:
@@ -126,8 +156,17 @@ def test_a_curriculum_that_cannot_be_used_is_named(name: str, words: str) -> Non
         new_sampler(ALL, data(mixture=MIXTURE, curriculum=f"{HERE}:{name}"), 1)
 
 
-def test_what_is_no_function_is_refused_before_the_start() -> None:
-    for path, words in ((f"{HERE}:missing", "missing"), ("no.such:thing", "PYTHONPATH"), (f"{HERE}:NUMBER", "is a int")):
+def test_what_is_no_function_is_refused_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken_curriculum.py"
+    broken.write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for path, words in (
+        ("broken_curriculum:f", "its module cannot be loaded: ZeroDivisionError"),
+        (".curricula:f", "cannot be loaded"),
+        (f"{HERE}:missing", "missing"),
+        ("no.such:thing", "PYTHONPATH"),
+        (f"{HERE}:NUMBER", "is a int"),
+    ):
         with pytest.raises(ConfigError, match=words):
             check_curriculum(path)
 
