@@ -15,6 +15,7 @@ _LAYOUT = "the server would keep the weights in another layout than the proof of
 _ROUNDED = (
     "the server would keep other numbers than those that are published, which no proof fits, and sample from another policy"
 )
+_SAME_DRAWS = "each request then draws by its own seed, 42 where it names none, so all attempts at a prompt would be the same one"
 _ADAPTERS = "the trainer trains all weights; adapters would be others than those that it publishes"
 _ELSEWHERE = "weights that are published would not reach those that wait in host memory"
 
@@ -33,7 +34,11 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("dp-size", "data-parallel-size", "pp-size", "pipeline-parallel-size"), _LAYOUT),
     **dict.fromkeys(("ep-size", "ep", "expert-parallel-size", "moe-dp-size", "moe-data-parallel-size"), _LAYOUT),
     **dict.fromkeys(("attn-dp-size", "attention-data-parallel-size", "enable-dp-attention"), _LAYOUT),
-    **dict.fromkeys(("hicache-storage-backend", "enable-lmcache"), _STALE),
+    **dict.fromkeys(("hicache-storage-backend", "enable-lmcache", "enable-flexkv", "radix-cache-backend"), _STALE),
+    "enable-unified-cache-external-linker": _STALE,
+    **dict.fromkeys(("enable-deterministic-inference", "rl-on-policy-target"), _SAME_DRAWS),
+    "allow-auto-truncate": "a context that is too long would lose its end without a word, and the trainer would see all of it",
+    "enable-strict-thinking": "tokens are kept from being drawn that the policy of the trainer can draw",
     "dllm-algorithm": "its tokens are not sampled one after the other, so they have no log-probs of that kind",
     "preferred-sampling-params": "it adds to every request; set rollout.temperature, top_p, top_k and min_p instead",
     "enable-watermark": "a watermark changes which tokens are drawn, but not the log-probs that are reported",
