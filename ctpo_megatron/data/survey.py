@@ -57,11 +57,11 @@ def find_repeats(prompts: Sequence[Prompt]) -> Repeats:
     return Repeats(len(counts), counts[often], firsts[often].index, tuple(contradictions.values()))
 
 
-def find_shared(held_out: Sequence[Prompt], trained: Sequence[Prompt]) -> list[tuple[int, int]]:
-    """Returns the rows of `held_out` that ask what a row of `trained` asks, as pairs of the one and the first of the other."""
-    known: dict[Hashable, int] = {}
+def find_shared(held_out: Sequence[Prompt], trained: Sequence[Prompt]) -> list[tuple[int, str]]:
+    """Returns the rows of `held_out` that ask what one of `trained` asks, as pairs of the row and the first other's `key`."""
+    known: dict[Hashable, str] = {}
     for prompt, key in _keyed(trained):
-        known.setdefault(key, prompt.index)
+        known.setdefault(key, prompt.key)
     return [(prompt.index, known[key]) for prompt, key in _keyed(held_out) if key in known]
 
 

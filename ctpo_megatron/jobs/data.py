@@ -14,7 +14,9 @@ from rich.console import Console
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.evaluation import benchmarks_of
+from ctpo_megatron.data.curriculum import check_curriculum
 from ctpo_megatron.data.kind import Kind, kind_of
+from ctpo_megatron.data.mixture import new_sampler
 from ctpo_megatron.data.survey import find_shared
 from ctpo_megatron.errors import InputError
 from ctpo_megatron.jobs.data_findings import Findings, ModelFound, demonstrations_found, prompts_found
@@ -26,10 +28,12 @@ from ctpo_megatron.jobs.inputs import (
     demonstration_limit,
     load_demonstrations,
     open_model,
+    pool_column,
     read_prompt_file,
+    training_files,
 )
 from ctpo_megatron.record.events import DataRead, Event
-from ctpo_megatron.types import TrainSample
+from ctpo_megatron.types import Prompt, TrainSample
 
 
 def data_job(
@@ -83,16 +87,32 @@ def look(config: RunConfig, found: Findings, samples: int) -> None:
     if found.use == "sft":
         _look_at_demonstrations(config, model, found, samples)
         return
-    train = _look_at_prompts(config.data.train, "train", config, model, found, samples)
+    check_curriculum(config.data.curriculum)
+    trained: list[Prompt] = []
+    for source, path in training_files(config):
+        trained += _look_at_prompts(path, "train", config, model, found, samples, source).prompts
+        found.files[-1].share = source_share(config, source)
+    new_sampler(trained, config.data, config.seed)
     for benchmark in benchmarks_of(config.data, config.eval, config.rollout):
         held_out = _look_at_prompts(benchmark.file, "eval", config, model, found, samples=0)
-        found.files[-1].shared = find_shared(held_out.prompts, train.prompts)
+        found.files[-1].shared = find_shared(held_out.prompts, trained)
 
 
-def _look_at_prompts(path: str, use: str, config: RunConfig, model: OpenModel, found: Findings, samples: int) -> PromptFile:
+def source_share(config: RunConfig, source: str) -> float | None:
+    """Returns the share of prompts that come from a source, empty for data.train; None where a curriculum decides it."""
+    data = config.data
+    weights = {"": data.weight} | {each.name: each.weight for each in data.mixture}
+    return None if data.curriculum and data.mixture else weights[source] / sum(weights.values())
+
+
+def _look_at_prompts(
+    path: str, use: str, config: RunConfig, model: OpenModel, found: Findings, samples: int, source: str = ""
+) -> PromptFile:
     events: list[Event] = []
-    file = read_prompt_file(path, config, model.chat, events.append)
+    column = pool_column(config) if use == "train" else None
+    file = read_prompt_file(path, config, model.chat, events.append, source=source, difficulty=column)
     found.files.append(prompts_found(file, use, _read(events), config, model.chat, samples))
+    found.files[-1].read += () if column is None else (column,)
     check_prompt_file(file, config, model.chat, model.shape)
     return file
 

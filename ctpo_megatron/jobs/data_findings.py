@@ -81,7 +81,10 @@ class Rendered:
 
 @dataclass(slots=True)
 class FileFound:
-    """What a file holds. `shared`: pairs of a held-out row and a training row that ask the same."""
+    """What a file holds. `shared`: pairs of a held-out row and a row that is trained on, as `Prompt.key`, that ask the same.
+
+    `share`: of the rows of each step, how many are from this file; None: a curriculum decides it.
+    """
 
     path: str
     use: str  # train, eval or sft
@@ -91,7 +94,8 @@ class FileFound:
     ignored: tuple[str, ...]
     measures: list[Measure] = field(default_factory=list)
     repeats: Repeats | None = None
-    shared: list[tuple[int, int]] = field(default_factory=list)
+    shared: list[tuple[int, str]] = field(default_factory=list)
+    share: float | None = 1.0
     answers: GoldAnswers | None = None
     samples: list[Rendered] = field(default_factory=list)
 

@@ -93,7 +93,8 @@ def _facts(found: Findings) -> Table:
         for number, line in enumerate(lines):
             files = [file for other, said, _, file in facts if (other, said) == (label, line)]
             names = ", ".join(_name(file, found.files) for file in files)
-            where = "" if len(files) == len(found.files) or label == RUN else f"{names}: "
+            alone = label == RUN and sum(file.use != "eval" for file in found.files) == 1
+            where = "" if len(files) == len(found.files) or alone else f"{names}: "
             table.add_row("" if number else label, Text(where + line, style=told[label, line]))
     if found.model is not None:
         for label, line in _model_facts(found.model, found):
@@ -114,9 +115,18 @@ def _file_facts(found: Findings, file: FileFound) -> Iterator[tuple[str, str, st
     if file.answers is not None:
         yield from _answers(file.answers)
     if file.use != "eval":
-        times = found.steps * found.rows_per_step / file.rows
-        often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
-        yield RUN, f"{found.steps:,} steps of {found.rows_per_step:,} rows: {often} times through the file", ""
+        yield RUN, _times(found, file), ""
+
+
+def _times(found: Findings, file: FileFound) -> str:
+    """How often a run goes through a file that it trains on."""
+    steps = f"{found.steps:,} steps of {found.rows_per_step:,} rows"
+    if file.share is None:
+        return f"{steps}; the curriculum decides how many are from here"
+    times = found.steps * found.rows_per_step * file.share / file.rows
+    often = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+    part = "" if file.share == 1 else f", {file.share:.0%} of them from here"
+    return f"{steps}{part}: {often} times through the file"
 
 
 def _repeats(file: FileFound) -> Iterator[tuple[str, str, str]]:

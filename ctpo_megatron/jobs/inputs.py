@@ -87,19 +87,32 @@ def load_prompts(
 def load_training_prompts(config: RunConfig, chat: ChatTokenizer, emit: Emit, shape: ModelShape | None) -> list[Prompt]:
     """The prompts of data.train and of all sources of the mixture, all of which a run can use. Raises DataError, ConfigError."""
     check_curriculum(config.data.curriculum)
-    pools, found = config.data.pools, list[Prompt]()
-    for source, path in (("", config.data.train), *((each.name, each.path) for each in config.data.mixture)):
-        column = None if pools is None else pools.column
-        prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit, source=source, difficulty=column)
-        check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
-        check_prompt_file(PromptFile(path, prompts, prompt_lengths(prompts, chat, path)), config, chat, shape)
-        found += prompts
+    found = list[Prompt]()
+    for source, path in training_files(config):
+        file = read_prompt_file(path, config, chat, emit, source=source, difficulty=pool_column(config))
+        check_prompt_file(file, config, chat, shape)
+        found += file.prompts
     return found
 
 
-def read_prompt_file(path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard) -> PromptFile:
-    """The prompts of a file, of any length, all of them such that the chat template can go on from them. Raises DataError."""
-    prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit)
+def training_files(config: RunConfig) -> list[tuple[str, str]]:
+    """The files of prompts to train on, each after what its prompts are said to be from: nothing for data.train."""
+    return [("", config.data.train), *((each.name, each.path) for each in config.data.mixture)]
+
+
+def pool_column(config: RunConfig) -> str | None:
+    """The column that prompts to train on have besides; None: there is none."""
+    return None if config.data.pools is None else config.data.pools.column
+
+
+def read_prompt_file(
+    path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard, *, source: str = "", difficulty: str | None = None
+) -> PromptFile:
+    """The prompts of a file, of any length, all of them such that the chat template can go on from them. Raises DataError.
+
+    `source`, `difficulty`: see `data.prompts.read_prompts`.
+    """
+    prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit, source=source, difficulty=difficulty)
     check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
     return PromptFile(path, prompts, prompt_lengths(prompts, chat, path))
 

@@ -245,7 +245,9 @@ class _Run:
         config, run_dir = runtime.config, inputs.run_dir
         publisher = make_publisher(runtime, self._rollouts.client, inputs.texts)
         if chosen is not None:
-            start = await _restored(runtime, inputs, start, chosen, emit)
+            restored = await _restored(runtime, inputs, start, chosen, emit)
+            # from an earlier one, too, the prompts of the left steps are passed over
+            start = replace(restored, admission=start.admission, position=start.position) if passed_over else restored
         # a new run's weights too: it proves that trainer and servers agree from the start
         published = await publisher.publish(start.step)
         self._published(start.step, publisher.digest)

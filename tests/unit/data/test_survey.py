@@ -48,7 +48,7 @@ def test_a_question_with_two_answers_is_told_once_with_both_rows():
 
 def test_held_out_rows_that_are_trained_on():
     trained = [asked(0, "a"), asked(1, "b"), asked(2, "b")]
-    assert find_shared([asked(0, "c"), asked(1, "b", "9"), asked(2, "a")], trained) == [(1, 1), (2, 0)]
+    assert find_shared([asked(0, "c"), asked(1, "b", "9"), asked(2, "a")], trained) == [(1, "1"), (2, "0")]
     assert find_shared([asked(0, "c")], trained) == []
 
 

@@ -169,6 +169,35 @@ def test_each_benchmark_is_looked_at(command, rows):
     assert "no/such.parquet" in command("eval.benchmarks.sums.file=no/such.parquet")[2]
 
 
+def test_all_files_of_a_mixture_are_looked_at(command, rows):
+    """With their shares, what they have in common with held-out rows, and what a run would refuse of them."""
+    path, hard = (
+        rows(asked("1+1?", level=1), name="train.jsonl"),
+        rows(asked("1+2?", level=2), asked("2+2?", level=3), name="h.jsonl"),
+    )
+    mixture = f"data.mixture=[{{name: hard, path: {hard}, weight: 3}}]"
+    held_out = rows(asked("2+2?"), name="eval.jsonl")
+    base = (f"data.train={path}", f"data.eval={held_out}", mixture, "train.steps=2", "train.prompts_per_step=8")
+    code, out, _ = command(*base, "data.pools={column: level, borders: [2.5], weights: [1, 1]}")
+    words = " ".join(out.split())
+    assert code == 0
+    assert "1 prompts to train on, 2 prompts to train on, 1 to evaluate on" in words
+    assert "train.jsonl: 2 steps of 8 rows, 25% of them from here: 4 times through the file" in words
+    assert "h.jsonl: 2 steps of 8 rows, 75% of them from here: 6 times through the file" in words
+    assert "eval.jsonl: 1 of 1 rows ask what a row asks (in brackets) that is trained on: 0 (hard:1)" in words
+    assert "train.jsonl, h.jsonl: prompt, reward_model, level; there are no others" in words
+    rows(asked("1+2?", level=2), asked("2+2?", level=None), name="h.jsonl")
+    _, _, error = command(*base, "data.pools={column: level, borders: [2.5], weights: [1, 1]}")
+    assert "h.jsonl line 2: 'level' is " in error
+    assert "data.pools.column needs a number there" in error
+    assert "the curriculum decides" in " ".join(command(*base, "data.curriculum=tests.unit.data.curricula:counting")[1].split())
+    assert "needed: for ['hard', 'train']" in command(*base, "data.curriculum=tests.unit.data.curricula:wrong_names")[2]
+    rows(name="h.jsonl")
+    assert "h.jsonl" in command(*base)[2]
+    rows(asked("long " * 3000), name="h.jsonl")
+    assert "h.jsonl row 0: the prompt has" in command(*base)[2]
+
+
 def test_files_of_one_name_are_told_apart(command, rows, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
