@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -97,14 +97,11 @@ class EngineClient:
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
         told = truncation.cuts and recorded is not None
         request = _Request(session, aside, self.traffic.moves, deadline)
-
-        def body(tokens: int) -> dict[str, Any]:
-            sampling = sampling_params(temperature, truncation) | {"max_new_tokens": tokens, "stop_token_ids": stop_token_ids}
-            asked = {"input_ids": input_ids + done.token_ids, "sampling_params": sampling, "return_logprob": True}
-            return asked | ({"return_sampling_mask": True} if told else {}) | record.wish()
-
+        sampling = sampling_params(temperature, truncation) | {"stop_token_ids": stop_token_ids}
+        more = {"return_logprob": True} | ({"return_sampling_mask": True} if told else {})
         while not (request.late and done.token_ids):
-            asked = await self._ask(request, body, max_new_tokens - len(done.token_ids), begun=bool(done.token_ids))
+            body = {"input_ids": input_ids + done.token_ids, **more, **record.wish()}
+            asked = await self._ask(request, body, sampling, max_new_tokens - len(done.token_ids), begun=bool(done.token_ids))
             if asked is None:  # it waited for a server until its deadline
                 continue
             lease, answer = asked
@@ -148,12 +145,12 @@ class EngineClient:
         self.fleet.release()
 
     async def _ask(
-        self, request: _Request, body: Callable[[int], dict[str, Any]], tokens: int, *, begun: bool
+        self, request: _Request, body: dict[str, Any], sampling: dict[str, Any], tokens: int, *, begun: bool
     ) -> tuple[Lease, dict[str, Any] | None] | None:
         """Ask one server for at most `tokens`: returns which, and its answer, None where there is none that can be used.
 
-        `body`: what it is sent, by the most tokens that it may give. `begun`: whether there are tokens already. Then the deadline
-        holds while a server is waited for, too; returns None where it came by then. Otherwise one token is asked for in the end.
+        `body` is what it is sent, besides how it is to sample. `begun`: whether there are tokens already. Then the deadline holds
+        while a server is waited for, too; returns None where it came by then. Otherwise one token is asked for in the end.
         """
         limit = asyncio.timeout(request.left_s if begun else None)
         try:
@@ -162,7 +159,8 @@ class EngineClient:
                 most = 1 if request.late else tokens
                 patience_s = self.traffic.leave_after_s(lease.member, most) if request.moves else None
                 asked = time.monotonic()
-                answer = await self._answer(lease, body(most), request.limit_s(patience_s))
+                whole = body | {"sampling_params": sampling | {"max_new_tokens": most}}
+                answer = await self._answer(lease, whole, request.limit_s(patience_s))
         except TimeoutError:
             if not limit.expired():
                 raise

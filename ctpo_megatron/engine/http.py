@@ -3,7 +3,7 @@
     failure        what happened                             tried again    the server counts as
     unreachable    the connection failed or broke            yes            gone
     silent         no answer within the bound                no             gone
-    broken         an answer of 500 or above                 yes            at fault
+    broken         an answer of 500 or above, or no JSON     yes            at fault
     refused        an answer of 400 to 499                   no             at fault; raised as EngineRefused
 
 Only what may be done twice is tried again: generations and the driver's control of a server (`Requests`). What the senders of
@@ -77,10 +77,14 @@ async def ask(
     """The answer to one request, asked once and given up after `timeout_s`."""
     try:
         async with session.request(method, url, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
-            text = await answer.text()
+            text = await answer.text(errors="replace")
             if answer.status < 400:
-                is_json = answer.content_type == "application/json"
-                return Answer(await beside_loop(len(text), json.loads, text) if is_json else text)
+                if answer.content_type != "application/json":
+                    return Answer(text)
+                try:
+                    return Answer(await beside_loop(len(text), json.loads, text))
+                except ValueError as error:
+                    return Failure("broken", f"{url} answered {answer.status} with damaged JSON: {error}")
             kind: Literal["broken", "refused"] = "broken" if answer.status >= 500 else "refused"
             return Failure(kind, f"{url} answered {answer.status}: {text[:SHOWN_CHARACTERS]}")
     except TimeoutError:

@@ -5,6 +5,7 @@ SGLang 0.5.23 tells at /v1/loads, out of memory that its scheduler writes anyway
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,16 @@ def read_load(answer: Any, url: str) -> Load:
             running=sum(int(rank["num_running_reqs"]) for rank in ranks),
             waiting=sum(int(rank["num_waiting_reqs"]) for rank in ranks),
             retracted=sum(int((rank.get("queues") or {}).get("retracted", 0)) for rank in ranks),
-            cache_use=max(float(rank["token_usage"]) for rank in ranks),
+            cache_use=max(_finite(rank["token_usage"]) for rank in ranks),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise EngineError(f"{url}/v1/loads gave no loads: {str(answer)[:300]}") from error
+
+
+def _finite(value: Any) -> float:
+    if not math.isfinite(found := float(value)):
+        raise ValueError(f"{value} is no number")
+    return found
 
 
 def next_limit(limit: int | None, in_flight: int, load: Load, most: int) -> int:

@@ -19,7 +19,7 @@ NOWHERE = "http://127.0.0.1:9/x"
 
 
 class Server:
-    """Answers as the path says: /json, /text, /STATUS, /slow, /cut (the connection breaks in mid-answer)."""
+    """Answers as the path says: /json, /text, /STATUS, /slow, /cut (the connection breaks in mid-answer), /damaged (no JSON)."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None]] = []  # paths and keys
@@ -37,9 +37,9 @@ class Server:
                 if self.path == "/slow":
                     outer.release.wait(20)
                 status = int(self.path[1:]) if self.path[1:].isdigit() else 200
-                body = b'{"a": 1}' if self.path == "/json" else b"words"
+                body = {"/json": b'{"a": 1}', "/damaged": b'{"a": \xff'}.get(self.path, b"words")
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json" if self.path == "/json" else "text/plain")
+                self.send_header("Content-Type", "application/json" if self.path in ("/json", "/damaged") else "text/plain")
                 self.send_header("Content-Length", str(len(body) + 10 * (self.path == "/cut")))
                 self.end_headers()
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -124,6 +124,7 @@ def test_a_large_answer_is_the_same(server: Server, monkeypatch: pytest.MonkeyPa
         ("/500", EngineError, "/500 answered 500: words", RETRIES),
         ("/503", EngineError, "/503 answered 503: words", RETRIES),
         ("/cut", EngineError, "/cut ClientPayloadError", RETRIES),
+        ("/damaged", EngineError, "/damaged answered 200 with damaged JSON: Expecting value", RETRIES),
         ("/400", EngineRefused, "/400 answered 400: words", 1),
         ("/499", EngineRefused, "/499 answered 499: words", 1),
         ("/slow", EngineError, "/slow did not answer within 0 s", 1),

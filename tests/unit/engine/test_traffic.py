@@ -125,7 +125,16 @@ def test_patience() -> None:
 def test_loads_are_read_with_suspicion() -> None:
     rank = {"num_running_reqs": 3, "num_waiting_reqs": 1, "token_usage": 0.25}
     assert read_load({"loads": [rank, rank | {"queues": {"retracted": 2}}]}, "http://a") == Load(6, 2, 2, 0.25)
-    for answer in ({}, [], {"loads": [{}]}, {"loads": []}, {"loads": [rank | {"token_usage": None}]}, "no"):
+    for answer in (
+        {},
+        [],
+        {"loads": [{}]},
+        {"loads": []},
+        {"loads": [rank | {"token_usage": None}]},
+        "no",
+        {"loads": [rank | {"queues": [1]}]},
+        {"loads": [rank | {"token_usage": float("nan")}]},
+    ):
         with pytest.raises(EngineError, match="http://a/v1/loads gave no loads"):
             read_load(answer, "http://a")
 

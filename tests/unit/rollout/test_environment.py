@@ -365,3 +365,51 @@ def test_an_attempt_that_is_interrupted_anywhere_ends_as_if_it_had_not_been(inte
     assert (trajectory.text, trajectory.reward, trajectory.status) == (whole.text, 1.0, Status.FINISHED)
     assert [turn.token_ids for turn in trajectory.turns] == [turn.token_ids for turn in whole.turns]
     assert (trajectory.tool_calls, len(noted)) == (1, 1)
+
+
+class Timed(Script):
+    """A script whose engine is told a deadline."""
+
+    async def generate(self, input_ids, done, *, deadline, **options):
+        self.deadline = deadline
+        return await super().generate(input_ids, done, **options)
+
+
+class Tool:
+    """Takes its time, and may fail in doing so."""
+
+    def __init__(self, seconds: float, *errors: Exception) -> None:
+        self.seconds, self.errors, self.calls, self.ended = seconds, list(errors), 0, 0
+
+    async def run(self, code: str) -> ToolResult:
+        self.calls += 1
+        try:
+            await asyncio.sleep(self.seconds)
+            if self.errors:
+                raise self.errors.pop(0)
+        finally:
+            self.ended += 1
+        return ToolResult("7", True, self.seconds)
+
+
+def test_a_tool_that_runs_at_the_deadline_is_not_waited_for() -> None:
+    """It is ended, its call adds nothing, and what was said so far is judged."""
+    tool = Tool(3600.0)
+    environment = ToolEnvironment(Timed(["\\boxed{56}\n" + CALL]), Letters(), tool, Boxes())
+    attempt = environment.begin(PROMPT, ATTEMPT)
+    made = asyncio.run(asyncio.wait_for(environment.run(attempt, PROMPT, 9, Sampling(1.0, 5, 1000, deadline_s=0.2)), 20))
+    assert (made.status, made.reward, made.tool_calls, len(made.turns)) == (Status.DEADLINE, 1.0, 0, 1)
+    assert (tool.calls, tool.ended) == (1, 1)
+    assert made.seconds >= 0.2
+
+
+@pytest.mark.parametrize("deadline_s", [None, 60.0])
+def test_a_tool_that_fails_in_time_is_no_deadline(deadline_s: float | None) -> None:
+    """Its TimeoutError is a failure of its own, which is tried again."""
+    tool = Tool(0.0, TimeoutError("the tool's host"))
+    engine = (Script if deadline_s is None else Timed)([CALL, "\\boxed{56}"])
+    rollouter = Rollouter(ToolEnvironment(engine, Letters(), tool, Boxes()), RolloutConfig(retries=1))
+    (made,) = asyncio.run(
+        rollouter.group(PROMPT, GROUP, size=1, sampling=Sampling(1.0, 5, 1000, deadline_s=deadline_s))
+    ).trajectories
+    assert (made.status, made.reward, made.tool_calls, tool.calls) == (Status.FINISHED, 1.0, 1, 2)
