@@ -153,10 +153,10 @@ class RolloutConfig(Section):
     """Trajectories in flight."""
     retries: NonNegativeInt = 2
     """How often an attempt that failed (its servers, its sandbox, its reward) is tried again, from where it was. Then it counts
-    as failed: its group is not trained on, and another prompt takes its place."""
-    failed_share: float = Field(0.05, ge=0, le=1)
-    """Share of the last failed_window attempts that may fail in this way; the run ends when more do. 0: the first one ends it.
-    Attempts that are not used because another one of their group failed are not among them."""
+    as failed: in training its group is not trained on, and another prompt takes its place; an evaluation ends with its error."""
+    failed_share: float = Field(0.05, ge=0, lt=1)
+    """Share of the last failed_window attempts of training that may fail in this way; the run ends when more do. 0: the first one
+    ends it. Attempts that are not used because another one of their group failed are not among them."""
     failed_window: PositiveInt = 256
     """Attempts that failed_share is taken of."""
     dynamic: DynamicConfig = DynamicConfig()
