@@ -116,7 +116,7 @@ class Fleet:
         self._held = False
         self.traffic: Callable[[], dict[str, float]] | None = None  # what is measured of the requests
         self._changed = asyncio.Event()
-        self._freed = asyncio.Event()  # a request has ended, or a server has changed
+        self._freed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
         """The new member: a server called `name` answers at `url`, perhaps in place of one that was lost."""
@@ -275,7 +275,7 @@ class Fleet:
     def done(self, lease: Lease) -> None:
         """Note that the request is over."""
         lease.member.in_flight -= 1
-        self._free()
+        self.freed()
 
     async def _served(self, aside: bool) -> None:
         """Return when a server serves; for one that is `aside`, when requests may go out. Raises NoServerLeft."""
@@ -319,8 +319,9 @@ class Fleet:
     def _notify(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-        self._free()
+        self.freed()
 
-    def _free(self) -> None:
+    def freed(self) -> None:
+        """Let requests that wait for room look for it: one has ended, or a bound has moved."""
         freed, self._freed = self._freed, asyncio.Event()
         freed.set()

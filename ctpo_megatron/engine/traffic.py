@@ -31,6 +31,8 @@ class Traffic:
         self.moves = 0 if moving is None else moving.most  # of one generation
         self._gates = {aside: Gate() for aside in (False, True)}
         self._moved = 0
+        self._versions: dict[str, int | None] = {}  # that each server had at the last look
+        self._passed_over: set[str] = set()  # servers whose last look moved no bound
         self._seen: dict[str, float] = {}  # the most since `metrics` was asked last
 
     @contextlib.asynccontextmanager
@@ -71,14 +73,27 @@ class Traffic:
     async def look(self) -> None:
         """Ask all servers that serve once, and set their bounds."""
         members = self._fleet.members(State.SERVING)
+        versions = [member.version for member in members]
         loads = await asyncio.gather(*(self._load(member) for member in members))
-        for member, load in zip(members, loads, strict=True):
+        for member, version, load in zip(members, versions, loads, strict=True):
             if load is not None:
                 for name in ("waiting", "retracted", "cache_use"):
                     self._seen[name] = max(self._seen.get(name, 0.0), float(getattr(load, name)))
-                if self._config.per_server == "auto":
+                if self._config.per_server == "auto" and self._settled(member, version):
                     member.limit = next_limit(member.limit, member.in_flight, load, self._most)
         self._bound()
+        self._fleet.freed()
+
+    def _settled(self, member: Member, version: int | None) -> bool:
+        """Whether a server, asked with `version`, has had it since the look before: what queues else was taken back for that.
+
+        Of two looks one counts, however fast versions follow one another.
+        """
+        known = self._versions.get(member.name, version)
+        self._versions[member.name] = version
+        settled = known == version == member.version or member.name in self._passed_over
+        (self._passed_over.discard if settled else self._passed_over.add)(member.name)
+        return settled
 
     def _bound(self) -> None:
         """Give new servers their first bound, and each gate the sum of its pool.

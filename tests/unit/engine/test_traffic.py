@@ -237,6 +237,54 @@ def test_what_servers_say_bounds_what_they_are_sent() -> None:
     asyncio.run(scenario())
 
 
+def test_a_publication_moves_no_bound() -> None:
+    """All that a server had is in its queue once more then; what is there at the next look is too much for it."""
+
+    async def scenario() -> None:
+        server = FakeServer()
+        rank = {"num_running_reqs": 0, "num_waiting_reqs": 9, "token_usage": 0.1}
+        server.faults["/v1/loads"] = lambda: web.json_response({"loads": [rank]})
+        traffic = TrafficConfig(per_server="auto", look_s=60.0)
+        async with fakes(1, servers=[server], traffic=traffic, most=100) as (_, fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            member, limits = fleet.members(State.SERVING)[0], []
+            rank["num_waiting_reqs"] = 0
+            await client.traffic.look()
+            await asyncio.sleep(0.1)  # the look with which it began
+            member.in_flight, rank["num_waiting_reqs"] = 10, 9
+            fleet.serve([member], 1)
+            for _ in range(2):
+                await client.traffic.look()
+                limits.append(member.limit)
+            assert limits == [START, 8]
+            for version in (2, 3):
+                member.in_flight = 5
+                fleet.serve([member], version)
+                await client.traffic.look()
+                limits.append(member.limit)
+            assert limits[2:] == [8, 4], "versions that follow fast"
+            member.in_flight = 0
+
+    asyncio.run(scenario())
+
+
+def test_a_bound_that_grows_is_heard_of() -> None:
+    async def scenario() -> None:
+        fleet = Fleet(patience_s=1)
+        member = fleet.join("0", "http://0")
+        fleet.serve([member], 0)
+        member.limit = 1
+        await fleet.acquire(0)
+        waiting = asyncio.ensure_future(fleet.acquire(1))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        member.limit = 2
+        fleet.freed()
+        await asyncio.wait_for(waiting, 1)
+
+    asyncio.run(scenario())
+
+
 def test_each_pool_has_its_bounds() -> None:
     """From the first request on, and while no server serves: neither training nor an evaluation beside it sends one too many."""
 

@@ -11,6 +11,7 @@ import pytest
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config, load_config
+from ctpo_megatron.data.mixture import new_sampler
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import ConfigError, DataError, InputError
 from ctpo_megatron.jobs.resume import Start, checkpoint_to_resume, differences, start_of
@@ -124,6 +125,28 @@ def test_other_prompts_that_are_wanted_are_counted_from_their_first_on(model: Pa
     assert admitted.id.number == DONE  # ids go on
     assert prompt == PromptSampler(others, 1).next(1)[0]
     assert sorted([prompt.index, *following(start, 14)]) == [each.index for each in others]
+
+
+def test_other_sources_are_told_by_name_and_their_weights_may_change(model: Path) -> None:
+    """Not as other rows: these are the same."""
+    more = [*PROMPTS, *(Prompt(i, ({"role": "user", "content": f"hard {i}"},), "1", "hard") for i in range(3))]
+    mixture = "data.mixture=[{name: hard, path: h.jsonl, weight: 2}]"
+    changed = r'sources and pools of the prompts: \["data.train alone"\] in the checkpoint, \["hard", "train"\] now: refused'
+    with pytest.raises(DataError, match=changed):
+        begin(saved(model), config(model, mixture), more)
+    pools = "data.pools={borders: [0.5], weights: [1, 1, 1]}"
+    with pytest.raises(DataError, match=r'\["data.train alone"\] in the checkpoint, \["train"\] now: refused'):
+        begin(saved(model), config(model, pools))
+    before = new_sampler(more, config(model, mixture).data, 1)
+    before.next(DONE)
+    found = saved(model, cursor=before.state())
+    with pytest.raises(DataError, match=r"prompts of .*, h.jsonl: 23 prompts in the checkpoint, 22 with other contents now"):
+        begin(found, config(model, mixture), more[:-1])
+    start, told = begin(found, config(model, mixture.replace("2}", "1}")), more)
+    assert told["data.mixture"].effect == "applies"
+    assert "weights count from now on" in told["data.mixture"].sentence
+    assert [key for key in told if "prompts" in key] == []
+    assert start.admission.next(2).id.number == DONE
 
 
 def test_a_checkpoint_of_an_earlier_release_goes_on(model: Path) -> None:
