@@ -308,6 +308,10 @@ class Fleet:
         """Return when the request need not be waited for any more."""
         await self._until(lambda: lease.broken)
 
+    async def changed(self) -> None:
+        """Return when something has happened to a server."""
+        await self._changed.wait()
+
     async def lost(self, member: Member) -> None:
         """Return when `member` is lost."""
         await self._until(lambda: member.state not in UP)

@@ -38,14 +38,15 @@ class Traffic:
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
         """Look while the context is open."""
-        looking = asyncio.create_task(self._look_on(), name="traffic")
+        tasks = [asyncio.create_task(each, name="traffic") for each in (self._look_on(), self._follow())]
         self._fleet.traffic = self.metrics
         try:
             yield
         finally:
             self._fleet.traffic = None
-            looking.cancel()
-            await asyncio.gather(looking, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def passing(self, *, aside: bool = False) -> contextlib.AbstractAsyncContextManager[None]:
         """The context of one request. `aside`: for the servers that are set aside."""
@@ -96,10 +97,10 @@ class Traffic:
         return settled
 
     def _bound(self) -> None:
-        """Give new servers their first bound, and each gate the sum of its pool.
+        """Give new servers their first bound, and each gate the sum of those of its pool that serve.
 
-        Servers that take new weights or are started again count: what was let in meanwhile would be too much for them. A pool
-        of which nothing is left has no bound, so that its requests come to hear of that.
+        While none does, as in a publication, all count that may serve again: what was let in without a bound would wait for a
+        server all at once. A pool of which nothing is left has no bound, so that its requests come to hear of that.
         """
         first = self._config.per_server
         if first is None:
@@ -109,13 +110,20 @@ class Traffic:
             for member in pool:
                 if member.limit is None:
                     member.limit = min(START, self._most) if first == "auto" else first
-            gate.set_limit(sum(each.limit for each in pool if each.limit is not None) or None)
+            serving = [each for each in pool if each.state is State.SERVING] or pool
+            gate.set_limit(sum(each.limit for each in serving if each.limit is not None) or None)
 
     async def _load(self, member: Member) -> Load | None:
         try:
             return await self._control.load(member.url, timeout_s=LOOK_TIMEOUT_S)
         except EngineError:  # whether it lives is for its watch to find out
             return None
+
+    async def _follow(self) -> None:
+        """Let bounds follow servers that come and go at once."""
+        while True:
+            await self._fleet.changed()
+            self._bound()
 
     async def _look_on(self) -> None:
         pause_s = self._config.look_s if self._config.per_server == "auto" else max(self._config.look_s, SELDOM_S)

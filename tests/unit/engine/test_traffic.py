@@ -360,6 +360,7 @@ def test_a_bound_holds_while_another_server_is_down() -> None:
             await until(lambda: [len(each.generations) for each in servers[:2]] == [2, 2])
             await asyncio.sleep(0.1)
             assert [each.in_flight for each in fleet.members(*State)] == [2, 2, 0]
+            assert client.traffic._gates[False].waiting == 3, "each in its turn, and at no cost"
             fleet.serve(fleet.members(State.SUSPENDED), 0)
             await until(lambda: len(servers[2].generations) == 2)
             running.pop().cancel()
