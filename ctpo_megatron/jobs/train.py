@@ -239,14 +239,13 @@ class _Run:
     async def _prepare(self, start: Start, chosen: Resumable | None, *, passed_over: bool = False) -> TrainLoop:
         """Returns the loop at its first step; where it goes on, with the checkpoint's weights in trainer and servers.
 
-        `passed_over`: the groups of the steps behind the checkpoint are not admitted again.
+        `passed_over`: the groups of the steps behind the checkpoint, or an earlier one, are not admitted again.
         """
         runtime, inputs, emit = self._runtime, self._inputs, self._emit
         config, run_dir = runtime.config, inputs.run_dir
         publisher = make_publisher(runtime, self._rollouts.client, inputs.texts)
         if chosen is not None:
             restored = await _restored(runtime, inputs, start, chosen, emit)
-            # from an earlier one, too, the prompts of the left steps are passed over
             start = replace(restored, admission=start.admission, position=start.position) if passed_over else restored
         # a new run's weights too: it proves that trainer and servers agree from the start
         published = await publisher.publish(start.step)
