@@ -29,13 +29,13 @@ def test_unit_tests_start_no_processes() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["import subprocess\n", "from multiprocessing.pool import Pool\n", "import os, subprocess as s\n"]
+    "source", ["import subprocess\n", "from multiprocessing.pool import Pool\n", "import os, subprocess as s"]
 )
 def test_one_that_does_is_found(tmp_path: Path, source: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "test_good.py").write_text("import signal\n\nsubprocess = 1\n")
     assert starters(tmp_path) == []
-    (tmp_path / "a" / "test_bad.py").write_text(f"def f():\n    {source}")
+    (tmp_path / "a" / "test_bad.py").write_text(f"def f():\n    {source}\n")
     assert starters(tmp_path) == ["a/test_bad.py:2"]
 
 
