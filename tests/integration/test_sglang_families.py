@@ -23,10 +23,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "glm4_moe"])
-def test_log_probs(name: str, tmp_path: Path) -> None:
+def test_log_probs(name: str, forks: Path, tmp_path: Path) -> None:
     """Those of transformers, and those of other weights once these were published."""
     directory = servable(tmp_path, name)
-    running = start_server(directory, tmp_path / "server.log")
+    running = start_server(directory, tmp_path / "server.log", forks=forks)
 
     async def scenario() -> None:
         old, new = load_reference(directory), perturbed(directory, seed=2)
