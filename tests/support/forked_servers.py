@@ -125,7 +125,7 @@ def main(place: str) -> None:
 
     entry.load()
     adopt_orphans()  # schedulers whose server was killed
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # what ends here needs nobody
+    signal.signal(signal.SIGCHLD, _reap)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
         listener.listen()
@@ -138,6 +138,13 @@ def main(place: str) -> None:
                 listener.close()
                 _keep(line)
             line.close()
+
+
+def _reap(*_: object) -> None:
+    """Collect whatever has ended."""
+    with contextlib.suppress(ChildProcessError):  # the sign that none is left
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            continue
 
 
 def _keep(line: socket.socket) -> NoReturn:
