@@ -57,7 +57,7 @@ class Pair:
     def close(self) -> None:
         self._end.send(None)
         dist.destroy_process_group()
-        self.child.join(10)
+        self.child.join(BOUND.total_seconds())
         assert self.child.exitcode == 0
 
 
