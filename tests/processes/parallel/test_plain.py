@@ -1,4 +1,4 @@
-"""Collectives of plain data between two gloo ranks: this process and a fork of it that takes part in whatever it is told."""
+"""Collectives of plain data between two gloo ranks: this process and a new one that takes part in whatever it is told."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ Collective = Callable[..., Any]
 
 
 class Pair:
-    """This process is rank 0; the fork is rank 1."""
+    """This process is rank 0. Rank 1 is no fork of it: that would have its gloo device, but not the device's thread."""
 
     def __init__(self, meeting: Path) -> None:
         self._end, theirs = mp.Pipe()
-        self.child = mp.get_context("fork").Process(target=_take_part, args=(theirs, meeting), daemon=True)
+        self.child = mp.get_context("spawn").Process(target=_take_part, args=(theirs, meeting), daemon=True)
         self.child.start()
         _join(meeting, 0)
 
@@ -69,7 +69,6 @@ def _take_part(commands: Connection, meeting: Path) -> None:
     _join(meeting, 1)
     while (command := commands.recv()) is not None:
         commands.send(_outcome(*command))
-    os._exit(0)  # the tests of the process that it is a fork of are not its own
 
 
 def _outcome(collective: Collective, mine: Any) -> Any:
