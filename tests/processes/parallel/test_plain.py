@@ -39,7 +39,7 @@ Collective = Callable[..., Any]
 
 
 class Pair:
-    """This process is rank 0. Rank 1 is no fork of it: that would have its gloo device, but not the device's thread."""
+    """This process is rank 0. Rank 1 is no fork of it, which would have what other tests have locked, and not their threads."""
 
     def __init__(self, meeting: Path) -> None:
         self._end, theirs = mp.Pipe()
