@@ -3,7 +3,7 @@
 # make quickstart   the whole loop on this machine: data, a tiny model, cold start, reinforcement learning
 # make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
 # make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
-# make test         all tests          make test-fast   the unit tests
+# make test         all tests          make test-fast   those of tests/unit
 # make lint         style, format and types, in seconds; CI runs it first
 # make clean        remove .venv and caches; runs/ stays
 

@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -50,17 +51,22 @@ class SGLangServer:
         adopt_orphans()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ctpo_megatron.engine.sglang.entry", *arguments],
-                stdin=subprocess.PIPE,  # carries the key, then stays open as the sign that this process lives
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ | (env or {}),
-            )
+            self._process = self._begin(arguments, output, os.environ | (env or {}))
         with contextlib.suppress(BrokenPipeError):  # it has died already; wait_healthy tells with its exit code and log
             self._stdin.write(f"{api_key}\n".encode())
             self._stdin.flush()
+
+    def _begin(self, arguments: list[str], output: IO[bytes], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Returns its main process, which leads a group of its own. Standard input is a pipe: it carries the key, then stays open
+        as the sign that this process lives."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "ctpo_megatron.engine.sglang.entry", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=env,
+        )
 
     @property
     def pid(self) -> int:

@@ -83,7 +83,7 @@ def test_latent_attention_takes_a_mock_for_a_class(bridged: dict[str, str]) -> N
 @pytest.mark.skipif(not hasattr(dist, "all_gather_single"), reason="this torch has the old names only")
 def test_megatron_still_calls_collectives_by_names_that_torch_deprecates(tmp_path: Path) -> None:
     """Should it learn the new ones, `host.silence_deprecated_collectives` may go."""
-    (found,) = run_ranks(1, deprecated_collectives, write_model(tmp_path / "model", "qwen3"), bare=True)
+    (found,) = run_ranks(1, deprecated_collectives, write_model(tmp_path / "model", "qwen3"))
     assert found == {"heard": sorted(DEPRECATED_COLLECTIVES), "silenced": []}
 
 

@@ -78,9 +78,7 @@ def together() -> tuple[list[Any], list[Any]]:
     """What two real ranks did in each layout, and what each does when it is rehearsed."""
     places = [(model, layout, free_port()) for model, layout in LAYOUTS.values()]
     real = run_ranks(2, traffic_of_steps, places)
-    (rehearsed,) = run_ranks(
-        1, rehearsals, [small(model, layout, rank) for rank in range(2) for model, layout, _ in places], bare=True
-    )
+    (rehearsed,) = run_ranks(1, rehearsals, [small(model, layout, rank) for rank in range(2) for model, layout, _ in places])
     return real, [rehearsed[: len(places)], rehearsed[len(places) :]]
 
 
@@ -103,7 +101,7 @@ def test_collectives_are_those_of_two_ranks(name: str) -> None:
 def test_memory_is_what_the_allocator_gives_to_a_real_step(model: str, dtype: str) -> None:
     what = small(model, {}, dtype=dtype, tokens=2048)
     (real,) = run_ranks(1, memory_of_step, what)
-    (found,) = run_ranks(1, rehearsals, [what], bare=True)[0]
+    (found,) = run_ranks(1, rehearsals, [what])[0]
     assert found.weights == pytest.approx(real["weights"], rel=0.001)  # besides: the frequencies of rotation
     assert found.gradients == real["gradients"]
     assert found.optimizer == pytest.approx(real["optimizer"], rel=0.01)
@@ -130,7 +128,7 @@ def test_a_rehearsal_that_takes_too_long_or_too_much_is_told() -> None:
 
 def test_no_bridge_is_without_need() -> None:
     """Without any one of them the same rehearsal fails or finds other bytes: where it does neither, the bridge can go."""
-    (found,) = run_ranks(1, without_bridges, bare=True)
+    (found,) = run_ranks(1, without_bridges)
     whole = found.pop("nothing")
     assert isinstance(whole, int), whole
     assert [name for name, outcome in found.items() if outcome == whole] == []

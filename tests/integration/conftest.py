@@ -1,4 +1,4 @@
-"""One SGLang server for all tests that only need one: starting it is most of their time."""
+"""One SGLang server for all tests that only need one, and where others are forked: starting them is most of their time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from ctpo_megatron.toy.model import make_toy_model
 from tests.support.engines import RunningServer, endless, start_server
+from tests.support.forked_servers import forking
 
 torch.set_num_threads(1)  # models that are judges are small, and threads that wait for more would take the servers' cores
 
@@ -23,6 +24,13 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recommended = {"do_sample": True, "temperature": 0.6, "top_k": 1, "top_p": 0.5, "repetition_penalty": 1.5}
     file.write_text(json.dumps(json.loads(file.read_text()) | recommended))
     return model
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where servers are forked that have imported SGLang already."""
+    with forking(tmp_path_factory.mktemp("forks")) as place:
+        yield place
 
 
 @pytest.fixture(scope="session")

@@ -72,10 +72,10 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def mixture(forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Qwen3-MoE on two ranks."""
     directory = write_model(tmp_path_factory.mktemp("model") / "mixture", "", options=FAMILIES["qwen3_moe"] | CHANGES)
-    running = start_server(directory, tmp_path_factory.mktemp("server") / "server.log", tp=2)
+    running = start_server(directory, tmp_path_factory.mktemp("server") / "server.log", tp=2, forks=forks)
     yield Engine(running, directory)
     running.server.stop()
 

@@ -16,7 +16,6 @@ import pytest
 from ctpo_megatron.engine.fleet import State
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.mcore.rank import RankInfo
-from tests.support.engines import start_server
 from tests.support.publication_driver import LONG, Driver, check_in_flight, driving
 from tests.support.ranks import run_ranks
 from tests.support.tiny import FAMILIES, write_model
@@ -24,12 +23,12 @@ from tests.support.tiny import FAMILIES, write_model
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
 
-def faults(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
+def faults(info: RankInfo, model: Path, root: Path, forks: Path) -> dict[str, Any]:
     """The scenario of `test_faults_are_found_and_mended`."""
 
     async def scenario() -> dict[str, Any]:
         found: dict[str, Any] = {}
-        async with driving(info, model, root, servers=2, restarts=1) as driver:
+        async with driving(info, model, root, servers=2, restarts=1, forks=forks) as driver:
             if driver is not None:
                 found["metrics"] = await driver.publish()
                 for fault in ("dropped", "swapped", "stale", "cached"):
@@ -61,7 +60,7 @@ async def old_weights(driver: Driver, found: dict[str, Any], root: Path) -> None
     before.server.stop()
     port = int(before.url.rpartition(":")[2])
     log = root / "again.log"
-    driver.servers[1] = await asyncio.to_thread(start_server, before.model, log, key=before.api_key, port=port)
+    driver.servers[1] = await asyncio.to_thread(driver.start_server, before.model, log, key=before.api_key, port=port)
     generations = await asyncio.gather(*(driver.generate(session, 8) for session in range(4)))
     found["old"] = {"versions": [set(each.versions) for each in generations], "current": driver.version}
     found["old"] |= {"said": driver.spoken(), "serving": driver.serving()}
@@ -86,7 +85,7 @@ async def killed(driver: Driver, found: dict[str, Any], root: Path) -> None:
         "metrics": metrics,
     }
     victim.server.stop()
-    driver.servers[1] = await asyncio.to_thread(start_server, victim.model, root / "late.log", key=victim.api_key)
+    driver.servers[1] = await asyncio.to_thread(driver.start_server, victim.model, root / "late.log", key=victim.api_key)
     late = driver.fleet.join("server 1", driver.servers[1].url)
     odd = await asyncio.gather(*(driver.generate(session, 8) for session in (1, 3, 5)))
     found["killed"] |= {"before healing": [set(each.versions) for each in odd], "state": late.state}
@@ -97,9 +96,9 @@ async def killed(driver: Driver, found: dict[str, Any], root: Path) -> None:
     found["killed"]["next"] = driver.serving()
 
 
-def test_faults_are_found_and_mended(tmp_path: Path) -> None:
+def test_faults_are_found_and_mended(forks: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "", options=FAMILIES["qwen3_moe"] | {"moe_intermediate_size": 64})
-    found, _ = run_ranks(2, faults, model, tmp_path, timeout_s=450)
+    found, _ = run_ranks(2, faults, model, tmp_path, forks, timeout_s=450)
     assert found["metrics"]["servers/serving"] == 2
     both, layer = ["server 0", "server 1"], "model.layers.1"
     named = {
@@ -140,12 +139,12 @@ def test_faults_are_found_and_mended(tmp_path: Path) -> None:
     assert dead["next"] == both
 
 
-def tied(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
+def tied(info: RankInfo, model: Path, root: Path, forks: Path) -> dict[str, Any]:
     """The scenario of `test_tied_embeddings_updated_once`."""
 
     async def scenario() -> dict[str, Any]:
         found: dict[str, Any] = {}
-        async with driving(info, model, root, servers=1, restarts=0) as driver:
+        async with driving(info, model, root, servers=1, restarts=0, forks=forks) as driver:
             if driver is not None:
                 await driver.publish()
                 found["whole"] = (driver.spoken(), driver.serving())
@@ -158,9 +157,9 @@ def tied(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
     return asyncio.run(scenario())
 
 
-def test_tied_embeddings_updated_once(tmp_path: Path) -> None:
+def test_tied_embeddings_updated_once(forks: Path, tmp_path: Path) -> None:
     """The last stage of the trainer keeps the old copy: what is sent arrives whole, yet both sides compute different models."""
     model = write_model(tmp_path / "model", "qwen3")
-    found, _ = run_ranks(2, tied, model, tmp_path, timeout_s=300)
+    found, _ = run_ranks(2, tied, model, tmp_path, forks, timeout_s=300)
     assert found["whole"] == ("", ["server 0"]), "tied embeddings are sent, and proven"
     assert "computes other log-probs than the trainer with version 2" in found["once"]

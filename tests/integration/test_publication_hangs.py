@@ -32,13 +32,13 @@ SHORT = 600  # tokens; sampled in less than ANSWER_S, and not before the server 
 BOTH = ["server 0", "server 1"]
 
 
-def hangs(info: RankInfo, model: Path, root: Path) -> dict[str, Any]:
+def hangs(info: RankInfo, model: Path, root: Path, forks: Path) -> dict[str, Any]:
     """The scenario of `test_other_transports_and_servers_that_hang`."""
 
     async def scenario() -> dict[str, Any]:
         found: dict[str, Any] = {}
         common = {"delta": True, "timeout_s": 60.0}
-        async with driving(info, model, root, servers=2, restarts=2) as driver:
+        async with driving(info, model, root, servers=2, restarts=2, forks=forks) as driver:
             if driver is not None:
                 for transport in (ColocatedTransport(**common), DiskTransport(directory=str(root / "versions"), **common)):
                     found[transport.type] = await whole_and_part(driver, transport)
@@ -125,9 +125,9 @@ async def end_when_lost(driver: Driver, member: Member) -> None:
     await asyncio.to_thread(driver.servers[1].server.stop)
 
 
-def test_other_transports_and_servers_that_hang(tmp_path: Path) -> None:
+def test_other_transports_and_servers_that_hang(forks: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "", options=FAMILIES["qwen3_moe"] | {"moe_intermediate_size": 64})
-    found, _ = run_ranks(2, hangs, model, tmp_path, timeout_s=400)
+    found, _ = run_ranks(2, hangs, model, tmp_path, forks, timeout_s=400)
     for kind in ("colocated", "disk"):
         check_transport(found[kind], kind)
     said, serving, sent = found["colocated"]["stale"]

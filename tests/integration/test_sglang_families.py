@@ -1,6 +1,6 @@
 """Model families on a real SGLang server on a CPU: log-probs from disk, and after new weights by broadcast.
 
-Qwen3 and Qwen3-MoE are in test_sglang.py; DeepSeek-V3 is not served on CPUs (docs/models.md).
+Qwen3 is in test_sglang.py, Qwen3-MoE in test_sglang_ends.py; DeepSeek-V3 is not served on CPUs (docs/models.md).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ctpo_megatron.toy.model import make_toy_model
-from tests.integration.test_sglang import check_against, perturbed, publishing, sample
 from tests.support.engines import load_reference, start_server
 from tests.support.families import MODELS
+from tests.support.publishing import check_against, perturbed, publishing, sample
 from tests.support.tiny import write_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -23,10 +23,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral", "glm4_moe"])
-def test_log_probs(name: str, tmp_path: Path) -> None:
+def test_log_probs(name: str, forks: Path, tmp_path: Path) -> None:
     """Those of transformers, and those of other weights once these were published."""
     directory = servable(tmp_path, name)
-    running = start_server(directory, tmp_path / "server.log")
+    running = start_server(directory, tmp_path / "server.log", forks=forks)
 
     async def scenario() -> None:
         old, new = load_reference(directory), perturbed(directory, seed=2)

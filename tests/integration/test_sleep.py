@@ -15,8 +15,8 @@ from ctpo_megatron.engine.fleet import MEMORY, State
 from ctpo_megatron.record.events import Event, ServerServing, ServerSuspended
 from ctpo_megatron.weights.protocol import Sent
 from ctpo_megatron.weights.publisher import WeightPublisher
-from tests.integration.test_sglang import LocalTrainer, check_against, perturbed, publishing, sample
 from tests.support.engines import TIMEOUT_S, RunningServer, in_flight
+from tests.support.publishing import LocalTrainer, check_against, perturbed, publishing, sample
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

@@ -36,9 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunningServer]]:
+def running(model: Path, forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RunningServer]]:
     """A server on two ranks and one on a single rank."""
-    with serving([(model, 2), (model, 1)], tmp_path_factory.mktemp("servers")) as servers:
+    with serving([(model, 2), (model, 1)], tmp_path_factory.mktemp("servers"), forks) as servers:
         yield servers
 
 

@@ -15,11 +15,11 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 LAYERS = 4  # two chunks on each of two stages
 
 
-def test_every_layout_of_dense_models(tmp_path: Path) -> None:
+def test_every_layout_of_dense_models(forks: Path, tmp_path: Path) -> None:
     """Qwen3, tied, in every layout to both servers; Qwen2, untied and with biases, to the one on two ranks."""
     qwen3, qwen2 = (write_model(tmp_path / family, family, layers=LAYERS) for family in ("qwen3", "qwen2"))
     bases = {model: write_weights(tmp_path / f"{model.name}_base", other_weights(model, 1)) for model in (qwen3, qwen2)}
-    with serving([(qwen3, 2), (qwen3, 1), (qwen2, 2)], tmp_path) as running:
+    with serving([(qwen3, 2), (qwen3, 1), (qwen2, 2)], tmp_path, forks) as running:
         sites = {qwen3: site_of(running[:2]), qwen2: site_of(running[2:])}
         started = {model: site.state() for model, site in sites.items()}
         cases = [

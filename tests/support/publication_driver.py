@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -28,8 +29,9 @@ LONG = 1500  # tokens of such a generation: many times what is sampled until the
 class Driver:
     """What a run's driver has, on rank 0: trainer, servers, client and publisher."""
 
-    def __init__(self, rank: Rank, servers: list[RunningServer], client: EngineClient, said: list[str]) -> None:
+    def __init__(self, rank: Rank, servers: list[RunningServer], client: EngineClient, said: list[str], forks: Path) -> None:
         self.trainer, self.servers, self.client, self.said = Ranks(rank), servers, client, said
+        self.start_server = functools.partial(start_server, forks=forks)
         self.fleet = client.fleet
         self.publisher = self._new_publisher(TIMEOUT_S)
         self.version = 0
@@ -90,14 +92,16 @@ class Driver:
 
 
 @asynccontextmanager
-async def driving(info: RankInfo, model: Path, root: Path, servers: int, restarts: int) -> AsyncIterator[Driver | None]:
+async def driving(
+    info: RankInfo, model: Path, root: Path, servers: int, restarts: int, forks: Path
+) -> AsyncIterator[Driver | None]:
     """On rank 0 a driver; None on the others, which then follow it."""
     async with AsyncExitStack() as stack:
         running: list[RunningServer] = []
         if info.rank == 0:
             key = new_api_key()
             for number in range(servers):
-                running.append(start_server(model, root / f"server_{number}.log", wait=False, key=key))
+                running.append(start_server(model, root / f"server_{number}.log", wait=False, key=key, forks=forks))
             stack.callback(lambda: [server.server.stop() for server in running])
         rank = Rank(model, info, TIMEOUT_S)
         stack.callback(rank.close)
@@ -111,7 +115,7 @@ async def driving(info: RankInfo, model: Path, root: Path, servers: int, restart
             await asyncio.to_thread(server.server.wait_healthy, START_S)
             fleet.join(f"server {number}", server.url)
         client = await stack.enter_async_context(EngineClient(fleet, running[0].api_key, request_timeout_s=TIMEOUT_S))
-        driver = Driver(rank, running, client, said)
+        driver = Driver(rank, running, client, said, forks)
         stack.callback(driver.trainer.end)
         yield driver
 

@@ -21,10 +21,11 @@ KINDS = ("broadcast", "colocated", "disk")
 
 
 @contextmanager
-def serving(models: list[tuple[Path, int]], logs: Path) -> Iterator[list[RunningServer]]:
+def serving(models: list[tuple[Path, int]], logs: Path, forks: Path) -> Iterator[list[RunningServer]]:
     """Servers, each of a model on a number of ranks; they start together and have one key."""
     key = new_api_key()
-    running = [start_server(model, logs / f"{n}.log", tp=tp, wait=False, key=key) for n, (model, tp) in enumerate(models)]
+    options = {"wait": False, "key": key, "forks": forks}
+    running = [start_server(model, logs / f"{n}.log", tp=tp, **options) for n, (model, tp) in enumerate(models)]
     try:
         for each in running:
             each.server.wait_healthy(START_S)

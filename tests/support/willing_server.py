@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+POLL_S = 0.02  # in which it sees that it is to end
+
 
 @contextmanager
 def willing_server(*, refused: Collection[str] = (), unanswered: Collection[str] = ()) -> Iterator[tuple[str, list[str]]]:
@@ -37,7 +39,7 @@ def willing_server(*, refused: Collection[str] = (), unanswered: Collection[str]
             """A client that has gone away is no error of the test."""
 
     http = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(POLL_S,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{http.server_port}", asked
     finally:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 from ctpo_megatron.engine.processes import group_shared_memory, unlink_shared_memory
 
@@ -45,10 +46,8 @@ def die_with_parent(fd: int) -> None:
     os.killpg(group, signal.SIGKILL)
 
 
-def main(argv: list[str]) -> None:
-    """Serve until told to stop. Standard input: the API key, a newline, then silence as long as the parent lives."""
-    key = Secret(read_line(0))
-    threading.Thread(target=die_with_parent, args=(0,), daemon=True, name="parent-watch").start()
+def load() -> Callable[[list[str], str], None]:
+    """`serve`, with all of SGLang: seven seconds of a processor."""
     os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "ctpo_megatron.engine.sglang.models"
 
     from ctpo_megatron.engine.sglang.imports import hide_kernels, modules_stay
@@ -57,7 +56,14 @@ def main(argv: list[str]) -> None:
     with modules_stay():
         from ctpo_megatron.engine.sglang.serve import serve
 
-    serve(argv, key)
+    return serve
+
+
+def main(argv: list[str]) -> None:
+    """Serve until told to stop. Standard input: the API key, a newline, then silence as long as the parent lives."""
+    key = Secret(read_line(0))
+    threading.Thread(target=die_with_parent, args=(0,), daemon=True, name="parent-watch").start()
+    load()(argv, key)
 
 
 if __name__ == "__main__":

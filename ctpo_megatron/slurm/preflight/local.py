@@ -19,9 +19,9 @@ from ctpo_megatron.slurm.preflight.report import Finding, State
 
 GIB = 2**30
 LEAST_MEMORY_GIB = 2.0  # below it not even a toy model's processes come up
-IMPORTS = {  # what servers and trainer ranks load first
-    "SGLang": "import sglang.srt.entrypoints.http_server",
-    "Megatron": "import megatron.core.parallel_state, megatron.core.transformer",
+IMPORTS = {  # what servers and trainer ranks load first, and as they do: on a CPU without what is slow and of no use there
+    "SGLang": "from ctpo_megatron.engine.sglang.entry import load; load()",
+    "Megatron": "from ctpo_megatron.mcore.host import prepare_host; prepare_host(); import megatron.core.transformer",
 }
 # What a run's numbers depend on. The rest of an environment may differ in what only one kind of node has.
 PACKAGES = (

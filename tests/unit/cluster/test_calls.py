@@ -13,6 +13,11 @@ from ctpo_megatron.cluster.calls import Process, call_all, first_of
 from ctpo_megatron.errors import MismatchError, ProcessDied
 
 
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctpo_megatron.cluster.calls.PEERS_FAIL_WITHIN_S", 0.5)
+
+
 class Call:
     """What a Ray call gives its caller: a reference with a future."""
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from ctpo_megatron.engine.calls import Server, ServerCalls
 from ctpo_megatron.errors import WeightSyncError
+
+POLL_S = 0.02  # in which a server sees that it is to end
+
+
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctpo_megatron.engine.calls.VERDICT_WAIT_S", 0.5)
+    monkeypatch.setattr("ctpo_megatron.engine.calls.SIGN_OF_LIFE_S", 1.0)
 
 
 class Servers:
@@ -39,7 +48,7 @@ class Servers:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(POLL_S,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def __enter__(self) -> Servers:
@@ -61,16 +70,18 @@ def ask(paths: list[str], deadline_s: float, abandon=lambda: None) -> WeightSync
 
 
 def test_the_server_at_fault_is_named() -> None:
-    with Servers() as servers:
+    with Servers() as servers, ThreadPoolExecutor() as asking:
         good, refusing, hanging = (f"{servers.url}/{path}" for path in ("good", "refuse", "hang"))
         gone = "http://127.0.0.1:9/x"
         begin = time.monotonic()
         assert ask([good, refusing, hanging], 10).servers == (refusing,)
         assert ask([good, refusing, gone, hanging], 10).servers == (gone,), "others refuse because it is gone"
         assert time.monotonic() - begin < 8, "a server that cannot answer any more was waited for"
-        assert ask([good, hanging], 0.3).servers == (hanging,)
-        assert ask([f"{servers.url}/busy", hanging], 0.2).servers == (hanging,), "the other one shows that it lives"
-        assert len(ask([f"{hanging}/1", f"{hanging}/2"], 0.2).servers) == 2
+        slow = [[good, hanging], [f"{servers.url}/busy", hanging], [f"{hanging}/1", f"{hanging}/2"]]
+        alone, lively, neither = asking.map(ask, slow, (0.3, 0.2, 0.2))
+        assert alone.servers == (hanging,)
+        assert lively.servers == (hanging,), "the other one shows that it lives"
+        assert len(neither.servers) == 2
 
 
 def test_freed_servers_are_not_to_blame() -> None:

@@ -16,6 +16,7 @@ from ctpo_megatron.engine.request_thread import RequestThread
 from ctpo_megatron.errors import EngineError, EngineRefused
 
 NOWHERE = "http://127.0.0.1:9/x"
+POLL_S = 0.02  # in which a server sees that it is to end
 
 
 class Server:
@@ -53,7 +54,7 @@ class Server:
                 pass
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(POLL_S,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def close(self) -> None:
@@ -62,9 +63,14 @@ class Server:
         self._http.server_close()
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two tries."""
     monkeypatch.setattr("ctpo_megatron.engine.http.BACKOFF_S", 0.01)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
     with contextlib.closing(Server()) as running:
         yield running
 

@@ -2,80 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
-from datetime import date
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctpo_megatron.config.model import ChatConfig
-from ctpo_megatron.errors import ConfigError, ModelError, RenderError
+from ctpo_megatron.errors import RenderError
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from tests.support import chat_models as of
-
-CHATML = of.source("qwen2.5")
-DAY = ChatConfig(chat_date=date(2026, 1, 31))
-FAMILIES = {
-    "qwen2.5": (of.QWEN25, ChatConfig()),
-    "qwen2.5-base": (of.QWEN25_BASE, ChatConfig(stop_tokens=("<|im_end|>",))),
-    "qwen3": (of.QWEN3, ChatConfig()),
-    "qwen3-thinking": (of.QWEN3_THINKING, ChatConfig()),
-    "llama3": (of.LLAMA3, ChatConfig()),
-    "llama3-dated": (of.LLAMA3, ChatConfig(chat_date=date(2026, 1, 31), chat_options={"dated": True})),
-    "glm4.5": (of.GLM45, ChatConfig()),
-    "deepseek-v3": (of.DEEPSEEK_V3, ChatConfig()),
-    "mistral": (of.MISTRAL, ChatConfig()),
-    "gemma": (of.GEMMA, ChatConfig()),
-}
-REASONS = ("qwen3", "qwen3-thinking", "glm4.5")
-NO_TOOL_ROLE = ("mistral", "gemma")
-QUESTION = [{"role": "user", "content": "What is 1 + 1?"}]
-SAID = ["```python\nprint(1 + 1)\n```", "Once more:\n\n```python\n'x'\n```", "It is \\boxed{2}."]
-OUTPUTS = ['2\n"x" <b> & é', "  3\n\n"]
+from tests.support.chats import (
+    CALL,
+    CALLED,
+    DAY,
+    FAMILIES,
+    OUTPUTS,
+    QUESTION,
+    SAID,
+    ids_of,
+    loader,
+    spoken,
+    talk,
+    template_text,
+)
 
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-    """The ChatTokenizer of a family, made once, or of another configuration and with changes."""
-    made = {}
-
-    def make(name: str | of.Family, config: ChatConfig | None = None, **changes) -> ChatTokenizer:
-        key = (repr(name), repr(config), repr(changes))
-        if key not in made:
-            family, usual = FAMILIES[name] if isinstance(name, str) else (name, ChatConfig())
-            directory = family.write(tmp_path_factory.mktemp("model"), **changes)
-            made[key] = ChatTokenizer(directory, config or usual)
-        return made[key]
-
-    return make
-
-
-def spoken(name: str, text: str) -> str:
-    """`text` as a message of a model of that family, with reasoning where it reasons."""
-    return f"<think>\nI see.\n</think>\n\n{text}" if name in REASONS else text
-
-
-def talk(name: str, turns: int = 3) -> list[dict[str, str]]:
-    """Turns of the assistant, a tool's output between; in the user's role where the family has none for tools."""
-    messages = list(QUESTION)
-    for number in range(turns):
-        messages.append({"role": "assistant", "content": spoken(name, SAID[number])})
-        messages.append({"role": "user" if name in NO_TOOL_ROLE else "tool", "content": OUTPUTS[number % 2]})
-    return messages[:-1]
-
-
-def template_text(chat: ChatTokenizer, messages, *, prompt: bool = False) -> str:
-    """What transformers renders."""
-    return chat._tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=prompt, **chat._template._variables
-    )
-
-
-def ids_of(chat: ChatTokenizer, text: str) -> list[int]:
-    return chat._tokenizer.encode(text, add_special_tokens=False)
+    return loader(lambda: tmp_path_factory.mktemp("model"))
 
 
 def as_played(chat: ChatTokenizer, turns: list[str], end: str | None = None) -> list[int]:
@@ -246,14 +201,6 @@ def test_reasoning_of_a_demonstration_is_taught_whole(load):
     assert "I see." not in chat.decode(prompt)
 
 
-CALL = {
-    "role": "assistant",
-    "content": None,
-    "tool_calls": [{"id": "c1", "function": {"name": "py", "arguments": {"code": "1+1"}}}],
-}
-CALLED = [*QUESTION, CALL, {"role": "tool", "content": "2", "tool_call_id": "c1"}, {"role": "assistant", "content": "It is 2."}]
-
-
 @pytest.mark.parametrize(
     ("family", "written", "end", "answer"),
     [
@@ -306,39 +253,6 @@ def test_arguments_stay_text_where_the_template_writes_it_or_it_is_no_object(loa
     assert written in chat.decode(parts[0][1], special=True)
 
 
-@pytest.mark.parametrize(
-    ("family", "message", "key"),
-    [
-        (of.GEMMA, {"role": "assistant", "content": "2", "reasoning_content": "I see."}, "reasoning_content"),
-        (of.LLAMA3, {"role": "assistant", "content": "2", "reasoning_content": "I see."}, "reasoning_content"),
-        (of.MISTRAL, {"role": "assistant", "content": "2", "tool_calls": CALL["tool_calls"]}, "tool_calls"),
-        (of.QWEN25, {"role": "assistant", "content": "2", "name": "Ann"}, "name"),
-        (of.DEEPSEEK_V3, {"role": "assistant", "content": "2", "thinking": "I see."}, "thinking"),
-    ],
-)
-def test_a_key_that_the_template_does_not_write_is_refused(load, family, message, key):
-    with pytest.raises(RenderError, match=rf"messages\[1\] has the key '{key}'"):
-        load(family, DAY).demonstration([*QUESTION, message], 1)
-    # null is no value: parquet has every key in every row
-    load(family, DAY).demonstration([*QUESTION, {**message, key: None}], 1)
-
-
-def test_content_that_a_template_drops_is_refused(load):
-    # a system message that nobody reads; words beside a call; reasoning inside of the content
-    silent = "{%- for m in messages if m.role != 'system' %}{{- '[' + m.role + ']' + m.content + '<|im_end|>' }}{%- endfor %}"
-    chat = load(
-        dataclasses.replace(of.QWEN25, template=silent + "{%- if add_generation_prompt %}{{- '[assistant]' }}{%- endif %}")
-    )
-    with pytest.raises(RenderError, match=r"messages\[0\]: .* does not write the content of a message of the role 'system'"):
-        chat.check_prompt([{"role": "system", "content": "Be brief."}, *QUESTION])
-    with pytest.raises(RenderError, match=r"messages\[1\]: .*'assistant' beside its calls"):
-        load(of.LLAMA3).demonstration([*QUESTION, {**CALL, "content": "I call."}, *CALLED[2:]], 1)
-    drops = of.source("deepseek-r1").replace(r"<think>\n", "")  # as it was first published
-    thought = {"role": "assistant", "content": "<think>\nI see.\n</think>\n\n2"}
-    with pytest.raises(RenderError, match="leaves '<think>' out of the assistant's content"):
-        load(dataclasses.replace(of.DEEPSEEK_R1, template=drops)).demonstration([*QUESTION, thought], 1)
-
-
 def test_several_tools_may_speak_after_one_turn(load):
     chat = load("glm4.5")
     call = {**CALL, "content": ""}
@@ -347,61 +261,6 @@ def test_several_tools_may_speak_after_one_turn(load):
     assert chat.decode(parts[1][1], special=True).count("<tool_response>") == 2
     text = "".join(chat.decode(part, special=True) for _, part in parts)
     assert chat.decode(chat.prompt_ids(QUESTION), special=True) + text == template_text(chat, messages) + "<|user|>"
-
-
-def test_a_date_in_a_prompt_is_the_configurations(load):
-    with pytest.raises(ConfigError, match=r"set model\.chat_date, such as model\.chat_date=2026-01-31"):
-        load(of.HARMONY)
-    assert "Current date: 2026-01-31" in load(of.HARMONY, DAY).decode(load(of.HARMONY, DAY).prompt_ids(QUESTION))
-    assert "Today Date: 26 Jul 2024" in load("llama3").decode(load("llama3").prompt_ids(QUESTION))
-    for options in ({}, {"dated": True}):  # by date_string, and by strftime_now
-        chat = load("llama3", ChatConfig(chat_date=date(2026, 1, 31), chat_options=options))
-        assert "Today Date: 31 Jan 2026" in chat.decode(chat.prompt_ids(QUESTION))
-    with pytest.raises(ConfigError, match=r"set model\.chat_date"):
-        load("llama3", ChatConfig(chat_options={"dated": True}))
-
-
-def test_an_option_that_the_template_does_not_know_is_refused(load):
-    with pytest.raises(ConfigError, match=r"chat_options\.enable_thinkin: .*Did you mean 'enable_thinking'"):
-        load("qwen3", ChatConfig(chat_options={"enable_thinkin": False}))
-    low = load(of.HARMONY, ChatConfig(chat_date=date(2026, 1, 31), chat_options={"reasoning_effort": "low"}))
-    assert "Reasoning: low" in low.decode(low.prompt_ids(QUESTION))
-
-
-@pytest.mark.parametrize("family", [of.MISTRAL, of.GEMMA])
-def test_a_template_without_system_messages_says_which_setting_to_change(load, family):
-    chat = load(family)
-    with pytest.raises(RenderError) as caught:
-        chat.check_prompt([{"role": "system", "content": "Be brief."}, *QUESTION])
-    assert "It can write it without the system message: set data.system_prompt to null" in str(caught.value)
-    assert "roles must alternate" in str(caught.value) or "System role not supported" in str(caught.value)
-
-
-def test_a_system_message_that_moves_from_turn_to_turn_cannot_be_rolled_out(load):
-    chat = load(of.MISTRAL_LAST)
-    chat.check_turns(QUESTION)
-    with pytest.raises(RenderError, match="otherwise than turn by turn") as caught:
-        chat.check_turns([{"role": "system", "content": "Be brief."}, *QUESTION])
-    assert "turn by turn it reads '<s>[INST]Be brief." in str(caught.value)
-    assert "as a whole it reads '<s>[INST]What is 1 + 1?[/INST]" in str(caught.value)
-    assert "rollout.tool=null" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        # the number of messages, the whole talk again, another last message: nothing that continues
-        ("{{ messages | length }}" + CHATML, "differ at character 0"),
-        (CHATML.replace("{%- for m in", "{%- for m in messages[-1:] + "), "as a whole it reads"),
-        (CHATML.replace("{%- for m in messages", "{%- for m in messages[-3:]"), "turn by turn"),
-    ],
-)
-def test_a_template_whose_turns_do_not_continue_one_another_is_refused(load, template, words):
-    chat = load(dataclasses.replace(of.QWEN25, template=template))
-    with pytest.raises(RenderError, match=words):
-        chat.check_turns(QUESTION)
-    with pytest.raises(RenderError):
-        chat.demonstration(talk("qwen2.5"), 1)
 
 
 def test_gpt_oss_keeps_its_own_end_and_the_templates(load, caplog):
@@ -418,110 +277,9 @@ def test_gpt_oss_keeps_its_own_end_and_the_templates(load, caplog):
     assert chat.decode(part, special=True) == said
 
 
-# ---- base models
-
-
-def test_a_base_model_is_told_which_key_to_set(load, tmp_path):
-    with pytest.raises(ModelError, match=r"none of the stop tokens \['<\|endoftext\|>'\]") as caught:
-        load(of.QWEN25_BASE)
-    assert "Add the token that ends a turn to model.stop_tokens, such as model.stop_tokens='[\"<|im_end|>\"]'" in str(
-        caught.value
-    )
-    chat = load("qwen2.5-base")
-    assert set(chat._tokens.ends) == {"<|endoftext|>", "<|im_end|>"}
-    assert chat.assistant_ids("a")[-1] == chat._tokens.ends["<|im_end|>"]
-    # the model ends the text instead of its turn: its token stays, and the template closes the turn
-    after = chat.tool_ids("4", end=chat._tokens.ends["<|endoftext|>"])
-    assert chat.decode(after, special=True).startswith("<|im_end|>\n<|im_start|>user\n<tool_response>")
-
-
-@pytest.mark.parametrize("given", ["text", "file"])
-def test_a_base_model_without_a_template_takes_one_from_the_configuration(given, tmp_path):
-    directory = of.QWEN25_BASE.write(tmp_path / "base")
-    (directory / "chat_template.jinja").unlink()
-    with pytest.raises(ModelError, match=r"no chat template .*give one with model\.chat_template"):
-        ChatTokenizer(directory)
-    file = tmp_path / "chatml.jinja"
-    file.write_text(CHATML)
-    config = ChatConfig(chat_template=CHATML if given == "text" else str(file), stop_tokens=("<|im_end|>",))
-    chat = ChatTokenizer(directory, config)
-    chat.check_turns(QUESTION)
-    # what is exported needs the configuration no more
-    chat.save(directory)
-    alone = ChatTokenizer(directory)
-    assert alone.prompt_ids(QUESTION) == chat.prompt_ids(QUESTION)
-    assert alone.stop_token_ids == chat.stop_token_ids
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"stop_tokens": ("<|im_ends|>",)}, r"'<\|im_ends\|>' is not one token .*Did you mean '<\|im_end\|>'"),
-        ({"stop_tokens": ("",)}, "'' is not one token"),
-        ({"chat_template": "/no/such/file.jinja"}, r"model\.chat_template: /no/such/file\.jinja is not a readable file"),
-        ({"chat_template": "{% for m in messages %}{{ m.content }"}, "the template of model.chat_template is not Jinja: line 1"),
-        ({"chat_template": "{{ messages[0].content + 1 }}"}, "TypeError"),
-        ({"chat_template": "{{ messages.nothing.content }}"}, "UndefinedError"),
-    ],
-)
-def test_a_setting_that_cannot_be_used_is_an_error_of_the_input(load, config, words):
-    with pytest.raises((ConfigError, ModelError), match=words) as caught:
-        load(of.QWEN25, ChatConfig(**config))
-    assert caught.value.exit_code == 2
-
-
-def test_a_plain_token_can_end_a_turn(load):
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    chat = load(dataclasses.replace(of.QWEN25_BASE, template=template), ChatConfig(stop_tokens=("\n\n",)))
-    assert chat._end == "\n\n"
-    chat.check_turns(QUESTION)
-    with pytest.raises(RenderError, match="after the stop token of the turn"):
-        chat.demonstration([*QUESTION, {"role": "assistant", "content": "one\n\ntwo"}], 1)
-
-
-def test_all_files_of_a_model_name_stop_tokens(load, tmp_path):
-    directory = of.QWEN25.write(tmp_path / "model")
-    added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
-    ids = {token["content"]: token["id"] for token in added}
-    (directory / "generation_config.json").unlink()
-    assert ChatTokenizer(directory).stop_token_ids == [ids["<|im_end|>"]]
-    # servers stop at what config.json names, so it is a stop token here as well
-    (directory / "config.json").write_text(json.dumps({"eos_token_id": ids["<|endoftext|>"]}))
-    assert set(ChatTokenizer(directory).stop_token_ids) == {ids["<|im_end|>"], ids["<|endoftext|>"]}
-
-
 def test_a_tools_output_in_json_is_escaped_as_the_template_does_it(load):
     chat = load("llama3")
     shown = chat.decode(chat.tool_ids('4\n"x"\t<|eot_id|>'), special=True)
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
     assert shown == header.format("ipython") + '"4\\n\\"x\\"\\t<|eot_id|>"<|eot_id|>' + header.format("assistant")
     assert chat.tool_ids("<|eot_id|>").count(chat._tokens.ends["<|eot_id|>"]) == 1
-
-
-FIRST_SYSTEM = (
-    "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}"
-    "{%- for m in messages if m.role != 'system' %}"
-    "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-LAST_THREE = FIRST_SYSTEM.replace("messages[0].role == 'system'", "false").replace(
-    "messages if m.role != 'system'", "messages[-3:]"
-)
-
-
-@pytest.mark.parametrize(
-    ("template", "written", "roles", "lost"),
-    [
-        (FIRST_SYSTEM, ("system", "user"), ("system", "system", "user"), 1),
-        (FIRST_SYSTEM, ("system", "user"), ("system", "user", "assistant", "system", "user"), 3),
-        (LAST_THREE, ("user", "assistant", "user"), ("user", "assistant", "user", "assistant", "user"), 0),
-        (LAST_THREE, ("system", "user"), ("system", "user", "assistant", "user"), 0),
-    ],
-)
-def test_content_that_a_template_drops_at_its_place_is_refused(tmp_path, template, written, roles, lost):
-    """That a message of the same role was written elsewhere says nothing."""
-    chat = ChatTokenizer(of.QWEN25.write(tmp_path / "m", template=template))
-    chat.check_prompt([{"role": role, "content": f"words {place}"} for place, role in enumerate(written)])
-    with pytest.raises(RenderError, match=rf"messages\[{lost}\].* does not write the content of a message of the role"):
-        chat.check_prompt([{"role": role, "content": f"words {place}"} for place, role in enumerate(roles)])

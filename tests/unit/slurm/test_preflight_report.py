@@ -58,13 +58,6 @@ def test_a_report_survives_its_way_as_json() -> None:
     assert NodeReport.model_validate_json(report.model_dump_json()) == report
 
 
-def test_an_import_that_fails_or_hangs_is_a_finding_with_its_reason() -> None:
-    imports = local.Imports({"broken": "raise RuntimeError('no such kernel')", "slow": "import time; time.sleep(60)", "fine": ""})
-    found = {each.topic: each for each in imports.findings(2.0)}
-    assert found["import broken"].meaning == "RuntimeError: no such kernel"
-    assert (found["import slow"].state, found["import fine"].state) == ("bad", "ok")
-
-
 def test_inputs_that_are_not_readable_are_named(tmp_path: Path) -> None:
     found = local.inputs([str(tmp_path), str(tmp_path / "none"), ""])
     assert (found.state, found.found) == ("bad", f"not readable: {tmp_path / 'none'}")

@@ -1,4 +1,4 @@
-"""Collectives of plain data between two gloo ranks: this process and a fork of it that takes part in whatever it is told."""
+"""Collectives of plain data between two gloo ranks: this process and a new one that takes part in whatever it is told."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ Collective = Callable[..., Any]
 
 
 class Pair:
-    """This process is rank 0; the fork is rank 1."""
+    """This process is rank 0. Rank 1 is no fork of it, which would have what other tests have locked, and not their threads."""
 
     def __init__(self, meeting: Path) -> None:
         self._end, theirs = mp.Pipe()
-        self.child = mp.get_context("fork").Process(target=_take_part, args=(theirs, meeting), daemon=True)
+        self.child = mp.get_context("spawn").Process(target=_take_part, args=(theirs, meeting), daemon=True)
         self.child.start()
         _join(meeting, 0)
 
@@ -57,7 +57,7 @@ class Pair:
     def close(self) -> None:
         self._end.send(None)
         dist.destroy_process_group()
-        self.child.join(10)
+        self.child.join(BOUND.total_seconds())
         assert self.child.exitcode == 0
 
 
@@ -69,7 +69,6 @@ def _take_part(commands: Connection, meeting: Path) -> None:
     _join(meeting, 1)
     while (command := commands.recv()) is not None:
         commands.send(_outcome(*command))
-    os._exit(0)  # the tests of the process that it is a fork of are not its own
 
 
 def _outcome(collective: Collective, mine: Any) -> Any:

@@ -14,6 +14,7 @@ import pytest
 
 from ctpo_megatron.cluster.watch import guard
 from ctpo_megatron.cluster.watch.loop_watch import FROZEN
+from tests.support.patience import eventually
 
 DRIVER = """
 import asyncio, ctypes, re, signal, subprocess, sys, time
@@ -122,11 +123,17 @@ def test_a_driver_that_is_stopped_or_silent_is_ended_from_outside(
     assert any("# The driver's interpreter is held" in each and "hold" in each for each in reports)
 
 
+def ignores(pid: int, number: int) -> bool:
+    """Whether a process has chosen to ignore a signal, which a new one has not."""
+    (mask,) = (line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn:"))
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_the_guard_ends_with_the_driver_and_not_at_ctrl_c(quick_guard: Callable[[int, float], subprocess.Popen[bytes]]) -> None:
     started = quick_guard(os.getpid(), 600.0)
     assert started.stdin is not None
     started.stdin.write(b".")
-    time.sleep(2.0)
+    assert eventually(lambda: ignores(started.pid, signal.SIGINT), END_S)
     started.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert started.poll() is None
