@@ -110,7 +110,8 @@ def test_training_goes_on_meanwhile(tmp_path: Path) -> None:
         async def update(self, batches: list[TrainBatch], version: int) -> dict[str, float]:
             if version == 3:
                 rollouts.go_on.set()
-                await asyncio.sleep(0.05)
+                while self.aside is not None:
+                    await asyncio.sleep(0.001)
                 rollouts.go_on.clear()
             if version == 5:
                 asyncio.get_running_loop().call_later(0.3, rollouts.go_on.set)
