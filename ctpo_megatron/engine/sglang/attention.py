@@ -1,8 +1,9 @@
 """Attention on CPUs for a whole batch at once.
 
 SGLang's `torch_native` backend calls PyTorch's attention once per sequence and layer, and for a cached prefix computes its
-queries again; for small models that is most of the time. This one gathers keys and values of similarly long sequences into
-one padded tensor and masks the padding, a few parts for a batch: what is padded is read, and with long tails it would be most.
+queries again; for small models that is most of the time. Here a step that decodes calls a compiled function, which reads keys and
+values where they lie. For other steps keys and values of similarly long sequences are gathered into one padded tensor and the
+padding is masked, a few parts for a batch: what is padded is read, and with long tails it would be most.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
 NAME = "torch_batched"
 MAX_SCORES = 2**22  # queries x keys of one padded call, per head: bounds its memory
@@ -88,13 +90,27 @@ def _part(members: list[int], starts: list[int], new_lens: list[int], total_lens
 class BatchedTorchBackend(TorchNativeAttnBackend):
     """Causal self-attention of decoder models; anything else is left to `torch_native`."""
 
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__(model_runner)
+        from ctpo_megatron.engine.sglang.decoding import Decoder  # compiles, which a GPU's server has no need of
+
+        self._decoder = Decoder(self.req_to_token_pool.req_to_token, torch.get_num_threads())
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan a batch once, for every layer to use."""
         super().init_forward_metadata(forward_batch)
-        total = forward_batch.seq_lens.tolist()
-        new = [1] * len(total) if forward_batch.forward_mode.is_decode() else forward_batch.extend_seq_lens.tolist()
-        slots = self.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, : max(total)]
-        self._parts = plan(new, total, slots)
+        decodes = forward_batch.forward_mode.is_decode()
+        self._step = self._decoder.plan(forward_batch.req_pool_indices, forward_batch.seq_lens) if decodes else None
+        self._planned: list[_Part] = []
+
+    def _parts(self, batch: ForwardBatch) -> list[_Part]:
+        """The batch in parts, planned when the first layer wants them."""
+        if not self._planned:
+            total = batch.seq_lens.tolist()
+            new = [1] * len(total) if batch.forward_mode.is_decode() else batch.extend_seq_lens.tolist()
+            slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices, : max(total)]
+            self._planned = plan(new, total, slots)
+        return self._planned
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True) -> Tensor:
         """Attention of queries [T, heads * dim] after prefixes in the cache; as long as the queries."""
@@ -116,8 +132,10 @@ class BatchedTorchBackend(TorchNativeAttnBackend):
         all_values = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         heads, dim = layer.tp_q_head_num, layer.qk_head_dim
         q = q.reshape(-1, heads, dim)
+        if self._step is not None and self._decoder.fits(q, all_keys, all_values):
+            return self._decoder.attend(q, all_keys, all_values, self._step, layer.scaling).view(-1, heads * dim)
         out = torch.empty_like(q)
-        for part in self._parts:
+        for part in self._parts(batch):
             attend(q, all_keys, all_values, part, layer.scaling, out)
         return out.view(-1, heads * dim)
 

@@ -1,4 +1,4 @@
-"""Operators of SGLang's models on CPUs, each in as few calls of PyTorch as it takes.
+"""Operators of SGLang's models on CPUs in float32, each one call of a compiled function.
 
 SGLang 0.5.23 writes them out in elementary operations where no kernel of its own runs. With small models the calls themselves are
 what a step costs. What is not covered here is left to SGLang's own forms.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
+from ctpo_megatron.engine.sglang import kernels
+from ctpo_megatron.engine.sglang.lanes import LANES
 from ctpo_megatron.engine.sglang.platform import DISPATCH_KEY
 
 if TYPE_CHECKING:
@@ -27,25 +30,32 @@ def rms_norm(
     post_residual_addition: Tensor | None = None,
     quant_linear: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The norm of `x`, or of `x + residual` and that sum with it, in float32: one call."""
+    """The norm of `x`, or of `x + residual` and that sum with it."""
     plain = (
         x.dtype == self.weight.dtype == torch.float32
         and self.variance_size_override is None
         and self.override_orig_dtype is None
         and post_residual_addition is None
-        and x.shape[-1] == self.hidden_size
+        and x.shape[-1] == self.hidden_size == len(self.weight)
+        and self.hidden_size % LANES == 0
     )
     if not plain:
         return self.forward_native(x, residual, post_residual_addition, quant_linear)
-    summed = x if residual is None else x + residual
-    normed = functional.rms_norm(summed, (self.hidden_size,), self.weight, self.variance_epsilon)
-    return normed if residual is None else (normed, summed)
+    rows, adds = _flat(x), residual is not None
+    out, summed = torch.empty(x.shape), torch.empty(x.shape if adds else 0)
+    added = _flat(residual) if adds else rows
+    kernels.rms_norm(rows, added, _flat(self.weight), self.variance_epsilon, adds, _flat(summed), _flat(out))
+    return (out, summed) if adds else out
 
 
 def silu_and_mul(self: SiluAndMul, x: Tensor) -> Tensor:
     """silu of the first half of the last dimension, times the second."""
-    gate, up = x.chunk(2, dim=-1)
-    return functional.silu(gate).mul_(up)
+    size = x.shape[-1] // 2
+    if x.dtype != torch.float32 or size % LANES:
+        return self.forward_native(x)
+    out = torch.empty(*x.shape[:-1], size)
+    kernels.silu_and_mul(_flat(x), _flat(out), size)
+    return out
 
 
 def rotary(
@@ -56,27 +66,27 @@ def rotary(
     offsets: Tensor | None = None,
     fused_set_kv_buffer_arg: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Query and key [tokens, heads * dim], turned by their positions: both together, and the whole of each head."""
+    """Query and key [tokens, heads * dim], turned by their positions, the whole of each head."""
     plain = (
         offsets is None
         and fused_set_kv_buffer_arg is None
         and self.is_neox_style
         and self.rotary_dim == self.head_size
         and not hasattr(self, "sin_cos_cache")
-        and query.dtype == key.dtype == torch.float32
+        and query.dtype == key.dtype == self.cos_sin_cache.dtype == torch.float32
     )
     if not plain:
         return self.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
-    cos, sin = self.cos_sin_cache.index_select(0, positions.flatten()).float().unsqueeze(1).chunk(2, dim=-1)
-    return _turned(query, cos, sin, self.head_size), _turned(key, cos, sin, self.head_size)
+    turns, where = _flat(self.cos_sin_cache), positions.flatten().long().numpy()
+    turned = torch.empty(query.shape), torch.empty(key.shape)
+    for x, out in zip((query, key), turned, strict=True):
+        kernels.rotary(_flat(x), turns, where, self.head_size, _flat(out))
+    return turned
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, dim: int) -> Tensor:
-    first, second = x.view(len(cos), -1, dim).chunk(2, dim=-1)
-    turned = torch.empty(len(cos), first.shape[1], dim)
-    torch.addcmul(first * cos, second, sin, value=-1, out=turned[..., : dim // 2])
-    torch.addcmul(second * cos, first, sin, out=turned[..., dim // 2 :])
-    return turned.view(x.shape)
+def _flat(x: Tensor) -> NDArray[np.float32]:
+    """The numbers of `x` in one row; where it is contiguous they are its own."""
+    return x.detach().reshape(-1).numpy()
 
 
 def register() -> None:

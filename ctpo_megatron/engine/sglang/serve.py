@@ -10,7 +10,7 @@ from sglang.srt.entrypoints.http_server import _setup_and_run_http_server
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
-from ctpo_megatron.engine.sglang import attention, operators, paused, routed, sleep
+from ctpo_megatron.engine.sglang import attention, paused, routed, sleep
 from ctpo_megatron.parallel.gloo import share_gloo_device
 
 
@@ -46,10 +46,12 @@ def serve(argv: list[str], api_key: str) -> None:
     sleep.register()
     load_plugins()
     attention.register()
-    operators.register()
     server_args = prepare_server_args(argv)
     server_args.api_key = api_key
     if server_args.device == "cpu":
+        from ctpo_megatron.engine.sglang import operators  # compiles for a second: here, and not in each scheduler
+
+        operators.register()
         share_gloo_device()  # the schedulers, its forks, make ten groups each
     engine = ForkingEngine if server_args.device == "cpu" else LeanEngine
     manager, templates, ports, schedulers, watchdog, _daemons = engine._launch_subprocesses(

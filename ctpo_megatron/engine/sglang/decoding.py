@@ -1,0 +1,67 @@
+"""Attention of a step that decodes, on CPUs in float32: one query for each sequence, shared out among threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ctpo_megatron.engine.sglang.kernels import attention, scratch
+from ctpo_megatron.engine.sglang.lanes import LANES
+
+
+@dataclass(frozen=True)
+class Step:
+    """B sequences of a batch."""
+
+    rows: NDArray[np.int64]  # [B] of the table
+    lens: NDArray[np.int64]  # [B] tokens, the new one included
+    bounds: list[int]  # the first sequence of each thread, and B: threads read about as many keys
+
+
+class Decoder:
+    """Attention over the KV cache of `table` [requests, longest], int32: the slots of each request's tokens. By `threads`."""
+
+    def __init__(self, table: Tensor, threads: int) -> None:
+        self._table, self._threads = table.numpy(), threads
+        self._others = ThreadPoolExecutor(max(1, threads - 1))  # starts a thread when one is wanted
+
+    @staticmethod
+    def fits(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether `attend` takes them."""
+        same = q.dtype == keys.dtype == values.dtype == torch.float32
+        return same and q.shape[-1] % LANES == 0 and keys.is_contiguous() and values.is_contiguous()
+
+    def plan(self, rows: Tensor, lens: Tensor) -> Step:
+        """A step for the sequences at `rows` [B] of the table, `lens` [B] tokens long. Every layer uses it."""
+        read = lens.long().numpy()
+        ends = read.cumsum()
+        shares = ends[-1] * np.arange(1, self._threads) // self._threads
+        return Step(rows.long().numpy(), read, [0, *np.searchsorted(ends, shares).tolist(), len(read)])
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float) -> Tensor:
+        """The answers to `q` [B, heads, dim] in a layer's cache of keys and values [slots, key heads, dim], shaped as `q`."""
+        out = torch.empty(q.shape)
+        heads, dim = q.shape[1:]
+        longest, compiled = int(step.lens.max()), attention(dim)
+        read = (*(_flat(each) for each in (q, keys, values)), self._table, step.rows, step.lens, scale, heads, keys.shape[1])
+
+        def part(first: int, last: int) -> None:
+            if first < last:
+                compiled(*read, _flat(out), *scratch(heads, longest), first, last)
+
+        shares = list(pairwise(step.bounds))
+        others = [self._others.submit(part, *each) for each in shares[1:]]
+        part(*shares[0])
+        for other in others:
+            other.result()
+        return out
+
+
+def _flat(x: Tensor) -> NDArray[np.float32]:
+    return x.reshape(-1).numpy()

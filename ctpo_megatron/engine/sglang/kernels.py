@@ -1,0 +1,191 @@
+"""Functions that numba compiles for decoding on CPUs in float32: attention in place, norm, activation and rotary embedding.
+
+Attention reads keys and values where they lie in the KV cache, each once: nothing is gathered, copied or padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from ctpo_megatron.engine.sglang import lanes as simd
+from ctpo_megatron.engine.sglang.lanes import LANES, lanes
+
+_floats, _ints = types.float32[::1], types.int64[::1]
+_LOWEST = np.float32(-np.inf)
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_compiled: Any = {"nogil": True, "error_model": "numpy"}
+
+
+def scratch(heads: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `attention` works in for up to `longest` keys: scores, for each head a multiple of 16 and 16 more; places of keys."""
+    width = -(-longest // LANES) * LANES
+    return np.empty(heads * (width + LANES), np.float32), np.empty(width, np.int64)
+
+
+@lru_cache
+def attention(dim: int) -> Any:
+    """The compiled attention for heads of `dim` numbers, a multiple of 16: one query for each sequence.
+
+    Its arguments: queries [B * heads * dim], of a layer's cache keys and values [slots * key heads * dim], `table` [requests,
+    longest] with the slots of each request's tokens, `rows` [B] of the table, `lens` [B] tokens of each sequence, the scale of
+    scores, `heads`, `key_heads`, answers [B * heads * dim], of `scratch` scores and places, and the first and the last sequence
+    but one that it is to compute.
+    """
+    dots, mix = _dots(dim // LANES), _mix(dim // LANES)
+    signature = types.void(
+        *(_floats, _floats, _floats, types.int32[:, ::1], _ints, _ints),
+        *(types.float32, types.intp, types.intp, _floats, _floats, _ints, types.intp, types.intp),
+    )
+
+    @numba.njit(signature, **_compiled)
+    def attend(q, keys, values, table, rows, lens, scale, heads, key_heads, out, scores, places, first, last):
+        width, group = scores.size // heads, heads // key_heads
+        for at in range(first, last):
+            count, mine = lens[at], at * heads * dim
+            blocks = (count + LANES - 1) // LANES
+            for place in range(blocks * LANES):  # the last block is filled up with the last key
+                places[place] = np.int64(table[rows[at], min(place, count - 1)]) * (key_heads * dim)
+            for block in range(0, blocks * LANES, LANES):
+                for head in range(heads):
+                    found = dots(q, mine + head * dim, keys, places, block, head // group * dim)
+                    simd.store(scores, head * width + block, simd.multiply(found, simd.splat(scale)))
+            for head in range(heads):
+                scores[(head + 1) * width - 1] = _weigh(scores, head * width, count)
+                for part in range(0, dim, LANES):
+                    simd.store(out, mine + head * dim + part, simd.splat(_ZERO))
+            for block in range(0, blocks * LANES, LANES):
+                for head in range(heads):
+                    mix(out, mine + head * dim, scores, head * width + block, values, places, block, head // group * dim)
+            for head in range(heads):
+                share = simd.splat(_ONE / scores[(head + 1) * width - 1])
+                for part in range(mine + head * dim, mine + (head + 1) * dim, LANES):
+                    simd.store(out, part, simd.multiply(simd.load(out, part), share))
+
+    return attend
+
+
+@numba.njit(types.float32(_floats, types.intp, types.intp), **_compiled)
+def _weigh(scores, begin, count):
+    """The sum of e^(score - largest score) of `count` scores; those replace the scores, and zeros what fills the last block."""
+    end = begin + (count - 1) // LANES * LANES
+    left = begin + count - end
+    simd.store(scores, end, simd.keep(simd.load(scores, end), left, _LOWEST))
+    most = simd.load(scores, begin)
+    for block in range(begin + LANES, end + 1, LANES):
+        most = simd.larger(most, simd.load(scores, block))
+    least = simd.splat(-simd.largest(most))
+    everything = simd.splat(_ZERO)
+    for block in range(begin, end + 1, LANES):
+        weights = simd.exp(simd.add(simd.load(scores, block), least))
+        if block == end:
+            weights = simd.keep(weights, left, _ZERO)
+        simd.store(scores, block, weights)
+        everything = simd.add(everything, weights)
+    return simd.total(everything)
+
+
+def _dots(parts: int) -> Any:
+    """The products of one query with the sixteen keys from `places[first]` on, of the key head that begins at `shift`."""
+
+    @intrinsic
+    def dots(_typing: Any, q: Any, begin: Any, keys: Any, places: Any, first: Any, shift: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+            kinds = signature.args
+            query = simd.element(context, builder, kinds[0], values[0], values[1])
+            mine = [simd.read(builder, simd.after(builder, query, LANES * part)) for part in range(parts)]
+            head = simd.element(context, builder, kinds[2], values[2], values[5])
+            place = simd.element(context, builder, kinds[3], values[3], values[4])
+            rows = []
+            for lane in range(LANES):
+                key = builder.gep(head, [builder.load(simd.after(builder, place, lane))])
+                row = builder.fmul(mine[0], simd.read(builder, key))
+                for part in range(1, parts):
+                    row = simd.fused(builder, mine[part], simd.read(builder, simd.after(builder, key, LANES * part)), row)
+                rows.append(row)
+            return simd.sums(builder, rows)
+
+        return lanes(q, types.intp, keys, places, types.intp, types.intp), generate
+
+    return dots
+
+
+def _mix(parts: int) -> Any:
+    """Adds to `out[begin:]` the sixteen values from `places[first]` on, each times its weight of `weights[start:]`."""
+
+    @intrinsic
+    def mix(_typing: Any, out: Any, begin: Any, weights: Any, start: Any, cache: Any, places: Any, first: Any, shift: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+            kinds = signature.args
+            answer = simd.element(context, builder, kinds[0], values[0], values[1])
+            answers = [simd.after(builder, answer, LANES * part) for part in range(parts)]
+            found = [simd.read(builder, each) for each in answers]
+            weight = simd.element(context, builder, kinds[2], values[2], values[3])
+            head = simd.element(context, builder, kinds[4], values[4], values[7])
+            place = simd.element(context, builder, kinds[5], values[5], values[6])
+            for lane in range(LANES):
+                value = builder.gep(head, [builder.load(simd.after(builder, place, lane))])
+                share = simd.spread(builder, builder.load(simd.after(builder, weight, lane)))
+                for part in range(parts):
+                    here = simd.read(builder, simd.after(builder, value, LANES * part))
+                    found[part] = simd.fused(builder, share, here, found[part])
+            for each, pointer in zip(found, answers, strict=True):
+                simd.write(builder, each, pointer)
+            return context.get_dummy_value()
+
+        intp = types.intp
+        return types.void(out, intp, weights, intp, cache, places, intp, intp), generate
+
+    return mix
+
+
+@numba.njit(types.void(*[_floats] * 3, types.float32, types.boolean, *[_floats] * 2), **_compiled)
+def rms_norm(x, residual, weight, epsilon, adds, summed, out):
+    """Write into `out` the norm of each row of `x`; with `adds`, of `x + residual`, and that sum into `summed`.
+
+    Rows are as long as `weight`, a multiple of 16. Without `adds`, `residual` and `summed` may be anything.
+    """
+    size = weight.size
+    for row in range(0, x.size, size):
+        squares = simd.splat(_ZERO)
+        for at in range(row, row + size, LANES):
+            value = simd.load(x, at)
+            if adds:
+                value = simd.add(value, simd.load(residual, at))
+                simd.store(summed, at, value)
+            squares = simd.fma(value, value, squares)
+        scale = simd.splat(_ONE / np.sqrt(simd.total(squares) / np.float32(size) + epsilon))
+        for at in range(0, size, LANES):
+            value = simd.load(summed, row + at) if adds else simd.load(x, row + at)
+            simd.store(out, row + at, simd.multiply(simd.multiply(value, scale), simd.load(weight, at)))
+
+
+@numba.njit(types.void(_floats, _floats, types.intp), **_compiled)
+def silu_and_mul(x, out, size):
+    """Write into `out`, rows of `size`, silu of the first half of each row of `x` times the second half."""
+    one, minus = simd.splat(_ONE), simd.splat(-_ONE)
+    for row in range(0, out.size, size):
+        for at in range(row, row + size, LANES):
+            gate = simd.load(x, row + at)
+            sigmoid = simd.divide(one, simd.add(one, simd.exp(simd.multiply(gate, minus))))
+            simd.store(out, at, simd.multiply(simd.multiply(gate, sigmoid), simd.load(x, row + at + size)))
+
+
+@numba.njit(types.void(_floats, _floats, _ints, types.intp, _floats), **_compiled)
+def rotary(x, turns, positions, dim, out):
+    """Write into `out` heads [tokens * heads * dim] turned by their tokens' positions; `turns` has rows of cosines and sines."""
+    half, width = dim // 2, x.size // positions.size
+    for token in range(positions.size):
+        cosines = positions[token] * dim
+        sines = cosines + half
+        for head in range(token * width, (token + 1) * width, dim):
+            for at in range(half):
+                first, second = x[head + at], x[head + half + at]
+                out[head + at] = first * turns[cosines + at] - second * turns[sines + at]
+                out[head + half + at] = second * turns[cosines + at] + first * turns[sines + at]
