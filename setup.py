@@ -35,6 +35,7 @@ setup(
         "msgspec>=0.19",
         "safetensors>=0.5",
         "numba>=0.60",
+        "llvmlite>=0.43",
         "nvidia-ml-py>=12",
         "pyarrow>=18",
         "jinja2>=3.1",

@@ -58,6 +58,12 @@ ON_CPUS = (
         "MALLOC_MMAP_MAX_", "0", SERVER, "glibc's: memory of a bucket of weights is kept; new memory costs more than receiving it"
     ),
     Variable("MALLOC_TRIM_THRESHOLD_", str(2**40), SERVER, "as MALLOC_MMAP_MAX_"),
+    Variable(
+        "SGLANG_FORCE_STREAM_INTERVAL",
+        "1024",
+        SERVER,
+        "tokens of a request that are sent to the HTTP process at once; with SGLang's 50 there is a message in nearly every step",
+    ),
 )
 ON_GPUS = (
     _RECORDER,

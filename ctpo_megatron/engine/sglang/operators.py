@@ -41,11 +41,13 @@ def rms_norm(
     )
     if not plain:
         return self.forward_native(x, residual, post_residual_addition, quant_linear)
-    rows, adds = _flat(x), residual is not None
-    out, summed = torch.empty(x.shape), torch.empty(x.shape if adds else 0)
-    added = _flat(residual) if adds else rows
-    kernels.rms_norm(rows, added, _flat(self.weight), self.variance_epsilon, adds, _flat(summed), _flat(out))
-    return (out, summed) if adds else out
+    rows, weight, out = _flat(x), _flat(self.weight), torch.empty(x.shape)
+    if residual is None:
+        kernels.rms_norm(rows, rows, weight, self.variance_epsilon, False, rows, _flat(out))
+        return out
+    summed = torch.empty(x.shape)
+    kernels.rms_norm(rows, _flat(residual), weight, self.variance_epsilon, True, _flat(summed), _flat(out))
+    return out, summed
 
 
 def silu_and_mul(self: SiluAndMul, x: Tensor) -> Tensor:
