@@ -1,13 +1,13 @@
 """SGLang servers forked from a process that has imported SGLang: importing it is most of what a start costs.
 
 As a program it is that process. Otherwise they are as a run starts them: their arguments, the pipe that ends them with their
-parent, their log, the variables of their environment. tests/integration/test_sglang_ends.py, and all
-runs, start them from nothing.
+parent, their log, the variables of their environment. All runs, and tests/integration/test_sglang_ends.py, start them from nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -124,6 +124,7 @@ def main(place: str) -> None:
     from ctpo_megatron.engine.sglang import entry
 
     entry.load()
+    importlib.import_module("ctpo_megatron.engine.sglang.operators")  # compiles them, as each server would
     adopt_orphans()  # schedulers whose server was killed
     signal.signal(signal.SIGCHLD, _reap)
     with socket.socket(socket.AF_UNIX) as listener:
