@@ -1,7 +1,7 @@
 """SGLang servers forked from a process that has imported SGLang: importing it is most of what a start costs.
 
 As a program it is that process. Otherwise they are as a run starts them: their arguments, the pipe that ends them with their
-parent, their log, the variables of their environment. All runs, and tests/integration/test_sglang_ends.py, start them from nothing.
+parent, their log, the variables of their environment. Runs, and tests/integration/test_sglang_ends.py, start them from nothing.
 """
 
 from __future__ import annotations
