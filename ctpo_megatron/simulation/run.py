@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.order import PromptSampler
@@ -49,6 +49,7 @@ class Step:
     ended: float
     metrics: dict[str, float]
     servers: Used
+    trajectories: int
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     tail: float = 0.0
@@ -78,15 +79,14 @@ class NumbersOnly(RunRecord):
     def __init__(self, servers: dict[str, SimulatedServer]) -> None:
         self._servers = servers
         self.steps: list[Step] = []
-        self.trajectories = 0
 
     def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
         """Keep training step `step`, counted from 1."""
-        self.trajectories += sum(len(group.trajectories) for group in groups)
+        trajectories = sum(len(group.trajectories) for group in groups)
         for server in self._servers.values():
             server.settle()
         used = sum((server.used for server in self._servers.values()), Used())
-        self.steps.append(Step(step, asyncio.get_running_loop().time(), metrics, used))
+        self.steps.append(Step(step, asyncio.get_running_loop().time(), metrics, used, trajectories))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -188,7 +188,7 @@ async def _simulate(
                 await asyncio.gather(failing, return_exceptions=True)
     return Simulated(
         steps=record.steps,
-        trajectories=record.trajectories,
+        trajectories=sum(step.trajectories for step in record.steps),
         sampled=round(sum(server.used.tokens for server in servers.values())),
         ended=asyncio.get_running_loop().time(),
         controller_s=meter.controller_s,
@@ -200,6 +200,3 @@ async def _simulate(
         unbalanced=ledger.unbalanced(),
         ledger=ledger.summary(),
     )
-
-
-__all__ = ["Simulated", "Step", "Troubles", "replace", "simulate", "simulated_config"]

@@ -1,0 +1,163 @@
+"""Speeds that were measured in a run: from its servers' logs, its metrics and its trajectories. Its step times are not looked at.
+
+    servers     SGLang logs every 40th decoding step: requests running, tokens in the cache, tokens per second since the line before;
+                and every batch of prompts. The seconds between two lines are fitted to what was done between them
+    trainer     time/train of each step, over the tokens that it trained on
+    publication publish/total and publish/paused
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.simulation.speeds import ServerSpeed, Speeds, TrainerSpeed
+
+LOGGED_STEPS = 40  # SGLang's --decode-log-interval
+FEWEST = 8  # lines to fit a server's speed to
+OUTLIER = 4.0  # times the median error: such a line is left out
+WARM_UP = 1  # training steps that are left out: the first one allocates and compiles
+
+DECODE = re.compile(r"Decode batch.*?#running-req: (\d+), #token: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
+PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+),.*?#running-req: (\d+)")
+CACHE = re.compile(r"max_total_num_tokens=(\d+), .*?max_prefill_tokens=(\d+), max_running_requests=(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What a server did between two lines of its log about decoding: LOGGED_STEPS steps and `batches` of prompts."""
+
+    requests: float  # that ran, on average
+    tokens: float  # in the cache, on average
+    seconds: float
+    batches: int = 0
+    prompt_tokens: int = 0  # in them, not cached
+
+
+def read_intervals(lines: Sequence[str]) -> Iterator[Interval]:
+    """Yields the intervals that the lines of a server's log tell of."""
+    before: tuple[int, int] | None = None
+    running: list[int] = []
+    batches = tokens = 0
+    for line in lines:
+        if (prefill := PREFILL.search(line)) is not None:
+            new, fresh, others = map(int, prefill.groups())
+            running.append(new + others)
+            batches, tokens = batches + 1, tokens + fresh
+        elif (decode := DECODE.search(line)) is not None:
+            now, rate = (int(decode[1]), int(decode[2])), float(decode[3])
+            if before is not None and rate > 0:
+                requests = fmean([before[0], *running, now[0]])
+                seconds = LOGGED_STEPS * requests / rate
+                yield Interval(requests, (before[1] + now[1]) / 2, seconds, batches, tokens)
+            before, running, batches, tokens = now, [], 0, 0
+
+
+def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Returns coefficients, none below 0, whose products with `rows` come nearest to `seconds`, in relative terms.
+
+    Rows whose error is OUTLIER times the median one are left out, and the rest is fitted again: something else took the time.
+    """
+    a, b = np.asarray(rows, float), np.asarray(seconds, float)
+    found = _nonnegative(a / b[:, None], np.ones(len(b)))
+    errors = np.abs(a @ found / b - 1)
+    kept = errors <= max(OUTLIER * float(np.median(errors)), 1e-9)
+    return [float(each) for each in _nonnegative((a / b[:, None])[kept], np.ones(int(kept.sum())))]
+
+
+def _nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The least squares with no coefficient below 0, by trying every choice of columns; there are few."""
+    best, least = np.zeros(a.shape[1]), float(b @ b)
+    for size in range(1, a.shape[1] + 1):
+        for columns in itertools.combinations(range(a.shape[1]), size):
+            found, *_ = np.linalg.lstsq(a[:, columns], b, rcond=None)
+            error = float(((a[:, columns] @ found - b) ** 2).sum())
+            if (found >= 0).all() and error < least * (1 - 1e-9):
+                best, least = np.zeros(a.shape[1]), error
+                best[list(columns)] = found
+    return best
+
+
+def server_speed(logs: Sequence[str], *, name: str) -> ServerSpeed:
+    """Returns the speed of the servers that wrote `logs`, the text of each. `name`: for people. Raises ConfigError."""
+    intervals = [each for log in logs for each in read_intervals(log.splitlines()) if each.requests >= 1]
+    if len(intervals) < FEWEST:
+        raise ConfigError(
+            f"{name}: its servers' logs have {len(intervals)} pairs of lines about decoding; {FEWEST} are needed to know how fast they "
+            "are. Give a run with longer answers, or more steps."
+        )
+    step, request, token, batch, prompt = fit(
+        [_work(each) for each in intervals], [each.seconds for each in intervals]
+    )
+    cache = next((match for log in logs if (match := CACHE.search(log)) is not None), None)
+    bounds = {} if cache is None else dict(zip(("cache_tokens", "max_prefill_tokens", "max_running"), map(int, cache.groups())))
+    return ServerSpeed(step, request, token, prefill_s=batch, prefill_token_s=prompt, **bounds)
+
+
+def _work(interval: Interval) -> tuple[float, ...]:
+    """What an interval consists of: decoding steps, these times requests, these times tokens, batches of prompts, their tokens."""
+    steps = (1.0, interval.requests, interval.tokens)
+    return (*(LOGGED_STEPS * each for each in steps), float(interval.batches), float(interval.prompt_tokens))
+
+
+def trainer_speed(steps: Sequence[dict[str, float]], lengths: dict[int, list[int]], attention: float) -> TrainerSpeed:
+    """Returns the trainer's speed from the metrics of training `steps` and the `lengths` of their samples.
+
+    One number is measured, seconds per token, by the median over the steps; `attention` is the model's, from its shape.
+    """
+    found = []
+    for step in steps:
+        samples = lengths.get(int(step["step"]), [])
+        cost = sum(n + attention * n * n for n in samples) or step["perf/train_tokens_per_s"] * step["time/train"]
+        found.append(step["time/train"] / cost)
+    phases = ("rollout", "train", "publish", "evaluate", "checkpoint")
+    between = [step["time/step"] - sum(step.get(f"time/{phase}", 0.0) for phase in phases) for step in steps]
+    return TrainerSpeed(token_s=median(found), attention=attention, step_s=max(0.0, median(between)))
+
+
+def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = None) -> Speeds:
+    """Returns the speeds of the run in `run_dir`, which had `dp` data-parallel ranks.
+
+    `first`: only so many of its first steps are looked at. Raises ConfigError where it does not tell enough.
+    """
+    logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted((run_dir / "logs").glob("server_*.log"))]
+    steps = [step for step in _metrics(run_dir / "metrics.jsonl") if WARM_UP < step["step"] <= (first or float("inf"))]
+    if not logs or not steps:
+        lacks = "no logs/server_*.log" if not logs else f"no step after the first {WARM_UP} in metrics.jsonl"
+        raise ConfigError(f"{run_dir} has {lacks}, which speeds are measured from; give the directory of a run, or leave run= out.")
+    trainer = trainer_speed(steps, _lengths(run_dir, [int(step["step"]) for step in steps]), attention)
+    return Speeds(
+        server=server_speed(logs, name=str(run_dir)),
+        trainer=TrainerSpeed(trainer.token_s * dp, trainer.attention, step_s=trainer.step_s),
+        publish_s=median(step["publish/total"] for step in steps),
+        paused_s=median(step["publish/paused"] for step in steps),
+        source=f"measured in {run_dir}, steps {int(steps[0]['step'])} to {int(steps[-1]['step'])}",
+    )
+
+
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if "time/train" in values:
+                yield values
+
+
+def _lengths(run_dir: Path, steps: Sequence[int]) -> dict[int, list[int]]:
+    """Tokens of each sample of these steps, prompts and answers of tools included, where trajectories were kept."""
+    found = {}
+    for step in steps:
+        path = run_dir / "rollouts" / f"step_{step:08d}.jsonl"
+        if path.is_file():
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            found[step] = [len(line["prompt_ids"]) + sum(len(t["token_ids"]) for t in line["turns"]) - 1 for line in lines]
+    return found
