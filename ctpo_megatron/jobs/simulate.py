@@ -25,13 +25,20 @@ from ctpo_megatron.planning.plan import Hardware
 from ctpo_megatron.simulation.account import Account, account, steps_to_simulate
 from ctpo_megatron.simulation.calibrate import measured
 from ctpo_megatron.simulation.options import SimulationOptions, read_options
-from ctpo_megatron.simulation.roofline import Peaks, roofline
+from ctpo_megatron.simulation.roofline import TOOL_S, Peaks, roofline
 from ctpo_megatron.simulation.run import Simulated, Troubles, simulate
 from ctpo_megatron.simulation.speeds import Speeds
 from ctpo_megatron.simulation.workload import LogNormal, Workload, read_recorded
 
 TOOL_ON_CPU_S = 0.015  # of a call of the Python tool, see `rollout.sandbox`
 MOST_SPLITS = 8  # that are simulated
+TRAINER = {"rollout": "trainer waits for rollouts", "train": "trains", "publish": "waits for the publication"}
+SERVERS = {
+    "decode": "servers decode",
+    "prefill": "servers read prompts",
+    "paused": "servers are paused",
+    "idle": "servers are idle",
+}
 
 __all__ = ["SimulationOptions", "read_options", "simulate_job"]
 
@@ -61,7 +68,7 @@ def simulate_job(
     made, steady = simulated(config, shape, speeds, workload, options)
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     console.print(_headline(config, speeds, options), "")
-    for table in (_time(steady, config), _controller(made, steady)):
+    for table in (_time(steady), _controller(made, steady)):
         console.print(table, "")
     splits = list(other_splits(config, shape, hardware, workload, options)) if options.splits else []
     if splits:
@@ -75,9 +82,10 @@ def speeds_of(config: RunConfig, shape: ModelShape, hardware: Hardware, options:
     on_cpu = config.cluster.device == "cpu"
     if options.run is not None:
         found = measured(Path(options.run), dp=config.parallel.dp, attention=attention_weight(shape), first=options.first)
-        cores = os.cpu_count() or 1
-        tool_s = TOOL_ON_CPU_S if options.tool_s is None else options.tool_s
-        return replace(found, cores=float(cores), tool_s=tool_s, tool_slots=cores) if on_cpu else found
+        tool_s = options.tool_s if options.tool_s is not None else TOOL_ON_CPU_S if on_cpu else TOOL_S
+        tool_s = 0.0 if config.rollout.tool is None else tool_s
+        slots = (os.cpu_count() or 1) if on_cpu else found.tool_slots
+        return replace(found, cores=options.cores, trainer_cores=options.trainer_cores, tool_s=tool_s, tool_slots=slots)
     if on_cpu:
         raise ConfigError(
             "cluster.device is cpu: how fast a run is on CPUs is measured, not computed. Give --with run=RUN_DIR, a run of this "
@@ -117,7 +125,11 @@ def other_splits(
     plan = plan_of(config, shape, hardware)
     if config.cluster.device == "cpu" or not plan.server_gpus:
         return
-    total, replica, server = plan.trainer_gpus + plan.server_gpus, plan.trainer_gpus // config.parallel.dp, config.rollout.engine.tp
+    total, replica, server = (
+        plan.trainer_gpus + plan.server_gpus,
+        plan.trainer_gpus // config.parallel.dp,
+        config.rollout.engine.tp,
+    )
     sizes = [dp for dp in range(1, total // replica + 1) if total - dp * replica >= server and dp != config.parallel.dp]
     nearest = sorted(sizes, key=lambda dp: max(dp / config.parallel.dp, config.parallel.dp / dp))[:MOST_SPLITS]
     for dp in sorted(nearest):
@@ -155,16 +167,14 @@ def _headline(config: RunConfig, speeds: Speeds, options: SimulationOptions) -> 
     return text.append(f"\nspeeds {speeds.source}; {told}; seed {options.seed}", style="dim not bold")
 
 
-def _time(made: Account, config: RunConfig) -> Table:
+def _time(made: Account) -> Table:
     table = plain_table("A steady step", "seconds", "share", right=True)
-    names = {"rollout": "trainer waits for rollouts", "train": "trains", "publish": "waits for the publication"}
-    for phase, words in names.items():
+    for phase, words in TRAINER.items():
         table.add_row(words, f"{made.phases[phase]:,.2f}", f"{made.phases[phase] / made.step_s:.0%}")
     table.add_row("together", f"{made.step_s:,.2f}", f"{made.steps_per_hour:,.1f} steps per hour", style="bold")
     table.add_row("of the rollout, after 80 % of its groups", f"{made.tail_s:,.2f}", f"{made.tail_s / made.step_s:.0%}")
-    for what, share in made.servers.items():
-        words = {"decode": "servers decode", "prefill": "servers read prompts", "paused": "servers are paused"}
-        table.add_row(words.get(what, "servers are idle"), f"{share * made.step_s:,.2f}", f"{share:.0%}")
+    for what, words in SERVERS.items():
+        table.add_row(words, f"{made.servers[what] * made.step_s:,.2f}", f"{made.servers[what]:.0%}")
     return table
 
 

@@ -51,6 +51,7 @@ from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import TrajectoryGroup
 
 T = TypeVar("T")
+Batches = Callable[[list[TrajectoryGroup], RunConfig, float], list[TrainBatch]]  # `make_batches`
 
 
 class _LeftOff(Exception):
@@ -89,7 +90,7 @@ class TrainLoop:
     memory: MemoryCopies | None = None  # None: there are no copies in memory
     unsaved: RunState | None = None  # where it begins, if that is not in a checkpoint
     # what a simulation puts in the place of tokens and of a bar for people
-    batches_of: Callable[[list[TrajectoryGroup], RunConfig, float], list[TrainBatch]] = field(default_factory=lambda: make_batches)
+    batches_of: Batches = field(default_factory=lambda: make_batches)
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = progress
     _trained: RunState | None = None  # after the last step whose weights the trainer holds; None: where it began
 

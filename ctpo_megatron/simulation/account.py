@@ -9,7 +9,8 @@ from typing import Any
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.loop.composition import StepRules
-from ctpo_megatron.simulation.run import Simulated, Step
+from ctpo_megatron.simulation.numbers import Step
+from ctpo_megatron.simulation.run import Simulated
 
 PHASES = ("rollout", "train", "publish")
 

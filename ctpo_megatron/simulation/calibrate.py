@@ -1,9 +1,9 @@
 """Speeds that were measured in a run: from its servers' logs, its metrics and its trajectories. Its step times are not looked at.
 
-    servers     SGLang logs every 40th decoding step: requests running, tokens in the cache, tokens per second since the line before;
-                and every batch of prompts. The seconds between two lines are fitted to what was done between them
-    trainer     time/train of each step, over the tokens that it trained on
-    publication publish/total and publish/paused
+servers     SGLang logs every 40th decoding step: requests running, tokens in the cache, tokens per second since the line before;
+            and every batch of prompts. The seconds between two lines are fitted to what was done between them
+trainer     time/train of each step, over the tokens that it trained on
+publication publish/total and publish/paused
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ WARM_UP = 1  # training steps that are left out: the first one allocates and com
 
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+), #token: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
 PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+),.*?#running-req: (\d+)")
+BOUNDS = ("cache_tokens", "max_prefill_tokens", "max_running")
 CACHE = re.compile(r"max_total_num_tokens=(\d+), .*?max_prefill_tokens=(\d+), max_running_requests=(\d+)")
 
 
@@ -92,19 +93,17 @@ def server_speed(logs: Sequence[str], *, name: str) -> ServerSpeed:
     intervals = [each for log in logs for each in read_intervals(log.splitlines()) if each.requests >= 1]
     if len(intervals) < FEWEST:
         raise ConfigError(
-            f"{name}: its servers' logs have {len(intervals)} pairs of lines about decoding; {FEWEST} are needed to know how fast they "
-            "are. Give a run with longer answers, or more steps."
+            f"{name}: its servers' logs have {len(intervals)} pairs of lines about decoding; {FEWEST} are needed to know how "
+            "fast they are. Give a run with longer answers, or more steps."
         )
-    step, request, token, batch, prompt = fit(
-        [_work(each) for each in intervals], [each.seconds for each in intervals]
-    )
+    step, request, token, batch, prompt = fit([_work(each) for each in intervals], [each.seconds for each in intervals])
     cache = next((match for log in logs if (match := CACHE.search(log)) is not None), None)
-    bounds = {} if cache is None else dict(zip(("cache_tokens", "max_prefill_tokens", "max_running"), map(int, cache.groups())))
+    bounds = {} if cache is None else dict(zip(BOUNDS, map(int, cache.groups()), strict=True))
     return ServerSpeed(step, request, token, prefill_s=batch, prefill_token_s=prompt, **bounds)
 
 
 def _work(interval: Interval) -> tuple[float, ...]:
-    """What an interval consists of: decoding steps, these times requests, these times tokens, batches of prompts, their tokens."""
+    """What an interval is made of: steps, these times requests, these times tokens; batches of prompts, tokens in them."""
     steps = (1.0, interval.requests, interval.tokens)
     return (*(LOGGED_STEPS * each for each in steps), float(interval.batches), float(interval.prompt_tokens))
 
@@ -133,7 +132,9 @@ def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = No
     steps = [step for step in _metrics(run_dir / "metrics.jsonl") if WARM_UP < step["step"] <= (first or float("inf"))]
     if not logs or not steps:
         lacks = "no logs/server_*.log" if not logs else f"no step after the first {WARM_UP} in metrics.jsonl"
-        raise ConfigError(f"{run_dir} has {lacks}, which speeds are measured from; give the directory of a run, or leave run= out.")
+        raise ConfigError(
+            f"{run_dir} has {lacks}, which speeds are measured from; give the directory of a run, or leave run= out."
+        )
     trainer = trainer_speed(steps, _lengths(run_dir, [int(step["step"]) for step in steps]), attention)
     return Speeds(
         server=server_speed(logs, name=str(run_dir)),

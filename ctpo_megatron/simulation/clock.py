@@ -8,14 +8,16 @@ on it unchanged.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+MOST_SECONDS = 1e9  # a simulated time of thirty years: what is waited for will not come
 
 
 class NothingLeft(RuntimeError):
-    """All tasks wait, and no timer will ever wake one."""
+    """All tasks wait, and no timer will ever wake one, or none that matters."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -24,6 +26,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
+        self._bound = MOST_SECONDS
         self._selector = self  # `BaseEventLoop` asks it to wait until the next timer is due
 
     def time(self) -> float:
@@ -31,10 +34,13 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now
 
     def select(self, timeout: float | None) -> list[Any]:
-        """Jump `timeout` seconds ahead. Raises NothingLeft where there is no timer to jump to."""
+        """Jump `timeout` seconds ahead. Raises NothingLeft where there is no timer to jump to, and after MOST_SECONDS."""
         if timeout is None:
             raise NothingLeft("all tasks of the simulation wait for each other; nothing will ever happen again")
         self._now += timeout
+        if self._now > self._bound:
+            self._bound = math.inf  # the tasks that are cancelled now may take their time
+            raise NothingLeft(f"the simulation has come to {MOST_SECONDS:,.0f} s: what it waits for does not come")
         return []
 
     def _process_events(self, _events: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Generation by simulated servers, behind the real `Fleet` and `Traffic`: the twin of `engine.client`, without HTTP and tokens."""
+"""Generation by simulated servers behind the real `Fleet` and `Traffic`: what `engine.client` does, without HTTP and tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,14 @@ class SimulatedEngine:
         self.in_flight = self.most_in_flight = 0
 
     async def generate(
-        self, input_ids: list[int], done: Generation, *, max_new_tokens: int, session: int, deadline: float | None = None, **_more: Any
+        self,
+        input_ids: list[int],
+        done: Generation,
+        *,
+        max_new_tokens: int,
+        session: int,
+        deadline: float | None = None,
+        **_more: Any,
     ) -> Generation:
         """Returns `done`, sampled to the end of its turn; see `EngineClient.generate`."""
         playing, loop = self._book[session], asyncio.get_running_loop()

@@ -14,8 +14,8 @@ class SimulationOptions(Section):
     """Where speeds and lengths come from, what fails, and how long to simulate."""
 
     run: FilePath | None = None
-    """Directory of a run whose servers and trainer were as fast as these will be, with the same model, layout and kind of device.
-    null: computed from a roofline of GPUs."""
+    """Directory of a run that speeds are measured in: of the same model, tp, cp and pp, on the same kind of device. null: they
+    are computed from a roofline of GPUs."""
     first: PositiveInt | None = None
     """Only so many of that run's first steps are measured. null: all."""
     lengths: FilePath | None = None
@@ -30,6 +30,11 @@ class SimulationOptions(Section):
     """Tool calls of an attempt, where lengths are log-normal."""
     tool_s: NonNegativeFloat | None = None
     """Seconds of a tool call. null: 0.3 beside GPUs, 0.015 on CPUs."""
+    cores: PositiveFloat | None = None
+    """Of a host that servers (one each), trainer and tools share, with `run`: where they want more, all become slower. null: they
+    do not, beyond what they were in that run."""
+    trainer_cores: PositiveFloat = 1.0
+    """Of these, what the trainer keeps busy."""
     steps: PositiveInt = 4
     """Steady steps; as many as rollouts run ahead come before and after them."""
     mtbf_hours: PositiveFloat | None = None
@@ -55,7 +60,7 @@ class SimulationOptions(Section):
 
 
 def read_options(words: list[str]) -> SimulationOptions:
-    """Returns the options that `words`, key=value each, give. Raises ConfigError that names what is wrong, and what is allowed."""
+    """Returns the options that `words`, key=value each, give. Raises ConfigError, which names what is allowed."""
     source = read_overrides(words)
     try:
         return SimulationOptions.model_validate(source.values)

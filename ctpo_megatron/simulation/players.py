@@ -46,7 +46,10 @@ Book = dict[int, Playing]
 class CountedChat:
     """Between counted tokens and the words that tool and reward read."""
 
-    stop_token_ids = [STOP]
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The token that ends a turn."""
+        return [STOP]
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Returns as many tokens as the message says that it has."""
@@ -105,7 +108,14 @@ class ScriptedEnvironment(ToolEnvironment):
     """The real environment, over attempts that follow the scripts of a workload. `size`: of a group."""
 
     def __init__(
-        self, generator: Generator, tool: TimedTool, reward: ScriptedReward, workload: Workload, book: Book, size: int, meter: Meter
+        self,
+        generator: Generator,
+        tool: TimedTool,
+        reward: ScriptedReward,
+        workload: Workload,
+        book: Book,
+        size: int,
+        meter: Meter,
     ) -> None:
         super().__init__(generator, CountedChat(), tool, reward)
         self._workload, self._book, self._size, self._meter = workload, book, size, meter

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from random import Random
 
 from ctpo_megatron.engine.fleet import UP, Fleet, Member, State
@@ -62,22 +63,33 @@ class SimulatedPublisher:
 
 
 class Failures:
-    """Servers die on average `mtbf_s` after they came up, at times that are drawn for each, and are up again after `start_s`."""
+    """Servers die `mtbf_s` after they came up, on average, at times drawn for each, and are up again after `start_s`.
 
-    def __init__(self, fleet: Fleet, servers: dict[str, SimulatedServer], speeds: Speeds, mtbf_s: float, seed: int) -> None:
+    `mtbf_s` None: none dies.
+    """
+
+    def __init__(
+        self, fleet: Fleet, servers: dict[str, SimulatedServer], speeds: Speeds, mtbf_s: float | None, seed: int
+    ) -> None:
         self._fleet, self._servers, self._start_s = fleet, servers, speeds.start_s
         self._mtbf_s, self._seed = mtbf_s, seed
         self.count = 0
 
-    async def happen(self) -> None:
-        """Let servers die, and start them again, until cancelled."""
-        async with asyncio.TaskGroup() as all_servers:
-            for member in self._fleet.members(*UP):
-                all_servers.create_task(self._of(member))
+    @contextlib.asynccontextmanager
+    async def happening(self) -> AsyncIterator[None]:
+        """Let servers die, and start them again, while the context is open."""
+        mtbf_s = self._mtbf_s
+        lives = [] if mtbf_s is None else [asyncio.ensure_future(self._of(each, mtbf_s)) for each in self._fleet.members(*UP)]
+        try:
+            yield
+        finally:
+            for each in lives:
+                each.cancel()
+            await asyncio.gather(*lives, return_exceptions=True)
 
-    async def _of(self, member: Member) -> None:
+    async def _of(self, member: Member, mtbf_s: float) -> None:
         for life in itertools.count():
-            await asyncio.sleep(Random(f"{self._seed}/{member.name}/{life}").expovariate(1 / self._mtbf_s))
+            await asyncio.sleep(Random(f"{self._seed}/{member.name}/{life}").expovariate(1 / mtbf_s))
             self.count += 1
             self._servers[member.name].fail()
             self._fleet.lose(member, "it died")

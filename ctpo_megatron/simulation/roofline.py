@@ -1,7 +1,7 @@
-"""Speeds of servers and trainer on GPUs, computed from the plan: what has to be multiplied, read and sent, at shares of the peaks.
+"""Speeds of servers and trainer on GPUs, computed from the plan: what is multiplied, read and sent, at shares of the peaks.
 
-Computed, not measured. A decoding step reads all weights once and each request's cache. Training takes 6 operations for each active
-parameter and token, 8 where layers are computed again, and 2 more for the old policy's log-probs.
+Computed, not measured. A decoding step reads all weights once and each request's cache. Training takes 6 operations for each
+active parameter and token, 8 where layers are computed again, and 2 more for the old policy's log-probs.
 """
 
 from __future__ import annotations

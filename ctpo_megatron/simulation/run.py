@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.order import PromptSampler
@@ -15,22 +13,20 @@ from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.evaluation.evaluate import Evaluator
 from ctpo_megatron.loop.evaluation.evaluations import Evaluations
 from ctpo_megatron.loop.ledger import Ledger
-from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
 from ctpo_megatron.loop.train import TrainLoop
-from ctpo_megatron.record.events import Event, StepTrained
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.simulation.clock import run_virtually
 from ctpo_megatron.simulation.engine import ServerLoads, SimulatedEngine
 from ctpo_megatron.simulation.host import Host
 from ctpo_megatron.simulation.meter import Meter
+from ctpo_megatron.simulation.numbers import CountingLedger, NobodyGrades, NumbersOnly, Step, silent
 from ctpo_megatron.simulation.players import Book, ScriptedEnvironment, ScriptedReward, TimedTool
 from ctpo_megatron.simulation.publisher import Failures, SimulatedPublisher
-from ctpo_megatron.simulation.server import SimulatedServer, Used
+from ctpo_megatron.simulation.server import SimulatedServer
 from ctpo_megatron.simulation.speeds import Speeds
 from ctpo_megatron.simulation.trainer import SimulatedTrainer, counted_batches
 from ctpo_megatron.simulation.workload import Workload
-from ctpo_megatron.types import TrajectoryGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +35,6 @@ class Troubles:
 
     mtbf_s: float | None = None
     failing: float = 0.0
-
-
-@dataclass(slots=True)
-class Step:
-    """One training step. Seconds are virtual; `servers`: what all servers together had done by its end, since the beginning."""
-
-    step: int
-    ended: float
-    metrics: dict[str, float]
-    servers: Used
-    trajectories: int
-    seconds: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)
-    tail: float = 0.0
 
 
 @dataclass(slots=True)
@@ -69,55 +51,9 @@ class Simulated:
     most_open: int  # attempts of groups that were open at a time
     servers: int
     failures: int  # of servers
+    left: int  # requests that nobody answered, when the run was over
     unbalanced: list[str]  # of the ledger
     ledger: dict[str, object]
-
-
-class NumbersOnly(RunRecord):
-    """Keeps the numbers of each step in memory."""
-
-    def __init__(self, servers: dict[str, SimulatedServer]) -> None:
-        self._servers = servers
-        self.steps: list[Step] = []
-
-    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
-        """Keep training step `step`, counted from 1."""
-        trajectories = sum(len(group.trajectories) for group in groups)
-        for server in self._servers.values():
-            server.settle()
-        used = sum((server.used for server in self._servers.values()), Used())
-        self.steps.append(Step(step, asyncio.get_running_loop().time(), metrics, used, trajectories))
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def heard(self, event: Event) -> None:
-        """Note how long a step took in all."""
-        if isinstance(event, StepTrained):
-            made = self.steps[event.step - 1]
-            made.seconds, made.phases, made.tail = event.seconds, event.phases, event.rollout_tail
-
-
-class _NobodyGrades:
-    async def same(self, one: str, other: str) -> bool | None:
-        """Returns None: nothing is evaluated."""
-        return None
-
-
-class _Counting(Ledger):
-    """A ledger in memory that knows how many groups were ever open at a time."""
-
-    most_open = 0
-
-    def admit(self, group: object) -> None:  # type: ignore[override]
-        """Enter a group."""
-        super().admit(group)  # type: ignore[arg-type]
-        self.most_open = max(self.most_open, len(self._open))
-
-
-@contextlib.contextmanager
-def _silent(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _done: None
 
 
 def simulated_config(config: RunConfig, steps: int) -> RunConfig:
@@ -146,46 +82,27 @@ def simulate(
 async def _simulate(
     config: RunConfig, speeds: Speeds, workload: Workload, troubles: Troubles, seed: int, attention_weight: float
 ) -> Simulated:
-    meter, host, book = Meter(), Host(speeds.cores), Book()
+    meter, host = Meter(), Host(speeds.cores)
     with meter:
         names = [f"server {number}" for number in range(config.rollout.engine.servers)]
         servers = {name: SimulatedServer(name, speeds.server, host, meter) for name in names}
-        record = NumbersOnly(servers)
-    engine_config, size = config.rollout.engine, config.rollout.group_size
-    fleet = Fleet(patience_s=engine_config.request_timeout_s, restarts=engine_config.restarts)
-    for name in names:
-        fleet.join(name, name, engine_config.tp)
-    traffic = Traffic(engine_config.traffic, fleet, ServerLoads(servers), most=config.rollout.concurrency)
+        record, ledger = NumbersOnly(servers), CountingLedger()
+    fleet = _fleet(config, names)
+    traffic = Traffic(config.rollout.engine.traffic, fleet, ServerLoads(servers), most=config.rollout.concurrency)
+    book = Book()
     engine = SimulatedEngine(fleet, traffic, servers, book, meter)
     reward, tool = ScriptedReward(book, troubles.failing, seed), TimedTool(speeds, host)
-    environment = ScriptedEnvironment(engine, tool, reward, workload, book, size, meter)
-    rollouts = Rollouter(environment, config.rollout)
+    environment = ScriptedEnvironment(engine, tool, reward, workload, book, config.rollout.group_size, meter)
     publisher = SimulatedPublisher(fleet, servers, speeds, sleeping=config.weights.shares_devices)
-    totals, ledger = RunTotals(), _Counting()
-    loop = TrainLoop(
-        config=config,
-        admission=Admission(PromptSampler(workload.prompts(), seed)),
-        rollouts=rollouts,
-        trainer=SimulatedTrainer(config, speeds, host, meter, attention_weight),
-        publisher=publisher,
-        record=record,
-        evaluations=Evaluations([], config.train.steps, Evaluator(rollouts, _NobodyGrades(), seed), record, totals),
-        ledger=ledger,
-        batches_of=counted_batches,
-        progress=_silent,
-        totals=totals,
-        emit=record.heard,
-    )
+    trainer = SimulatedTrainer(config, speeds, host, meter, attention_weight)
+    admission = Admission(PromptSampler(workload.prompts(), seed))
+    loop = _loop(config, admission, Rollouter(environment, config.rollout), trainer, publisher, record, ledger)
     await publisher.publish(0)
-    failures = None if troubles.mtbf_s is None else Failures(fleet, servers, speeds, troubles.mtbf_s, seed)
-    async with traffic.watched():
-        failing = None if failures is None else asyncio.ensure_future(failures.happen())
-        try:
-            await loop.run()
-        finally:
-            if failing is not None:
-                failing.cancel()
-                await asyncio.gather(failing, return_exceptions=True)
+    failures = Failures(fleet, servers, speeds, troubles.mtbf_s, seed)
+    async with traffic.watched(), failures.happening():
+        await loop.run()
+    await asyncio.sleep(0)  # attempts that were cancelled leave their servers
+    loads = [server.load() for server in servers.values()]
     return Simulated(
         steps=record.steps,
         trajectories=sum(step.trajectories for step in record.steps),
@@ -194,9 +111,46 @@ async def _simulate(
         controller_s=meter.controller_s,
         simulation_s=meter.simulated_s,
         most_in_flight=engine.most_in_flight,
-        most_open=ledger.most_open * size,
+        most_open=ledger.most_open * config.rollout.group_size,
         servers=len(servers),
-        failures=0 if failures is None else failures.count,
+        failures=failures.count,
+        left=engine.in_flight + sum(load.running + load.waiting for load in loads),
         unbalanced=ledger.unbalanced(),
         ledger=ledger.summary(),
+    )
+
+
+def _fleet(config: RunConfig, names: list[str]) -> Fleet:
+    engine = config.rollout.engine
+    fleet = Fleet(patience_s=engine.request_timeout_s, restarts=engine.restarts)
+    for name in names:
+        fleet.join(name, name, engine.tp)
+    return fleet
+
+
+def _loop(
+    config: RunConfig,
+    admission: Admission,
+    rollouts: Rollouter,
+    trainer: SimulatedTrainer,
+    publisher: SimulatedPublisher,
+    record: NumbersOnly,
+    ledger: Ledger,
+) -> TrainLoop:
+    """The loop as it is, over the parts that only take time."""
+    totals = RunTotals()
+    nothing = Evaluations([], config.train.steps, Evaluator(rollouts, NobodyGrades(), config.seed), record, totals)
+    return TrainLoop(
+        config=config,
+        admission=admission,
+        rollouts=rollouts,
+        trainer=trainer,
+        publisher=publisher,
+        record=record,
+        evaluations=nothing,
+        ledger=ledger,
+        batches_of=counted_batches,
+        progress=silent,
+        totals=totals,
+        emit=record.heard,
     )

@@ -116,7 +116,7 @@ class SimulatedServer:
     def leave(self, request: Request) -> None:
         """Answer `request` with what there is, and forget it."""
         with self.meter:
-            if request.answer.done():
+            if request.over:
                 return
             self._advance()
             sampled = 0 if request.waits else math.floor(self._step - request.begun + EPSILON)
@@ -289,8 +289,9 @@ class SimulatedServer:
         self._alive -= 1
         self._charged -= request.charge
         self._held -= request.held + max(0.0, self._step - request.begun)
-        if not self._alive:
+        if not self._alive:  # nobody is in the middle of a step any more
             self._held = self._charged = 0.0
+            self._step = float(math.ceil(self._step - EPSILON))
 
     def _spans(self, request: Request, sampled: int) -> list[tuple[int, int]]:
         """Which version sampled how many of the first `sampled` tokens."""

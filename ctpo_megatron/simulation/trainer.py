@@ -1,4 +1,4 @@
-"""A trainer that only takes time: batches are planned as they are for the real one, and each costs what the slowest rank costs."""
+"""A trainer that only takes time: batches are planned as for the real one, and each costs what its slowest rank does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ctpo_megatron.record.values import Values
 from ctpo_megatron.simulation.host import Host
 from ctpo_megatron.simulation.meter import Meter
 from ctpo_megatron.simulation.speeds import Speeds, TrainerSpeed
-from ctpo_megatron.types import TrajectoryGroup
+from ctpo_megatron.types import Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ def counted_batches(groups: list[TrajectoryGroup], config: RunConfig, _attention
     """Returns the optimizer steps of `groups` as `loop.train.make_batches` cuts them, with lengths in the place of tokens."""
     per_batch = len(groups) // config.train.optimizer_steps
     cut = [groups[first : first + per_batch] for first in range(0, len(groups), per_batch)]
-    return [CountedBatch([], tuple(_length(t) for group in part for t in group.trajectories)) for part in cut]
+    return [CountedBatch([], tuple(_length(each) for group in part for each in group.trajectories)) for part in cut]
 
 
-def _length(trajectory: object) -> int:
-    return len(trajectory.prompt_ids) + trajectory.response_length - 1  # type: ignore[attr-defined]
+def _length(trajectory: Trajectory) -> int:
+    return len(trajectory.prompt_ids) + trajectory.response_length - 1
 
 
 def optimizer_step_s(

@@ -110,8 +110,8 @@ def read_recorded(run_dir: Path, prompt_tokens: int, seed: int = 0) -> Recorded:
     groups = list(_of_trajectories(files)) or list(_of_ledger(run_dir / "ledger.jsonl", prompt_tokens))
     if not groups:
         raise ConfigError(
-            f"{run_dir} has neither rollouts/step_*.jsonl with trajectories nor a ledger.jsonl with groups; give the directory of "
-            "a run, or lengths=MEAN:SIGMA."
+            f"{run_dir} has neither rollouts/step_*.jsonl with trajectories nor a ledger.jsonl with groups; give the directory "
+            "of a run, or mean=TOKENS."
         )
     return Recorded(groups, seed)
 
@@ -120,7 +120,7 @@ def _of_trajectories(files: Sequence[Path]) -> Iterator[tuple[int, list[Script]]
     found: dict[tuple[str, str], tuple[int, list[Script]]] = {}
     for path in files:
         for line in _lines(path):
-            prompt, scripts = found.setdefault((path.name, line["group"]), (len(line["prompt_ids"]), []))
+            _, scripts = found.setdefault((path.name, line["group"]), (len(line["prompt_ids"]), []))
             scripts.append(Script(tuple(_turns(line["turns"])), float(line["reward"])))
     yield from found.values()
 
