@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,9 @@ from ctpo_megatron.simulation.speeds import ServerSpeed, Speeds, TrainerSpeed
 
 LOGGED_STEPS = 40  # SGLang's --decode-log-interval
 FEWEST = 8  # lines to fit a server's speed to
-OUTLIER = 4.0  # times the median error: such a line is left out
-WARM_UP = 1  # training steps that are left out: the first one allocates and compiles
+WARM_UP = 1  # training steps whose metrics are left out: the first one allocates and compiles
 
+STAMP = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]")
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+), #token: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
 PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+),.*?#running-req: (\d+)")
 BOUNDS = ("cache_tokens", "max_prefill_tokens", "max_running")
@@ -42,62 +43,63 @@ class Interval:
     seconds: float
     batches: int = 0
     prompt_tokens: int = 0  # in them, not cached
+    idle: bool = False  # the server had nothing to do in between: how long that was is not told
 
 
 def read_intervals(lines: Sequence[str]) -> Iterator[Interval]:
     """Yields the intervals that the lines of a server's log tell of."""
     before: tuple[int, int] | None = None
     running: list[int] = []
-    batches = tokens = 0
+    batches, tokens, idle = 0, 0, False
     for line in lines:
         if (prefill := PREFILL.search(line)) is not None:
             new, fresh, others = map(int, prefill.groups())
             running.append(new + others)
-            batches, tokens = batches + 1, tokens + fresh
+            batches, tokens, idle = batches + 1, tokens + fresh, idle or not others
         elif (decode := DECODE.search(line)) is not None:
             now, rate = (int(decode[1]), int(decode[2])), float(decode[3])
             if before is not None and rate > 0:
                 requests = fmean([before[0], *running, now[0]])
                 seconds = LOGGED_STEPS * requests / rate
-                yield Interval(requests, (before[1] + now[1]) / 2, seconds, batches, tokens)
-            before, running, batches, tokens = now, [], 0, 0
+                yield Interval(requests, (before[1] + now[1]) / 2, seconds, batches, tokens, idle)
+            before, running, batches, tokens, idle = now, [], 0, 0, False
 
 
 def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Returns coefficients, none below 0, whose products with `rows` come nearest to `seconds`, in relative terms.
+    """Returns coefficients, none below 0, whose products with `rows` come nearest to `seconds`: least squares.
 
-    Rows whose error is OUTLIER times the median one are left out, and the rest is fitted again: something else took the time.
+    Every choice of columns is tried; there are few.
     """
     a, b = np.asarray(rows, float), np.asarray(seconds, float)
-    found = _nonnegative(a / b[:, None], np.ones(len(b)))
-    errors = np.abs(a @ found / b - 1)
-    kept = errors <= max(OUTLIER * float(np.median(errors)), 1e-9)
-    return [float(each) for each in _nonnegative((a / b[:, None])[kept], np.ones(int(kept.sum())))]
-
-
-def _nonnegative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The least squares with no coefficient below 0, by trying every choice of columns; there are few."""
     best, least = np.zeros(a.shape[1]), float(b @ b)
     for size in range(1, a.shape[1] + 1):
-        for columns in itertools.combinations(range(a.shape[1]), size):
+        for chosen in itertools.combinations(range(a.shape[1]), size):
+            columns = list(chosen)
             found, *_ = np.linalg.lstsq(a[:, columns], b, rcond=None)
             error = float(((a[:, columns] @ found - b) ** 2).sum())
             if (found >= 0).all() and error < least * (1 - 1e-9):
                 best, least = np.zeros(a.shape[1]), error
-                best[list(columns)] = found
-    return best
+                best[columns] = found
+    return [float(each) for each in best]
 
 
-def server_speed(logs: Sequence[str], *, name: str) -> ServerSpeed:
-    """Returns the speed of the servers that wrote `logs`, the text of each. `name`: for people. Raises ConfigError."""
-    intervals = [each for log in logs for each in read_intervals(log.splitlines()) if each.requests >= 1]
+def server_speed(logs: Sequence[Sequence[str]], *, name: str) -> ServerSpeed:
+    """Returns the speed of the servers that wrote `logs`, the lines of each. `name`: for people. Raises ConfigError.
+
+    The whole of the intervals takes as long by it as it took: what else the host did then is part of the speed.
+    """
+    intervals = [each for log in logs for each in read_intervals(log) if each.requests >= 1]
+    intervals = [each for each in intervals if not each.idle] or intervals
     if len(intervals) < FEWEST:
         raise ConfigError(
             f"{name}: its servers' logs have {len(intervals)} pairs of lines about decoding; {FEWEST} are needed to know how "
             "fast they are. Give a run with longer answers, or more steps."
         )
-    step, request, token, batch, prompt = fit([_work(each) for each in intervals], [each.seconds for each in intervals])
-    cache = next((match for log in logs if (match := CACHE.search(log)) is not None), None)
+    work = [_work(each) for each in intervals]
+    found = np.asarray(fit(work, [each.seconds for each in intervals]))
+    found *= sum(each.seconds for each in intervals) / float((np.asarray(work) @ found).sum())
+    step, request, token, batch, prompt = map(float, found)
+    cache = next((match for log in logs for line in log if (match := CACHE.search(line)) is not None), None)
     bounds = {} if cache is None else dict(zip(BOUNDS, map(int, cache.groups()), strict=True))
     return ServerSpeed(step, request, token, prefill_s=batch, prefill_token_s=prompt, **bounds)
 
@@ -111,16 +113,16 @@ def _work(interval: Interval) -> tuple[float, ...]:
 def trainer_speed(steps: Sequence[dict[str, float]], lengths: dict[int, list[int]], attention: float) -> TrainerSpeed:
     """Returns the trainer's speed from the metrics of training `steps` and the `lengths` of their samples.
 
-    One number is measured, seconds per token, by the median over the steps; `attention` is the model's, from its shape.
+    One number is measured, seconds per token; `attention` is the model's, from its shape.
     """
-    found = []
+    costs = []
     for step in steps:
         samples = lengths.get(int(step["step"]), [])
-        cost = sum(n + attention * n * n for n in samples) or step["perf/train_tokens_per_s"] * step["time/train"]
-        found.append(step["time/train"] / cost)
+        costs.append(sum(n + attention * n * n for n in samples) or step["perf/train_tokens_per_s"] * step["time/train"])
     phases = ("rollout", "train", "publish", "evaluate", "checkpoint")
     between = [step["time/step"] - sum(step.get(f"time/{phase}", 0.0) for phase in phases) for step in steps]
-    return TrainerSpeed(token_s=median(found), attention=attention, step_s=max(0.0, median(between)))
+    token_s = sum(step["time/train"] for step in steps) / sum(costs)
+    return TrainerSpeed(token_s=token_s, attention=attention, step_s=max(0.0, median(between)))
 
 
 def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = None) -> Speeds:
@@ -128,10 +130,12 @@ def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = No
 
     `first`: only so many of its first steps are looked at. Raises ConfigError where it does not tell enough.
     """
-    logs = [path.read_text(encoding="utf-8", errors="replace") for path in sorted((run_dir / "logs").glob("server_*.log"))]
-    steps = [step for step in _metrics(run_dir / "metrics.jsonl") if WARM_UP < step["step"] <= (first or float("inf"))]
+    told = list(_metrics(run_dir / "metrics.jsonl"))
+    steps = [step for step in told if WARM_UP < step["step"] <= (first or float("inf"))]
+    since = max((step["time"] for step in told if step["step"] <= WARM_UP), default=0.0)
+    logs = list(_logs(run_dir, since, steps[-1]["time"])) if steps else []
     if not logs or not steps:
-        lacks = "no logs/server_*.log" if not logs else f"no step after the first {WARM_UP} in metrics.jsonl"
+        lacks = "no logs/server_*.log" if steps else f"no step after the first {WARM_UP} in metrics.jsonl"
         raise ConfigError(
             f"{run_dir} has {lacks}, which speeds are measured from; give the directory of a run, or leave run= out."
         )
@@ -139,10 +143,23 @@ def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = No
     return Speeds(
         server=server_speed(logs, name=str(run_dir)),
         trainer=TrainerSpeed(trainer.token_s * dp, trainer.attention, step_s=trainer.step_s),
-        publish_s=median(step["publish/total"] for step in steps),
-        paused_s=median(step["publish/paused"] for step in steps),
+        publish_s=fmean(step["publish/total"] for step in steps),
+        paused_s=fmean(step["publish/paused"] for step in steps),
         source=f"measured in {run_dir}, steps {int(steps[0]['step'])} to {int(steps[-1]['step'])}",
     )
+
+
+def _logs(run_dir: Path, since: float, until: float) -> Iterator[list[str]]:
+    """Yields lines of each server's log: those before the first that tells a time, and from `since` to `until`, since 1970."""
+    for path in sorted((run_dir / "logs").glob("server_*.log")):
+        lines, kept = path.read_text(encoding="utf-8", errors="replace").splitlines(), True
+        found = []
+        for line in lines:
+            if (stamp := STAMP.match(line)) is not None:
+                kept = since <= time.mktime(time.strptime(stamp[1], "%Y-%m-%d %H:%M:%S")) <= until or bool(CACHE.search(line))
+            if kept:
+                found.append(line)
+        yield found
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -27,24 +27,24 @@ START = (
 )
 
 
-def log_of(speed: ServerSpeed, seed: int = 0, lines: int = 120) -> str:
-    """What a server of `speed` writes; every twentieth interval something else took three times as long."""
-    rng, found, before = Random(seed), [START], (10, 500)
+def log_of(speed: ServerSpeed, slow: float = 1.0, lines: int = 120) -> str:
+    """What a server of `speed` writes; every twentieth interval takes `slow` times as long, as another process works."""
+    rng, found, before = Random(0), [START], (10, 500)
     for number in range(lines):
         now = (2 * rng.randint(1, 100), 2 * rng.randint(100, 30_000))
         requests, tokens = (before[0] + now[0]) // 2, (before[1] + now[1]) / 2
         prompts = [rng.randint(10, 2000) for _ in range(rng.choice([0, 0, 1, 4]))]
         seconds = LOGGED_STEPS * (speed.step_s + speed.request_s * requests + speed.token_s * tokens)
         seconds += len(prompts) * speed.prefill_s + sum(prompts) * speed.prefill_token_s
-        seconds *= 3 if number % 20 == 7 else 1
-        found += [PREFILL.format(each, requests - 1) for each in prompts]
+        seconds *= slow if number % 20 == 7 else 1
+        found += [PREFILL.format(each, max(requests - 1, 1)) for each in prompts]
         found.append(DECODE.format(*now, LOGGED_STEPS * requests / seconds))
         before = now
     return "\n".join(found)
 
 
 def test_the_speed_of_the_server_that_wrote_a_log_is_found() -> None:
-    found = server_speed([log_of(TRUE)], name="a run")
+    found = server_speed([log_of(TRUE, slow=1).splitlines()], name="a run")
     for name in ("step_s", "request_s", "token_s"):
         assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=0.05)
     assert found.prefill_token_s == pytest.approx(TRUE.prefill_token_s, rel=0.1)
@@ -53,11 +53,19 @@ def test_the_speed_of_the_server_that_wrote_a_log_is_found() -> None:
     assert (found.cache_tokens, found.max_running) == (65536, 512)
 
 
-def test_a_fit_has_nothing_below_zero_and_leaves_outliers_out() -> None:
+def test_time_that_something_else_took_is_part_of_the_speed_and_idle_time_is_not() -> None:
+    work = (100, 30_000)
+    quiet, busy = (server_speed([log_of(TRUE, slow).splitlines()], name="a run").decode_s(1, *work) for slow in (1.0, 5.0))
+    assert busy == pytest.approx(1.2 * quiet, rel=0.15)  # a twentieth of the intervals takes four times more
+    idle = [PREFILL.format(10, 0), DECODE.format(20, 2000, 0.5)]
+    kept = server_speed([[*log_of(TRUE).splitlines(), *idle]], name="a run").decode_s(1, *work)
+    assert kept == pytest.approx(quiet)
+
+
+def test_a_fit_has_nothing_below_zero() -> None:
     rows = [(1.0, float(n)) for n in range(20)]
     assert fit(rows, [5.0 + 2 * n for n in range(20)]) == pytest.approx([5.0, 2.0])
-    assert fit(rows, [5.0 + 2 * n if n != 9 else 500.0 for n in range(20)]) == pytest.approx([5.0, 2.0], rel=1e-6)
-    assert fit(rows, [max(40.0 - 2 * n, 1.0) for n in range(20)])[1] == 0.0
+    assert fit(rows, [40.0 - 2 * n for n in range(20)]) == pytest.approx([21.0, 0.0])
 
 
 def test_the_trainer_costs_what_it_cost_for_each_token() -> None:
@@ -75,7 +83,8 @@ def a_run(where: Path) -> Path:
         (where / name).mkdir(parents=True)
     (where / "logs" / "server_0.log").write_text(log_of(TRUE))
     metrics = {"time/train": 4.0, "time/rollout": 9.0, "time/publish": 0.5, "time/step": 13.7, "publish/total": 0.5}
-    lines = [{"step": n, **metrics, "publish/paused": 0.4, "perf/train_tokens_per_s": 25.0} for n in (1, 2, 3)]
+    times = {1: 0.0, 2: 2e9, 3: 2e9}
+    lines = [{"step": n, "time": times[n], **metrics, "publish/paused": 0.4, "perf/train_tokens_per_s": 25.0} for n in (1, 2, 3)]
     (where / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     turns = [("assistant", 30), ("tool", 4), ("assistant", 12)]
     said = [{"role": role, "token_ids": [1] * count} for role, count in turns]
@@ -88,7 +97,7 @@ def test_a_run_directory_tells_speeds_and_lengths(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     found = measured(run, dp=2, attention=0.0)
     assert (found.publish_s, found.paused_s) == (0.5, 0.4)
-    assert found.trainer.token_s == pytest.approx(2 * (4 / 216 + 4 / 100) / 2)  # of steps 2 and 3, whose tokens are known
+    assert found.trainer.token_s == pytest.approx(2 * 8 / (216 + 100))  # of steps 2 and 3: samples, and tokens per second
     assert "steps 2 to 3" in found.source
     assert "steps 2 to 2" in measured(run, dp=1, attention=0.0, first=2).source
     recorded = read_recorded(run, 5)
@@ -105,12 +114,16 @@ def test_a_ledger_tells_lengths_where_no_trajectories_were_kept(tmp_path: Path) 
 
 
 def test_a_run_that_does_not_tell_enough_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no logs/server_\*.log"):
+    with pytest.raises(ConfigError, match=r"no step after the first 1 in metrics.jsonl"):
         measured(tmp_path, dp=1, attention=0.0)
+    run = a_run(tmp_path / "run")
+    (run / "logs" / "server_0.log").unlink()
+    with pytest.raises(ConfigError, match=r"no logs/server_\*.log"):
+        measured(run, dp=1, attention=0.0)
     with pytest.raises(ConfigError, match="has neither rollouts"):
         read_recorded(tmp_path, 5)
     with pytest.raises(ConfigError, match="0 pairs of lines about decoding; 8 are needed"):
-        server_speed([START], name="a run")
+        server_speed([[START]], name="a run")
 
 
 def test_log_normal_lengths_have_the_mean_that_was_asked_for_and_depend_on_nothing_but_names() -> None:
