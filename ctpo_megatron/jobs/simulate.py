@@ -81,7 +81,13 @@ def speeds_of(config: RunConfig, shape: ModelShape, hardware: Hardware, options:
     """Returns the speeds that `options` ask for: measured in a run, or computed. Raises ConfigError."""
     on_cpu = config.cluster.device == "cpu"
     if options.run is not None:
-        found = measured(Path(options.run), dp=config.parallel.dp, attention=attention_weight(shape), first=options.first)
+        found = measured(
+            Path(options.run),
+            dp=config.parallel.dp,
+            attention=attention_weight(shape),
+            first=options.first,
+            warm_up=options.warm_up,
+        )
         tool_s = options.tool_s if options.tool_s is not None else TOOL_ON_CPU_S if on_cpu else TOOL_S
         tool_s = 0.0 if config.rollout.tool is None else tool_s
         slots = (os.cpu_count() or 1) if on_cpu else found.tool_slots

@@ -13,19 +13,22 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import numpy as np
+import yaml
 
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.simulation.speeds import ServerSpeed, Speeds, TrainerSpeed
 
 LOGGED_STEPS = 40  # SGLang's --decode-log-interval
+SPREAD = 1.5  # of the tokens of training steps, that tells what an optimizer step takes without any
+FEWEST_STEPS = 4  # for that
 FEWEST = 8  # lines to fit a server's speed to
-WARM_UP = 1  # training steps whose metrics are left out: the first one allocates and compiles
+WARM_UP = 1  # training steps that are left out: the first one allocates and compiles
 
 STAMP = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]")
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+), #token: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
@@ -110,10 +113,13 @@ def _work(interval: Interval) -> tuple[float, ...]:
     return (*(LOGGED_STEPS * each for each in steps), float(interval.batches), float(interval.prompt_tokens))
 
 
-def trainer_speed(steps: Sequence[dict[str, float]], lengths: dict[int, list[int]], attention: float) -> TrainerSpeed:
-    """Returns the trainer's speed from the metrics of training `steps` and the `lengths` of their samples.
+def trainer_speed(
+    steps: Sequence[dict[str, float]], lengths: dict[int, list[int]], attention: float, optimizer_steps: int = 1
+) -> TrainerSpeed:
+    """Returns the trainer's speed from the metrics of training `steps`, of `optimizer_steps` each, and their samples' `lengths`.
 
-    One number is measured, seconds per token; `attention` is the model's, from its shape.
+    Measured are the seconds per token, and where some steps had far more tokens than others (SPREAD), those of an optimizer step
+    besides. `attention` is the model's, from its shape.
     """
     costs = []
     for step in steps:
@@ -121,32 +127,43 @@ def trainer_speed(steps: Sequence[dict[str, float]], lengths: dict[int, list[int
         costs.append(sum(n + attention * n * n for n in samples) or step["perf/train_tokens_per_s"] * step["time/train"])
     phases = ("rollout", "train", "publish", "evaluate", "checkpoint")
     between = [step["time/step"] - sum(step.get(f"time/{phase}", 0.0) for phase in phases) for step in steps]
-    token_s = sum(step["time/train"] for step in steps) / sum(costs)
-    return TrainerSpeed(token_s=token_s, attention=attention, step_s=max(0.0, median(between)))
+    took, optimizer_s = [step["time/train"] for step in steps], 0.0
+    if max(costs) > SPREAD * min(costs) and len(steps) >= FEWEST_STEPS:
+        optimizer_s, _ = fit([(float(optimizer_steps), cost) for cost in costs], took)
+    token_s = max(0.0, sum(took) - optimizer_s * optimizer_steps * len(steps)) / sum(costs)
+    return TrainerSpeed(token_s, attention, optimizer_s=optimizer_s, step_s=max(0.0, median(between)))
 
 
-def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = None) -> Speeds:
+def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = None, warm_up: int = WARM_UP) -> Speeds:
     """Returns the speeds of the run in `run_dir`, which had `dp` data-parallel ranks.
 
-    `first`: only so many of its first steps are looked at. Raises ConfigError where it does not tell enough.
+    Looked at are the steps behind the `warm_up`, up to step `first`; None: to the last. Raises ConfigError where it does not tell
+    enough.
     """
     told = list(_metrics(run_dir / "metrics.jsonl"))
-    steps = [step for step in told if WARM_UP < step["step"] <= (first or float("inf"))]
-    since = max((step["time"] for step in told if step["step"] <= WARM_UP), default=0.0)
+    steps = [step for step in told if warm_up < step["step"] <= (first or float("inf"))]
+    since = max((step["time"] for step in told if step["step"] <= warm_up), default=0.0)
     logs = list(_logs(run_dir, since, steps[-1]["time"])) if steps else []
     if not logs or not steps:
-        lacks = "no logs/server_*.log" if steps else f"no step after the first {WARM_UP} in metrics.jsonl"
+        lacks = "no logs/server_*.log" if steps else f"no step after the first {warm_up} in metrics.jsonl"
         raise ConfigError(
             f"{run_dir} has {lacks}, which speeds are measured from; give the directory of a run, or leave run= out."
         )
-    trainer = trainer_speed(steps, _lengths(run_dir, [int(step["step"]) for step in steps]), attention)
+    lengths = _lengths(run_dir, [int(step["step"]) for step in steps])
+    trainer = trainer_speed(steps, lengths, attention, _optimizer_steps(run_dir))
     return Speeds(
         server=server_speed(logs, name=str(run_dir)),
-        trainer=TrainerSpeed(trainer.token_s * dp, trainer.attention, step_s=trainer.step_s),
+        trainer=replace(trainer, token_s=trainer.token_s * dp),
         publish_s=fmean(step["publish/total"] for step in steps),
         paused_s=fmean(step["publish/paused"] for step in steps),
         source=f"measured in {run_dir}, steps {int(steps[0]['step'])} to {int(steps[-1]['step'])}",
     )
+
+
+def _optimizer_steps(run_dir: Path) -> int:
+    """Of a training step, as the run's resolved configuration says."""
+    path = run_dir / "config.yaml"
+    return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["optimizer_steps"]) if path.is_file() else 1
 
 
 def _logs(run_dir: Path, since: float, until: float) -> Iterator[list[str]]:

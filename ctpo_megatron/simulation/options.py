@@ -18,6 +18,8 @@ class SimulationOptions(Section):
     are computed from a roofline of GPUs."""
     first: PositiveInt | None = None
     """Only so many of that run's first steps are measured. null: all."""
+    warm_up: NonNegativeInt = 1
+    """So many of its first steps are not measured."""
     lengths: FilePath | None = None
     """Directory of a run whose trajectories, or ledger, are drawn from. null: those of `run`, where `mean` is not given."""
     mean: PositiveFloat | None = None

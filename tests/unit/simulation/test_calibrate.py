@@ -77,6 +77,17 @@ def test_the_trainer_costs_what_it_cost_for_each_token() -> None:
     assert found.step_s == pytest.approx(0.1)
 
 
+def test_what_an_optimizer_step_takes_besides_is_told_by_steps_of_different_lengths() -> None:
+    def step(tokens: int) -> dict[str, float]:
+        train = 2 * 0.3 + 0.01 * tokens
+        return {"step": tokens, "time/train": train, "time/rollout": 1.0, "time/publish": 0.5, "time/step": train + 1.5}
+
+    told = trainer_speed([step(n) for n in (50, 100, 150, 200)], {n: [n] for n in (50, 100, 150, 200)}, 0.0, optimizer_steps=2)
+    assert (told.token_s, told.optimizer_s) == (pytest.approx(0.01), pytest.approx(0.3))
+    alike = trainer_speed([step(n) for n in (100, 101, 102, 103)], {n: [n] for n in (100, 101, 102, 103)}, 0.0, optimizer_steps=2)
+    assert alike.optimizer_s == 0.0
+
+
 def a_run(where: Path) -> Path:
     """A run directory with what speeds and lengths are read from."""
     for name in ("logs", "rollouts"):
