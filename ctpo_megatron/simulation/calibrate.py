@@ -27,12 +27,18 @@ from ctpo_megatron.simulation.speeds import ServerSpeed, Speeds, TrainerSpeed
 LOGGED_STEPS = 40  # SGLang's --decode-log-interval
 SPREAD = 1.5  # of the tokens of training steps, that tells what an optimizer step takes without any
 FEWEST_STEPS = 4  # for that
+MOST_REQUESTS = 32  # whose decoding takes at most as long as the pass as such
+MOST_TOKENS = 4096  # in the cache, the same
+LARGE = 256  # tokens of a batch of prompts whose reading takes longer than the pass as such
+LEAST_STEP_S = 1e-4  # of a decoding step
 FEWEST = 8  # lines to fit a server's speed to
 WARM_UP = 1  # training steps that are left out: the first one allocates and compiles
 
 STAMP = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\]")
 DECODE = re.compile(r"Decode batch.*?#running-req: (\d+), #token: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
-PREFILL = re.compile(r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+),.*?#running-req: (\d+)")
+PREFILL = re.compile(
+    r"Prefill batch.*?#new-seq: (\d+), #new-token: (\d+),.*?#running-req: (\d+).*?input throughput \(token/s\): ([\d.]+)"
+)
 BOUNDS = ("cache_tokens", "max_prefill_tokens", "max_running")
 CACHE = re.compile(r"max_total_num_tokens=(\d+), .*?max_prefill_tokens=(\d+), max_running_requests=(\d+)")
 
@@ -56,7 +62,7 @@ def read_intervals(lines: Sequence[str]) -> Iterator[Interval]:
     batches, tokens, idle = 0, 0, False
     for line in lines:
         if (prefill := PREFILL.search(line)) is not None:
-            new, fresh, others = map(int, prefill.groups())
+            new, fresh, others = map(int, prefill.groups()[:3])
             running.append(new + others)
             batches, tokens, idle = batches + 1, tokens + fresh, idle or not others
         elif (decode := DECODE.search(line)) is not None:
@@ -98,19 +104,37 @@ def server_speed(logs: Sequence[Sequence[str]], *, name: str) -> ServerSpeed:
             f"{name}: its servers' logs have {len(intervals)} pairs of lines about decoding; {FEWEST} are needed to know how "
             "fast they are. Give a run with longer answers, or more steps."
         )
-    work = [_work(each) for each in intervals]
-    found = np.asarray(fit(work, [each.seconds for each in intervals]))
-    found *= sum(each.seconds for each in intervals) / float((np.asarray(work) @ found).sum())
-    step, request, token, batch, prompt = map(float, found)
+    prompt = prompt_token_s([line for log in logs for line in log])
+    work, took = np.asarray([_work(each) for each in intervals]), np.asarray([each.seconds for each in intervals])
+    read = prompt * np.asarray([each.prompt_tokens for each in intervals])
+    found = np.asarray(fit(work.tolist(), np.maximum(took - read, 0.0).tolist()))
+    found *= float(took.sum()) / max(float((work @ found + read).sum()), 1e-9)
+    request, token = float(found[1]) / MOST_REQUESTS, float(found[2]) / MOST_TOKENS
     cache = next((match for log in logs for line in log if (match := CACHE.search(line)) is not None), None)
     bounds = {} if cache is None else dict(zip(BOUNDS, map(int, cache.groups()), strict=True))
-    return ServerSpeed(step, request, token, prefill_s=batch, prefill_token_s=prompt, **bounds)
+    step = max(float(found.sum()), LEAST_STEP_S)
+    return ServerSpeed(step, request, token, prefill_s=step, prefill_token_s=prompt, **bounds)
 
 
 def _work(interval: Interval) -> tuple[float, ...]:
-    """What an interval is made of: steps, these times requests, these times tokens; batches of prompts, tokens in them."""
-    steps = (1.0, interval.requests, interval.tokens)
-    return (*(LOGGED_STEPS * each for each in steps), float(interval.batches), float(interval.prompt_tokens))
+    """What an interval is made of besides prompts' tokens: passes through the model; with as much again for every MOST_REQUESTS
+    requests that are decoded; and for every MOST_TOKENS tokens in the cache.
+
+    A batch of prompts is a pass as a decoding step is. The bounds keep a log that never had many requests from telling that each
+    of them is dear.
+    """
+    passes = float(LOGGED_STEPS + interval.batches)
+    each = LOGGED_STEPS * interval.requests / MOST_REQUESTS, LOGGED_STEPS * interval.tokens / MOST_TOKENS
+    return passes, passes + each[0], passes + each[1]
+
+
+def prompt_token_s(lines: Sequence[str]) -> float:
+    """Returns the seconds of reading one token of a prompt: of large batches that followed another one, the quickest quarter.
+
+    What such a line says is the time since the batch before it, which is more than its own where the server did something else.
+    """
+    rates = [float(found[4]) for line in lines if (found := PREFILL.search(line)) is not None and int(found[2]) >= LARGE]
+    return 1 / float(np.quantile(rates, 0.75)) if rates else 0.0
 
 
 def trainer_speed(

@@ -9,7 +9,6 @@ from ctpo_megatron.engine.fleet import Fleet, Lease, Member
 from ctpo_megatron.engine.load import Load
 from ctpo_megatron.engine.traffic import Traffic
 from ctpo_megatron.errors import EngineError
-from ctpo_megatron.simulation.meter import Meter
 from ctpo_megatron.simulation.players import Book, words_of
 from ctpo_megatron.simulation.server import Part, Request, SimulatedServer
 from ctpo_megatron.simulation.tokens import Spans, Written, as_list
@@ -32,8 +31,8 @@ class ServerLoads:
 class SimulatedEngine:
     """All servers of a simulated run behind one object."""
 
-    def __init__(self, fleet: Fleet, traffic: Traffic, servers: dict[str, SimulatedServer], book: Book, meter: Meter) -> None:
-        self._fleet, self._traffic, self._servers, self._book, self._meter = fleet, traffic, servers, book, meter
+    def __init__(self, fleet: Fleet, traffic: Traffic, servers: dict[str, SimulatedServer], book: Book) -> None:
+        self._fleet, self._traffic, self._servers, self._book = fleet, traffic, servers, book
         self.in_flight = self.most_in_flight = 0
 
     async def generate(

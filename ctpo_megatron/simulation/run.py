@@ -90,7 +90,7 @@ async def _simulate(
     fleet = _fleet(config, names)
     traffic = Traffic(config.rollout.engine.traffic, fleet, ServerLoads(servers), most=config.rollout.concurrency)
     book = Book()
-    engine = SimulatedEngine(fleet, traffic, servers, book, meter)
+    engine = SimulatedEngine(fleet, traffic, servers, book)
     reward, tool = ScriptedReward(book, troubles.failing, seed), TimedTool(speeds, host)
     environment = ScriptedEnvironment(engine, tool, reward, workload, book, config.rollout.group_size, meter)
     publisher = SimulatedPublisher(fleet, servers, speeds, sleeping=config.weights.shares_devices)

@@ -13,14 +13,14 @@ from ctpo_megatron.simulation.calibrate import LOGGED_STEPS, fit, measured, serv
 from ctpo_megatron.simulation.speeds import ServerSpeed
 from ctpo_megatron.simulation.workload import LogNormal, Said, read_recorded
 
-TRUE = ServerSpeed(0.004, 2e-4, 3e-6, prefill_s=0.02, prefill_token_s=5e-5)
+TRUE = ServerSpeed(0.004, 5e-5, 3e-7, prefill_s=0.004, prefill_token_s=5e-5)
 DECODE = (
     "[2026-01-01 00:00:00] Decode batch, #running-req: {}, #token: {}, token usage: 0.01, cpu graph: False, "
     "gen throughput (token/s): {:.6f}, #queue-req: 0"
 )
 PREFILL = (
     "[2026-01-01 00:00:00] Prefill batch, #new-seq: 1, #new-token: {}, #cached-token: 0, token usage: 0.00, #running-req: {}, "
-    "#queue-req: 0, #pending-token: 0, cpu graph: False, input throughput (token/s): 6.90"
+    "#queue-req: 0, #pending-token: 0, cpu graph: False, input throughput (token/s): {:.2f}"
 )
 START = (
     "max_total_num_tokens=65536, chunked_prefill_size=4096, max_prefill_tokens=16384, max_running_requests=512, context_len=4096"
@@ -37,7 +37,7 @@ def log_of(speed: ServerSpeed, slow: float = 1.0, lines: int = 120) -> str:
         seconds = LOGGED_STEPS * (speed.step_s + speed.request_s * requests + speed.token_s * tokens)
         seconds += len(prompts) * speed.prefill_s + sum(prompts) * speed.prefill_token_s
         seconds *= slow if number % 20 == 7 else 1
-        found += [PREFILL.format(each, max(requests - 1, 1)) for each in prompts]
+        found += [PREFILL.format(each, max(requests - 1, 1), 1 / speed.prefill_token_s) for each in prompts]
         found.append(DECODE.format(*now, LOGGED_STEPS * requests / seconds))
         before = now
     return "\n".join(found)
@@ -57,7 +57,7 @@ def test_time_that_something_else_took_is_part_of_the_speed_and_idle_time_is_not
     work = (100, 30_000)
     quiet, busy = (server_speed([log_of(TRUE, slow).splitlines()], name="a run").decode_s(1, *work) for slow in (1.0, 5.0))
     assert busy == pytest.approx(1.2 * quiet, rel=0.15)  # a twentieth of the intervals takes four times more
-    idle = [PREFILL.format(10, 0), DECODE.format(20, 2000, 0.5)]
+    idle = [PREFILL.format(10, 0, 1.0), DECODE.format(20, 2000, 0.5)]
     kept = server_speed([[*log_of(TRUE).splitlines(), *idle]], name="a run").decode_s(1, *work)
     assert kept == pytest.approx(quiet)
 
