@@ -32,6 +32,7 @@ from ctpo_megatron.simulation.workload import LogNormal, Workload, read_recorded
 
 TOOL_ON_CPU_S = 0.015  # of a call of the Python tool, see `rollout.sandbox`
 MOST_SPLITS = 8  # that are simulated
+SHOWN = 60  # characters of why a split cannot be
 TRAINER = {"rollout": "trainer waits for rollouts", "train": "trains", "publish": "waits for the publication"}
 SERVERS = {
     "decode": "servers decode",
@@ -149,9 +150,15 @@ def other_splits(
             speeds = speeds_of(changed, shape, hardware, options)
             _, steady = simulated(changed, shape, speeds, workload, options)
         except (CtpoError, ValidationError) as error:
-            yield Split(dp, dp * replica, servers * server, None, str(error).partition("\n")[0])
+            yield Split(dp, dp * replica, servers * server, None, _reason(error))
             continue
         yield Split(dp, dp * replica, servers * server, steady)
+
+
+def _reason(error: CtpoError | ValidationError) -> str:
+    """Why a split cannot be, in one line."""
+    text = str(error.errors()[0]["msg"]) if isinstance(error, ValidationError) else str(error)
+    return text.removeprefix("Value error, ").partition("\n")[0]
 
 
 def _with_split(config: RunConfig, dp: int, servers: int) -> RunConfig:
@@ -204,7 +211,7 @@ def _splits(splits: list[Split]) -> Table:
     table.add_column("")
     for each in sorted(splits, key=lambda split: split.trainer):
         if each.made is None:
-            table.add_row(str(each.trainer), str(each.dp), str(each.servers), "", "", "", each.why[:60])
+            table.add_row(str(each.trainer), str(each.dp), str(each.servers), "", "", "", each.why[:SHOWN])
             continue
         made, is_best = each.made, each.made.steps_per_hour == best
         words = ", ".join(filter(None, (each.why, "the most" if is_best else "")))
