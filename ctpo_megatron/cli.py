@@ -112,21 +112,21 @@ def plan(
     from ctpo_megatron.config.load import load_config
     from ctpo_megatron.jobs.plan import plan_job
     from ctpo_megatron.planning.plan import Hardware
+    from ctpo_megatron.simulation.options import read_options
 
     hardware, loaded = Hardware(gpu_gb, engine_gpu_gb, gpus_per_node), load_config(config, overrides or [])
     if rank is not None and not rehearse:
         raise ConfigError("--rank says which rank to rehearse; give --rehearse too.")
-    if option and not simulate:
-        raise ConfigError("--with is about a simulation; give --simulate too.")
+    options = read_options(option or [], asked=simulate)
     plan_job(loaded, config, model_config, hardware)
     if rehearse:
         from ctpo_megatron.jobs.rehearse import rehearse_job
 
         rehearse_job(loaded, config, model_config, rank)
     if simulate:
-        from ctpo_megatron.jobs.simulate import read_options, simulate_job
+        from ctpo_megatron.jobs.simulate import simulate_job
 
-        simulate_job(loaded, config, model_config, hardware, read_options(option or []))
+        simulate_job(loaded, config, model_config, hardware, options)
 
 
 @app.command()

@@ -24,7 +24,7 @@ from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.planning.plan import Hardware
 from ctpo_megatron.simulation.account import Account, account, steps_to_simulate
 from ctpo_megatron.simulation.calibrate import measured
-from ctpo_megatron.simulation.options import SimulationOptions, read_options
+from ctpo_megatron.simulation.options import SimulationOptions
 from ctpo_megatron.simulation.roofline import TOOL_S, Peaks, roofline
 from ctpo_megatron.simulation.run import Simulated, Troubles, simulate
 from ctpo_megatron.simulation.speeds import Speeds
@@ -40,8 +40,6 @@ SERVERS = {
     "paused": "servers are paused",
     "idle": "servers are idle",
 }
-
-__all__ = ["SimulationOptions", "read_options", "simulate_job"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,8 +61,13 @@ class SimulationOptions(Section):
     """File that all numbers are written to. null: none."""
 
 
-def read_options(words: list[str]) -> SimulationOptions:
-    """Returns the options that `words`, key=value each, give. Raises ConfigError, which names what is allowed."""
+def read_options(words: list[str], *, asked: bool = True) -> SimulationOptions:
+    """Returns the options that `words`, key=value each, give. Raises ConfigError, which names what is allowed.
+
+    `asked`: whether there is to be a simulation; otherwise there must be no words.
+    """
+    if words and not asked:
+        raise ConfigError("--with is about a simulation; give --simulate too.")
     source = read_overrides(words)
     try:
         return SimulationOptions.model_validate(source.values)

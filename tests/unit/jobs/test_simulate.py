@@ -76,3 +76,8 @@ def test_a_run_on_cpus_is_measured_and_not_computed(tmp_path: Path) -> None:
 def test_an_option_that_cannot_be_is_refused_by_its_name(option: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         read_options([option])
+
+
+def test_options_without_a_simulation_are_refused() -> None:
+    with pytest.raises(ConfigError, match="give --simulate too"):
+        read_options(["steps=2"], asked=False)
