@@ -108,7 +108,7 @@ BAD = Troubles(mtbf_s=4.0, failing=0.1)
 
 def troubled(seed: int, staleness: int = 2, oversample: int = 2, **more: Any) -> Simulated:
     keys = (f"train.staleness={staleness}", f"train.oversample={oversample if staleness else 0}", "rollout.engine.servers=3")
-    bounds = ("rollout.engine.restarts=1000", "rollout.failed_share=1", "rollout.retries=1", "rollout.concurrency=12")
+    bounds = ("rollout.engine.restarts=1000", "rollout.failed_share=0.99", "rollout.retries=1", "rollout.concurrency=12")
     speeds = replace(SPEEDS, start_s=1.5, paused_s=0.2)
     return simulate(
         config(*keys, *bounds, *more.pop("keys", ())), speeds, LogNormal(120, 0.9, PROMPT, seed=seed), seed=seed, steps=6, **more
