@@ -105,20 +105,28 @@ def plan(
     ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="take one step of one rank without memory")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="to rehearse; default: the first of the fullest stage")] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="steps per hour too, from a run on a virtual clock")] = False,
+    option: Annotated[list[str] | None, typer.Option("--with", help="of that: key=value, like run=RUN_DIR")] = None,
 ) -> None:
     """Memory, batches and groups of a run, from the configuration alone; exit code 2 when it cannot fit."""
     from ctpo_megatron.config.load import load_config
     from ctpo_megatron.jobs.plan import plan_job
     from ctpo_megatron.planning.plan import Hardware
+    from ctpo_megatron.simulation.options import read_options
 
     hardware, loaded = Hardware(gpu_gb, engine_gpu_gb, gpus_per_node), load_config(config, overrides or [])
     if rank is not None and not rehearse:
         raise ConfigError("--rank says which rank to rehearse; give --rehearse too.")
+    options = read_options(option or [], asked=simulate)
     plan_job(loaded, config, model_config, hardware)
     if rehearse:
         from ctpo_megatron.jobs.rehearse import rehearse_job
 
         rehearse_job(loaded, config, model_config, rank)
+    if simulate:
+        from ctpo_megatron.jobs.simulate import simulate_job
+
+        simulate_job(loaded, config, model_config, hardware, options)
 
 
 @app.command()

@@ -232,7 +232,7 @@ class Fleet:
     @property
     def hopeless(self) -> bool:
         """Whether every server is gone for good."""
-        return len(self.members(State.GONE)) == len(self._members)
+        return all(member.gone for member in self._members.values())
 
     def report(self) -> str:
         """A line for every server that does not serve."""
@@ -258,15 +258,10 @@ class Fleet:
         """
         while True:
             await self._served(aside)
-            known = [each for each in self._members.values() if each.aside == aside]
-            places = [Place(each.state is State.SERVING, each.in_flight, each.limit, each is left) for each in known]
-            if not any(place.serves for place in places):
-                raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")
-            chosen = choose(places, session)
-            if places[chosen].has_room:
+            member = self._chosen(session, left, aside)
+            if _place(member).has_room:
                 break
             await self._freed.wait()  # each request there is bounded
-        member = known[chosen]
         if member.version is None:  # `serve` sets both
             raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
         member.in_flight += 1
@@ -281,13 +276,32 @@ class Fleet:
         """Return when a server serves; for one that is `aside`, when requests may go out. Raises NoServerLeft."""
         try:
             async with asyncio.timeout(self._patience_s):
-                await self._until(lambda: not self._held and (aside or self.hopeless or bool(self.publishable(State.SERVING))))
+                await self._until(lambda: not self._held and (aside or self._one_serves or self.hopeless))
         except TimeoutError:
             raise NoServerLeft(
                 f"no inference server came into service within {self._patience_s:.0f} s:\n{self.report()}"
             ) from None
         if self.hopeless:
             raise NoServerLeft(f"no inference server is left:\n{self.report()}")
+
+    @property
+    def _one_serves(self) -> bool:
+        return any(each.state is State.SERVING and not each.aside for each in self._members.values())
+
+    def _chosen(self, session: int, left: Member | None, aside: bool) -> Member:
+        """The server that `choose` says. Raises AsideLost when none is set aside now.
+
+        It says home where that will do, and is not asked then: with a thousand servers that costs a millisecond a request.
+        """
+        known = [each for each in self._members.values() if each.aside == aside]
+        if known:
+            home = known[session % len(known)]
+            if home is not left and _place(home).serves and _place(home).has_room:
+                return home
+        places = [_place(each, left) for each in known]
+        if not any(place.serves for place in places):
+            raise AsideLost(f"no inference server is set aside any more:\n{self.report()}")
+        return known[choose(places, session)]
 
     async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
         """Whether tokens that carry `versions` may be used. Where they may not, their server is suspended.
@@ -329,3 +343,7 @@ class Fleet:
         """Let requests that wait for room look for it: one has ended, or a bound has moved."""
         freed, self._freed = self._freed, asyncio.Event()
         freed.set()
+
+
+def _place(member: Member, left: Member | None = None) -> Place:
+    return Place(member.state is State.SERVING, member.in_flight, member.limit, member is left)

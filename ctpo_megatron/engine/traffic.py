@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Protocol
 
 from ctpo_megatron.config.traffic import TrafficConfig
-from ctpo_megatron.engine.control import ServerControl
 from ctpo_megatron.engine.fleet import Fleet, Member, State
 from ctpo_megatron.engine.gate import Gate
 from ctpo_megatron.engine.load import START, Load, next_limit
@@ -18,13 +18,21 @@ LOOK_TIMEOUT_S = 5.0  # for a server to say how busy it is; one that does not ke
 SELDOM_S = 15.0  # between two looks where no bound follows from them, only metrics
 
 
+class Loads(Protocol):
+    """Tells how busy servers are: `engine.control.ServerControl`."""
+
+    async def load(self, url: str, *, timeout_s: float | None = None) -> Load:
+        """Returns the load of the server at `url`. Raises EngineError."""
+        ...
+
+
 class Traffic:
     """Looks at the servers of `fleet`, and sets how many requests each may have.
 
     `most`: how many one server may ever have at a time. Servers that are set aside are a pool of their own, with its own gate.
     """
 
-    def __init__(self, config: TrafficConfig, fleet: Fleet, control: ServerControl, *, most: int) -> None:
+    def __init__(self, config: TrafficConfig, fleet: Fleet, control: Loads, *, most: int) -> None:
         self._config, self._fleet, self._control, self._most = config, fleet, control, most
         moving = config.moving
         self.pace = None if moving is None else Pace(moving.factor, moving.least_s)

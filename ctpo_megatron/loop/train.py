@@ -15,8 +15,8 @@ are kept as they are. A run that goes on begins with what was left: evaluations 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -51,6 +51,7 @@ from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import TrajectoryGroup
 
 T = TypeVar("T")
+Batches = Callable[[list[TrajectoryGroup], RunConfig, float], list[TrainBatch]]  # `make_batches`
 
 
 class _LeftOff(Exception):
@@ -88,6 +89,9 @@ class TrainLoop:
     position: Position | None = None  # behind the last step that was made; None: where the loop began
     memory: MemoryCopies | None = None  # None: there are no copies in memory
     unsaved: RunState | None = None  # where it begins, if that is not in a checkpoint
+    # what a simulation puts in the place of tokens and of a bar for people
+    batches_of: Batches = field(default_factory=lambda: make_batches)
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = progress
     _trained: RunState | None = None  # after the last step whose weights the trainer holds; None: where it began
 
     @property
@@ -158,13 +162,14 @@ class TrainLoop:
         if self.checkpoints is not None:
             self.checkpoints.check()
         self.evaluations.check()
-        timer, begun = PhaseTimer(stages=self.stages, step=step + 1), time.monotonic()
-        tail = TailTimer(self.config.train.prompts_per_step)
+        clock = asyncio.get_running_loop().time  # of the run: a simulation's is virtual
+        timer, begun = PhaseTimer(stages=self.stages, step=step + 1, clock=clock), clock()
+        tail = TailTimer(self.config.train.prompts_per_step, clock)
         with timer("rollout"):
             taken = await self._take(step, tail)
         groups, self.position = taken.groups, taken.position
         with timer("batch"):
-            batches = make_batches(groups, self.config, self.attention_weight)
+            batches = self.batches_of(groups, self.config, self.attention_weight)
         with timer("sleep"):
             await self.publisher.offload()
         with timer("train"):
@@ -175,7 +180,7 @@ class TrainLoop:
         with timer("publish"):
             published = await self._publish(step + 1)
         metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
-        cost = StepCost.of(groups, timer.seconds, time.monotonic() - begun)
+        cost = StepCost.of(groups, timer.seconds, clock() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
         self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
@@ -189,7 +194,7 @@ class TrainLoop:
             self.record.checkpoint(step + 1, timer.seconds["checkpoint"])
         with timer("storage"):
             await self._written()
-        self.emit(StepTrained(step + 1, time.monotonic() - begun, timer.seconds, tail.seconds))
+        self.emit(StepTrained(step + 1, clock() - begun, timer.seconds, tail.seconds))
         if self.memory is not None:
             self.memory.keep(self._state_after(step))
         self._pipeline.buffer.published(step + 1)
@@ -256,7 +261,7 @@ class TrainLoop:
     async def _take(self, step: int, tail: TailTimer) -> Taken:
         """The groups of `step`; meanwhile the progress bar follows how many are in."""
         pipeline = self._pipeline
-        with progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
+        with self.progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
             taken = await self._with_servers(pipeline.take(step), lambda: show(tail(pipeline.buffer.finished())))
             tail.end()
             show(self.config.train.prompts_per_step)

@@ -1,42 +1,53 @@
-"""Wall time by phase."""
+"""Time by phase: wall time, or that of another clock."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ctpo_megatron.record.heartbeat import Stages
 
 
 class PhaseTimer:
-    """Adds up wall time by name: `with timer("rollout"): ...`, then `timer.seconds["rollout"]`.
+    """Adds up time by name: `with timer("rollout"): ...`, then `timer.seconds["rollout"]`.
 
     `seconds`: where the sums go on from, and are kept; none: they begin at nothing. `stages`: each phase is one of these too, at
-    training step `step`.
+    training step `step`. `clock`: says what time it is.
     """
 
-    def __init__(self, seconds: dict[str, float] | None = None, *, stages: Stages | None = None, step: int | None = None) -> None:
+    def __init__(
+        self,
+        seconds: dict[str, float] | None = None,
+        *,
+        stages: Stages | None = None,
+        step: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.seconds: dict[str, float] = {} if seconds is None else seconds
-        self._stages, self._step = stages or Stages(), step
+        self._stages, self._step, self._clock = stages or Stages(), step, clock
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begun = time.monotonic()
+        begun = self._clock()
         try:
             with self._stages(phase, step=self._step):
                 yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - begun
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._clock() - begun
 
 
 TAIL_BEGINS = 0.8  # share of the parts that are in when the tail begins
 
 
 class TailTimer:
-    """How long the last fifth of `total` parts was waited for, as `seconds`: call it with how many are in, then `end` it."""
+    """How long the last fifth of `total` parts was waited for, as `seconds`: call it with how many are in, then `end` it.
 
-    def __init__(self, total: int) -> None:
+    `clock`: says what time it is.
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._from = TAIL_BEGINS * total
         self._begun: float | None = None
         self.seconds = 0.0
@@ -44,9 +55,9 @@ class TailTimer:
     def __call__(self, done: int) -> int:
         """Note that `done` parts are in; returns it."""
         if self._begun is None and done >= self._from:
-            self._begun = time.monotonic()
+            self._begun = self._clock()
         return done
 
     def end(self) -> None:
         """All parts are in."""
-        self.seconds = 0.0 if self._begun is None else time.monotonic() - self._begun
+        self.seconds = 0.0 if self._begun is None else self._clock() - self._begun

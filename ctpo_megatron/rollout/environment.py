@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -41,7 +40,8 @@ class ToolEnvironment:
         `note` hears of each tool's turn. Whatever ends this early, `attempt` holds all that was done, and another call goes on
         from there.
         """
-        begun, before = time.monotonic(), attempt.seconds
+        clock = asyncio.get_running_loop().time
+        begun, before = clock(), attempt.seconds
         deadline = None if sampling.deadline_s is None else begun + sampling.deadline_s - before
         try:
             if attempt.status is None:
@@ -49,7 +49,7 @@ class ToolEnvironment:
             written = [self._chat.decode(turn.token_ids) for turn in attempt.assistant_turns]
             score = await self._reward.score(prompt, "\n".join(written))
         finally:
-            attempt.seconds = before + time.monotonic() - begun
+            attempt.seconds = before + clock() - begun
         return Trajectory(
             id=attempt.id,
             prompt_index=attempt.prompt_index,
@@ -85,7 +85,7 @@ class ToolEnvironment:
                 return Status.FINISHED
             if len(attempt.assistant_turns) >= sampling.max_turns:
                 return Status.MAX_TURNS
-            limit = asyncio.timeout_at(_on_loop(deadline))
+            limit = asyncio.timeout_at(deadline)
             try:
                 async with limit:
                     added = await self._tool_turn(self._tool, attempt, code, sampling)
@@ -126,11 +126,6 @@ class ToolEnvironment:
             return False
         attempt.add_tool_turn(ids, result.output)
         return True
-
-
-def _on_loop(deadline: float | None) -> float | None:
-    """Returns `deadline`, of `time.monotonic()`, on the clock of the event loop."""
-    return None if deadline is None else asyncio.get_running_loop().time() + deadline - time.monotonic()
 
 
 def _check(generation: Generation, allowed: int, stop: list[int]) -> None:

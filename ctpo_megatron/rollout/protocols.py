@@ -31,7 +31,7 @@ class Generator(Protocol):
         `max_new_tokens`: with those in `done`. Requests of one `session` share a prefix and should meet the same server.
 
         `recorded`: of so many leading tokens the experts are known already. None: neither experts nor top-k tokens nor the
-        supports of truncated sampling are wanted. `deadline`, of `time.monotonic()`: when it ends with what
+        supports of truncated sampling are wanted. `deadline`, on the clock of the event loop: when it ends with what
         there is, one token at least, for the reason "deadline".
         """
         ...

@@ -8,7 +8,10 @@ from collections import Counter
 
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
+from ctpo_megatron.engine.choice import Place, choose
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.errors import EngineError, EngineRefused
@@ -303,3 +306,28 @@ def test_an_interrupted_generation_keeps_what_the_server_had_and_goes_on() -> No
             assert server.generations[asked]["input_ids"] == [1, 2, 3, *done.token_ids[:2]]
 
     asyncio.run(scenario())
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.none() | st.integers(1, 3)), min_size=1, max_size=5),
+    st.integers(0, 30),
+    st.none() | st.integers(0, 4),
+)
+def test_home_is_found_without_looking_at_all_servers(
+    states: list[tuple[bool, int, int | None]], session: int, left: int | None
+) -> None:
+    """The shortcut of a fleet of a thousand servers gives what the choice over all of them gives."""
+
+    async def chosen() -> int:
+        fleet = Fleet(patience_s=1)
+        members = [fleet.join(str(number), "url") for number in range(len(states))]
+        fleet.serve([member for member, (serves, *_) in zip(members, states, strict=True) if serves], 0)
+        for member, (_, in_flight, limit) in zip(members, states, strict=True):
+            member.in_flight, member.limit = in_flight, limit
+        lease = await fleet.acquire(session, None if left is None else members[left % len(members)])
+        return members.index(lease.member)
+
+    leaves = None if left is None else left % len(states)
+    places = [Place(serves, busy, limit, number == leaves) for number, (serves, busy, limit) in enumerate(states)]
+    if any(place.serves for place in places) and places[choose(places, session)].has_room:  # otherwise it waits
+        assert asyncio.run(chosen()) == choose(places, session)
