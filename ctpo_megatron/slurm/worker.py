@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from ctpo_megatron.errors import CtpoError
 from ctpo_megatron.slurm.first_node import requeue_without_first
@@ -22,20 +23,34 @@ def main() -> int:
     parser.add_argument("--address", required=True, help="HOST:PORT of the first node's Ray")
     parser.add_argument("--first", help="name of the first node, in a job that goes on without a lost node")
     given = parser.parse_args()
-    head = given.address
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     raise_limits()
-    orders = Orders()
+    looked = False
+
+    def look() -> None:
+        nonlocal looked
+        if not looked and given.first is not None and "SLURM_JOB_ID" in os.environ:
+            looked = True
+            requeue_without_first(os.environ["SLURM_JOB_ID"], given.first, given.address)
+
     try:
-        with RayNode(head, my_address(head), is_head=False) as ray:
-            signal.signal(signal.SIGTERM, lambda *_: orders.end())
-            code = _until_end(ray, head, orders)
-            if given.first is not None and "SLURM_JOB_ID" in os.environ:  # before Ray is closed, as SLURM may leave little time
-                requeue_without_first(os.environ["SLURM_JOB_ID"], given.first, head)
-            return code
+        try:
+            return _work(given.address, look)
+        finally:
+            look()  # the end may come before Ray is up
     except CtpoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _work(head: str, look: Callable[[], None]) -> int:
+    """Returns what `main` does. `look`: at the job, before Ray is closed, as SLURM may leave little time."""
+    orders = Orders()
+    with RayNode(head, my_address(head), is_head=False) as ray:
+        signal.signal(signal.SIGTERM, lambda *_: orders.end())
+        code = _until_end(ray, head, orders)
+        look()
+        return code
 
 
 def _until_end(ray: RayNode, head: str, orders: Orders) -> int:
