@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.files import Through, at_once, jsonable
-from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup
+from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup, Turn
+
+_LEFT_OUT = ("id", "routed_experts", "prompt_ids", "turns")  # of a trajectory's fields, from those that are copied into its row
 
 
 class TrajectoryFiles:
@@ -38,22 +42,26 @@ class TrajectoryFiles:
     def _write(self, path: Path, groups: Sequence[TrajectoryGroup]) -> None:
         with storing(path):
             self._directory.mkdir(exist_ok=True)
-            with path.open("w", encoding="utf-8") as file:
+            with path.open("wb") as file:
                 for group in groups:
                     for trajectory in group.trajectories:
-                        file.write(json.dumps(as_row(group.prompt, trajectory)) + "\n")
+                        file.write(msgspec.json.encode(as_row(group.prompt, trajectory)) + b"\n")
 
 
 def as_row(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
-    """Returns a trajectory as JSON values, its ids as `id` and `group`; what the engine recorded for the trainer is left out."""
-    turns = [replace(turn, top_k=None, supports=None) for turn in trajectory.turns]
-    plain = asdict(replace(trajectory, routed_experts=None, turns=turns))
-    for key in ("routed_experts", "id"):
-        del plain[key]
-    for turn in plain["turns"]:
-        del turn["top_k"], turn["supports"]
-    row: dict[str, Any] = jsonable(plain)
-    return {"id": str(trajectory.id), "group": str(trajectory.id.group), "answer": prompt.answer, **row}
+    """Returns a trajectory as JSON values, its ids as `id` and `group`; what the engine recorded for the trainer is left out.
+
+    Streams of tokens are the trajectory's own lists, not copies: of all that the controller does for a token, copying them one by
+    one took longest.
+    """
+    plain = {each.name: getattr(trajectory, each.name) for each in fields(trajectory) if each.name not in _LEFT_OUT}
+    row = {"id": str(trajectory.id), "group": str(trajectory.id.group), "answer": prompt.answer, **plain}
+    return {**jsonable(row), "prompt_ids": trajectory.prompt_ids, "turns": [_turn(turn) for turn in trajectory.turns]}
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    logp = turn.rollout_logp if all(map(math.isfinite, turn.rollout_logp)) else jsonable(turn.rollout_logp)
+    return {"role": turn.role, "token_ids": turn.token_ids, "rollout_logp": logp, "versions": turn.versions}
 
 
 def as_markdown(prompt: Prompt, trajectory: Trajectory) -> str:

@@ -39,11 +39,13 @@ def make_toy_model(
     tie_embeddings: bool = False,
     init_std: float = 0.02,
     rope: dict[str, Any] | None = None,
+    words: tuple[str, ...] = (),
 ) -> Path:
     """Write a random model of about 0.4 million parameters in Hugging Face format (float32) and return its directory.
 
     The same arguments write the same bytes. `experts` and `experts_top_k` matter only to `qwen3_moe`, where each expert has
-    `ffn // experts_top_k` units. `rope` replaces the default `rope_parameters`. Raises ConfigError for an unknown kind.
+    `ffn // experts_top_k` units. `rope` replaces the default `rope_parameters`. `words`: text that the last tokens of the
+    vocabulary stand for, in place of the unused ones. Raises ConfigError for an unknown kind.
     """
     if kind not in get_args(Kind):
         raise ConfigError(
@@ -51,7 +53,7 @@ def make_toy_model(
         )
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = _tokenizer(words)
     tokenizer.save_pretrained(target)
     sizes = {
         "vocab_size": len(tokenizer),
@@ -78,16 +80,17 @@ def make_toy_model(
     return target
 
 
-def _tokenizer() -> Any:
-    """Byte b has id b; the special tokens follow."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _tokenizer(words: tuple[str, ...]) -> Any:
+    """Byte b has id b; the special tokens follow, and `words` come last."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     symbols = _byte_symbols()
     backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.add_special_tokens(list(SPECIAL_TOKENS[: len(SPECIAL_TOKENS) - len(words)]))
+    backend.add_tokens([AddedToken(word, normalized=False) for word in words])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
