@@ -13,12 +13,12 @@ weights ask for is asked once (`engine.calls`).
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
+import msgspec
 
 from ctpo_megatron.errors import EngineError, EngineRefused
 
@@ -82,8 +82,8 @@ async def ask(
                 if answer.content_type != "application/json":
                     return Answer(text)
                 try:
-                    return Answer(await beside_loop(len(text), json.loads, text))
-                except ValueError as error:
+                    return Answer(await beside_loop(len(text), msgspec.json.decode, text))
+                except msgspec.DecodeError as error:
                     return Failure("broken", f"{url} answered {answer.status} with damaged JSON: {error}")
             kind: Literal["broken", "refused"] = "broken" if answer.status >= 500 else "refused"
             return Failure(kind, f"{url} answered {answer.status}: {text[:SHOWN_CHARACTERS]}")

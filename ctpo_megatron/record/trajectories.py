@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -45,7 +46,17 @@ class TrajectoryFiles:
             with path.open("wb") as file:
                 for group in groups:
                     for trajectory in group.trajectories:
-                        file.write(msgspec.json.encode(as_row(group.prompt, trajectory)) + b"\n")
+                        file.write(_line(as_row(group.prompt, trajectory)))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """Returns `row` as a line of JSON.
+
+    Text is ASCII, since some readers end a line at more characters than a line feed. Streams are numbers, which msgspec writes ten
+    times as fast as Python.
+    """
+    turns = row.pop("turns")
+    return json.dumps(row)[:-1].encode() + b', "turns": ' + msgspec.json.encode(turns) + b"}\n"
 
 
 def as_row(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:

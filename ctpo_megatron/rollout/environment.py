@@ -22,10 +22,13 @@ class ToolEnvironment:
         self._chat = chat
         self._tool = tool
         self._reward = reward
+        self._rendered: tuple[Prompt, list[int]] | None = None  # the newest prompt: all attempts of a group begin with it
 
     def begin(self, prompt: Prompt, attempt: AttemptId) -> Attempt:
         """Returns an attempt at `prompt` of which nothing is done yet."""
-        return Attempt(attempt, prompt.index, self._chat.prompt_ids(prompt.messages))
+        if self._rendered is None or self._rendered[0] is not prompt:
+            self._rendered = prompt, self._chat.prompt_ids(prompt.messages)
+        return Attempt(attempt, prompt.index, self._rendered[1])
 
     async def run(
         self,

@@ -413,3 +413,19 @@ def test_a_tool_that_fails_in_time_is_no_deadline(deadline_s: float | None) -> N
         rollouter.group(PROMPT, GROUP, size=1, sampling=Sampling(1.0, 5, 1000, deadline_s=deadline_s))
     ).trajectories
     assert (made.status, made.reward, made.tool_calls, tool.calls) == (Status.FINISHED, 1.0, 1, 2)
+
+
+def test_a_prompt_is_rendered_once_for_all_attempts_of_a_group() -> None:
+    class Counting(Letters):
+        rendered = 0
+
+        def prompt_ids(self, messages):
+            self.rendered += 1
+            return super().prompt_ids(messages)
+
+    chat = Counting()
+    environment = ToolEnvironment(Script([]), chat, None, Boxes())
+    again = Prompt(5, ({"role": "user", "content": "another"},), "56")
+    begun = [environment.begin(prompt, ATTEMPT) for prompt in (PROMPT, PROMPT, again, again, PROMPT)]
+    assert ["".join(map(chr, each.prompt_ids)) for each in begun] == ["question"] * 2 + ["another"] * 2 + ["question"]
+    assert chat.rendered == 3

@@ -1,0 +1,40 @@
+"""Rows of trajectories: what they hold, strict JSON of it, and that it is not copied token by token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ctpo_megatron.record.trajectories import TrajectoryFiles, as_row
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
+
+PROMPT = Prompt(3, ({"role": "user", "content": "x"},), "42")
+TURNS = [Turn("assistant", [5, 6], [-0.5, float("nan")], [1, 2]), Turn("tool", [9], [0.0], [-1])]
+
+
+def trajectory() -> Trajectory:
+    routed = np.zeros((4, 1, 1), np.int8)
+    known = {"text": "é\n\u2028", "reward": float("-inf"), "seconds": 1.25e-7, "routed_experts": routed, "given": "7"}
+    return Trajectory(3, [1, 2], TURNS, Status.LENGTH, **known, id=AttemptId(GroupId(7), 2))
+
+
+def test_a_row_is_strict_json_of_all_but_what_was_recorded_for_the_trainer(tmp_path: Path) -> None:
+    TrajectoryFiles(tmp_path).write("step", 4, [TrajectoryGroup(PROMPT, [trajectory()], id=GroupId(7))])
+    (line,) = (tmp_path / "rollouts" / "step_00000004.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line, parse_constant=lambda name: 1 / 0) == {
+        **{"id": "g00000007/2", "group": "g00000007", "answer": "42", "prompt_index": 3, "status": "length", "text": "é\n\u2028"},
+        **{"reward": "-Infinity", "tool_calls": 0, "tool_errors": 0, "seconds": 1.25e-7, "undecided": False, "given": "7"},
+        "prompt_ids": [1, 2],
+        "turns": [
+            {"role": "assistant", "token_ids": [5, 6], "rollout_logp": [-0.5, "NaN"], "versions": [1, 2]},
+            {"role": "tool", "token_ids": [9], "rollout_logp": [0.0], "versions": [-1]},
+        ],
+    }
+
+
+def test_streams_are_the_trajectorys_own() -> None:
+    (first, second), whole = as_row(PROMPT, trajectory())["turns"], trajectory()
+    assert first["token_ids"] is whole.turns[0].token_ids
+    assert second["rollout_logp"] is whole.turns[1].rollout_logp
