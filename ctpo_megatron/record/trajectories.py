@@ -52,8 +52,8 @@ class TrajectoryFiles:
 def _line(row: dict[str, Any]) -> bytes:
     """Returns `row` as a line of JSON.
 
-    Text is ASCII, since some readers end a line at more characters than a line feed. Streams are numbers, which msgspec writes ten
-    times as fast as Python.
+    Text is ASCII, since some readers end a line at more characters than a line feed. Streams are numbers, which msgspec writes
+    ten times as fast as Python.
     """
     turns = row.pop("turns")
     return json.dumps(row)[:-1].encode() + b', "turns": ' + msgspec.json.encode(turns) + b"}\n"
