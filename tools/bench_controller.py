@@ -34,13 +34,13 @@ SHARE = 0.05  # of a core
 GROWTH = 0.05  # of the controller's resident memory, from the half of all trajectories to their end
 IN_FLIGHT = 2000
 PLANS = {
-    "memory": Plan(Chain(30), longest=256, steps=20, groups=125, staleness=3, kv_tokens=262_144),
+    "memory": Plan(Chain(30), longest=256, steps=20, groups=125, staleness=8, kv_tokens=262_144),
     "share": Plan(
         Chain(250),
         longest=1024,
-        steps=8,
+        steps=20,
         groups=125,
-        staleness=3,
+        staleness=8,
         kv_tokens=131_072,
         limit_s=90.0,
         sizes={"hidden": 256, "layers": 6, "ffn": 768},

@@ -178,6 +178,7 @@ class Controller:
         self._config = self._configured(servers)
         self._profile = Profile()
         self._readings: list[Reading] = []
+        self._own_s = 0.0  # CPU time that the readings took
         self._key = new_api_key()
         self._begun = time.monotonic()
 
@@ -271,14 +272,12 @@ class Controller:
             await asyncio.wait([work], timeout=SETTLE_S)
             begun = time.monotonic()
             self._read()
-            while not work.done() and counted.running + counted.ended < total - counted.running // 2:
+            while not work.done():
                 await asyncio.wait([work], timeout=0.1)
                 if self._plan.limit_s is not None and time.monotonic() - begun > self._plan.limit_s:
                     break
                 if counted.ended >= len(self._readings) * total / EIGHTHS:
                     self._read()
-            if self._plan.limit_s is None:
-                await work
             self._read()
         finally:
             if work.done():
@@ -292,6 +291,7 @@ class Controller:
             self._before = tracemalloc.take_snapshot()
         elif self._trace and tracemalloc.is_tracing():
             self._tell_growth()
+        times = psutil.Process().cpu_times()
         gc.collect()
         held = {
             "groups open": len(self._ledger.open),
@@ -299,20 +299,21 @@ class Controller:
             "tasks": len(asyncio.all_tasks()),
             "objects": len(gc.get_objects()),
         }
-        counted, process = self._environment, psutil.Process()
-        times = process.cpu_times()
+        counted = self._environment
         self._readings.append(
             Reading(
                 counted.ended,
                 counted.tokens,
                 time.monotonic() - self._begun,
-                times.user + times.system,
-                process.memory_info().rss / 2**20,
+                times.user + times.system - self._own_s,
+                psutil.Process().memory_info().rss / 2**20,
                 held,
                 dict(self._profile.phases),
             )
         )
         print(f"{counted.ended} ended, {self._readings[-1].rss_mib:.0f} MiB, {held}", file=sys.stderr, flush=True)
+        spent = psutil.Process().cpu_times()
+        self._own_s += spent.user + spent.system - times.user - times.system
 
     def _tell_growth(self) -> None:
         for each in tracemalloc.take_snapshot().compare_to(self._before, "lineno")[:12]:

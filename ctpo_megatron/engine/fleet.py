@@ -66,6 +66,7 @@ class Member:
     reason: str = ""  # why it does not serve
     aside: bool = False  # whether it is kept out of publications
     failures: int = 0
+    next_failure: asyncio.Event = field(default_factory=asyncio.Event)
     in_flight: int = 0  # requests at it
     limit: int | None = None  # of these; None: no bound
     given_back: frozenset[Memory] = frozenset()  # what it was told to give back, and not yet to take again
@@ -74,6 +75,12 @@ class Member:
     def gone(self) -> bool:
         """Whether it does not come back."""
         return self.state is State.GONE
+
+    def fail(self) -> None:
+        """Count a failure, and wake whoever waits for it."""
+        self.failures += 1
+        failed, self.next_failure = self.next_failure, asyncio.Event()
+        failed.set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +215,7 @@ class Fleet:
             self._emit(ServerSuspended(member.name, reason))
         member.state, member.version, member.reason = State.SUSPENDED, None, reason
         member.aside = False
-        member.failures += 1
+        member.fail()
         self._notify()
 
     def lose(self, member: Member, reason: str) -> None:
@@ -219,7 +226,7 @@ class Fleet:
         again = deaths <= self._restarts
         member.state, member.version = State.STARTING if again else State.GONE, None
         member.aside = False
-        member.failures += 1
+        member.fail()
         ending = f"starting it again, {deaths} of {self._restarts}" if again else f"rollout.engine.restarts = {self._restarts}"
         member.reason = f"{reason}\n({ending})"
         self._emit(ServerLost(member.name, member.reason, again))
@@ -319,8 +326,12 @@ class Fleet:
         return not wrong
 
     async def broken(self, lease: Lease) -> None:
-        """Return when the request need not be waited for any more."""
-        await self._until(lambda: lease.broken)
+        """Return when the request need not be waited for any more.
+
+        All requests in flight wait here, so nothing else wakes them: 2,000 would take 4 ms every time.
+        """
+        if not lease.broken:
+            await lease.member.next_failure.wait()
 
     async def changed(self) -> None:
         """Return when something has happened to a server."""

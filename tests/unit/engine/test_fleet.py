@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.engine.choice import Place, choose
 from ctpo_megatron.engine.client import EngineClient
-from ctpo_megatron.engine.fleet import Fleet, State
+from ctpo_megatron.engine.fleet import Fleet, Lease, State
 from ctpo_megatron.errors import EngineError, EngineRefused
 from ctpo_megatron.record.events import Event, ServerLost, ServerRestarted, ServerServing, ServerSuspended
 from ctpo_megatron.types import Generation
@@ -331,3 +331,34 @@ def test_home_is_found_without_looking_at_all_servers(
     places = [Place(serves, busy, limit, number == leaves) for number, (serves, busy, limit) in enumerate(states)]
     if any(place.serves for place in places) and places[choose(places, session)].has_room:  # otherwise it waits
         assert asyncio.run(chosen()) == choose(places, session)
+
+
+def test_a_publication_wakes_no_request_that_waits_for_a_failure() -> None:
+    """A run has thousands of them, and looks at nothing else while they are woken."""
+
+    class Counted(Lease):
+        looks = 0
+
+        @property
+        def broken(self) -> bool:
+            Counted.looks += 1
+            return super().broken
+
+    async def scenario() -> None:
+        fleet = Fleet(patience_s=1)
+        members = [fleet.join(name, "http://nowhere") for name in ("a", "b")]
+        fleet.serve(members, 0)
+        waiting = [asyncio.ensure_future(fleet.broken(Counted(members[0], 0, 0))) for _ in range(5)]
+        for version in range(1, 4):
+            await asyncio.sleep(0)
+            fleet.update(members)
+            await asyncio.sleep(0)
+            fleet.serve(members, version)
+        fleet.suspend(members[1], "another server")
+        assert await waits(*waiting)
+        assert Counted.looks == 5
+        fleet.lose(members[0], "it died")
+        await asyncio.wait_for(asyncio.gather(*waiting), 1)
+        await asyncio.wait_for(fleet.broken(Counted(members[0], 0, 0)), 1)  # one that comes later need not wait
+
+    asyncio.run(scenario())
