@@ -123,7 +123,7 @@ def run(tree: Path, way: Way, sizes: Sizes, inputs: tuple[Path, Path], run_dir: 
         print(f"`ctpo train` in {tree} ended with exit code {code}:\n{log.read_text()[-3000:]}", file=sys.stderr)
         raise typer.Exit(1)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return figures([each for each in rows if "train/tokens" in each], sizes)
+    return figures([each for each in rows if "time/train" in each], sizes)
 
 
 def figures(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
