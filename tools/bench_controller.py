@@ -35,16 +35,7 @@ GROWTH = 0.05  # of the controller's resident memory, from the half of all traje
 IN_FLIGHT = 2000
 PLANS = {
     "memory": Plan(Chain(30), longest=256, steps=20, groups=125, staleness=8, kv_tokens=262_144),
-    "share": Plan(
-        Chain(250),
-        longest=1024,
-        steps=20,
-        groups=125,
-        staleness=8,
-        kv_tokens=131_072,
-        limit_s=90.0,
-        sizes={"hidden": 256, "layers": 6, "ffn": 768},
-    ),
+    "share": Plan(Chain(250), longest=1024, steps=20, groups=125, staleness=8, kv_tokens=262_144, limit_s=90.0),
 }
 
 

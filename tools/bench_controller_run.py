@@ -12,10 +12,9 @@ import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 from commands import ROOT
@@ -55,7 +54,7 @@ SAMPLE_S = 0.005  # of CPU time, between two looks at what the process does
 EIGHTHS = 8  # readings of a run, of the trajectories that there are
 # innermost frame first, the first that fits: where a file's path has the fragment, CPU time goes to the phase
 PHASES = (
-    ("/json/", "JSON of answers and records"),
+    ("/json/", "JSON of requests and records"),
     ("/aiohttp/", "HTTP"),
     ("rollout/journal", "journal"),
     ("record/segments", "journal"),
@@ -95,7 +94,6 @@ class Plan:
     staleness: int
     kv_tokens: int
     limit_s: float | None = None
-    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class Controller:
     def __init__(self, plan: Plan, folder: Path, *, in_flight: int, servers: int, steps: int, trace: bool) -> None:
         self._plan, self._folder, self._in_flight, self._trace = plan, folder, in_flight, trace
         self._steps = steps or plan.steps
-        self._model = make_chain_model(folder / "model", plan.chain, **plan.sizes)
+        self._model = make_chain_model(folder / "model", plan.chain)
         self._config = self._configured(servers)
         self._profile = Profile()
         self._readings: list[Reading] = []
