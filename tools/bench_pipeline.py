@@ -69,6 +69,11 @@ WAYS = {
 }
 
 
+def name_plugins(tree: Path) -> None:
+    """Let servers of the older build find their plugin, which they look for among installed packages."""
+    subprocess.run([sys.executable, "setup.py", "-q", "egg_info"], cwd=tree, check=True, capture_output=True)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Of a run: groups of a step, steps, and how many of these at each end are not counted."""
@@ -192,6 +197,7 @@ def main(
     sizes, older = Sizes(groups, steps, warm), f"older, {older_way}"
     found: dict[str, list[dict[str, Any]]] = {older: [], **{f"this, {each}": [] for each in ways}}
     with tempfile.TemporaryDirectory() as scratch, checkout(commit, Path(scratch) / "older") as tree:
+        name_plugins(tree)
         inputs = make_inputs(Path(scratch))
         for number in range(rounds):
             for name in found if number % 2 == 0 else reversed(found):
