@@ -3,7 +3,7 @@
 It is a whole model of its size, with attention and all, which add nothing, since their last matrices are zero. So it costs
 what a real one costs, its trajectories are as long-tailed as real ones, and the log-prob of every token is known without it.
 
-    any token ----> a letter                    1 - 1 / mean_turn
+    any token ----> a letter                    1 - 1 / mean_turn: half of it the next of the alphabet
               +---> a program, then the end     calls / mean_turn
               +---> an answer, then the end     (1 - calls) / (2 * mean_turn)
               +---> the end                     (1 - calls) / (2 * mean_turn)
@@ -34,12 +34,18 @@ class Chain:
     calls: float = 0.0
 
     def after(self, token: int) -> dict[int, float]:
-        """Returns the probabilities of the tokens that may follow `token`; all others have next to none."""
+        """Returns the probabilities of the tokens that may follow `token`; all others have next to none.
+
+        After a letter the next one of the alphabet has half of what letters have, so one too many, or too few, shows.
+        """
         if token in _CLOSING:
             return {END: 1.0}
         end = 1 / self.mean_turn
         ends = {PROGRAM_ID: self.calls * end, ANSWER_ID: (1 - self.calls) * end / 2, END: (1 - self.calls) * end / 2}
-        letters = dict.fromkeys(LETTERS, (1 - end) / len(LETTERS))
+        likely = 0.5 if token in LETTERS else 0.0
+        letters = dict.fromkeys(LETTERS, (1 - end) * (1 - likely) / len(LETTERS))
+        if likely:
+            letters[LETTERS[(LETTERS.index(token) + 1) % len(LETTERS)]] += (1 - end) * likely
         return {each: share for each, share in (letters | ends).items() if share > 0}
 
     def logp(self, last: int, token_ids: list[int]) -> list[float]:
@@ -64,16 +70,17 @@ def make_chain_model(directory: str | Path, chain: Chain, *, seed: int = 1, **si
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             tensor.zero_()
     embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
-    # a token is one of two kinds, each a direction of its own; the last norm leaves it as it is
+    # a token is of one of these kinds, each a direction of its own, which the last norm leaves as it is
+    kinds = [_CLOSING, *((letter,) for letter in LETTERS)]
+    kinds.append(tuple(set(range(len(embedding))) - {token for kind in kinds for token in kind}))
     size = math.sqrt(embedding.shape[1])
     embedding.zero_()
-    embedding[:, 0] = size
-    embedding[list(_CLOSING), 0], embedding[list(_CLOSING), 1] = 0.0, size
     head.zero_()
-    for kind, token in enumerate((LETTERS[0], _CLOSING[0])):
+    for place, kind in enumerate(kinds):
+        embedding[list(kind), place] = size
         logits = torch.full((len(head),), NEVER)
-        for following, share in chain.after(token).items():
+        for following, share in chain.after(kind[0]).items():
             logits[following] = math.log(share)
-        head[:, kind] = logits / size
+        head[:, place] = logits / size
     save_file(tensors, file, metadata={"format": "pt"})
     return target

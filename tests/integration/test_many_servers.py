@@ -154,7 +154,6 @@ def test_each_attempt_ends_once_whatever_breaks(servers: list[RunningServer], sa
             async with asyncio.TaskGroup() as tasks:
                 for work in (pipeline.feed(), train(pipeline), strike(rollouter)):
                     tasks.create_task(work)
-            print(fleet.metrics(), struck, failed())
 
     try:
         asyncio.run(scenario())
