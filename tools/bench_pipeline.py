@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -194,6 +195,7 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; allowed: {', '.join(WAYS)}")
     if steps <= 2 * warm:
         raise typer.BadParameter(f"{steps} steps, of which {2 * warm} are not counted", param_hint="--steps")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a run is ended with the bench
     sizes, older = Sizes(groups, steps, warm), f"older, {older_way}"
     found: dict[str, list[dict[str, Any]]] = {older: [], **{f"this, {each}": [] for each in ways}}
     with tempfile.TemporaryDirectory() as scratch, checkout(commit, Path(scratch) / "older") as tree:
