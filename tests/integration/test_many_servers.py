@@ -75,12 +75,12 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 
 @pytest.fixture
-def servers(tmp_path: Path) -> Iterator[list[RunningServer]]:
+def servers(tmp_path: Path, forks: Path) -> Iterator[list[RunningServer]]:
     model, key = make_chain_model(tmp_path / "model", CHAIN), new_api_key()
     started = []
     try:
         for number in range(SERVERS):
-            started.append(start_server(model, tmp_path / f"server_{number}.log", key=key, wait=False))
+            started.append(start_server(model, tmp_path / f"server_{number}.log", key=key, forks=forks, wait=False))
         for each in started:
             each.server.wait_healthy(START_S)
         yield started
