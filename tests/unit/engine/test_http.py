@@ -130,7 +130,7 @@ def test_a_large_answer_is_the_same(server: Server, monkeypatch: pytest.MonkeyPa
         ("/500", EngineError, "/500 answered 500: words", RETRIES),
         ("/503", EngineError, "/503 answered 503: words", RETRIES),
         ("/cut", EngineError, "/cut ClientPayloadError", RETRIES),
-        ("/damaged", EngineError, "/damaged answered 200 with damaged JSON: Expecting value", RETRIES),
+        ("/damaged", EngineError, "/damaged answered 200 with damaged JSON: JSON is malformed", RETRIES),
         ("/400", EngineRefused, "/400 answered 400: words", 1),
         ("/499", EngineRefused, "/499 answered 499: words", 1),
         ("/slow", EngineError, "/slow did not answer within 0 s", 1),
