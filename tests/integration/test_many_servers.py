@@ -100,7 +100,7 @@ async def until(condition: Callable[[], bool], what: str, within_s: float = 120.
 
 def test_each_attempt_ends_once_whatever_breaks(servers: list[RunningServer], sandbox: Sandbox, tmp_path: Path) -> None:
     config = RolloutConfig(
-        group_size=SIZE, concurrency=IN_FLIGHT, max_turns=3, max_response_tokens=TOKENS, retries=1, failed_share=1.0
+        group_size=SIZE, concurrency=IN_FLIGHT, max_turns=3, max_response_tokens=TOKENS, retries=1, failed_share=0.9
     )
     rules = StepRules(GROUPS, staleness=STEPS - 1)
     events: list[Event] = []
