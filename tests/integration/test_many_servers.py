@@ -120,7 +120,7 @@ def test_each_attempt_ends_once_whatever_breaks(servers: list[RunningServer], sa
 
     async def strike(rollouter: Rollouter) -> None:
         await until(lambda: len(rollouter._running) == IN_FLIGHT, f"{IN_FLIGHT} trajectories run")
-        await until(lambda: ledgered() + buffer.finished() > 0, "some are finished")
+        await until(lambda: sum(journal.count()) > 0, "the first has called its tool, or is finished")
         stopped, killed, _ = members
         struck.extend((stopped.in_flight, killed.in_flight))
         os.killpg(servers[0].server.pid, signal.SIGSTOP)
@@ -134,9 +134,6 @@ def test_each_attempt_ends_once_whatever_breaks(servers: list[RunningServer], sa
         await until(lambda: killed.state is State.GONE, "the dead server is known")
         await asyncio.sleep(until_s - time.monotonic())
         os.killpg(servers[0].server.pid, signal.SIGCONT)
-
-    def ledgered() -> int:
-        return sum(len(groups) for groups in steps)
 
     async def train(pipeline: Pipeline) -> None:
         for step in range(STEPS):
@@ -162,7 +159,7 @@ def test_each_attempt_ends_once_whatever_breaks(servers: list[RunningServer], sa
         journal.close()
         ledger.close()
     assert len(struck) == 4
-    assert min(struck) > IN_FLIGHT / 10
+    assert min(struck) > IN_FLIGHT / 50
     assert ledger.open == ()
     check_ledger(tmp_path / "ledger.jsonl", admission.groups, [each for each in events if isinstance(each, GroupFailed)])
     check_trained(steps)
