@@ -18,6 +18,8 @@ from pathlib import Path
 from ctpo_megatron.rollout.journal import GATHER_S, Journal
 from tests.unit.rollout.test_journal import whole
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
 async def main(killed):
     journal = Journal(Path(sys.argv[1]), "r")
     try:
