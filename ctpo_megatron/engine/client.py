@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 import uuid
-from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,14 @@ from numpy.typing import NDArray
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.engine.answers import forget_older, read_experts, read_supports, read_top
 from ctpo_megatron.engine.control import ServerControl
-from ctpo_megatron.engine.fleet import Fleet, Lease, Member, State
+from ctpo_megatron.engine.dispatch import Dispatch
+from ctpo_megatron.engine.fleet import Fleet, Lease, State
 from ctpo_megatron.engine.http import Requests, beside_loop
 from ctpo_megatron.engine.sampling import sampling_params
 from ctpo_megatron.engine.traffic import Traffic
 from ctpo_megatron.errors import EngineError, EngineRefused
 from ctpo_megatron.types import WHOLE, Generation, RoutingShape, TopK, Truncation
 
-MAX_FAILURES = 20  # of servers, at one generation
 INTERRUPT_TIMEOUT_S = 10.0  # for servers to give what they have; it takes one forward
 INTERRUPT_POLL_S = 0.02
 END_TIMEOUT_S = 5.0  # for a server to give what it has of one generation, when its time there is over
@@ -89,28 +88,27 @@ class EngineClient:
         slower than the others, another one goes on from the tokens in hand. `recorded`: of so many leading tokens the experts are
         known already, those of all others are returned, [input + sampled - 1 - recorded, ...]; the model has not read the last
         token. None: no record is wanted. Where `truncation` cuts, a record has each token's support, and log-probs are those of
-        the truncated distribution; without a record they are those of the whole. `deadline`, of `time.monotonic()`: when it ends
-        with the tokens that there are, one at least. `aside`: by servers that are set aside. Raises EngineError when no server is
-        left, and when every server that was tried has failed.
+        the truncated distribution; without a record they are those of the whole. `deadline`, on the clock of the event loop: when
+        it ends with the tokens that there are, one at least. `aside`: by servers that are set aside. Raises EngineError when no
+        server is left, and when every server that was tried has failed.
         """
         done = Generation() if done is None else done
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
         told = truncation.cuts and recorded is not None
-        request = _Request(session, aside, self.traffic.moves, deadline)
+        dispatch = Dispatch(self.fleet, self.traffic, session, aside=aside, deadline=deadline)
         sampling = sampling_params(temperature, truncation) | {"stop_token_ids": stop_token_ids}
         more = {"return_logprob": True} | ({"return_sampling_mask": True} if told else {})
-        while not (request.late and done.token_ids):
+        while not (dispatch.late and done.token_ids):
             body = {"input_ids": input_ids + done.token_ids, **more, **record.wish()}
-            asked = await self._ask(request, body, sampling, max_new_tokens - len(done.token_ids), begun=bool(done.token_ids))
+            send, left = partial(self._answer, body, sampling), max_new_tokens - len(done.token_ids)
+            asked = await dispatch.ask(send, left, _sampled, begun=bool(done.token_ids))
             if asked is None:  # it waited for a server until its deadline
                 continue
             lease, answer = asked
             url = lease.member.url
             part = None if answer is None else _read(answer, url, truncated=told)
             if answer is None or part is None or not await self.fleet.accept(lease, part.versions):
-                request.failures += 1
-                if request.failures == MAX_FAILURES:
-                    raise EngineError(f"{MAX_FAILURES} attempts at one generation failed, the last one on {url}")
+                dispatch.failed(url)
                 continue
             done.append(part)
             meta = answer["meta_info"]
@@ -119,7 +117,7 @@ class EngineClient:
             if part.finish == "stop" or len(done.token_ids) >= max_new_tokens:
                 done.finish = "length" if part.finish == "abort" else part.finish
                 break
-            if part.finish == "length" and not request.late:  # SGLang's context ends here: the bounds of a run leave room for it
+            if part.finish == "length" and not dispatch.late:  # SGLang's context ends here: the bounds of a run leave room for it
                 done.finish = "length"
                 break
         else:
@@ -144,53 +142,17 @@ class EngineClient:
         """Send requests again."""
         self.fleet.release()
 
-    async def _ask(
-        self, request: _Request, body: dict[str, Any], sampling: dict[str, Any], tokens: int, *, begun: bool
-    ) -> tuple[Lease, dict[str, Any] | None] | None:
-        """Ask one server for at most `tokens`: returns which, and its answer, None where there is none that can be used.
-
-        `body` is what it is sent, besides how it is to sample. `begun`: whether there are tokens already. Then the deadline holds
-        while a server is waited for, too; returns None where it came by then. Otherwise one token is asked for in the end.
-        """
-        limit = asyncio.timeout(request.left_s if begun else None)
-        try:
-            async with limit, self._leased(request) as lease:
-                limit.reschedule(None)
-                most = 1 if request.late else tokens
-                patience_s = self.traffic.leave_after_s(lease.member, most) if request.moves else None
-                asked = time.monotonic()
-                whole = body | {"sampling_params": sampling | {"max_new_tokens": most}}
-                answer = await self._answer(lease, whole, request.limit_s(patience_s))
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            return None
-        seconds = time.monotonic() - asked
-        if answer is not None and self.traffic.pace is not None:
-            self.traffic.pace.answered(lease.member.name, len(answer["output_ids"]), seconds)
-        if patience_s is not None and seconds >= patience_s and not lease.broken and not request.late:
-            request.leave(lease.member)
-            self.traffic.moved()
-        return lease, answer
-
-    @contextlib.asynccontextmanager
-    async def _leased(self, request: _Request) -> AsyncIterator[Lease]:
-        """The server for one request, which counts there while the context is open."""
-        async with self.traffic.passing(aside=request.aside):
-            lease = await self.fleet.acquire(request.session, request.left, aside=request.aside)
-            try:
-                yield lease
-            finally:
-                self.fleet.done(lease)
-
-    async def _answer(self, lease: Lease, body: dict[str, Any], limit_s: float | None) -> dict[str, Any] | None:
-        """The server's answer; None when it has failed, which suspends it. Raises EngineRefused.
+    async def _answer(
+        self, body: dict[str, Any], sampling: dict[str, Any], lease: Lease, tokens: int, limit_s: float | None
+    ) -> dict[str, Any] | None:
+        """The server's answer to `body`, of at most `tokens`; None when it has failed, which suspends it. Raises EngineRefused.
 
         After `limit_s` the server is asked for what it has. It is None, too, where the server does not even give that; what it
         may still sample is dropped, and a server that hangs is found by its watch.
         """
         self._in_flight += 1
         name = _Name()
+        body = body | {"sampling_params": sampling | {"max_new_tokens": tokens}}
         named = body if limit_s is None else lambda: body | {"rid": name.fresh()}
         request = asyncio.ensure_future(self._requests.post(f"{lease.member.url}/generate", named))
         broken = asyncio.ensure_future(self.fleet.broken(lease))
@@ -223,35 +185,6 @@ class _Name:
         """The next name."""
         self.last = uuid.uuid4().hex
         return self.last
-
-
-class _Request:
-    """Where one generation may go, and until when."""
-
-    def __init__(self, session: int, aside: bool, moves: int, deadline: float | None) -> None:
-        self.session, self.aside, self.moves, self._deadline = session, aside, moves, deadline
-        self.failures = 0
-        self.left: Member | None = None  # the slow server that it comes from
-
-    @property
-    def late(self) -> bool:
-        """Whether the deadline is over."""
-        return self._deadline is not None and time.monotonic() >= self._deadline
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until the deadline; None: there is none."""
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-
-    def limit_s(self, patience_s: float | None) -> float | None:
-        """Seconds until a server is asked for what it has; None: no bound. What is late already has no deadline any more."""
-        left = None if self.late else self.left_s
-        return min((each for each in (left, patience_s) if each is not None), default=None)
-
-    def leave(self, member: Member) -> None:
-        """Note that `member` was too slow for it."""
-        self.moves -= 1
-        self.left = member
 
 
 class _Record:
@@ -305,6 +238,10 @@ class _Record:
     def _left(self) -> int:
         """Tokens whose experts are not known, but for the last one."""
         return self._inputs + len(self._done.token_ids) - 1 - self._next
+
+
+def _sampled(answer: dict[str, Any]) -> int:
+    return len(answer["output_ids"])
 
 
 def _read(answer: dict[str, Any], url: str, *, truncated: bool) -> Generation:

@@ -312,10 +312,6 @@ class TrainLoop:
         finally:
             waiting.cancel()
 
-    @staticmethod
-    def _due(every: int, step: int) -> bool:
-        return every > 0 and (step + 1) % every == 0
-
 
 def make_batches(groups: list[TrajectoryGroup], config: RunConfig, attention_weight: float = 0.0) -> list[TrainBatch]:
     """Cut the groups of a step into `optimizer_steps` batches of whole groups, packed for the trainer's layout.

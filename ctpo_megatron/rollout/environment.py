@@ -114,7 +114,7 @@ class ToolEnvironment:
             stop_token_ids=stop,
             session=session,
             recorded=attempt.recorded if sampling.record else None,
-            **({} if deadline is None else {"deadline": deadline}),
+            deadline=deadline,
         )
         _check(generation, left, stop)
         attempt.close_turn(generation)

@@ -1,20 +1,19 @@
-"""Generation by simulated servers behind the real `Fleet` and `Traffic`: what `engine.client` does, without HTTP and tokens."""
+"""Generation by simulated servers behind the real `Fleet`, `Traffic` and `Dispatch`: `engine.client` without HTTP and tokens."""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
-from ctpo_megatron.engine.fleet import Fleet, Lease, Member
+from ctpo_megatron.engine.dispatch import Dispatch
+from ctpo_megatron.engine.fleet import Fleet, Lease
 from ctpo_megatron.engine.load import Load
 from ctpo_megatron.engine.traffic import Traffic
-from ctpo_megatron.errors import EngineError
 from ctpo_megatron.simulation.players import Book, words_of
 from ctpo_megatron.simulation.server import Part, Request, SimulatedServer
 from ctpo_megatron.simulation.tokens import Spans, Written, as_list
 from ctpo_megatron.types import Generation
-
-MAX_FAILURES = 20  # of servers, at one generation; as `engine.client` has it
 
 
 class ServerLoads:
@@ -46,33 +45,26 @@ class SimulatedEngine:
         **_more: Any,
     ) -> Generation:
         """Returns `done`, sampled to the end of its turn; see `EngineClient.generate`."""
-        playing, loop = self._book[session], asyncio.get_running_loop()
+        playing = self._book[session]
+        dispatch = Dispatch(self._fleet, self._traffic, session, deadline=deadline)
         wanted = min(playing.said.tokens, max_new_tokens)
         spans: list[tuple[int, int]] = list(getattr(done.versions, "spans", []))
-        sampled, moves, left, failures = len(done.token_ids), self._traffic.moves, None, 0
+        sampled = len(done.token_ids)
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            while sampled < wanted:
-                late = deadline is not None and loop.time() >= deadline
-                if late and sampled:
-                    break
-                ask = 1 if late else wanted - sampled
-                until = None if late else deadline
-                lease, part, slow = await self._ask(
-                    session, len(input_ids) + sampled, ask, not playing.last, left, moves > 0, until
-                )
+            while sampled < wanted and not (dispatch.late and sampled):
+                send = partial(self._answer, session, len(input_ids) + sampled, not playing.last)
+                asked = await dispatch.ask(send, wanted - sampled, _sampled, begun=sampled > 0)
+                if asked is None:  # it waited for a server until its deadline
+                    continue
+                lease, part = asked
                 if part is None or not await self._fleet.accept(lease, [version for version, _ in part.spans]):
-                    failures += 1
-                    if failures == MAX_FAILURES:
-                        raise EngineError(f"{MAX_FAILURES} attempts at one generation failed")
+                    dispatch.failed(lease.member.url)
                     continue
                 sampled += part.tokens
                 spans += part.spans
                 done.token_ids, done.versions = as_list(Written(sampled)), as_list(Spans(spans))
-                if slow:
-                    moves, left = moves - 1, lease.member
-                    self._traffic.moved()
         finally:
             self.in_flight -= 1
         return self._whole(session, done, sampled, max_new_tokens, spans)
@@ -86,30 +78,21 @@ class SimulatedEngine:
         playing.turn += 1
         return done
 
-    async def _ask(
-        self, session: int, held: int, wanted: int, again: bool, left: Member | None, moves: bool, deadline: float | None
-    ) -> tuple[Lease, Part | None, bool]:
-        """Ask one server; returns which, what it gave, None where it failed, and whether the request leaves it as a slow one."""
-        loop = asyncio.get_running_loop()
-        async with self._traffic.passing():
-            lease = await self._fleet.acquire(session, left)
-            server = self._servers[lease.member.name]
-            request = Request(session, held, wanted, again, loop.create_future())
-            patience_s = self._traffic.leave_after_s(lease.member, wanted) if moves else None
-            begun = loop.time()
-            limits = [] if patience_s is None else [begun + patience_s]
-            limits += [] if deadline is None else [max(deadline, begun)]
-            timer = loop.call_at(min(limits), server.leave, request) if limits else None
-            try:
-                server.add(request)
-                part = await request.answer
-            finally:
-                if timer is not None:
-                    timer.cancel()
-                server.drop(request)
-                self._fleet.done(lease)
-        seconds = loop.time() - begun
-        if part is not None and self._traffic.pace is not None:
-            self._traffic.pace.answered(lease.member.name, part.tokens, seconds)
-        slow = part is not None and part.tokens < wanted and patience_s is not None and seconds >= patience_s
-        return lease, part, slow
+    async def _answer(
+        self, session: int, held: int, again: bool, lease: Lease, tokens: int, limit_s: float | None
+    ) -> Part | None:
+        """What the server gives, of at most `tokens`; None where it failed. See `dispatch.Send`."""
+        loop, server = asyncio.get_running_loop(), self._servers[lease.member.name]
+        request = Request(session, held, tokens, again, loop.create_future())
+        timer = None if limit_s is None else loop.call_later(limit_s, server.leave, request)
+        try:
+            server.add(request)
+            return await request.answer
+        finally:
+            if timer is not None:
+                timer.cancel()
+            server.drop(request)
+
+
+def _sampled(part: Part) -> int:
+    return part.tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -73,10 +73,6 @@ class Speeds:
     cores: float | None = None
     trainer_cores: float = 1.0  # that the trainer keeps busy
     source: str = ""  # where the numbers are from
-
-    def with_cache(self, tokens: int) -> Speeds:
-        """Returns the same with KV caches of `tokens`."""
-        return replace(self, server=replace(self.server, cache_tokens=tokens))
 
     def as_json(self) -> dict[str, Any]:
         """Returns all numbers as JSON values."""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.config.traffic import MovingConfig, TrafficConfig
 from ctpo_megatron.engine.choice import Place, choose
-from ctpo_megatron.engine.client import EngineClient, _Request
+from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.engine.dispatch import Dispatch
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.gate import Gate
 from ctpo_megatron.engine.load import START, Load, next_limit, read_load
@@ -414,7 +415,7 @@ def test_whatever_happens_leases_come_back_and_bounds_hold(limit: int, events: l
         ends: dict[asyncio.Task[None], asyncio.Event] = {}
 
         async def one(session: int, aside: bool, end: asyncio.Event) -> None:
-            async with client._leased(_Request(session, aside, 0, None)) as lease:
+            async with Dispatch(fleet, client.traffic, session, aside=aside).leased() as lease:
                 assert lease.member.aside == aside
                 assert lease.member.in_flight <= limit
                 ending = [asyncio.ensure_future(each) for each in (end.wait(), fleet.broken(lease))]

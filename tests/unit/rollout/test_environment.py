@@ -53,9 +53,12 @@ class Script:
     lines: list[str]
     seen: list[tuple[str, int, int]] = field(default_factory=list)  # input, tokens allowed, session
 
-    async def generate(self, input_ids, done, *, max_new_tokens, temperature, truncation, stop_token_ids, session, recorded):
+    async def generate(
+        self, input_ids, done, *, max_new_tokens, temperature, truncation, stop_token_ids, session, recorded, deadline
+    ):
         assert stop_token_ids == [END]
         assert recorded is None
+        assert deadline is None
         assert done == Generation()
         self.seen.append(("".join(map(chr, input_ids)), max_new_tokens, session))
         ids = [ord(c) for c in self.lines[len(self.seen) - 1]] + [END]
@@ -372,7 +375,7 @@ class Timed(Script):
 
     async def generate(self, input_ids, done, *, deadline, **options):
         self.deadline = deadline
-        return await super().generate(input_ids, done, **options)
+        return await super().generate(input_ids, done, deadline=None, **options)
 
 
 class Tool:
