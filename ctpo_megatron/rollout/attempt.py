@@ -7,6 +7,7 @@ The turn that the assistant is in is `open`: it grows part by part, each token w
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,7 +32,8 @@ class Attempt:
     status: Status | None = None  # how it ended; its reward may still be open
     tool_calls: int = 0
     tool_errors: int = 0
-    seconds: float = 0.0  # that it took, over all processes that worked on it
+    seconds: float = 0.0  # that it took, over all processes that worked on it, without those since `working_since`
+    working_since: float | None = None  # on the clock of the event loop; None: nobody works on it
 
     @property
     def tokens(self) -> list[int]:
@@ -64,8 +66,22 @@ class Attempt:
         found = {version for turn in self.assistant_turns for version in turn.versions}
         return found | set(self.open.versions if self.open else [])
 
+    @property
+    def worked_s(self) -> float:
+        """Seconds that it took by now."""
+        since = self.working_since
+        return self.seconds if since is None else self.seconds + asyncio.get_running_loop().time() - since
+
+    def begin_work(self) -> None:
+        """Let its time run."""
+        self.working_since = asyncio.get_running_loop().time()
+
+    def end_work(self) -> None:
+        """Let its time stand still."""
+        self.seconds, self.working_since = self.worked_s, None
+
     def copy(self) -> Attempt:
-        """Returns it as it is now: what is added to this one later does not show there."""
+        """Returns it as it is now, its time standing still: what is added to this one later does not show there."""
         return Attempt(
             self.id,
             self.prompt_index,
@@ -78,7 +94,7 @@ class Attempt:
             self.status,
             self.tool_calls,
             self.tool_errors,
-            self.seconds,
+            self.worked_s,
         )
 
     def close_turn(self, generation: Generation) -> None:

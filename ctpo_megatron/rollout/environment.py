@@ -43,16 +43,17 @@ class ToolEnvironment:
         `note` hears of each tool's turn. Whatever ends this early, `attempt` holds all that was done, and another call goes on
         from there.
         """
-        clock = asyncio.get_running_loop().time
-        begun, before = clock(), attempt.seconds
-        deadline = None if sampling.deadline_s is None else begun + sampling.deadline_s - before
+        deadline = None
+        if sampling.deadline_s is not None:
+            deadline = asyncio.get_running_loop().time() + sampling.deadline_s - attempt.seconds
+        attempt.begin_work()
         try:
             if attempt.status is None:
                 attempt.status = await self._play(attempt, session, sampling, note, deadline)
             written = [self._chat.decode(turn.token_ids) for turn in attempt.assistant_turns]
             score = await self._reward.score(prompt, "\n".join(written))
         finally:
-            attempt.seconds = before + clock() - begun
+            attempt.end_work()
         return Trajectory(
             id=attempt.id,
             prompt_index=attempt.prompt_index,

@@ -406,6 +406,37 @@ def test_a_tool_that_runs_at_the_deadline_is_not_waited_for() -> None:
     assert made.seconds >= 0.2
 
 
+def test_the_time_that_an_attempt_took_is_kept_whenever_it_is() -> None:
+    """After a tool's turn and where it is interrupted: a process that goes on from there keeps to the same deadline."""
+    kept: list[Attempt] = []
+
+    async def interrupted() -> None:
+        environment = ToolEnvironment(Timed([CALL, CALL]), Letters(), Tool(0.2), Boxes())
+        attempt = environment.begin(PROMPT, ATTEMPT)
+        sampling = Sampling(1.0, 5, 1000, deadline_s=60.0)
+        running = asyncio.ensure_future(environment.run(attempt, PROMPT, 9, sampling, lambda now: kept.append(now.copy())))
+        while not kept:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        kept.append(attempt.copy())
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        kept.append(attempt.copy())
+
+    asyncio.run(interrupted())
+    assert 0.2 <= kept[0].seconds <= kept[1].seconds - 0.1
+    assert kept[1].seconds <= kept[2].seconds < 30
+    assert {each.working_since for each in kept} == {None}
+
+    engine, tool = Timed([CALL, CALL]), Tool(3600.0)
+    again = ToolEnvironment(engine, Letters(), tool, Boxes())
+    sampling = Sampling(1.0, 5, 1000, deadline_s=kept[1].seconds + 0.2)
+    made = asyncio.run(asyncio.wait_for(again.run(kept[1], PROMPT, 9, sampling), 20))
+    assert (made.status, tool.ended) == (Status.DEADLINE, 1)
+    assert sampling.deadline_s is not None
+    assert sampling.deadline_s <= made.seconds < 20
+
+
 @pytest.mark.parametrize("deadline_s", [None, 60.0])
 def test_a_tool_that_fails_in_time_is_no_deadline(deadline_s: float | None) -> None:
     """Its TimeoutError is a failure of its own, which is tried again."""
