@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.errors import ConfigError, CtpoError
+from ctpo_megatron.errors import ConfigError, CtpoError, storing
 from ctpo_megatron.jobs.plan import WIDTH, find_model_config, plain_table, plan_of, read_planned
 from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.rules import check_layout
@@ -233,4 +233,5 @@ def _write(path: Path, speeds: Speeds, made: Simulated, steady: Account, splits:
             for each in splits
         ],
     }
-    path.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    with storing(path):
+        path.write_text(json.dumps(found, indent=2), encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from ctpo_megatron.config.base import FilePath, Section
@@ -70,6 +72,9 @@ def read_options(words: list[str], *, asked: bool = True) -> SimulationOptions:
         raise ConfigError("--with is about a simulation; give --simulate too.")
     source = read_overrides(words)
     try:
-        return SimulationOptions.model_validate(source.values)
+        options = SimulationOptions.model_validate(source.values)
     except ValidationError as error:
         raise ConfigError(explain(error, [source], COMMAND_LINE, SimulationOptions)) from error
+    if options.json_file is not None and not Path(options.json_file).parent.is_dir():
+        raise ConfigError(f"--with json_file={options.json_file}: its directory does not exist; make it, or name another file.")
+    return options

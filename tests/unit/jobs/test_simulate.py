@@ -71,7 +71,14 @@ def test_a_run_on_cpus_is_measured_and_not_computed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "what"), [("speed=3", "speed"), ("steps=0", "steps"), ("failing=1", "failing"), ("steps", "steps")]
+    ("option", "what"),
+    [
+        ("speed=3", "speed"),
+        ("steps=0", "steps"),
+        ("failing=1", "failing"),
+        ("steps", "steps"),
+        ("json_file=/no/such/place/found.json", "json_file=/no/such/place/found.json: its directory does not exist"),
+    ],
 )
 def test_an_option_that_cannot_be_is_refused_by_its_name(option: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
