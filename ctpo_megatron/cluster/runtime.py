@@ -287,11 +287,10 @@ class Runtime:
 
 
 def make_fleet(config: RunConfig, *, trained: bool, emit: Emit) -> Fleet:
-    """The servers of a run. Requests wait as long as what may keep one from serving: a start, an update, a training step."""
-    engine, cluster = config.rollout.engine, config.cluster
+    """The servers of a run. Requests wait as long as what may keep one from serving."""
     return Fleet(
-        patience_s=engine.start_timeout_s + config.weights.timeout_s + (cluster.call_timeout_s if trained else 0.0),
-        restarts=engine.restarts,
+        patience_s=config.absence_s(trained=trained),
+        restarts=config.rollout.engine.restarts,
         fixed_version=None if trained else 0,
         emit=emit,
     )

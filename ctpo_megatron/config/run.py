@@ -115,6 +115,11 @@ class RunConfig(Section):
         """Returns this configuration with the trainer in the layout `parallel`, and no other one beside it."""
         return self.model_copy(update={"parallel": parallel, "elastic": ElasticConfig()})
 
+    def absence_s(self, *, trained: bool = True) -> float:
+        """Returns seconds for which no server may serve though all is well: a start, a publication, if `trained` a training step."""
+        engine = self.rollout.engine
+        return engine.start_timeout_s + self.weights.timeout_s + (self.cluster.call_timeout_s if trained else 0.0)
+
     @property
     def _longest(self) -> int:
         return self.data.max_prompt_tokens + self.rollout.max_response_tokens

@@ -63,9 +63,9 @@ class Dispatch:
             async with limit, self.leased() as lease:
                 limit.reschedule(None)
                 most = 1 if self.late else tokens
-                patience_s = self._traffic.leave_after_s(lease.member, most) if self._moves else None
+                leave_after_s = self._traffic.leave_after_s(lease.member, most) if self._moves else None
                 asked = self._clock()
-                answer = await send(lease, most, self._limit_s(patience_s))
+                answer = await send(lease, most, self._limit_s(leave_after_s))
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -73,7 +73,7 @@ class Dispatch:
         seconds = self._clock() - asked
         if answer is not None and self._traffic.pace is not None:
             self._traffic.pace.answered(lease.member.name, size(answer), seconds)
-        if patience_s is not None and seconds >= patience_s and not lease.broken and not self.late:
+        if leave_after_s is not None and seconds >= leave_after_s and not lease.broken and not self.late:
             self._leave(lease.member)
         return lease, answer
 
@@ -93,11 +93,11 @@ class Dispatch:
         if self._failures == MAX_FAILURES:
             raise EngineError(f"{MAX_FAILURES} attempts at one generation failed, the last one on {url}")
 
-    def _limit_s(self, patience_s: float | None) -> float | None:
+    def _limit_s(self, leave_after_s: float | None) -> float | None:
         """Seconds until a server is asked for what it has; None: no bound. What is late already has no deadline any more."""
         now = self._clock()
         left_s = None if self._deadline is None or now >= self._deadline else self._deadline - now
-        return min((each for each in (left_s, patience_s) if each is not None), default=None)
+        return min((each for each in (left_s, leave_after_s) if each is not None), default=None)
 
     def _leave(self, member: Member) -> None:
         self._moves -= 1

@@ -26,7 +26,7 @@ class Pace:
         if tokens > 0:
             self._answers.setdefault(server, deque(maxlen=KEPT)).append(seconds / tokens)
 
-    def patience_s(self, server: str, tokens: int, others: Iterable[str]) -> float | None:
+    def leave_after_s(self, server: str, tokens: int, others: Iterable[str]) -> float | None:
         """How long a request for at most `tokens` may stay at `server`; None: as long as it takes.
 
         `others` are those that it could go to. None where no other server is known well enough.

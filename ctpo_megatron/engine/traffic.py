@@ -66,7 +66,7 @@ class Traffic:
         if self.pace is None:
             return None
         others = [each.name for each in self._fleet.members(State.SERVING) if each.aside == member.aside]
-        return self.pace.patience_s(member.name, tokens, others)
+        return self.pace.leave_after_s(member.name, tokens, others)
 
     def moved(self) -> None:
         """Count a request that left a slow server."""

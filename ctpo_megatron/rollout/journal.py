@@ -146,6 +146,7 @@ class Journal:
         self._writing.now()
         digest = self._weights.get(made.step, "")
         self._plans.add(made, digest, self._append(_Record(self._recipe, {made.step: digest}, composition=made)))
+        self._wake()
 
     def planned(self, step: int) -> Composition | None:
         """Returns how `step` was made (`loop.protocols.Decisions`)."""
@@ -184,7 +185,7 @@ class Journal:
         """Whether the run's `versions` are these `weights`.
 
         Later ones are waited for where they are to be made from the same groups again; otherwise a step could wait for a group
-        that waits for the step.
+        that waits for the step. Whatever changes weights or plans wakes whoever waits here.
         """
         for version in sorted(versions):
             while version > max(self._weights, default=-1) and self._plans.planned(version - 1) is not None:

@@ -122,7 +122,7 @@ async def _simulate(
 
 def _fleet(config: RunConfig, names: list[str]) -> Fleet:
     engine = config.rollout.engine
-    fleet = Fleet(patience_s=engine.request_timeout_s, restarts=engine.restarts)
+    fleet = Fleet(patience_s=config.absence_s(), restarts=engine.restarts)
     for name in names:
         fleet.join(name, name, engine.tp)
     return fleet

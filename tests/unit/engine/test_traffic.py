@@ -108,18 +108,18 @@ def test_gate(steps: list[int]) -> None:
     asyncio.run(scenario())
 
 
-def test_patience() -> None:
+def test_when_a_request_leaves() -> None:
     """By the others' median: neither one slow answer nor the server's own slowness counts, nor few answers."""
     pace = Pace(factor=4.0, least_s=1.0)
     for server, seconds in (("a", 0.1), ("b", 0.2), ("slow", 5.0)):
-        assert pace.patience_s("slow", 100, ["a", "b", "slow"]) is None
+        assert pace.leave_after_s("slow", 100, ["a", "b", "slow"]) is None
         for _ in range(ENOUGH - 1):
             pace.answered(server, 10, seconds * 10)
     for server in ("a", "b", "slow"):
         pace.answered(server, 1, 1000.0)
-    assert pace.patience_s("slow", 100, ["a", "b", "slow"]) == pytest.approx(4 * 0.15 * 100)
-    assert pace.patience_s("slow", 1, ["a", "slow"]) == 1.0
-    assert pace.patience_s("a", 10, ["a"]) is None
+    assert pace.leave_after_s("slow", 100, ["a", "b", "slow"]) == pytest.approx(4 * 0.15 * 100)
+    assert pace.leave_after_s("slow", 1, ["a", "slow"]) == 1.0
+    assert pace.leave_after_s("a", 10, ["a"]) is None
     pace.answered("a", 0, 1.0)  # aborted before it ran
 
 

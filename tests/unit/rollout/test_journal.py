@@ -114,6 +114,28 @@ def test_later_weights_are_waited_for_and_compared(tmp_path: Path) -> None:
     assert soon(asked("another two")) == [False]
 
 
+def test_weights_are_waited_for_no_more_once_a_step_before_them_is_made_otherwise(tmp_path: Path) -> None:
+    async def scenario() -> bool:
+        journal = Journal(tmp_path, "r", step=1)
+        journal.published(1, "one")
+        waiting = asyncio.ensure_future(journal.find(AttemptId(GroupId(0), 3), PROMPT, [7, 8]))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        journal.decided(made(1, 9))
+        return await asyncio.wait_for(waiting, 5) is None
+
+    def made(step: int, group: int) -> Composition:
+        return Composition(step, (group,), {group: Fate(step, End.TRAINED, "", "p")})
+
+    journal = Journal(tmp_path, "r")
+    for version in range(4):
+        journal.published(version, "one" if version == 1 else f"w{version}")
+        journal.decided(made(version, version))
+    journal.note(whole(0, 3, version=3))
+    journal.close()
+    assert soon(scenario())
+
+
 def test_weights_that_will_not_be_made_again_are_not_waited_for(tmp_path: Path) -> None:
     """The groups of a step are others now: a step must not wait for an attempt that waits for the weights behind it."""
 
