@@ -116,7 +116,7 @@ class RunConfig(Section):
         return self.model_copy(update={"parallel": parallel, "elastic": ElasticConfig()})
 
     def absence_s(self, *, trained: bool = True) -> float:
-        """Returns seconds for which no server may serve though all is well: a start, a publication, if `trained` a training step."""
+        """Returns seconds for which no server may serve though all is well: a start, a publication and, if `trained`, a step."""
         engine = self.rollout.engine
         return engine.start_timeout_s + self.weights.timeout_s + (self.cluster.call_timeout_s if trained else 0.0)
 

@@ -9,7 +9,6 @@ publication publish/total and publish/paused
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import yaml
 
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.simulation.lines import read_lines
 from ctpo_megatron.simulation.speeds import ServerSpeed, Speeds, TrainerSpeed
 
 LOGGED_STEPS = 40  # SGLang's --decode-log-interval
@@ -164,7 +164,7 @@ def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = No
     Looked at are the steps behind the `warm_up`, up to step `first`; None: to the last. Raises ConfigError where it does not tell
     enough.
     """
-    told = list(_metrics(run_dir / "metrics.jsonl"))
+    told = [values for values in read_lines(run_dir / "metrics.jsonl") if "time/train" in values]
     steps = [step for step in told if warm_up < step["step"] <= (first or float("inf"))]
     since = max((step["time"] for step in told if step["step"] <= warm_up), default=0.0)
     logs = list(_logs(run_dir, since, steps[-1]["time"])) if steps else []
@@ -178,10 +178,15 @@ def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = No
     return Speeds(
         server=server_speed(logs, name=str(run_dir)),
         trainer=replace(trainer, token_s=trainer.token_s * dp),
-        publish_s=fmean(step["publish/total"] for step in steps),
-        paused_s=fmean(step["publish/paused"] for step in steps),
+        publish_s=_published(steps, "publish/total"),
+        paused_s=_published(steps, "publish/paused"),
         source=f"measured in {run_dir}, steps {int(steps[0]['step'])} to {int(steps[-1]['step'])}",
     )
+
+
+def _published(steps: Sequence[dict[str, Any]], name: str) -> float:
+    """Returns the mean seconds of the steps that published; one at which a run is stopped does not. 0 where none did."""
+    return fmean([step[name] for step in steps if name in step] or [0.0])
 
 
 def _optimizer_steps(run_dir: Path) -> int:
@@ -203,20 +208,10 @@ def _logs(run_dir: Path, since: float, until: float) -> Iterator[list[str]]:
         yield found
 
 
-def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            if "time/train" in values:
-                yield values
-
-
 def _lengths(run_dir: Path, steps: Sequence[int]) -> dict[int, list[int]]:
     """Tokens of each sample of these steps, prompts and answers of tools included, where trajectories were kept."""
     found = {}
     for step in steps:
-        path = run_dir / "rollouts" / f"step_{step:08d}.jsonl"
-        if path.is_file():
-            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-            found[step] = [len(line["prompt_ids"]) + sum(len(t["token_ids"]) for t in line["turns"]) - 1 for line in lines]
+        lines = read_lines(run_dir / "rollouts" / f"step_{step:08d}.jsonl")
+        found[step] = [len(line["prompt_ids"]) + sum(len(t["token_ids"]) for t in line["turns"]) - 1 for line in lines]
     return found

@@ -6,7 +6,6 @@ which anything happens.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from random import Random
 from typing import Any, Protocol
 
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.simulation.lines import read_lines
 from ctpo_megatron.types import Prompt
 
 
@@ -119,7 +119,7 @@ def read_recorded(run_dir: Path, prompt_tokens: int, seed: int = 0) -> Recorded:
 def _of_trajectories(files: Sequence[Path]) -> Iterator[tuple[int, list[Script]]]:
     found: dict[tuple[str, str], tuple[int, list[Script]]] = {}
     for path in files:
-        for line in _lines(path):
+        for line in read_lines(path):
             _, scripts = found.setdefault((path.name, line["group"]), (len(line["prompt_ids"]), []))
             scripts.append(Script(tuple(_turns(line["turns"])), float(line["reward"])))
     yield from found.values()
@@ -134,14 +134,7 @@ def _turns(turns: list[dict[str, Any]]) -> Iterator[Said]:
 
 
 def _of_ledger(path: Path, prompt_tokens: int) -> Iterator[tuple[int, list[Script]]]:
-    for line in _lines(path):
+    for line in read_lines(path):
         made = [each for each in line.get("attempts", []) if each["tokens"] and each["reward"] is not None]
         if made:
             yield prompt_tokens, [Script((Said(each["tokens"]),), float(each["reward"])) for each in made]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)

@@ -116,6 +116,23 @@ def test_a_run_directory_tells_speeds_and_lengths(tmp_path: Path) -> None:
     assert recorded.script(0, 17, 3).turns == (Said(30, 4), Said(12))
 
 
+def test_a_run_that_was_stopped_or_goes_on_is_read_as_far_as_it_is(tmp_path: Path) -> None:
+    """The step at which it was stopped has published nothing; a half line is being written; a damaged one is named."""
+    run = a_run(tmp_path / "run")
+    metrics, rollouts = run / "metrics.jsonl", run / "rollouts" / "step_00000002.jsonl"
+    *lines, last = map(json.loads, metrics.read_text().splitlines())
+    last = {name: value for name, value in last.items() if not name.startswith("publish/")}
+    metrics.write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, last]) + '{"step": 4, "ti')
+    rollouts.write_text(rollouts.read_text() + '\n{"group": "g0')
+    found = measured(run, dp=1, attention=0.0)
+    assert (found.publish_s, found.paused_s) == (0.5, 0.4)
+    assert "steps 2 to 3" in found.source
+    assert len(read_recorded(run, 5).prompts()) == 1
+    rollouts.write_text("\n" + rollouts.read_text())
+    with pytest.raises(ConfigError, match=r"step_00000002.jsonl line 1 is damaged"):
+        read_recorded(run, 5)
+
+
 def test_a_ledger_tells_lengths_where_no_trajectories_were_kept(tmp_path: Path) -> None:
     attempts = [{"attempt": n, "status": "finished", "reward": 0.5, "tokens": 10 * n} for n in (1, 2)]
     lines = [{"back": 3}, {"step": 1, "group": "g00000000", "attempts": attempts}]
