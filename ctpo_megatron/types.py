@@ -75,7 +75,7 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """What tells it from the other prompts of the run: its row, after its source where that is not data.train."""
+        """Returns what tells it from the other prompts of the run: its row, after its source where that is not data.train."""
         return f"{self.source}:{self.index}" if self.source else str(self.index)
 
 
@@ -90,11 +90,11 @@ class RoutingShape:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest signed integer that holds -1 and every expert's number."""
+        """Returns the smallest signed integer that holds -1 and every expert's number."""
         return np.dtype(np.int8 if self.experts <= 128 else np.int16)
 
     def unknown(self, tokens: int) -> NDArray[np.signedinteger]:
-        """A record of `tokens` tokens about which nothing is known: -1, [tokens, expert layers, top_k]."""
+        """Returns a record of `tokens` tokens about which nothing is known: -1, [tokens, expert layers, top_k]."""
         return np.full((tokens, len(self.expert_layers), self.top_k), -1, self.dtype)
 
 
@@ -108,7 +108,7 @@ class Truncation:
 
     @property
     def cuts(self) -> bool:
-        """Whether anything can be cut off."""
+        """Returns whether anything can be cut off."""
         return self.top_p < 1.0 or self.top_k is not None or self.min_p > 0.0
 
 
@@ -124,27 +124,27 @@ class Supports:
 
     @classmethod
     def none(cls, tokens: int) -> Supports:
-        """The entry of `tokens` tokens that no policy drew."""
+        """Returns the entry of `tokens` tokens that no policy drew."""
         return cls(np.zeros(0, np.int32), np.zeros(tokens, np.int32))
 
     @classmethod
     def joined(cls, parts: Sequence[Supports]) -> Supports:
-        """One stream after the other; at least one is needed."""
+        """Returns one stream after the other; at least one is needed."""
         return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.counts for p in parts]))
 
     @classmethod
     def of_rows(cls, rows: NDArray[np.int32]) -> Supports:
-        """Those in `rows` [tokens, K], where -1 is an unused column."""
+        """Returns those in `rows` [tokens, K], where -1 is an unused column."""
         used = rows >= 0
         return cls(rows[used].astype(np.int32), used.sum(1).astype(np.int32))
 
     @property
     def width(self) -> int:
-        """The largest count, at least 1."""
+        """Returns the largest count, at least 1."""
         return max(1, int(self.counts.max(initial=0)))
 
     def rows(self, width: int) -> NDArray[np.int32]:
-        """[tokens, width]; -1: an unused column."""
+        """Returns [tokens, width]; -1: an unused column."""
         rows = np.full((len(self.counts), width), -1, np.int32)
         rows[np.arange(width) < self.counts[:, None]] = self.ids
         return rows
@@ -159,12 +159,12 @@ class TopK:
 
     @classmethod
     def unused(cls, tokens: int, k: int) -> TopK:
-        """The entry of `tokens` tokens that no policy sampled: every place unused."""
+        """Returns the entry of `tokens` tokens that no policy sampled: every place unused."""
         return cls(np.zeros((tokens, k), np.int32), np.full((tokens, k), -np.inf, np.float32))
 
     @classmethod
     def joined(cls, parts: list[TopK]) -> TopK:
-        """One stream after the other; at least one is needed."""
+        """Returns one stream after the other; at least one is needed."""
         return cls(np.concatenate([p.ids for p in parts]), np.concatenate([p.logp for p in parts]))
 
 
@@ -244,12 +244,12 @@ class Trajectory:
 
     @property
     def response_length(self) -> int:
-        """Tokens after the prompt, the tool's included."""
+        """Returns how many tokens follow the prompt, the tool's included."""
         return sum(len(turn.token_ids) for turn in self.turns)
 
     @property
     def sampled_length(self) -> int:
-        """Tokens that the policy wrote."""
+        """Returns how many tokens the policy wrote."""
         return sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
 
 
@@ -313,7 +313,7 @@ class Composition:
 
     @property
     def others(self) -> list[int]:
-        """The numbers of the groups that ended otherwise."""
+        """Returns the numbers of the groups that ended otherwise."""
         return [number for number in self.fates if number not in self.trained]
 
 

@@ -17,17 +17,17 @@ class Place:
 
     @property
     def has_room(self) -> bool:
-        """Whether it may be sent one more."""
+        """Returns whether it may be sent one more."""
         return self.limit is None or self.in_flight < self.limit
 
     @property
     def fullness(self) -> float:
-        """Requests at it, over its bound where it has one."""
+        """Returns how many requests are at it, over its bound where it has one."""
         return self.in_flight / (self.limit or 1)
 
 
 def choose(places: Sequence[Place], session: int) -> int:
-    """The number of the server for a request of `session`, one that serves; at least one has to.
+    """Returns the number of the server for a request of `session`, one that serves; at least one has to.
 
     Its home is the same for all requests of a session. Where home does not serve, its sessions are spread evenly over those that
     do; where the place so found is full or was left, the emptiest other one with room is taken. Where all are full, the

@@ -145,7 +145,7 @@ class EngineClient:
     async def _answer(
         self, body: dict[str, Any], sampling: dict[str, Any], lease: Lease, tokens: int, limit_s: float | None
     ) -> dict[str, Any] | None:
-        """The server's answer to `body`, of at most `tokens`; None when it has failed, which suspends it. Raises EngineRefused.
+        """Returns the answer to `body`, at most `tokens`; None when the server has failed: it is suspended. Raises EngineRefused.
 
         After `limit_s` the server is asked for what it has. It is None, too, where the server does not even give that; what it
         may still sample is dropped, and a server that hangs is found by its watch.
@@ -182,7 +182,7 @@ class _Name:
     last = ""
 
     def fresh(self) -> str:
-        """The next name."""
+        """Returns the next name."""
         self.last = uuid.uuid4().hex
         return self.last
 
@@ -201,7 +201,7 @@ class _Record:
         self._next = (recorded or 0) + (0 if done.routed_experts is None else len(done.routed_experts))
 
     def wish(self) -> dict[str, Any]:
-        """The fields of a request that ask for a record of what is not known yet."""
+        """Returns the fields of a request that ask for a record of what is not known yet."""
         experts = {"return_routed_experts": True, "routed_experts_start_len": self._next} if self._routing else {}
         return experts | ({"top_logprobs_num": self._top_k} if self._top_k else {})
 
@@ -236,7 +236,7 @@ class _Record:
 
     @property
     def _left(self) -> int:
-        """Tokens whose experts are not known, but for the last one."""
+        """Returns how many tokens there are whose experts are not known, but for the last one."""
         return self._inputs + len(self._done.token_ids) - 1 - self._next
 
 
@@ -245,7 +245,7 @@ def _sampled(answer: dict[str, Any]) -> int:
 
 
 def _read(answer: dict[str, Any], url: str, *, truncated: bool) -> Generation:
-    """The tokens of one answer, with their supports and log-probs among these where `truncated`.
+    """Returns the tokens of one answer, with their supports and log-probs among these where `truncated`.
 
     Raises EngineError where its streams differ in length, or its finish reason is unknown.
     """

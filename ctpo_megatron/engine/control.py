@@ -46,7 +46,7 @@ class ServerControl:
         await self._requests.post(f"{url}/abort_request", {"rid": rid}, timeout_s=timeout_s)
 
     async def load(self, url: str, *, timeout_s: float | None = None) -> Load:
-        """How busy the server is."""
+        """Returns how busy the server is."""
         return read_load(await self._requests.get(f"{url}/v1/loads", timeout_s=timeout_s), url)
 
     async def open_update(self, url: str, *, timeout_s: float | None = None) -> None:
@@ -77,11 +77,11 @@ class ServerControl:
         await self._requests.post(f"{url}/resume_memory_occupation", {"tags": sorted(kinds)}, timeout_s=timeout_s)
 
     async def version(self, url: str, *, timeout_s: float | None = None) -> str:
-        """The version of the weights that the server reports."""
+        """Returns the version of the weights that the server reports."""
         return (await self._requests.get(f"{url}/model_info", timeout_s=timeout_s))["weight_version"]
 
     async def prompt_logprobs(self, url: str, token_ids: list[int], *, timeout_s: float | None = None) -> list[float]:
-        """The log-probs of tokens 1, 2, ... of a prompt, each given those before it."""
+        """Returns the log-probs of tokens 1, 2, ... of a prompt, each given those before it."""
         return (await self.read_prompt(url, token_ids, timeout_s=timeout_s)).logp
 
     async def read_prompt(
@@ -106,5 +106,5 @@ class ServerControl:
         return PromptRecord([entry[0] for entry in meta["input_token_logprobs"][1:]], experts)
 
     async def checksums(self, url: str, *, timeout_s: float | None = None) -> Any:
-        """The hashes of all tensors in the engine's own layout, one entry per rank; `engine.checksums` reads them."""
+        """Returns the hashes of all tensors in the engine's own layout, one entry per rank; `engine.checksums` reads them."""
         return await self._requests.post(f"{url}/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)

@@ -47,7 +47,7 @@ class Dispatch:
 
     @property
     def late(self) -> bool:
-        """Whether the deadline is over."""
+        """Returns whether the deadline is over."""
         return self._deadline is not None and self._clock() >= self._deadline
 
     async def ask(
@@ -79,7 +79,7 @@ class Dispatch:
 
     @contextlib.asynccontextmanager
     async def leased(self) -> AsyncIterator[Lease]:
-        """The server for one request, which counts there while the context is open."""
+        """Yields the server for one request, which counts there while the context is open."""
         async with self._traffic.passing(aside=self._aside):
             lease = await self._fleet.acquire(self._session, self._left, aside=self._aside)
             try:
@@ -94,7 +94,7 @@ class Dispatch:
             raise EngineError(f"{MAX_FAILURES} attempts at one generation failed, the last one on {url}")
 
     def _limit_s(self, leave_after_s: float | None) -> float | None:
-        """Seconds until a server is asked for what it has; None: no bound. What is late already has no deadline any more."""
+        """Returns seconds until a server is asked for what it has; None: no bound. What is late already has no deadline."""
         now = self._clock()
         left_s = None if self._deadline is None or now >= self._deadline else self._deadline - now
         return min((each for each in (left_s, leave_after_s) if each is not None), default=None)

@@ -73,7 +73,7 @@ class Member:
 
     @property
     def gone(self) -> bool:
-        """Whether it does not come back."""
+        """Returns whether it does not come back."""
         return self.state is State.GONE
 
     def fail(self) -> None:
@@ -94,12 +94,12 @@ class Lease:
 
     @property
     def oldest(self) -> int:
-        """The oldest version that a token of the answer may carry."""
+        """Returns the oldest version that a token of the answer may carry."""
         return self.version if self.member.returns == self.returns else 0
 
     @property
     def broken(self) -> bool:
-        """Whether the server has failed since: nothing that it says to this request is used."""
+        """Returns whether the server has failed since: nothing that it says to this request is used."""
         return self.member.failures != self.failures
 
 
@@ -126,7 +126,7 @@ class Fleet:
         self._freed = asyncio.Event()
 
     def join(self, name: str, url: str, tp: int = 1) -> Member:
-        """The new member: a server called `name` answers at `url`, perhaps in place of one that was lost."""
+        """Returns the new member: a server called `name` answers at `url`, perhaps in place of one that was lost."""
         member = Member(name, url, tp)
         self._members[name] = member
         self._rejoined += name in self._lost
@@ -145,7 +145,7 @@ class Fleet:
         self._notify()
 
     def offload(self) -> list[Member]:
-        """The servers that are up, which give their memory to the trainer until `awake`; no request goes to them now."""
+        """Returns the servers that are up, which give their memory to the trainer until `awake`; no request goes to them now."""
         self._offloaded = True
         members = self.members(*UP)
         for member in members:
@@ -186,7 +186,7 @@ class Fleet:
         self._notify()
 
     def publishable(self, *states: State) -> list[Member]:
-        """The servers in one of `states` that a publication may go to."""
+        """Returns the servers in one of `states` that a publication may go to."""
         return [member for member in self.members(*states) if not member.aside]
 
     async def memory_free(self) -> None:
@@ -233,16 +233,16 @@ class Fleet:
         self._notify()
 
     def members(self, *states: State) -> list[Member]:
-        """The servers in one of `states`, in the order in which their names first came."""
+        """Returns the servers in one of `states`, in the order in which their names first came."""
         return [member for member in self._members.values() if member.state in states]
 
     @property
     def hopeless(self) -> bool:
-        """Whether every server is gone for good."""
+        """Returns whether every server is gone for good."""
         return all(member.gone for member in self._members.values())
 
     def report(self) -> str:
-        """A line for every server that does not serve."""
+        """Returns a line for every server that does not serve."""
         return "\n".join(
             f"{member.name} ({member.url}) is {member.state}" + (f": {member.reason}" if member.reason else "")
             for member in self._members.values()
@@ -250,14 +250,14 @@ class Fleet:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Servers that serve, those set aside, how many were lost and came back, and what is measured of requests."""
+        """Returns how many servers serve, are set aside, were lost and came back, and what is measured of requests."""
         counts = {"serving": len(self.publishable(State.SERVING)), "aside": sum(each.aside for each in self._members.values())}
         counts |= {"lost": sum(self._lost.values()), "rejoined": self._rejoined}
         traffic = {} if self.traffic is None else self.traffic()
         return {f"servers/{name}": float(count) for name, count in counts.items()} | traffic
 
     async def acquire(self, session: int, left: Member | None = None, *, aside: bool = False) -> Lease:
-        """A serving server for a request, until `done`: always the same for a session while that one serves and has room.
+        """Returns a serving server for a request, until `done`: always the same for a session while that one serves and has room.
 
         `left`: where the request comes from, because that one was slow. `aside`: one that is set aside. Waits while none serves,
         and while those that do have no room: a bound holds whatever becomes of other servers. Raises NoServerLeft when none is
@@ -296,7 +296,7 @@ class Fleet:
         return any(each.state is State.SERVING and not each.aside for each in self._members.values())
 
     def _chosen(self, session: int, left: Member | None, aside: bool) -> Member:
-        """The server that `choose` says. Raises AsideLost when none is set aside now.
+        """Returns the server that `choose` says. Raises AsideLost when none is set aside now.
 
         It says home where that will do, and is not asked then: with a thousand servers that costs a millisecond a request.
         """
@@ -311,7 +311,7 @@ class Fleet:
         return known[choose(places, session)]
 
     async def accept(self, lease: Lease, versions: Iterable[int]) -> bool:
-        """Whether tokens that carry `versions` may be used. Where they may not, their server is suspended.
+        """Returns whether tokens that carry `versions` may be used. Where they may not, their server is suspended.
 
         Tokens of a version whose publication is under way wait for its outcome.
         """

@@ -21,7 +21,7 @@ class Gate:
 
     @property
     def waiting(self) -> int:
-        """How many wait to be let in."""
+        """Returns how many wait to be let in."""
         return sum(not each.done() for each in self._waiting)
 
     def set_limit(self, limit: int | None) -> None:

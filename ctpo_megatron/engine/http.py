@@ -40,17 +40,17 @@ class Failure:
 
     @property
     def gone(self) -> bool:
-        """Whether the server gave no answer at all."""
+        """Returns whether the server gave no answer at all."""
         return self.kind in ("unreachable", "silent")
 
     @property
     def may_pass(self) -> bool:
-        """Whether another try may succeed."""
+        """Returns whether another try may succeed."""
         return self.kind in ("unreachable", "broken")
 
     @property
     def error(self) -> EngineError:
-        """The exception for callers that need the answer."""
+        """Returns the exception for callers that need the answer."""
         return EngineRefused(self.message) if self.kind == "refused" else EngineError(self.message)
 
 
@@ -62,7 +62,7 @@ class Answer:
 
 
 def open_session(api_key: str, *, reuse: bool) -> aiohttp.ClientSession:
-    """Connections that carry the run's key, as many at once as the caller asks for. Call it inside the event loop.
+    """Returns connections that carry the run's key, as many at once as the caller asks for. Call it inside the event loop.
 
     `reuse`: a connection serves one request after the other. A server may close an idle one in the moment of the next request,
     which then fails: where nothing is tried again each request needs a connection of its own.
@@ -74,7 +74,7 @@ def open_session(api_key: str, *, reuse: bool) -> aiohttp.ClientSession:
 async def ask(
     session: aiohttp.ClientSession, method: Method, url: str, body: dict[str, Any] | None, timeout_s: float
 ) -> Answer | Failure:
-    """The answer to one request, asked once and given up after `timeout_s`."""
+    """Returns the answer to one request, asked once and given up after `timeout_s`."""
     try:
         async with session.request(method, url, json=body, timeout=aiohttp.ClientTimeout(total=timeout_s)) as answer:
             text = await answer.text(errors="replace")
@@ -115,11 +115,11 @@ class Requests:
             await self._session.close()
 
     async def get(self, url: str, *, timeout_s: float | None = None) -> Any:
-        """The decoded answer. Raises EngineError, or EngineRefused, as the module's table says."""
+        """Returns the decoded answer. Raises EngineError, or EngineRefused, as the module's table says."""
         return await self._request("GET", url, None, timeout_s or self._timeout_s)
 
     async def post(self, url: str, body: Body, *, timeout_s: float | None = None) -> Any:
-        """The decoded answer. Raises EngineError, or EngineRefused, as the module's table says.
+        """Returns the decoded answer. Raises EngineError, or EngineRefused, as the module's table says.
 
         `body` may be a function that makes the body of each try: a server refuses a name of a request that it still knows.
         """

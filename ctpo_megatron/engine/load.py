@@ -27,12 +27,12 @@ class Load:
 
     @property
     def crowded(self) -> bool:
-        """Whether it has more than it can work on at once."""
+        """Returns whether it has more than it can work on at once."""
         return self.waiting > 0 or self.retracted > 0 or self.cache_use > FULL
 
 
 def read_load(answer: Any, url: str) -> Load:
-    """What /v1/loads says, over all ranks of the server that have a queue. Raises EngineError for another form."""
+    """Returns what /v1/loads says, over all ranks of the server that have a queue. Raises EngineError for another form."""
     try:
         ranks = answer["loads"]
         return Load(
@@ -52,7 +52,7 @@ def _finite(value: Any) -> float:
 
 
 def next_limit(limit: int | None, in_flight: int, load: Load, most: int) -> int:
-    """The bound on requests at a server, of which `in_flight` are under way, after a look at its `load`; from 1 to `most`.
+    """Returns the bound on requests at a server, with `in_flight` under way, after a look at its `load`; from 1 to `most`.
 
     Additive increase, multiplicative decrease: it grows by a twentieth, at least by 1, while it is reached and the server keeps
     up, and falls below what is in flight when the server is crowded. What is not reached says nothing, and stays.

@@ -27,7 +27,7 @@ class Pace:
             self._answers.setdefault(server, deque(maxlen=KEPT)).append(seconds / tokens)
 
     def leave_after_s(self, server: str, tokens: int, others: Iterable[str]) -> float | None:
-        """How long a request for at most `tokens` may stay at `server`; None: as long as it takes.
+        """Returns how long a request for at most `tokens` may stay at `server`; None: as long as it takes.
 
         `others` are those that it could go to. None where no other server is known well enough.
         """

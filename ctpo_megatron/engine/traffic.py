@@ -57,12 +57,12 @@ class Traffic:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def passing(self, *, aside: bool = False) -> contextlib.AbstractAsyncContextManager[None]:
-        """The context of one request. `aside`: for the servers that are set aside."""
+        """Returns the context of one request. `aside`: for the servers that are set aside."""
         self._bound()
         return self._gates[aside].passing()
 
     def leave_after_s(self, member: Member, tokens: int) -> float | None:
-        """How long a request for at most `tokens` may stay at `member`; None: as long as it takes."""
+        """Returns how long a request for at most `tokens` may stay at `member`; None: as long as it takes."""
         if self.pace is None:
             return None
         others = [each.name for each in self._fleet.members(State.SERVING) if each.aside == member.aside]
@@ -73,7 +73,7 @@ class Traffic:
         self._moved += 1
 
     def metrics(self) -> dict[str, float]:
-        """What was seen since this was asked last, and how many requests have left slow servers since the command began."""
+        """Returns what was seen since it was asked last, and how many requests left slow servers since the command began."""
         limits = [member.limit for member in self._fleet.members(State.SERVING) if member.limit is not None]
         found = {f"servers/{name}": value for name, value in self._seen.items()} | {"servers/moved": float(self._moved)}
         self._seen = {}
@@ -94,7 +94,7 @@ class Traffic:
         self._fleet.freed()
 
     def _settled(self, member: Member, version: int | None) -> bool:
-        """Whether a server, asked with `version`, has had it since the look before: what queues else was taken back for that.
+        """Returns whether a server, asked with `version`, has had it since the last look: what queues else was taken back.
 
         Of two looks one counts, however fast versions follow one another.
         """

@@ -30,7 +30,7 @@ class Position:
 
     @property
     def ended(self) -> int:
-        """How many groups have ended, however that was."""
+        """Returns how many groups have ended, however that was."""
         return self.groups - len(self.open)
 
 

@@ -139,7 +139,7 @@ class GroupBuffer:
 
     @property
     def open(self) -> list[int]:
-        """The numbers of the groups that are open."""
+        """Returns the numbers of the groups that are open."""
         return list(self._open)
 
     @property
@@ -164,7 +164,7 @@ class GroupBuffer:
         return len(self._open) < self.rules.room(version=self.version, step=self._step, last_step=self._last_step)
 
     def _verdict(self, group: _Open) -> tuple[End, str] | None:
-        """How a group that was put ends; None: it may be trained on."""
+        """Returns how a group that was put ends; None: it may be trained on."""
         assert group.made is not None
         if group.made.failed:
             return End.FAILED, next(each.reason for each in group.made.failed if not each.aborted)
@@ -186,7 +186,7 @@ class GroupBuffer:
         self._ended[group.number] = EndedGroup(group.number, end, reason, group.prompt, group.made)
 
     def _plan(self) -> Composition | None:
-        """How the next step was made before; None where it was not, or cannot be made so again."""
+        """Returns how the next step was made before; None where it was not, or cannot be made so again."""
         plan = self._decisions.planned(self._step)
         if plan is None:
             return None
@@ -198,7 +198,7 @@ class GroupBuffer:
         return None
 
     def _choice(self) -> tuple[list[int], list[int]] | None:
-        """The numbers of the groups that make the next step, and of those that ended; None while it has to be waited for."""
+        """Returns the numbers of the groups that make the next step, and of those that ended; None while it has to wait."""
         plan = self._plan()
         if plan is None:
             chosen = self.rules.choose(list(self._open.values()), self._step)
@@ -225,5 +225,5 @@ EQUAL = "all its rewards are equal"
 
 
 def equal_rewards(group: TrajectoryGroup) -> bool:
-    """Whether no attempt of a group earned more than another: under a baseline of the group nothing is learned from it."""
+    """Returns whether no attempt of a group earned more than another: a baseline of the group learns nothing from it."""
     return len({trajectory.reward for trajectory in group.trajectories}) == 1

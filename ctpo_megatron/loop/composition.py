@@ -54,7 +54,7 @@ class StepRules:
 
     @property
     def ahead(self) -> int:
-        """Steps that rollouts run ahead of training. Groups that go on into the next step take one version of the staleness."""
+        """Returns the steps that rollouts run ahead of training. Groups that go on take one version of the staleness."""
         return self.staleness - 1 if self.oversample else self.staleness
 
     def room(self, *, version: int, step: int, last_step: int) -> int:
@@ -65,7 +65,7 @@ class StepRules:
         return min((version + self.ahead - step + 1) * self.groups + self.oversample, (last_step - step) * self.groups)
 
     def too_old(self, group: Candidate, step: int) -> bool:
-        """Whether `group` may not be trained on in `step` any more."""
+        """Returns whether `group` may not be trained on in `step` any more."""
         return group.version + self.staleness < step
 
     def carried(self, groups: Sequence[TrajectoryGroup], step: int) -> int:

@@ -67,7 +67,7 @@ class Ledger:
 
     @property
     def open(self) -> tuple[Admitted, ...]:
-        """The groups that are open, in the order of their numbers."""
+        """Returns the groups that are open, in the order of their numbers."""
         return tuple(self._open.values())
 
     def admit(self, group: Admitted) -> None:

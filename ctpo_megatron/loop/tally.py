@@ -39,7 +39,7 @@ class Tally(Counter[tuple[str, ...]]):
 
     @property
     def groups(self) -> int:
-        """How many groups have ended."""
+        """Returns how many groups have ended."""
         return sum(self["groups", end] for end in End)
 
     def bias(self) -> dict[str, float]:

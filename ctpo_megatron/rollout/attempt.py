@@ -37,38 +37,38 @@ class Attempt:
 
     @property
     def tokens(self) -> list[int]:
-        """The prompt and all complete turns."""
+        """Returns the prompt and all complete turns."""
         return [*self.prompt_ids, *(token for turn in self.turns for token in turn.token_ids)]
 
     @property
     def response_length(self) -> int:
-        """Tokens after the prompt in complete turns, the tool's included."""
+        """Returns how many tokens follow the prompt in complete turns, the tool's included."""
         return sum(len(turn.token_ids) for turn in self.turns)
 
     @property
     def assistant_turns(self) -> list[Turn]:
-        """The assistant's complete turns."""
+        """Returns the assistant's complete turns."""
         return [turn for turn in self.turns if turn.role == "assistant"]
 
     @property
     def awaits_tool(self) -> bool:
-        """Whether the last thing that happened is a complete turn of the assistant, to which nothing has answered yet."""
+        """Returns whether the last thing that happened is a complete turn of the assistant, to which nothing has answered yet."""
         return self.open is None and bool(self.turns) and self.turns[-1].role == "assistant"
 
     @property
     def recorded(self) -> int:
-        """Of so many leading tokens it is known which experts they went to."""
+        """Returns of how many leading tokens it is known which experts they went to."""
         return sum(map(len, self.routed_experts))
 
     @property
     def versions(self) -> set[int]:
-        """The policy versions that sampled its tokens, those of the open turn included."""
+        """Returns the policy versions that sampled its tokens, those of the open turn included."""
         found = {version for turn in self.assistant_turns for version in turn.versions}
         return found | set(self.open.versions if self.open else [])
 
     @property
     def worked_s(self) -> float:
-        """Seconds that it took by now."""
+        """Returns the seconds that it took by now."""
         since = self.working_since
         return self.seconds if since is None else self.seconds + asyncio.get_running_loop().time() - since
 

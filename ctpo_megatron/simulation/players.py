@@ -30,12 +30,12 @@ class Playing:
 
     @property
     def said(self) -> Said:
-        """The turn that is next."""
+        """Returns the turn that is next."""
         return self.script.turns[min(self.turn, len(self.script.turns) - 1)]
 
     @property
     def last(self) -> bool:
-        """Whether that is its last one."""
+        """Returns whether that is its last one."""
         return self.turn >= len(self.script.turns) - 1
 
 
@@ -48,7 +48,7 @@ class CountedChat:
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """The token that ends a turn."""
+        """Returns the token that ends a turn."""
         return [STOP]
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:

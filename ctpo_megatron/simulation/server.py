@@ -35,7 +35,7 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """How many these are."""
+        """Returns how many these are."""
         return sum(count for _, count in self.spans)
 
 
@@ -56,7 +56,7 @@ class Request:
 
     @property
     def charge(self) -> float:
-        """Tokens that it holds in the cache, on average over its stay."""
+        """Returns the tokens that it holds in the cache, on average over its stay."""
         return self.held + self.wanted / 2
 
 
@@ -294,7 +294,7 @@ class SimulatedServer:
             self._step = float(math.ceil(self._step - EPSILON))
 
     def _spans(self, request: Request, sampled: int) -> list[tuple[int, int]]:
-        """Which version sampled how many of the first `sampled` tokens."""
+        """Returns which version sampled how many of the first `sampled` tokens."""
         found: list[tuple[int, int]] = []
         begun, version = 0, request.version
         for step, newer in self._marks[request.marks :]:

@@ -33,19 +33,19 @@ class Decoder:
 
     @staticmethod
     def fits(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """Whether `attend` takes them."""
+        """Returns whether `attend` takes them."""
         same = q.dtype == keys.dtype == values.dtype == torch.float32
         return same and q.shape[-1] % LANES == 0 and keys.is_contiguous() and values.is_contiguous()
 
     def plan(self, rows: Tensor, lens: Tensor) -> Step:
-        """A step for the sequences at `rows` [B] of the table, `lens` [B] tokens long. Every layer uses it."""
+        """Returns a step for the sequences at `rows` [B] of the table, `lens` [B] tokens long. Every layer uses it."""
         read = lens.long().numpy()
         ends = read.cumsum()
         shares = ends[-1] * np.arange(1, self._threads) // self._threads
         return Step(rows.long().numpy(), read, [0, *np.searchsorted(ends, shares).tolist(), len(read)])
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float) -> Tensor:
-        """The answers to `q` [B, heads, dim] in a layer's cache of keys and values [slots, key heads, dim], shaped as `q`."""
+        """Returns the answers to `q` [B, heads, dim] in a layer's cache of keys and values [slots, key heads, dim], like `q`."""
         out = torch.empty(q.shape)
         heads, dim = q.shape[1:]
         longest, compiled = int(step.lens.max()), attention(dim)

@@ -24,14 +24,17 @@ _compiled: Any = {"nogil": True, "error_model": "numpy"}
 
 
 def scratch(heads: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """What `attention` works in for up to `longest` keys: scores, for each head a multiple of 16 and 16 more; places of keys."""
+    """Returns what `attention` works in for up to `longest` keys: scores and places of keys.
+
+    There are scores for a multiple of 16 keys for each head, and 16 more.
+    """
     width = -(-longest // LANES) * LANES
     return np.empty(heads * (width + LANES), np.float32), np.empty(width, np.int64)
 
 
 @lru_cache
 def attention(dim: int) -> Any:
-    """The compiled attention for heads of `dim` numbers, a multiple of 16: one query for each sequence.
+    """Returns the compiled attention for heads of `dim` numbers, a multiple of 16: one query for each sequence.
 
     Its arguments: queries [B * heads * dim], of a layer's cache keys and values [slots * key heads * dim], `table` [requests,
     longest] with the slots of each request's tokens, `rows` [B] of the table, `lens` [B] tokens of each sequence, the scale of
@@ -92,7 +95,7 @@ def _weigh(scores, begin, count):
 
 
 def _dots(parts: int) -> Any:
-    """The products of one query with the sixteen keys from `places[first]` on, of the key head that begins at `shift`."""
+    """Returns what gives the products of one query with the sixteen keys from `places[first]` on, of the key head at `shift`."""
 
     @intrinsic
     def dots(_typing: Any, q: Any, begin: Any, keys: Any, places: Any, first: Any, shift: Any) -> Any:
@@ -117,7 +120,7 @@ def _dots(parts: int) -> Any:
 
 
 def _mix(parts: int) -> Any:
-    """Adds to `out[begin:]` the sixteen values from `places[first]` on, each times its weight of `weights[start:]`."""
+    """Returns what adds to `out[begin:]` the sixteen values from `places[first]` on, times their `weights[start:]`."""
 
     @intrinsic
     def mix(_typing: Any, out: Any, begin: Any, weights: Any, start: Any, cache: Any, places: Any, first: Any, shift: Any) -> Any:

@@ -43,17 +43,17 @@ class _Model(models.PrimitiveModel):
 
 
 def element(context: Any, builder: Builder, kind: Any, array: Value, index: Value) -> Value:
-    """A pointer to `array[index]`."""
+    """Returns a pointer to `array[index]`."""
     return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
 
 
 def after(builder: Builder, pointer: Value, count: int) -> Value:
-    """The pointer `count` elements behind `pointer`."""
+    """Returns the pointer `count` elements behind `pointer`."""
     return builder.gep(pointer, [ir.Constant(_INDEX, count)])
 
 
 def read(builder: Builder, pointer: Value) -> Value:
-    """The lanes at a pointer to float32."""
+    """Returns the lanes at a pointer to float32."""
     return builder.load(builder.bitcast(pointer, _FLOATS.as_pointer()), align=4)
 
 
@@ -63,7 +63,7 @@ def write(builder: Builder, value: Value, pointer: Value) -> None:
 
 
 def spread(builder: Builder, number: Value) -> Value:
-    """A float32 in all lanes."""
+    """Returns a float32 in all lanes."""
     return _spread(builder, number, _FLOATS)
 
 
@@ -73,7 +73,7 @@ def fused(builder: Builder, x: Value, y: Value, z: Value) -> Value:
 
 
 def sums(builder: Builder, rows: Sequence[Value]) -> Value:
-    """Lanes of which the i-th is the sum over the i-th of sixteen rows: four rounds, in each two rows become one."""
+    """Returns lanes of which the i-th is the sum over the i-th of sixteen rows: four rounds, in each two rows become one."""
     step = 1
     while len(rows) > 1:
         low = [at // (2 * step) * (2 * step) + at % step + (LANES if at & step else 0) for at in range(LANES)]
@@ -164,7 +164,7 @@ largest = _operation(lambda builder, x: _folded(builder, x, lambda y, z: _larger
 
 @intrinsic
 def load(_typing: Any, array: Any, index: Any) -> Any:
-    """The lanes `array[index : index + 16]`."""
+    """Returns the lanes `array[index : index + 16]`."""
 
     def generate(context: Any, builder: Builder, signature: Any, values: Sequence[Value]) -> Value:
         return read(builder, element(context, builder, signature.args[0], *values))
@@ -191,7 +191,7 @@ def splat(_typing: Any, number: Any) -> Any:
 
 @intrinsic
 def keep(_typing: Any, value: Any, count: Any, other: Any) -> Any:
-    """The first `count` lanes of `value`, and `other` in the rest."""
+    """Returns the first `count` lanes of `value`, and `other` in the rest."""
 
     def generate(_context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:
         value, count, other = values

@@ -30,7 +30,7 @@ def rms_norm(
     post_residual_addition: Tensor | None = None,
     quant_linear: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The norm of `x`, or of `x + residual` and that sum with it."""
+    """Returns the norm of `x`, or of `x + residual` and that sum with it."""
     plain = (
         x.dtype == self.weight.dtype == torch.float32
         and self.variance_size_override is None
@@ -68,7 +68,7 @@ def rotary(
     offsets: Tensor | None = None,
     fused_set_kv_buffer_arg: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """Query and key [tokens, heads * dim], turned by their positions, the whole of each head."""
+    """Returns query and key [tokens, heads * dim], turned by their positions, the whole of each head."""
     plain = (
         offsets is None
         and fused_set_kv_buffer_arg is None
@@ -87,7 +87,7 @@ def rotary(
 
 
 def _flat(x: Tensor) -> NDArray[np.float32]:
-    """The numbers of `x` in one row; where it is contiguous they are its own."""
+    """Returns the numbers of `x` in one row; where it is contiguous they are its own."""
     return x.detach().reshape(-1).numpy()
 
 
