@@ -231,8 +231,9 @@ def test_a_deadline_ends_one_generation(server: RunningServer, qwen3: Path) -> N
             await publisher.publish(17)
             options = {"max_new_tokens": 1000, "temperature": 1.0, "stop_token_ids": []}
             beside = asyncio.create_task(client.generate(PROMPT, **options, session=1))
-            late = asyncio.create_task(client.generate(PROMPT, **options, session=0, deadline=time.monotonic() + 0.5))
-            none = await client.generate(PROMPT, **options, session=0, deadline=time.monotonic() - 1)
+            now = asyncio.get_running_loop().time()
+            late = asyncio.create_task(client.generate(PROMPT, **options, session=0, deadline=now + 0.5))
+            none = await client.generate(PROMPT, **options, session=0, deadline=now - 1)
             assert (len(none.token_ids), none.finish) == (1, "deadline")
             generations = [none, await late, await beside]
             load = await client.control.load(server.url)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +140,7 @@ def test_loads_are_read_with_suspicion() -> None:
 
 
 async def ask(client: EngineClient, tokens: int = 8, session: int = 0, seconds: float | None = None, **options: Any):
-    options["deadline"] = None if seconds is None else time.monotonic() + seconds
+    options["deadline"] = None if seconds is None else asyncio.get_running_loop().time() + seconds
     return await client.generate([1, 2], max_new_tokens=tokens, temperature=1.0, stop_token_ids=[], session=session, **options)
 
 
