@@ -55,7 +55,7 @@ class EngineClient:
         self.traffic = Traffic(traffic or TrafficConfig(), fleet, self.control, most=most)
         self._watches = traffic is not None
         self._open = contextlib.AsyncExitStack()
-        self._in_flight = 0  # requests for generations that no server has answered
+        self._under_way: set[Dispatch] = set()  # generations that were asked for, and whose answer is not in them yet
 
     async def __aenter__(self) -> EngineClient:
         await self._open.enter_async_context(self._requests)
@@ -94,36 +94,50 @@ class EngineClient:
         """
         done = Generation() if done is None else done
         record = _Record(input_ids, done, recorded, self._routing, self._top_k)
-        told = truncation.cuts and recorded is not None
         dispatch = Dispatch(self.fleet, self.traffic, session, aside=aside, deadline=deadline)
         sampling = sampling_params(temperature, truncation) | {"stop_token_ids": stop_token_ids}
+        told = truncation.cuts and recorded is not None
         more = {"return_logprob": True} | ({"return_sampling_mask": True} if told else {})
-        while not (dispatch.late and done.token_ids):
-            body = {"input_ids": input_ids + done.token_ids, **more, **record.wish()}
-            send, left = partial(self._answer, body, sampling), max_new_tokens - len(done.token_ids)
-            asked = await dispatch.ask(send, left, _sampled, begun=bool(done.token_ids))
-            if asked is None:  # it waited for a server until its deadline
-                continue
-            lease, answer = asked
-            url = lease.member.url
-            part = None if answer is None else _read(answer, url, truncated=told)
-            if answer is None or part is None or not await self.fleet.accept(lease, part.versions):
-                dispatch.failed(url)
-                continue
-            done.append(part)
-            meta = answer["meta_info"]
-            await beside_loop(len(meta.get("routed_experts") or ""), record.read, meta, url)
-            # aborted for a weight update: go on from the tokens so far; a paused server holds the request back until it resumes
-            if part.finish == "stop" or len(done.token_ids) >= max_new_tokens:
-                done.finish = "length" if part.finish == "abort" else part.finish
-                break
-            if part.finish == "length" and not dispatch.late:  # SGLang's context ends here: the bounds of a run leave room for it
-                done.finish = "length"
-                break
-        else:
-            done.finish = "deadline"
+        try:
+            while not (dispatch.late and done.token_ids):
+                self._under_way.discard(dispatch)
+                body = {"input_ids": input_ids + done.token_ids, **more, **record.wish()}
+                send, left = partial(self._answer, dispatch, body, sampling), max_new_tokens - len(done.token_ids)
+                asked = await dispatch.ask(send, left, _sampled, begun=bool(done.token_ids))
+                if asked is None:  # it waited for a server until its deadline
+                    continue
+                part = await self._take_in(*asked, record, done, truncated=told)
+                if part is None:
+                    dispatch.failed(asked[0].member.url)
+                    continue
+                # aborted for a weight update: go on from the tokens so far; a paused server holds the request back meanwhile
+                if part.finish == "stop" or len(done.token_ids) >= max_new_tokens:
+                    done.finish = "length" if part.finish == "abort" else part.finish
+                    break
+                if part.finish == "length" and not dispatch.late:  # SGLang's context ends here: a run's bounds leave room for it
+                    done.finish = "length"
+                    break
+            else:
+                done.finish = "deadline"
+        finally:
+            self._under_way.discard(dispatch)
         record.close()
         return done
+
+    async def _take_in(
+        self, lease: Lease, answer: dict[str, Any] | None, record: _Record, done: Generation, *, truncated: bool
+    ) -> Generation | None:
+        """Add an answer to `done`, with what it has for the `record`; returns its tokens, None where they may not be used."""
+        if answer is None:
+            return None
+        url = lease.member.url
+        part = _read(answer, url, truncated=truncated)
+        if not await self.fleet.accept(lease, part.versions):
+            return None
+        done.append(part)
+        meta = answer["meta_info"]
+        await beside_loop(len(meta.get("routed_experts") or ""), record.read, meta, url)
+        return part
 
     async def interrupt(self, timeout_s: float = INTERRUPT_TIMEOUT_S) -> None:
         """Let all servers give what they have of the generations in flight, and send them nothing more until `go_on`.
@@ -135,7 +149,7 @@ class EngineClient:
         await asyncio.gather(*asked, return_exceptions=True)  # one that does not answer is found by its watch
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._in_flight:
+                while self._under_way:
                     await asyncio.sleep(INTERRUPT_POLL_S)
 
     def go_on(self) -> None:
@@ -143,14 +157,20 @@ class EngineClient:
         self.fleet.release()
 
     async def _answer(
-        self, body: dict[str, Any], sampling: dict[str, Any], lease: Lease, tokens: int, limit_s: float | None
+        self,
+        dispatch: Dispatch,
+        body: dict[str, Any],
+        sampling: dict[str, Any],
+        lease: Lease,
+        tokens: int,
+        limit_s: float | None,
     ) -> dict[str, Any] | None:
         """Returns the answer to `body`, at most `tokens`; None when the server has failed: it is suspended. Raises EngineRefused.
 
         After `limit_s` the server is asked for what it has. It is None, too, where the server does not even give that; what it
         may still sample is dropped, and a server that hangs is found by its watch.
         """
-        self._in_flight += 1
+        self._under_way.add(dispatch)
         name = _Name()
         body = body | {"sampling_params": sampling | {"max_new_tokens": tokens}}
         named = body if limit_s is None else lambda: body | {"rid": name.fresh()}
@@ -170,7 +190,6 @@ class EngineClient:
                 self.fleet.suspend(lease.member, str(error))
             return None
         finally:
-            self._in_flight -= 1
             request.cancel()
             broken.cancel()
             await asyncio.gather(request, broken, return_exceptions=True)

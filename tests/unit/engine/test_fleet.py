@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -305,6 +306,36 @@ def test_an_interrupted_generation_keeps_what_the_server_had_and_goes_on() -> No
             assert running.result() is done
             assert server.generations[asked]["input_ids"] == [1, 2, 3, *done.token_ids[:2]]
 
+    asyncio.run(scenario())
+
+
+def test_an_interrupt_waits_for_what_is_read_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of experts is read in a thread: what is kept then has tokens and record, or neither."""
+
+    async def read_slowly(_size: int, function: Any, *arguments: Any) -> Any:
+        await asyncio.sleep(0.3)
+        reads.append(len(done.token_ids))
+        return function(*arguments)
+
+    async def scenario() -> None:
+        async with fakes(1) as ((server,), fleet, client, _):
+            fleet.serve(fleet.members(State.JOINING), 0)
+            server.hold, server.tokens = asyncio.Event(), 2
+            options = {"max_new_tokens": 6, "temperature": 1.0, "stop_token_ids": [], "session": 0}
+            running = asyncio.ensure_future(client.generate([1, 2, 3], done, **options))
+            await begun(server)
+            server.hold.set()
+            await client.interrupt()
+            assert reads == [2]
+            assert await waits(running)
+            client.go_on()
+            assert len((await running).token_ids) == 6
+            begin = time.monotonic()
+            await client.interrupt()
+            assert time.monotonic() - begin < 2, "nothing is under way any more"
+
+    done, reads = Generation(), list[int]()
+    monkeypatch.setattr("ctpo_megatron.engine.client.beside_loop", read_slowly)
     asyncio.run(scenario())
 
 
