@@ -26,10 +26,8 @@ hide_kernels()  # every process that looks for tests would import them, for a se
 
 ALONE = "tests/integration"
 NICENESS = 4  # of the other worker: a third of the first one's share where both want all, and still a share beside other work
-BESIDE = tuple(
-    f"tests/integration/test_{name}.py"
-    for name in ("weights_dense", "weights", "chaos", "attest", "sglang_families", "placement")
-)
+_OWN_RUN_ONLY = "weights_dense weights chaos attest sglang_families placement publication evaluate many_servers"
+BESIDE = tuple(f"tests/integration/test_{name}.py" for name in _OWN_RUN_ONLY.split())
 
 
 def runs_alone(nodeid: str) -> bool:
