@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from leftovers import left_in_shared_memory
 
 from ctpo_megatron.engine.client import EngineClient
-from ctpo_megatron.engine.processes import group_members
+from ctpo_megatron.engine.processes import group_members, group_shared_memory
 from ctpo_megatron.errors import EngineError, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.toy.model import make_toy_model
@@ -45,7 +43,6 @@ def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
 
     `stop` leaves no process, no zombie and no shared memory.
     """
-    shared_before = set(os.listdir("/dev/shm"))
     directory = endless(make_toy_model(tmp_path / "moe", "qwen3_moe", seed=1, init_std=0.2))
     running = start_server(directory, tmp_path / "server.log", tp=2, routing=read_hf_config(directory).routing, top_k=20)
     children = [psutil.Process(running.server.pid), *psutil.Process(running.server.pid).children(recursive=True)]
@@ -68,7 +65,7 @@ def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
 
     try:
         asyncio.run(scenario())
-        mapped = set(os.listdir("/dev/shm")) - shared_before
+        mapped = group_shared_memory(running.server.pid)
         assert mapped, "nothing to clean up: the check below would be void"
     finally:
         running.server.stop()
@@ -77,7 +74,7 @@ def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
     assert coarse["mean with"] < coarse["mean without"], coarse  # its routers round, and choose otherwise
     assert coarse["max with"] < coarse["max without"], coarse
     assert not any(child.is_running() for child in children)
-    assert not left_in_shared_memory(shared_before, 0.0) & {name for name in mapped if name.startswith("sglang")}
+    assert [path for path in mapped if Path(path).exists()] == []
 
 
 def test_server_dies_during_update(qwen3: Path, tmp_path: Path) -> None:
