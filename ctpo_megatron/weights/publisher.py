@@ -120,6 +120,8 @@ class WeightPublisher:
         timer = PhaseTimer()
         with timer("total"):
             await self._bring_up(self._fleet.publishable(*UP), timer)
+            while behind := [each for each in self._fleet.publishable(State.SERVING) if each.version != version]:
+                await self._bring_up(behind, timer)  # given back after the others had been chosen
         if self._fleet.hopeless:
             raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}

@@ -65,6 +65,31 @@ def test_they_hold_their_version_and_take_the_newest_afterwards() -> None:
     run(scenario)
 
 
+def test_one_that_comes_back_while_others_are_about_to_be_published_to_gets_it_too() -> None:
+    """They hold the version that it has kept when it comes back, so it may serve; it must not with that one afterwards."""
+    shape = parse_config(MODEL)
+    proof = Proof(EngineLayout(shape, 1), shape.vocab_size, 1e-3)
+
+    async def scenario() -> None:
+        async with fakes(3) as (servers, fleet, client, _):
+
+            class GivesBack(FakeTrainer):
+                async def prepare(self, version: int) -> None:
+                    await super().prepare(version)
+                    fleet.give_back()
+
+            publisher = WeightPublisher(
+                fleet, client.control, GivesBack(servers, list(proof.layout.tensors)), proof, api_key="key", timeout_s=2.0
+            )
+            await publisher.publish(1)
+            assert fleet.set_aside(1) == 1
+            metrics = await publisher.publish(2)
+            assert (metrics["servers/serving"], metrics["servers/aside"]) == (3, 0)
+            assert await versions(client, aside=False) == {2}
+
+    run(scenario)
+
+
 def test_one_is_always_left_to_train_with() -> None:
     async def scenario() -> None:
         async with fakes(3) as (_, fleet, _, _):
