@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+CANNOT_LISTEN = 98  # exit code of a server whose port was taken after it was chosen; the next start has another
 _SHM = "/dev/shm/"
 _PR_SET_CHILD_SUBREAPER = 36
 

@@ -16,6 +16,7 @@ import psutil
 
 from ctpo_megatron.engine.http import Answer
 from ctpo_megatron.engine.processes import (
+    CANNOT_LISTEN,
     adopt_orphans,
     end_group,
     group_shared_memory,
@@ -83,7 +84,7 @@ class SGLangServer:
         """Wait until the server answers a health check, which generates a token.
 
         Raises EngineError, with the end of the log, when the process ends first or `timeout_s` is over, StartLost when it or a
-        scheduler was killed; nothing is left then.
+        scheduler was killed or its port was taken meanwhile; nothing is left then.
         """
         with contextlib.closing(RequestThread(self._api_key)) as requests:
             self._await_health(requests, time.monotonic() + timeout_s, timeout_s)
@@ -95,7 +96,8 @@ class SGLangServer:
             if not self.alive():
                 code, said = self.exit_code or 0, self.log_tail()
                 self.stop()
-                error = StartLost if code < 0 or SCHEDULER_KILLED in said else EngineError
+                again = code < 0 or code == CANNOT_LISTEN or SCHEDULER_KILLED in said
+                error = StartLost if again else EngineError
                 raise error(f"SGLang server {self.url} ended with exit code {code} while starting.\n{said}")
             if time.monotonic() > deadline:
                 self.stop()

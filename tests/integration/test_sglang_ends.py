@@ -16,8 +16,9 @@ import torch
 
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.processes import group_members, group_shared_memory
-from ctpo_megatron.errors import EngineError, WeightSyncError
+from ctpo_megatron.errors import EngineError, StartLost, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
+from ctpo_megatron.ports import listen
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.types import TrainSample
 from tests.support.engines import HOST, checkpoint_tensors, endless, in_flight, load_reference, session, start_server
@@ -117,6 +118,18 @@ def test_dies_with_its_parent(qwen3: Path, tmp_path: Path) -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait(10)
     assert eventually(lambda: not group_members(group), within_s=10)
+
+
+def test_a_port_that_was_taken_meanwhile_ends_the_start(qwen3: Path, tmp_path: Path) -> None:
+    """As one that may be tried again. SGLang itself says that it is ready, and stays."""
+    with listen(HOST) as other:
+        running = start_server(qwen3, tmp_path / "server.log", port=other.getsockname()[1], wait=False)
+        try:
+            with pytest.raises(StartLost, match="ended with exit code 98"):
+                running.server.wait_healthy(60)
+            assert group_members(running.server.pid) == []
+        finally:
+            running.server.stop()
 
 
 def test_unreachable_server_is_an_error() -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
+import os
+import sys
 
 from sglang.srt.entrypoints.engine import Engine, init_tokenizer_manager, run_detokenizer_process, run_scheduler_process
 from sglang.srt.entrypoints.http_server import _setup_and_run_http_server
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
+from ctpo_megatron.engine.processes import CANNOT_LISTEN
 from ctpo_megatron.engine.sglang import attention, paused, routed, sleep
 from ctpo_megatron.parallel.gloo import share_gloo_device
 
@@ -57,4 +61,9 @@ def serve(argv: list[str], api_key: str) -> None:
     manager, templates, ports, schedulers, watchdog, _daemons = engine._launch_subprocesses(
         server_args, init_tokenizer_manager, run_scheduler_process, run_detokenizer_process
     )
-    _setup_and_run_http_server(server_args, manager, templates, ports, schedulers.scheduler_infos, watchdog)
+    try:
+        _setup_and_run_http_server(server_args, manager, templates, ports, schedulers.scheduler_infos, watchdog)
+    except SystemExit:  # uvicorn could not listen; SGLang's threads would keep this process for ever, and nobody could ask it
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(CANNOT_LISTEN)
