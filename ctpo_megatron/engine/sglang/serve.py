@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import multiprocessing
@@ -63,7 +64,8 @@ def serve(argv: list[str], api_key: str) -> None:
     )
     try:
         _setup_and_run_http_server(server_args, manager, templates, ports, schedulers.scheduler_infos, watchdog)
-    except SystemExit:  # uvicorn could not listen; SGLang's threads would keep this process for ever, and nobody could ask it
+    except SystemExit as ended:  # of uvicorn; SGLang's threads would keep this process for ever, and nobody could ask it
+        cause = ended.__context__
         logging.shutdown()
         sys.stdout.flush()
-        os._exit(CANNOT_LISTEN)
+        os._exit(CANNOT_LISTEN if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE else 1)
