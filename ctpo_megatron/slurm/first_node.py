@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -24,10 +25,12 @@ def requeue_without_first(job_id: str, first: str, address: str) -> None:
     """Requeue the job where SLURM has taken its node `first` away, or end it where that is not possible.
 
     Returns at once where that node lives, and in a container without SLURM's commands, where nobody can tell. `address`:
-    HOST:PORT of anything on it, whether somebody listens there or not. Raises SlurmError.
+    HOST:PORT of anything on it, whether somebody listens there or not. SIGTERM is ignored from here on. Raises SlurmError.
     """
     if shutil.which("scontrol") is None:
         return
+    # SLURM sends it to every process of a job that ends, those that ask it something included
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     deadline = time.monotonic() + SEEN_WITHIN_S
     while not _is_without(job_id, first):
         if _lives(address) or time.monotonic() > deadline:
