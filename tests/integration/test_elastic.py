@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
 from tests.support.ray_nodes import RayNodes
-from tests.support.runs import Started
+from tests.support.runs import Started, check_stopped
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 SERVER, RANK = "ctpo_megatron.engine.sglang.entry", "TrainerActor"
@@ -57,11 +58,11 @@ def test_a_trainer_goes_on_where_there_is_room(tmp_path: Path, monkeypatch: pyte
             nodes.on(nodes.head, RANK)[0].kill()
             steps_after(run, run.wait_for_event("layout", ranks=2, reason="there is room for its 2 ranks"))
             assert nodes.on(nodes.head, SERVER) == servers
-            (tmp_path / "run" / "STOP").touch()
+            run.process.send_signal(signal.SIGTERM)
             finished = run.finish(90)
         finally:
             run.end()
-    assert finished.code == 75, finished.output
+    check_stopped(finished, signal.SIGTERM, times=1, code=75)
     assert [each["ranks"] for each in finished.happened("layout")] == [2, 1, 2]
     assert len(finished.happened("nodes lost")) == 2
     assert finished.happened("server lost") == []

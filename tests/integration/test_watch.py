@@ -15,7 +15,7 @@ from leftovers import left_in_shared_memory, living, shared_memory
 
 from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
-from tests.support.runs import END_S, START_S, Finished, Started
+from tests.support.runs import END_S, START_S, Started, check_stopped
 
 STOPPED_S = 10.0  # from the signal to the event: cluster.watch.stopped_s is 4 s, a look a second, and a machine that is busy
 FLOOR_S, USUAL_S = 5.0, 10.0  # of a stage's silence: the floor of these runs, and more than any stage is usually silent
@@ -94,89 +94,86 @@ def stall(run: Started, since: float, **fields: object) -> tuple[dict, str, floa
     return event, report.read_text(), seconds
 
 
-def test_a_stopped_scheduler_is_replaced_and_so_is_a_stopped_rank(inputs: tuple[str, ...], tmp_path: Path) -> None:
-    shm = shared_memory()
-    run = start(inputs, tmp_path)
-    try:
-        run.wait_for_event("step", step=1)
-        everybody = run.descendants()
-        scheduler = found(run, lambda each: title(each).startswith("sglang::scheduler"))
-        event, report, seconds = stall(run, stop(scheduler), culprits=["inference server 0: scheduler"])
-        assert (event["kind"], event["acts"]) == ("stopped", True)
-        assert event["culprits"] == ["inference server 0: scheduler"]
-        assert seconds < STOPPED_S
-        assert f"| inference server 0: scheduler | {scheduler.pid} |" in report
-        assert "event_loop" in report  # its stack, although it is stopped
-        assert "is stopped (SIGSTOP)" in run.wait_for_event("server lost")["reason"]
-        back = run.wait_for_event("server restarted")["time"]
-        run.wait_for_event("server serving")
-        step = max(each["step"] for each in run.events if each["event"] == "step")
-        run.wait_for_event("step", step=step + 2)
-        print(f"it is back {back - event['time']:.1f} s after that")
-        assert not scheduler.is_running()
-
-        rank = found(run, lambda each: is_rank(each, 1) and title(each).endswith(".update"))
-        event, report, seconds = stall(run, stop(rank), culprits=["trainer rank 1"])
-        assert (event["kind"], event["culprits"]) == ("stopped", ["trainer rank 1"])
-        assert seconds < STOPPED_S
-        heard = r"(; last heard in [^;]+)?"  # it is asked every two seconds, and has begun since then
-        assert re.search(rf"trainer rank 1 is stopped \(SIGSTOP\) for \d+ s{heard}; trainer rank 0 waits", event["verdict"])
-        assert re.search(r"trainer rank 0 waits in \w+ \(group .+, call \d+\) for trainer rank 1", event["verdict"])
-        assert "trainer rank 1:\n\n```\nProcess" in report  # py-spy's
-        assert "gloo:" in report  # the flight recorder's
-        assert "trainer rank 1 is stopped" in run.wait_for_event("trainer restarting")["reason"]
-        step = run.wait_for_event("trainer restarted")["step"]
-        run.wait_for_event("step", step=step + 2)
-        everybody += run.descendants()
-        run.process.send_signal(signal.SIGTERM)
-        ended = run.finish(END_S)
-    finally:
-        run.end()
-    check_stopped(ended, signal.SIGTERM, times=1, code=75)
-    assert len([each for each in run.events if each["event"] == "server lost"]) == 1  # the servers were not touched by it
-    assert living(everybody) == []
-    assert left_in_shared_memory(shm) == set()
-
-
-def check_stopped(ended: Finished, number: signal.Signals, *, times: int, code: int) -> None:
-    """It ended as the signal asks: in order after the first one, at once after a second."""
-    assert ended.code == code, ended.output
-    assert "Traceback" not in ended.output
-    assert f"{number.name}: stopping in order" in ended.output
-    assert (f"{number.name}: ending the run's processes ..." in ended.output) == (times == 2)
-    assert ("the same command with --resume auto goes on" in ended.output) == (code == 75)
-    assert [event["reason"] for event in ended.happened("stop requested")] == [number.name]
-    assert ended.happened("done") == []
-
-
-def test_a_rank_that_spins_is_told_from_the_one_that_waits(
+def test_what_is_stopped_or_spins_is_found_named_and_replaced(
     inputs: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then Ctrl-C, which lets the run stop in order, and a second one, which ends it at once."""
+    """A scheduler that is stopped, then a rank, then a rank that spins, which is told from the one that waits for it.
+
+    Then Ctrl-C, which lets the run stop in order, and a second one, which ends it at once.
+    """
     planted, file, shm = tmp_path / "planted", tmp_path / "spin", shared_memory()
     planted.mkdir()
     (planted / "sitecustomize.py").write_text(SPIN.format(path=str(file)))
     monkeypatch.setenv("PYTHONPATH", f"{planted}:{os.environ.get('PYTHONPATH', '')}")
     run = start(inputs, tmp_path / "run")
     try:
-        run.wait_for_event("step", step=3)
-        file.touch()
-        event, report, seconds = stall(run, time.time(), kind="hung")  # it may be told before that it is slow
-        file.unlink()
-        run.wait_for_event("trainer restarted")
-        below = run.descendants()
+        run.wait_for_event("step", step=1)
+        everybody = run.descendants()
+        a_scheduler_is_stopped(run)
+        a_rank_is_stopped(run)
+        everybody += run.descendants()
+        a_rank_spins(run, file)
+        everybody += run.descendants()
         run.interrupt(signal.SIGINT)
         run.wait_for_event("stop requested")
         run.interrupt(signal.SIGINT)
         ended = run.finish(END_S)
     finally:
         run.end()
+    check_stopped(ended, signal.SIGINT, times=2, code=130)
+    assert len(ended.happened("server lost")) == 1, "the servers were not touched by what the ranks did"
+    assert "trainer rank 1 shows no progress" in ended.output
+    assert living(everybody) == []
+    assert left_in_shared_memory(shm) == set()
+
+
+def a_scheduler_is_stopped(run: Started) -> None:
+    scheduler = found(run, lambda each: title(each).startswith("sglang::scheduler"))
+    event, report, seconds = stall(run, stop(scheduler), culprits=["inference server 0: scheduler"])
+    assert (event["kind"], event["acts"]) == ("stopped", True)
+    assert event["culprits"] == ["inference server 0: scheduler"]
+    assert seconds < STOPPED_S
+    assert f"| inference server 0: scheduler | {scheduler.pid} |" in report
+    assert "event_loop" in report  # its stack, although it is stopped
+    assert "is stopped (SIGSTOP)" in run.wait_for_event("server lost")["reason"]
+    back = run.wait_for_event("server restarted")["time"]
+    run.wait_for_event("server serving")
+    steps_on(run)
+    print(f"it is back {back - event['time']:.1f} s after that")
+    assert not scheduler.is_running()
+
+
+def a_rank_is_stopped(run: Started) -> None:
+    rank = found(run, lambda each: is_rank(each, 1) and title(each).endswith(".update"))
+    event, report, seconds = stall(run, stop(rank), culprits=["trainer rank 1"])
+    assert (event["kind"], event["culprits"]) == ("stopped", ["trainer rank 1"])
+    assert seconds < STOPPED_S
+    heard = r"(; last heard in [^;]+)?"  # it is asked every two seconds, and has begun since then
+    assert re.search(rf"trainer rank 1 is stopped \(SIGSTOP\) for \d+ s{heard}; trainer rank 0 waits", event["verdict"])
+    assert re.search(r"trainer rank 0 waits in \w+ \(group .+, call \d+\) for trainer rank 1", event["verdict"])
+    assert "trainer rank 1:\n\n```\nProcess" in report  # py-spy's
+    assert "gloo:" in report  # the flight recorder's
+    assert "trainer rank 1 is stopped" in run.wait_for_event("trainer restarting")["reason"]
+    step = run.wait_for_event("trainer restarted")["step"]
+    run.wait_for_event("step", step=step + 2)
+
+
+def a_rank_spins(run: Started, file: Path) -> None:
+    """While `file` is there. The run may tell before that it is slow."""
+    begun = time.time()
+    steps_on(run)
+    file.touch()
+    event, report, seconds = stall(run, time.time(), kind="hung")
+    file.unlink()
+    run.wait_for_event("trainer restarted", after=begun)
     assert (event["kind"], event["culprits"]) == ("hung", ["trainer rank 1"])
     assert seconds < SPIN_S
     assert "it spins" in event["verdict"]
     assert re.search(r"trainer rank 0 waits in \w+ \(group .+, call \d+\) for trainer rank 1", event["verdict"])
     assert "in spin" in report  # where it spins, from its own stack
-    check_stopped(ended, signal.SIGINT, times=2, code=130)
-    assert living(below) == []
-    assert left_in_shared_memory(shm) == set()
-    assert "trainer rank 1 shows no progress" in ended.output
+
+
+def steps_on(run: Started) -> None:
+    """Until two more steps are done."""
+    step = max(each["step"] for each in run.happened("step"))
+    run.wait_for_event("step", step=step + 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -69,12 +70,13 @@ class Started:
         """The events of that name so far."""
         return [event for event in self.events if event["event"] == name]
 
-    def wait_for_event(self, name: str, timeout_s: float = START_S, **fields: object) -> dict:
-        """The first event of that name with these `fields`; fails when the command ends or time runs out before it comes."""
+    def wait_for_event(self, name: str, timeout_s: float = START_S, *, after: float = 0.0, **fields: object) -> dict:
+        """The first event of that name `after` a time with these `fields`; fails when the command ends or time runs out first."""
         deadline = time.monotonic() + timeout_s
         while True:
             ended = self.process.poll() is not None
-            found = [each for each in self.events if each["event"] == name and fields.items() <= each.items()]
+            events = [each for each in self.events if each["event"] == name and each["time"] > after]
+            found = [each for each in events if fields.items() <= each.items()]
             if found:
                 return found[0]
             if ended or time.monotonic() > deadline:
@@ -107,6 +109,17 @@ class Started:
             for process in left:
                 process.kill()
             self.process.wait(10)
+
+
+def check_stopped(ended: Finished, number: signal.Signals, *, times: int, code: int) -> None:
+    """It ended as the signal asks: in order after the first one, at once after a second."""
+    assert ended.code == code, ended.output
+    assert "Traceback" not in ended.output
+    assert f"{number.name}: stopping in order" in ended.output
+    assert (f"{number.name}: ending the run's processes ..." in ended.output) == (times == 2)
+    assert ("the same command with --resume auto goes on" in ended.output) == (code == 75)
+    assert [event["reason"] for event in ended.happened("stop requested")] == [number.name]
+    assert ended.happened("done") == []
 
 
 def read_events(run_dir: Path) -> list[dict]:
