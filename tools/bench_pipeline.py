@@ -4,6 +4,7 @@
     python tools/bench_pipeline.py --way staleness-1 --way partial      which part of the gain is whose
     python tools/bench_pipeline.py --groups 16 --steps 8    larger steps, less idle at their ends, longer
     python tools/bench_pipeline.py --json found.json        the numbers as a file too
+    python tools/bench_pipeline.py --keep DIR               run directories stay there, for `ctpo plan --simulate --with run=`
 
 Each run is `ctpo train` in a tree of its own; the older one is a git worktree that the bench makes and removes. The model has 5
 million parameters; its turns end by chance after 250 tokens on average, so lengths are geometric, cut at 1,024 (`toy.chain`). Its
@@ -188,6 +189,7 @@ def main(
     older_way: Annotated[str, typer.Option(help="how the older build is run")] = "synchronous",
     least: Annotated[float, typer.Option(help="times the older build's tokens per hour")] = 1.5,
     file: Annotated[Path | None, typer.Option("--json", help="write the numbers here")] = None,
+    keep: Annotated[Path | None, typer.Option(help="where run directories, model and prompts stay; it must be empty")] = None,
 ) -> None:
     """Compare the two builds."""
     ways = way or ["partial"]
@@ -198,14 +200,18 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a run is ended with the bench
     sizes, older = Sizes(groups, steps, warm), f"older, {older_way}"
     found: dict[str, list[dict[str, Any]]] = {older: [], **{f"this, {each}": [] for each in ways}}
+    if keep is not None and keep.is_dir() and any(keep.iterdir()):
+        raise typer.BadParameter(f"{keep} is not empty", param_hint="--keep")
     with tempfile.TemporaryDirectory() as scratch, checkout(commit, Path(scratch) / "older") as tree:
         name_plugins(tree)
-        inputs = make_inputs(Path(scratch))
+        place = (keep or Path(scratch)).resolve()
+        place.mkdir(parents=True, exist_ok=True)
+        inputs = make_inputs(place)
         for number in range(rounds):
             for name in found if number % 2 == 0 else reversed(found):
                 build, chosen = name.split(", ")
                 begun, busy = time.monotonic(), psutil.cpu_percent()
-                made = run(tree if build == "older" else ROOT, WAYS[chosen], sizes, inputs, Path(scratch) / f"{name} {number}")
+                made = run(tree if build == "older" else ROOT, WAYS[chosen], sizes, inputs, place / f"{name} {number}")
                 found[name].append(made)
                 busy = psutil.cpu_percent()
                 took = time.monotonic() - begun
