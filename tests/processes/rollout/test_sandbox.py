@@ -227,11 +227,15 @@ def test_a_cancelled_call_ends_at_once_and_leaves_nothing():
 @needs_sandbox
 @pytest.mark.parametrize("each_time", [False, True])
 def test_a_program_whose_bubblewrap_is_killed_runs_again(each_time: bool):
-    """What is seen may be the rest of one that was killed before, so all are killed for as long as there are attempts."""
+    """What is seen may be the rest of one that was killed before, so all are killed for as long as there are attempts.
+
+    A program that is to be killed each time would take so long that it never ends before it is seen, on however slow a host.
+    """
+    seconds = 15.0 if each_time else 0.5
 
     async def run_and_kill() -> ToolResult:
         tool = BubblewrapPython(PythonTool(memory_mb=MEMORY_MB, timeout_s=20.0))
-        task = asyncio.ensure_future(tool.run("import time; time.sleep(0.5); print(6 * 7)"))
+        task = asyncio.ensure_future(tool.run(f"import time; time.sleep({seconds}); print(6 * 7)"))
         killed = False
         while not task.done() and (each_time or not killed):
             for pid in sandboxes():
