@@ -23,7 +23,7 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.planning.plan import Hardware
 from ctpo_megatron.simulation.account import Account, account, steps_to_simulate
-from ctpo_megatron.simulation.calibrate import measured
+from ctpo_megatron.simulation.calibrate import measured, overlaps
 from ctpo_megatron.simulation.options import SimulationOptions
 from ctpo_megatron.simulation.roofline import TOOL_S, Peaks, roofline
 from ctpo_megatron.simulation.run import Simulated, Troubles, simulate
@@ -80,6 +80,12 @@ def speeds_of(config: RunConfig, shape: ModelShape, hardware: Hardware, options:
     """Returns the speeds that `options` ask for: measured in a run, or computed. Raises ConfigError."""
     on_cpu = config.cluster.device == "cpu"
     if options.run is not None:
+        if options.cores is not None and overlaps(Path(options.run)):
+            raise ConfigError(
+                f"--with cores={options.cores:g}: in {options.run} rollouts and training went on at the same time, so its speeds "
+                "hold already what each cost the other, and it would count twice. Measure in a run of train.staleness=0, or leave "
+                "cores out and predict runs like that one"
+            )
         found = measured(
             Path(options.run),
             dp=config.parallel.dp,
@@ -90,7 +96,8 @@ def speeds_of(config: RunConfig, shape: ModelShape, hardware: Hardware, options:
         tool_s = options.tool_s if options.tool_s is not None else TOOL_ON_CPU_S if on_cpu else TOOL_S
         tool_s = 0.0 if config.rollout.tool is None else tool_s
         slots = (os.cpu_count() or 1) if on_cpu else found.tool_slots
-        return replace(found, cores=options.cores, trainer_cores=options.trainer_cores, tool_s=tool_s, tool_slots=slots)
+        busy = options.trainer_cores or options.cores or found.trainer_cores
+        return replace(found, cores=options.cores, trainer_cores=busy, tool_s=tool_s, tool_slots=slots)
     if on_cpu:
         raise ConfigError(
             "cluster.device is cpu: how fast a run is on CPUs is measured, not computed. Give --with run=RUN_DIR, a run of this "

@@ -174,7 +174,7 @@ def measured(run_dir: Path, *, dp: int, attention: float, first: int | None = No
             f"{run_dir} has {lacks}, which speeds are measured from; give the directory of a run, or leave run= out."
         )
     lengths = _lengths(run_dir, [int(step["step"]) for step in steps])
-    trainer = trainer_speed(steps, lengths, attention, _optimizer_steps(run_dir))
+    trainer = trainer_speed(steps, lengths, attention, _of_training(run_dir, "optimizer_steps", 1))
     return Speeds(
         server=server_speed(logs, name=str(run_dir)),
         trainer=replace(trainer, token_s=trainer.token_s * dp),
@@ -189,10 +189,15 @@ def _published(steps: Sequence[dict[str, Any]], name: str) -> float:
     return fmean([step[name] for step in steps if name in step] or [0.0])
 
 
-def _optimizer_steps(run_dir: Path) -> int:
-    """Of a training step, as the run's resolved configuration says."""
+def overlaps(run_dir: Path) -> bool:
+    """Returns whether rollouts and training of a run went on at the same time, as its resolved configuration says."""
+    return _of_training(run_dir, "staleness", 0) > 0
+
+
+def _of_training(run_dir: Path, key: str, otherwise: int) -> int:
+    """Returns a number of the section `train` of the run's resolved configuration."""
     path = run_dir / "config.yaml"
-    return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["optimizer_steps"]) if path.is_file() else 1
+    return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"][key]) if path.is_file() else otherwise
 
 
 def _logs(run_dir: Path, since: float, until: float) -> Iterator[list[str]]:

@@ -35,10 +35,10 @@ class SimulationOptions(Section):
     tool_s: NonNegativeFloat | None = None
     """Seconds of a tool call. null: 0.3 beside GPUs, 0.015 on CPUs."""
     cores: PositiveFloat | None = None
-    """Of a host that servers (one each), trainer and tools share, with `run`: where they want more, all become slower. null: they
-    do not, beyond what they were in that run."""
-    trainer_cores: PositiveFloat = 1.0
-    """Of these, what the trainer keeps busy."""
+    """Of a host that servers (one each), trainer and tools share, with a `run` of staleness 0: where they want more, all become
+    slower. null: they do not, beyond what they were in that run."""
+    trainer_cores: PositiveFloat | None = None
+    """Of these, what the trainer keeps busy. null: all, as the ranks of a host share its cores among their threads."""
     steps: PositiveInt = 4
     """Steady steps; as many as rollouts run ahead come before and after them."""
     mtbf_hours: PositiveFloat | None = None

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 from ctpo_megatron.config.load import load_config
@@ -68,6 +69,28 @@ def test_a_run_on_cpus_is_measured_and_not_computed(tmp_path: Path) -> None:
     text = printed(f"run={a_run(tmp_path / 'run')}", "steps=1", overrides=on_cpu, where=where, model=model)
     assert "measured in" in text
     assert "Trainer GPUs" not in text
+
+
+def test_what_parts_cost_each_other_is_not_counted_twice(tmp_path: Path) -> None:
+    """On a host that they share, the trainer keeps all cores busy unless told otherwise; an overlapped run tells no speeds."""
+    where, model, run_dir = ROOT / "configs" / "quickstart.yaml", tmp_path / "config.json", a_run(tmp_path / "run")
+    model.write_text((ROOT / "configs" / "models" / "qwen3-4b" / "config.json").read_text())
+    ahead = ("cluster.device=cpu", "train.prompts_per_step=8", "train.staleness=1", "rollout.tool=null")
+
+    def step_s(*options: str) -> float:
+        file = tmp_path / "found.json"
+        printed(f"run={run_dir}", "steps=2", f"json_file={file}", *options, overrides=ahead, where=where, model=model)
+        return float(json.loads(file.read_text())["steady"]["step_s"])
+
+    alone, one, both = step_s(), step_s("cores=2", "trainer_cores=1"), step_s("cores=2")
+    assert alone == pytest.approx(one)
+    assert both > 1.05 * one
+    assert both == pytest.approx(step_s("cores=2", "trainer_cores=2"))
+    config = run_dir / "config.yaml"
+    config.write_text(yaml.safe_dump({"train": {"optimizer_steps": 1, "staleness": 1}}))
+    step_s()
+    with pytest.raises(ConfigError, match=r"cores=2: .* it would count twice\. Measure in a run of train.staleness=0"):
+        step_s("cores=2")
 
 
 @pytest.mark.parametrize(
