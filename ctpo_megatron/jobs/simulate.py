@@ -83,8 +83,8 @@ def speeds_of(config: RunConfig, shape: ModelShape, hardware: Hardware, options:
         if options.cores is not None and overlaps(Path(options.run)):
             raise ConfigError(
                 f"--with cores={options.cores:g}: in {options.run} rollouts and training went on at the same time, so its speeds "
-                "hold already what each cost the other, and it would count twice. Measure in a run of train.staleness=0, or leave "
-                "cores out and predict runs like that one"
+                "hold already what each cost the other, and it would count twice. Measure in a run of train.staleness=0, or "
+                "leave cores out and predict runs like that one"
             )
         found = measured(
             Path(options.run),
