@@ -73,6 +73,7 @@ async def old_weights(driver: Driver, found: dict[str, Any], root: Path) -> None
 async def killed(driver: Driver, found: dict[str, Any], root: Path) -> None:
     """The second server is killed while weights are on their way to it, and comes back after the update."""
     victim = driver.servers[1]
+    await driver.publish()  # connects to the server that came back, for seconds: the next update finds generations in flight
     driver.trainer.mine.strike = lambda: os.killpg(victim.server.pid, signal.SIGKILL)
     await driver.prepare("struck")
     running = await driver.sampling(LONG)

@@ -28,7 +28,7 @@ PAUSE_S = 6.0
 PROBE_S = 4.0  # that senders give a server to say what it is
 ALIVE_S = 5.0
 UPDATE_S = 10.0  # that senders wait for a server
-SHORT = 600  # tokens; sampled in less than ANSWER_S, and not before the server is stopped
+SHORT = 1500  # tokens; sampled in less than ANSWER_S, and not before the server is stopped
 BOTH = ["server 0", "server 1"]
 
 

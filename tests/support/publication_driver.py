@@ -23,7 +23,7 @@ from tests.support.publication_ranks import Rank, Ranks, follow
 PROMPT = list(range(7, 71))
 SESSIONS = 8  # spread evenly over the servers
 SAMPLED = 20  # tokens of each generation, at least, before an update meets it
-LONG = 3000  # tokens of such a generation: more than what is sampled until the update pauses it, on a slow machine too
+LONG = 3900  # tokens of such a generation: more than what is sampled until the update pauses it, on a slow machine too
 
 
 class Driver:
