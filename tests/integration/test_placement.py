@@ -85,15 +85,21 @@ def running_servers() -> set[psutil.Process]:
     return found
 
 
-def started_servers(count: int, before: set[psutil.Process]) -> set[psutil.Process]:
-    """The processes of that many servers, which Ray's actors have just begun to start."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        found = running_servers() - before
-        if len(found) == count:
-            return found
+def started_servers(count: int, before: set[psutil.Process]) -> dict[str, tuple[list[str], str]]:
+    """Command lines and CUDA_VISIBLE_DEVICES of that many servers, which Ray's actors have just begun to start, by their seeds.
+
+    A server that finds no GPU ends by itself, so two of them are perhaps never there at the same time.
+    """
+    deadline, found = time.monotonic() + 120, dict[str, tuple[list[str], str]]()
+    while len(found) < count and time.monotonic() < deadline:
+        for server in running_servers() - before:
+            with contextlib.suppress(psutil.Error):
+                words = server.cmdline()
+                found[words[words.index("--random-seed") + 1]] = words, server.environ()["CUDA_VISIBLE_DEVICES"]
         time.sleep(0.05)
-    raise AssertionError(f"{count} servers were not started")
+    if len(found) < count:
+        raise AssertionError(f"{count} servers were to be started; seeds of those that were: {sorted(found)}")
+    return found
 
 
 def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: Path) -> None:
@@ -115,13 +121,10 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
         before = running_servers()
         engines = EngineGroup(run, tmp_path, "key", shared, Fleet(patience_s=1))
         try:
-            seen = {}  # by seed, which numbers the servers
-            for server in started_servers(2, before):
-                words = server.cmdline()
-                assert "--enable-memory-saver" in words
-                seen[words[words.index("--random-seed") + 1]] = server.environ()["CUDA_VISIBLE_DEVICES"].split(",")
+            seen = started_servers(2, before)  # by seed, which numbers the servers
+            assert all("--enable-memory-saver" in words for words, _ in seen.values())
             (a,), (b,), (c,), (d,) = gpus
-            assert seen == {"1": [a, b, c, d], "2": [c, d, a, b]}
+            assert {seed: visible.split(",") for seed, (_, visible) in seen.items()} == {"1": [a, b, c, d], "2": [c, d, a, b]}
             taken = ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0)
             assert taken == GPUS, "servers took none of their own"
         finally:
