@@ -19,7 +19,6 @@ from typing import Any
 import psutil
 
 from ctpo_megatron.config.rollout import EngineConfig, RolloutConfig
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.server import SGLangServer, new_api_key
@@ -84,7 +83,7 @@ async def serve(task: dict[str, Any], servers: list[SGLangServer], key: str) -> 
     """Play the rounds that are asked for, until the end of the input."""
     fleet = Fleet(patience_s=60)
     fleet.serve([fleet.join(f"server {number}", server.url) for number, server in enumerate(servers)], 0)
-    reward = MathReward(MathRewardConfig())
+    reward = MathReward(RolloutConfig().reward)
     prompts = [Prompt(number, tuple(each["messages"]), each["answer"]) for number, each in enumerate(task["prompts"])]
     config = RolloutConfig.model_validate(task["rollout"])
     sampling = Sampling(1.0, config.max_turns, config.max_response_tokens, record=True)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.rollout.rewards import MathReward
 from ctpo_megatron.types import Prompt
 

@@ -1,15 +1,17 @@
-"""How trajectories are made: data, sampling, tools, rewards, inference servers."""
+"""How trajectories are made: data, sampling, inference servers."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.dynamic import DynamicConfig
 from ctpo_megatron.config.feeding import MAIN, PoolsConfig, SourceConfig
+from ctpo_megatron.config.rewards import MathReward
 from ctpo_megatron.config.sglang_options import check_options
+from ctpo_megatron.config.tools import PythonTool, Tool
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.types import Truncation
 
@@ -48,39 +50,6 @@ class DataConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"data.mixture: each source needs a name of its own, and {MAIN!r} is data.train's: {names[1:]}")
         return self
-
-
-class PythonTool(Section):
-    """Runs the model's ```python blocks confined by bubblewrap."""
-
-    type: Literal["python"] = "python"
-    timeout_s: PositiveFloat = 10.0
-    """Wall time of one call."""
-    memory_mb: PositiveInt = 512
-    """Address space of one call."""
-    max_output_chars: PositiveInt = 256
-    """Longer output is cut in the middle."""
-    fallback: Literal["error", "calculator"] = "error"
-    """Where bubblewrap is missing: refuse to start, or use the calculator, which executes nothing."""
-
-
-class CalculatorTool(Section):
-    """Evaluates the arithmetic of a ```python block by parsing it; executes nothing."""
-
-    type: Literal["calculator"] = "calculator"
-    max_output_chars: PositiveInt = 256
-    """Longer output is cut in the middle."""
-
-
-Tool = Annotated[PythonTool | CalculatorTool, Field(discriminator="type")]
-
-
-class MathReward(Section):
-    r"""1.0 where the last \boxed{} equals the answer by the rules of docs/rewards.md, else 0.0."""
-
-    type: Literal["math"] = "math"
-    timeout_s: PositiveFloat = 5.0
-    """Time to compare one answer; beyond it the reward is 0 and `reward/undecided` counts it."""
 
 
 class EngineConfig(Section):

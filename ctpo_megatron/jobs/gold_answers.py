@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.record.progress import reading_progress
 from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.grading.numerals import read_numeral

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from decimal import Decimal, InvalidOperation
 
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.protocols import Score

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from ctpo_megatron.config.rollout import PythonTool
+from ctpo_megatron.config.tools import PythonTool
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.output import clip_middle
 from ctpo_megatron.rollout.protocols import ToolResult

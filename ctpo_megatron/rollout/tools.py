@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from ctpo_megatron.config.rollout import CalculatorTool, Tool
+from ctpo_megatron.config.tools import CalculatorTool, Tool
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.protocols import ToolRunner

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
-from ctpo_megatron.config.rollout import PythonTool, RolloutConfig
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
+from ctpo_megatron.config.rollout import RolloutConfig
+from ctpo_megatron.config.tools import PythonTool
 from ctpo_megatron.config.traffic import MovingConfig, TrafficConfig
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.client import EngineClient

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from leftovers import living, processes
 
-from ctpo_megatron.config.rollout import CalculatorTool, PythonTool
+from ctpo_megatron.config.tools import CalculatorTool, PythonTool
 from ctpo_megatron.errors import ConfigError, RolloutError
 from ctpo_megatron.rollout import sandbox
 from ctpo_megatron.rollout.calculator import Calculator
@@ -272,7 +272,7 @@ def test_a_bubblewrap_that_is_killed_as_it_starts_leaves_no_child(monkeypatch, t
 @needs_sandbox
 def test_programs_die_with_the_process_that_runs_them():
     program = (
-        "import asyncio\nfrom ctpo_megatron.config.rollout import PythonTool\nfrom ctpo_megatron.rollout.sandbox import *\n"
+        "import asyncio\nfrom ctpo_megatron.config.tools import PythonTool\nfrom ctpo_megatron.rollout.sandbox import *\n"
         f"asyncio.run(BubblewrapPython(PythonTool(memory_mb={MEMORY_MB}, timeout_s=60)).run('while True: pass'))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.data.answers import MISSING, answer_text
 from ctpo_megatron.data.precision import as_written
 from ctpo_megatron.data.prompts import read_prompts

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ctpo_megatron import cli
 from ctpo_megatron.config.load import load_config
-from ctpo_megatron.config.rollout import MathReward
+from ctpo_megatron.config.rewards import MathReward
 from ctpo_megatron.jobs.data import data_job
 from ctpo_megatron.jobs.data_text import visible
 from ctpo_megatron.jobs.gold_answers import judge_answers

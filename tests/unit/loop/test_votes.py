@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.loop.evaluation.votes import Votes, count_votes
 from ctpo_megatron.rollout.rewards import MathReward
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory

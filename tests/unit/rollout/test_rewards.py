@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctpo_megatron.config.rollout import MathReward as MathRewardConfig
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout import rewards
 from ctpo_megatron.rollout.rewards import MathReward, last_box, quick_verdict

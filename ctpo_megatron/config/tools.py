@@ -1,0 +1,34 @@
+"""What executes the code that a model wrote."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from ctpo_megatron.config.base import Section
+
+
+class PythonTool(Section):
+    """Runs the model's ```python blocks confined by bubblewrap."""
+
+    type: Literal["python"] = "python"
+    timeout_s: PositiveFloat = 10.0
+    """Wall time of one call."""
+    memory_mb: PositiveInt = 512
+    """Address space of one call."""
+    max_output_chars: PositiveInt = 256
+    """Longer output is cut in the middle."""
+    fallback: Literal["error", "calculator"] = "error"
+    """Where bubblewrap is missing: refuse to start, or use the calculator, which executes nothing."""
+
+
+class CalculatorTool(Section):
+    """Evaluates the arithmetic of a ```python block by parsing it; executes nothing."""
+
+    type: Literal["calculator"] = "calculator"
+    max_output_chars: PositiveInt = 256
+    """Longer output is cut in the middle."""
+
+
+Tool = Annotated[PythonTool | CalculatorTool, Field(discriminator="type")]
