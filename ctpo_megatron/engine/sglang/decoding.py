@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ctpo_megatron.engine.sglang.addresses import address
 from ctpo_megatron.engine.sglang.kernels import attention, scratch
 from ctpo_megatron.engine.sglang.lanes import LANES
 
@@ -28,7 +29,9 @@ class Decoder:
     """Attention over the KV cache of `table` [requests, longest], int32: the slots of each request's tokens. By `threads`."""
 
     def __init__(self, table: Tensor, threads: int) -> None:
-        self._table, self._threads = table.numpy(), threads
+        if table.dtype != torch.int32 or not table.is_contiguous():
+            raise ValueError(f"a table of {table.dtype}, strides {table.stride()}; needed: contiguous int32")
+        self._table, self._threads = table, threads
         self._others = ThreadPoolExecutor(max(1, threads - 1))  # starts a thread when one is wanted
 
     @staticmethod
@@ -46,14 +49,19 @@ class Decoder:
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step, scale: float) -> Tensor:
         """Returns the answers to `q` [B, heads, dim] in a layer's cache of keys and values [slots, key heads, dim], like `q`."""
+        q, at_q = address(q)
         out = torch.empty(q.shape)
         heads, dim = q.shape[1:]
         longest, compiled = int(step.lens.max()), attention(dim)
-        read = (*(_flat(each) for each in (q, keys, values)), self._table, step.rows, step.lens, scale, heads, keys.shape[1])
+        read = (
+            *(at_q, keys.data_ptr(), values.data_ptr(), len(keys)),
+            *(self._table.data_ptr(), *self._table.shape, step.rows.ctypes.data, step.lens.ctypes.data, len(step.lens)),
+            *(scale, heads, keys.shape[1], out.data_ptr()),
+        )
 
         def part(first: int, last: int) -> None:
             if first < last:
-                compiled(*read, _flat(out), *scratch(heads, longest), first, last)
+                compiled(*read, *scratch(heads, longest), first, last)
 
         shares = list(pairwise(step.bounds))
         others = [self._others.submit(part, *each) for each in shares[1:]]
@@ -61,7 +69,3 @@ class Decoder:
         for other in others:
             other.result()
         return out
-
-
-def _flat(x: Tensor) -> NDArray[np.float32]:
-    return x.reshape(-1).numpy()

@@ -1,6 +1,7 @@
 """Functions that numba compiles for decoding on CPUs in float32: attention in place, norm, activation and rotary embedding.
 
-Attention reads keys and values where they lie in the KV cache, each once: nothing is gathered, copied or padded.
+Attention reads keys and values where they lie in the KV cache, each once: nothing is gathered, copied or padded. Tensors come as
+addresses (`addresses`); each is contiguous unless a stride of its rows comes with it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from ctpo_megatron.engine.sglang import lanes as simd
+from ctpo_megatron.engine.sglang.addresses import floats, integers, table
 from ctpo_megatron.engine.sglang.lanes import LANES, lanes
 
-_floats, _ints = types.float32[::1], types.int64[::1]
+_floats, _address, _count = types.float32[::1], types.int64, types.intp
 _LOWEST = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _compiled: Any = {"nogil": True, "error_model": "numpy"}
@@ -36,25 +38,32 @@ def scratch(heads: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
 def attention(dim: int) -> Any:
     """Returns the compiled attention for heads of `dim` numbers, a multiple of 16: one query for each sequence.
 
-    Its arguments: queries [B * heads * dim], of a layer's cache keys and values [slots * key heads * dim], `table` [requests,
-    longest] with the slots of each request's tokens, `rows` [B] of the table, `lens` [B] tokens of each sequence, the scale of
-    scores, `heads`, `key_heads`, answers [B * heads * dim], of `scratch` scores and places, and the first and the last sequence
-    but one that it is to compute.
+    Its arguments: queries [B, heads, dim], of a layer's cache keys and values [slots, key heads, dim] and how many slots; the
+    table [requests, longest] int32 with the slots of each request's tokens, and its two sizes; `rows` [B] of the table, `lens` [B]
+    tokens of each sequence, B; the scale of scores, `heads`, `key_heads`, answers [B, heads, dim], of `scratch` scores and places,
+    and the first and the last sequence but one that it is to compute.
     """
     dots, mix = _dots(dim // LANES), _mix(dim // LANES)
     signature = types.void(
-        *(_floats, _floats, _floats, types.int32[:, ::1], _ints, _ints),
-        *(types.float32, types.intp, types.intp, _floats, _floats, _ints, types.intp, types.intp),
+        *([_address] * 3 + [_count]),
+        *(_address, _count, _count, _address, _address, _count),
+        *(types.float32, _count, _count, _address, _floats, types.int64[::1], _count, _count),
     )
 
     @numba.njit(signature, **_compiled)
-    def attend(q, keys, values, table, rows, lens, scale, heads, key_heads, out, scores, places, first, last):
+    def attend(
+        at_q, at_keys, at_values, slots, at_table, requests, longest, at_rows, at_lens, count_of, scale, heads, key_heads, at_out,
+        scores, places, first, last,
+    ):  # fmt: skip
+        q, out = floats(at_q, count_of * heads * dim), floats(at_out, count_of * heads * dim)
+        keys, values = floats(at_keys, slots * key_heads * dim), floats(at_values, slots * key_heads * dim)
+        lines, rows, lens = table(at_table, requests, longest), integers(at_rows, count_of), integers(at_lens, count_of)
         width, group = scores.size // heads, heads // key_heads
         for at in range(first, last):
             count, mine = lens[at], at * heads * dim
             blocks = (count + LANES - 1) // LANES
             for place in range(blocks * LANES):  # the last block is filled up with the last key
-                places[place] = np.int64(table[rows[at], min(place, count - 1)]) * (key_heads * dim)
+                places[place] = np.int64(lines[rows[at], min(place, count - 1)]) * (key_heads * dim)
             for block in range(0, blocks * LANES, LANES):
                 for head in range(heads):
                     found = dots(q, mine + head * dim, keys, places, block, head // group * dim)
@@ -148,14 +157,15 @@ def _mix(parts: int) -> Any:
     return mix
 
 
-@numba.njit(types.void(*[_floats] * 3, types.float32, types.boolean, *[_floats] * 2), **_compiled)
-def rms_norm(x, residual, weight, epsilon, adds, summed, out):
-    """Write into `out` the norm of each row of `x`; with `adds`, of `x + residual`, and that sum into `summed`.
+@numba.njit(types.void(*[_address] * 3, types.float32, types.boolean, *[_address] * 2, _count, _count), **_compiled)
+def rms_norm(at_x, at_residual, at_weight, epsilon, adds, at_summed, at_out, rows, size):
+    """Write into `out` the norm of each of the `rows` of `x`; with `adds`, of `x + residual`, and that sum into `summed`.
 
-    Rows are as long as `weight`, a multiple of 16. Without `adds`, `residual` and `summed` may be anything.
+    `size` of a row is a multiple of 16. Without `adds`, `residual` and `summed` may be anything.
     """
-    size = weight.size
-    for row in range(0, x.size, size):
+    x, weight, out = floats(at_x, rows * size), floats(at_weight, size), floats(at_out, rows * size)
+    residual, summed = floats(at_residual, rows * size), floats(at_summed, rows * size)
+    for row in range(0, rows * size, size):
         squares = simd.splat(_ZERO)
         for at in range(row, row + size, LANES):
             value = simd.load(x, at)
@@ -169,26 +179,33 @@ def rms_norm(x, residual, weight, epsilon, adds, summed, out):
             simd.store(out, row + at, simd.multiply(simd.multiply(value, scale), simd.load(weight, at)))
 
 
-@numba.njit(types.void(_floats, _floats, types.intp), **_compiled)
-def silu_and_mul(x, out, size):
-    """Write into `out`, rows of `size`, silu of the first half of each row of `x` times the second half."""
+@numba.njit(types.void(_address, _address, _count, _count), **_compiled)
+def silu_and_mul(at_x, at_out, rows, size):
+    """Write into `out` [rows, size] silu of the first half of each row of `x` times the second half."""
+    x, out = floats(at_x, 2 * rows * size), floats(at_out, rows * size)
     one, minus = simd.splat(_ONE), simd.splat(-_ONE)
-    for row in range(0, out.size, size):
+    for row in range(0, rows * size, size):
         for at in range(row, row + size, LANES):
             gate = simd.load(x, row + at)
             sigmoid = simd.divide(one, simd.add(one, simd.exp(simd.multiply(gate, minus))))
             simd.store(out, at, simd.multiply(simd.multiply(gate, sigmoid), simd.load(x, row + at + size)))
 
 
-@numba.njit(types.void(_floats, _floats, _ints, types.intp, _floats), **_compiled)
-def rotary(x, turns, positions, dim, out):
-    """Write into `out` heads [tokens * heads * dim] turned by their tokens' positions; `turns` has rows of cosines and sines."""
-    half, width = dim // 2, x.size // positions.size
-    for token in range(positions.size):
+@numba.njit(types.void(_address, _count, _address, _count, _address, _count, _count, _count, _address), **_compiled)
+def rotary(at_x, stride, at_turns, longest, at_positions, tokens, width, dim, at_out):
+    """Write into `out` heads [tokens, width] turned by their tokens' positions; rows of `x` are `stride` apart.
+
+    `turns` [longest, dim] has rows of cosines and sines.
+    """
+    x, out = floats(at_x, (tokens - 1) * stride + width), floats(at_out, tokens * width)
+    turns, positions = floats(at_turns, longest * dim), integers(at_positions, tokens)
+    half = dim // 2
+    for token in range(tokens):
         cosines = positions[token] * dim
         sines = cosines + half
-        for head in range(token * width, (token + 1) * width, dim):
+        for head in range(0, width, dim):
+            given, made = token * stride + head, token * width + head
             for at in range(half):
-                first, second = x[head + at], x[head + half + at]
-                out[head + at] = first * turns[cosines + at] - second * turns[sines + at]
-                out[head + half + at] = second * turns[cosines + at] + first * turns[sines + at]
+                first, second = x[given + at], x[given + half + at]
+                out[made + at] = first * turns[cosines + at] - second * turns[sines + at]
+                out[made + half + at] = second * turns[cosines + at] + first * turns[sines + at]

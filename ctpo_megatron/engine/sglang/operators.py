@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ctpo_megatron.engine.sglang import kernels
+from ctpo_megatron.engine.sglang.addresses import address
 from ctpo_megatron.engine.sglang.lanes import LANES
 from ctpo_megatron.engine.sglang.platform import DISPATCH_KEY
 
@@ -41,12 +40,15 @@ def rms_norm(
     )
     if not plain:
         return self.forward_native(x, residual, post_residual_addition, quant_linear)
-    rows, weight, out = _flat(x), _flat(self.weight), torch.empty(x.shape)
+    size, out = self.hidden_size, torch.empty(x.shape)
+    x, at_x = address(x)
+    rows, weight, at_out = x.numel() // size, self.weight.data_ptr(), out.data_ptr()
     if residual is None:
-        kernels.rms_norm(rows, rows, weight, self.variance_epsilon, False, rows, _flat(out))
+        kernels.rms_norm(at_x, at_x, weight, self.variance_epsilon, False, at_x, at_out, rows, size)
         return out
+    residual, at_residual = address(residual)
     summed = torch.empty(x.shape)
-    kernels.rms_norm(rows, _flat(residual), weight, self.variance_epsilon, True, _flat(summed), _flat(out))
+    kernels.rms_norm(at_x, at_residual, weight, self.variance_epsilon, True, summed.data_ptr(), at_out, rows, size)
     return out, summed
 
 
@@ -56,7 +58,8 @@ def silu_and_mul(self: SiluAndMul, x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or size % LANES:
         return self.forward_native(x)
     out = torch.empty(*x.shape[:-1], size)
-    kernels.silu_and_mul(_flat(x), _flat(out), size)
+    x, at_x = address(x)
+    kernels.silu_and_mul(at_x, out.data_ptr(), out.numel() // size, size)
     return out
 
 
@@ -76,19 +79,17 @@ def rotary(
         and self.rotary_dim == self.head_size
         and not hasattr(self, "sin_cos_cache")
         and query.dtype == key.dtype == self.cos_sin_cache.dtype == torch.float32
+        and self.cos_sin_cache.is_contiguous()
     )
     if not plain:
         return self.forward_native(positions, query, key, offsets, fused_set_kv_buffer_arg)
-    turns, where = _flat(self.cos_sin_cache), positions.flatten().long().numpy()
+    turns, where = self.cos_sin_cache, positions.flatten().long()
     turned = torch.empty(query.shape), torch.empty(key.shape)
     for x, out in zip((query, key), turned, strict=True):
-        kernels.rotary(_flat(x), turns, where, self.head_size, _flat(out))
+        x = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(len(where), -1)
+        given = (x.data_ptr(), x.stride(0), turns.data_ptr(), len(turns), where.data_ptr(), len(where))
+        kernels.rotary(*given, x.shape[1], self.head_size, out.data_ptr())
     return turned
-
-
-def _flat(x: Tensor) -> NDArray[np.float32]:
-    """Returns the numbers of `x` in one row; where it is contiguous they are its own."""
-    return x.detach().reshape(-1).numpy()
 
 
 def register() -> None:

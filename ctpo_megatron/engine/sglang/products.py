@@ -1,0 +1,51 @@
+"""How products with weights are computed on CPUs in float32: as the processor's library computes them fastest for a few rows.
+
+SGLang 0.5.23 keeps the weight of a linear layer as [outputs, inputs], row after row, and calls `torch.nn.functional.linear`. For
+the few rows of a step that decodes, torch's MKL copies the weight into the other order first. Here the weight keeps its shape and
+lies in memory input after input, as MKL reads it. MKL takes no AVX-512 on processors of other makers than Intel; there oneDNN
+computes the product. docs/bench_rollout.md has what either gives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+METHOD = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
+
+
+def register() -> None:
+    """Call it before `load_plugins`, which applies what is registered. Does nothing where torch sees a CUDA device."""
+    if torch.cuda.is_available():
+        return
+    if has_mkl_of_its_own():
+        HookRegistry.register(f"{METHOD}.process_weights_after_loading", lie_by_inputs, HookType.AFTER)
+    elif torch.backends.mkldnn.is_available():
+        HookRegistry.register(f"{METHOD}.apply", by_onednn, HookType.AROUND)
+
+
+def has_mkl_of_its_own(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Returns whether torch computes products with MKL on a processor for which MKL uses all instructions."""
+    return torch.backends.mkl.is_available() and "GenuineIntel" in cpuinfo.read_text()
+
+
+def lie_by_inputs(_result: None, _method: UnquantizedLinearMethod, layer: Any) -> None:
+    """Let the weight [outputs, inputs] of a layer lie in memory input after input. Its shape and numbers stay."""
+    weight = layer.weight
+    if weight.dtype == torch.float32 and weight.dim() == 2:
+        weight.data = weight.data.t().contiguous().t()
+
+
+def by_onednn(linear: Any, method: UnquantizedLinearMethod, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns `x` [..., inputs] times the weight of a layer, plus `bias`, by oneDNN where the numbers are float32."""
+    weight = layer.weight
+    if not x.dtype == weight.dtype == torch.float32:
+        return linear(method, layer, x, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
