@@ -58,7 +58,9 @@ ON_CPUS = (
         "MALLOC_MMAP_MAX_", "0", SERVER, "glibc's: memory of a bucket of weights is kept; new memory costs more than receiving it"
     ),
     Variable("MALLOC_TRIM_THRESHOLD_", str(2**40), SERVER, "as MALLOC_MMAP_MAX_"),
-    Variable("SGLANG_ENABLE_TORCH_INFERENCE_MODE", "1", SERVER, "torch keeps no account of views and versions: a step costs less"),
+    Variable(
+        "SGLANG_ENABLE_TORCH_INFERENCE_MODE", "1", SERVER, "torch keeps no account of views and versions, so steps cost less"
+    ),
     Variable(
         "SGLANG_FORCE_STREAM_INTERVAL",
         "1024",

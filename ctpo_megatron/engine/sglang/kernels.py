@@ -39,9 +39,9 @@ def attention(dim: int) -> Any:
     """Returns the compiled attention for heads of `dim` numbers, a multiple of 16: one query for each sequence.
 
     Its arguments: queries [B, heads, dim], of a layer's cache keys and values [slots, key heads, dim] and how many slots; the
-    table [requests, longest] int32 with the slots of each request's tokens, and its two sizes; `rows` [B] of the table, `lens` [B]
-    tokens of each sequence, B; the scale of scores, `heads`, `key_heads`, answers [B, heads, dim], of `scratch` scores and places,
-    and the first and the last sequence but one that it is to compute.
+    table [requests, longest] int32 with the slots of each request's tokens, and its two sizes; `rows` [B] of the table,
+    `lens` [B] tokens of each sequence, B; the scale of scores, `heads`, `key_heads`, answers [B, heads, dim], of `scratch` scores
+    and places, and the first and the last sequence but one that it is to compute.
     """
     dots, mix = _dots(dim // LANES), _mix(dim // LANES)
     signature = types.void(
@@ -65,6 +65,7 @@ def attention(dim: int) -> Any:
             for place in range(blocks * LANES):  # the last block is filled up with the last key
                 places[place] = np.int64(lines[rows[at], min(place, count - 1)]) * (key_heads * dim)
             for block in range(0, blocks * LANES, LANES):
+                _ask(keys, places, block + LANES, blocks * LANES, key_heads * dim)
                 for head in range(heads):
                     found = dots(q, mine + head * dim, keys, places, block, head // group * dim)
                     simd.store(scores, head * width + block, simd.multiply(found, simd.splat(scale)))
@@ -73,6 +74,7 @@ def attention(dim: int) -> Any:
                 for part in range(0, dim, LANES):
                     simd.store(out, mine + head * dim + part, simd.splat(_ZERO))
             for block in range(0, blocks * LANES, LANES):
+                _ask(values, places, block + LANES, blocks * LANES, key_heads * dim)
                 for head in range(heads):
                     mix(out, mine + head * dim, scores, head * width + block, values, places, block, head // group * dim)
             for head in range(heads):
@@ -81,6 +83,17 @@ def attention(dim: int) -> Any:
                     simd.store(out, part, simd.multiply(simd.load(out, part), share))
 
     return attend
+
+
+@numba.njit(types.void(_floats, types.int64[::1], types.intp, types.intp, types.intp), **_compiled)
+def _ask(cache, places, first, end, size):
+    """Ask for the `size` numbers at each of the sixteen places from `first` on, where they are before `end`.
+
+    A sequence's tokens lie far apart in the cache, so the processor does not see which it will read next.
+    """
+    for place in range(first, min(first + LANES, end)):
+        for part in range(0, size, LANES):
+            simd.fetch(cache, places[place] + part)
 
 
 @numba.njit(types.float32(_floats, types.intp, types.intp), **_compiled)

@@ -184,6 +184,21 @@ def store(_typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
+def fetch(_typing: Any, array: Any, index: Any) -> Any:
+    """Ask for `array[index : index + 16]` to be brought near, without waiting for it."""
+
+    def generate(context: Any, builder: Builder, signature: Any, values: Sequence[Value]) -> Value:
+        pointer, number = ir.IntType(8).as_pointer(), [_INT] * 3
+        kind = ir.FunctionType(ir.VoidType(), [pointer, *number])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.bitcast(element(context, builder, signature.args[0], *values), pointer)
+        builder.call(call, [place, _INT(0), _INT(3), _INT(1)])  # to read, how near, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
 def splat(_typing: Any, number: Any) -> Any:
     """`number` in all lanes."""
     return lanes(types.float32), lambda _context, builder, _signature, values: spread(builder, *values)
