@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -19,8 +20,17 @@ class PythonTool(Section):
     """Address space of one call."""
     max_output_chars: PositiveInt = 256
     """Longer output is cut in the middle."""
+    concurrency: PositiveInt | None = None
+    """Programs at a time; others wait. More than there are CPUs, since a program that never ends keeps its place until its time is
+    over. null: eight for each CPU of the driver's node, 64 at most, but as many as CPUs at least."""
     fallback: Literal["error", "calculator"] = "error"
     """Where bubblewrap is missing: refuse to start, or use the calculator, which executes nothing."""
+
+    @property
+    def at_a_time(self) -> int:
+        """Programs at a time on this host."""
+        cpus = os.cpu_count() or 1
+        return self.concurrency or max(cpus, min(8 * cpus, 64))
 
 
 class CalculatorTool(Section):

@@ -22,7 +22,7 @@ from ctpo_megatron.rollout import sandbox
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.protocols import ToolResult
 from ctpo_megatron.rollout.sandbox import BubblewrapPython, sandbox_available
-from ctpo_megatron.rollout.seccomp import filter_program
+from ctpo_megatron.rollout.sandbox.seccomp import filter_program
 from ctpo_megatron.rollout.tools import extract_code, make_tool
 
 needs_sandbox = pytest.mark.skipif(sandbox_available() is not None, reason=str(sandbox_available()))

@@ -1,0 +1,13 @@
+"""Model-written Python, confined: a process of its own for each program, or one for all programs of a trajectory.
+
+command    what a confined interpreter may see and use, as bubblewrap's options, limits and a system-call filter
+process    one confined interpreter, from its start to its end
+python     a program a process; `notebook`: a process a trajectory, in which `cells` runs
+escape     harmless attempts (`probes`) at all that must not succeed, made before a run starts
+service    the same over HTTP; `remote` is its client
+"""
+
+from ctpo_megatron.rollout.sandbox.command import MIB, sandbox_available
+from ctpo_megatron.rollout.sandbox.python import ATTEMPTS, BubblewrapPython
+
+__all__ = ["ATTEMPTS", "MIB", "BubblewrapPython", "sandbox_available"]
