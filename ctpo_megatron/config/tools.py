@@ -21,7 +21,7 @@ class PythonTool(Section):
     max_output_chars: PositiveInt = 256
     """Longer output is cut in the middle."""
     concurrency: PositiveInt | None = None
-    """Programs at a time; others wait. More than there are CPUs, since a program that never ends keeps its place until its time is
+    """Programs at a time; others wait. More than there are CPUs, as a program that never ends keeps its place until its time is
     over. null: eight for each CPU of the driver's node, 64 at most, but as many as CPUs at least."""
     fallback: Literal["error", "calculator"] = "error"
     """Where bubblewrap is missing: refuse to start, or use the calculator, which executes nothing."""

@@ -9,7 +9,7 @@ from ctpo_megatron.config.tools import CalculatorTool, Tool
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.protocols import ToolRunner
-from ctpo_megatron.rollout.sandbox import BubblewrapPython, sandbox_available
+from ctpo_megatron.rollout.sandbox import BubblewrapPython, require_confinement, sandbox_available
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def make_tool(config: Tool | None) -> ToolRunner | None:
     """The tool that `config` asks for, None for none.
 
     Where bubblewrap does not work, `fallback: calculator` gives the calculator and one warning; `fallback: error` raises
-    ConfigError.
+    ConfigError. So does a bubblewrap that works and does not hold, whatever the fallback: the escape test is made here.
     """
     if config is None:
         return None
@@ -36,6 +36,7 @@ def make_tool(config: Tool | None) -> ToolRunner | None:
         return Calculator(config.max_output_chars)
     reason = sandbox_available()
     if reason is None:
+        require_confinement(config)
         return BubblewrapPython(config)
     if config.fallback == "calculator":
         log.warning("No Python tool: %s Using the calculator instead, which evaluates arithmetic only.", reason)

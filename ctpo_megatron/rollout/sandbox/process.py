@@ -1,7 +1,7 @@
 """One confined interpreter, from its start to its end.
 
-`--die-with-parent` follows the thread that starts bubblewrap: start it in a thread that lives as long as the program may, which the
-thread of the event loop does.
+`--die-with-parent` follows the thread that starts bubblewrap: start it in a thread that lives as long as the program may, which
+the thread of the event loop does.
 """
 
 from __future__ import annotations

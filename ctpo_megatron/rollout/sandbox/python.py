@@ -1,5 +1,7 @@
-"""Each program in a confined process of its own, so programs share nothing and may be run again. It costs about 5 ms more than Python
-alone, so no process is kept for the next program."""
+"""Each program in a confined process of its own, so programs share nothing and may be run again.
+
+Confinement costs about 5 ms more than Python alone, so no process is kept for the next program.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,13 @@ class BubblewrapPython:
         async with self._slots:
             begun = time.monotonic()
             for _ in range(ATTEMPTS):
-                call = await _execute(code, self._config)
+                call = await execute(code, self._config)
                 if call.killed_by is None:
                     break
         ok, output = self._judge(call)
         return ToolResult(clip_middle(output, self._config.max_output_chars), ok, time.monotonic() - begun)
 
-    def _judge(self, call: _Call) -> tuple[bool, str]:
+    def _judge(self, call: Call) -> tuple[bool, str]:
         if call.timed_out:
             return False, append(call.stdout, f"TimeoutError: no end within {self._config.timeout_s:g} s")
         if call.killed_by is not None:
@@ -53,7 +55,7 @@ class BubblewrapPython:
 
 
 @dataclass(slots=True)
-class _Call:
+class Call:
     """What is known of one program's run. `exit_code` stays None where bubblewrap did not run it to its end."""
 
     stdout: str
@@ -63,8 +65,8 @@ class _Call:
     killed_by: int | None = None  # the signal that ended bubblewrap, which its program cannot send
 
 
-async def _execute(code: str, config: PythonTool) -> _Call:
-    """Run one program."""
+async def execute(code: str, config: PythonTool) -> Call:
+    """Returns what became of one program, whose output is as long as the limit on files allows."""
     limits = Limits(config.memory_mb, math.ceil(config.timeout_s) + 1)
     with memory_file() as stdin, memory_file() as stdout, memory_file() as stderr:
         stdin.write(code.encode("utf-8", "replace"))
@@ -77,6 +79,6 @@ async def _execute(code: str, config: PythonTool) -> _Call:
             raise
         if not ended:
             process.kill()
-            return _Call(shown(stdout), shown(stderr), None, timed_out=True)
+            return Call(shown(stdout), shown(stderr), None, timed_out=True)
         exit_code, killed_by = process.collect()
-        return _Call(shown(stdout), shown(stderr), exit_code, timed_out=False, killed_by=killed_by)
+        return Call(shown(stdout), shown(stderr), exit_code, timed_out=False, killed_by=killed_by)
