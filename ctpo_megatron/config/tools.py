@@ -9,15 +9,17 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from ctpo_megatron.config.base import Section
 
+UNSAID = {"concurrency", "url", "key_file", "retries"}  # settings of tools that change nothing of what they say
 
-class PythonTool(Section):
-    """Runs the model's ```python blocks confined by bubblewrap."""
 
-    type: Literal["python"] = "python"
+class ConfinedPython(Section):
+    """The model's ```python blocks, confined by bubblewrap on the driver's node."""
+
+    type: str
     timeout_s: PositiveFloat = 10.0
     """Wall time of one call."""
     memory_mb: PositiveInt = 512
-    """Address space of one call."""
+    """Address space of the interpreter."""
     max_output_chars: PositiveInt = 256
     """Longer output is cut in the middle."""
     concurrency: PositiveInt | None = None
@@ -33,6 +35,18 @@ class PythonTool(Section):
         return self.concurrency or max(cpus, min(8 * cpus, 64))
 
 
+class PythonTool(ConfinedPython):
+    """Runs the model's ```python blocks confined by bubblewrap, each in an interpreter of its own."""
+
+    type: Literal["python"] = "python"
+
+
+class NotebookTool(ConfinedPython):
+    """Runs the ```python blocks of a trajectory in one interpreter, as confined, so that they see what earlier ones defined."""
+
+    type: Literal["notebook"] = "notebook"
+
+
 class CalculatorTool(Section):
     """Evaluates the arithmetic of a ```python block by parsing it; executes nothing."""
 
@@ -41,4 +55,5 @@ class CalculatorTool(Section):
     """Longer output is cut in the middle."""
 
 
-Tool = Annotated[PythonTool | CalculatorTool, Field(discriminator="type")]
+Tool = Annotated[PythonTool | NotebookTool | CalculatorTool, Field(discriminator="type")]
+"""Which code of an answer is run, and by what."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
-from ctpo_megatron.config.tools import CalculatorTool, Tool
+from ctpo_megatron.config.tools import CalculatorTool, NotebookTool, Tool
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.rollout.calculator import Calculator
-from ctpo_megatron.rollout.protocols import ToolRunner
-from ctpo_megatron.rollout.sandbox import BubblewrapPython, require_confinement, sandbox_available
+from ctpo_megatron.rollout.protocols import PastCall, ToolRunner, ToolSessions
+from ctpo_megatron.rollout.sandbox import BubblewrapPython, Notebooks, require_confinement, sandbox_available
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +24,19 @@ def extract_code(text: str) -> str | None:
     if not blocks or "\\boxed{" in text[blocks[-1].end() :]:
         return None
     return blocks[-1].group(1)
+
+
+@asynccontextmanager
+async def opened(tool: ToolRunner, past: Sequence[PastCall]) -> AsyncIterator[ToolRunner]:
+    """`tool` as one attempt uses it, closed on leaving: a session of its own, or the tool itself where it has no sessions.
+
+    `past`: the programs of this attempt that were run before, maybe in another process, in their order.
+    """
+    if not isinstance(tool, ToolSessions):
+        yield tool
+        return
+    async with tool.session(past) as session:
+        yield session
 
 
 def make_tool(config: Tool | None) -> ToolRunner | None:
@@ -37,7 +52,7 @@ def make_tool(config: Tool | None) -> ToolRunner | None:
     reason = sandbox_available()
     if reason is None:
         require_confinement(config)
-        return BubblewrapPython(config)
+        return Notebooks(config) if isinstance(config, NotebookTool) else BubblewrapPython(config)
     if config.fallback == "calculator":
         log.warning("No Python tool: %s Using the calculator instead, which evaluates arithmetic only.", reason)
         return Calculator(config.max_output_chars)

@@ -9,6 +9,7 @@ service    the same over HTTP; `remote` is its client
 
 from ctpo_megatron.rollout.sandbox.command import MIB, sandbox_available
 from ctpo_megatron.rollout.sandbox.escape import CASES, escapes, require_confinement
+from ctpo_megatron.rollout.sandbox.notebook import Notebooks
 from ctpo_megatron.rollout.sandbox.python import ATTEMPTS, BubblewrapPython
 
-__all__ = ["ATTEMPTS", "CASES", "MIB", "BubblewrapPython", "escapes", "require_confinement", "sandbox_available"]
+__all__ = ["ATTEMPTS", "CASES", "MIB", "BubblewrapPython", "Notebooks", "escapes", "require_confinement", "sandbox_available"]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctpo_megatron.config.tools import PythonTool
+from ctpo_megatron.config.tools import ConfinedPython
 from ctpo_megatron.errors import ConfigError, RolloutError
 from ctpo_megatron.rollout.sandbox.command import MAX_FILE_BYTES, MIB
 from ctpo_megatron.rollout.sandbox.python import Call, execute
@@ -42,7 +42,7 @@ class Escape:
         return f"{self.case} ({self.what})"
 
 
-def require_confinement(config: PythonTool, key: str = "rollout.tool") -> None:
+def require_confinement(config: ConfinedPython, key: str = "rollout.tool") -> None:
     """Return where all attempts are refused. Raises ConfigError, which names the cases that were not.
 
     `key`: what of the configuration asks for the sandbox.
@@ -55,13 +55,13 @@ def require_confinement(config: PythonTool, key: str = "rollout.tool") -> None:
         )
 
 
-def escapes(config: PythonTool) -> list[Escape]:
+def escapes(config: ConfinedPython) -> list[Escape]:
     """Returns what a program could do that it must not; an empty list when all is well. Takes about a third of a second."""
     with ThreadPoolExecutor(1, "escape-test") as thread:  # an event loop may run here
         return thread.submit(asyncio.run, _escapes(config)).result()
 
 
-async def _escapes(config: PythonTool) -> list[Escape]:
+async def _escapes(config: ConfinedPython) -> list[Escape]:
     # the first attempts have time, since they are to be made; the last has little, since that is the attempt
     patient = config.model_copy(update={"timeout_s": PROBES_TIMEOUT_S})
     hurried = config.model_copy(update={"timeout_s": ENDLESS_S})

@@ -95,6 +95,9 @@ class ConfinedProcess:
         pid 1 of this host, which in a container may not collect dead processes. So the program is killed by its reported pid,
         and bubblewrap then collects it and ends. Before it is reported it is still in bubblewrap's process group.
         """
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:  # the program's number is free by now
+            self.collect()
+            return
         program = self.child()
         if program is None:
             os.killpg(self.pid, signal.SIGKILL)

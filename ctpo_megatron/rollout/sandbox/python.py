@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 
-from ctpo_megatron.config.tools import PythonTool
+from ctpo_megatron.config.tools import ConfinedPython
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.output import clip_middle
 from ctpo_megatron.rollout.protocols import ToolResult
@@ -23,7 +23,7 @@ ATTEMPTS = 3  # at a program whose bubblewrap is killed from outside
 class BubblewrapPython:
     """Runs one program per call, at most `concurrency` (default: `config.at_a_time`) at a time."""
 
-    def __init__(self, config: PythonTool, *, concurrency: int | None = None) -> None:
+    def __init__(self, config: ConfinedPython, *, concurrency: int | None = None) -> None:
         self._config = config
         self._slots = asyncio.Semaphore(concurrency or config.at_a_time)
 
@@ -65,7 +65,7 @@ class Call:
     killed_by: int | None = None  # the signal that ended bubblewrap, which its program cannot send
 
 
-async def execute(code: str, config: PythonTool) -> Call:
+async def execute(code: str, config: ConfinedPython) -> Call:
     """Returns what became of one program, whose output is as long as the limit on files allows."""
     limits = Limits(config.memory_mb, math.ceil(config.timeout_s) + 1)
     with memory_file() as stdin, memory_file() as stdout, memory_file() as stderr:
