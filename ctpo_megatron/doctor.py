@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -82,6 +83,14 @@ def diagnose(run_dir: Path = Path(".")) -> Diagnosis:
         *environment_rows("cuda" if has_gpu else "cpu"),
     ]
     return Diagnosis(rows, verdict(rows))
+
+
+def doctor_job() -> int:
+    """Print all findings and the verdict; returns the command's exit code."""
+    found = diagnose()
+    Console().print(as_table(found))
+    print(found.verdict)
+    return found.exit_code
 
 
 def verdict(rows: Iterable[Row]) -> str:

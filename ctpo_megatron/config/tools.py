@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.base import FilePath, Section
 
 UNSAID = {"concurrency", "url", "key_file", "retries"}  # settings of tools that change nothing of what they say
 
@@ -55,5 +56,36 @@ class CalculatorTool(Section):
     """Longer output is cut in the middle."""
 
 
-Tool = Annotated[PythonTool | NotebookTool | CalculatorTool, Field(discriminator="type")]
+class RemoteTool(Section):
+    """Has the model's ```python blocks run by a sandbox elsewhere, `ctpo serve-sandbox`, which confines each as `python` does."""
+
+    type: Literal["remote"] = "remote"
+    url: str
+    """Where it listens, such as http://10.0.0.7:8300."""
+    key_file: FilePath
+    """A file with the key that it asks for."""
+    timeout_s: PositiveFloat = 10.0
+    """Wall time of one call there. Waiting for a place is not part of it."""
+    memory_mb: PositiveInt = 512
+    """Address space of the interpreter."""
+    max_output_chars: PositiveInt = 256
+    """Longer output is cut in the middle."""
+    concurrency: PositiveInt = 64
+    """Programs that are sent at a time; others wait."""
+    retries: NonNegativeInt = 5
+    """How often a program is sent again where no usable answer came. It may have been run before, which does no harm: nothing
+    that a program does outlives it. Then its attempt fails, and rollout.retries counts."""
+
+    @field_validator("url")
+    @classmethod
+    def _says_where_and_nothing_else(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"{url!r} is no address of a sandbox; allowed: http://HOST:PORT or https://HOST:PORT")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("a name, a password or a query in the address would be in logs; the key belongs in key_file")
+        return url.rstrip("/")
+
+
+Tool = Annotated[PythonTool | NotebookTool | RemoteTool | CalculatorTool, Field(discriminator="type")]
 """Which code of an answer is run, and by what."""

@@ -7,11 +7,12 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from ctpo_megatron.config.tools import CalculatorTool, NotebookTool, Tool
+from ctpo_megatron.config.tools import CalculatorTool, NotebookTool, RemoteTool, Tool
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.protocols import PastCall, ToolRunner, ToolSessions
 from ctpo_megatron.rollout.sandbox import BubblewrapPython, Notebooks, require_confinement, sandbox_available
+from ctpo_megatron.rollout.sandbox.remote import RemotePython, require_service
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,16 @@ def make_tool(config: Tool | None) -> ToolRunner | None:
     """The tool that `config` asks for, None for none.
 
     Where bubblewrap does not work, `fallback: calculator` gives the calculator and one warning; `fallback: error` raises
-    ConfigError. So does a bubblewrap that works and does not hold, whatever the fallback: the escape test is made here.
+    ConfigError. So does a bubblewrap that works and does not hold, whatever the fallback: the escape test is made here. So does a
+    remote sandbox that does not answer.
     """
     if config is None:
         return None
     if isinstance(config, CalculatorTool):
         return Calculator(config.max_output_chars)
+    if isinstance(config, RemoteTool):
+        require_service(config)
+        return RemotePython(config)
     reason = sandbox_available()
     if reason is None:
         require_confinement(config)

@@ -14,7 +14,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from ctpo_megatron.config.tools import ConfinedPython
 from ctpo_megatron.errors import ConfigError, RolloutError
+from ctpo_megatron.rollout.sandbox.beside import beside
 from ctpo_megatron.rollout.sandbox.command import MAX_FILE_BYTES, MIB
 from ctpo_megatron.rollout.sandbox.python import Call, execute
 
@@ -57,8 +57,7 @@ def require_confinement(config: ConfinedPython, key: str = "rollout.tool") -> No
 
 def escapes(config: ConfinedPython) -> list[Escape]:
     """Returns what a program could do that it must not; an empty list when all is well. Takes about a third of a second."""
-    with ThreadPoolExecutor(1, "escape-test") as thread:  # an event loop may run here
-        return thread.submit(asyncio.run, _escapes(config)).result()
+    return beside(_escapes(config))
 
 
 async def _escapes(config: ConfinedPython) -> list[Escape]:

@@ -21,11 +21,14 @@ ATTEMPTS = 3  # at a program whose bubblewrap is killed from outside
 
 
 class BubblewrapPython:
-    """Runs one program per call, at most `concurrency` (default: `config.at_a_time`) at a time."""
+    """Runs one program per call, at most `concurrency` (default: `config.at_a_time`) at a time.
 
-    def __init__(self, config: ConfinedPython, *, concurrency: int | None = None) -> None:
+    `slots`: places that it shares with others, in place of its own.
+    """
+
+    def __init__(self, config: ConfinedPython, *, concurrency: int | None = None, slots: asyncio.Semaphore | None = None) -> None:
         self._config = config
-        self._slots = asyncio.Semaphore(concurrency or config.at_a_time)
+        self._slots = slots or asyncio.Semaphore(concurrency or config.at_a_time)
 
     async def run(self, code: str) -> ToolResult:
         """What `code` printed. Where it failed: `ok` is False and the traceback's last line comes last.

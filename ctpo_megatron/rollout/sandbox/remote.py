@@ -1,0 +1,187 @@
+"""The Python tool over HTTP: programs go to a sandbox on another host (`service`), where each is confined.
+
+    what happened                               what follows
+    no connection, or one that broke            sent again, after a pause that doubles
+    no answer in time                           sent again
+    500 or above (503: no place is free), or
+    an answer that makes no sense               sent again
+    300 to 499                                  RolloutError at once: no repeat mends it
+
+A program that is sent again may have been run before. That does no harm: nothing that it does outlives it. What is still
+unanswered after all retries is a RolloutError: a failure of the attempt, never an output that the model would read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import aiohttp
+import msgspec
+
+from ctpo_megatron.config.tools import RemoteTool
+from ctpo_megatron.errors import ConfigError, RolloutError
+from ctpo_megatron.rollout.output import clip_middle
+from ctpo_megatron.rollout.protocols import PastCall, ToolResult
+from ctpo_megatron.rollout.sandbox.beside import beside
+from ctpo_megatron.rollout.sandbox.key import header, read_key
+
+RUN, STATUS = "/run", "/status"  # what the service answers
+WAITING_S = 30.0  # longest time that a program waits for a place there, besides its own
+PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+MAX_ANSWER_BYTES = 1 << 22
+SHOWN_CHARACTERS = 300  # of an answer, in a message
+
+
+class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A request to run a program."""
+
+    code: str
+    timeout_s: float
+    memory_mb: int
+    max_output_chars: int
+
+
+class Said(msgspec.Struct, frozen=True):
+    """The answer to it: what `ToolResult` holds."""
+
+    output: str
+    ok: bool
+    seconds: float
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What the service says of itself: the most that a program may ask for, and which escapes were attempted and refused."""
+
+    timeout_s: float
+    memory_mb: int
+    refused: list[str]
+
+
+T = TypeVar("T", Said, Status)
+
+
+class _Unanswered(Exception):
+    """No usable answer came; another try may bring one."""
+
+
+class _Refused(Exception):
+    """The service understood and refused."""
+
+
+class RemotePython:
+    """The tool. Each attempt has a connection of its own, closed with it; at most `config.concurrency` programs are under way."""
+
+    def __init__(self, config: RemoteTool) -> None:
+        self._config = config
+        self._key = read_key(config.key_file, "rollout.tool.key_file")
+        self._slots = asyncio.Semaphore(config.concurrency)
+
+    @asynccontextmanager
+    async def session(self, past: Sequence[PastCall] = ()) -> AsyncIterator[RemoteSession]:
+        """The tool over one connection, which is made when it is needed. Programs share nothing, so `past` does not matter."""
+        async with _connected(self._key) as http:
+            yield RemoteSession(self._config, self._slots, http)
+
+    async def run(self, code: str) -> ToolResult:
+        """What `code` said, over a connection for this call. Raises RolloutError: see the module."""
+        async with self.session() as session:
+            return await session.run(code)
+
+
+class RemoteSession:
+    """The connection of one attempt."""
+
+    def __init__(self, config: RemoteTool, slots: asyncio.Semaphore, http: aiohttp.ClientSession) -> None:
+        self._config = config
+        self._slots = slots
+        self._http = http
+
+    async def run(self, code: str) -> ToolResult:
+        """What `code` said. Raises RolloutError: see the module."""
+        config = self._config
+        program = Program(code, config.timeout_s, config.memory_mb, config.max_output_chars)
+        async with self._slots:
+            begun = time.monotonic()
+            said = await self._patiently(program)
+        return ToolResult(clip_middle(said.output, config.max_output_chars), said.ok, time.monotonic() - begun)
+
+    async def _patiently(self, program: Program) -> Said:
+        for number in range(self._config.retries + 1):
+            if number:
+                await asyncio.sleep(min(PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S))
+            try:
+                return await _post(self._http, self._config.url, program)
+            except _Refused as refused:
+                raise RolloutError(f"the sandbox at {self._config.url} refused a program: {refused}") from refused
+            except _Unanswered as error:
+                newest = error
+        raise RolloutError(f"the sandbox at {self._config.url} gave no answer in {self._config.retries + 1} tries: {newest}")
+
+
+def require_service(config: RemoteTool) -> None:
+    """Return where the sandbox answers, knows the key, and gives what `config` asks for. Raises ConfigError.
+
+    It has made the escape test itself, at its start.
+    """
+    key = read_key(config.key_file, "rollout.tool.key_file")
+    try:
+        status, said = beside(_tried(config, key))
+    except (_Unanswered, _Refused) as error:
+        raise ConfigError(
+            f"rollout.tool: the sandbox at {config.url} cannot be used: {error}. `ctpo serve-sandbox --key-file FILE` starts one."
+        ) from error
+    for name, wanted, most in (
+        ("timeout_s", config.timeout_s, status.timeout_s),
+        ("memory_mb", config.memory_mb, status.memory_mb),
+    ):
+        if wanted > most:
+            raise ConfigError(f"rollout.tool.{name}={wanted:g}: the sandbox at {config.url} gives at most {most:g}")
+    if said is None or (said.ok, said.output) != (True, "42"):
+        raise ConfigError(f"rollout.tool: the sandbox at {config.url} said {said!r} to `print(6 * 7)`")
+
+
+async def _tried(config: RemoteTool, key: str) -> tuple[Status, Said | None]:
+    async with _connected(key) as http:
+        status = await _ask(http, "GET", f"{config.url}{STATUS}", None, WAITING_S, Status)
+        if config.timeout_s > status.timeout_s or config.memory_mb > status.memory_mb:
+            return status, None
+        return status, await _post(http, config.url, Program("print(6 * 7)", config.timeout_s, config.memory_mb, 100))
+
+
+def _connected(key: str) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        headers=header(key), connector=aiohttp.TCPConnector(limit=1), cookie_jar=aiohttp.DummyCookieJar()
+    )
+
+
+async def _post(http: aiohttp.ClientSession, url: str, program: Program) -> Said:
+    return await _ask(http, "POST", f"{url}{RUN}", msgspec.json.encode(program), program.timeout_s + WAITING_S, Said)
+
+
+async def _ask(http: aiohttp.ClientSession, method: str, url: str, body: bytes | None, timeout_s: float, kind: type[T]) -> T:
+    """The answer to one request. No redirection is followed, since the key would go with it."""
+    limit = aiohttp.ClientTimeout(total=timeout_s)
+    try:
+        async with http.request(method, url, data=body, timeout=limit, allow_redirects=False) as answer:
+            content = b""
+            async for part in answer.content.iter_chunked(1 << 16):
+                content += part
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise _Unanswered(f"more than {MAX_ANSWER_BYTES} bytes")
+    except TimeoutError:
+        raise _Unanswered(f"nothing within {timeout_s:g} s") from None
+    except aiohttp.ClientError as error:
+        raise _Unanswered(f"{type(error).__name__}: {error}") from error
+    shown = content.decode("utf-8", "replace")[:SHOWN_CHARACTERS]
+    if answer.status >= 500:
+        raise _Unanswered(f"{answer.status}: {shown}")
+    if answer.status >= 300:
+        raise _Refused(f"{answer.status}: {shown}")
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.MsgspecError as error:
+        raise _Unanswered(f"{answer.status}, but {error}: {shown}") from error

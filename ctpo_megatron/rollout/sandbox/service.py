@@ -1,0 +1,111 @@
+"""The confined Python over HTTP, for runs on other hosts. Whoever knows the key may run programs here, confined as everywhere.
+
+GET  /status                                                       -> {"timeout_s", "memory_mb", "refused"}
+POST /run {"code", "timeout_s", "memory_mb", "max_output_chars"}   -> {"output", "ok", "seconds"}
+
+401 no key, or a wrong one      400 a body that cannot be used, or asks for more than there is      413 a body that is too large
+408 a body that came too slowly      503 too many programs wait      500 bubblewrap failed
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+from aiohttp import web
+
+from ctpo_megatron.config.tools import PythonTool
+from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.sandbox.escape import CASES
+from ctpo_megatron.rollout.sandbox.key import fits
+from ctpo_megatron.rollout.sandbox.python import BubblewrapPython
+from ctpo_megatron.rollout.sandbox.remote import RUN, STATUS, Program, Said, Status
+
+MAX_BODY_BYTES = 1 << 20
+BODY_TIMEOUT_S = 30.0
+LONGEST_QUEUE = 4096  # programs that wait for a place
+MAX_OUTPUT_CHARS = 1 << 20
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Most:
+    """What the service gives at most."""
+
+    timeout_s: float
+    memory_mb: int
+    at_a_time: int
+
+
+class Service:
+    """Answers the requests above. Make it inside the event loop that serves it."""
+
+    def __init__(self, most: Most, key: str) -> None:
+        self._most = most
+        self._key = key
+        self._slots = asyncio.Semaphore(most.at_a_time)
+        self._under_way = 0
+
+    def application(self) -> web.Application:
+        """Returns what aiohttp serves. Serve it with `handler_cancellation`, so that a program ends when nobody waits for it."""
+        application = web.Application(middlewares=[self._checked], client_max_size=MAX_BODY_BYTES)
+        application.add_routes([web.get(STATUS, self._status), web.post(RUN, self._run)])
+        return application
+
+    @web.middleware
+    async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Whoever has no key learns nothing, not even which paths there are; nothing that he sends is read."""
+        if not fits(request.headers.get("Authorization", ""), self._key):
+            refused = _error(401, "no key, or a wrong one")
+            refused.force_close()
+            return refused
+        return await handler(request)
+
+    async def _status(self, _request: web.Request) -> web.Response:
+        return _json(Status(self._most.timeout_s, self._most.memory_mb, list(CASES)))
+
+    async def _run(self, request: web.Request) -> web.Response:
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                body = await request.read()
+            program = msgspec.json.decode(body, type=Program)
+        except TimeoutError:
+            return _error(408, f"the body did not come within {BODY_TIMEOUT_S:g} s")
+        except msgspec.MsgspecError as error:
+            return _error(400, f"the body is no program: {error}")
+        wrong = self._wrong(program)
+        if wrong is not None:
+            return _error(400, wrong)
+        if self._under_way >= self._most.at_a_time + LONGEST_QUEUE:
+            return _error(503, f"{LONGEST_QUEUE} programs wait already")
+        config = PythonTool(timeout_s=program.timeout_s, memory_mb=program.memory_mb, max_output_chars=program.max_output_chars)
+        self._under_way += 1
+        try:
+            result = await BubblewrapPython(config, slots=self._slots).run(program.code)
+        except RolloutError as error:
+            return _error(500, str(error))
+        finally:
+            self._under_way -= 1
+        return _json(Said(result.output, result.ok, result.seconds))
+
+    def _wrong(self, program: Program) -> str | None:
+        """What a program asks for that it does not get."""
+        for name, asked, most in (
+            ("timeout_s", program.timeout_s, self._most.timeout_s),
+            ("memory_mb", program.memory_mb, self._most.memory_mb),
+            ("max_output_chars", program.max_output_chars, MAX_OUTPUT_CHARS),
+        ):
+            if not 0 < asked <= most:
+                return f"{name}={asked:g}; allowed: above 0, at most {most:g}"
+        return None
+
+
+def _json(value: msgspec.Struct) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+def _error(status: int, message: str) -> web.Response:
+    return web.json_response({"error": message}, status=status)
