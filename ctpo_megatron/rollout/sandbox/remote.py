@@ -31,6 +31,7 @@ from ctpo_megatron.rollout.sandbox.key import header, read_key
 
 RUN, STATUS = "/run", "/status"  # what the service answers
 WAITING_S = 30.0  # longest time that a program waits for a place there, besides its own
+PATIENCE_S = 30.0  # with a sandbox that comes up while a run does
 PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 MAX_ANSWER_BYTES = 1 << 22
 SHOWN_CHARACTERS = 300  # of an answer, in a message
@@ -125,7 +126,7 @@ class RemoteSession:
 def require_service(config: RemoteTool) -> None:
     """Return where the sandbox answers, knows the key, and gives what `config` asks for. Raises ConfigError.
 
-    It has made the escape test itself, at its start.
+    It has made the escape test itself, at its start. One that does not answer yet is waited for, `PATIENCE_S`.
     """
     key = read_key(config.key_file, "rollout.tool.key_file")
     try:
@@ -146,10 +147,21 @@ def require_service(config: RemoteTool) -> None:
 
 async def _tried(config: RemoteTool, key: str) -> tuple[Status, Said | None]:
     async with _connected(key) as http:
-        status = await _ask(http, "GET", f"{config.url}{STATUS}", None, WAITING_S, Status)
+        status = await _status(http, config.url)
         if config.timeout_s > status.timeout_s or config.memory_mb > status.memory_mb:
             return status, None
         return status, await _post(http, config.url, Program("print(6 * 7)", config.timeout_s, config.memory_mb, 100))
+
+
+async def _status(http: aiohttp.ClientSession, url: str) -> Status:
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return await _ask(http, "GET", f"{url}{STATUS}", None, max(1.0, end - time.monotonic()), Status)
+        except _Unanswered:
+            if time.monotonic() > end:
+                raise
+        await asyncio.sleep(PAUSE_S)
 
 
 def _connected(key: str) -> aiohttp.ClientSession:
