@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -181,6 +183,31 @@ def test_a_notebook_ends_with_its_attempt_however_that_ends() -> None:
 
     with pytest.raises(RuntimeError, match="the attempt"):
         in_notebook(fails)
+    assert_none_left()
+
+
+def test_notebooks_die_with_the_process_that_has_them() -> None:
+    """Those that stand still, and one that runs a program."""
+    program = (
+        "import asyncio\n"
+        "from ctpo_megatron.config.tools import NotebookTool\nfrom ctpo_megatron.rollout.sandbox import Notebooks\n"
+        "async def play():\n"
+        f"    tool = Notebooks(NotebookTool(memory_mb={MEMORY_MB}, timeout_s=60))\n"
+        "    async with tool.session() as one, tool.session() as other:\n"
+        "        await one.run('x = 1')\n        print('ready', flush=True)\n        await other.run('while True: pass')\n"
+        "asyncio.run(play())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 20
+        while sorted(interpreters().values()) != ["R", "T"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert sorted(interpreters().values()) == ["R", "T"]
+    finally:
+        parent.kill()
+        parent.wait()
     assert_none_left()
 
 
