@@ -13,8 +13,6 @@ from ctpo_megatron.rollout.sandbox import CASES, require_confinement, sandbox_av
 from ctpo_megatron.rollout.sandbox.key import read_key
 from ctpo_megatron.rollout.sandbox.service import Most, Service
 
-ENDING_S = 1.0  # for answers that are being sent when it is told to end
-
 
 async def serve(key_file: Path, host: str, port: int, most: Most, ended: asyncio.Event) -> None:
     """Serve until `ended`. Raises ConfigError where nothing could be confined here, or nothing can listen there."""
@@ -23,13 +21,7 @@ async def serve(key_file: Path, host: str, port: int, most: Most, ended: asyncio
     if reason is not None:
         raise ConfigError(f"ctpo serve-sandbox: {reason}")
     require_confinement(PythonTool(memory_mb=most.memory_mb), "ctpo serve-sandbox")
-    runner = web.AppRunner(
-        Service(most, key).application(),
-        access_log=None,
-        handler_cancellation=True,
-        shutdown_timeout=ENDING_S,
-        handle_signals=False,
-    )
+    runner = Service(most, key).runner()
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port)

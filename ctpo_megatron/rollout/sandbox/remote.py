@@ -27,6 +27,7 @@ from ctpo_megatron.errors import ConfigError, RolloutError
 from ctpo_megatron.rollout.output import clip_middle
 from ctpo_megatron.rollout.protocols import PastCall, ToolResult
 from ctpo_megatron.rollout.sandbox.beside import beside
+from ctpo_megatron.rollout.sandbox.escape import CASES
 from ctpo_megatron.rollout.sandbox.key import header, read_key
 
 RUN, STATUS = "/run", "/status"  # what the service answers
@@ -126,7 +127,7 @@ class RemoteSession:
 def require_service(config: RemoteTool) -> None:
     """Return where the sandbox answers, knows the key, and gives what `config` asks for. Raises ConfigError.
 
-    It has made the escape test itself, at its start. One that does not answer yet is waited for, `PATIENCE_S`.
+    It has made the escape test itself, at its start, and says so. One that does not answer yet is waited for, `PATIENCE_S`.
     """
     key = read_key(config.key_file, "rollout.tool.key_file")
     try:
@@ -141,6 +142,8 @@ def require_service(config: RemoteTool) -> None:
     ):
         if wanted > most:
             raise ConfigError(f"rollout.tool.{name}={wanted:g}: the sandbox at {config.url} gives at most {most:g}")
+    if untried := [case for case in CASES if case not in status.refused]:
+        raise ConfigError(f"rollout.tool: the sandbox at {config.url} was not tried against {', '.join(untried)}")
     if said is None or (said.ok, said.output) != (True, "42"):
         raise ConfigError(f"rollout.tool: the sandbox at {config.url} said {said!r} to `print(6 * 7)`")
 

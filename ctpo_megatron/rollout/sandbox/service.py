@@ -26,6 +26,7 @@ from ctpo_megatron.rollout.sandbox.remote import RUN, STATUS, Program, Said, Sta
 MAX_BODY_BYTES = 1 << 20
 BODY_TIMEOUT_S = 30.0
 LONGEST_QUEUE = 4096  # programs that wait for a place
+ENDING_S = 1.0  # for answers that are being sent when it is told to end
 MAX_OUTPUT_CHARS = 1 << 20
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -49,11 +50,13 @@ class Service:
         self._slots = asyncio.Semaphore(most.at_a_time)
         self._under_way = 0
 
-    def application(self) -> web.Application:
-        """Returns what aiohttp serves. Serve it with `handler_cancellation`, so that a program ends when nobody waits for it."""
+    def runner(self) -> web.AppRunner:
+        """Returns what a site of aiohttp is made for. A program ends when nobody waits for it any more."""
         application = web.Application(middlewares=[self._checked], client_max_size=MAX_BODY_BYTES)
         application.add_routes([web.get(STATUS, self._status), web.post(RUN, self._run)])
-        return application
+        return web.AppRunner(
+            application, access_log=None, handler_cancellation=True, shutdown_timeout=ENDING_S, handle_signals=False
+        )
 
     @web.middleware
     async def _checked(self, request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -115,9 +115,11 @@ def test_a_notebook_that_is_lost_begins_anew_and_the_model_is_told(program: str,
     assert (new.ok, kept.output) == (True, "6")
 
 
-def test_too_much_output_is_cut_and_does_not_come_out_later() -> None:
+@pytest.mark.parametrize("length", [99, 9999])
+def test_too_much_output_is_cut_and_does_not_come_out_later(length: int) -> None:
+    """Of short lines some are in a buffer when there is no room left, of long ones none."""
     flood, error, after = said(
-        "while True: print('x' * 9999)", "import sys\nwhile True: sys.stderr.write('y' * 9999)", "print(7)"
+        f"while True: print('x' * {length})", "import sys\nwhile True: sys.stderr.write('y' * 9999)", "print(7)", timeout_s=60
     )
     assert not flood.ok
     assert "characters cut" in flood.output

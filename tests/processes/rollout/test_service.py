@@ -37,7 +37,7 @@ WHOLE = {"code": "print(6 * 7)", "timeout_s": 9.0, "memory_mb": 256, "max_output
 
 @asynccontextmanager
 async def serving(most: Most = MOST) -> AsyncIterator[str]:
-    runner = web.AppRunner(Service(most, KEY).application(), handler_cancellation=True, shutdown_timeout=0.1)
+    runner = Service(most, KEY).runner()
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     try:
@@ -186,7 +186,7 @@ def test_bubblewrap_that_fails_is_no_answer_of_a_program(monkeypatch: pytest.Mon
 def test_a_program_ends_when_nobody_waits_for_it(key_file: Path) -> None:
     async def leave() -> None:
         async with serving() as url:
-            tool = RemotePython(RemoteTool(url=url, key_file=str(key_file), memory_mb=MEMORY_MB))
+            tool = RemotePython(RemoteTool(url=url, key_file=str(key_file), memory_mb=MEMORY_MB, timeout_s=20.0))
             running = asyncio.ensure_future(tool.run("while True: pass"))
             while not programs():
                 await asyncio.sleep(0.01)

@@ -17,7 +17,7 @@ from ctpo_megatron.jobs.journal import recipe
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Sampling, ToolResult
 from ctpo_megatron.rollout.rollouter import Rollouter
-from ctpo_megatron.rollout.sandbox import remote
+from ctpo_megatron.rollout.sandbox import CASES, remote
 from ctpo_megatron.rollout.sandbox.key import read_key
 from ctpo_megatron.rollout.sandbox.remote import RemotePython
 from ctpo_megatron.rollout.tools import make_tool, opened
@@ -197,7 +197,8 @@ def start(key_file: Path, *answers: web.Response, **options: object) -> None:
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
-STATUS = web.json_response({"timeout_s": 60.0, "memory_mb": 1024, "refused": []})
+STATUS = web.json_response({"timeout_s": 60.0, "memory_mb": 1024, "refused": list(CASES)})
+LESS = web.json_response({"timeout_s": 60.0, "memory_mb": 1024, "refused": [each for each in CASES if each != "forks"]})
 
 
 def test_a_sandbox_is_tried_before_a_run_begins(key_file: Path) -> None:
@@ -212,6 +213,7 @@ def test_a_sandbox_is_tried_before_a_run_begins(key_file: Path) -> None:
         ([web.Response(text="welcome")], {}, "cannot be used: 200, but"),
         ([STATUS, said("42")], {"timeout_s": 61}, "timeout_s=61: the sandbox at .* gives at most 60"),
         ([STATUS, said("42")], {"memory_mb": 2048}, "memory_mb=2048: the sandbox at .* gives at most 1024"),
+        ([LESS, said("42")], {}, "was not tried against forks"),
         ([STATUS, said("41")], {}, r"said .*41.* to `print\(6 \* 7\)`"),
     ],
 )
