@@ -15,10 +15,18 @@ import pytest
 
 from ctpo_megatron.config.tools import NotebookTool
 from ctpo_megatron.errors import RolloutError
-from ctpo_megatron.rollout.protocols import PastCall, ToolResult
+from ctpo_megatron.record.heartbeat import Depths
+from ctpo_megatron.rollout.attempt import Attempt
+from ctpo_megatron.rollout.counted import CountedTool
+from ctpo_megatron.rollout.environment import ToolEnvironment
+from ctpo_megatron.rollout.journal import Journal
+from ctpo_megatron.rollout.protocols import PastCall, Sampling, ToolResult
 from ctpo_megatron.rollout.sandbox import MIB, Notebooks, sandbox_available
 from ctpo_megatron.rollout.sandbox.notebook import ANEW, NotebookSession
 from ctpo_megatron.rollout.tools import make_tool, opened
+from ctpo_megatron.types import Trajectory
+from tests.support.trajectories import ATTEMPT
+from tests.unit.rollout.test_environment import PROMPT, Boxes, Letters, Script
 
 pytestmark = pytest.mark.skipif(sandbox_available() is not None, reason=str(sandbox_available()))
 MEMORY_MB = 600 + os.getpid() % 400  # tells the notebooks of this test process from those of others
@@ -263,3 +271,38 @@ def test_the_configured_tool_is_a_notebook_for_each_attempt() -> None:
             return [(await each.run("x")).output for each in (one, other, tool)]
 
     assert asyncio.run(two()) == ["1", *["NameError: name 'x' is not defined"] * 2]
+
+
+def test_an_attempt_from_the_journal_finds_its_notebook_in_another_process(tmp_path: Path) -> None:
+    """One environment plays its first call and is interrupted; another, with what the journal kept, plays the rest."""
+
+    class Interrupted(Script):
+        async def generate(self, input_ids, done, **options):
+            if len(self.seen) == 1:
+                raise asyncio.CancelledError
+            return await super().generate(input_ids, done, **options)
+
+    def environment(engine: Script) -> ToolEnvironment:
+        return ToolEnvironment(engine, Letters(), CountedTool(Notebooks(NotebookTool()), Depths()), Boxes())
+
+    async def first() -> None:
+        journal = Journal(tmp_path, "r")
+        journal.published(1, "weights")
+        begun = environment(Interrupted(["```python\nx = 7\n```"]))
+        with pytest.raises(asyncio.CancelledError):
+            await begun.run(begun.begin(PROMPT, ATTEMPT), PROMPT, 0, sampling, journal.note)
+        journal.close()
+
+    async def rest() -> Trajectory:
+        journal = Journal(tmp_path, "r", step=2)
+        going_on = environment(Script(["```python\nprint(8 * x)\n```", "\\boxed{56}"]))
+        kept = await journal.find(ATTEMPT, PROMPT, going_on.begin(PROMPT, ATTEMPT).prompt_ids)
+        assert isinstance(kept, Attempt)
+        return await going_on.run(kept, PROMPT, 0, sampling, journal.note)
+
+    sampling = Sampling(1.0, 5, 1000)
+    asyncio.run(first())
+    made = asyncio.run(rest())
+    assert (made.reward, made.tool_calls, made.tool_errors) == (1.0, 2, 0)
+    assert "{56}" in made.text
+    assert_none_left()
