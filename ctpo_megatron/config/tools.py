@@ -57,7 +57,7 @@ class CalculatorTool(Section):
 
 
 class RemoteTool(Section):
-    """Has the model's ```python blocks run by a sandbox elsewhere, `ctpo serve-sandbox`, which confines each as `python` does."""
+    """Has the model's ```python blocks run by a sandbox elsewhere, `ctpo serve-sandbox`, which confines as `python` does."""
 
     type: Literal["remote"] = "remote"
     url: str
@@ -70,11 +70,13 @@ class RemoteTool(Section):
     """Address space of the interpreter."""
     max_output_chars: PositiveInt = 256
     """Longer output is cut in the middle."""
+    notebook: bool = False
+    """Whether the programs of a trajectory run in one interpreter, as those of `notebook` do."""
     concurrency: PositiveInt = 64
     """Programs that are sent at a time; others wait."""
     retries: NonNegativeInt = 5
     """How often a program is sent again where no usable answer came. It may have been run before, which does no harm: nothing
-    that a program does outlives it. Then its attempt fails, and rollout.retries counts."""
+    that a program does outlives it, and a notebook runs none twice. Then its attempt fails, and rollout.retries counts."""
 
     @field_validator("url")
     @classmethod

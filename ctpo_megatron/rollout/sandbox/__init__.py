@@ -4,7 +4,7 @@ command    what a confined interpreter may see and use, as bubblewrap's options,
 process    one confined interpreter, from its start to its end
 python     a program a process; `notebook`: a process a trajectory, in which `cells` runs
 escape     harmless attempts (`probes`) at all that must not succeed, made before a run starts
-service    the same over HTTP; `remote` is its client
+service    programs over HTTP, and the `shelf` of its notebooks; `remote` is its client, `key` what both know
 """
 
 from ctpo_megatron.rollout.sandbox.command import MIB, sandbox_available

@@ -5,19 +5,22 @@
     no answer in time                           sent again
     500 or above (503: no place is free), or
     an answer that makes no sense               sent again
-    300 to 499                                  RolloutError at once: no repeat mends it
+    410, of a notebook that is not there        sent again with the programs that were run in it
+    300 to 499 otherwise                        RolloutError at once: no repeat mends it
 
-A program that is sent again may have been run before. That does no harm: nothing that it does outlives it. What is still
-unanswered after all retries is a RolloutError: a failure of the attempt, never an output that the model would read.
+A program that is sent again may have been run before. That does no harm: nothing that it does outlives it, and a notebook knows
+its programs by number and runs none twice. What is still unanswered after all retries is a RolloutError: a failure of the
+attempt, never an output that the model would read.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from contextlib import asynccontextmanager, suppress
+from typing import Annotated, TypeVar
 
 import aiohttp
 import msgspec
@@ -30,21 +33,35 @@ from ctpo_megatron.rollout.sandbox.beside import beside
 from ctpo_megatron.rollout.sandbox.escape import CASES
 from ctpo_megatron.rollout.sandbox.key import header, read_key
 
-RUN, STATUS = "/run", "/status"  # what the service answers
+RUN, STATUS, NOTEBOOKS = "/run", "/status", "/notebooks"  # what the service answers
+CLOSING_S = 2.0  # to tell it that a notebook is not needed any more
 WAITING_S = 30.0  # longest time that a program waits for a place there, besides its own
 PATIENCE_S = 30.0  # with a sandbox that comes up while a run does
 PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+_GONE = 410
 MAX_ANSWER_BYTES = 1 << 22
 SHOWN_CHARACTERS = 300  # of an answer, in a message
 
 
+class Cell(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a program belongs: to a notebook, by the name that its client drew, as program `number` (from 1 on).
+
+    `past`: what was run in it before, of a notebook that may have to be made.
+    """
+
+    notebook: Annotated[str, msgspec.Meta(min_length=16, max_length=64)]
+    number: Annotated[int, msgspec.Meta(ge=1)]
+    past: list[PastCall] | None = None
+
+
 class Program(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A request to run a program."""
+    """A request to run a program; `cell`: in a notebook."""
 
     code: str
     timeout_s: float
     memory_mb: int
     max_output_chars: int
+    cell: Cell | None = None
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -74,6 +91,10 @@ class _Refused(Exception):
     """The service understood and refused."""
 
 
+class _Forgotten(Exception):
+    """The service does not know the notebook."""
+
+
 class RemotePython:
     """The tool. Each attempt has a connection of its own, closed with it; at most `config.concurrency` programs are under way."""
 
@@ -84,9 +105,13 @@ class RemotePython:
 
     @asynccontextmanager
     async def session(self, past: Sequence[PastCall] = ()) -> AsyncIterator[RemoteSession]:
-        """The tool over one connection, which is made when it is needed. Programs share nothing, so `past` does not matter."""
+        """The tool over one connection, which is made when it is needed. `past` matters to a notebook alone."""
         async with _connected(self._key) as http:
-            yield RemoteSession(self._config, self._slots, http)
+            session = RemoteSession(self._config, self._slots, http, past)
+            try:
+                yield session
+            finally:
+                await session.close()
 
     async def run(self, code: str) -> ToolResult:
         """What `code` said, over a connection for this call. Raises RolloutError: see the module."""
@@ -95,21 +120,44 @@ class RemotePython:
 
 
 class RemoteSession:
-    """The connection of one attempt."""
+    """The connection of one attempt, and its notebook."""
 
-    def __init__(self, config: RemoteTool, slots: asyncio.Semaphore, http: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, config: RemoteTool, slots: asyncio.Semaphore, http: aiohttp.ClientSession, past: Sequence[PastCall] = ()
+    ) -> None:
         self._config = config
         self._slots = slots
         self._http = http
+        self._past = list(past)
+        self._notebook = secrets.token_hex(16)
+        self._there = False  # whether the service has the notebook, as far as is known
 
     async def run(self, code: str) -> ToolResult:
         """What `code` said. Raises RolloutError: see the module."""
-        config = self._config
-        program = Program(code, config.timeout_s, config.memory_mb, config.max_output_chars)
         async with self._slots:
             begun = time.monotonic()
-            said = await self._patiently(program)
-        return ToolResult(clip_middle(said.output, config.max_output_chars), said.ok, time.monotonic() - begun)
+            try:
+                said = await self._patiently(self._program(code))
+            except _Forgotten:
+                self._there = False
+                said = await self._patiently(self._program(code))
+        output = clip_middle(said.output, self._config.max_output_chars)
+        self._there = self._config.notebook
+        self._past.append(PastCall(code, output))
+        return ToolResult(output, said.ok, time.monotonic() - begun)
+
+    async def close(self) -> None:
+        """Let the service end the notebook at once; one that is not told ends it after some time."""
+        if self._there:
+            url = f"{self._config.url}{NOTEBOOKS}/{self._notebook}"
+            with suppress(aiohttp.ClientError, TimeoutError):
+                await self._http.delete(url, timeout=aiohttp.ClientTimeout(total=CLOSING_S), allow_redirects=False)
+
+    def _program(self, code: str) -> Program:
+        config, cell = self._config, None
+        if config.notebook:
+            cell = Cell(self._notebook, len(self._past) + 1, None if self._there else self._past)
+        return Program(code, config.timeout_s, config.memory_mb, config.max_output_chars, cell)
 
     async def _patiently(self, program: Program) -> Said:
         for number in range(self._config.retries + 1):
@@ -117,6 +165,10 @@ class RemoteSession:
                 await asyncio.sleep(min(PAUSE_S * 2 ** (number - 1), LONGEST_PAUSE_S))
             try:
                 return await _post(self._http, self._config.url, program)
+            except _Forgotten:
+                if program.cell is not None and program.cell.past is None:
+                    raise
+                newest = _Unanswered("it forgets notebooks")
             except _Refused as refused:
                 raise RolloutError(f"the sandbox at {self._config.url} refused a program: {refused}") from refused
             except _Unanswered as error:
@@ -194,6 +246,8 @@ async def _ask(http: aiohttp.ClientSession, method: str, url: str, body: bytes |
     shown = content.decode("utf-8", "replace")[:SHOWN_CHARACTERS]
     if answer.status >= 500:
         raise _Unanswered(f"{answer.status}: {shown}")
+    if answer.status == _GONE:
+        raise _Forgotten
     if answer.status >= 300:
         raise _Refused(f"{answer.status}: {shown}")
     try:

@@ -10,22 +10,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-from ctpo_megatron.config.tools import PythonTool, RemoteTool
+from ctpo_megatron.config.tools import NotebookTool, PythonTool, RemoteTool
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.jobs.serve_sandbox import serve
-from ctpo_megatron.rollout.protocols import ToolResult
-from ctpo_megatron.rollout.sandbox import MIB, BubblewrapPython, sandbox_available, service
+from ctpo_megatron.rollout.protocols import PastCall, ToolResult
+from ctpo_megatron.rollout.sandbox import MIB, BubblewrapPython, Notebooks, sandbox_available, service
+from ctpo_megatron.rollout.sandbox import shelf as shelf_module
 from ctpo_megatron.rollout.sandbox.key import header
-from ctpo_megatron.rollout.sandbox.remote import RemotePython
+from ctpo_megatron.rollout.sandbox.remote import Cell, RemotePython
 from ctpo_megatron.rollout.sandbox.service import Most, Service
+from ctpo_megatron.rollout.sandbox.shelf import NoRoomForNotebook, Shelf, UnknownNotebook
 from ctpo_megatron.rollout.tools import make_tool
 
 pytestmark = pytest.mark.skipif(sandbox_available() is not None, reason=str(sandbox_available()))
@@ -36,10 +38,10 @@ WHOLE = {"code": "print(6 * 7)", "timeout_s": 9.0, "memory_mb": 256, "max_output
 
 
 @asynccontextmanager
-async def serving(most: Most = MOST) -> AsyncIterator[str]:
+async def serving(most: Most = MOST, port: int = 0) -> AsyncIterator[str]:
     runner = Service(most, KEY).runner()
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
     try:
         yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
@@ -235,3 +237,108 @@ def test_the_command_serves_the_loopback_until_a_signal(key_file: Path) -> None:
         command.kill()
         command.wait()
     assert (command.returncode, out, err) == (128 + signal.SIGTERM, "", "")
+
+
+def test_a_notebook_there_is_what_it_is_here(key_file: Path) -> None:
+    codes = ["x = 3", "x * 14", "print('so far')\n1/0", "x", "import os; os._exit(1)", "x", "y = 1\ny"]
+
+    async def there() -> list[str]:
+        async with serving() as url:
+            tool = RemotePython(RemoteTool(url=url, key_file=str(key_file), notebook=True, memory_mb=MEMORY_MB))
+            async with tool.session() as one, tool.session() as other:
+                found = [(await one.run(each)).output for each in codes]
+                assert (await other.run("y")).output == "NameError: name 'y' is not defined"
+                assert programs()
+            await until_gone()
+            return found
+
+    async def here() -> list[str]:
+        async with Notebooks(NotebookTool()).session() as notebook:
+            return [(await notebook.run(each)).output for each in codes]
+
+    assert asyncio.run(asyncio.wait_for(there(), 60)) == asyncio.run(here())
+
+
+def test_a_notebook_outlives_the_service_that_has_it(key_file: Path) -> None:
+    """Its programs run again in one of the next service."""
+
+    async def play() -> None:
+        async with AsyncExitStack() as first, AsyncExitStack() as second:
+            url = await first.enter_async_context(serving())
+            tool = RemotePython(RemoteTool(url=url, key_file=str(key_file), notebook=True))
+            async with tool.session([PastCall("x = 3", "")]) as one:
+                assert (await one.run("x += 1\nx")).output == "4"
+                await first.aclose()
+                await second.enter_async_context(serving(port=int(url.rpartition(":")[2])))
+                assert (await one.run("x")).output == "4"
+
+    asyncio.run(asyncio.wait_for(play(), 60))
+
+
+ID = "0123456789abcdef"
+CONFIG = PythonTool(memory_mb=MEMORY_MB)
+
+
+def on_shelf(play: Callable[[Shelf], Awaitable[None]]) -> None:
+    async def run() -> None:
+        shelf = Shelf(asyncio.Semaphore(4))
+        await play(shelf)
+        shelf.close_all()
+        await until_gone()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_no_program_is_run_twice_in_a_notebook() -> None:
+    async def play(shelf: Shelf) -> None:
+        count = "x = globals().get('x', 0) + 1\nx"
+        first = await asyncio.gather(*(shelf.run(Cell(ID, 1, []), count, CONFIG) for _ in range(3)))
+        assert [each.output for each in first] == ["1"] * 3
+        assert (await shelf.run(Cell(ID, 2), count, CONFIG)).output == "2"
+        with pytest.raises(UnknownNotebook):  # the answer to this number is known, but it was another program's
+            await shelf.run(Cell(ID, 2), "x", CONFIG)
+        with pytest.raises(UnknownNotebook):  # so that notebook is gone
+            await shelf.run(Cell(ID, 3), count, CONFIG)
+        past = [PastCall(count, "1"), PastCall(count, "2")]
+        assert (await shelf.run(Cell(ID, 3, past), count, CONFIG)).output == "3"
+
+    on_shelf(play)
+
+
+def test_a_notebook_that_nobody_uses_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "IDLE_S", 0.05)
+
+    async def play(shelf: Shelf) -> None:
+        assert (await shelf.run(Cell(ID, 1, []), "import time; time.sleep(0.3)\n'whole'", CONFIG)).ok
+        await until_gone()
+        with pytest.raises(UnknownNotebook):
+            await shelf.run(Cell(ID, 2), "1", CONFIG)
+
+    on_shelf(play)
+
+
+def test_a_notebook_that_is_closed_while_it_runs_ends_after_its_program() -> None:
+    async def play(shelf: Shelf) -> None:
+        running = asyncio.ensure_future(shelf.run(Cell(ID, 1, []), "import time; time.sleep(0.3); print('whole')", CONFIG))
+        await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(shelf.run(Cell(ID, 2), "print('late')", CONFIG))
+        while len(programs()) < 2:
+            await asyncio.sleep(0.01)
+        shelf.close(ID)
+        assert (await running).output == "whole"
+        with pytest.raises(UnknownNotebook):
+            await waiting
+        await until_gone()
+
+    on_shelf(play)
+
+
+def test_no_more_notebooks_are_opened_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf_module, "MOST_NOTEBOOKS", 1)
+
+    async def play(shelf: Shelf) -> None:
+        await shelf.run(Cell(ID, 1, []), "1", CONFIG)
+        with pytest.raises(NoRoomForNotebook):
+            await shelf.run(Cell(ID[::-1], 1, []), "1", CONFIG)
+
+    on_shelf(play)

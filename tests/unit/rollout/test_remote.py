@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ctpo_megatron.config.tools import RemoteTool
 from ctpo_megatron.errors import ConfigError, RolloutError
 from ctpo_megatron.jobs.journal import recipe
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import Sampling, ToolResult
+from ctpo_megatron.rollout.protocols import PastCall, Sampling, ToolResult
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.rollout.sandbox import CASES, remote
 from ctpo_megatron.rollout.sandbox.key import read_key
@@ -185,6 +186,24 @@ def test_a_sandbox_that_is_down_is_no_fault_of_the_model(key_file: Path, monkeyp
         assert (made.reward, made.tool_calls, made.tool_errors, len(server.asked)) == (1.0, 1, 0, 3)
 
     asyncio.run(run())
+
+
+def test_a_notebook_that_is_not_there_is_made_again_from_its_programs(key_file: Path) -> None:
+    async def run() -> None:
+        gone = web.Response(status=410)
+        server = Server(web.Response(status=500), said("1"), said("2"), gone, gone, said("3"), web.Response(status=204))
+        async with server as url:
+            tool = RemotePython(RemoteTool(url=url, key_file=str(key_file), notebook=True))
+            async with tool.session([PastCall("before", "0")]) as session:
+                assert [(await session.run(each)).output for each in ("a", "b", "c")] == ["1", "2", "3"]
+        bodies = [json.loads(body) for path, _, body in server.asked if path == "/run"]
+        assert [(each["code"], each["cell"]["number"]) for each in bodies] == [*[("a", 2)] * 2, ("b", 3), *[("c", 4)] * 3]
+        sent = [None if each["cell"]["past"] is None else [past["code"] for past in each["cell"]["past"]] for each in bodies]
+        assert sent == [["before"], ["before"], None, None, ["before", "a", "b"], ["before", "a", "b"]]
+        (name,) = {each["cell"]["notebook"] for each in bodies}
+        assert server.asked[-1][0] == f"/notebooks/{name}"
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def start(key_file: Path, *answers: web.Response, **options: object) -> None:
