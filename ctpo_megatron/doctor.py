@@ -218,7 +218,6 @@ def sandbox_row() -> Row:
     """Whether bubblewrap can confine the model's code here, and whether its confinement holds against the escape test."""
     if shutil.which("bwrap") is None:
         return Row("bubblewrap", "note", "not installed", "rollout.tool.type=python needs it; install the package `bubblewrap`")
-    sandbox_available.cache_clear()
     reason = sandbox_available()
     if reason is not None:
         return Row("bubblewrap", "note", "installed, but cannot confine", f"rollout.tool.type=python cannot run: {reason}")

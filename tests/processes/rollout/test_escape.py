@@ -109,6 +109,7 @@ def test_a_sandbox_without_its_limits_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_sandbox
 def test_a_sandbox_that_does_not_end_programs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(escape, "ENDLESS", "import time; time.sleep(0.5)")
     ended = process.ConfinedProcess.ended
     monkeypatch.setattr(process.ConfinedProcess, "ended", lambda self, _timeout_s: ended(self, 60.0))
     assert [str(each) for each in escapes(PythonTool())] == ["time (a program was not ended after 0.1 s)"]

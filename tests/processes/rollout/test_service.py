@@ -265,10 +265,11 @@ def test_a_notebook_outlives_the_service_that_has_it(key_file: Path) -> None:
     async def play() -> None:
         async with AsyncExitStack() as first, AsyncExitStack() as second:
             url = await first.enter_async_context(serving())
-            tool = RemotePython(RemoteTool(url=url, key_file=str(key_file), notebook=True))
+            tool = RemotePython(RemoteTool(url=url, key_file=str(key_file), notebook=True, memory_mb=MEMORY_MB))
             async with tool.session([PastCall("x = 3", "")]) as one:
                 assert (await one.run("x += 1\nx")).output == "4"
                 await first.aclose()
+                await until_gone()
                 await second.enter_async_context(serving(port=int(url.rpartition(":")[2])))
                 assert (await one.run("x")).output == "4"
 
