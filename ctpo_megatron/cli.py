@@ -24,6 +24,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.sources import home_path
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
 from ctpo_megatron.jobs.children import end_children
+from ctpo_megatron.jobs.serving import serve_sandbox
 from ctpo_megatron.jobs.stop import StopSignal
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -211,6 +212,9 @@ def replay(
     replay_job(dump, overrides or [], as_json=as_json)
 
 
+app.command("serve-sandbox")(serve_sandbox)
+
+
 @app.command()
 def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=_at_home)]) -> None:
     """What became of the groups of a run, by length and difficulty: how many were trained on, replaced or lost."""
@@ -222,14 +226,9 @@ def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=_at
 @app.command()
 def doctor() -> None:
     """What this host has and lacks for a run; exit code 1 when a run cannot work here."""
-    from rich.console import Console
+    from ctpo_megatron.doctor import doctor_job
 
-    from ctpo_megatron.doctor import as_table, diagnose
-
-    found = diagnose()
-    Console().print(as_table(found))
-    print(found.verdict)
-    raise typer.Exit(found.exit_code)
+    raise typer.Exit(doctor_job())
 
 
 @app.command()

@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ctpo_megatron.config.tools import PythonTool
 from ctpo_megatron.engine import toolkit
 from ctpo_megatron.environment import TRAINER, Reader, check_environment, environment_of, variables
 from ctpo_megatron.errors import InputError
+from ctpo_megatron.rollout.sandbox import CASES, escapes, sandbox_available
 
 DISTRIBUTION = "ctpo_megatron"
 OLDEST_PYTHON = (3, 11)
@@ -38,7 +41,6 @@ TORCH_QUERY = "import torch; print(torch.cuda.device_count(), torch.version.cuda
 OLDEST_DRIVER = {12: 525, 13: 580}  # by the major version of torch's CUDA
 ENGINE_IMPORT = "import transformer_engine.pytorch"
 IMPORT_TIMEOUT_S = 180.0
-CONFINED_TRUE = ("bwrap", "--unshare-all", "--die-with-parent", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,14 @@ def diagnose(run_dir: Path = Path(".")) -> Diagnosis:
         *environment_rows("cuda" if has_gpu else "cpu"),
     ]
     return Diagnosis(rows, verdict(rows))
+
+
+def doctor_job() -> int:
+    """Print all findings and the verdict; returns the command's exit code."""
+    found = diagnose()
+    Console().print(as_table(found))
+    print(found.verdict)
+    return found.exit_code
 
 
 def verdict(rows: Iterable[Row]) -> str:
@@ -205,13 +215,18 @@ def environment_rows(device: str) -> list[Row]:
 
 
 def sandbox_row() -> Row:
-    """Whether bubblewrap can confine the model's code here."""
+    """Whether bubblewrap can confine the model's code here, and whether its confinement holds against the escape test."""
     if shutil.which("bwrap") is None:
         return Row("bubblewrap", "note", "not installed", "rollout.tool.type=python needs it; install the package `bubblewrap`")
-    if _output(CONFINED_TRUE) is None:
-        meaning = "rollout.tool.type=python cannot run; this kernel or container forbids user namespaces"
-        return Row("bubblewrap", "note", "installed, but cannot confine", meaning)
-    return Row("bubblewrap", "ok", (_output(("bwrap", "--version")) or "usable").removeprefix("bubblewrap "))
+    reason = sandbox_available()
+    if reason is not None:
+        return Row("bubblewrap", "note", "installed, but cannot confine", f"rollout.tool.type=python cannot run: {reason}")
+    found = escapes(PythonTool())
+    if found:
+        meaning = "rollout.tool.type=python refuses to start: what a program must not do is possible here"
+        return Row("bubblewrap", "note", f"does not hold: {'; '.join(map(str, found))}", meaning)
+    version = (_output(("bwrap", "--version")) or "usable").removeprefix("bubblewrap ")
+    return Row("bubblewrap", "ok", version, f"holds against the escape test: {', '.join(CASES)}")
 
 
 def slurm_row() -> Row:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.tools import UNSAID
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.events import Emit
 from ctpo_megatron.record.storage import Storage
@@ -36,7 +37,7 @@ def recipe(config: RunConfig) -> str:
     """Returns a digest of all settings that change what an attempt in training says or is worth, beside weights and prompt."""
     others = {"group_size", "concurrency", "deadline_s", "engine", "retries", "failed_share", "failed_window", "dynamic"}
     settings = {
-        "rollout": config.rollout.model_dump(mode="json", exclude=others),
+        "rollout": config.rollout.model_dump(mode="json", exclude={**dict.fromkeys(others, True), "tool": UNSAID}),
         "chat": config.model.model_dump(mode="json", exclude={"path"}),
         "top_k": config.algorithm.top_k,
         "routing_replay": config.moe.routing_replay,

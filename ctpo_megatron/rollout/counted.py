@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ctpo_megatron.record.heartbeat import Depths
-from ctpo_megatron.rollout.protocols import Reward, Score, ToolResult, ToolRunner
+from ctpo_megatron.rollout.protocols import PastCall, Reward, Score, ToolResult, ToolRunner
+from ctpo_megatron.rollout.tools import opened
 from ctpo_megatron.types import Prompt
 
 
@@ -20,6 +23,12 @@ class CountedTool:
         """What the tool says of `code`."""
         with self.depths("the tool"):
             return await self.tool.run(code)
+
+    @asynccontextmanager
+    async def session(self, past: Sequence[PastCall]) -> AsyncIterator[ToolRunner]:
+        """The tool of one attempt, its callers counted as well."""
+        async with opened(self.tool, past) as tool:
+            yield CountedTool(tool, self.depths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.rollout.protocols import Chat, Generator, Reward, Sampling, ToolRunner
-from ctpo_megatron.rollout.tools import extract_code
+from ctpo_megatron.rollout.protocols import Chat, Generator, PastCall, Reward, Sampling, ToolRunner
+from ctpo_megatron.rollout.tools import extract_code, opened
 from ctpo_megatron.types import AttemptId, Generation, Prompt, Status, Trajectory
 
 
@@ -49,7 +51,8 @@ class ToolEnvironment:
         attempt.begin_work()
         try:
             if attempt.status is None:
-                attempt.status = await self._play(attempt, session, sampling, note, deadline)
+                async with nullcontext() if self._tool is None else opened(self._tool, self._past(attempt)) as tool:
+                    attempt.status = await self._play(attempt, tool, session, sampling, note, deadline)
             written = [self._chat.decode(turn.token_ids) for turn in attempt.assistant_turns]
             score = await self._reward.score(prompt, "\n".join(written))
         finally:
@@ -70,8 +73,20 @@ class ToolEnvironment:
             routed_experts=np.concatenate(attempt.routed_experts) if attempt.routed_experts else None,
         )
 
+    def _past(self, attempt: Attempt) -> list[PastCall]:
+        """The programs that the tool has run for `attempt`."""
+        asked = [turn for turn, after in pairwise(attempt.turns) if after.role == "tool"]
+        codes = [extract_code(self._chat.decode(turn.token_ids)) or "" for turn in asked]
+        return [PastCall(code, output) for code, output in zip(codes, attempt.outputs, strict=True)]
+
     async def _play(
-        self, attempt: Attempt, session: int, sampling: Sampling, note: Callable[[Attempt], None], deadline: float | None
+        self,
+        attempt: Attempt,
+        tool: ToolRunner | None,
+        session: int,
+        sampling: Sampling,
+        note: Callable[[Attempt], None],
+        deadline: float | None,
     ) -> Status:
         if sampling.max_turns < 1:
             raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
@@ -83,16 +98,16 @@ class ToolEnvironment:
             if attempt.finish == "deadline":
                 return Status.DEADLINE
             code = None
-            if self._tool is not None:
+            if tool is not None:
                 code = extract_code(self._chat.decode(attempt.turns[-1].token_ids))
-            if self._tool is None or code is None:
+            if tool is None or code is None:
                 return Status.FINISHED
             if len(attempt.assistant_turns) >= sampling.max_turns:
                 return Status.MAX_TURNS
             limit = asyncio.timeout_at(deadline)
             try:
                 async with limit:
-                    added = await self._tool_turn(self._tool, attempt, code, sampling)
+                    added = await self._tool_turn(tool, attempt, code, sampling)
             except TimeoutError:
                 if not limit.expired():  # it is the tool's own
                     raise

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.types import WHOLE, AttemptId, Generation, Prompt, Trajectory, Truncation
@@ -75,6 +76,23 @@ class ToolRunner(Protocol):
 
     async def run(self, code: str) -> ToolResult:
         """Errors of the code are results; an exception means that the tool itself is broken."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PastCall:
+    """A program that a tool has run, and what it said."""
+
+    code: str
+    output: str
+
+
+@runtime_checkable
+class ToolSessions(Protocol):
+    """A tool with a lifetime for each attempt: what an attempt uses is opened with it and closed with it (`tools.opened`)."""
+
+    def session(self, past: Sequence[PastCall]) -> AbstractAsyncContextManager[ToolRunner]:
+        """The tool of one attempt, in which `past` has been run before, maybe in another process."""
         ...
 
 

@@ -16,6 +16,8 @@ from ctpo_megatron import doctor
 from ctpo_megatron.doctor import Row
 from ctpo_megatron.engine import toolkit
 from ctpo_megatron.engine.toolkit import Part
+from ctpo_megatron.rollout.sandbox import sandbox_available
+from ctpo_megatron.rollout.sandbox.escape import Escape
 
 STUBS = "#!/bin/sh\n"
 
@@ -157,11 +159,20 @@ def test_the_other_apex_is_recognised(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_sandbox_that_cannot_confine_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put(tmp_path, "bwrap", "exit 1")
+    put(tmp_path, "bwrap", "echo 'bubblewrap 9.9'; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "sandbox_available", sandbox_available.__wrapped__)  # what this test finds is not to be kept
     assert doctor.sandbox_row().found == "installed, but cannot confine"
+    monkeypatch.setattr(doctor, "sandbox_available", lambda: None)
+    monkeypatch.setattr(doctor, "escapes", lambda _config: [Escape("files", "/etc/passwd read")])
+    row = doctor.sandbox_row()
+    assert (row.state, row.found) == ("note", "does not hold: files (/etc/passwd read)")
+    assert "refuses to start" in row.meaning
     put(tmp_path, "bwrap", "echo 'bubblewrap 9.9'")
-    assert doctor.sandbox_row() == Row("bubblewrap", "ok", "9.9")
+    monkeypatch.setattr(doctor, "escapes", lambda _config: [])
+    row = doctor.sandbox_row()
+    assert (row.state, row.found) == ("ok", "9.9")
+    assert "network, processes, environment, files, forks, memory, disk, output, time" in row.meaning
 
 
 def test_slurm_commands_without_a_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from ctpo_megatron.errors import ConfigError, RolloutError
 from ctpo_megatron.rollout import sandbox
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.protocols import ToolResult
-from ctpo_megatron.rollout.sandbox import BubblewrapPython, sandbox_available
-from ctpo_megatron.rollout.seccomp import filter_program
+from ctpo_megatron.rollout.sandbox import BubblewrapPython, process, sandbox_available
+from ctpo_megatron.rollout.sandbox.command import Limits, interpreter_words
+from ctpo_megatron.rollout.sandbox.seccomp import filter_program
 from ctpo_megatron.rollout.tools import extract_code, make_tool
 
 needs_sandbox = pytest.mark.skipif(sandbox_available() is not None, reason=str(sandbox_available()))
@@ -285,6 +287,28 @@ def test_programs_die_with_the_process_that_runs_them():
     finally:
         parent.kill()
         parent.wait()
+    assert_nothing_left()
+
+
+@needs_sandbox
+def test_programs_die_with_the_thread_that_started_them():
+    """What `--die-with-parent` does in bubblewrap 0.8, and why the thread of the event loop starts programs."""
+    begun = []
+
+    def begin() -> None:
+        with process.memory_file() as stdin, process.memory_file() as said:
+            stdin.write(b"import time; time.sleep(60)")
+            stdin.seek(0)
+            words = interpreter_words("-")
+            begun.append(process.ConfinedProcess(words, Limits(MEMORY_MB, 9), stdin=stdin, stdout=said, stderr=said))
+            while begun[0].child() is None:
+                time.sleep(0.005)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    thread.join()
+    assert asyncio.run(begun[0].ended(20.0))
+    assert begun[0].collect()[1] == signal.SIGKILL
     assert_nothing_left()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.errors import AsideLost, ConfigError, EngineError, EngineRefused, NoServerLeft, RolloutError, StorageError
+from ctpo_megatron.record.heartbeat import Depths
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.calculator import Calculator
+from ctpo_megatron.rollout.counted import CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import Sampling, Score, ToolResult, ToolRunner
+from ctpo_megatron.rollout.protocols import PastCall, Sampling, Score, ToolResult, ToolRunner
 from ctpo_megatron.rollout.rewards import last_box
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.types import Generation, GroupId, Prompt, Status, Trajectory
@@ -463,3 +466,77 @@ def test_a_prompt_is_rendered_once_for_all_attempts_of_a_group() -> None:
     begun = [environment.begin(prompt, ATTEMPT) for prompt in (PROMPT, PROMPT, again, again, PROMPT)]
     assert ["".join(map(chr, each.prompt_ids)) for each in begun] == ["question"] * 2 + ["another"] * 2 + ["question"]
     assert chat.rendered == 3
+
+
+class Sessions:
+    """A tool that gives each attempt a session of its own and notes what becomes of it."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.open = list(errors), 0
+        self.begun: list[list[PastCall]] = []
+
+    async def run(self, code: str) -> ToolResult:
+        raise AssertionError("an attempt has a session")
+
+    @asynccontextmanager
+    async def session(self, past):
+        self.begun.append(list(past))
+        self.open += 1
+        try:
+            yield Tool(0.0, *self.errors[:1])
+        finally:
+            self.open -= 1
+            self.errors = self.errors[1:]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_tool_with_sessions_is_opened_with_the_attempt_and_closed_with_it(counted: bool) -> None:
+    tool, depths = Sessions(), Depths()
+    trajectory, _ = play(CALL, WRONG, r"\boxed{56}", tool=CountedTool(tool, depths) if counted else tool)
+    assert (trajectory.tool_calls, trajectory.status) == (2, Status.FINISHED)
+    assert (tool.begun, tool.open) == ([[]], 0)
+
+
+def test_an_attempt_that_is_tried_again_gives_its_new_session_the_programs_of_the_old_one() -> None:
+    class Fails(Script):
+        """It has no answer to the second tool's turn at first."""
+
+        async def generate(self, input_ids, done, **options):
+            if "".join(map(chr, input_ids)).count("{") == 2 and not self.failed:
+                self.failed = True
+                raise EngineError("no answer")
+            return await super().generate(input_ids, done, **options)
+
+    engine, tool = Fails([CALL, WRONG, r"\boxed{56}"]), Sessions()
+    engine.failed = False
+    rollouter = Rollouter(ToolEnvironment(engine, Letters(), tool, Boxes()), RolloutConfig(retries=1))
+    (made,) = asyncio.run(rollouter.group(PROMPT, GROUP, size=1, sampling=Sampling(1.0, 5, 1000))).trajectories
+    assert made.reward == 1.0
+    assert tool.begun == [[], [PastCall("print(7*8)\n", "7"), PastCall("print(7/0)\n", "7")]]
+    assert tool.open == 0
+
+
+def test_a_session_ends_when_its_attempt_is_cancelled_or_fails() -> None:
+    tool = Sessions(ValueError("the tool's host"), ValueError("the tool's host"))
+    environment = ToolEnvironment(Script([CALL]), Letters(), tool, Boxes())
+    with pytest.raises(ValueError, match="the tool's host"):
+        asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 9, Sampling(1.0, 5, 1000)))
+    assert (len(tool.begun), tool.open) == (1, 0)
+
+    class Slow(Script):
+        async def generate(self, input_ids, done, **options):
+            self.asked.set()
+            return await asyncio.sleep(3600)
+
+    async def cancelled() -> None:
+        engine = Slow([CALL])
+        engine.asked = asyncio.Event()
+        environment = ToolEnvironment(engine, Letters(), tool, Boxes())
+        running = asyncio.ensure_future(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 9, Sampling(1.0, 5, 1000)))
+        await engine.asked.wait()
+        assert tool.open == 1
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(cancelled())
+    assert tool.open == 0
