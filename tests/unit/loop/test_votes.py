@@ -6,7 +6,8 @@ import asyncio
 
 from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.loop.evaluation.votes import Votes, count_votes
-from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.protocols import Outcome
+from ctpo_megatron.rollout.rewards.math import MathReward
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory
 
 PROMPT = Prompt(0, ({"role": "user", "content": "?"},), r"\frac{1}{2}")
@@ -30,7 +31,7 @@ def test_by_the_real_grader_and_not_by_the_text() -> None:
     async def scenario() -> tuple[list[Trajectory], Votes]:
         grader = MathReward(MathRewardConfig())
         try:
-            scores = [await grader.score(PROMPT, text) for text in texts]
+            scores = [await grader.score(PROMPT, Outcome(text)) for text in texts]
             attempts = [attempt(number, score.given, score.reward) for number, score in enumerate(scores)]
             return attempts, await count_votes(attempts, grader)
         finally:
