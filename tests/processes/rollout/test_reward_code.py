@@ -45,7 +45,7 @@ def test_programs_that_read_and_print() -> None:
         "print(3)",
         "print(3)\nraise SystemExit(1)",
         "if __name__ == '__main__':\n    print(sum(int(w) for l in __import__('sys').stdin for w in l.split()))",
-        "print(sys.stdin.read())",  # what ran before has left no names behind
+        "print(sum(map(int, sys.stdin.read().split())))",  # what ran before has left no names behind
         "print(1",
     ) == [1.0, 0.0, 0.5, 0.5, 0.0, 1.0, 0.0, 0.0]
 

@@ -20,9 +20,9 @@ from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
 from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, train_metrics
 from ctpo_megatron.parallel import RankCoords, own_experts, zigzag_shard
+from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.record.trajectories import as_row
 from ctpo_megatron.record.values import Mean
-from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Outcome, Sampling, Score
 from ctpo_megatron.types import WHOLE, Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup, Truncation

@@ -38,7 +38,7 @@ def test_a_format_is_found_over_line_ends(text: str, worth: float) -> None:
 
 def test_a_search_without_end_is_undecided_and_others_go_on_meanwhile() -> None:
     async def both() -> tuple[Score, int]:
-        term = Format(FormatTerm(pattern=r"\A(?:a|a|aa)*c?\Z", timeout_s=0.1))
+        term = Format(FormatTerm(pattern=r"\A(?:a|a|aa)*c?\Z", timeout_s=0.5))
         hopeless, turns = asyncio.ensure_future(term.score(PROMPT, Outcome("a" * 60 + "b"))), 0
         while not hopeless.done():
             turns += 1
@@ -46,8 +46,8 @@ def test_a_search_without_end_is_undecided_and_others_go_on_meanwhile() -> None:
         return await hopeless, turns
 
     score, turns = asyncio.run(both())
-    assert (score.reward, score.undecided, score.why) == (0.0, True, "the search for the pattern: no end within 0.1 s")
-    assert turns > 1
+    assert (score.reward, score.undecided, score.why) == (0.0, True, "the search for the pattern: no end within 0.5 s")
+    assert turns > 4  # 2 or 3 where the search keeps all other threads out
 
 
 @pytest.mark.parametrize(("tokens", "worth"), [(0, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0), (170, -1.0)])
