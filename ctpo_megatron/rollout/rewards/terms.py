@@ -20,7 +20,8 @@ class Format:
 
     async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
         """Implement `Reward.score`."""
-        try:  # in a thread (matching text lets others run) and with a clock: some patterns take for ever on some texts, and the model chooses the text
+        # in a thread and with a clock: some patterns take for ever on some texts, and the model chooses the text
+        try:
             found = await asyncio.to_thread(self._search, outcome.text)
         except TimeoutError:
             return Score(0.0, undecided=True, why=f"the search for the pattern: no end within {self._timeout_s:g} s")
