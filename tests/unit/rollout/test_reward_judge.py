@@ -7,21 +7,23 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiohttp import web
 
 from ctpo_megatron.config.rewards import JudgeReward as JudgeRewardConfig
+from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.errors import ConfigError, RolloutError
-from ctpo_megatron.rollout.protocols import Outcome, Score
+from ctpo_megatron.rollout import rollouter
+from ctpo_megatron.rollout.environment import ToolEnvironment
+from ctpo_megatron.rollout.protocols import Outcome, Sampling, Score
 from ctpo_megatron.rollout.rewards import chat_server, judge_model
 from ctpo_megatron.rollout.rewards.judge_model import JudgeReward
 from ctpo_megatron.rollout.rewards.verdict import Nonsense, last_number, last_object
-from ctpo_megatron.types import Prompt
+from ctpo_megatron.types import Generation, GroupId, Prompt, TrajectoryGroup
 
 PROMPT = Prompt(0, ({"role": "user", "content": "Who wrote $5?"},), "Ann")
-Answer = web.StreamResponse | Callable[[web.Request], Any]
 
 
 @pytest.fixture(autouse=True)
@@ -266,3 +268,55 @@ def test_a_file_that_is_none_of_replies_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "x"}) + "\n")
     with pytest.raises(ConfigError, match=r"other.jsonl, line 1: no reply of a judge"):
         scores(Played(), tmp_path, replies=str(tmp_path / "other.jsonl"))
+
+
+class Letters:
+    """A letter is its code."""
+
+    stop_token_ids = (0,)
+
+    def prompt_ids(self, messages: Any) -> list[int]:
+        return [1]
+
+    def decode(self, ids: Any, *, special: bool = False) -> str:
+        return "".join(chr(token) for token in ids if token)
+
+
+class Sampled:
+    """Says another letter each time."""
+
+    def __init__(self) -> None:
+        self.letters = 0
+
+    async def generate(self, input_ids: list[int], done: Generation, **options: Any) -> Generation:
+        self.letters += 1
+        return Generation([96 + self.letters, 0], [0.0, 0.0], [0, 0], "stop")
+
+
+@pytest.mark.parametrize(("troubles", "ended"), [(4, "well"), (99, "failed")])
+def test_attempts_outlive_a_judge_that_is_down_for_a_while_and_are_not_sampled_again(
+    troubles: int, ended: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests for each of two tries of each of two attempts."""
+    monkeypatch.setattr(rollouter, "RETRY_PAUSE_S", 0.0)
+    server = Played(*[TROUBLES[0]] * troubles, lambda: said("banana"), lambda: said("1"))
+    sampled = Sampled()
+
+    async def play() -> TrajectoryGroup:
+        async with judged_by(server, tmp_path, retries=1) as reward:
+            environment = ToolEnvironment(cast(Any, sampled), cast(Any, Letters()), None, reward)
+            played = rollouter.Rollouter(environment, RolloutConfig(retries=1))
+            return await played.group(PROMPT, GroupId(0), size=2, sampling=Sampling(1.0, 1, 9), keep_failed=True)
+
+    group = asyncio.run(play())
+    assert sampled.letters == 2
+    if ended == "well":
+        assert sorted((each.reward, each.undecided, each.why[:12]) for each in group.trajectories) == [
+            (0.0, True, "the judge's "),  # its nonsense is a verdict of a kind, and is not asked for again
+            (1.0, False, ""),
+        ]
+    else:
+        assert not group.trajectories  # nothing is trained on that nobody has looked at
+        reasons = [each.reason for each in group.failed if not each.aborted]
+        assert reasons
+        assert set(reasons) == {"RolloutError: no verdict from the judge in 2 requests: status 503: away"}
