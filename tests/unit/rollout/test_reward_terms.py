@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from ctpo_megatron.config.rewards import AnyReward, FormatTerm, LengthTerm, ToolUseTerm, verdict_settings
 from ctpo_megatron.jobs.journal import reward_recipe
 from ctpo_megatron.rollout.protocols import Outcome, Reward, Score
+from ctpo_megatron.rollout.rewards.code_tests import read_tests
 from ctpo_megatron.rollout.rewards.combination import Combination, Term
 from ctpo_megatron.rollout.rewards.opening import open_reward
 from ctpo_megatron.rollout.rewards.same_text import SameText
@@ -155,3 +158,11 @@ def test_a_run_keeps_verdicts_as_long_as_what_they_depend_on(tmp_path: Path, mon
     assert before == reward_recipe(read(type="function", function="mine_of_recipes.rewards:length", processes=9))
     (package / "rewards.py").write_text("def length(sample): return 2")
     assert reward_recipe(function) != before
+
+
+def test_the_examples_in_the_documentation_are_what_is_read() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text()
+    settings = [yaml.safe_load(block)["rollout"]["reward"] for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert [read(**each).type for each in settings] == ["combination", "judge", "function"]
+    (tests,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert [len(read_tests(line, "")) for line in tests.splitlines()] == [2, 2]
