@@ -11,7 +11,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from ctpo_megatron.config.base import FilePath, Section
 
 PLACEHOLDERS = ("question", "answer", "response")
-CAPPED_NAME = r"^[A-Za-z0-9_-]{1,40}$"
 
 
 class RewardSection(Section):
@@ -216,7 +215,7 @@ AnyTerm = Annotated[
 class RewardTerm(Section):
     """One part of a combination."""
 
-    name: str = Field(pattern=CAPPED_NAME)
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,40}$")
     """Its name in the record: `reward/term/NAME`."""
     weight: float = 1.0
     """What its value is multiplied by."""

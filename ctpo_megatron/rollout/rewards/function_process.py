@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from ctpo_megatron.rollout.rewards.verdict import numbers_of
+from ctpo_megatron.rollout.rewards.numbers import numbers_of
 
 GRACE_S = 5
 SHOWN = 500  # characters of an error

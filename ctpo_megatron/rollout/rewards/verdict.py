@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from ctpo_megatron.config.rewards import CAPPED_NAME
+from ctpo_megatron.rollout.rewards.numbers import is_number, numbers_of
 
-MAX_NUMBERS = 20  # besides the score
 _LINE = re.compile(r"(?:[A-Za-z][\w -]{0,40}[:=][\s*_]*)?([+-]?(?:\d+\.?\d*|\.\d+))")
 
 
@@ -37,20 +33,7 @@ def last_object(said: str) -> tuple[float, dict[str, float]]:
             continue
         if "score" in found:
             score = found.pop("score")
-            if not _is_number(score):
+            if not is_number(score):
                 raise Nonsense("its score is no number")
             return float(score), numbers_of(found)
     raise Nonsense("it has no JSON object with a score")
-
-
-def numbers_of(found: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the first values of `found` that are finite numbers, true and false included, under names that the record takes."""
-    good = {name: float(value) for name, value in found.items() if re.match(CAPPED_NAME, name) and _is_number(value)}
-    return dict(list(good.items())[:MAX_NUMBERS])
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:
-        return False
