@@ -16,7 +16,7 @@ from ctpo_megatron.config.rewards import FunctionReward as FunctionRewardConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.protocols import Outcome, Score
-from ctpo_megatron.rollout.rewards.process import READY, Lost, Worker, not_started
+from ctpo_megatron.rollout.rewards.process import READY, Late, Lost, Worker, not_started
 from ctpo_megatron.rollout.rewards.same_text import SameText
 from ctpo_megatron.types import Prompt
 
@@ -42,8 +42,10 @@ class FunctionReward(SameText):
         worker = await self._idle.get()
         try:
             found = json.loads(await worker.ask(request, self._config.timeout_s + GRACE_S))
+        except Late:
+            found = {"why": f"no end within {self._config.timeout_s:g} s"}
         except Lost as lost:
-            found = {"why": str(lost).replace(f"{self._config.timeout_s + GRACE_S:g}", f"{self._config.timeout_s:g}")}
+            found = {"why": str(lost)}
         finally:
             self._idle.put_nowait(worker)
         self._names |= set(found.get("terms", {}))

@@ -19,6 +19,10 @@ class Lost(Exception):
     """A process gave no answer, and was ended. Its words say why."""
 
 
+class Late(Lost):
+    """It gave none in time."""
+
+
 class Worker:
     """Runs `command`, which is started when first asked and again after it had to be ended.
 
@@ -95,7 +99,7 @@ class _Process:
             async with asyncio.timeout(timeout_s):
                 line = await self._lines.readline()
         except TimeoutError:
-            raise Lost(f"no end within {timeout_s:g} s") from None
+            raise Late(f"no end within {timeout_s:g} s") from None
         except ValueError:
             raise Lost(f"it answered with more than {MAX_LINE_BYTES >> 20} MiB") from None
         if not line.endswith(b"\n"):
