@@ -25,6 +25,7 @@ from ctpo_megatron.rollout.rewards.numbers import numbers_of
 
 GRACE_S = 5
 SHOWN = 500  # characters of an error
+MAX_GIVEN_CHARS = 1000
 OWN_KEYS = ("reward", "accuracy", "given")
 
 
@@ -62,7 +63,7 @@ def usable(found: Any) -> dict[str, Any]:
         return {"why": f"it returned {parts.get('reward', kind)!r:.80}; needed: a finite number, or a dict with one as `reward`"}
     terms = numbers_of({str(key): value for key, value in parts.items() if key not in OWN_KEYS})
     given = parts.get("given")
-    return {**numbers, "terms": terms, "given": given if given is None else str(given)}
+    return {**numbers, "terms": terms, "given": given if given is None else str(given)[:MAX_GIVEN_CHARS]}
 
 
 def _words(error: BaseException) -> str:
