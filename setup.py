@@ -33,6 +33,7 @@ setup(
         "aiohttp>=3.11",
         "psutil>=7",
         "msgspec>=0.19",
+        "regex>=2024.11",
         "safetensors>=0.5",
         "numba>=0.60",
         "llvmlite>=0.43",

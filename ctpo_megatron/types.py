@@ -238,14 +238,22 @@ class Trajectory:
     tool_errors: int = 0
     seconds: float = 0.0
     routed_experts: NDArray[np.signedinteger] | None = None
-    undecided: bool = False  # whether its answer could not be compared with the right one; the reward is 0 then
+    undecided: bool = False  # whether nothing could be found out about its answer; the reward is 0 then
     given: str | None = None  # the answer that was judged, None where there is none
+    why: str = ""  # it is undecided
+    terms: dict[str, float] = field(default_factory=dict)  # what the reward is made of, and other numbers that came with it
+    accuracy: float | None = None  # what the answer alone is worth, where the reward is more than that
     id: AttemptId = field(kw_only=True)
 
     @property
     def response_length(self) -> int:
         """Returns how many tokens follow the prompt, the tool's included."""
         return sum(len(turn.token_ids) for turn in self.turns)
+
+    @property
+    def rightness(self) -> float:
+        """Returns what the answer alone is worth, which evaluations count; 1 and above is right."""
+        return self.reward if self.accuracy is None else self.accuracy
 
     @property
     def sampled_length(self) -> int:

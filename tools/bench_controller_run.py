@@ -21,6 +21,7 @@ from commands import ROOT
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
+from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet, State
@@ -42,7 +43,7 @@ from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.protocols import Sampling
-from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.rewards.math import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.toy.chain import Chain, make_chain_model
 from ctpo_megatron.types import AttemptId, Prompt, Trajectory
@@ -200,7 +201,7 @@ class Controller:
             client = await stack.enter_async_context(
                 EngineClient(fleet, self._key, request_timeout_s=REQUEST_S, traffic=rollout.engine.traffic, most=self._in_flight)
             )
-            reward = MathReward(rollout.reward)
+            reward = MathReward(MathRewardConfig())
             stack.callback(reward.close)
             self._environment = Counted(ToolEnvironment(client, ChatTokenizer(self._model), None, reward))
             self._open(stack, client)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
-from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.protocols import Outcome as Said
+from ctpo_megatron.rollout.rewards.math import MathReward
 from ctpo_megatron.types import Prompt
 
 Verdict = Callable[[str, str], bool]
@@ -57,14 +58,14 @@ def by_math_verify(gold: str, given: str) -> bool:
     """math-verify's verdict with its defaults."""
     from math_verify import parse, verify
 
-    return bool(verify(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{given}}}")))
+    return bool(verify(parse(f"\\boxed{{{gold}}}"), parse(Said(f"\\boxed{{{given}}}"))))
 
 
 def by_reward(reward: MathReward, runner: asyncio.Runner) -> Verdict:
     """The verdict of a reward as training asks for it."""
 
     def equal(gold: str, given: str) -> bool:
-        score = runner.run(reward.score(Prompt(0, (), gold), f"\\boxed{{{given}}}"))
+        score = runner.run(reward.score(Prompt(0, (), gold), Said(f"\\boxed{{{given}}}")))
         return score.reward == 1.0
 
     return equal

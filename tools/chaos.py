@@ -23,7 +23,7 @@ from commands import ROOT, ctpo, python
 from leftovers import shared_memory
 from run_ledger import Sizes
 
-from ctpo_megatron.rollout.rewards import quick_verdict
+from ctpo_megatron.rollout.rewards.math import quick_verdict
 
 START_S = 240.0
 PHASE_S = 90.0  # for the run to come into a phase

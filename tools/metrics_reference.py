@@ -17,7 +17,8 @@ Every metric of a run, written by `tools/metrics_reference.py` from `ctpo_megatr
 by these names, and TensorBoard shows them in groups by the first part; its tab `custom scalars` has a chart for each unit.
 What is not listed here is not recorded.
 
-- A `{placeholder}` stands for a whole number, `{benchmark}` for one of `eval.benchmarks` or for `held_out`, which is `data.eval`.
+- A `{placeholder}` stands for a whole number, `{benchmark}` for one of `eval.benchmarks` or for `held_out`, which is `data.eval`,
+  and `{term}` for the name of a term of the reward.
   A metric is left out of a step for which there is nothing to say.
 - Units: a `share` is of 1, a `ratio` has no unit, `nats` are of natural logarithms of probabilities.
 - The third column says how values become one, over micro-batches, ranks and the optimizer steps of a training step.

@@ -95,6 +95,11 @@ class Runtime:
         return self._trainer
 
     @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return self._run_dir
+
+    @property
     def routing(self) -> RoutingShape | None:
         """What the servers' record of chosen experts looks like; None where the trainer does not replay them."""
         return self.shape.routing if self.config.moe.routing_replay else None

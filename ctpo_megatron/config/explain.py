@@ -88,6 +88,8 @@ def _walk(loc: tuple[int | str, ...], root: type[Section]) -> tuple[tuple[int | 
         if len(options) == 1:
             section = options[0]
         path.append(part)
+        if isinstance(part, int):  # one of a list, which holds the sections that its field allows
+            continue
         field = section.model_fields.get(str(part)) if options else None
         options = sections_in(field.annotation) if field is not None else []
     return tuple(path), section

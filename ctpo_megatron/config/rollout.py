@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.dynamic import DynamicConfig
 from ctpo_megatron.config.feeding import MAIN, PoolsConfig, SourceConfig
-from ctpo_megatron.config.rewards import MathReward
+from ctpo_megatron.config.rewards import AnyReward, MathReward
 from ctpo_megatron.config.sglang_options import check_options
 from ctpo_megatron.config.tools import PythonTool, Tool
 from ctpo_megatron.config.traffic import TrafficConfig
@@ -127,7 +127,10 @@ class RolloutConfig(Section):
     """Share of the last failed_window attempts of training that may fail in this way; the run ends when more do. 0: the first one
     ends it. Attempts that are not used because another one of their group failed are not among them."""
     failed_window: PositiveInt = 256
-    """Attempts that failed_share is taken of."""
+    """Attempts that failed_share and undecided_share are taken of."""
+    undecided_share: float = Field(0.1, ge=0, le=1)
+    """Share of the last failed_window attempts of training that the reward may have looked at without coming to a verdict: a
+    judge that talks nonsense, a function that raises or hangs. Each is worth 0; the run ends when more are. 1: it never does."""
     dynamic: DynamicConfig = DynamicConfig()
     deadline_s: PositiveFloat | None = None
     """How long a trajectory of training may take, from its first request on. Then it ends where it is, with one token of the turn
@@ -135,7 +138,7 @@ class RolloutConfig(Section):
     `rollout/deadline` counts them. Evaluations have no deadline. null: none."""
     tool: Tool | None = PythonTool()
     """What executes the model's code. null: single-turn."""
-    reward: MathReward = MathReward()
+    reward: AnyReward = MathReward()
     """How an answer is judged."""
     engine: EngineConfig = EngineConfig()
     """The inference servers."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.rewards import MathReward, parts
 from ctpo_megatron.data.authors import Part, Run, parts_of, runs_of
 from ctpo_megatron.data.kind import Kind
 from ctpo_megatron.data.messages import Message
@@ -122,7 +123,9 @@ def prompts_found(file: PromptFile, use: str, read: DataRead, config: RunConfig,
     measure = Measure("prompts", Lengths.of(file.lengths), limit, "data.max_prompt_tokens", too_long)
     repeats = find_repeats(file.prompts)
     found = FileFound(file.path, use, read.rows, repeats.different, PROMPT_COLUMNS, read.ignored, [measure], repeats)
-    found.answers = judge_answers(file.prompts, config.rollout.reward)
+    by_math = next((part for _, part in parts(config.rollout.reward) if isinstance(part, MathReward)), None)
+    if by_math is not None:
+        found.answers = judge_answers(file.prompts, by_math)
     found.samples = [prompt_rendered(prompt, chat) for prompt in file.prompts[:samples]]
     return found
 

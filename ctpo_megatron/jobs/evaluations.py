@@ -13,6 +13,7 @@ from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.tools import UNSAID
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.jobs.inputs import OpenModel, load_prompts
+from ctpo_megatron.jobs.journal import reward_recipe
 from ctpo_megatron.jobs.resume import Start
 from ctpo_megatron.jobs.rollouts import OpenRollouts
 from ctpo_megatron.loop.checkpoints import checkpoint_directory
@@ -42,7 +43,8 @@ def recipes(config: RunConfig, benchmarks: Sequence[Benchmark]) -> dict[str, str
         settings = {
             "sampling": asdict(each.sampling),
             "answers": [prompt.answer for prompt in each.prompts],
-            "rollout": config.rollout.model_dump(mode="json", include={"tool", "reward"}, exclude={"tool": UNSAID}),
+            "rollout": config.rollout.model_dump(mode="json", include={"tool"}, exclude={"tool": UNSAID}),
+            "reward": reward_recipe(config.rollout.reward),
             "chat": config.model.model_dump(mode="json", exclude={"path"}),
         }
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

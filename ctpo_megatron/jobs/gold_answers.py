@@ -12,7 +12,8 @@ from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.grading.numerals import read_numeral
 from ctpo_megatron.rollout.grading.quantities import read_quantity
 from ctpo_megatron.rollout.grading.structure import Value, read_answer
-from ctpo_megatron.rollout.rewards import MAX_ANSWER_CHARS, MathReward
+from ctpo_megatron.rollout.protocols import Outcome
+from ctpo_megatron.rollout.rewards.math import MAX_ANSWER_CHARS, MathReward
 from ctpo_megatron.types import Prompt
 
 JUDGES = 2
@@ -76,7 +77,7 @@ async def _reasons(answers: Sequence[str], config: MathRewardConfig, show: Calla
 
 async def _reason(answer: str, reward: MathReward, config: MathRewardConfig) -> str | None:
     text = f"\\boxed{{{answer}}}"
-    score = await reward.score(Prompt(0, (), answer), text)
+    score = await reward.score(Prompt(0, (), answer), Outcome(text))
     if score.reward > 0:
         return None
     if score.undecided:

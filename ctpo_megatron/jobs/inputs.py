@@ -27,6 +27,7 @@ from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.rollout.rewards.opening import check_answers, check_reward
 from ctpo_megatron.types import Prompt, TrainSample
 
 Use = Literal["train", "eval", "sft"]  # the commands that read data
@@ -58,6 +59,7 @@ def open_model(config: RunConfig, use: Use) -> OpenModel:
         check_rollouts(config, shape, directory)
     chat = ChatTokenizer(config.model.path, config.model)
     if use != "sft":
+        check_reward(config.rollout.reward)
         check_own_tokens(chat, shape)
     return OpenModel(shape, chat)
 
@@ -118,7 +120,9 @@ def read_prompt_file(
 
 
 def check_prompt_file(file: PromptFile, config: RunConfig, chat: ChatTokenizer, shape: ModelShape | None) -> None:
-    """Raise DataError, naming the rows, where prompts are too long or have tokens that the model does not know."""
+    """Raise DataError, naming the rows, where prompts are too long, or have tokens that the model does not know or known
+    answers that the reward cannot use."""
+    check_answers(config.rollout.reward, file.prompts, file.path)
     refuse_long(file.prompts, file.lengths, max_tokens=config.data.max_prompt_tokens, path=file.path)
     if shape is not None:
         check_prompt_tokens(file.prompts, file.path, chat, shape, Path(config.model.path))

@@ -9,11 +9,12 @@ from typing import Any
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.record.files import Through, at_once
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.counted import CountedReward, CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import AttemptStore, Grader, ToolRunner
-from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.rewards.opening import open_reward
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.types import Generation
 
@@ -40,11 +41,17 @@ class _Aside:
 
 @asynccontextmanager
 async def open_rollouts(
-    runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None, store: AttemptStore | None = None
+    runtime: Runtime,
+    chat: ChatTokenizer,
+    tool: ToolRunner | None,
+    store: AttemptStore | None = None,
+    through: Through = at_once,
 ) -> AsyncIterator[OpenRollouts]:
-    """Sampling from the runtime's servers; connections and judges are closed on leaving. `store`: keeps attempts."""
+    """Sampling from the runtime's servers; connections and judges are closed on leaving.
+
+    `store`: keeps attempts. `through`: how what a judge says is written.
+    """
     rollout = runtime.config.rollout
-    reward = MathReward(rollout.reward)
     client = EngineClient(
         runtime.fleet,
         runtime.api_key,
@@ -54,13 +61,10 @@ async def open_rollouts(
         traffic=rollout.engine.traffic,
         most=rollout.concurrency,
     )
-    try:
-        async with client:
-            counted = None if tool is None else CountedTool(tool, runtime.depths)
-            judged = CountedReward(reward, runtime.depths)
-            environment = ToolEnvironment(client, chat, counted, judged)
-            share = runtime.config.eval.servers / rollout.engine.servers
-            aside = ToolEnvironment(_Aside(client), chat, counted, judged), max(1, round(share * rollout.concurrency))
-            yield OpenRollouts(Rollouter(environment, rollout, store, client, aside), client, reward)
-    finally:
-        reward.close()
+    async with open_reward(rollout.reward, runtime.run_dir, through) as reward, client:
+        counted = None if tool is None else CountedTool(tool, runtime.depths)
+        judged = CountedReward(reward, runtime.depths)
+        environment = ToolEnvironment(client, chat, counted, judged)
+        share = runtime.config.eval.servers / rollout.engine.servers
+        aside = ToolEnvironment(_Aside(client), chat, counted, judged), max(1, round(share * rollout.concurrency))
+        yield OpenRollouts(Rollouter(environment, rollout, store, client, aside), client, reward)

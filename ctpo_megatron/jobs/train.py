@@ -105,7 +105,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
                 files.callback(journal.close)
             run: _Run | None = None
             try:
-                async with runtime, open_rollouts(runtime, model.chat, tool, journal) as rollouts:
+                async with runtime, open_rollouts(runtime, model.chat, tool, journal, storage.write) as rollouts:
                     run = _Run(runtime, rollouts, inputs, journal, storage, events, begun, lead)
                     loop = await run.to_its_end(stop)
                     if config.checkpoint.export:

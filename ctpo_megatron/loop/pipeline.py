@@ -6,7 +6,8 @@
 
 An attempt that fails is data: its group ends as failed and another one takes its place. It is not trained on with fewer attempts:
 the group's size is part of the estimate of the advantages, and attempts that fail may be of one kind (the long ones). More
-failures than `rollout.failed_share` end the run, and so does at once what is no attempt's fault.
+failures than `rollout.failed_share` end the run, and so does at once what is no attempt's fault. An attempt whose reward is
+undecided is none: it is worth 0, and more of them than `rollout.undecided_share` end the run as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.loop.admission import Admission, Admitted, Position
 from ctpo_megatron.loop.buffer import GroupBuffer
-from ctpo_megatron.loop.failures import FailureShare
+from ctpo_megatron.loop.failures import FailureShare, UndecidedShare
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.protocols import Rollouts
 from ctpo_megatron.record.events import Emit
@@ -44,6 +45,7 @@ class Pipeline:
         self.buffer, self._ledger = buffer, ledger
         self._admission, self._rollouts, self._config, self._emit = admission, rollouts, config, emit
         self._failures = FailureShare(config.failed_share, config.failed_window)
+        self._undecided = UndecidedShare(config.undecided_share, config.failed_window)
         self._sampling = Sampling(
             config.temperature,
             config.max_turns,
@@ -82,6 +84,7 @@ class Pipeline:
             if not attempt.aborted:
                 self._emit(GroupFailed(str(group.id), str(attempt.id), attempt.reason))
         self._failures.add(made)
+        self._undecided.add(made)
         self.buffer.put(made)
 
     async def take(self, step: int) -> Taken:

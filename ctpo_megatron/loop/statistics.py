@@ -19,23 +19,35 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
     count = len(trajectories)
     ages = [version - v for t in trajectories for turn in t.turns if turn.role == "assistant" for v in turn.versions]
     calls = sum(t.tool_calls for t in trajectories)
-    return _replayed(trajectories) | {
-        "reward/mean": sum(rewards) / count,
-        "reward/std": statistics.pstdev(rewards),
-        "reward/undecided": sum(t.undecided for t in trajectories),
-        "reward/mixed_groups": sum(len({t.reward for t in g.trajectories}) > 1 for g in groups) / len(groups),
-        "rollout/response_tokens": sum(t.response_length for t in trajectories) / count,
-        "rollout/response_tokens_max": max(t.response_length for t in trajectories),
-        "rollout/sampled_tokens": sum(t.sampled_length for t in trajectories) / count,
-        "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in trajectories) / count,
-        "rollout/turns": sum(sum(turn.role == "assistant" for turn in t.turns) for t in trajectories) / count,
-        "rollout/truncated": sum(t.status is not Status.FINISHED for t in trajectories) / count,
-        "rollout/deadline": sum(t.status is Status.DEADLINE for t in trajectories) / count,
-        "rollout/staleness_mean": sum(ages) / max(len(ages), 1),
-        "rollout/staleness_max": max(ages, default=0),
-        "tool/rate": sum(t.tool_calls > 0 for t in trajectories) / count,
-        "tool/calls": calls / count,
-        "tool/error_rate": sum(t.tool_errors for t in trajectories) / max(calls, 1),
+    return (
+        _replayed(trajectories)
+        | _terms(trajectories)
+        | {
+            "reward/mean": sum(rewards) / count,
+            "reward/std": statistics.pstdev(rewards),
+            "reward/undecided": sum(t.undecided for t in trajectories),
+            "reward/mixed_groups": sum(len({t.reward for t in g.trajectories}) > 1 for g in groups) / len(groups),
+            "rollout/response_tokens": sum(t.response_length for t in trajectories) / count,
+            "rollout/response_tokens_max": max(t.response_length for t in trajectories),
+            "rollout/sampled_tokens": sum(t.sampled_length for t in trajectories) / count,
+            "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in trajectories) / count,
+            "rollout/turns": sum(sum(turn.role == "assistant" for turn in t.turns) for t in trajectories) / count,
+            "rollout/truncated": sum(t.status is not Status.FINISHED for t in trajectories) / count,
+            "rollout/deadline": sum(t.status is Status.DEADLINE for t in trajectories) / count,
+            "rollout/staleness_mean": sum(ages) / max(len(ages), 1),
+            "rollout/staleness_max": max(ages, default=0),
+            "tool/rate": sum(t.tool_calls > 0 for t in trajectories) / count,
+            "tool/calls": calls / count,
+            "tool/error_rate": sum(t.tool_errors for t in trajectories) / max(calls, 1),
+        }
+    )
+
+
+def _terms(trajectories: list[Trajectory]) -> dict[str, float]:
+    """Returns the mean of each number that came with rewards, over the trajectories that have it."""
+    names = {name for each in trajectories for name in each.terms}
+    return {
+        f"reward/term/{name}": statistics.fmean(t.terms[name] for t in trajectories if name in t.terms) for name in sorted(names)
     }
 
 

@@ -24,12 +24,12 @@ class Reduction(enum.StrEnum):
     LAST = "last"
 
 
-_PLACEHOLDERS = {"{benchmark}": "[A-Za-z0-9_-]+"}  # that do not stand for a whole number
+_PLACEHOLDERS = {"{benchmark}": "[A-Za-z0-9_-]+", "{term}": "[A-Za-z0-9_-]+"}  # that do not stand for a whole number
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number; `{benchmark}` is one for a name."""
+    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number; `{benchmark}`, `{term}`: a name."""
 
     name: str
     unit: str  # `share`: of 1; `ratio`: no unit, around 1; `nats`: of log-probs
@@ -63,7 +63,15 @@ REWARD = (
     Metric("reward/std", "reward", "Standard deviation of these rewards."),
     Metric("reward/mixed_groups", "share", "Groups whose rewards differ; only these have advantages other than 0."),
     Metric(
-        "reward/undecided", "answers", "Answers that could not be compared with the right one in time; their reward is 0.", SUM
+        "reward/undecided",
+        "answers",
+        "Answers that were judged without a verdict: no end in time, nonsense, an error; their reward is 0.",
+        SUM,
+    ),
+    Metric(
+        "reward/term/{term}",
+        "reward",
+        "A term of a combined reward before its weight, or a number that came with a reward, in the mean of those that have it.",
     ),
 )
 ROLLOUT = (

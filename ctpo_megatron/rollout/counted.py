@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ctpo_megatron.record.heartbeat import Depths
-from ctpo_megatron.rollout.protocols import PastCall, Reward, Score, ToolResult, ToolRunner
+from ctpo_megatron.rollout.protocols import Outcome, PastCall, Reward, Score, ToolResult, ToolRunner
 from ctpo_megatron.rollout.tools import opened
 from ctpo_megatron.types import Prompt
 
@@ -38,7 +38,7 @@ class CountedReward:
     reward: Reward
     depths: Depths
 
-    async def score(self, prompt: Prompt, text: str) -> Score:
-        """What the answer `text` is worth."""
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
+        """What an attempt is worth."""
         with self.depths("a verdict"):
-            return await self.reward.score(prompt, text)
+            return await self.reward.score(prompt, outcome)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.rollout.protocols import Chat, Generator, PastCall, Reward, Sampling, ToolRunner
+from ctpo_megatron.rollout.protocols import Chat, Generator, Outcome, PastCall, Reward, Sampling, ToolRunner
 from ctpo_megatron.rollout.tools import extract_code, opened
 from ctpo_megatron.types import AttemptId, Generation, Prompt, Status, Trajectory
 
@@ -53,8 +53,7 @@ class ToolEnvironment:
             if attempt.status is None:
                 async with nullcontext() if self._tool is None else opened(self._tool, self._past(attempt)) as tool:
                     attempt.status = await self._play(attempt, tool, session, sampling, note, deadline)
-            written = [self._chat.decode(turn.token_ids) for turn in attempt.assistant_turns]
-            score = await self._reward.score(prompt, "\n".join(written))
+            score = await self._reward.score(prompt, outcome_of(attempt, self._chat))
         finally:
             attempt.end_work()
         return Trajectory(
@@ -67,6 +66,9 @@ class ToolEnvironment:
             reward=score.reward,
             undecided=score.undecided,
             given=score.given,
+            why=score.why,
+            terms=dict(score.terms),
+            accuracy=score.accuracy,
             tool_calls=attempt.tool_calls,
             tool_errors=attempt.tool_errors,
             seconds=attempt.seconds,
@@ -145,6 +147,20 @@ class ToolEnvironment:
             return False
         attempt.add_tool_turn(ids, result.output)
         return True
+
+
+def outcome_of(attempt: Attempt, chat: Chat) -> Outcome:
+    """Returns what a reward sees of an attempt that has come to its end."""
+    written = [chat.decode(turn.token_ids) for turn in attempt.assistant_turns]
+    said = {"assistant": iter(written), "tool": iter(attempt.outputs)}
+    return Outcome(
+        "\n".join(written),
+        tuple((turn.role, next(said[turn.role], "")) for turn in attempt.turns),
+        attempt.response_length,
+        attempt.tool_calls,
+        attempt.tool_errors,
+        attempt.status or Status.FINISHED,
+    )
 
 
 def _check(generation: Generation, allowed: int, stop: list[int]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.types import WHOLE, AttemptId, Generation, Prompt, Trajectory, Truncation
+from ctpo_megatron.types import WHOLE, AttemptId, Generation, Prompt, Status, Trajectory, Truncation
 
 
 class Generator(Protocol):
@@ -97,22 +97,42 @@ class ToolSessions(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
-    """What an answer is worth. `undecided`: nothing could be found out about it, and it is worth 0.
+class Outcome:
+    """What an attempt came to, as rewards see it."""
 
-    `given`: the answer that was found in the text, None where there is none.
+    text: str  # all that the assistant wrote, its turns joined by line ends
+    turns: tuple[tuple[str, str], ...] = ()  # "assistant" or "tool", and what it said
+    response_tokens: int = 0  # after the prompt, tool output included
+    tool_calls: int = 0
+    tool_errors: int = 0
+    status: Status = Status.FINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an answer is worth. `undecided`: it was looked at, nothing could be found out, for the reason `why`; it is worth 0.
+
+    `given`: the answer that was found in the text, None where there is none. `terms`: numbers that are recorded, by their names.
+    `accuracy`: what the answer alone is worth, from 0 to 1, where the reward is more than that; None: it is the reward.
     """
 
     reward: float
     undecided: bool = False
     given: str | None = None
+    why: str = ""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    accuracy: float | None = None
 
 
 class Reward(Protocol):
     """Judges an answer."""
 
-    async def score(self, prompt: Prompt, text: str) -> Score:
-        """Returns what the assistant's `text` is worth as an answer to `prompt`."""
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
+        """Returns what an attempt at `prompt` is worth.
+
+        An exception means that nobody looked at the answer: the attempt is tried again, and its group is not trained on if that
+        does not help. InputError ends the run.
+        """
         ...
 
 
@@ -134,6 +154,10 @@ class Grader(Protocol):
     async def same(self, one: str, other: str) -> bool | None:
         """Returns whether two answers are equal; None where that could not be found out."""
         ...
+
+
+class Verifier(Reward, Grader, Protocol):
+    """A reward that can also tell which answers are the same."""
 
 
 class Environment(Protocol):

@@ -11,7 +11,7 @@ from typing import Any
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import Generator, Score, ToolResult
+from ctpo_megatron.rollout.protocols import Generator, Outcome, Score, ToolResult
 from ctpo_megatron.simulation.host import Host
 from ctpo_megatron.simulation.meter import Meter
 from ctpo_megatron.simulation.speeds import Speeds
@@ -92,9 +92,9 @@ class ScriptedReward:
     def __init__(self, book: Book, failing: float, seed: int) -> None:
         self._book, self._failing, self._seed = book, failing, seed
 
-    async def score(self, prompt: Prompt, text: str) -> Score:
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
         """Returns the score. Raises RolloutError for a try that fails."""
-        session, _, reward = text.rpartition("\n")[2].partition(" ")
+        session, _, reward = outcome.text.rpartition("\n")[2].partition(" ")
         playing = self._book[int(session)] if session.isdigit() else None
         if playing is None:
             return Score(0.0)  # it was cut before its last turn

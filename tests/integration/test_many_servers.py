@@ -33,7 +33,7 @@ from ctpo_megatron.record.rollout_events import GroupFailed
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.rewards.math import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.rollout.sandbox import BubblewrapPython, sandbox_available
 from ctpo_megatron.toy.chain import Chain, make_chain_model

@@ -25,8 +25,8 @@ class Problem:
 
     @property
     def accuracy(self) -> float:
-        """Returns the mean reward."""
-        return _mean([each.reward for each in self.group.trajectories])
+        """Returns what the answers are worth in the mean; the reward, where it is nothing more."""
+        return _mean([each.rightness for each in self.group.trajectories])
 
     def estimates(self) -> dict[str, float]:
         """Returns accuracy, pass@k and maj@k of this problem, by their names in the record."""
@@ -169,6 +169,8 @@ def _attempt(trajectory: Trajectory, vote: int | None) -> dict[str, Any]:
         "tokens": trajectory.response_length,
         "tool_calls": trajectory.tool_calls,
         "undecided": trajectory.undecided,
+        "why": trajectory.why,
+        "accuracy": trajectory.rightness,
     }
 
 

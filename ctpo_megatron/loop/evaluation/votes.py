@@ -64,5 +64,5 @@ async def count_votes(attempts: Sequence[Trajectory], grader: Grader) -> Votes:
 
 
 def is_right(attempt: Trajectory) -> bool:
-    """Whether the attempt counts as right for pass@k and maj@k: its reward is all that can be had."""
-    return attempt.reward >= 1.0
+    """Whether the attempt counts as right for pass@k and maj@k: its answer is worth all that can be had."""
+    return attempt.rightness >= 1.0

@@ -221,6 +221,14 @@ def test_truncation_is_refused_where_supports_are_not_told(tmp_path: Path) -> No
     assert "use binary_tv or binary_kl" in message
 
 
+def test_a_mistake_in_a_list_of_sections_is_named_as_it_was_written(tmp_path: Path) -> None:
+    judge = "{type: judge, url: http://h/v1, model: m, budget_call: 3, key_file: ~/key}"
+    message = refusal(write(tmp_path, GOOD), f"rollout.reward={{type: combination, terms: [{{name: a, reward: {judge}}}]}}")
+    assert "rollout.reward.terms[0].reward.budget_call: unknown key. Did you mean 'budget_calls'?" in message
+    assert "Allowed in rollout.reward.terms[0].reward of type 'judge': type, url, model" in message
+    assert "rollout.reward.terms[0].reward.budget_calls: missing" in message
+
+
 PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}
 IN_LISTS = {"data.mixture.path"}
 NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's

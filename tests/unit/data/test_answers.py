@@ -19,7 +19,8 @@ from ctpo_megatron.data.answers import MISSING, answer_text
 from ctpo_megatron.data.precision import as_written
 from ctpo_megatron.data.prompts import read_prompts
 from ctpo_megatron.errors import DataError
-from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.protocols import Outcome
+from ctpo_megatron.rollout.rewards.math import MathReward
 
 PROMPT = [{"role": "user", "content": "What is 3+4?"}]
 
@@ -126,7 +127,7 @@ def test_a_column_of_numbers_rewards_what_a_person_would_write(tmp_path, values,
         reward = MathReward(MathRewardConfig(timeout_s=60), judges=1)
         try:
             return [
-                (await reward.score(prompt, rf"so \boxed{{{text}}}")).reward
+                (await reward.score(prompt, Outcome(rf"so \boxed{{{text}}}"))).reward
                 for prompt, text in zip(prompts, written, strict=True)
             ]
         finally:

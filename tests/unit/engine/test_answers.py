@@ -20,10 +20,11 @@ from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import EngineError
 from ctpo_megatron.loop.statistics import load_histograms, rollout_metrics, train_metrics
 from ctpo_megatron.parallel import RankCoords, own_experts, zigzag_shard
+from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.record.trajectories import as_row
 from ctpo_megatron.record.values import Mean
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import Sampling, Score
+from ctpo_megatron.rollout.protocols import Outcome, Sampling, Score
 from ctpo_megatron.types import WHOLE, Generation, Prompt, RoutingShape, TopK, Trajectory, TrajectoryGroup, Truncation
 from tests.support.trajectories import ATTEMPT, GROUP
 
@@ -224,7 +225,7 @@ class Tool:
 
 
 class Worth:
-    async def score(self, prompt: Prompt, text: str) -> Score:
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
         return Score(1.0)
 
 
@@ -281,6 +282,14 @@ def test_what_is_written_down() -> None:
     assert metrics["routing/replayed"] == pytest.approx(6 / 9)
     trajectory.routed_experts = None
     assert "routing/replayed" not in rollout_metrics([TrajectoryGroup(PROMPT, [trajectory], id=GROUP)], 5)
+    trajectory.terms, other = {"answer": 1.0, "style": 0.5}, played()
+    other.terms = {"answer": 0.5}
+    metrics = rollout_metrics([TrajectoryGroup(PROMPT, [trajectory, other], id=GROUP)], 5)
+    require_known(metrics)
+    assert {name: value for name, value in metrics.items() if "term" in name} == {
+        "reward/term/answer": 0.75,
+        "reward/term/style": 0.5,  # of the one that has it
+    }
     row = as_row(PROMPT, played())
     assert "routed_experts" not in row
     assert [turn.keys() for turn in row["turns"]] == [{"role", "token_ids", "rollout_logp", "versions"}] * 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ctpo_megatron.errors import RolloutError
-from ctpo_megatron.loop.failures import FailureShare
+from ctpo_megatron.loop.failures import FailureShare, UndecidedShare
 from ctpo_megatron.types import AttemptId, FailedAttempt, GroupId, Prompt, Status, Trajectory, TrajectoryGroup
 
 PROMPT = Prompt(0, ({"role": "user", "content": "x"},), "1")
@@ -36,3 +36,24 @@ def test_those_that_others_ended_do_not_count_and_none_may_be_allowed() -> None:
     share.add(ended(4, aborted=4))
     with pytest.raises(RolloutError, match=r"1 of the last 4 attempts failed.* 1 times: x"):
         share.add(ended(0, "x"))
+
+
+def judged(*reasons: str | None) -> TrajectoryGroup:
+    name = GroupId(0)
+    attempts = [(AttemptId(name, number), why) for number, why in enumerate(reasons)]
+    made = [Trajectory(0, [3], [], Status.FINISHED, id=each, undecided=why is not None, why=why or "") for each, why in attempts]
+    return TrajectoryGroup(PROMPT, made, id=name)
+
+
+def test_a_share_of_the_last_attempts_may_be_undecided() -> None:
+    share = UndecidedShare(0.2, 10)
+    share.add(judged(None, "it raised ValueError: 7", None, None))
+    share.add(ended(0, "the sandbox is gone"))  # which the reward has not seen
+    share.add(judged("no end within 5 s"))
+    with pytest.raises(RolloutError) as raised:
+        share.add(judged(None, "it raised ValueError: 8"))
+    words = "the reward came to no verdict on 3 of the last 7 attempts; allowed: rollout.undecided_share = 0.2 of 10. The most"
+    assert words in str(raised.value)
+    assert str(raised.value).endswith("The most frequent reason, 2 times: it raised ValueError: 8")
+    never = UndecidedShare(1.0, 3)
+    never.add(judged(*["x"] * 9))

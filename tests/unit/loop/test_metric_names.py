@@ -90,7 +90,10 @@ def group(number: int = 0) -> TrajectoryGroup:
     turns = [Turn("assistant", [1, 2], [-1.0, -1.0], [0, 0])]
     name = GroupId(number)
     experts = np.zeros((2, 1, 1), np.int8)
-    made = [Trajectory(0, [3], turns, Status.FINISHED, routed_experts=experts, id=AttemptId(name, n)) for n in range(2)]
+    made = [
+        Trajectory(0, [3], turns, Status.FINISHED, routed_experts=experts, terms={"answer": 1.0}, id=AttemptId(name, n))
+        for n in range(2)
+    ]
     return TrajectoryGroup(Prompt(0, ({"role": "user", "content": "q"},), "1"), made, id=name)
 
 

@@ -75,15 +75,16 @@ class Played:
 
 
 async def play(
-    run_dir: Path, environment: Timely, *, until: int = STEPS, step: int = 0, position: Position | None = None
+    run_dir: Path, environment: Timely, *, until: int = STEPS, step: int = 0, position: Position | None = None, **settings: float
 ) -> Played:
     """Make the steps from `step` on; a run that ends before STEPS is killed while its rollouts go on."""
-    played, journal = Played(), Journal(run_dir / "journal", "r", step=step)
+    run_dir.mkdir(exist_ok=True)
+    config, played, journal = CONFIG.model_copy(update=settings), Played(), Journal(run_dir / "journal", "r", step=step)
     ledger = Ledger(run_dir / "ledger.jsonl", step=step, position=position)
     sampler = PromptSampler(PROMPTS, 1) if position is None else PromptSampler.restore(PROMPTS, position.cursor)
     admission = Admission(sampler) if position is None else Admission(sampler, position.groups, position.open)
     buffer = GroupBuffer(RULES, first_step=step, last_step=STEPS, admitted=admission.groups, decisions=journal)
-    pipeline = Pipeline(admission, buffer, ledger, Rollouter(environment, CONFIG, journal), CONFIG, played.events.append)
+    pipeline = Pipeline(admission, buffer, ledger, Rollouter(environment, config, journal), config, played.events.append)
     environment.version = step
     journal.published(step, f"weights {step}")
 
@@ -154,6 +155,22 @@ def test_failures_beyond_the_share_end_the_run_and_name_the_reason(tmp_path: Pat
 
     with pytest.raises(RolloutError, match=r"rollout.failed_share = 0.5 of 20.* times: RolloutError: the sandbox is gone"):
         asyncio.run(play(tmp_path, Timely(1, all_fail)))
+
+
+class Unsure(Timely):
+    """Every third attempt is undecided."""
+
+    async def run(self, attempt, prompt, session, sampling, note):
+        made = await super().run(attempt, prompt, session, sampling, note)
+        made.undecided, made.why = attempt.id.number == 2, "it raised ValueError"
+        return made
+
+
+def test_undecided_attempts_are_trained_on_until_their_share_ends_the_run(tmp_path: Path) -> None:
+    played = asyncio.run(play(tmp_path / "few", Unsure(1), undecided_share=0.4))
+    assert len(played.steps) == STEPS
+    with pytest.raises(RolloutError, match=r"rollout.undecided_share = 0.2 of 20.* times: it raised ValueError"):
+        asyncio.run(play(tmp_path / "many", Unsure(1), undecided_share=0.2))
 
 
 def test_the_end_of_all_servers_ends_the_run_at_once(tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 
 from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
+from ctpo_megatron.loop.evaluation.results import Problem
 from ctpo_megatron.loop.evaluation.votes import Votes, count_votes
-from ctpo_megatron.rollout.rewards import MathReward
-from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory
+from ctpo_megatron.rollout.protocols import Outcome
+from ctpo_megatron.rollout.rewards.math import MathReward
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup
 
 PROMPT = Prompt(0, ({"role": "user", "content": "?"},), r"\frac{1}{2}")
 
@@ -30,7 +32,7 @@ def test_by_the_real_grader_and_not_by_the_text() -> None:
     async def scenario() -> tuple[list[Trajectory], Votes]:
         grader = MathReward(MathRewardConfig())
         try:
-            scores = [await grader.score(PROMPT, text) for text in texts]
+            scores = [await grader.score(PROMPT, Outcome(text)) for text in texts]
             attempts = [attempt(number, score.given, score.reward) for number, score in enumerate(scores)]
             return attempts, await count_votes(attempts, grader)
         finally:
@@ -67,3 +69,14 @@ def test_a_class_is_known_by_its_first_answer_and_what_is_undecided_is_counted()
         ("b1", "c2"),
         ("?", "c2"),
     ], "equal texts, and right answers, are not asked about"
+
+
+def test_right_is_what_the_answer_is_worth_and_not_the_terms_beside_it() -> None:
+    """A combined reward: right but too long, and wrong but well formed."""
+    long, formed = attempt(0, "4", 0.5), attempt(1, "5", 1.1)
+    long.accuracy, formed.accuracy = 1.0, 0.0
+    votes = asyncio.run(count_votes([long, formed], Asked()))
+    assert votes.classes == (0, 1)
+    made = Problem(TrajectoryGroup(PROMPT, [long, formed], id=GroupId(0, 0)), votes)
+    assert (made.accuracy, made.estimates()["pass_at_2"]) == (0.5, 1.0)
+    assert [each["accuracy"] for each in made.as_json()["attempts"]] == [1.0, 0.0]

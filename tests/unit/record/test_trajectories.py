@@ -26,6 +26,7 @@ def test_a_row_is_strict_json_of_all_but_what_was_recorded_for_the_trainer(tmp_p
     assert json.loads(line, parse_constant=lambda name: 1 / 0) == {
         **{"id": "g00000007.2", "group": "g00000007", "answer": "42", "prompt_index": 3, "status": "length", "text": "é\n\u2028"},
         **{"reward": "-Infinity", "tool_calls": 0, "tool_errors": 0, "seconds": 1.25e-7, "undecided": False, "given": "7"},
+        **{"why": "", "terms": {}, "accuracy": None},
         "prompt_ids": [1, 2],
         "turns": [
             {"role": "assistant", "token_ids": [5, 6], "rollout_logp": [-0.5, "NaN"], "versions": [1, 2]},

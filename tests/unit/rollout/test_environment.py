@@ -19,8 +19,8 @@ from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.counted import CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import PastCall, Sampling, Score, ToolResult, ToolRunner
-from ctpo_megatron.rollout.rewards import last_box
+from ctpo_megatron.rollout.grading.boxes import last_box
+from ctpo_megatron.rollout.protocols import Outcome, PastCall, Sampling, Score, ToolResult, ToolRunner
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.types import Generation, GroupId, Prompt, Status, Trajectory
 from tests.support.trajectories import ATTEMPT, GROUP
@@ -73,8 +73,8 @@ class Script:
 class Boxes:
     """The real rule for the box, with plain equality."""
 
-    async def score(self, prompt: Prompt, text: str) -> Score:
-        return Score(float(last_box(text) == prompt.answer))
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
+        return Score(float(last_box(outcome.text) == prompt.answer))
 
 
 CALCULATOR = Calculator()
@@ -84,6 +84,21 @@ def play(*lines: str, budget: int = 1000, turns: int = 5, tool: ToolRunner | Non
     script = Script(list(lines))
     environment = ToolEnvironment(script, Letters(), tool, Boxes())
     return asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 9, Sampling(1.0, turns, budget))), script
+
+
+def test_a_reward_sees_how_an_attempt_went_and_what_it_says_is_kept():
+    class Seeing:
+        async def score(self, prompt, outcome):
+            self.seen = outcome
+            return Score(0.5, True, "given", "why", {"style": 0.25}, 0.75)
+
+    reward = Seeing()
+    environment = ToolEnvironment(Script([CALL, r"\boxed{56}"]), Letters(), CALCULATOR, reward)
+    trajectory = asyncio.run(environment.run(environment.begin(PROMPT, ATTEMPT), PROMPT, 9, Sampling(1.0, 5, 1000)))
+    said = ("assistant", CALL), ("tool", "56"), ("assistant", r"\boxed{56}")
+    assert reward.seen == Outcome(f"{CALL}\n\\boxed{{56}}", said, trajectory.response_length, 1, 0, Status.FINISHED)
+    assert (trajectory.reward, trajectory.undecided, trajectory.given, trajectory.why) == (0.5, True, "given", "why")
+    assert (trajectory.terms, trajectory.accuracy, trajectory.rightness) == ({"style": 0.25}, 0.75, 0.75)
 
 
 def test_a_tool_call_and_an_answer():
@@ -353,9 +368,9 @@ def test_an_attempt_that_is_interrupted_anywhere_ends_as_if_it_had_not_been(inte
             return await CALCULATOR.run(code)
 
     class Judge(Boxes):
-        async def score(self, prompt, text):
+        async def score(self, prompt, outcome):
             step()
-            return await super().score(prompt, text)
+            return await super().score(prompt, outcome)
 
     environment = ToolEnvironment(Halves([CALL, r"\boxed{56}"]), Letters(), Careful(), Judge())
     attempt, noted = environment.begin(PROMPT, ATTEMPT), []

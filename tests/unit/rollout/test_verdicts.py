@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.grading.verdict import equal as equal_parts
 from ctpo_megatron.rollout.judge import equal
-from ctpo_megatron.rollout.rewards import quick_verdict
+from ctpo_megatron.rollout.rewards.math import quick_verdict
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 KINDS = {"number", "fraction", "radical", "interval", "set", "tuple", "unit", "percent", "base", "text", "matrix", "equation"}

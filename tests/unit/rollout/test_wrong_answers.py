@@ -31,7 +31,7 @@ from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.calculator import Calculator
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import Sampling, Score
+from ctpo_megatron.rollout.protocols import Outcome, Sampling, Score
 from ctpo_megatron.types import Generation, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup
 from tests.support.chat_models import QWEN25
 from tests.support.trajectories import ATTEMPT, GROUP
@@ -55,8 +55,8 @@ class Lines:
 
 
 class Nothing:
-    async def score(self, prompt: Prompt, text: str) -> Score:
-        return Score(float("56" in text))
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
+        return Score(float("56" in outcome.text))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from word_problems import KINDS, SUMS, Files, steps, value, worked_out, write
 
 from ctpo_megatron.data.prompts import read_prompts
-from ctpo_megatron.rollout.rewards import last_box, quick_verdict
+from ctpo_megatron.rollout.grading.boxes import last_box
+from ctpo_megatron.rollout.rewards.math import quick_verdict
 
 # by kind: numbers in the order of its text, and the answer that a person gives
 ANSWERS = {

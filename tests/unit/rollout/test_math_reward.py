@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.errors import RolloutError
-from ctpo_megatron.rollout import rewards
-from ctpo_megatron.rollout.rewards import MathReward, last_box, quick_verdict
+from ctpo_megatron.rollout.grading.boxes import last_box
+from ctpo_megatron.rollout.protocols import Outcome
+from ctpo_megatron.rollout.rewards import math
+from ctpo_megatron.rollout.rewards.math import MathReward, quick_verdict
 from ctpo_megatron.types import Prompt
 
 
@@ -86,7 +88,7 @@ def test_equal_in_mathematics_and_nothing_evaluated(tmp_path):
         undecided: list[bool] = []
 
         async def score(answer: str, text: str) -> float:
-            found = await reward.score(Prompt(0, (), answer), text)
+            found = await reward.score(Prompt(0, (), answer), Outcome(text))
             undecided.append(found.undecided)
             return found.reward
 
@@ -124,7 +126,7 @@ def test_equal_in_mathematics_and_nothing_evaluated(tmp_path):
 def test_cancelled_while_it_starts_nothing_is_left():
     async def cancel() -> None:
         reward = MathReward(MathRewardConfig(), judges=2)
-        tasks = [asyncio.ensure_future(reward.score(Prompt(0, (), "1/2"), r"\boxed{0.5}")) for _ in range(4)]
+        tasks = [asyncio.ensure_future(reward.score(Prompt(0, (), "1/2"), Outcome(r"\boxed{0.5}"))) for _ in range(4)]
         await asyncio.sleep(0.05)
         assert len(children()) == 2
         for task in tasks:
@@ -138,6 +140,6 @@ def test_cancelled_while_it_starts_nothing_is_left():
 
 
 def test_a_judge_that_cannot_start_is_an_error(monkeypatch):
-    monkeypatch.setattr(rewards, "JUDGE", ("/bin/sh", "-c", "exit 3"))
+    monkeypatch.setattr(math, "JUDGE", ("/bin/sh", "-c", "exit 3"))
     with pytest.raises(RolloutError, match="did not start"):
-        asyncio.run(MathReward(MathRewardConfig()).score(Prompt(0, (), "1/2"), r"\boxed{0.5}"))
+        asyncio.run(MathReward(MathRewardConfig()).score(Prompt(0, (), "1/2"), Outcome(r"\boxed{0.5}")))

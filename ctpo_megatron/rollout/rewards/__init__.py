@@ -1,0 +1,1 @@
+"""What answers are worth: one file for each kind of reward, put together by `opening`."""
