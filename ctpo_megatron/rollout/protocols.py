@@ -61,6 +61,72 @@ class Chat(Protocol):
         ...
 
 
+class TalkChat(Protocol):
+    """Between the messages of other people's agents and tokens: a prompt as a whole, then what is new after each sampled turn."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The tokens that end an assistant's turn."""
+        ...
+
+    def talk_ids(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """Token ids of a conversation with `tools` to call, generation prompt included. Raises RenderError.
+
+        `thinking`: on or off, where the template knows it; None: as the run has it.
+        """
+        ...
+
+    def tail_ids(
+        self,
+        before: Sequence[dict[str, Any]],
+        new: Sequence[dict[str, Any]],
+        *,
+        end: int,
+        tools: Sequence[dict[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """Token ids between a sampled turn of the assistant, whose last token is `end`, and its next turn. Raises RenderError.
+
+        `new` was said between them, `before` up to the sampled turn.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of `ids`, with or without special tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """A tool call that can be used. `arguments` is JSON text, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What an assistant's turn says: all of its text is in one of these."""
+
+    content: str
+    reasoning: str = ""
+    calls: tuple[ParsedCall, ...] = ()
+
+
+class CallParser(Protocol):
+    """Reads what a model wrote."""
+
+    def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> Parsed:
+        """Returns the parts of `text`, a turn of the assistant without its stop token; a call that cannot be used is content.
+
+        A turn that its prompt opened with reasoning begins with the opening tag here. `tools` are OpenAI's; without any of them
+        there are no calls.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What a tool said."""
