@@ -351,6 +351,23 @@ class Composition:
 
 
 @dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """A call of a tool that the model wrote and that can be used. `arguments` is the JSON text of an object, as it was."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What the assistant wrote in one turn, in its parts. What is no usable call is in `content`; None: it wrote no reasoning."""
+
+    content: str
+    reasoning: str | None = None
+    calls: tuple[ParsedCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSample:
     """One trajectory, or a branch of one, as the trainer sees it: label-aligned streams of equal length L = tokens - 1.
 
@@ -369,7 +386,7 @@ class TrainSample:
     versions: list[int]  # version that sampled the label; -1 where masked
     advantages: list[float]  # 0.0 where masked
     group: int = 0  # samples of one prompt share it
-    attempt: int | None = None  # of its group; samples of one attempt are one sequence of a batch. None: it is one by itself
+    attempt: int | None = None  # of its group; samples of one attempt weigh as one sequence. None: it is one by itself
     routed_experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it
     top_k: TopK | None = None  # of each label, where the run collects it; unused where masked
     supports: Supports | None = None  # of each label, where sampling is truncated; none where masked

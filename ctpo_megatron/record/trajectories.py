@@ -18,12 +18,6 @@ from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup, Turn
 
 # of a trajectory's fields, from those that are copied into its row
 _LEFT_OUT = ("id", "routed_experts", "prompt_ids", "turns", "branches")
-    "id",
-    "routed_experts",
-    "prompt_ids",
-    "turns",
-    "branches",
-)  # of a trajectory's fields, from those that are copied into its row
 
 
 class TrajectoryFiles:

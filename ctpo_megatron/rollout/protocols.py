@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.types import WHOLE, AttemptId, Generation, Prompt, Trajectory, Truncation
+from ctpo_megatron.types import WHOLE, AttemptId, Generation, Parsed, Prompt, Trajectory, Truncation
 
 
 class Generator(Protocol):
@@ -61,6 +61,19 @@ class Chat(Protocol):
         ...
 
 
+class CallParser(Protocol):
+    """Finds the calls of tools in what an assistant wrote."""
+
+    def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> Parsed:
+        """Returns a whole turn of the assistant in its parts; only white space between them is dropped.
+
+        `text`: with the names of special tokens (Llama's calls begin with one), without the stop token, and with what the chat
+        template wrote before it where that opens a reasoning. `tools` in OpenAI's form: {"type": "function", "function": {"name",
+        "description", "parameters"}}. Raises ValueError where those are not such.
+        """
+        ...
+
+
 class TalkChat(Protocol):
     """Between the messages of other people's agents and tokens: a prompt as a whole, then what is new after each sampled turn."""
 
@@ -95,35 +108,6 @@ class TalkChat(Protocol):
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`, with or without special tokens."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedCall:
-    """A tool call that can be used. `arguments` is JSON text, as the model wrote it."""
-
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """What an assistant's turn says: all of its text is in one of these."""
-
-    content: str
-    reasoning: str = ""
-    calls: tuple[ParsedCall, ...] = ()
-
-
-class CallParser(Protocol):
-    """Reads what a model wrote."""
-
-    def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> Parsed:
-        """Returns the parts of `text`, a turn of the assistant without its stop token; a call that cannot be used is content.
-
-        A turn that its prompt opened with reasoning begins with the opening tag here. `tools` are OpenAI's; without any of them
-        there are no calls.
-        """
         ...
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from ctpo_megatron.agents.conversation.cutting import Texts, cut_at
 from ctpo_megatron.agents.conversation.messages import fitted
@@ -185,10 +186,10 @@ class Conversation:
         turn.whole = True
         self._changed()
 
-    def _read(self, turn: SampledTurn, text: str, tools: Sequence[dict[str, object]]) -> None:
+    def _read(self, turn: SampledTurn, text: str, tools: Sequence[dict[str, Any]]) -> None:
         opened = _OPENED.search(self._chat.decode(turn.rendered[-_LOOKED_AT:], special=True))
         parsed = self._parser.parse(f"<{opened[1]}>{text}" if opened else text, tools)
-        turn.content, turn.reasoning = parsed.content, parsed.reasoning
+        turn.content, turn.reasoning = parsed.content, parsed.reasoning or ""
         name = f"{self.tree.name}/{turn.number}"
         turn.calls = [
             ToolCall(f"call_{_short(f'{name}/{place}')}", call.name, call.arguments) for place, call in enumerate(parsed.calls)

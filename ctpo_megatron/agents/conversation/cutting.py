@@ -55,6 +55,9 @@ class Texts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ids)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
     @overload
     def __getitem__(self, place: int) -> str: ...
     @overload

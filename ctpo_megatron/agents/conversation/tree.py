@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -28,7 +29,7 @@ class SampledTurn:
     number: int  # in the order of requests
     after: int | None  # the number of the turn that it follows; None: it begins a conversation
     said: list[Message]  # since that turn, or from the beginning on
-    tools: list[dict[str, object]]  # that could be called; of a turn that begins a conversation, and all that follow it
+    tools: list[dict[str, Any]]  # that could be called; of a turn that begins a conversation, and all that follow it
     rendered: list[int]  # ids of what was said, up to where the assistant begins
     digest: str  # of the request
     allowed: int  # tokens that it may have
@@ -65,7 +66,7 @@ class Tree:
         """Returns the last turn that a request of this digest got."""
         return next((turn for turn in reversed(self.turns) if turn.digest == digest), None)
 
-    def find(self, messages: Sequence[Message], tools: Sequence[dict[str, object]]) -> tuple[int | None, int]:
+    def find(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> tuple[int | None, int]:
         """Returns the last turn that a history repeats word for word, None for none, and how many messages are up to there.
 
         Among turns that say the same it is the newest one; calls with ids that were given out belong to one turn only.

@@ -28,7 +28,8 @@ def compute_advantages(
 ) -> list[TokenAdvantages]:
     """Advantages [group][trajectory][policy token], in order, of a WHOLE rollout batch: shaping and whitening look across groups.
 
-    Tool tokens have no entry, tokens of branches come last; a trajectory in which the policy wrote nothing has an empty list. `groups` are not changed.
+    Tool tokens have no entry, tokens of branches come last; a trajectory in which the policy wrote nothing has an empty list.
+    `groups` are not changed.
     """
     rewards = shaped_rewards(groups, shaping)
     match advantage:
