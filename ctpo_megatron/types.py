@@ -318,6 +318,23 @@ class Composition:
 
 
 @dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """A call of a tool that the model wrote and that can be used. `arguments`: the JSON text of an object, as it was written."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What the assistant wrote in one turn, in its parts. What is no usable call is in `content`; None: it wrote no reasoning."""
+
+    content: str
+    reasoning: str | None = None
+    calls: tuple[ParsedCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSample:
     """One trajectory as the trainer sees it: label-aligned streams of equal length L = tokens - 1.
 

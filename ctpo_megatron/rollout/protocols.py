@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.types import WHOLE, AttemptId, Generation, Prompt, Trajectory, Truncation
+from ctpo_megatron.types import WHOLE, AttemptId, Generation, Parsed, Prompt, Trajectory, Truncation
 
 
 class Generator(Protocol):
@@ -58,6 +58,19 @@ class Chat(Protocol):
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`, with or without special tokens. For tools, rewards and people only."""
+        ...
+
+
+class CallParser(Protocol):
+    """Finds the calls of tools in what an assistant wrote."""
+
+    def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> Parsed:
+        """Returns a whole turn of the assistant in its parts; only white space between them is dropped.
+
+        `text`: with the names of special tokens (Llama's calls begin with one), without the stop token, and with what the chat
+        template wrote before it where that opens a reasoning. `tools` in OpenAI's form: {"type": "function", "function": {"name",
+        "description", "parameters"}}. Raises ValueError where those are not such.
+        """
         ...
 
 
