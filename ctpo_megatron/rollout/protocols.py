@@ -74,6 +74,43 @@ class CallParser(Protocol):
         ...
 
 
+class TalkChat(Protocol):
+    """Between the messages of other people's agents and tokens: a prompt as a whole, then what is new after each sampled turn."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The tokens that end an assistant's turn."""
+        ...
+
+    def talk_ids(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """Token ids of a conversation with `tools` to call, generation prompt included. Raises RenderError.
+
+        `thinking`: on or off, where the template knows it; None: as the run has it.
+        """
+        ...
+
+    def tail_ids(
+        self,
+        before: Sequence[dict[str, Any]],
+        new: Sequence[dict[str, Any]],
+        *,
+        end: int,
+        tools: Sequence[dict[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """Token ids between a sampled turn of the assistant, whose last token is `end`, and its next turn. Raises RenderError.
+
+        `new` was said between them, `before` up to the sampled turn.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of `ids`, with or without special tokens."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What a tool said."""

@@ -31,6 +31,7 @@ ORDER = {
     "rollout": (2, 0),
     "data": (2, 0),
     "planning": (2, 0),
+    "agents": (2, 1),
     "weights": (3, 0),
     "cluster": (4, 0),
     "slurm": (4, 0),
