@@ -105,6 +105,11 @@ def pool_column(config: RunConfig) -> str | None:
     return None if config.data.pools is None else config.data.pools.column
 
 
+def more_turns(rollout: RolloutConfig) -> bool:
+    """Whether something answers the model's turns."""
+    return rollout.code_tool is not None or not isinstance(rollout.environment, CodeEnvironment)
+
+
 def read_prompt_file(
     path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard, *, source: str = "", difficulty: str | None = None
 ) -> PromptFile:
@@ -113,7 +118,7 @@ def read_prompt_file(
     `source`, `difficulty`: see `data.prompts.read_prompts`.
     """
     prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit, source=source, difficulty=difficulty)
-    check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
+    check_rendering(prompts, chat, path, turns=more_turns(config.rollout))
     return PromptFile(path, prompts, prompt_lengths(prompts, chat, path))
 
 

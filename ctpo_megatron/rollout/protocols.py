@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.types import WHOLE, AttemptId, Generation, Parsed, Prompt, Trajectory, Truncation
@@ -183,6 +183,15 @@ class Environment(Protocol):
         `note` is called where it is worth keeping. When this is cancelled `attempt` holds what was done, so that another call can
         go on.
         """
+        ...
+
+
+@runtime_checkable
+class JudgesGroups(Protocol):
+    """An environment that judges all attempts at a prompt together, after each of them was judged by itself."""
+
+    async def judge(self, prompt: Prompt, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Returns `trajectories` with their rewards. It may be asked again about the same ones, with the rewards of before."""
         ...
 
 
