@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.environments import CodeEnvironment
 from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.data.curriculum import check_curriculum
 from ctpo_megatron.data.packing import longest_sample
 from ctpo_megatron.data.prompts import prompt_lengths, read_prompts, refuse_long
@@ -23,6 +25,7 @@ from ctpo_megatron.jobs.agreement import (
     check_training,
 )
 from ctpo_megatron.jobs.layouts import check_layouts
+from ctpo_megatron.jobs.worlds import worlds_of
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.record.events import Emit, discard
@@ -58,6 +61,7 @@ def open_model(config: RunConfig, use: Use) -> OpenModel:
         check_rollouts(config, shape, directory)
     chat = ChatTokenizer(config.model.path, config.model)
     if use != "sft":
+        worlds_of(config.rollout.environment)
         check_own_tokens(chat, shape)
     return OpenModel(shape, chat)
 

@@ -103,9 +103,9 @@ class WorldEnvironment:
             attempt.prompt_ids = episode.prompt_ids
             return episode
         try:
-            if episode.world.replayable and attempt.prompt_ids == episode.prompt_ids:
-                if await self._replayed(attempt, episode):
-                    return episode
+            same = episode.world.replayable and attempt.prompt_ids == episode.prompt_ids
+            if same and await self._replayed(attempt, episode):
+                return episode
         except BaseException:
             await episode.close()
             raise
@@ -242,7 +242,9 @@ class _Episode:
         if result.reward is not None and not np.isfinite(result.reward):
             raise RolloutError(f"{name} gave the reward {result.reward}; needed: a finite number, or None")
         if not result.done and len(result.results) != len(turn.calls):
-            raise RolloutError(f"{name} answered {len(turn.calls)} calls with {len(result.results)} results; needed: one for each")
+            raise RolloutError(
+                f"{name} answered {len(turn.calls)} calls with {len(result.results)} results; needed: one for each"
+            )
         if not result.done and not turn.calls and result.text is None:
             raise RolloutError(f"{name} says nothing and is not done; needed: text, results or done=True")
 

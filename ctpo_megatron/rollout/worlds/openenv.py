@@ -8,6 +8,7 @@ and rewarded once more, so none is sent.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -78,10 +79,8 @@ class OpenEnvWorld:
 
     async def _ask(self, kind: str, data: dict[str, Any]) -> dict[str, Any]:
         assert self._socket is not None, "reset opens it"
-        try:
+        with contextlib.suppress(ConnectionError):  # what the server said before it closed is still to be read
             await self._socket.send_json({"type": kind, "data": data})
-        except ConnectionError:
-            pass  # what the server said before it closed is still to be read
         message = await self._socket.receive()
         if message.type is not aiohttp.WSMsgType.TEXT:
             raise RolloutError(f"{self._config.url} closed the session instead of answering to {kind!r}")

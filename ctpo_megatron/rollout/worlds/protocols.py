@@ -1,13 +1,13 @@
 """What an environment of your own is. Nothing here needs more than Python.
 
-    class Guess:                                    # rollout.environment.path: my.package:Guess
-        tools = ()
-        replayable = True
+class Guess:                                    # rollout.environment.path: my.package:Guess
+    tools = ()
+    replayable = True
 
-        def __init__(self, secret=7): ...           # rollout.environment.options
-        async def reset(self, prompt): ...
-        async def step(self, turn): ...
-        async def close(self): ...
+    def __init__(self, secret=7): ...           # rollout.environment.options
+    async def reset(self, prompt): ...
+    async def step(self, turn): ...
+    async def close(self): ...
 """
 
 from __future__ import annotations
