@@ -28,6 +28,7 @@ def worlds_of(config: EnvironmentConfig) -> Worlds | None:
 def world_environment(generator: Generator, chat: ChatTokenizer, config: EnvironmentConfig) -> WorldEnvironment:
     """Returns the environment that `config` names, over `generator`. It imports SGLang's parsers: a second or two."""
     worlds = worlds_of(config)
-    assert worlds is not None and not isinstance(config, CodeEnvironment), "the code tool is no world"
+    assert worlds is not None, "the code tool is no world"
+    assert not isinstance(config, CodeEnvironment)
     parser = SGLangCallParser(config.call_format or call_format(chat.template), thinks="</think>" in chat.template)
     return WorldEnvironment(generator, chat, parser, worlds, step_timeout_s=config.step_timeout_s)
