@@ -81,7 +81,16 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return ", ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
         return f"list of {_words(args[0])}"
-    plain = {int: "whole number", float: "number", bool: "true, false", str: "text", type(None): "null", date: "date"}[annotation]
+    names = {
+        int: "whole number",
+        float: "number",
+        bool: "true, false",
+        str: "text",
+        type(None): "null",
+        date: "date",
+        Any: "any value",
+    }
+    plain = names[annotation]
     return plain + _bounds(metadata) if annotation in (int, float) else plain
 
 

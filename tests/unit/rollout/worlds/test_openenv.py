@@ -113,7 +113,7 @@ def test_what_a_server_says_of_an_error_is_told() -> None:
                 await world.step(Parsed("break"))
             await world.close()
             odd = OpenEnvWorld(config(url, observation_key="txt"))
-            with pytest.raises(RolloutError, match="it has text, n"):
+            with pytest.raises(RolloutError, match="no such field; it has text"):
                 await odd.reset(PROMPT)
             await odd.close()
         gone = OpenEnvWorld(config(url))
