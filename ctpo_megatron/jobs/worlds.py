@@ -6,7 +6,6 @@ from functools import partial
 
 from ctpo_megatron.config.environments import CodeEnvironment, OpenEnvEnvironment
 from ctpo_megatron.config.environments import Environment as EnvironmentConfig
-from ctpo_megatron.engine.sglang.parsers import SGLangCallParser
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.protocols import Generator
 from ctpo_megatron.rollout.worlds.environment import WorldEnvironment
@@ -27,6 +26,8 @@ def worlds_of(config: EnvironmentConfig) -> Worlds | None:
 
 def world_environment(generator: Generator, chat: ChatTokenizer, config: EnvironmentConfig) -> WorldEnvironment:
     """Returns the environment that `config` names, over `generator`. It imports SGLang's parsers: a second or two."""
+    from ctpo_megatron.engine.sglang.parsers import SGLangCallParser  # with torch, which no check of a configuration needs
+
     worlds = worlds_of(config)
     assert worlds is not None, "the code tool is no world"
     assert not isinstance(config, CodeEnvironment)

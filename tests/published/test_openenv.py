@@ -1,7 +1,7 @@
 """Episodes on a server of the published openenv package, whose ways the adapter knows.
 
-pip fetches the package and websockets once, into a cache, without what they need besides: openenv 0.10 and this project's packages
-want other versions of the same ones. Where the registry is out of reach these tests are skipped.
+pip fetches the package and websockets once, into a cache, without what they need besides, so that nothing of this environment
+changes. Where the registry is out of reach these tests are skipped.
 """
 
 from __future__ import annotations
@@ -102,8 +102,11 @@ def test_http_keeps_no_episode(url: str) -> None:
     """Why the adapter speaks by the websocket."""
 
     async def check() -> tuple[int, int]:
-        async with aiohttp.ClientSession(url) as http:
-            async with http.post("/reset", json={}) as begun, http.post("/step", json={"action": {"message": "a"}}) as step:
-                return begun.status, step.status
+        async with (
+            aiohttp.ClientSession(url) as http,
+            http.post("/reset", json={}) as begun,
+            http.post("/step", json={"action": {"message": "a"}}) as step,
+        ):
+            return begun.status, step.status
 
     assert asyncio.run(check()) == (200, 500), "the step meets another game, which has not begun"

@@ -96,7 +96,7 @@ def test_a_session_is_waited_for_and_only_so_long() -> None:
             await first.close()
             assert await waiting == "seen 0"
             late = OpenEnvWorld(config(url, session_wait_s=0.01))
-            with pytest.raises(RolloutError, match="no free session for 0.01 s"):
+            with pytest.raises(RolloutError, match=r"no free session for 0\.01 s"):
                 await late.reset(PROMPT)
             await late.close()
             await second.close()
@@ -113,11 +113,11 @@ def test_what_a_server_says_of_an_error_is_told() -> None:
                 await world.step(Parsed("break"))
             await world.close()
             odd = OpenEnvWorld(config(url, observation_key="txt"))
-            with pytest.raises(RolloutError, match="no such field; it has text"):
+            with pytest.raises(RolloutError, match="it has text"):
                 await odd.reset(PROMPT)
             await odd.close()
         gone = OpenEnvWorld(config(url))
-        with pytest.raises(RolloutError, match="Is the environment's server running"):
+        with pytest.raises(RolloutError, match="cannot be reached"):
             await gone.reset(PROMPT)
         await gone.close()
 
