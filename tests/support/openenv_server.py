@@ -5,6 +5,7 @@ PACKAGES is a folder that holds `openenv` alone. What its tools (MCP) need besid
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from typing import Any
@@ -25,17 +26,18 @@ def main(packages: str, port: int) -> None:
     for name in ("fastmcp", "fastmcp.client", "fastmcp.client.client", "fastmcp.exceptions", "mcp", "mcp.types"):
         sys.modules[name] = _Absent(name)
 
-    from openenv.core.env_server.http_server import create_fastapi_app
-    from openenv.core.env_server.interfaces import Environment
-    from openenv.core.env_server.types import Action, Observation, State
+    # by name: they are no requirement of this project
+    types_, interfaces, http = (
+        importlib.import_module(f"openenv.core.env_server.{name}") for name in ("types", "interfaces", "http_server")
+    )
 
-    class Say(Action):
+    class Say(types_.Action):
         message: str
 
-    class Heard(Observation):
+    class Heard(types_.Observation):
         text: str = ""
 
-    class Echo(Environment):
+    class Echo(interfaces.Environment):
         def reset(self, seed: int | None = None, episode_id: str | None = None, **_: Any) -> Heard:
             self.steps = 0
             return Heard(text=f"begin {seed}", done=False, reward=None)
@@ -45,12 +47,11 @@ def main(packages: str, port: int) -> None:
             return Heard(text=f"{self.steps}: {action.message}", done=self.steps >= 2, reward=0.5)
 
         @property
-        def state(self) -> State:
-            return State(episode_id="e", step_count=self.steps)
+        def state(self) -> Any:
+            return types_.State(episode_id="e", step_count=self.steps)
 
-    import uvicorn
-
-    uvicorn.run(create_fastapi_app(Echo, Say, Heard), host="127.0.0.1", port=port, log_level="warning")
+    uvicorn = importlib.import_module("uvicorn")
+    uvicorn.run(http.create_fastapi_app(Echo, Say, Heard), host="127.0.0.1", port=port, log_level="warning")
 
 
 if __name__ == "__main__":
