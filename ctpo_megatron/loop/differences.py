@@ -67,6 +67,7 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "train.staleness": ("applies", "groups that are open and too old for it are aborted when they are finished"),
     "train.optimizer_steps": ("applies", "the schedule counts the optimizer steps that were made"),
     "rollout.group_size": ("applies", "prompts are counted, whatever the size of their groups"),
+    "rollout.environment": ("applies", "attempts that were begun in the other one begin anew"),
     "algorithm.reference": ("applies", "the reference policy is read anew"),
     "sft": ("none", "it belongs to `ctpo sft`"),
 }
