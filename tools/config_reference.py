@@ -81,7 +81,7 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         return ", ".join(f"`{arg}`" for arg in args)
     if origin is tuple:
         return f"list of {_words(args[0])}"
-    plain = {
+    names = {
         int: "whole number",
         float: "number",
         bool: "true, false",
@@ -89,7 +89,8 @@ def _words(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
         type(None): "null",
         date: "date",
         Any: "any value",
-    }[annotation]
+    }
+    plain = names[annotation]
     return plain + _bounds(metadata) if annotation in (int, float) else plain
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.dynamic import DynamicConfig
+from ctpo_megatron.config.environments import CodeEnvironment, Environment
 from ctpo_megatron.config.feeding import MAIN, PoolsConfig, SourceConfig
 from ctpo_megatron.config.rewards import AnyReward, MathReward
 from ctpo_megatron.config.sglang_options import check_options
@@ -136,12 +137,19 @@ class RolloutConfig(Section):
     """How long a trajectory of training may take, from its first request on. Then it ends where it is, with one token of the turn
     that it is in at least: its status is `deadline`, and it is judged and trained on like one that `max_response_tokens` ended.
     `rollout/deadline` counts them. Evaluations have no deadline. null: none."""
+    environment: Environment = CodeEnvironment()
+    """What answers the model's turns."""
     tool: Tool | None = PythonTool()
     """What executes the model's code. null: single-turn."""
     reward: AnyReward = MathReward()
     """How an answer is judged."""
     engine: EngineConfig = EngineConfig()
     """The inference servers."""
+
+    @property
+    def code_tool(self) -> Tool | None:
+        """What executes the model's code, where anything does."""
+        return self.tool if isinstance(self.environment, CodeEnvironment) else None
 
     @property
     def truncation(self) -> Truncation:

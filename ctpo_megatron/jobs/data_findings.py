@@ -54,7 +54,7 @@ class ModelFound:
         end = chat.assistant_ids("")[-1]
         turn_end = Token(end, chat.decode([end], special=True))
         says = (Part("assistant", "", trained=True), Part("assistant", turn_end.text, trained=True, ends_turn=True))
-        tool = (*tool_turn(chat), *says) if config.rollout.tool is not None else ()
+        tool = (*tool_turn(chat), *says) if config.rollout.code_tool is not None else ()
         return cls(config.model.path, shape.family, shape.vocab_size, shape.max_positions, stops, turn_end, (*says, *tool))
 
 

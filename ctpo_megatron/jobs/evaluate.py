@@ -42,7 +42,7 @@ async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
         raise ConfigError("neither data.eval nor eval.benchmarks is set; give at least one file to evaluate on")
     model = open_model(config, "eval")
     benchmarks = load_benchmarks(config, model, print_sentence)
-    tool = make_tool(config.rollout.tool)
+    tool = make_tool(config.rollout.code_tool)
     run_dir = prepare_run_dir(config)
     directory = run_dir / DIRECTORY / OF_MODEL
     if anew:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.environments import CodeEnvironment
 from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.data.curriculum import check_curriculum
 from ctpo_megatron.data.packing import longest_sample
 from ctpo_megatron.data.prompts import prompt_lengths, read_prompts, refuse_long
@@ -23,6 +25,7 @@ from ctpo_megatron.jobs.agreement import (
     check_training,
 )
 from ctpo_megatron.jobs.layouts import check_layouts
+from ctpo_megatron.jobs.worlds import worlds_of
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.record.events import Emit, discard
@@ -60,6 +63,7 @@ def open_model(config: RunConfig, use: Use) -> OpenModel:
     chat = ChatTokenizer(config.model.path, config.model)
     if use != "sft":
         check_reward(config.rollout.reward)
+        worlds_of(config.rollout.environment)
         check_own_tokens(chat, shape)
     return OpenModel(shape, chat)
 
@@ -107,6 +111,11 @@ def pool_column(config: RunConfig) -> str | None:
     return None if config.data.pools is None else config.data.pools.column
 
 
+def more_turns(rollout: RolloutConfig) -> bool:
+    """Whether something answers the model's turns."""
+    return rollout.code_tool is not None or not isinstance(rollout.environment, CodeEnvironment)
+
+
 def read_prompt_file(
     path: str, config: RunConfig, chat: ChatTokenizer, emit: Emit = discard, *, source: str = "", difficulty: str | None = None
 ) -> PromptFile:
@@ -115,7 +124,7 @@ def read_prompt_file(
     `source`, `difficulty`: see `data.prompts.read_prompts`.
     """
     prompts = read_prompts(path, system_prompt=config.data.system_prompt, emit=emit, source=source, difficulty=difficulty)
-    check_rendering(prompts, chat, path, turns=config.rollout.tool is not None)
+    check_rendering(prompts, chat, path, turns=more_turns(config.rollout))
     return PromptFile(path, prompts, prompt_lengths(prompts, chat, path))
 
 

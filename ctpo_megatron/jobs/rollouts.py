@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.config.environments import CodeEnvironment
 from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.jobs.worlds import world_environment
 from ctpo_megatron.record.files import Through, at_once
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.counted import CountedReward, CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import AttemptStore, Grader, ToolRunner
+from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Generator, Grader, ToolRunner
 from ctpo_megatron.rollout.rewards.opening import open_reward
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.types import Generation
@@ -64,7 +66,13 @@ async def open_rollouts(
     async with open_reward(rollout.reward, runtime.run_dir, through) as reward, client:
         counted = None if tool is None else CountedTool(tool, runtime.depths)
         judged = CountedReward(reward, runtime.depths)
-        environment = ToolEnvironment(client, chat, counted, judged)
+
+        def environment_of(generator: Generator) -> Environment:
+            if isinstance(rollout.environment, CodeEnvironment):
+                return ToolEnvironment(generator, chat, counted, judged)
+            return world_environment(generator, chat, rollout.environment)
+
+        environment = environment_of(client)
         share = runtime.config.eval.servers / rollout.engine.servers
-        aside = ToolEnvironment(_Aside(client), chat, counted, judged), max(1, round(share * rollout.concurrency))
+        aside = environment_of(_Aside(client)), max(1, round(share * rollout.concurrency))
         yield OpenRollouts(Rollouter(environment, rollout, store, client, aside), client, reward)

@@ -94,7 +94,7 @@ def speeds_of(config: RunConfig, shape: ModelShape, hardware: Hardware, options:
             warm_up=options.warm_up,
         )
         tool_s = options.tool_s if options.tool_s is not None else TOOL_ON_CPU_S if on_cpu else TOOL_S
-        tool_s = 0.0 if config.rollout.tool is None else tool_s
+        tool_s = 0.0 if config.rollout.code_tool is None else tool_s
         slots = (os.cpu_count() or 1) if on_cpu else found.tool_slots
         busy = options.trainer_cores or options.cores or found.trainer_cores
         return replace(found, cores=options.cores, trainer_cores=busy, tool_s=tool_s, tool_slots=slots)

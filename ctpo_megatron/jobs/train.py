@@ -83,7 +83,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         return
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
-    tool = make_tool(config.rollout.tool)
+    tool = make_tool(config.rollout.code_tool)
     lead = Lead()
     storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s, STORAGE_SHARE * config.cluster.stop_grace_s)
     with IncarnationLog(Path(config.run_dir), [print_sentence, lead], storage.write) as events:

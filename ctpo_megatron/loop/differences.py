@@ -68,6 +68,7 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "train.optimizer_steps": ("applies", "the schedule counts the optimizer steps that were made"),
     "rollout.group_size": ("applies", "prompts are counted, whatever the size of their groups"),
     "rollout.reward": ("applies", "what was sampled and not trained on yet is used again only where its verdict stays the same"),
+    "rollout.environment": ("applies", "attempts that were begun in the other one begin anew"),
     "algorithm.reference": ("applies", "the reference policy is read anew"),
     "sft": ("none", "it belongs to `ctpo sft`"),
 }

@@ -72,6 +72,12 @@ class Attempt:
         since = self.working_since
         return self.seconds if since is None else self.seconds + asyncio.get_running_loop().time() - since
 
+    def begin_anew(self) -> None:
+        """Forget all that was done; the time that it took stays. Note it at once where it is kept (`AttemptStore.note`)."""
+        self.turns, self.outputs, self.routed_experts = [], [], []
+        self.open = self.finish = self.status = None
+        self.tool_calls = self.tool_errors = 0
+
     def begin_work(self) -> None:
         """Let its time run."""
         self.working_since = asyncio.get_running_loop().time()

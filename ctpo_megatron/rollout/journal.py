@@ -136,6 +136,8 @@ class Journal:
             known.places, known.turns = [self._add(_Record(self._recipe_of(kept.id), weights, trajectory=kept))], 0
             known.whole = True
             return
+        if len(kept.turns) < known.turns:  # it began anew
+            known.places, known.turns = [], 0
         experts = sum(turn.role == "assistant" for turn in kept.turns[: known.turns])
         fresh = replace(kept, turns=kept.turns[known.turns :], routed_experts=kept.routed_experts[experts:])
         known.places.append(self._add(_Record(self._recipe_of(kept.id), weights, fresh, known.turns)))

@@ -228,6 +228,15 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class JudgesGroups(Protocol):
+    """An environment that judges all attempts at a prompt together, after each of them was judged by itself."""
+
+    async def judge(self, prompt: Prompt, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Returns `trajectories` with their rewards. It may be asked again about the same ones, with the rewards of before."""
+        ...
+
+
 class AttemptStore(Protocol):
     """Keeps what attempts have said over the end of a process."""
 

@@ -7,7 +7,7 @@ import asyncio
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.errors import AsideLost, EngineRefused, InputError, NoServerLeft, RolloutError, StorageError
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Interruptible, Sampling
+from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Interruptible, JudgesGroups, Sampling
 from ctpo_megatron.types import AttemptId, FailedAttempt, GroupId, Prompt, Trajectory, TrajectoryGroup
 
 RETRY_PAUSE_S = 0.2  # before the first retry of an attempt; as much more before each one after it
@@ -84,7 +84,30 @@ class Rollouter:
         if any(task.cancelled() or task.exception() for task in tasks):
             failed = [_of_failed_group(begun[each], task) for each, task in zip(ids, tasks, strict=True)]
             return TrajectoryGroup(prompt, [], id=group, failed=failed)
-        return TrajectoryGroup(prompt, [task.result() for task in tasks], id=group)
+        made = [task.result() for task in tasks]
+        try:
+            judged = await self._judged(self._aside if aside else self._environment, prompt, made)
+        except _AttemptFailed as error:
+            if not keep_failed:
+                raise error.cause from error
+            failed = [FailedAttempt(each.id, str(error), False, each.response_length, each.reward) for each in made]
+            return TrajectoryGroup(prompt, [], id=group, failed=failed)
+        return TrajectoryGroup(prompt, judged, id=group)
+
+    async def _judged(self, environment: Environment, prompt: Prompt, made: list[Trajectory]) -> list[Trajectory]:
+        """Returns a whole group as its environment judges it together, where it does. Raises _AttemptFailed."""
+        if not isinstance(environment, JudgesGroups):
+            return made
+        for number in range(1, self._retries + 2):
+            try:
+                return await environment.judge(prompt, made)
+            except ENDS_THE_RUN:
+                raise
+            except Exception as error:
+                if number > self._retries:
+                    raise _AttemptFailed(error) from error
+            await asyncio.sleep(RETRY_PAUSE_S * number)
+        raise AssertionError("the last try returns or raises")
 
     async def interrupt(self) -> None:
         """Stop sampling and keep all attempts as they are. Cancel the calls of `group` next."""

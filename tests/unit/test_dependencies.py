@@ -16,8 +16,10 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = ("ctpo_megatron", "launch")  # what a user runs: install_requires
-DEVELOPED = ("tools", "tests")  # what a developer runs: the extra `dev` besides
-OWN = {"ctpo_megatron", "tests"} | {file.stem for file in (ROOT / "tools").glob("*.py")}  # tests import what tools share
+DEVELOPED = ("tools", "tests", "examples")  # what a developer runs: the extra `dev` besides
+OWN = {"ctpo_megatron", "examples", "tests"} | {
+    file.stem for file in (ROOT / "tools").glob("*.py")
+}  # tests import what tools share
 DISTRIBUTIONS = metadata.packages_distributions()
 # declared and imported nowhere, with the reason
 NOT_IMPORTED = {

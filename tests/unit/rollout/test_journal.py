@@ -60,6 +60,29 @@ def same(one: Attempt | Trajectory | None, other: Attempt | Trajectory) -> bool:
     return repr(one) == repr(other)  # arrays have no truth
 
 
+def test_an_attempt_that_began_anew_comes_back_without_what_it_was_before(tmp_path: Path) -> None:
+    attempt = Attempt(AttemptId(GroupId(5), 1), 3, [7, 8])
+    with_turns = [generation(3), generation(2)]
+    journal = Journal(tmp_path, "r")
+    journal.published(0, "w0")
+    for each in with_turns:
+        attempt.close_turn(each)
+        attempt.add_tool_turn([4], "said")
+        journal.note(attempt)
+    attempt.begin_anew()
+    journal.note(attempt)
+    attempt.close_turn(generation(1))
+    attempt.add_tool_turn([5], "other")
+    attempt.close_turn(generation(4))
+    attempt.add_tool_turn([6], "words")
+    journal.note(attempt)
+    assert same(soon(journal.find(attempt.id, PROMPT, [7, 8])), attempt)
+    journal.close()
+    journal = Journal(tmp_path, "r", step=1)
+    assert same(soon(journal.find(attempt.id, PROMPT, [7, 8])), attempt)
+    journal.close()
+
+
 @given(st.lists(st.tuples(st.integers(1, 5), st.booleans(), st.integers(0, 2)), min_size=1, max_size=6), st.integers(0, 3))
 def test_an_attempt_comes_back_wherever_it_was_interrupted(
     tmp_path_factory: pytest.TempPathFactory, steps: list, left: int

@@ -1,0 +1,1 @@
+"""Multi-turn environments: a user's own, and those of other packages."""
