@@ -57,6 +57,8 @@ setup(
             "tiktoken>=0.7",
             "scipy>=1.14",
             "annotated-types>=0.7",
+            "anthropic>=2.12",
+            "openai>=2.8",
             "ruff>=0.9",
             "mypy>=2.4",
             "types-psutil>=7",
