@@ -260,18 +260,15 @@ def test_a_body_without_a_stated_length_is_bounded_too() -> None:
 
 def test_silent_and_slow_clients_are_closed() -> None:
     async def play() -> None:
-        async with served(limits=Limits(idle_s=SHORT, body_s=SHORT)) as given:
-            async with asyncio.timeout(WAIT_S):
-                for begin in (b"", b"POST /v1/chat/comp", b"GET / HTTP/1.1\r\nHost: x\r\nx-y"):
-                    reader, writer = await asyncio.open_connection("127.0.0.1", given.server.port)
-                    writer.write(begin)
-                    assert await reader.read() == b""
-                    writer.close()
+        async with served(limits=Limits(idle_s=SHORT)) as given, asyncio.timeout(WAIT_S):
+            for begin in (b"", b"POST /v1/chat/comp", b"GET / HTTP/1.1\r\nHost: x\r\nx-y"):
                 reader, writer = await asyncio.open_connection("127.0.0.1", given.server.port)
-                writer.write(head("/v1/chat/completions", 50, f"x-api-key: {given.key}") + b"{")
-                answer = await received(reader)
-                assert (answer.status, "did not arrive" in answer.json["error"]["message"]) == (400, True)
+                writer.write(begin)
+                assert await reader.read() == b""
                 writer.close()
+        async with served(limits=Limits(body_s=SHORT)) as given:
+            answer = await sent(given.server.port, head("/v1/chat/completions", 50, f"x-api-key: {given.key}") + b"{")
+            assert (answer.status, "did not arrive" in answer.json["error"]["message"]) == (400, True)
 
     asyncio.run(play())
 
