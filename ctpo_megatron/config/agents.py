@@ -27,7 +27,7 @@ class AgentEndpoint(Section):
 class LocalAgent(AgentEndpoint):
     """An agent that the run starts."""
 
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict)
     """Further environment variables of the agent's processes. They get nothing of the run's own environment but PATH, HOME,
     PYTHONPATH, the language, the time zone, certificates, and what pass_env names."""
     pass_env: tuple[str, ...] = ()

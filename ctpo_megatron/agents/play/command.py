@@ -57,7 +57,7 @@ class CommandRunner:
 
     def _started(self, task: AgentTask, own: Path, held: ExitStack, answer: Sink, errors: Sink) -> Leashed:
         text = task.to_json()
-        stdin = held.enter_context(open(os.memfd_create("task"), "w+b"))
+        stdin = held.enter_context(os.fdopen(os.memfd_create("task"), "w+b"))
         stdin.write(text.encode())
         stdin.seek(0)
         command = list(self._config.command)

@@ -25,7 +25,6 @@ from ctpo_megatron.config.agents import CommandAgent, FunctionAgent
 from ctpo_megatron.errors import ConfigError
 from tests.support.patience import eventually
 
-
 FUNCTIONS = "tests.support.agent_functions"
 LIMIT_S = 60.0
 SECRET = "CTPO_TEST_SECRET"
@@ -110,7 +109,8 @@ def test_agents_end_with_the_run_however_it_ends(tmp_path: Path) -> None:
 import asyncio
 from pathlib import Path
 from tests.processes.agents.test_agents_run import *
-asyncio.run(CommandRunner(shell("sleep 600 & echo $! $$ >{pids}.new; mv {pids}.new {pids}; wait"), AgentLogs(Path("{tmp_path}"))).play(task()))
+config = shell("sleep 600 & echo $! $$ >{pids}.new; mv {pids}.new {pids}; wait")
+asyncio.run(CommandRunner(config, AgentLogs(Path("{tmp_path}"))).play(task()))
 """
     run = subprocess.Popen([sys.executable, "-c", source], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     try:
