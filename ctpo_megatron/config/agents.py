@@ -61,6 +61,9 @@ class FunctionAgent(LocalAgent):
     path: str = Field(pattern=r"^[\w.]+:\w+$")
     """`package.module:function`, `async` or not, called with an `AgentTask`. It returns the text that is judged, or None for the
     last text that the model wrote."""
+    python: FilePath | None = None
+    """Interpreter of the processes that it is called in, such as that of a virtual environment with the harness, whose packages
+    then need not agree with those of the run. null: the run's own."""
     workers: PositiveInt = 2
     """Processes that it is called in."""
     per_worker: PositiveInt = 64

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.agents.play.logs import AgentLogs
@@ -24,7 +25,8 @@ from ctpo_megatron.agents.play.worker import CHECK, MAX_LINE_BYTES
 from ctpo_megatron.config.agents import FunctionAgent
 from ctpo_megatron.errors import ConfigError
 
-WORKER = (sys.executable, "-m", "ctpo_megatron.agents.play.worker")
+MODULE = "ctpo_megatron.agents.play.worker"
+ROOT = Path(__file__).parents[3]  # from where an interpreter that does not have this package imports it
 CANCEL_TIMEOUT_S = 5.0  # for a function to end when it is told to
 
 
@@ -128,8 +130,8 @@ class _Process:
         self._out = os.fdopen(our_out, "rb", buffering=0)
         try:
             self._process = Leashed(
-                [*WORKER, config.path, str(config.per_worker)],
-                env=clean(os.environ, config.pass_env) | config.env,
+                _command(config, str(config.per_worker)),
+                env=_environment(config),
                 cwd=None,
                 stdin=their_in,
                 stdout=their_out,
@@ -246,11 +248,12 @@ class _Writer:
 
 
 def check_function(config: FunctionAgent) -> None:
-    """Raise ConfigError where the function cannot be imported in a process of its own."""
-    env = clean(os.environ, config.pass_env) | config.env
-    command, limit_s = [*WORKER, config.path, CHECK], config.start_timeout_s
+    """Raise ConfigError where the function cannot be imported in a process of its own; its packages take seconds."""
+    command, env, limit_s = _command(config, CHECK), _environment(config), config.start_timeout_s
     try:
         done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
+    except OSError as error:
+        raise ConfigError(f"rollout.agent.python={config.python} cannot be started: {error}") from error
     except subprocess.TimeoutExpired:
         raise ConfigError(
             f"rollout.agent.path={config.path} was not imported within rollout.agent.start_timeout_s={limit_s:g}"
@@ -258,6 +261,16 @@ def check_function(config: FunctionAgent) -> None:
     said = done.stdout.partition(b"\n")[0]
     if not said or not json.loads(said).get("ready"):
         raise ConfigError(f"rollout.agent.path={config.path}: {_words(said)}. Is its package on PYTHONPATH?")
+
+
+def _command(config: FunctionAgent, last: str) -> list[str]:
+    return [config.python or sys.executable, "-m", MODULE, config.path, last]
+
+
+def _environment(config: FunctionAgent) -> dict[str, str]:
+    env = clean(os.environ, config.pass_env) | config.env
+    paths = [path for path in (env.get("PYTHONPATH"), str(ROOT)) if path]
+    return env if config.python is None else env | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _alive(starting: asyncio.Task[_Process]) -> bool:
