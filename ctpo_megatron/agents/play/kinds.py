@@ -30,6 +30,6 @@ def check_agent(config: CommandAgent | FunctionAgent | ExternalAgent | None) -> 
         check_function(config)
     elif config is not None:
         raise ConfigError(
-            "rollout.agent.type=external is for `ctpo serve-agents`, which waits for agents from elsewhere; give the type command "
+            "rollout.agent.type=external is for `ctpo serve-agents`, which waits for agents from elsewhere; give type command "
             "or function, with which the run starts them itself"
         )
