@@ -29,7 +29,7 @@ def calculate(expression: str) -> str:
 
 async def play(task: AgentTask) -> str:
     """Returns the agent's answer."""
-    async with AsyncOpenAI(base_url=task.base_url, api_key=task.api_key) as client:
+    async with AsyncOpenAI(base_url=task.openai_url, api_key=task.api_key) as client:
         agent = Agent("solver", tools=[calculate], model=OpenAIChatCompletionsModel(task.model, client))
         done = await Runner.run(agent, task.question, max_turns=3)
     return str(done.final_output)

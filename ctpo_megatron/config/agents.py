@@ -20,6 +20,9 @@ class AgentEndpoint(Section):
     timeout_s: PositiveFloat = 600.0
     """How long an agent may work on one attempt. Then it is ended; what was sampled by then is judged, with the status
     `deadline`. In training the shorter of this and rollout.deadline_s counts."""
+    calls: Literal["hermes", "qwen25", "qwen3_coder", "llama3"] = "hermes"
+    """Format in which the model's chat template writes calls of tools, by SGLang's names. hermes: `<tool_call>` around JSON, as
+    Qwen3 has it too."""
     model: str = "policy"
     """What the model is called towards agents. Some harnesses read from its name what it can do."""
 

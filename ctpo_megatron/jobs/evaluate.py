@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ctpo_megatron.agents.play.kinds import check_agent
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError, storing
@@ -43,6 +44,7 @@ async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
     model = open_model(config, "eval")
     benchmarks = load_benchmarks(config, model, print_sentence)
     tool = make_tool(config.rollout.tool)
+    check_agent(config.rollout.agent)
     run_dir = prepare_run_dir(config)
     directory = run_dir / DIRECTORY / OF_MODEL
     if anew:

@@ -41,7 +41,7 @@ def recipes(config: RunConfig, benchmarks: Sequence[Benchmark]) -> dict[str, str
         settings = {
             "sampling": asdict(each.sampling),
             "answers": [prompt.answer for prompt in each.prompts],
-            "rollout": config.rollout.model_dump(mode="json", include={"tool", "reward"}),
+            "rollout": config.rollout.model_dump(mode="json", include={"tool", "agent", "reward"}),
             "chat": config.model.model_dump(mode="json", exclude={"path"}),
         }
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

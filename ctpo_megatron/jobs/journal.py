@@ -34,9 +34,10 @@ def open_journal(
 
 def recipe(config: RunConfig) -> str:
     """Returns a digest of all settings that change what an attempt in training says or is worth, beside weights and prompt."""
-    others = {"group_size", "concurrency", "deadline_s", "engine", "retries", "failed_share", "failed_window", "dynamic"}
+    others = ("group_size", "concurrency", "deadline_s", "engine", "retries", "failed_share", "failed_window", "dynamic")
+    where = dict.fromkeys(("host", "port", "workers", "per_worker", "start_timeout_s", "log_kb"), True)  # an agent is played
     settings = {
-        "rollout": config.rollout.model_dump(mode="json", exclude=others),
+        "rollout": config.rollout.model_dump(mode="json", exclude={**dict.fromkeys(others, True), "agent": where}),
         "chat": config.model.model_dump(mode="json", exclude={"path"}),
         "top_k": config.algorithm.top_k,
         "routing_replay": config.moe.routing_replay,

@@ -1,18 +1,22 @@
-"""Client, environment and rewards put together over running servers."""
+"""Client, environment and rewards put together over running servers; where agents play, their endpoint and processes too."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from ctpo_megatron.agents.play.environment import AgentEnvironment
+from ctpo_megatron.agents.play.kinds import make_runner
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
+from ctpo_megatron.jobs.endpoint import open_endpoint
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.counted import CountedReward, CountedTool
 from ctpo_megatron.rollout.environment import ToolEnvironment
-from ctpo_megatron.rollout.protocols import AttemptStore, Grader, ToolRunner
+from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Grader, Reward, ToolRunner
 from ctpo_megatron.rollout.rewards import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.types import Generation
@@ -55,12 +59,31 @@ async def open_rollouts(
         most=rollout.concurrency,
     )
     try:
-        async with client:
-            counted = None if tool is None else CountedTool(tool, runtime.depths)
-            judged = CountedReward(reward, runtime.depths)
-            environment = ToolEnvironment(client, chat, counted, judged)
+        async with client, _environments(runtime, chat, client, tool, CountedReward(reward, runtime.depths)) as environments:
+            ours, aside = environments
             share = runtime.config.eval.servers / rollout.engine.servers
-            aside = ToolEnvironment(_Aside(client), chat, counted, judged), max(1, round(share * rollout.concurrency))
-            yield OpenRollouts(Rollouter(environment, rollout, store, client, aside), client, reward)
+            of_aside = aside, max(1, round(share * rollout.concurrency))
+            yield OpenRollouts(Rollouter(ours, rollout, store, client, of_aside), client, reward)
     finally:
         reward.close()
+
+
+@asynccontextmanager
+async def _environments(
+    runtime: Runtime, chat: ChatTokenizer, client: EngineClient, tool: ToolRunner | None, reward: Reward
+) -> AsyncIterator[tuple[Environment, Environment]]:
+    """What plays attempts, on all servers, and on those that are set aside."""
+    generators, config = (client, _Aside(client)), runtime.config
+    agent = config.rollout.agent
+    if agent is None:
+        counted = None if tool is None else CountedTool(tool, runtime.depths)
+        ours, aside = (ToolEnvironment(each, chat, counted, reward) for each in generators)
+        yield ours, aside
+        return
+    runner = make_runner(agent, Path(config.run_dir) / "logs")
+    async with open_endpoint(agent, config, chat) as endpoint:
+        try:
+            ours, aside = (AgentEnvironment(endpoint, each, runner, reward, agent) for each in generators)
+            yield ours, aside
+        finally:
+            await runner.close()

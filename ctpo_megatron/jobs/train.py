@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ctpo_megatron.agents.play.kinds import check_agent
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
@@ -84,6 +85,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = make_tool(config.rollout.tool)
+    check_agent(config.rollout.agent)
     lead = Lead()
     storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s, STORAGE_SHARE * config.cluster.stop_grace_s)
     with IncarnationLog(Path(config.run_dir), [print_sentence, lead], storage.write) as events:

@@ -61,6 +61,11 @@ class ChatTokenizer:
         self._end = self._find_end()
         self._said: set[str] = set()
 
+    @property
+    def thinks(self) -> bool:
+        """Returns whether the template knows reasoning between think tags."""
+        return "</think>" in self._template.source
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of `messages`, generation prompt included. Raises RenderError where the template cannot write them."""
         return self._tokens.ids(self._template.render(self._forms.fitting(messages), prompt=True))

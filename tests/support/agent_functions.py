@@ -16,7 +16,7 @@ async def echo(task: AgentTask) -> str:
 
 
 def sync(task: AgentTask) -> None:
-    assert task.base_url == f"{task.url}/v1"
+    assert task.openai_url == f"{task.anthropic_url}/v1"
 
 
 async def raises(task: AgentTask) -> str:

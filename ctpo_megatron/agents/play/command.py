@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 from ctpo_megatron.agents.play.logs import AgentLogs
@@ -30,6 +30,7 @@ class CommandRunner:
 
     def __init__(self, config: CommandAgent, logs: AgentLogs) -> None:
         self._config, self._logs = config, logs
+        self.place = nullcontext()  # rollout.concurrency bounds them
         self._environment = clean(os.environ, config.pass_env) | config.env
 
     async def play(self, task: AgentTask) -> str | None:

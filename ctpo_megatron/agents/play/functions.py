@@ -35,15 +35,13 @@ class FunctionRunner:
 
     def __init__(self, config: FunctionAgent, logs: AgentLogs) -> None:
         self._config = config
-        self._slots = asyncio.Semaphore(config.workers * config.per_worker)
+        self.place = asyncio.Semaphore(config.workers * config.per_worker)
         self._workers = [_Worker(config, logs, number) for number in range(config.workers)]
         self._logs = logs
 
     async def play(self, task: AgentTask) -> str | None:
         """Implement AgentRunner.play."""
-        async with self._slots:
-            worker = min(self._workers, key=lambda each: each.busy)
-            answer = await worker.play(task)
+        answer = await min(self._workers, key=lambda each: each.busy).play(task)
         if "error" in answer:
             self._logs.write(task.attempt, answer.get("trace", ""))
             raise AgentFailed(f"{task.attempt}: its agent failed: {answer['error']}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from ctpo_megatron.agents.play.task import AgentTask
@@ -14,6 +15,11 @@ class AgentFailed(RolloutError):
 
 class AgentRunner(Protocol):
     """One kind of agents."""
+
+    @property
+    def place(self) -> AbstractAsyncContextManager[object]:
+        """Returns what is held while an attempt is played: it waits while as many are played as there is room for."""
+        ...
 
     async def play(self, task: AgentTask) -> str | None:
         """Returns the text that is to be judged when the agent has ended; None: the last that the model wrote.

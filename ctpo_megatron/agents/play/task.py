@@ -12,24 +12,19 @@ from typing import Any
 
 # of a run's environment, what agents get; prefixes end with *
 INHERITED = ("PATH", "HOME", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_*", "TZ", "TMPDIR", "SSL_CERT_FILE", "SSL_CERT_DIR")
-VERSION = "/v1"  # where OpenAI's interface begins, below the address of the endpoint
 
 
 @dataclass(frozen=True, slots=True)
 class AgentTask:
     """One attempt, as its agent sees it."""
 
-    url: str  # of the endpoint: http://127.0.0.1:8000
+    openai_url: str  # the base URL for clients of OpenAI's interface: http://127.0.0.1:8000/0123456789abcdef/v1
+    anthropic_url: str  # that for clients of Anthropic's
     api_key: str  # of this attempt alone
     model: str  # its name, for the client
     messages: list[dict[str, Any]]  # the prompt: role, content and whatever else the data have
     attempt: str  # such as g00000012.3
     timeout_s: float  # until it is ended
-
-    @property
-    def base_url(self) -> str:
-        """Returns the address for clients of OpenAI's interface, which append `/chat/completions`."""
-        return self.url + VERSION
 
     @property
     def question(self) -> str:
@@ -41,19 +36,14 @@ class AgentTask:
         return json.dumps(asdict(self))
 
 
-def task_of(line: str | bytes) -> AgentTask:
-    """Returns the task in a line of JSON."""
-    return AgentTask(**json.loads(line))
-
-
 def variables(task: AgentTask) -> dict[str, str]:
     """Returns what the clients of OpenAI and Anthropic read from their environment."""
     return {
-        "OPENAI_BASE_URL": task.base_url,
-        "OPENAI_API_BASE": task.base_url,
+        "OPENAI_BASE_URL": task.openai_url,
+        "OPENAI_API_BASE": task.openai_url,
         "OPENAI_API_KEY": task.api_key,
         "OPENAI_DEFAULT_MODEL": task.model,
-        "ANTHROPIC_BASE_URL": task.url,
+        "ANTHROPIC_BASE_URL": task.anthropic_url,
         "ANTHROPIC_API_KEY": task.api_key,
         "ANTHROPIC_MODEL": task.model,
         "AGENT_ATTEMPT": task.attempt,

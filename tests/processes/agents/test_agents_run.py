@@ -31,7 +31,15 @@ SECRET = "CTPO_TEST_SECRET"
 
 
 def task(question: str = "6 * 7?", attempt: str = "g00000001.2") -> AgentTask:
-    return AgentTask("http://127.0.0.1:9", "sk-key", "policy", [{"role": "user", "content": question}], attempt, LIMIT_S)
+    return AgentTask(
+        "http://127.0.0.1:9/a/v1",
+        "http://127.0.0.1:9/a",
+        "sk-key",
+        "policy",
+        [{"role": "user", "content": question}],
+        attempt,
+        LIMIT_S,
+    )
 
 
 def shell(script: str, **settings: object) -> CommandAgent:
@@ -59,7 +67,7 @@ def test_a_command_gets_its_task_and_nothing_of_the_run(tmp_path: Path, monkeypa
     assert said.startswith(given * 2)
     assert AgentTask(**json.loads(given)) == task()
     assert not Path(directory).exists()
-    assert variables == "http://127.0.0.1:9/v1 sk-key http://127.0.0.1:9 mine []"
+    assert variables == "http://127.0.0.1:9/a/v1 sk-key http://127.0.0.1:9/a mine []"
     passed = shell(f"echo ${SECRET}", answer="stdout", pass_env=(SECRET,))
     assert run_command(passed, tmp_path) == "of the run\n"
 
