@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.agents.play.environment import AgentEnvironment
-from ctpo_megatron.agents.play.kinds import make_runner
+from ctpo_megatron.agents.play.kinds import make_runner, started_here
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.jobs.endpoint import open_endpoint
@@ -74,16 +74,16 @@ async def _environments(
 ) -> AsyncIterator[tuple[Environment, Environment]]:
     """What plays attempts, on all servers, and on those that are set aside."""
     generators, config = (client, _Aside(client)), runtime.config
-    agent = config.rollout.agent
+    agent = started_here(config.rollout.agent)
     if agent is None:
         counted = None if tool is None else CountedTool(tool, runtime.depths)
-        ours, aside = (ToolEnvironment(each, chat, counted, reward) for each in generators)
-        yield ours, aside
+        with_tool = [ToolEnvironment(each, chat, counted, reward) for each in generators]
+        yield with_tool[0], with_tool[1]
         return
     runner = make_runner(agent, Path(config.run_dir) / "logs")
     async with open_endpoint(agent, config, chat) as endpoint:
         try:
-            ours, aside = (AgentEnvironment(endpoint, each, runner, reward, agent) for each in generators)
-            yield ours, aside
+            played = [AgentEnvironment(endpoint, each, runner, reward, agent) for each in generators]
+            yield played[0], played[1]
         finally:
             await runner.close()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from ctpo_megatron.agents.conversation.conversation import Bounds, Conversation
 from ctpo_megatron.agents.conversation.trajectory import trajectory_of, written
@@ -20,7 +21,7 @@ from ctpo_megatron.agents.http.server import AgentServer
 from ctpo_megatron.agents.play.overseen import Overseen
 from ctpo_megatron.agents.play.runner import AgentFailed, AgentRunner
 from ctpo_megatron.agents.play.task import AgentTask
-from ctpo_megatron.config.agents import CommandAgent, FunctionAgent
+from ctpo_megatron.config.agents import LocalAgent
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.protocols import CallParser, Chat, Generator, Reward, Sampling, TalkChat
 from ctpo_megatron.types import AttemptId, Prompt, Status, Trajectory
@@ -28,7 +29,7 @@ from ctpo_megatron.types import AttemptId, Prompt, Status, Trajectory
 GRACE_S = 5.0  # after its time is over: for the turn that it is in to reach the agent, and for the agent to end itself
 
 
-class AgentChat(Chat, TalkChat):
+class AgentChat(Chat, TalkChat, Protocol):
     """Between text and tokens, for prompts and for conversations of agents."""
 
 
@@ -64,7 +65,7 @@ class AgentEnvironment:
         generator: Generator,
         runner: AgentRunner,
         reward: Reward,
-        config: CommandAgent | FunctionAgent,
+        config: LocalAgent,
     ) -> None:
         self._endpoint, self._generator = endpoint, generator
         self._runner, self._reward, self._config = runner, reward, config
@@ -152,9 +153,10 @@ class AgentEnvironment:
     async def _agent(self, task: AgentTask, overseen: Overseen, until: float) -> _End:
         """Let an agent play until it ends, its time is over or the engine fails, whose error comes out."""
         playing = asyncio.ensure_future(self._runner.play(task))
+        waited_for: list[asyncio.Future[Any]] = [playing, overseen.trouble]
         left_s = until - asyncio.get_running_loop().time()
         try:
-            await asyncio.wait([playing, overseen.trouble], timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waited_for, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             late = not playing.done()
         finally:
             playing.cancel()
