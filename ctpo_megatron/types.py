@@ -24,6 +24,7 @@ class Status(enum.StrEnum):
     LENGTH = "length"  # the response budget was used up
     MAX_TURNS = "max_turns"  # the model asked for a tool after its last allowed call
     DEADLINE = "deadline"  # its time was over; what it had said by then counts
+    UNANSWERED = "unanswered"  # an agent ended after a call of a tool, to which nothing came back
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +222,28 @@ class Turn:
 
 
 @dataclass(slots=True)
+class Branch:
+    """What else was sampled in an attempt, where an agent skipped or rewrote part of its history. Trained on with its reward.
+
+    `prompt_ids` is all that the branch's first own turn saw, with turns that another sample of the attempt holds: each sampled
+    turn is in one sample. `routed_experts`: of prompt and turns, as `Trajectory` has them.
+    """
+
+    prompt_ids: list[int]
+    turns: list[Turn]
+    routed_experts: NDArray[np.signedinteger] | None = None
+
+    @property
+    def sampled_length(self) -> int:
+        """Returns how many tokens the policy wrote in its own turns."""
+        return sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
+
+
+@dataclass(slots=True)
 class Trajectory:
     """One sampled attempt at a prompt. `text` is the decoded response, for rewards and people only.
+
+    `turns` are those that end with the attempt; what an agent had sampled besides is in `branches`.
 
     `routed_experts[t]` are the experts that the engine sent token t to, [tokens - 1, expert layers, top_k]; -1 where that is not
     known (docs/routing_replay.md). The last token has gone through no model.
@@ -240,17 +261,29 @@ class Trajectory:
     routed_experts: NDArray[np.signedinteger] | None = None
     undecided: bool = False  # whether its answer could not be compared with the right one; the reward is 0 then
     given: str | None = None  # the answer that was judged, None where there is none
+    branches: list[Branch] = field(default_factory=list)
     id: AttemptId = field(kw_only=True)
 
     @property
+    def all_turns(self) -> list[Turn]:
+        """Returns its turns, then those of its branches: each sampled turn once."""
+        return [*self.turns, *(turn for branch in self.branches for turn in branch.turns)]
+
+    @property
     def response_length(self) -> int:
-        """Returns how many tokens follow the prompt, the tool's included."""
+        """Returns how many tokens follow the prompt, the tool's included; without branches."""
         return sum(len(turn.token_ids) for turn in self.turns)
 
     @property
     def sampled_length(self) -> int:
-        """Returns how many tokens the policy wrote."""
-        return sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
+        """Returns how many tokens the policy wrote, in branches too."""
+        return sum(self.sampled_lengths)
+
+    @property
+    def sampled_lengths(self) -> list[int]:
+        """Returns how many tokens the policy wrote in each sample: in the turns that end the attempt, and in each branch."""
+        main = sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
+        return [main, *(branch.sampled_length for branch in self.branches)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,8 +351,25 @@ class Composition:
 
 
 @dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """A call of a tool that the model wrote and that can be used. `arguments` is the JSON text of an object, as it was."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What the assistant wrote in one turn, in its parts. What is no usable call is in `content`; None: it wrote no reasoning."""
+
+    content: str
+    reasoning: str | None = None
+    calls: tuple[ParsedCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TrainSample:
-    """One trajectory as the trainer sees it: label-aligned streams of equal length L = tokens - 1.
+    """One trajectory, or a branch of one, as the trainer sees it: label-aligned streams of equal length L = tokens - 1.
 
     Position t predicts `labels[t]` from `input_ids[: t + 1]`. No stream is shifted after this point.
 
@@ -336,6 +386,7 @@ class TrainSample:
     versions: list[int]  # version that sampled the label; -1 where masked
     advantages: list[float]  # 0.0 where masked
     group: int = 0  # samples of one prompt share it
+    attempt: int | None = None  # of its group; samples of one attempt weigh as one sequence. None: it is one by itself
     routed_experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it
     top_k: TopK | None = None  # of each label, where the run collects it; unused where masked
     supports: Supports | None = None  # of each label, where sampling is truncated; none where masked

@@ -29,6 +29,7 @@ class AgentRequest:
     max_tokens: int | None = None  # of the answer; None: as many as the attempt has left
     digest: str = ""  # of the body; the same body that is sent again gets the answer that it got
     retries: int = 0  # how often the client says to have sent it before
+    stop: tuple[str, ...] = ()  # texts that end the answer; of its tokens, those that make up the first of them are the last
     thinking: bool | None = None  # what the client asks of a template that knows thinking; None: the run's own
 
 

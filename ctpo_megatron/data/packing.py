@@ -87,28 +87,46 @@ def build_train_batch(
     micro-batches is a multiple of pp, as megatron's schedule asks. Raises ValueError for samples without any
     token of the policy, and as `pack` does.
     """
-    lengths = [sum(sample.mask) for sample in samples]
-    if sum(lengths) == 0:
-        raise ValueError(f"none of the {len(samples)} samples holds a token of the policy; there is nothing to train on")
-    weights = sequence_weights(
-        aggregation.type,
-        torch.tensor(lengths),
-        constant=aggregation.tokens if isinstance(aggregation, Constant) else 1.0,
-        groups=torch.tensor([sample.group for sample in samples]),
-        signs=torch.tensor([sum((a > 0) - (a < 0) for a in sample.advantages) for sample in samples]),
-    )
+    weights = _weights(samples, aggregation)
     micro_batches = pack(
         samples,
         dp=parallel.dp,
         max_tokens=max_tokens * parallel.cp,
         cp=parallel.cp,
         tp=parallel.tp,
-        weights=weights.tolist(),
+        weights=weights,
         first_id=first_id,
         multiple=parallel.pp if parallel.vpp > 1 else 1,
         attention_weight=attention_weight,
     )
     return TrainBatch(micro_batches)
+
+
+def _weights(samples: Sequence[TrainSample], aggregation: Aggregation) -> list[float]:
+    """The weight of a token in each of `samples`. Those of one attempt are one sequence: branches give an attempt no more weight.
+
+    Raises ValueError for samples without any token of the policy.
+    """
+    numbers: dict[tuple[int, int], int] = {}  # of sequences
+    sequence: list[int] = []
+    for place, sample in enumerate(samples):
+        key = (-1, place) if sample.attempt is None else (sample.group, sample.attempt)
+        sequence.append(numbers.setdefault(key, len(numbers)))
+    lengths, signs, groups = ([0] * len(numbers) for _ in range(3))
+    for number, sample in zip(sequence, samples, strict=True):
+        lengths[number] += sum(sample.mask)
+        signs[number] += sum((a > 0) - (a < 0) for a in sample.advantages)
+        groups[number] = sample.group
+    if sum(lengths) == 0:
+        raise ValueError(f"none of the {len(samples)} samples holds a token of the policy; there is nothing to train on")
+    weights = sequence_weights(
+        aggregation.type,
+        torch.tensor(lengths),
+        constant=aggregation.tokens if isinstance(aggregation, Constant) else 1.0,
+        groups=torch.tensor(groups),
+        signs=torch.tensor(signs),
+    ).tolist()
+    return [weights[number] for number in sequence]
 
 
 def longest_sample(parallel: ParallelConfig, max_tokens: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +13,30 @@ from ctpo_megatron.types import Supports, TopK, TrainSample, TrajectoryGroup, Tu
 
 
 def build_samples(group: TrajectoryGroup, advantages: Sequence[float | Sequence[float]], group_id: int) -> list[TrainSample]:
-    """One sample per trajectory of `group`, in order; `advantages[i]` is that of trajectory i, see `build_sample`."""
-    return [
-        build_sample(trajectory.prompt_ids, trajectory.turns, advantage, group_id, trajectory.routed_experts)
-        for trajectory, advantage in zip(group.trajectories, advantages, strict=True)
-    ]
+    """One sample per trajectory of `group`, in order, each with those of its branches behind it.
+
+    `advantages[i]` is that of trajectory i, see `build_sample`: a number for each token that the policy wrote, those in branches
+    last, or one for all of them.
+    """
+    samples: list[TrainSample] = []
+    for number, (trajectory, advantage) in enumerate(zip(group.trajectories, advantages, strict=True)):
+        own, *others = _cut(advantage, trajectory.sampled_lengths)
+        sample = build_sample(trajectory.prompt_ids, trajectory.turns, own, group_id, trajectory.routed_experts)
+        made = [sample]
+        for branch, value in zip(trajectory.branches, others, strict=True):
+            made.append(build_sample(branch.prompt_ids, branch.turns, value, group_id, branch.routed_experts))
+        samples += [replace(each, attempt=number) for each in made] if others else made
+    return samples
+
+
+def _cut(advantage: float | Sequence[float], lengths: Sequence[int]) -> list[float | Sequence[float]]:
+    """The advantages of an attempt's tokens, sample by sample."""
+    if isinstance(advantage, int | float) or len(lengths) == 1:
+        return [advantage] * len(lengths)
+    if len(advantage) != sum(lengths):
+        raise ValueError(f"{len(advantage)} advantages for {sum(lengths)} tokens that the policy wrote; one for each is needed")
+    ends = list(accumulate(lengths))
+    return [advantage[end - length : end] for end, length in zip(ends, lengths, strict=True)]
 
 
 def build_sample(

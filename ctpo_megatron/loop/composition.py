@@ -91,5 +91,5 @@ class StepRules:
 
 def oldest_version(group: TrajectoryGroup) -> int | None:
     """Returns the oldest version that sampled a token of `group`; None where it holds no token."""
-    turns = [turn for trajectory in group.trajectories for turn in trajectory.turns if turn.role == "assistant"]
+    turns = [turn for trajectory in group.trajectories for turn in trajectory.all_turns if turn.role == "assistant"]
     return min((version for turn in turns for version in turn.versions), default=None)

@@ -26,7 +26,8 @@ class StepCost:
         """Returns the cost of a step that trained on `groups`."""
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         sampled = sum(t.sampled_length for t in trajectories)
-        trained = sum(len(t.prompt_ids) + t.response_length for t in trajectories)
+        samples = [each for t in trajectories for each in (t, *t.branches)]
+        trained = sum(len(each.prompt_ids) + sum(len(turn.token_ids) for turn in each.turns) for each in samples)
         return cls(dict(seconds), wall, sampled, trained)
 
     def metrics(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     rewards = [t.reward for t in trajectories]
     count = len(trajectories)
-    ages = [version - v for t in trajectories for turn in t.turns if turn.role == "assistant" for v in turn.versions]
+    ages = [version - v for t in trajectories for turn in t.all_turns if turn.role == "assistant" for v in turn.versions]
     calls = sum(t.tool_calls for t in trajectories)
     return _replayed(trajectories) | {
         "reward/mean": sum(rewards) / count,
@@ -28,9 +28,11 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
         "rollout/response_tokens_max": max(t.response_length for t in trajectories),
         "rollout/sampled_tokens": sum(t.sampled_length for t in trajectories) / count,
         "rollout/prompt_tokens": sum(len(t.prompt_ids) for t in trajectories) / count,
-        "rollout/turns": sum(sum(turn.role == "assistant" for turn in t.turns) for t in trajectories) / count,
+        "rollout/turns": sum(sum(turn.role == "assistant" for turn in t.all_turns) for t in trajectories) / count,
+        "rollout/branches": sum(len(t.branches) for t in trajectories) / count,
         "rollout/truncated": sum(t.status is not Status.FINISHED for t in trajectories) / count,
         "rollout/deadline": sum(t.status is Status.DEADLINE for t in trajectories) / count,
+        "rollout/unanswered": sum(t.status is Status.UNANSWERED for t in trajectories) / count,
         "rollout/staleness_mean": sum(ages) / max(len(ages), 1),
         "rollout/staleness_max": max(ages, default=0),
         "tool/rate": sum(t.tool_calls > 0 for t in trajectories) / count,

@@ -91,7 +91,7 @@ def group_line(group: Admitted, step: int, end: End, reason: str, made: Trajecto
 
 
 def _finished(attempt: Trajectory) -> dict[str, Any]:
-    versions = [version for turn in attempt.turns if turn.role == "assistant" for version in turn.versions]
+    versions = [version for turn in attempt.all_turns if turn.role == "assistant" for version in turn.versions]
     known = {"attempt": attempt.id.number, "status": attempt.status, "reward": attempt.reward, "tokens": attempt.response_length}
     return known | {"versions": [min(versions, default=None), max(versions, default=None)]}
 

@@ -16,7 +16,8 @@ from ctpo_megatron.errors import storing
 from ctpo_megatron.record.files import Through, at_once, jsonable
 from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup, Turn
 
-_LEFT_OUT = ("id", "routed_experts", "prompt_ids", "turns")  # of a trajectory's fields, from those that are copied into its row
+# of a trajectory's fields, from those that are copied into its row
+_LEFT_OUT = ("id", "routed_experts", "prompt_ids", "turns", "branches")
 
 
 class TrajectoryFiles:
@@ -67,7 +68,9 @@ def as_row(prompt: Prompt, trajectory: Trajectory) -> dict[str, Any]:
     """
     plain = {each.name: getattr(trajectory, each.name) for each in fields(trajectory) if each.name not in _LEFT_OUT}
     row = {"id": str(trajectory.id), "group": str(trajectory.id.group), "answer": prompt.answer, **plain}
-    return {**jsonable(row), "prompt_ids": trajectory.prompt_ids, "turns": [_turn(turn) for turn in trajectory.turns]}
+    others = [{"prompt_ids": each.prompt_ids, "turns": [_turn(turn) for turn in each.turns]} for each in trajectory.branches]
+    row = {**jsonable(row), "prompt_ids": trajectory.prompt_ids, **({"branches": others} if others else {})}
+    return row | {"turns": [_turn(turn) for turn in trajectory.turns]}
 
 
 def _turn(turn: Turn) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ctpo_megatron.rollout.imagined import OUTPUTS, imagine
 from ctpo_megatron.rollout.messages import MessageForms
 from ctpo_megatron.rollout.same_tokens import check_same_tokens
 from ctpo_megatron.rollout.stops import find_stop_tokens
+from ctpo_megatron.rollout.talk import Talk
 from ctpo_megatron.rollout.template import ChatTemplate, Message, given_template
 from ctpo_megatron.rollout.tokens import Tokens
 from ctpo_megatron.rollout.turns import SpokenTurn, TurnReader, common_start, difference
@@ -58,6 +59,7 @@ class ChatTokenizer:
         self._frames = ToolFrames(self._template, self._tokens)
         self._turns = TurnReader(self._template, self._tokens)
         self._forms = MessageForms(self._template, self._frames.roles[0])
+        self._talk = Talk(self._template, self._tokens, self._forms)
         self._end = self._find_end()
         self._said: set[str] = set()
 
@@ -86,6 +88,24 @@ class ChatTokenizer:
         """
         name = next((name for name, id_ in self._tokens.ends.items() if id_ == end), self._end)
         return self._tokens.ids_after(name, self._frames.after_end(name, [*earlier, text]))
+
+    def talk_ids(
+        self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """Token ids of an agent's conversation (`rollout.protocols.TalkChat`)."""
+        return self._talk.whole(messages, tools, thinking)
+
+    def tail_ids(
+        self,
+        before: Sequence[Message],
+        new: Sequence[Message],
+        *,
+        end: int,
+        tools: Sequence[dict[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """Token ids of what is new in an agent's conversation (`rollout.protocols.TalkChat`)."""
+        return self._talk.tail(before, new, end, tools, thinking)
 
     def demonstration(self, messages: Sequence[Message], start: int) -> tuple[list[int], list[tuple[str, list[int]]]]:
         """Token ids of the prompt messages[:start], and of what follows it as (role, ids) of assistant and tool by turns.

@@ -117,7 +117,7 @@ class ToolEnvironment:
             recorded=attempt.recorded if sampling.record else None,
             deadline=deadline,
         )
-        _check(generation, left, stop)
+        check_generation(generation, left, stop)
         attempt.close_turn(generation)
 
     async def _tool_turn(self, tool: ToolRunner, attempt: Attempt, code: str, sampling: Sampling) -> bool:
@@ -132,7 +132,7 @@ class ToolEnvironment:
         return True
 
 
-def _check(generation: Generation, allowed: int, stop: list[int]) -> None:
+def check_generation(generation: Generation, allowed: int, stop: list[int]) -> None:
     """Raise RolloutError where an answer of the engine would make a wrong sample."""
     ids, finish = generation.token_ids, generation.finish
     if not 1 <= len(ids) <= allowed:

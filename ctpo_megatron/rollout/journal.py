@@ -27,7 +27,6 @@ from types import MappingProxyType
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.deferred import Deferred
@@ -36,6 +35,7 @@ from ctpo_megatron.record.files import GrowingFile
 from ctpo_megatron.record.run_events import JournalCut, JournalRead
 from ctpo_megatron.record.segments import MAGIC, Place, SegmentWriter, cut, read_segment, segments
 from ctpo_megatron.record.storage import Storage
+from ctpo_megatron.rollout.arrays import from_array, to_array
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.plans import Plans
 from ctpo_megatron.types import AttemptId, Composition, Fate, Prompt, Trajectory
@@ -301,7 +301,7 @@ def _joined(records: list[_Record]) -> Attempt | Trajectory:
 def _versions(kept: Attempt | Trajectory) -> set[int]:
     if isinstance(kept, Attempt):
         return kept.versions
-    return {version for turn in kept.turns if turn.role == "assistant" for version in turn.versions}
+    return {version for turn in kept.all_turns if turn.role == "assistant" for version in turn.versions}
 
 
 def _older(attempt: AttemptId, group: int, step: int) -> bool:
@@ -309,16 +309,5 @@ def _older(attempt: AttemptId, group: int, step: int) -> bool:
     return attempt.group.number < group if evaluation is None else evaluation < step
 
 
-def _from_array(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return (value.dtype.str, value.shape, np.ascontiguousarray(value).tobytes())
-    raise NotImplementedError(f"{type(value).__name__} cannot be kept in a journal")
-
-
-def _to_array(_type: Any, value: Any) -> Any:
-    dtype, shape, data = value
-    return np.frombuffer(data, dtype).reshape(shape).copy()
-
-
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
-_DECODER = msgspec.msgpack.Decoder(_Record, dec_hook=_to_array)
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=from_array)
+_DECODER = msgspec.msgpack.Decoder(_Record, dec_hook=to_array)

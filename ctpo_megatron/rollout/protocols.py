@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.types import WHOLE, AttemptId, Generation, Prompt, Trajectory, Truncation
+from ctpo_megatron.types import WHOLE, AttemptId, Generation, Parsed, Prompt, Trajectory, Truncation
 
 
 class Generator(Protocol):
@@ -58,6 +58,56 @@ class Chat(Protocol):
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`, with or without special tokens. For tools, rewards and people only."""
+        ...
+
+
+class CallParser(Protocol):
+    """Finds the calls of tools in what an assistant wrote."""
+
+    def parse(self, text: str, tools: Sequence[dict[str, Any]]) -> Parsed:
+        """Returns a whole turn of the assistant in its parts; only white space between them is dropped.
+
+        `text`: with the names of special tokens (Llama's calls begin with one), without the stop token, and with what the chat
+        template wrote before it where that opens a reasoning. `tools` in OpenAI's form: {"type": "function", "function": {"name",
+        "description", "parameters"}}. Raises ValueError where those are not such.
+        """
+        ...
+
+
+class TalkChat(Protocol):
+    """Between the messages of other people's agents and tokens: a prompt as a whole, then what is new after each sampled turn."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The tokens that end an assistant's turn."""
+        ...
+
+    def talk_ids(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] = (), thinking: bool | None = None
+    ) -> list[int]:
+        """Token ids of a conversation with `tools` to call, generation prompt included. Raises RenderError.
+
+        `thinking`: on or off, where the template knows it; None: as the run has it.
+        """
+        ...
+
+    def tail_ids(
+        self,
+        before: Sequence[dict[str, Any]],
+        new: Sequence[dict[str, Any]],
+        *,
+        end: int,
+        tools: Sequence[dict[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> list[int]:
+        """Token ids between a sampled turn of the assistant, whose last token is `end`, and its next turn. Raises RenderError.
+
+        `new` was said between them, `before` up to the sampled turn.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of `ids`, with or without special tokens."""
         ...
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ctpo_megatron.config.model import ChatConfig
 from ctpo_megatron.errors import ConfigError, ModelError, RenderError, near_miss
 
 Message = dict[str, Any]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+THINKING = ("enable_thinking", "thinking")  # what templates call the variable: Qwen3 and GLM-4.5, DeepSeek-V3.1 and Granite
 
 # what code in a template can raise, besides jinja2.TemplateError
 _CODE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -39,10 +42,13 @@ class ChatTemplate:
         """The template itself."""
         return str(self._tokenizer.get_chat_template())
 
-    def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """Text of `messages`; with `prompt` up to where the assistant begins its next turn. Raises RenderError."""
+    def render(self, messages: Sequence[Message], *, prompt: bool, more: Mapping[str, Any] = NOTHING) -> str:
+        """Text of `messages`; with `prompt` up to where the assistant begins its next turn. Raises RenderError.
+
+        `more`: what this conversation gives the template besides its messages, such as its tools; before what is configured.
+        """
         try:
-            return self._apply(list(messages), prompt)
+            return self._apply(list(messages), prompt, more)
         except RenderError as error:
             raise RenderError(f"{error}{self._blame_system(messages, prompt)}") from error.__cause__
 
@@ -52,11 +58,16 @@ class ChatTemplate:
             list(messages), add_generation_prompt=True, return_dict=False, **self._variables
         )
 
-    def _apply(self, messages: list[Message], prompt: bool) -> str:
+    def thinking(self, on: bool | None) -> dict[str, bool]:
+        """Returns the variables that turn thinking on or off in a template that mentions one; none of them for None."""
+        return {} if on is None else {name: on for name in THINKING if re.search(rf"\b{name}\b", self.source)}
+
+    def _apply(self, messages: list[Message], prompt: bool, more: Mapping[str, Any] = NOTHING) -> str:
         from jinja2 import TemplateError
 
+        variables = {**self._variables, **more}
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **self._variables)
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **variables)
         except (TemplateError, *_CODE_ERRORS) as error:
             if isinstance(error, RenderError):  # of `_now`: a ValueError too
                 raise

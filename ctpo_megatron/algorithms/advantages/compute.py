@@ -28,7 +28,8 @@ def compute_advantages(
 ) -> list[TokenAdvantages]:
     """Advantages [group][trajectory][policy token], in order, of a WHOLE rollout batch: shaping and whitening look across groups.
 
-    Tool tokens have no entry; a trajectory in which the policy wrote nothing has an empty list. `groups` are not changed.
+    Tool tokens have no entry, tokens of branches come last; a trajectory in which the policy wrote nothing has an empty list.
+    `groups` are not changed.
     """
     rewards = shaped_rewards(groups, shaping)
     match advantage:
@@ -58,19 +59,30 @@ def _reinforce(
     if config.baseline == "group":
         rewards = [group_advantages(of_group, normalize_std=False) for of_group in rewards]
     returns = [
-        outcome_returns(reward, trajectory.sampled_length, config.gamma)
+        outcome_returns(reward, length, config.gamma)
         for group, of_group in zip(groups, rewards, strict=True)
         for trajectory, reward in zip(group.trajectories, of_group, strict=True)
+        for length in trajectory.sampled_lengths  # a branch ends with the reward too
     ]
     whitened = iter(whiten(returns))
-    return [[next(whitened).tolist() for _ in group.trajectories] for group in groups]
+    return [
+        [[value for _ in trajectory.sampled_lengths for value in next(whitened).tolist()] for trajectory in group.trajectories]
+        for group in groups
+    ]
 
 
 def _tempo(group: TrajectoryGroup, rewards: Sequence[float], normalize_std: bool) -> TokenAdvantages:
-    """Tool output is part of the paths through the tree, but a change of value on one of its tokens is credited to no token."""
+    """Tool output is part of the paths through the tree, but a change of value on one of its tokens is credited to no token.
+
+    Branches are no paths, since they continue another prompt: their tokens have what the whole attempt has among its group.
+    """
     responses = [[token for turn in trajectory.turns for token in turn.token_ids] for trajectory in group.trajectories]
     advantages = tempo_advantages(responses, rewards, normalize_std=normalize_std)
-    return [_written(trajectory, values) for trajectory, values in zip(group.trajectories, advantages, strict=True)]
+    whole = group_advantages(rewards, normalize_std=normalize_std)
+    return [
+        _written(trajectory, values) + [value] * sum(trajectory.sampled_lengths[1:])
+        for trajectory, values, value in zip(group.trajectories, advantages, whole, strict=True)
+    ]
 
 
 def _written(trajectory: Trajectory, values: Sequence[float]) -> list[float]:

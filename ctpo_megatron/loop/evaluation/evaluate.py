@@ -88,7 +88,7 @@ async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _check_version(trajectory: Trajectory, version: int) -> None:
-    found = {each for turn in trajectory.turns if turn.role == "assistant" for each in turn.versions}
+    found = {each for turn in trajectory.all_turns if turn.role == "assistant" for each in turn.versions}
     if found - {version}:
         raise RolloutError(
             f"{trajectory.id}: version {version} of the weights is evaluated, but tokens of it were sampled by version "

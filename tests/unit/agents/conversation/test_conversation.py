@@ -1,0 +1,364 @@
+"""Requests become turns: where each belongs, which are the same again, and what ends an attempt."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ctpo_megatron.agents.protocols import EpisodeOver, RequestUnusable
+from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.chat import ChatTokenizer
+from ctpo_megatron.types import Status
+from tests.support.agents import ADD, QUESTION, Play, echo, hermes, results
+from tests.support.chats import loader
+
+CALL = "I add.\n" + hermes("add", '{"a": 1, "b": 1}')
+TWO = CALL + "\n" + hermes("add", '{"a": 2, "b": 2}')
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory):
+    return loader(lambda: tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="session")
+def chat(chats) -> ChatTokenizer:
+    return chats("qwen2.5")
+
+
+def roles(turns) -> list[str]:
+    return [turn.role for turn in turns]
+
+
+def run(coroutine):
+    return asyncio.run(coroutine)
+
+
+async def two_turns(play: Play):
+    """An episode of a call and an answer, sent back as it came."""
+    first = await play.ask(QUESTION)
+    history = [*QUESTION, echo(first), *results(first, *["2"] * len(first.calls))]
+    return first, await play.ask(history), history
+
+
+def test_a_tool_episode_is_one_trajectory(chat):
+    play = Play(chat, CALL, "It is 2.")
+    first, last, _ = run(two_turns(play))
+    assert (first.content, first.finish, [(c.name, c.arguments) for c in first.calls]) == (
+        "I add.",
+        "tool_calls",
+        [("add", '{"a": 1, "b": 1}')],
+    )
+    assert (last.content, last.finish, last.calls) == ("It is 2.", "stop", ())
+    made = play.check()
+    assert made.branches == []
+    assert roles(made.turns) == ["assistant", "tool", "assistant"]
+    assert made.status is Status.FINISHED
+    assert made.tool_calls == 1
+    assert "".join(last.texts) == "It is 2.<|im_end|>"
+    assert len(last.texts) == len(last.token_ids) == len(last.logp) == len(last.versions)
+    assert [*last.prompt_ids] == play.engine.log[1][0]
+    text = chat.decode([*made.prompt_ids, *(i for turn in made.turns for i in turn.token_ids)], special=True)
+    assert "<tool_response>\n2\n</tool_response>" in text
+    assert text.count("<|im_end|>") == 5
+
+
+def test_a_call_with_no_request_after_it_is_not_finished(chat):
+    play = Play(chat, CALL, "It is 2.")
+    run(play.ask(QUESTION))
+    assert play.trajectory().status is Status.UNANSWERED
+    assert play.trajectory(ending=["add"]).status is Status.FINISHED
+
+
+def test_an_agent_that_asked_nothing_has_no_trajectory(chat):
+    with pytest.raises(RolloutError, match="ended before any turn"):
+        Play(chat, CALL).trajectory()
+
+
+def test_a_skipped_turn_is_a_sample_of_its_own(chat):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION)
+        history = [*QUESTION, echo(first), *results(first, "2")]
+        await play.ask(history)  # an answer without a call, which mini-swe-agent takes out again
+        second = await play.ask([*history, {"role": "user", "content": "Use a tool."}])
+        await play.ask([*history, {"role": "user", "content": "Use a tool."}, echo(second), *results(second, "4")])
+
+    play = Play(chat, CALL, "Hm.", CALL, "It is 2.")
+    run(talk(play))
+    made = play.check()
+    assert roles(made.turns) == ["assistant", "tool"] * 2 + ["assistant"]
+    (branch,) = made.branches
+    assert roles(branch.turns) == ["assistant"]
+    assert chat.decode(branch.turns[0].token_ids) == "Hm."
+    shared = len(made.prompt_ids) + len(made.turns[0].token_ids)
+    assert branch.prompt_ids[:shared] == [*made.prompt_ids, *made.turns[0].token_ids]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda message: message | {"content": "I subtract."},
+        lambda message: message | {"tool_calls": [{**message["tool_calls"][0], "function": {"name": "sub", "arguments": "{}"}}]},
+        lambda message: (
+            message | {"tool_calls": [{**message["tool_calls"][0], "function": {"name": "add", "arguments": '{"a": 1}'}}]}
+        ),
+        lambda message: {"role": "assistant", "content": message["content"]},
+        lambda message: message | {"reasoning_content": "I never thought so."},
+    ],
+)
+def test_a_rewritten_turn_starts_a_branch_and_is_not_marked_as_sampled(chat, change):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION)
+        await play.ask([*QUESTION, change(echo(first)), *results(first, "2")])
+
+    play = Play(chat, CALL, "It is 2.")
+    run(talk(play))
+    made = play.check()
+    assert [roles(made.turns), [roles(b.turns) for b in made.branches]] == [["assistant"], [["assistant"]]]
+
+
+def test_another_tool_or_system_message_starts_a_branch(chat):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION)
+        history = [*QUESTION, echo(first), *results(first, "2")]
+        other = {**ADD, "function": {**ADD["function"], "name": "sub"}}
+        await play.ask(history, tools=(ADD, other))
+        await play.ask([{"role": "system", "content": "It is noon."}, *history[1:]])
+
+    play = Play(chat, CALL, "It is 2.", "Noon.")
+    run(talk(play))
+    assert len(play.check().branches) == 2
+
+
+def test_a_retry_gets_the_first_generation(chat):
+    async def talk(play: Play) -> None:
+        first, last, history = await two_turns(play)
+        assert await play.ask(history, retries=1) == last
+        assert await play.ask(QUESTION, retries=2) == first
+
+    play = Play(chat, CALL, "It is 2.")
+    run(talk(play))
+    assert len(play.engine.log) == 2
+    assert play.check().branches == []
+
+
+def test_the_same_request_on_purpose_is_another_sample(chat):
+    async def talk(play: Play) -> None:
+        one, other = await play.ask(QUESTION), await play.ask(QUESTION)
+        assert one.id != other.id
+        history = [*QUESTION, echo(one), *results(one, "2")]
+        await play.ask(history)
+
+    play = Play(chat, CALL, CALL, "It is 2.")
+    run(talk(play))
+    made = play.check()
+    assert made.turns[0].rollout_logp[0] == 0.0  # the first: its call has its id
+    assert len(made.branches) == 1
+
+
+def test_equal_requests_at_the_same_time_share_a_generation(chat):
+    async def talk(play: Play) -> None:
+        play.engine.pause = asyncio.Event()
+        both = [asyncio.ensure_future(play.ask(QUESTION)) for _ in range(2)]
+        await asyncio.sleep(0)
+        play.engine.pause.set()
+        one, other = await asyncio.gather(*both)
+        assert one == other
+
+    play = Play(chat, "It is 2.")
+    run(talk(play))
+    assert len(play.engine.log) == 1
+
+
+def test_a_client_that_is_gone_finds_its_turn_when_it_comes_back(chat):
+    async def talk(play: Play) -> None:
+        play.engine.pause = asyncio.Event()
+        asked = asyncio.ensure_future(play.ask(QUESTION))
+        await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        play.engine.pause.set()
+        assert (await play.ask(QUESTION)).content == "It is 2."
+        assert (await play.ask(QUESTION)).content == "Two."  # it had that answer
+
+    play = Play(chat, "It is 2.", "Two.")
+    run(talk(play))
+    assert len(play.check().branches) == 1
+
+
+def test_an_engine_that_fails_goes_on_from_what_was_sampled(chat):
+    async def talk(play: Play) -> None:
+        play.engine.fails = 1
+        with pytest.raises(ConnectionError):
+            await play.ask(QUESTION)
+        assert len(play.tree.turns[0].sampled.token_ids) == 1
+        assert (await play.ask(QUESTION)).content == "It is 2."
+
+    play = Play(chat, "It is 2.")
+    run(talk(play))
+    play.check()
+
+
+def test_an_endpoint_that_is_restarted_goes_on(chat):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION)
+        play.restart()
+        history = [*QUESTION, echo(first), *results(first, "2")]
+        last = await play.ask(history)
+        play.restart()
+        assert await play.ask(history, retries=1) == last
+
+    play = Play(chat, CALL, "It is 2.")
+    run(talk(play))
+    assert play.check().branches == []
+
+
+def test_a_closed_attempt_takes_no_requests_and_keeps_no_part(chat):
+    async def talk(play: Play) -> None:
+        await play.ask(QUESTION)
+        play.engine.pause = asyncio.Event()
+        asked = asyncio.ensure_future(play.ask(QUESTION[1:]))
+        await asyncio.sleep(0)
+        await play.conversation.close()
+        with pytest.raises(EpisodeOver, match="has ended"):
+            await asked
+        with pytest.raises(EpisodeOver, match="has ended"):
+            await play.ask(QUESTION, retries=1)
+
+    play = Play(chat, CALL, "It is 2.")
+    run(talk(play))
+    assert play.check().status is Status.UNANSWERED
+
+
+def test_turns_of_all_branches_count(chat):
+    async def talk(play: Play) -> None:
+        for _ in range(2):
+            await play.ask(QUESTION)
+        with pytest.raises(EpisodeOver, match="all of its 2 turns"):
+            await play.ask(QUESTION)
+
+    play = Play(chat, CALL, turns=2)
+    run(talk(play))
+    assert play.trajectory().status is Status.MAX_TURNS
+
+
+def test_the_response_is_cut_where_the_budget_ends_and_no_request_is_taken_behind_it(chat):
+    async def talk(play: Play) -> None:
+        answer = await play.ask(QUESTION)
+        assert (answer.finish, len(answer.token_ids)) == ("length", 20)
+        with pytest.raises(EpisodeOver, match="fewer than 20 after these"):
+            await play.ask([*QUESTION, echo(answer), {"role": "user", "content": "Go on."}])
+
+    play = Play(chat, "a" * 50, tokens=20)
+    run(talk(play))
+    assert play.trajectory().status is Status.LENGTH
+
+
+def test_a_prompt_that_fills_the_context_is_refused(chat):
+    play = Play(chat, "It is 2.", context=len(chat.talk_ids(QUESTION, tools=(ADD,))))
+    with pytest.raises(EpisodeOver, match="in all"):
+        run(play.ask(QUESTION))
+
+
+def test_a_turn_that_its_client_cut_is_ended_by_the_template(chat):
+    async def talk(play: Play) -> None:
+        answer = await play.ask(QUESTION, max_tokens=5)
+        assert (answer.finish, answer.content) == ("length", "It is")
+        await play.ask([*QUESTION, echo(answer), {"role": "user", "content": "Go on."}])
+
+    play = Play(chat, "It is 2.")
+    run(talk(play))
+    made = play.check()
+    text = chat.decode([i for turn in made.turns for i in turn.token_ids], special=True)
+    assert text.startswith("It is<|im_end|>\n<|im_start|>user\nGo on.<|im_end|>\n")
+
+
+def test_an_attempt_whose_time_is_over(chat):
+    async def talk() -> Play:
+        play = Play(chat, CALL, deadline=asyncio.get_running_loop().time())
+        with pytest.raises(EpisodeOver, match="its time is over"):
+            await play.ask(QUESTION)
+        return play
+
+    assert run(talk()).tree.refused is Status.DEADLINE
+
+
+def test_a_stop_text_ends_a_turn_and_its_tokens_with_it(chat):
+    async def talk(play: Play) -> None:
+        answer = await play.ask(QUESTION, stop=("</code>", "Observation"))
+        assert answer.content == "<code>1 + 1"
+        assert chat.decode(answer.token_ids) == "<code>1 + 1</code>"
+        assert answer.finish == "stop"
+        back = {"role": "assistant", "content": "<code>1 + 1</code>\nCalling tools:\n[{'id': 'call_1', 'arguments': '1 + 1'}]"}
+        await play.ask([*QUESTION, back, {"role": "user", "content": "Observation:\n2"}])
+
+    play = Play(chat, "<code>1 + 1</code> Observation: 3", "It is 2.")
+    run(talk(play))
+    made = play.trajectory()
+    assert made.branches == []
+    assert made.turns[0].token_ids == play.engine.log[0][1].token_ids[: len(made.turns[0].token_ids)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "messages is empty"),
+        ([{"role": "robot", "content": "hi"}], "role is 'robot'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content is a list"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x"}]}], "is no call"),
+    ],
+)
+def test_a_request_that_no_repeat_makes_right(chat, messages, words):
+    play = Play(chat, CALL)
+    with pytest.raises(RequestUnusable, match=words):
+        run(play.ask(messages))
+    with pytest.raises(RequestUnusable, match="max_tokens is 0"):
+        run(play.ask(QUESTION, max_tokens=0))
+
+
+def test_results_come_in_the_order_of_their_calls(chat):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION)
+        two, four = results(first, "2", "4")
+        second = await play.ask([*QUESTION, echo(first), four, two])
+        await play.ask([*QUESTION, echo(first), two, four, echo(second), {"role": "user", "content": "Thanks."}])
+
+    play = Play(chat, TWO, "2 and 4.", "Bye.")
+    run(talk(play))
+    made = play.check()
+    assert made.branches == []
+    text = chat.decode(made.turns[1].token_ids)
+    assert text.index("2") < text.index("4")
+
+
+def test_a_call_that_cannot_be_used_stays_content(chat):
+    broken = hermes("add", '{"a": 1,')
+    answer = run(Play(chat, broken).ask(QUESTION))
+    assert (answer.content, answer.calls, answer.finish) == (broken, (), "stop")
+
+
+def test_a_prompt_that_opens_the_reasoning(chats):
+    chat = chats("qwen3-thinking")
+    play = Play(chat, "I add.\n</think>\n\n" + CALL, "</think>It is 2.")
+    first, last, _ = run(two_turns(play))
+    assert (first.reasoning, first.content, len(first.calls)) == ("I add.", "I add.", 1)
+    assert last.content == "It is 2."
+    assert play.check().branches == []
+
+
+def test_thinking_on_and_off(chats):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION, thinking=False)
+        assert chat.decode(first.prompt_ids, special=True).endswith("<think>\n\n</think>\n\n")
+        history = [*QUESTION, echo(first), *results(first, "2")]
+        second = await play.ask(history, thinking=False)
+        assert second.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+        assert chat.decode(second.prompt_ids, special=True).endswith("<think>\n\n</think>\n\n")
+        third = await play.ask([*history, echo(second), {"role": "user", "content": "And?"}], thinking=True)
+        assert chat.decode(third.prompt_ids, special=True).endswith("<|im_start|>assistant\n")
+
+    chat = chats("qwen3")
+    play = Play(chat, CALL, "It is 2.", "Yes.")
+    run(talk(play))
+    assert play.check().branches == []
