@@ -262,6 +262,7 @@ class Trajectory:
     undecided: bool = False  # whether its answer could not be compared with the right one; the reward is 0 then
     given: str | None = None  # the answer that was judged, None where there is none
     branches: list[Branch] = field(default_factory=list)
+    task_ids: list[int] | None = None  # of the prompt as the run has it, where an agent made another one of it; None: prompt_ids
     id: AttemptId = field(kw_only=True)
 
     @property
