@@ -79,6 +79,8 @@ class ExternalAgent(AgentEndpoint):
     """Agents from elsewhere, for `ctpo serve-agents`, which ask for a key for each attempt themselves."""
 
     type: Literal["external"] = "external"
+    admin_port: Annotated[NonNegativeInt, Field(le=65_535)] = 0
+    """Port where attempts are opened and closed with the run's key. 0: a free one; RUN_DIR/agents.json says which."""
     max_open: PositiveInt = 1024
     """Attempts that may be open at a time; more are refused until one is closed."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from ctpo_megatron.agents.play.environment import AgentEnvironment
 from ctpo_megatron.agents.play.kinds import make_runner, started_here
 from ctpo_megatron.cluster.runtime import Runtime
+from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.jobs.endpoint import open_endpoint
 from ctpo_megatron.rollout.chat import ChatTokenizer
@@ -42,14 +43,15 @@ class _Aside:
         return await self.client.generate(input_ids, done, aside=True, **options)
 
 
-@asynccontextmanager
-async def open_rollouts(
-    runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None, store: AttemptStore | None = None
-) -> AsyncIterator[OpenRollouts]:
-    """Sampling from the runtime's servers; connections and judges are closed on leaving. `store`: keeps attempts."""
+def make_reward(config: RolloutConfig) -> MathReward:
+    """What judges answers; to be closed."""
+    return MathReward(config.reward)
+
+
+def open_client(runtime: Runtime) -> EngineClient:
+    """What generates on all servers of `runtime`, once its block is entered."""
     rollout = runtime.config.rollout
-    reward = MathReward(rollout.reward)
-    client = EngineClient(
+    return EngineClient(
         runtime.fleet,
         runtime.api_key,
         request_timeout_s=rollout.engine.request_timeout_s,
@@ -58,6 +60,16 @@ async def open_rollouts(
         traffic=rollout.engine.traffic,
         most=rollout.concurrency,
     )
+
+
+@asynccontextmanager
+async def open_rollouts(
+    runtime: Runtime, chat: ChatTokenizer, tool: ToolRunner | None, store: AttemptStore | None = None
+) -> AsyncIterator[OpenRollouts]:
+    """Sampling from the runtime's servers; connections and judges are closed on leaving. `store`: keeps attempts."""
+    rollout = runtime.config.rollout
+    reward = make_reward(rollout)
+    client = open_client(runtime)
     try:
         async with client, _environments(runtime, chat, client, tool, CountedReward(reward, runtime.depths)) as environments:
             ours, aside = environments

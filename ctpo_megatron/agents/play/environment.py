@@ -37,7 +37,7 @@ class AgentChat(Chat, TalkChat, Protocol):
 class Endpoint:
     """Where agents are served: all attempts of a run share it.
 
-    `max_prompt_tokens`: of an agent's first request, its instructions and tools included. What it has less, is no answer's to use.
+    `max_prompt_tokens`: of an agent's first request, its instructions and tools included.
     """
 
     server: AgentServer

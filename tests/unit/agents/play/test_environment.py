@@ -187,7 +187,7 @@ def test_a_first_request_that_is_too_long_says_what_to_change(chat: ChatTokenize
         except EpisodeOver as over:
             raise AgentFailed("exit code 1") from over
 
-    with pytest.raises(AgentFailed, match="longer than data.max_prompt_tokens=500"):
+    with pytest.raises(AgentFailed, match=r"longer than data\.max_prompt_tokens=500"):
         run_virtually(World(chat, talks).play())
 
 
