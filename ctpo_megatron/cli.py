@@ -95,8 +95,8 @@ def evaluate(
 
 @app.command("serve-agents")
 def serve_agents(config: Config, overrides: Overrides = None) -> None:
-    """Serve model.path to agents from elsewhere, for which attempts are opened one by one, until a signal; what is sampled is kept
-    with its rewards in RUN_DIR/rollouts/agents.jsonl. The same command goes on with the attempts that are open."""
+    """Serve model.path to agents from elsewhere, for which attempts are opened one by one, until a signal; what is sampled
+    is kept with rewards in RUN_DIR/rollouts/agents.jsonl. The same command goes on with the attempts that are open."""
     loaded = _load(config, overrides)
     from ctpo_megatron.jobs.serve_agents import serve_agents_job
 
