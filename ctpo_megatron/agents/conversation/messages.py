@@ -121,12 +121,10 @@ def _canonical(value: Any) -> Any:
         return [_canonical(element) for element in value]
     if isinstance(value, str):
         return words(value)
-    if isinstance(value, bool) or value is None:
-        return value if value is None else ("bool", value)
-    return _number(value)
+    return value if isinstance(value, bool) or value is None else ("number", _number(value))
 
 
-def _number(value: float) -> Any:
+def _number(value: float) -> str:
     """A number as JavaScript would have it: all of them are floats."""
     try:
         return repr(float(value))

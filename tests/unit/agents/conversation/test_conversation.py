@@ -9,7 +9,7 @@ import pytest
 from ctpo_megatron.agents.protocols import EpisodeOver, RequestUnusable
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.chat import ChatTokenizer
-from ctpo_megatron.types import Status
+from ctpo_megatron.types import Generation, Status
 from tests.support.agents import ADD, QUESTION, Play, echo, hermes, results
 from tests.support.chats import loader
 
@@ -155,6 +155,52 @@ def test_the_same_request_on_purpose_is_another_sample(chat):
     made = play.check()
     assert made.turns[0].rollout_logp[0] == 0.0  # the first: its call has its id
     assert len(made.branches) == 1
+
+
+def test_a_turn_that_several_branches_share_is_in_one_sample(chat):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION)
+        shared = [*QUESTION, echo(first), *results(first, "2")]
+        for words in ("Go on.", "Think again."):
+            await play.ask([*shared, {"role": "user", "content": words}])
+        await play.ask(QUESTION[1:])
+
+    play = Play(chat, CALL, "It is 2.", "It is 3.", "It is 4.")
+    run(talk(play))
+    made = play.check()
+    assert [roles(branch.turns) for branch in made.branches] == [["assistant", "tool", "assistant"], ["assistant"]]
+
+
+def test_of_turns_that_say_the_same_the_one_with_more_of_the_history_is_meant(chat):
+    async def talk(play: Play) -> None:
+        first = await play.ask(QUESTION)
+        history = [*QUESTION, echo(first), {"role": "user", "content": "And?"}]
+        second = await play.ask(history)
+        await play.ask(QUESTION)  # says what the first one said
+        await play.ask([*history, echo(second), {"role": "user", "content": "And now?"}])
+
+    play = Play(chat, "It is 2.", "Still.", "It is 2.", "Yes.")
+    run(talk(play))
+    assert play.tree.turns[3].after == 1
+
+
+def test_what_an_engine_gave_wrongly_is_not_used(chat):
+    class Silent:
+        async def generate(self, input_ids, done, **options):
+            done.append(Generation([5], [-1.0], [0]))
+            done.finish = "stop"  # with a token that ends nothing
+            return done
+
+    async def talk(play: Play) -> None:
+        right, play.conversation._generator = play.conversation._generator, Silent()
+        with pytest.raises(RolloutError, match="stop tokens are"):
+            await play.ask(QUESTION)
+        play.conversation._generator = right
+        assert (await play.ask(QUESTION, retries=1)).content == "It is 2."
+
+    play = Play(chat, "It is 2.")
+    run(talk(play))
+    play.check()
 
 
 def test_equal_requests_at_the_same_time_share_a_generation(chat):
