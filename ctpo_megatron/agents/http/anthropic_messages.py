@@ -100,13 +100,11 @@ def _input(call: ToolCall) -> Any:
 
 def _events(asked: Asked, answer: AgentAnswer) -> Iterator[bytes]:
     yield _event("message_start", {"message": _message(asked, answer, 0)})
-    index = 0
-    for block, deltas in _blocks(answer):
+    for index, (block, deltas) in enumerate(_blocks(answer)):
         yield _event("content_block_start", {"index": index, "content_block": block})
         for delta in deltas:
             yield _event("content_block_delta", {"index": index, "delta": delta})
         yield _event("content_block_stop", {"index": index})
-        index += 1
     usage = {"input_tokens": len(answer.prompt_ids), "output_tokens": len(answer.token_ids)}
     end = {"stop_reason": _REASONS[answer.finish], "stop_sequence": None}
     yield _event("message_delta", {"delta": end, "usage": usage})

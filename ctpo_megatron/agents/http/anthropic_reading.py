@@ -113,8 +113,8 @@ def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
         own = isinstance(tool, dict) and tool.get("type") in (None, "custom") and isinstance(tool.get("name"), str)
         if not own:
             raise Refusal(
-                f"tools[{place}] has a name, a description and an input_schema of its own, not {shown(tool)}; tools that are known "
-                "by a type, or run by a service, do not exist here"
+                f"tools[{place}] has a name, a description and an input_schema of its own, not {shown(tool)}; tools that are "
+                "known by a type, or run by a service, do not exist here"
             )
         function = {"name": tool["name"], "description": tool.get("description"), "parameters": tool.get("input_schema")}
         kept = {key: value for key, value in function.items() if value is not None}

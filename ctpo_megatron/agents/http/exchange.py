@@ -40,7 +40,7 @@ _ELSEWHERE = {
 
 @dataclass(slots=True)
 class Counts:
-    """What became of requests since the start. `refused`: all answers of 400 and above; `cut`: clients that left, or were cut off."""
+    """What became of requests since the start. `refused`: all answers of 400 and above; `cut`: answers that did not arrive."""
 
     answered: int = 0
     refused: int = 0
@@ -53,8 +53,8 @@ class Counts:
 class Manners:
     """What all answers of a server have in common.
 
-    `sampling`: the values that the run samples with, for the header `x-sampling`; `overlooked`: parameters that are set where they
-    would be refused; `model`: the model's name in lists.
+    `sampling`: the values that the run samples with, for the header `x-sampling`; `overlooked`: parameters that are set where
+    they would be refused; `model`: the model's name in lists.
     """
 
     limits: Limits
@@ -101,8 +101,15 @@ class Exchange:
                 asked = await self._asked(request, dialect)
                 return await self._complete(request, dialect, asked, episode, headers)
         except Refusal as refusal:
-            self.counts.refused += 1
-            return refused(dialect, refusal, headers)
+            return self._refused(dialect, refusal, headers)
+        except ConnectionError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            return self._refused(dialect, _failed(error), headers)  # aiohttp would say 500: clients repeat what does not heal
+
+    def _refused(self, dialect: Dialect, refusal: Refusal, headers: Mapping[str, str]) -> web.Response:
+        self.counts.refused += 1
+        return refused(dialect, refusal, headers)
 
     def _episode(self, request: web.BaseRequest, name: str | None) -> tuple[str, Episode]:
         """The attempt's public name, and the attempt."""
@@ -136,11 +143,13 @@ class Exchange:
             answer = await self._waited_for(reply, asked, episode)
             write = dialect.stream if asked.stream else dialect.answer
             sent = await reply.finish(await beside_loop(_size(asked, answer), write, asked, answer))
-        except Refusal as refusal:
+        except ConnectionError:
+            raise
+        except Exception as error:
             if not reply.begun:
                 raise
             self.counts.refused += 1
-            return await reply.refuse(refusal)
+            return await reply.refuse(error if isinstance(error, Refusal) else _failed(error))
         self.counts.answered += 1
         return sent
 
@@ -162,9 +171,6 @@ class Exchange:
             raise Refusal(f"the attempt is over: {over}", status=404, code="episode_over") from None
         except RequestUnusable as unusable:
             raise Refusal(str(unusable)) from None
-        except Exception as error:  # noqa: BLE001: a client that repeats it would not mend it, and the run's log has it
-            log.error("an agent's request could not be answered", exc_info=error)
-            raise Refusal("the endpoint could not answer; the log of the run says why", code="failed") from None
 
     def _models(self, place: str, method: str, headers: dict[str, str]) -> web.Response:
         if method not in ("GET", "HEAD"):
@@ -175,6 +181,12 @@ class Exchange:
         if place != "models":
             return _json(one, headers)
         return _json({"object": "list", "data": [one], "first_id": name, "last_id": name, "has_more": False}, headers)
+
+
+def _failed(error: Exception) -> Refusal:
+    """What a client is told of a fault of the endpoint or the run, which the log has."""
+    log.error("an agent's request could not be answered", exc_info=error)
+    return Refusal("the endpoint could not answer this request; the log of the run says why", code="failed")
 
 
 def _looked_at(turn: asyncio.Future[AgentAnswer]) -> None:

@@ -73,7 +73,7 @@ class OpenAIChat:
         frame = _frame(asked, answer, "chat.completion.chunk")
         if asked.usage:
             frame["usage"] = None
-        events = []
+        events: list[bytes] = []
         for choice in _choices(asked, answer):
             chunk = frame | {"choices": [choice]}
             if asked.token_ids and not events:

@@ -16,7 +16,7 @@ _TEXTS = {
     "input_text": "text",
     "output_text": "text",
     "refusal": "refusal",
-}  # kinds of parts: where their text is
+}  # kind of part: where its text is
 _THOUGHTS = {"thinking": "thinking", "reasoning": "text"}
 
 

@@ -14,12 +14,14 @@ from typing import Any, Literal
 from ctpo_megatron.agents.http.refusals import Refusal, shown
 from ctpo_megatron.errors import near_miss
 
+Kind = Literal["honoured", "set", "refused", "nothing"]
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What becomes of a parameter. `words`: how, or instead of what. `harmless`: values that ask for nothing special."""
 
-    kind: Literal["honoured", "set", "refused", "nothing"]
+    kind: Kind
     words: str
     harmless: tuple[Any, ...] = ()
 
@@ -27,9 +29,7 @@ class Rule:
 Rules = Mapping[str, Rule]
 
 
-def _rules(
-    kind: Literal["honoured", "set", "refused", "nothing"], words: str, *names: str, harmless: tuple[Any, ...] = ()
-) -> Rules:
+def _rules(kind: Kind, words: str, *names: str, harmless: tuple[Any, ...] = ()) -> Rules:
     return dict.fromkeys(names, Rule(kind, words, harmless))
 
 

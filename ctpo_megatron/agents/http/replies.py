@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 
 from aiohttp import web
 
@@ -53,23 +53,16 @@ class Reply:
         return self._begun
 
     async def refuse(self, refusal: Refusal) -> web.StreamResponse:
-        """Send an error. Where the status is said already a stream tells it; else the answer is cut off: the repeat is told."""
-        if self._begun is None:
-            return await self._bounded_whole(refused(self._dialect, refusal, self._headers))
+        """Tell an error after the status was said: in the stream, or by cutting the answer off, whose repeat is told."""
         if self._stream:
             return await self.finish(self._dialect.stream_error(refusal))
         self._cut()
         raise ConnectionResetError("the answer could not be given after it was begun")
 
-    async def _bounded_whole(self, response: web.Response) -> web.Response:
-        await self._bounded(response.prepare(self._request))
-        await self._bounded(response.write_eof())
-        return response
-
-    async def _bounded(self, sending: object) -> None:
+    async def _bounded(self, sending: Awaitable[object]) -> None:
         try:
             async with asyncio.timeout(self._limits.write_s):
-                await sending  # type: ignore[misc]
+                await sending
         except TimeoutError:
             self._cut()
             raise ConnectionResetError("the client did not take its answer") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -79,10 +80,11 @@ class AgentServer:
             self._socket = _listening(self._host, self._port)
             self._port = self._socket.getsockname()[1]
         self._connections = web.Server(
-            self._exchange,  # type: ignore[arg-type]
+            self._exchange,
             handler_cancellation=True,
             keepalive_timeout=self._limits.idle_s,
             access_log=None,
+            logger=_unheard(),
             auto_decompress=False,
         )
         loop = asyncio.get_running_loop()
@@ -115,6 +117,13 @@ class AgentServer:
     def _connect(self) -> asyncio.Protocol:
         assert self._connections is not None
         return self._connections() if len(self._connections.connections) < self._limits.connections else _Full()
+
+
+def _unheard() -> logging.Logger:
+    """What aiohttp would log: heads of requests that are no HTTP, with the keys in them. Faults of ours `Exchange` logs."""
+    made = logging.Logger("agents")
+    made.addHandler(logging.NullHandler())
+    return made
 
 
 class _Full(asyncio.Protocol):
