@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.agents.play.environment import AgentEnvironment
-from ctpo_megatron.agents.play.kinds import make_runner, started_here
+from ctpo_megatron.agents.play.kinds import check_agent, make_runner, started_here
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.engine.client import EngineClient
@@ -20,6 +20,7 @@ from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import AttemptStore, Environment, Grader, Reward, ToolRunner
 from ctpo_megatron.rollout.rewards import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
+from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Generation
 
 
@@ -41,6 +42,12 @@ class _Aside:
     async def generate(self, input_ids: list[int], done: Generation, **options: Any) -> Generation:
         """Implement `Generator.generate`."""
         return await self.client.generate(input_ids, done, aside=True, **options)
+
+
+def checked_tool(config: RolloutConfig) -> ToolRunner | None:
+    """What executes the model's code; None where there is none. Raises ConfigError, also where agents could not be started."""
+    check_agent(config.agent)
+    return make_tool(config.tool)
 
 
 def make_reward(config: RolloutConfig) -> MathReward:

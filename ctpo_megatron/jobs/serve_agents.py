@@ -7,6 +7,7 @@ import contextlib
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ctpo_megatron.agents.http.keys import new_key
 from ctpo_megatron.agents.play.admin import Admin
@@ -51,8 +52,9 @@ async def _serve(runtime: Runtime, agent: ExternalAgent, chat: ChatTokenizer, ru
     reward = make_reward(rollout)
     with contextlib.closing(reward):
         async with open_client(runtime) as client, open_endpoint(agent, runtime.config, chat) as endpoint:
-            bounds = {"sampling": sampling, "timeout_s": agent.timeout_s, "most": agent.max_open}
-            attempts = OpenAttempts(endpoint, client, reward, run_dir, **bounds)
+            attempts = OpenAttempts(
+                endpoint, client, reward, run_dir, sampling=sampling, timeout_s=agent.timeout_s, most=agent.max_open
+            )
             admin = Admin(attempts, endpoint.server, key=key, model=agent.model, timeout_s=agent.timeout_s)
             closing = asyncio.ensure_future(attempts.close_late_ones())
             try:
@@ -73,8 +75,9 @@ async def _stopped(stop: StopSignal, closing: asyncio.Future[None]) -> None:
     asked = asyncio.Event()
     stop.listen(lambda _name: asked.set())
     waiting = asyncio.ensure_future(asked.wait())
+    ends: list[asyncio.Future[Any]] = [waiting, closing]
     try:
-        await asyncio.wait([waiting, closing], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if closing.done():
             closing.result()
     finally:

@@ -116,7 +116,10 @@ def test_without_include_usage_no_chunk_is_without_a_choice() -> None:
     ("fault", "expected"),
     [
         (EpisodeOver("its time is used up"), (openai.NotFoundError, "the attempt is over: its time is used up")),
-        (RequestUnusable("the prompt is too long: 9 tokens > 8"), (openai.BadRequestError, "the prompt is too long: 9 tokens > 8")),
+        (
+            RequestUnusable("the prompt is too long: 9 tokens > 8"),
+            (openai.BadRequestError, "the prompt is too long: 9 tokens > 8"),
+        ),
         (RuntimeError("sk-secret"), (openai.BadRequestError, "the log of the run says why")),
     ],
 )
