@@ -233,11 +233,6 @@ class Branch:
     turns: list[Turn]
     routed_experts: NDArray[np.signedinteger] | None = None
 
-    @property
-    def sampled_length(self) -> int:
-        """Returns how many tokens the policy wrote in its own turns."""
-        return sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
-
 
 @dataclass(slots=True)
 class Trajectory:
@@ -283,8 +278,8 @@ class Trajectory:
     @property
     def sampled_lengths(self) -> list[int]:
         """Returns how many tokens the policy wrote in each sample: in the turns that end the attempt, and in each branch."""
-        main = sum(len(turn.token_ids) for turn in self.turns if turn.role == "assistant")
-        return [main, *(branch.sampled_length for branch in self.branches)]
+        samples = [self.turns, *(branch.turns for branch in self.branches)]
+        return [sum(len(turn.token_ids) for turn in turns if turn.role == "assistant") for turns in samples]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ tools/fetch_tokenizers.py fetches them once, into a cache. Where the registry is
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import shutil
@@ -19,6 +20,7 @@ from fetch_tokenizers import Unreachable, fetch
 from ctpo_megatron.config.model import ChatConfig
 from ctpo_megatron.errors import RenderError
 from ctpo_megatron.rollout.chat import ChatTokenizer
+from tests.support.agents import ADD, Play, echo, hermes, results
 from tests.support.chat_models import source
 
 # model_type, and the stop tokens of the published generation_config.json, which the packages do not have
@@ -178,3 +180,45 @@ def test_keys_and_reasoning_are_written_or_refused(load: Load) -> None:
     for name in ("llama3_1", "deepseek_v3", "gemma3"):
         with pytest.raises(RenderError, match="'reasoning_content'"):
             load(name).demonstration([*QUESTION, answer], 2)
+
+
+def tool_loop(chat: ChatTokenizer, lines: list[str], **options: Any) -> tuple[Play, list[dict[str, Any]]]:
+    """An agent that sends each turn back as it came, with what its tools said, as played by `lines`."""
+
+    async def talk() -> list[dict[str, Any]]:
+        history = list(QUESTION)
+        for number in range(len(lines)):
+            answer = await play.ask(history, **options)
+            said = [f"{number}.{place}" for place in range(len(answer.calls))]
+            history += [echo(answer), *(results(answer, *said) if said else [{"role": "user", "content": "And?"}])]
+        return history
+
+    play = Play(chat, *lines)
+    return play, asyncio.run(talk())
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_an_agents_conversation_in_qwen3(load: Load, thinking: bool) -> None:
+    chat = load("qwen3")
+    thought = "<think>\nI add.\n</think>\n\n" if thinking else ""
+    call = hermes("add", '{"a": 1, "b": 1}')
+    play, history = tool_loop(chat, [f"{thought}I add.\n{call}", f"{thought}Both.\n{call}\n{call}"], thinking=thinking)
+    made = play.check()
+    assert made.branches == []
+    assert made.tool_calls == 3
+    ours = [*made.prompt_ids, *(id_ for turn in made.turns for id_ in turn.token_ids)]
+    theirs = chat.talk_ids(history, tools=[ADD], thinking=thinking)
+    assert (theirs[: len(ours)] == ours) is thinking  # with thinking off a rendering leaves out how turns began
+    ours += chat.tail_ids(history[:-3], history[-2:], end=ours[-1], tools=[ADD], thinking=thinking)
+    assert (theirs == ours) is thinking
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_an_agents_conversation_in_any_template(load: Load, name: str) -> None:
+    chat = load(name)
+    play, history = tool_loop(chat, ["I add.", hermes("add", '{"a": 1}'), "2"])
+    made = play.check()
+    assert made.branches == []
+    whole = chat.talk_ids(history[:4], tools=[ADD])  # up to the turn that calls
+    first = [*made.prompt_ids, *made.turns[0].token_ids, *made.turns[1].token_ids]
+    assert chat.decode(first, special=True) == chat.decode(whole, special=True) or name == "gptoss"

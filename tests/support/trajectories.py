@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from ctpo_megatron.types import AttemptId, Branch, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 
 PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "1")
 GROUP = GroupId(0)
@@ -18,3 +18,10 @@ def trajectory(reward: float, *turns: list[int]) -> Trajectory:
 
 def group_of(*trajectories: Trajectory) -> TrajectoryGroup:
     return TrajectoryGroup(PROMPT, list(trajectories), id=GROUP)
+
+
+def branched(reward: float, *branches: tuple[list[int], list[list[int]]]) -> Trajectory:
+    """An attempt of one turn of two tokens, with branches from their prompts and turns."""
+    made = trajectory(reward, [1, 2])
+    made.branches = [Branch(prompt, trajectory(0.0, *turns).turns) for prompt, turns in branches]
+    return made

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from ctpo_megatron.agents.conversation.cutting import Texts, cut_at
-from ctpo_megatron.agents.conversation.messages import fitted
+from ctpo_megatron.agents.conversation.messages import fitted, readable
 from ctpo_megatron.agents.conversation.tree import SampledTurn, Tree, tokens
 from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest, EpisodeOver, RequestUnusable, ToolCall
 from ctpo_megatron.errors import RenderError, RolloutError
@@ -120,19 +120,17 @@ class Conversation:
             raise self._over(Status.DEADLINE, "its time is over")
         if len(tree.turns) >= sampling.max_turns:
             raise self._over(Status.MAX_TURNS, f"all of its {sampling.max_turns} turns were sampled")
-        messages = fitted(request.messages, tree.call_ids())
-        after, start = tree.find(messages, request.tools)
+        messages, tools = fitted(request.messages, tree.call_ids()), readable(list(request.tools))
+        after, start = tree.find(messages, tools)
         way, said = tree.way(after), messages[start:]
         try:
             if way:
                 end = way[-1].sampled.token_ids[-1]
-                rendered = self._chat.tail_ids(
-                    messages[: start - 1], said, end=end, tools=request.tools, thinking=request.thinking
-                )
+                rendered = self._chat.tail_ids(messages[: start - 1], said, end=end, tools=tools, thinking=request.thinking)
             else:
-                rendered = self._chat.talk_ids(said, tools=request.tools, thinking=request.thinking)
-        except RenderError as error:
-            raise RequestUnusable(str(error)) from error
+                rendered = self._chat.talk_ids(said, tools=tools, thinking=request.thinking)
+        except (RenderError, RecursionError) as error:
+            raise RequestUnusable(f"these messages and tools cannot be written: {error}") from error
         length = len(tokens(way)) + len(rendered)
         prompt = len(way[0].rendered if way else rendered)
         left = min(sampling.max_response_tokens + prompt, bounds.context) - length
@@ -146,7 +144,7 @@ class Conversation:
             number=len(tree.turns),
             after=after,
             said=said,
-            tools=[] if way else list(request.tools),
+            tools=[] if way else tools,
             rendered=rendered,
             digest=_digest(request),
             allowed=left if request.max_tokens is None else min(left, request.max_tokens),

@@ -46,14 +46,14 @@ def _fitted(given: Mapping[str, Any], where: str) -> Message:
         if calls := given.get("tool_calls"):
             message["tool_calls"] = [_call(call, f"{where}.tool_calls[{n}]") for n, call in enumerate(calls)]
     if role == "tool" and given.get("tool_call_id"):
-        message["tool_call_id"] = str(given["tool_call_id"])
+        message["tool_call_id"] = readable(str(given["tool_call_id"]))
     return message
 
 
 def _text(value: Any, where: str) -> str:
     if value is not None and not isinstance(value, str):
         raise RequestUnusable(f"{where} is a {type(value).__name__}; allowed: text or null")
-    return value or ""
+    return readable(value or "")
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise RequestUnusable(f'{where} is no call; needed: {{"id", "type": "function", "function": {{"name", "arguments"}}}}')
     arguments = function.get("arguments")
     text = arguments if isinstance(arguments, str) else json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-    return {"id": str(call.get("id") or ""), "type": "function", "function": {"name": function["name"], "arguments": text}}
+    made = {"id": str(call.get("id") or ""), "type": "function", "function": {"name": function["name"], "arguments": text}}
+    return readable(made)
 
 
 def _unfolded(message: Message, known: Collection[str]) -> list[Message]:
@@ -97,9 +98,28 @@ def _in_order(messages: list[Message]) -> list[Message]:
     return made
 
 
+def readable(value: Any) -> Any:
+    """Returns `value`, text or what holds text, with halves of surrogate pairs as characters that cannot be read.
+
+    JSON can hold them, and neither UTF-8 nor a tokenizer. Raises RequestUnusable where it is nested too deeply.
+    """
+    try:
+        return _readable(value)
+    except RecursionError:
+        raise RequestUnusable("the request is nested too deeply") from None
+
+
+def _readable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, dict):
+        return {_readable(key): _readable(each) for key, each in value.items()}
+    return [_readable(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def words(text: str) -> str:
     """Returns `text` with every run of white space as one space, and none at its ends."""
-    return " ".join(text.split())
+    return " ".join(_readable(text).split())
 
 
 def arguments_value(text: str) -> Any:

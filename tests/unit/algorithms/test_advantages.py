@@ -29,7 +29,7 @@ from ctpo_megatron.config.load import load_config
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.loop.train import make_batches
 from ctpo_megatron.types import TrajectoryGroup
-from tests.support.trajectories import group_of, trajectory
+from tests.support.trajectories import branched, group_of, trajectory
 
 EVERY_KIND = [
     GroupAdvantage(),
@@ -383,3 +383,21 @@ def test_wrong_configuration_is_refused(tmp_path: Path, override: str, expected:
     with pytest.raises(ConfigError) as caught:
         load_config(path, [override])
     assert expected in str(caught.value)
+
+
+BRANCHED = [
+    group_of(branched(1.0, ([9, 1], [[3], [4], [5, 6]]), ([9], [[7]])), trajectory(0.0, [1, 3])),
+    group_of(trajectory(1.0, [1]), branched(0.5, ([9], [[3, 3]]))),
+]
+
+
+@pytest.mark.parametrize("kind", [GroupAdvantage(), RlooAdvantage(), ReinforceAdvantage(gamma=0.5), TempoAdvantage()])
+def test_tokens_of_branches_come_last_and_earn_their_attempts_reward(kind):
+    found = compute_advantages(BRANCHED, kind)
+    assert [[len(each) for each in group] for group in found] == [[6, 2], [1, 4]]
+    if isinstance(kind, GroupAdvantage | RlooAdvantage):
+        assert all(len(set(each)) == 1 for group in found for each in group)
+    if isinstance(kind, ReinforceAdvantage):  # each sample ends with the reward
+        assert found[0][0][1] == found[0][0][4] == found[0][0][5] > found[0][0][0] == found[0][0][3] > found[0][0][2]
+    if isinstance(kind, TempoAdvantage):
+        assert found[0][0][2:] == [group_advantages([1.0, 0.0], normalize_std=kind.normalize_std)[0]] * 4

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.config.objectives import Aggregation, Constant, SequenceMean, SequenceSum, TokenMean
+from ctpo_megatron.config.objectives import Aggregation, Balanced, Constant, SequenceMean, SequenceSum, TokenMean
 from ctpo_megatron.data.packing import build_train_batch, pack
 from ctpo_megatron.types import TrainSample
 
@@ -157,3 +157,25 @@ def test_restarts_mark_the_first_token_of_each_version():
 def test_max_tokens_is_per_context_parallel_rank():
     batch = build_train_batch([sample(40)], aggregation=TokenMean(), parallel=ParallelConfig(cp=2), max_tokens=20)
     assert batch.micro_batches[0][0].positions == 40
+
+
+@pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMean(), SequenceSum(), Constant(tokens=7), Balanced()])
+def test_an_attempt_weighs_the_same_however_it_is_cut_into_samples(aggregation: Aggregation):
+    """Two attempts of 4 tokens: whole, and as branches of 1 and 3, which one token more of a prompt stands before."""
+
+    def made(written: int, attempt: int | None, number: int) -> TrainSample:
+        mask = [False] + [True] * written
+        ids, zeros = [number] * (written + 1), [0.0] * (written + 1)
+        return TrainSample(ids, ids, mask, zeros, [0] * (written + 1), [1.0 * wrote for wrote in mask], 0, attempt)
+
+    def weights(samples: list[TrainSample]) -> list[float]:
+        batch = build_train_batch(samples, aggregation=aggregation, parallel=ParallelConfig(), max_tokens=64)
+        found = {}
+        for micro_batch in (m for rank in batch.micro_batches for m in rank):
+            found |= dict(zip(micro_batch.sequences.ids.tolist(), micro_batch.sequences.weights.tolist(), strict=True))
+        return [found[number] for number in range(len(samples))]
+
+    whole = weights([made(4, None, 0), made(4, None, 1)])
+    cut = weights([made(4, 0, 0), made(1, 1, 1), made(3, 1, 2)])
+    assert cut == [whole[0], whole[1], whole[1]]
+    assert weights([made(4, None, 0), made(1, None, 1), made(3, None, 2)]) != cut or isinstance(aggregation, TokenMean | Balanced)

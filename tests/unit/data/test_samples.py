@@ -12,7 +12,7 @@ from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.data.sft import read_demonstrations
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.types import Prompt, Status, Trajectory, TrajectoryGroup, Turn
-from tests.support.trajectories import ATTEMPT, GROUP
+from tests.support.trajectories import ATTEMPT, GROUP, branched, group_of, trajectory
 
 PROMPT = Prompt(0, ({"role": "user", "content": "q"},), "1")
 
@@ -145,3 +145,15 @@ def test_a_wrong_demonstration_is_named(tmp_path, talk, words):
     with pytest.raises(DataError, match=words) as caught:
         read_demonstrations(path, Letters())
     assert f"{path} line 2" in str(caught.value)
+
+
+def test_branches_are_samples_of_their_attempt():
+    made = branched(1.0, ([7, 1, 2, 9], [[5], [8], [6, 3]]), ([4], [[3]]))
+    samples = build_samples(group_of(trajectory(0.0, [1]), made), [[0.5], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]], 11)
+    assert [(s.attempt, s.group) for s in samples] == [(None, 11), (1, 11), (1, 11), (1, 11)]
+    assert [s.advantages for s in samples] == [[0.5], [0.1, 0.2], [0.0, 0.0, 0.0, 0.3, 0.0, 0.4, 0.5], [0.6]]
+    assert samples[2].input_ids == [7, 1, 2, 9, 5, 8, 6]
+    assert samples[2].mask == [False, False, False, True, False, True, True]
+    assert [s.advantages for s in build_samples(group_of(made), [2.0], 0)][2] == [2.0]
+    with pytest.raises(ValueError, match="5 advantages for 6 tokens"):
+        build_samples(group_of(made), [[1.0] * 5], 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ctpo_megatron.record.trajectories import TrajectoryFiles, as_row
-from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from ctpo_megatron.types import AttemptId, Branch, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 
 PROMPT = Prompt(3, ({"role": "user", "content": "x"},), "42")
 TURNS = [Turn("assistant", [5, 6], [-0.5, float("nan")], [1, 2]), Turn("tool", [9], [0.0], [-1])]
@@ -38,3 +38,11 @@ def test_streams_are_the_trajectorys_own() -> None:
     (first, second), whole = as_row(PROMPT, trajectory())["turns"], trajectory()
     assert first["token_ids"] is whole.turns[0].token_ids
     assert second["rollout_logp"] is whole.turns[1].rollout_logp
+
+
+def test_branches_are_in_the_row_where_there_are_any() -> None:
+    made = trajectory()
+    made.branches = [Branch([1], TURNS[:1])]
+    (branch,) = as_row(PROMPT, made)["branches"]
+    assert branch == {"prompt_ids": [1], "turns": as_row(PROMPT, made)["turns"][:1]}
+    assert "branches" not in as_row(PROMPT, trajectory())

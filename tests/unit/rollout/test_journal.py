@@ -21,6 +21,7 @@ from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.types import (
     AttemptId,
+    Branch,
     Composition,
     End,
     FailedAttempt,
@@ -316,3 +317,17 @@ def test_how_steps_were_made_comes_back_while_the_weights_are_the_same(tmp_path:
     newest.forget(100, 2)
     kept = Journal(tmp_path, "r", step=2)
     assert (kept.planned(2), newest.planned(1)) == (composition(2, 5, 6), None)
+
+
+def test_branches_come_back_and_their_versions_count(tmp_path: Path) -> None:
+    made = whole(0)
+    made.branches = [Branch([7], [Turn("assistant", [3], [-1.0], [1])], np.zeros((1, 2, 2), np.int8))]
+    journal = Journal(tmp_path, "r")
+    for version in range(2):
+        journal.published(version, f"w{version}")
+    journal.note(made)
+    journal.close()
+    assert same(soon(Journal(tmp_path, "r", step=2).find(made.id, PROMPT, [7, 8])), made)
+    other = Journal(tmp_path, "r", step=1)
+    other.published(1, "another")
+    assert soon(other.find(made.id, PROMPT, [7, 8])) is None

@@ -363,6 +363,31 @@ def test_a_request_that_no_repeat_makes_right(chat, messages, words):
         run(play.ask(QUESTION, max_tokens=0))
 
 
+def test_text_that_is_no_utf_8_is_shown_as_unreadable_and_kept_over_a_restart(chat):
+    async def talk(play: Play) -> None:
+        half = "\ud83d"
+        tool = {**ADD, "function": {**ADD["function"], "description": half}}
+        first = await play.ask([{"role": "user", "content": f"{half} \ud83d\ude42"}], tools=(tool,))
+        play.restart()
+        history = [{"role": "user", "content": f"{half} \ud83d\ude42"}, echo(first), *results(first, half)]
+        await play.ask(history, tools=(tool,))
+
+    play = Play(chat, CALL, "It is 2.")
+    run(talk(play))
+    made = play.check()
+    assert made.branches == []
+    assert "\N{REPLACEMENT CHARACTER} \N{SLIGHTLY SMILING FACE}" in chat.decode(made.prompt_ids)
+
+
+def test_tools_that_are_nested_too_deeply(chat):
+    parameters: dict = {}
+    for _ in range(5000):
+        parameters = {"properties": parameters}
+    tool = {**ADD, "function": {"name": "add", "parameters": parameters}}
+    with pytest.raises(RequestUnusable, match="too deeply"):
+        run(Play(chat, CALL).ask(QUESTION, tools=(tool,), digest="x"))
+
+
 def test_results_come_in_the_order_of_their_calls(chat):
     async def talk(play: Play) -> None:
         first = await play.ask(QUESTION)
