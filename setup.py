@@ -66,6 +66,8 @@ setup(
             "types-PyYAML>=6",
             "types-requests>=2.32",
             "requests>=2.32",
+            "openai>=2.8",
+            "anthropic>=2.12",
         ],
     },
     entry_points={
