@@ -348,7 +348,7 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class ParsedCall:
-    """A call of a tool that the model wrote and that can be used. `arguments` is the JSON text of an object, as it was."""
+    """A call of a tool that the model wrote and that can be used. `arguments`: the JSON text of an object, as it was written."""
 
     name: str
     arguments: str

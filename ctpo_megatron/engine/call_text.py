@@ -122,7 +122,7 @@ def written_calls(text: str, begin: int) -> tuple[int, tuple[ParsedCall, ...] | 
 
 
 def is_json(value: Any) -> bool:
-    """Whether a value that Python made of text can be written as JSON in UTF-8: without NaN, infinity and halves of characters."""
+    """Whether a value that Python made of text can be written as JSON in UTF-8: no NaN, infinity or half of a character."""
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, TypeError, RecursionError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,17 @@ def hide_kernels() -> None:
         modules: dict[str, Any] = sys.modules
         for name in ABSENT_ON_CPU:
             modules.setdefault(name, None)  # makes `import name` raise ImportError
+
+
+@contextlib.contextmanager
+def environment_stays() -> Iterator[None]:
+    """Context for imports of SGLang in a process whose children inherit its variables: SGLang sets those of caches."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

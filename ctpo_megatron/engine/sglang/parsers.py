@@ -27,8 +27,21 @@ from ctpo_megatron.engine.call_text import (
     sound_object,
     split_reasoning,
 )
-from ctpo_megatron.engine.sglang.imports import hide_kernels, modules_stay
+from ctpo_megatron.engine.sglang.imports import environment_stays, hide_kernels, modules_stay
 from ctpo_megatron.types import Parsed, ParsedCall
+
+# what SGLang's detectors, made for what models should write, raise at what they do write
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
 
 
 class SGLangCallParser:
@@ -43,7 +56,7 @@ class SGLangCallParser:
         self._candidates: Callable[[str], Iterator[Candidate]] = FORMS[form]
         self._thinks = thinks
         hide_kernels()
-        with modules_stay():
+        with environment_stays(), modules_stay():
             from sglang.srt.entrypoints.openai.protocol import Tool
             from sglang.srt.function_call.function_call_parser import FunctionCallParser
             from sglang.srt.function_call.utils import safe_literal_eval
@@ -82,7 +95,7 @@ class SGLangCallParser:
             result = self._detector.detect_and_parse(candidate.block, tools)
             names = [call.name for call in result.calls]
             values = [json.loads(call.parameters) for call in result.calls]
-        except Exception:  # of any kind: it is not made for all that a model may write
+        except FAILURES:
             return ()
         if result.normal_text or len(names) != candidate.calls or not {*names} <= {tool.function.name for tool in tools}:
             return ()
@@ -99,5 +112,5 @@ class SGLangCallParser:
             return parameters_are_unique(block)
         try:
             return sound_object(self._literal(block.removeprefix(PYTHON_TAG)))
-        except Exception:
+        except FAILURES:
             return False
