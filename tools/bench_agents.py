@@ -3,7 +3,8 @@
     .venv/bin/python tools/bench_agents.py --episodes 500 --turn-s 5 --out runs/bench_agents.json
 
 No model runs: a scripted attempt takes `--turn-s` for each turn, and its client takes as long between them. Three rounds: calm;
-with two restarts of the server, which cut off what is in flight; and beside clients that are silent, slow or wrong. Each tells CPU seconds of the
+with two restarts of the server, which cut off what is in flight; and beside clients that are silent, slow or wrong. Each tells CPU
+seconds of the
 endpoint's process, also as a share of a core and by request, and by how much answers came later than the script says.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctpo_megatron.types import TrajectoryGroup
+from ctpo_megatron.types import Branch, Trajectory, TrajectoryGroup
 
 SHORTEST_S = 1e-9  # a phase that took no time that can be measured divides by this
 
@@ -26,7 +26,7 @@ class StepCost:
         """Returns the cost of a step that trained on `groups`."""
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         sampled = sum(t.sampled_length for t in trajectories)
-        samples = [each for t in trajectories for each in (t, *t.branches)]
+        samples: list[Trajectory | Branch] = [*trajectories, *(branch for t in trajectories for branch in t.branches)]
         trained = sum(len(each.prompt_ids) + sum(len(turn.token_ids) for turn in each.turns) for each in samples)
         return cls(dict(seconds), wall, sampled, trained)
 
