@@ -43,6 +43,13 @@ def _inline(answer: AgentAnswer, opening: str, closing: str) -> list[Message]:
     return [message]
 
 
+def _behind(answer: AgentAnswer) -> list[Message]:
+    message = _less_reasoning(answer)
+    if answer.reasoning is not None:
+        message["content"] = f"{answer.content or ''}\n\n<think>\n{answer.reasoning}\n</think>"
+    return [message]
+
+
 def _other_ids(answer: AgentAnswer) -> list[Message]:
     message = echo(answer)
     for number, call in enumerate(message.get("tool_calls", [])):
@@ -101,6 +108,7 @@ MANGLES: dict[str, Mangle] = {
     "reasoning inline": lambda answer: _inline(answer, "<think>\n", "\n</think>\n\n"),
     "reasoning in other tags": lambda answer: _inline(answer, '<reasoning signature="x y">', "</reasoning>"),
     "reasoning without its opening": lambda answer: _inline(answer, "", "</think>"),
+    "reasoning behind": _behind,
     "reasoning by its other name": lambda answer: [_less_reasoning(answer) | {"reasoning": answer.reasoning}],
     "as text": _as_text,
     "as the user's text": _as_users_text,

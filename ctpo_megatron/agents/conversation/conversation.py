@@ -21,7 +21,7 @@ from typing import Any
 from ctpo_megatron.agents.conversation.cutting import Texts, cut_at
 from ctpo_megatron.agents.conversation.messages import fitted, readable
 from ctpo_megatron.agents.conversation.tree import SampledTurn, Tree, tokens
-from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest, EpisodeOver, RequestUnusable, ToolCall
+from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest, EpisodeOver, Message, RequestUnusable, ToolCall
 from ctpo_megatron.errors import RenderError, RolloutError
 from ctpo_megatron.rollout.environment import check_generation
 from ctpo_megatron.rollout.protocols import CallParser, Generator, Sampling, TalkChat
@@ -120,17 +120,7 @@ class Conversation:
             raise self._over(Status.DEADLINE, "its time is over")
         if len(tree.turns) >= sampling.max_turns:
             raise self._over(Status.MAX_TURNS, f"all of its {sampling.max_turns} turns were sampled")
-        messages, tools = fitted(request.messages, tree.call_ids()), readable(list(request.tools))
-        after, start = tree.find(messages, tools)
-        way, said = tree.way(after), messages[start:]
-        try:
-            if way:
-                end = way[-1].sampled.token_ids[-1]
-                rendered = self._chat.tail_ids(messages[: start - 1], said, end=end, tools=tools, thinking=request.thinking)
-            else:
-                rendered = self._chat.talk_ids(said, tools=tools, thinking=request.thinking)
-        except (RenderError, RecursionError) as error:
-            raise RequestUnusable(f"these messages and tools cannot be written: {error}") from error
+        way, said, tools, rendered = self._place(request)
         length = len(tokens(way)) + len(rendered)
         prompt = len(way[0].rendered if way else rendered)
         left = min(sampling.max_response_tokens + prompt, bounds.context) - length
@@ -142,7 +132,7 @@ class Conversation:
             )
         turn = SampledTurn(
             number=len(tree.turns),
-            after=after,
+            after=way[-1].number if way else None,
             said=said,
             tools=[] if way else tools,
             rendered=rendered,
@@ -153,6 +143,25 @@ class Conversation:
         tree.refused = None
         tree.turns.append(turn)
         return turn
+
+    def _place(self, request: AgentRequest) -> tuple[list[SampledTurn], list[Message], list[dict[str, Any]], list[int]]:
+        """Returns the turns that a request repeats, what is said after them, its tools, and the ids of what is said."""
+        messages, tools = fitted(request.messages, self.tree.call_ids()), readable(list(request.tools))
+        try:
+            self._parser.parse("", tools)
+        except ValueError as error:
+            raise RequestUnusable(f"tools: {error}") from error
+        after, start = self.tree.find(messages, tools)
+        way, said = self.tree.way(after), messages[start:]
+        try:
+            if way:
+                end = way[-1].sampled.token_ids[-1]
+                rendered = self._chat.tail_ids(messages[: start - 1], said, end=end, tools=tools, thinking=request.thinking)
+            else:
+                rendered = self._chat.talk_ids(said, tools=tools, thinking=request.thinking)
+        except (RenderError, RecursionError) as error:
+            raise RequestUnusable(f"these messages and tools cannot be written: {error}") from error
+        return way, said, tools, rendered
 
     def _over(self, status: Status, why: str) -> EpisodeOver:
         self.tree.refused = status
@@ -180,8 +189,8 @@ class Conversation:
             turn.sampled = Generation()  # what the engine gave is what is wrong
             raise
         turn.sampled, text = cut_at(made, turn.stop, partial(self._chat.decode, special=True), set(stop_ids))
+        turn.content, turn.whole = text, True  # whatever comes of reading it
         self._read(turn, text, (way[0] if way else turn).tools)
-        turn.whole = True
         self._changed()
 
     def _read(self, turn: SampledTurn, text: str, tools: Sequence[dict[str, Any]]) -> None:

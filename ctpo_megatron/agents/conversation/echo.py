@@ -64,16 +64,24 @@ def _tells(block: str, calls: Sequence[ToolCall]) -> bool:
 
 
 def _less_reasoning(said: str, content: str, reasoning: str) -> str:
-    """`said` without the reasoning, where it stands before the content, in any tags or none."""
+    """`said` without the reasoning, where it stands before the content or behind it, in any tags or none."""
     if said == content:
         return said
-    tag = _TAG if reasoning else _THOUGHT_TAG
-    rest = said
-    if opening := tag.match(rest):
-        rest = rest[opening.end() :]
-    if not rest.startswith(reasoning):
-        return said
-    rest = rest[len(reasoning) :]
-    if closing := tag.match(rest):
-        rest = rest[closing.end() :]
-    return rest.strip() if rest.strip().startswith(content) else said
+    before = _less_start(said, reasoning)
+    if before is not None and before.startswith(content):
+        return before
+    behind = _less_start(said[len(content) :], reasoning) if reasoning and said.startswith(content) else None
+    return content if behind == "" else said
+
+
+def _less_start(text: str, reasoning: str) -> str | None:
+    """What follows the reasoning that `text` begins with, in tags or none; None where it does not begin with it."""
+    tag, text = _TAG if reasoning else _THOUGHT_TAG, text.strip()
+    if opening := tag.match(text):
+        text = text[opening.end() :]
+    if not text.startswith(reasoning):
+        return None
+    text = text[len(reasoning) :]
+    if closing := tag.match(text):
+        text = text[closing.end() :]
+    return text.strip()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from ctpo_megatron.agents.conversation.cutting import cut_at
+from ctpo_megatron.agents.conversation.tree import Tree
 from ctpo_megatron.agents.protocols import EpisodeOver, RequestUnusable
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.chat import ChatTokenizer
-from ctpo_megatron.types import Generation, Status
+from ctpo_megatron.types import Generation, Status, Supports, TopK
 from tests.support.agents import ADD, QUESTION, Play, echo, hermes, results
 from tests.support.chats import loader
 
@@ -433,3 +437,64 @@ def test_thinking_on_and_off(chats):
     play = Play(chat, CALL, "It is 2.", "Yes.")
     run(talk(play))
     assert play.check().branches == []
+
+
+def test_tools_that_the_parser_refuses(chat):
+    class Strict:
+        def parse(self, text, tools):
+            raise ValueError("tools[0] has no name")
+
+    play = Play(chat, CALL)
+    play.conversation._parser = Strict()
+    with pytest.raises(RequestUnusable, match=r"tools: tools\[0\] has no name"):
+        run(play.ask(QUESTION))
+    assert play.tree.turns == []
+
+
+def test_what_is_recorded_of_tokens_is_cut_with_them(chat):
+    ids = chat.assistant_ids("one stop two")
+    count = len(ids)
+    top = TopK(np.arange(2 * count, dtype=np.int32).reshape(count, 2), np.zeros((count, 2), np.float32))
+    supports = Supports(np.arange(3 * count, dtype=np.int32), np.full(count, 3, np.int32))
+    experts = np.arange(count + 4, dtype=np.int8).reshape(-1, 1, 1)  # of five tokens before too, and not of the last one
+    made = Generation(ids, [-1.0 * n for n in range(count)], [*range(count)], "stop", top, experts, supports)
+    cut, text = cut_at(made, ["stop", "two"], lambda some: chat.decode(some), set(chat.stop_token_ids))
+    assert text == "one "
+    kept = len(cut.token_ids)
+    assert chat.decode(cut.token_ids) == "one stop"
+    assert len(cut.rollout_logp) == len(cut.versions) == len(cut.top_k.ids) == len(cut.supports.counts) == kept
+    assert len(cut.supports.ids) == 3 * kept
+    assert len(cut.routed_experts) == kept + 4
+    same, text = cut_at(made, ["three"], lambda some: chat.decode(some), set(chat.stop_token_ids))
+    assert same is made
+    assert text == "one stop two"
+
+
+def test_routing_is_recorded_along_each_way(chat):
+    class Routed:
+        """Says where each token went by its place in the stream."""
+
+        def __init__(self, engine):
+            self.engine = engine
+
+        async def generate(self, input_ids, done, *, recorded, **options):
+            made = await self.engine.generate(input_ids, done, **options)
+            last = len(input_ids) + len(made.token_ids) - 1
+            made.routed_experts = np.arange(recorded, last, dtype=np.int16).reshape(-1, 1, 1)
+            return made
+
+    async def talk(play: Play) -> None:
+        bounds = play.conversation._bounds
+        play.conversation._generator = Routed(play.engine)
+        play.conversation._bounds = replace(bounds, sampling=replace(bounds.sampling, record=True))
+        _, _, history = await two_turns(play)
+        await play.ask([*history, {"role": "user", "content": "Think again."}])
+        await play.ask(QUESTION[1:])
+
+    play = Play(chat, CALL, "It is 2.", "It is 3.", "It is 4.")
+    run(talk(play))
+    play.tree = Tree.parse(play.tree.dump())
+    made = play.check()
+    for each in (made, *made.branches):
+        length = len(each.prompt_ids) + sum(len(turn.token_ids) for turn in each.turns) - 1
+        assert each.routed_experts[:, 0, 0].tolist() == list(range(length))
