@@ -3,23 +3,25 @@
     .venv/bin/python tools/bench_agents.py --episodes 500 --turn-s 5 --out runs/bench_agents.json
 
 No model runs: a scripted attempt takes `--turn-s` for each turn, and its client takes as long between them. Three rounds: calm;
-with two restarts of the server, which cut off what is in flight; and beside clients that are silent, slow or wrong. Each tells CPU
-seconds of the
-endpoint's process, also as a share of a core and by request, and by how much answers came later than the script says.
+with two restarts of the server, which cut off what is in flight; and beside clients that are silent, slow or wrong, in a third
+process. Each tells CPU seconds of the endpoint's process, as a share of a core and by request, and by how much answers came later
+than the script says.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import resource
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_agents_clients import Order, play_all
+from bench_agents_clients import Order, parts, play_all
 from scripted_episode import ScriptedEpisode, scripted_answer
 
 from ctpo_megatron.agents.http.keys import KeyedEpisodes, new_key
@@ -27,7 +29,8 @@ from ctpo_megatron.agents.http.server import AgentServer
 from ctpo_megatron.agents.protocols import ToolCall
 
 ROUNDS = ("calm", "restart", "beside others")
-RESTARTS = (0.75, 1.65)  # turns after the begin, and after the one before: when most wait for their first, and second, answer
+RESTARTS = (0.75, 2.6)  # turns after the begin, and after the one before: when most wait for their first, and second, answer
+PROBE_S = 0.02
 ANSWER = "The answer is 42. " * 12
 CALL = ToolCall("call_1", "python", '{"code": "print(6 * 7)"}')
 
@@ -39,24 +42,26 @@ async def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     for key, episode in attempts.items():
         episodes.add(key, episode)
     async with AgentServer(episodes) as server:
-        order = Order([*attempts], server.port, options.turn_s, options.system_characters, name == ROUNDS[2])
-        clients = await asyncio.create_subprocess_exec(
-            sys.executable, __file__, "--clients", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
-        )
-        assert clients.stdin is not None
-        assert clients.stdout is not None
-        clients.stdin.write(json.dumps(order.told()).encode() + b"\n")
-        await clients.stdout.readline()  # it has imported what it needs
+        order = Order([*attempts], server.port, options.turn_s, options.system_characters, rude=False)
+        processes = [await _clients(order)]
+        if name == ROUNDS[2]:
+            rude = new_key()
+            episodes.add(rude, _episode(options.turn_s))
+            processes.append(await _clients(replace(order, keys=[rude], rude=True)))
+        probe = asyncio.ensure_future(_delays())
         begun, cpu = time.perf_counter(), time.process_time()
-        clients.stdin.write(b"go\n")
+        for _, stdin, _ in processes:
+            stdin.write(b"go\n")
         if name == ROUNDS[1]:
             for turns in RESTARTS:
                 await asyncio.sleep(turns * options.turn_s)
                 await server.restart()
-        said = json.loads(await clients.stdout.readline())
+        said = json.loads(await processes[0][2].readline())
         seconds, used = time.perf_counter() - begun, time.process_time() - cpu
-        clients.stdin.close()
-        await clients.wait()
+        probe.cancel()
+        for process, stdin, _ in processes:
+            stdin.close()
+            await process.wait()
         counts = server.counts
     requests = counts.answered + counts.refused
     return {
@@ -72,8 +77,31 @@ async def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "cut": counts.cut,
         "refused": counts.refused,
         "later_ms": said["later_ms"],
+        "loop_later_ms": await probe,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+async def _delays() -> dict[str, float]:
+    """By how many milliseconds the endpoint's loop woke late, until it is cancelled: what one client may cost all others."""
+    late: list[float] = []
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            begun = time.perf_counter()
+            await asyncio.sleep(PROBE_S)
+            late.append(1000 * (time.perf_counter() - begun - PROBE_S))
+    return parts(late)
+
+
+async def _clients(order: Order) -> tuple[asyncio.subprocess.Process, asyncio.StreamWriter, asyncio.StreamReader]:
+    """A process that is ready to follow `order`, with what it reads and writes."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(sys.executable, __file__, "--clients", stdin=pipe, stdout=pipe)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(json.dumps(order.told()).encode() + b"\n")
+    await process.stdout.readline()
+    return process, process.stdin, process.stdout
 
 
 def _episode(turn_s: float) -> ScriptedEpisode:

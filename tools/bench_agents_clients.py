@@ -7,7 +7,6 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ PLACE = "/v1/chat/completions"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be played: an episode for each of `keys`. `rude`: beside clients that misbehave, with keys of their own."""
+    """What is to be played: an episode for each of `keys`. `rude`: misbehave instead, with the first, until stdin ends."""
 
     keys: list[str]
     port: int
@@ -39,22 +38,29 @@ def play_all() -> None:
     order = Order(**json.loads(sys.stdin.readline()))
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(asyncio.run(_play_all(order))), flush=True)
+    if order.rude:
+        asyncio.run(_rude(order))
+    else:
+        print(json.dumps(asyncio.run(_play_all(order))), flush=True)
 
 
 async def _play_all(order: Order) -> dict[str, Any]:
     later: list[float] = []
     url = f"http://127.0.0.1:{order.port}"
-    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session, _rude(order, session):
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
         played = [_episode(session, order, number, later) for number in range(len(order.keys))]
         done = await asyncio.gather(*played, return_exceptions=True)
     failed = [each for each in done if isinstance(each, BaseException)]
     for each in failed[:3]:
         print(f"an episode failed: {each!r}", file=sys.stderr)
-    later.sort()
+    return {"failed": len(failed), "later_ms": parts([1000 * each for each in later])}
+
+
+def parts(values: list[float]) -> dict[str, float]:
+    """Returns the median, the 99th percentile and the largest of `values`; nothing of none."""
     shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    cut = {name: 1000 * later[min(int(share * len(later)), len(later) - 1)] for name, share in shares.items()} if later else {}
-    return {"failed": len(failed), "later_ms": cut}
+    ranked = sorted(values)
+    return {name: ranked[min(int(share * len(ranked)), len(ranked) - 1)] for name, share in shares.items()} if ranked else {}
 
 
 async def _episode(session: aiohttp.ClientSession, order: Order, number: int, later: list[float]) -> None:
@@ -109,10 +115,9 @@ def _assembled(text: str) -> dict[str, Any]:
     return message
 
 
-@contextlib.asynccontextmanager
-async def _rude(order: Order, session: aiohttp.ClientSession) -> AsyncIterator[None]:
-    """Beside it, where the order says so: clients that are silent, slow or wrong."""
-    key = order.keys[-1]
+async def _rude(order: Order) -> None:
+    """Clients that are silent, slow or wrong, until stdin ends."""
+    key = order.keys[0]
     auth = {"Authorization": f"Bearer {key}"}
     history = json.dumps({"messages": [{"role": "user", "content": "x" * 1000}] * 7000}).encode()  # within 8 MB, too many
     flat = b'{"messages": [' + b"[]," * 2_000_000 + b"[]]}"  # values without end
@@ -125,33 +130,26 @@ async def _rude(order: Order, session: aiohttp.ClientSession) -> AsyncIterator[N
         (flat, auth),
         (b"[" * 1_000_000, auth),
     ]
-    wrong = [_again(lambda body=body, headers=headers: _post(session, body, headers)) for body, headers in bodies]  # type: ignore[misc]
-    held = [_held(order.port, b"") for _ in range(100)]
     slow = f"POST {PLACE} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: 9999\r\n\r\n{{".encode()
-    held += [_held(order.port, slow) for _ in range(20)]
-    tasks = [asyncio.ensure_future(each) for each in [*wrong, *held]] if order.rude else []
-    for each in [] if order.rude else [*wrong, *held]:
-        each.close()
-    try:
-        yield
-    finally:
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{order.port}", connector=aiohttp.TCPConnector(limit=0)) as session:
+        rude = [_again(session, body, headers) for body, headers in bodies]
+        rude += [_held(order.port, begin) for begin in [b""] * 100 + [slow] * 20]
+        tasks = [asyncio.ensure_future(each) for each in rude]
+        await asyncio.to_thread(sys.stdin.readline)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _again(post: Callable[[], Awaitable[None]]) -> None:
+async def _again(session: aiohttp.ClientSession, body: bytes, headers: dict[str, str]) -> None:
+    """The same wrong request five times a second."""
     while True:
         with contextlib.suppress(aiohttp.ClientError, OSError):
-            await post()
+            async with session.post(PLACE, data=body, headers=headers) as answer:
+                await answer.read()
+                if answer.status < 400:
+                    print("what is wrong was answered", file=sys.stderr)
         await asyncio.sleep(0.2)
-
-
-async def _post(session: aiohttp.ClientSession, body: bytes, headers: dict[str, str]) -> None:
-    async with session.post(PLACE, data=body, headers=headers) as answer:
-        await answer.read()
-        if answer.status < 400:
-            raise ValueError("what is wrong was answered")
 
 
 async def _held(port: int, begin: bytes) -> None:

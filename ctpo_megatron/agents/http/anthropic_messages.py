@@ -25,15 +25,15 @@ class AnthropicMessages:
     rules = ANTHROPIC
     sign_of_life = b'event: ping\ndata: {"type":"ping"}\n\n'
 
-    def read(self, body: Body, *, retries: int, overlooked: Collection[str], most: int) -> Asked:
-        """Returns what `body` asks for; `most`: messages in it. Raises Refusal."""
+    def read(self, body: Body, *, retries: int, overlooked: Collection[str]) -> Asked:
+        """Returns what `body` asks for. Raises Refusal."""
         values = body.values
         given = not_applied(values, ANTHROPIC, overlooked)
         output = values.get("output_config")
         if isinstance(output, dict) and output.get("format") and "output_config" not in overlooked:
             raise Refusal(f"output_config.format is refused: {ANTHROPIC['output_format'].words}")
         request = AgentRequest(
-            messages=read_history(values.get("system"), message_list(values, most)),
+            messages=read_history(values.get("system"), message_list(values)),
             tools=read_tools(values.get("tools")),
             max_tokens=positive(values, "max_tokens"),
             digest=body.digest,

@@ -60,8 +60,13 @@ def _too_large(limits: Limits) -> Refusal:
 
 def decoded(raw: bytes, limits: Limits) -> Body:
     """Returns what the JSON text `raw` says. Raises Refusal."""
-    if sum(raw.count(each) for each in (b",", b"[", b"{")) > limits.elements:
-        raise Refusal(f"the body of a request has at most {limits.elements:,} values; shorten the history", status=413)
+    if raw.count(b"[") + raw.count(b"{") > limits.brackets or raw.count(b",") > limits.commas:
+        raise Refusal(
+            f"the body of a request has at most {limits.brackets:,} opening brackets and {limits.commas:,} commas; shorten the "
+            "history",
+            status=413,
+            code="body_too_large",
+        )
     try:
         values = msgspec.json.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -72,6 +77,9 @@ def decoded(raw: bytes, limits: Limits) -> Body:
         raise Refusal(f"the body is a JSON object, not {type(values).__name__}", code="invalid_json")
     if _deeper(values, limits.nesting):
         raise _too_deep(limits)
+    messages = values.get("messages")
+    if isinstance(messages, list) and len(messages) > limits.messages:
+        raise Refusal(f"messages has {len(messages):,} messages; a history has at most {limits.messages:,}")
     counted = {name: value for name, value in values.items() if name not in UNCOUNTED}
     text = msgspec.json.encode(counted, order="deterministic")
     return Body(values, hashlib.blake2b(text, digest_size=16).hexdigest())

@@ -35,8 +35,8 @@ class Dialect(Protocol):
     rules: Rules
     sign_of_life: bytes  # in a stream; nothing to its client
 
-    def read(self, body: Body, *, retries: int, overlooked: Collection[str], most: int) -> Asked:
-        """Returns what `body` asks for; `most`: messages in it. Raises Refusal."""
+    def read(self, body: Body, *, retries: int, overlooked: Collection[str]) -> Asked:
+        """Returns what `body` asks for. Raises Refusal."""
         ...
 
     def answer(self, asked: Asked, answer: AgentAnswer) -> bytes:
@@ -87,13 +87,11 @@ def positive(body: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def message_list(body: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
-    """Returns the history, a list of objects. Raises Refusal when it is none, empty or too long."""
+def message_list(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the history, a list of objects. Raises Refusal when it is none or empty."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise Refusal("messages is a list with at least one message")
-    if len(messages) > most:
-        raise Refusal(f"messages has {len(messages):,} messages; a history has at most {most:,}")
     for place, message in enumerate(messages):
         if not isinstance(message, dict):
             raise Refusal(f"messages[{place}] is an object with role and content, not {shown(message)}")

@@ -129,7 +129,7 @@ class Exchange:
         said = request.headers.get("x-stainless-retry-count", "0")
         retries = int(said) if said.isascii() and said.isdigit() and len(said) < 6 else 0
         self.counts.retries += retries > 0
-        return dialect.read(body, retries=retries, overlooked=self._manners.overlooked, most=self._limits.messages)
+        return dialect.read(body, retries=retries, overlooked=self._manners.overlooked)
 
     async def _complete(
         self, request: web.BaseRequest, dialect: Dialect, asked: Asked, episode: Episode, headers: dict[str, str]

@@ -11,8 +11,10 @@ class Limits:
 
     body_bytes: int = 8 * 2**20
     """Largest body of a request."""
-    elements: int = 500_000
-    """Commas and opening brackets in a body, also in its text. Decoding holds the interpreter for as long as there are values."""
+    brackets: int = 50_000
+    """Opening brackets and braces in a body, also those in its text. Decoding holds the interpreter, 20 ms for so many lists."""
+    commas: int = 500_000
+    """Commas in a body, also those in its text; for the same reason."""
     nesting: int = 64
     """Depth of lists and objects in a body."""
     messages: int = 4096

@@ -24,8 +24,8 @@ class OpenAIChat:
     rules = OPENAI
     sign_of_life = b": waiting for the model\n\n"
 
-    def read(self, body: Body, *, retries: int, overlooked: Collection[str], most: int) -> Asked:
-        """Returns what `body` asks for; `most`: messages in it. Raises Refusal."""
+    def read(self, body: Body, *, retries: int, overlooked: Collection[str]) -> Asked:
+        """Returns what `body` asks for. Raises Refusal."""
         values = body.values
         given = not_applied(values, OPENAI, overlooked)
         longest = [each for each in (positive(values, "max_tokens"), positive(values, "max_completion_tokens")) if each]
@@ -33,7 +33,7 @@ class OpenAIChat:
         if not isinstance(options, dict):
             raise Refusal(f"stream_options is an object, not {shown(options)}")
         request = AgentRequest(
-            messages=read_messages(message_list(values, most)),
+            messages=read_messages(message_list(values)),
             tools=read_tools(values.get("tools")),
             max_tokens=min(longest, default=None),
             digest=body.digest,

@@ -130,14 +130,15 @@ def test_the_digest_is_of_the_values_and_not_of_how_they_are_written_or_brought(
         (b'{"a": NaN}', 400, "not JSON"),
         (b'"\xff"', 400, "not JSON"),
         (b"[]", 400, "a JSON object, not list"),
-        (b"[" * 90_000, 400, "nested at most 3 deep"),
+        (b"[" * 9_000, 400, "nested at most 3 deep"),
+        (b"[" * 10_001, 413, "at most 10,000 opening brackets"),
         (b'{"a": [[{"b": 1}]]}', 400, "nested at most 3 deep"),
-        (b'{"a": [' + b"1," * 100_000 + b"1]}", 413, "at most 100,000 values"),
+        (b'{"a": [' + b"1," * 100_000 + b"1]}", 413, "and 100,000 commas"),
     ],
 )
 def test_bodies_that_are_refused(raw: bytes, status: int, words: str) -> None:
     with pytest.raises(Refusal, match=words) as caught:
-        decoded(raw, Limits(nesting=3, elements=100_000))
+        decoded(raw, Limits(nesting=3, brackets=10_000, commas=100_000))
     assert caught.value.status == status
 
 
