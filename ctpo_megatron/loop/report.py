@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ctpo_megatron.types import Branch, Trajectory, TrajectoryGroup
+from ctpo_megatron.types import TrajectoryGroup
 
 SHORTEST_S = 1e-9  # a phase that took no time that can be measured divides by this
 
@@ -26,8 +26,8 @@ class StepCost:
         """Returns the cost of a step that trained on `groups`."""
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         sampled = sum(t.sampled_length for t in trajectories)
-        samples: list[Trajectory | Branch] = [*trajectories, *(branch for t in trajectories for branch in t.branches)]
-        trained = sum(len(each.prompt_ids) + sum(len(turn.token_ids) for turn in each.turns) for each in samples)
+        prompts = sum(len(t.prompt_ids) + sum(len(branch.prompt_ids) for branch in t.branches) for t in trajectories)
+        trained = prompts + sum(len(turn.token_ids) for t in trajectories for turn in t.all_turns)
         return cls(dict(seconds), wall, sampled, trained)
 
     def metrics(self) -> dict[str, float]:
