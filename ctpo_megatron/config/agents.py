@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from ctpo_megatron.config.base import FilePath, Section
 
@@ -25,6 +25,15 @@ class AgentEndpoint(Section):
     Qwen3 has it too."""
     model: str = "policy"
     """What the model is called towards agents. Some harnesses read from its name what it can do."""
+
+    @field_validator("host")
+    @classmethod
+    def _agents_can_be_told_it(cls, host: str) -> str:
+        if host in ("", "0.0.0.0", "::"):
+            raise ValueError(
+                f"host={host!r} is every interface, and no address that an agent can be told; give that of one interface"
+            )
+        return host
 
 
 class LocalAgent(AgentEndpoint):

@@ -37,6 +37,7 @@ def test_the_shipped_configuration_has_an_agent_and_no_tool() -> None:
         (["rollout.agent={type: function, path: no/function}"], "rollout.agent.path"),
         (["rollout.agent={type: external, port: 70000}"], "rollout.agent.port"),
         (["rollout.agent.timeout=3"], "timeout_s"),
+        (["rollout.agent.host=0.0.0.0"], "give that of one interface"),
         (["rollout.agent={type: comand}"], "command"),
     ],
 )
