@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctpo_megatron.agents.play.counted import CountedRunner
 from ctpo_megatron.agents.play.environment import AgentEnvironment
 from ctpo_megatron.agents.play.kinds import check_agent, make_runner, started_here
 from ctpo_megatron.cluster.runtime import Runtime
@@ -99,7 +100,7 @@ async def _environments(
         with_tool = [ToolEnvironment(each, chat, counted, reward) for each in generators]
         yield with_tool[0], with_tool[1]
         return
-    runner = make_runner(agent, Path(config.run_dir) / "logs")
+    runner = CountedRunner(make_runner(agent, Path(config.run_dir) / "logs"), runtime.depths)
     async with open_endpoint(agent, config, chat) as endpoint:
         try:
             played = [AgentEnvironment(endpoint, each, runner, reward, agent) for each in generators]

@@ -13,6 +13,7 @@ import pytest
 
 from ctpo_megatron.agents.http.keys import KeyedEpisodes
 from ctpo_megatron.agents.http.server import AgentServer
+from ctpo_megatron.agents.play.counted import CountedRunner
 from ctpo_megatron.agents.play.environment import AgentEnvironment, Endpoint
 from ctpo_megatron.agents.play.runner import AgentFailed
 from ctpo_megatron.agents.play.task import AgentTask
@@ -20,6 +21,7 @@ from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest, EpisodeOve
 from ctpo_megatron.config.agents import CommandAgent
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.errors import NoServerLeft
+from ctpo_megatron.record.heartbeat import Depths
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.protocols import Sampling, Score
@@ -86,7 +88,9 @@ class World:
         self.agent, self.episodes = Agent(plays, episodes), episodes
         endpoint = Endpoint(AgentServer(episodes), episodes, chat, Hermes(), most_prompt)
         config = CommandAgent(command=("none",), **settings)
-        self.environment = AgentEnvironment(endpoint, self.engine, self.agent, self.reward, config)
+        self.depths = Depths(lambda: 0.0)
+        runner = CountedRunner(self.agent, self.depths)
+        self.environment = AgentEnvironment(endpoint, self.engine, runner, self.reward, config)
         self.sampling = Sampling(1.0, turns, 400)
 
     async def play(self, sampling: Sampling | None = None) -> Trajectory:
@@ -194,13 +198,17 @@ def test_a_first_request_that_is_too_long_says_what_to_change(chat: ChatTokenize
 def test_a_lost_agent_ends_with_its_time(chat: ChatTokenizer) -> None:
     async def is_lost(ask: Any, task: AgentTask) -> None:
         await two_turns(ask, task)
+        playing.append(world.depths.now()["an agent"][0])
         await asyncio.Event().wait()
 
     async def timed(world: World, sampling: Sampling | None = None) -> tuple[Trajectory, float]:
         made = await world.play(sampling)
         return made, asyncio.get_running_loop().time()
 
-    made, took_s = run_virtually(timed(World(chat, is_lost, timeout_s=30.0)))
+    playing: list[int] = []
+    world = World(chat, is_lost, timeout_s=30.0)
+    made, took_s = run_virtually(timed(world))
+    assert (playing, world.depths.now()["an agent"][0]) == ([1], 0)  # what the report of a stall says
     assert (made.status, made.reward, took_s) == (Status.DEADLINE, 1.0, 35.0)
     assert made.seconds == took_s
     shorter = Sampling(1.0, 5, 400, deadline_s=10.0)
