@@ -162,7 +162,7 @@ def is_json(text: str) -> bool:
 
 def same(one: Message, other: Message) -> bool:
     """Returns whether two fitted messages, none of which the model wrote here, say the same."""
-    return one is other or _said(one) == _said(other)
+    return one == other or _said(one) == _said(other)
 
 
 def _said(message: Message) -> tuple[Any, ...]:
