@@ -102,6 +102,7 @@ def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str 
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
+        kind = kind if isinstance(kind, str) else ""
         if isinstance(part, str):
             texts.append(part)
         elif kind in _TEXTS and isinstance(part.get(_TEXTS[kind]), str):
@@ -109,7 +110,7 @@ def text_of(content: Any, where: str, thoughts: list[str] | None = None) -> str 
         elif thoughts is not None and kind in _THOUGHTS and isinstance(part.get(_THOUGHTS[kind]), str):
             thoughts.append(part[_THOUGHTS[kind]])
         else:
-            raise Refusal(f"{where}.content[{number}]: {not_text(kind if isinstance(kind, str) else part)}")
+            raise Refusal(f"{where}.content[{number}]: {not_text(kind or part)}")
     return "".join(texts)
 
 

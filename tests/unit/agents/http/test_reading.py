@@ -133,7 +133,7 @@ def test_the_digest_is_of_the_values_and_not_of_how_they_are_written_or_brought(
         (b"[" * 9_000, 400, "nested at most 3 deep"),
         (b"[" * 10_001, 413, "at most 10,000 opening brackets"),
         (b'{"a": [[{"b": 1}]]}', 400, "nested at most 3 deep"),
-        (b'{"a": [' + b"1," * 100_000 + b"1]}", 413, "and 100,000 commas"),
+        (b'{"a": [' + b"1," * 100_001 + b"1]}", 413, "and 100,000 commas"),
     ],
 )
 def test_bodies_that_are_refused(raw: bytes, status: int, words: str) -> None:
