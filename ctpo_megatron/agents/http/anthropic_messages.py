@@ -9,7 +9,7 @@ import msgspec
 
 from ctpo_megatron.agents.http.anthropic_reading import read_history, read_tools
 from ctpo_megatron.agents.http.bodies import Body
-from ctpo_megatron.agents.http.dialects import Asked, flag, message_list, model_name, pieces, positive
+from ctpo_megatron.agents.http.dialects import Asked, flag, message_list, model_name, pieces, positive, texts
 from ctpo_megatron.agents.http.parameters import ANTHROPIC, not_applied
 from ctpo_megatron.agents.http.refusals import Refusal, shown
 from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest, ToolCall
@@ -22,7 +22,6 @@ _THINKING = {"enabled": True, "disabled": False}
 class AnthropicMessages:
     """The dialect of `POST /v1/messages`."""
 
-    rules = ANTHROPIC
     sign_of_life = b'event: ping\ndata: {"type":"ping"}\n\n'
 
     def read(self, body: Body, *, retries: int, overlooked: Collection[str]) -> Asked:
@@ -38,6 +37,7 @@ class AnthropicMessages:
             max_tokens=positive(values, "max_tokens"),
             digest=body.digest,
             retries=retries,
+            stop=texts(values, "stop_sequences"),
             thinking=_thinking(values),
         )
         return Asked(request, model=model_name(values), stream=flag(values, "stream"), not_applied=given)

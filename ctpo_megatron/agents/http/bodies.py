@@ -12,7 +12,7 @@ from aiohttp import web
 
 from ctpo_megatron.agents.http.limits import Limits
 from ctpo_megatron.agents.http.refusals import Refusal
-from ctpo_megatron.engine.http import beside_loop
+from ctpo_megatron.engine.http import LARGE_CHARACTERS
 
 UNCOUNTED = ("stream", "stream_options")  # how the answer is brought does not make it another request
 
@@ -25,8 +25,12 @@ class Body:
     digest: str
 
 
-async def read_body(request: web.BaseRequest, limits: Limits) -> Body:
-    """Returns the decoded body of `request`. Raises Refusal when it is too large, too slow, or no JSON object."""
+async def read_body(request: web.BaseRequest, limits: Limits, large: asyncio.Lock) -> Body:
+    """Returns the decoded body of `request`. Raises Refusal when it is too large, too slow, or no JSON object.
+
+    `large`: held while a large body is decoded. Decoding holds the interpreter, and the event loop has to wait for it anew at
+    each of its system calls: beside one thread that is bearable, beside several it is not.
+    """
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Refusal("a body has to be sent as it is, without Content-Encoding")
     if (request.content_length or 0) > limits.body_bytes:
@@ -35,7 +39,10 @@ async def read_body(request: web.BaseRequest, limits: Limits) -> Body:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0
     raw = await _read(request, limits)
-    return await beside_loop(len(raw), decoded, raw, limits)
+    if len(raw) < LARGE_CHARACTERS:
+        return decoded(raw, limits)
+    async with large:
+        return await asyncio.to_thread(decoded, raw, limits)
 
 
 async def _read(request: web.BaseRequest, limits: Limits) -> bytes:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ctpo_megatron.agents.http.bodies import Body
-from ctpo_megatron.agents.http.parameters import Rules
 from ctpo_megatron.agents.http.refusals import Refusal, shown
 from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest
 
 PIECE_CHARACTERS = 8192  # of text in one event: some clients bound the length of a line
+MOST_STOPS = 16  # texts that end an answer
 PIECE_TOKENS = 256  # in one event, for clients that ask for lists
 
 
@@ -32,7 +32,6 @@ class Asked:
 class Dialect(Protocol):
     """One language: how a request is read and how an answer, or a refusal, is written."""
 
-    rules: Rules
     sign_of_life: bytes  # in a stream; nothing to its client
 
     def read(self, body: Body, *, retries: int, overlooked: Collection[str]) -> Asked:
@@ -85,6 +84,15 @@ def positive(body: Mapping[str, Any], name: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise Refusal(f"{name} is an integer from 1 on, not {shown(value)}")
     return value
+
+
+def texts(body: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Returns the parameter `name`, a text or a list of texts. Raises Refusal."""
+    value = body.get(name)
+    found = [value] if isinstance(value, str) else value or []
+    if not isinstance(found, list) or len(found) > MOST_STOPS or not all(isinstance(each, str) and each for each in found):
+        raise Refusal(f"{name} is a text or a list of at most {MOST_STOPS} texts, none of them empty, not {shown(value)}")
+    return tuple(found)
 
 
 def message_list(body: Mapping[str, Any]) -> list[dict[str, Any]]:

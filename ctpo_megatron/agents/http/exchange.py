@@ -71,6 +71,7 @@ class Exchange:
         self._manners = manners
         self._limits = manners.limits
         self._gates = Gates(manners.limits)
+        self._large = asyncio.Lock()
         self._sampling = ", ".join(f"{name}={value}" for name, value in manners.sampling.items())
         self.counts = Counts()
 
@@ -125,7 +126,7 @@ class Exchange:
         )
 
     async def _asked(self, request: web.BaseRequest, dialect: Dialect) -> Asked:
-        body = await read_body(request, self._limits)
+        body = await read_body(request, self._limits, self._large)
         said = request.headers.get("x-stainless-retry-count", "0")
         retries = int(said) if said.isascii() and said.isdigit() and len(said) < 6 else 0
         self.counts.retries += retries > 0

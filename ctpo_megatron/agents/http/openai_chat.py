@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from ctpo_megatron.agents.http.bodies import Body
-from ctpo_megatron.agents.http.dialects import PIECE_TOKENS, Asked, flag, message_list, model_name, pieces, positive
+from ctpo_megatron.agents.http.dialects import PIECE_TOKENS, Asked, flag, message_list, model_name, pieces, positive, texts
 from ctpo_megatron.agents.http.openai_messages import read_messages, read_tools
 from ctpo_megatron.agents.http.parameters import OPENAI, not_applied
 from ctpo_megatron.agents.http.refusals import Refusal, shown
@@ -21,7 +21,6 @@ _KINDS = {401: "authentication_error", 404: "not_found_error"}
 class OpenAIChat:
     """The dialect of `POST /v1/chat/completions`."""
 
-    rules = OPENAI
     sign_of_life = b": waiting for the model\n\n"
 
     def read(self, body: Body, *, retries: int, overlooked: Collection[str]) -> Asked:
@@ -38,6 +37,7 @@ class OpenAIChat:
             max_tokens=min(longest, default=None),
             digest=body.digest,
             retries=retries,
+            stop=texts(values, "stop"),
             thinking=_thinking(values),
         )
         return Asked(

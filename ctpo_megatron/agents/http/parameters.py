@@ -34,7 +34,7 @@ def _rules(kind: Kind, words: str, *names: str, harmless: tuple[Any, ...] = ()) 
 
 
 _SAMPLING = "the run's own, in the header `x-sampling`"
-_STOP = "a turn ends where the model ends it; text after a stop string is the model's mistake, and trained as such"
+_STOP = "the answer ends with the first of at most 16 texts"
 _CHOICE = "the model chooses"
 _GRAMMAR = "nothing is sampled by a grammar; say in the prompt what form the answer has"
 _TEXT = "only text is generated"
@@ -43,6 +43,7 @@ OPENAI: Rules = {
     **_rules("honoured", "the conversation", "messages", "tools"),
     **_rules("honoured", "any name is accepted, and is what the answer says", "model"),
     **_rules("honoured", "of one answer; never more than the attempt has left", "max_tokens", "max_completion_tokens"),
+    **_rules("honoured", _STOP, "stop"),
     **_rules("honoured", "server-sent events; with `include_usage` the last one has the usage", "stream", "stream_options"),
     **_rules("honoured", "of all sampled tokens, the end of the turn too", "logprobs"),
     **_rules("honoured", "adds `prompt_token_ids` and `token_ids`", "return_token_ids"),
@@ -52,7 +53,6 @@ OPENAI: Rules = {
     **_rules("set", _SAMPLING, "temperature", "top_p", "top_k", "min_p", "seed"),
     **_rules("set", _SAMPLING, "frequency_penalty", "presence_penalty", harmless=(0,)),
     **_rules("set", _SAMPLING, "repetition_penalty", harmless=(1,)),
-    **_rules("set", _STOP, "stop", harmless=([],)),
     **_rules("set", _CHOICE, "tool_choice", harmless=("auto",)),
     **_rules("set", "as many calls as the model writes", "parallel_tool_calls", harmless=(True,)),
     **_rules("set", "only the sampled token is told", "top_logprobs", harmless=(0, 1)),
@@ -80,10 +80,10 @@ ANTHROPIC: Rules = {
     **_rules("honoured", "the conversation", "messages", "system", "tools"),
     **_rules("honoured", "any name is accepted, and is what the answer says", "model"),
     **_rules("honoured", "of one answer; never more than the attempt has left", "max_tokens"),
+    **_rules("honoured", _STOP, "stop_sequences"),
     **_rules("honoured", "server-sent events", "stream"),
     **_rules("honoured", "`enabled` and `disabled`; else the run's own. `budget_tokens` is not applied", "thinking"),
     **_rules("set", _SAMPLING, "temperature", "top_p", "top_k"),
-    **_rules("set", _STOP, "stop_sequences", harmless=([],)),
     **_rules("set", _CHOICE, "tool_choice", harmless=({"type": "auto"},)),
     **_rules("set", "`effort` is the model's; a `format` is refused", "output_config", harmless=({},)),
     **_rules("set", "nothing is removed from the history", "context_management", harmless=({},)),

@@ -12,10 +12,12 @@ import pytest
 from scripted_episode import scripted_answer
 
 from ctpo_megatron.agents.http.dialects import PIECE_CHARACTERS
+from ctpo_megatron.agents.http.limits import Limits
 from ctpo_megatron.agents.protocols import EpisodeOver, RequestUnusable, ToolCall
-from tests.support.scripted_episodes import HOUR, WEATHER, Served, served
+from tests.support.scripted_episodes import HOUR, WAIT_S, WEATHER, Served, served
 
 TOOLS = [{"name": "weather", "description": "the weather", "input_schema": {"type": "object", "properties": {}}}]
+OPTIONS = {"thinking": {"type": "disabled"}, "stop_sequences": ["END"]}
 QUESTION = {"role": "user", "content": [{"type": "text", "text": "What is the weather?", "cache_control": {"type": "ephemeral"}}]}
 
 
@@ -36,7 +38,7 @@ async def streamed(talk: anthropic.AsyncAnthropic, **given: Any) -> Any:
 def test_an_episode_of_two_turns_with_parallel_calls(ask: Callable[..., Any]) -> None:
     async def play() -> None:
         async with served() as given, client(given) as talk:
-            first = await ask(talk, messages=[QUESTION], tools=TOOLS, system="Be brief.", thinking={"type": "disabled"})
+            first = await ask(talk, messages=[QUESTION], tools=TOOLS, system="Be brief.", **OPTIONS)
             assert [each.type for each in first.content] == ["thinking", "tool_use", "tool_use"]
             assert first.content[0].thinking == "I look."
             assert first.content[0].signature
@@ -55,6 +57,7 @@ def test_an_episode_of_two_turns_with_parallel_calls(ask: Callable[..., Any]) ->
             question = {"role": "user", "content": "What is the weather?"}
             assert asked[0].messages == ({"role": "system", "content": "Be brief."}, question)
             assert (asked[0].max_tokens, asked[0].thinking, asked[1].thinking) == (99, False, None)
+            assert (asked[0].stop, asked[1].stop) == (("END",), ())
             assert asked[0].tools[0]["function"]["parameters"] == TOOLS[0]["input_schema"]
             echo = asked[1].messages[1]
             assert (echo["content"], echo["reasoning_content"]) == (None, "I look.")
@@ -66,6 +69,21 @@ def test_an_episode_of_two_turns_with_parallel_calls(ask: Callable[..., Any]) ->
 
 def _said() -> str:
     return "".join(f"{each.name}({each.arguments})" for each in (WEATHER, HOUR))
+
+
+@pytest.mark.parametrize("ask", [whole, streamed])
+def test_a_client_that_waits_gets_signs_of_life_and_then_the_whole_answer(ask: Callable[..., Any]) -> None:
+    async def play() -> None:
+        async with served(limits=Limits(keep_alive_s=0.02)) as given, client(given) as talk:
+            given.episode.hold = asyncio.Event()
+            turn = asyncio.ensure_future(ask(talk, messages=[QUESTION]))
+            async with asyncio.timeout(WAIT_S):
+                while not given.server.counts.kept_alive:
+                    await asyncio.sleep(0.005)
+            given.episode.hold.set()
+            assert [each.type for each in (await turn).content] == ["thinking", "tool_use", "tool_use"]
+
+    asyncio.run(play())
 
 
 def test_long_arguments_and_texts_come_in_pieces() -> None:

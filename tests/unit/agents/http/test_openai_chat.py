@@ -147,9 +147,9 @@ def test_the_run_says_which_values_were_used_and_what_was_not_applied() -> None:
             asked = {"messages": [QUESTION], "temperature": 0.2, "seed": 3, "stop": ["Observation:"], "tool_choice": "required"}
             raw = await talk.chat.completions.with_raw_response.create(model="any", n=1, max_tokens=5, **asked)
             assert raw.headers["x-sampling"] == "temperature=1.0, top_p=1.0"
-            assert set(raw.headers["x-not-applied"].split(", ")) == {"temperature", "seed", "stop", "tool_choice"}
+            assert set(raw.headers["x-not-applied"].split(", ")) == {"temperature", "seed", "tool_choice"}
             assert given.openai.split("/")[-2] == raw.headers["x-session-id"]
-            assert given.episode.requests[0].max_tokens == 5
+            assert (given.episode.requests[0].max_tokens, given.episode.requests[0].stop) == (5, ("Observation:",))
             with pytest.raises(openai.BadRequestError, match="n = 2 is refused: one answer a request"):
                 await talk.chat.completions.create(model="any", messages=[QUESTION], n=2)
             assert len(given.episode.requests) == 1

@@ -157,7 +157,7 @@ def test_an_error_after_signs_of_life_is_final_too(stream: bool) -> None:
 
 def test_a_client_that_leaves_ends_its_request_and_its_repeat_goes_on() -> None:
     async def play() -> None:
-        async with served() as given:
+        async with served(limits=Limits(keep_alive_s=1000)) as given:  # a sign of life would find out too, later
             given.episode.hold = asyncio.Event()
             talk = openai.AsyncOpenAI(base_url=given.openai, api_key=given.key)
             turn = asyncio.ensure_future(_whole(talk))
@@ -225,6 +225,8 @@ def test_the_address_is_kept_and_given_back() -> None:
         ({"messages": ["x"]}, 400),
         ({"messages": [QUESTION], "max_tokens": -1}, 400),
         ({"messages": [QUESTION], "stream": "yes"}, 400),
+        ({"messages": [QUESTION], "stop": [""]}, 400),
+        ({"messages": [QUESTION], "stop_sequences": [3]}, 400),
         ({"messages": [QUESTION], "stream_options": 3}, 400),
         ({"messages": [QUESTION], "model": 3}, 400),
         ({"messages": [QUESTION], "chat_template_kwargs": {"tools_in_user_message": True}}, 400),
@@ -258,18 +260,15 @@ def test_a_body_without_a_stated_length_is_bounded_too() -> None:
 
 def test_silent_and_slow_clients_are_closed() -> None:
     async def play() -> None:
-        async with served(limits=Limits(idle_s=SHORT, body_s=SHORT)) as given:
-            async with asyncio.timeout(WAIT_S):
-                for begin in (b"", b"POST /v1/chat/comp", b"GET / HTTP/1.1\r\nHost: x\r\nx-y"):
-                    reader, writer = await asyncio.open_connection("127.0.0.1", given.server.port)
-                    writer.write(begin)
-                    assert await reader.read() == b""
-                    writer.close()
+        async with served(limits=Limits(idle_s=SHORT)) as given, asyncio.timeout(WAIT_S):
+            for begin in (b"", b"POST /v1/chat/comp", b"GET / HTTP/1.1\r\nHost: x\r\nx-y"):
                 reader, writer = await asyncio.open_connection("127.0.0.1", given.server.port)
-                writer.write(head("/v1/chat/completions", 50, f"x-api-key: {given.key}") + b"{")
-                answer = await received(reader)
-                assert (answer.status, "did not arrive" in answer.json["error"]["message"]) == (400, True)
+                writer.write(begin)
+                assert await reader.read() == b""
                 writer.close()
+        async with served(limits=Limits(body_s=SHORT)) as given:
+            answer = await sent(given.server.port, head("/v1/chat/completions", 50, f"x-api-key: {given.key}") + b"{")
+            assert (answer.status, "did not arrive" in answer.json["error"]["message"]) == (400, True)
 
     asyncio.run(play())
 
