@@ -1,6 +1,7 @@
 # make install      the environment in .venv (needs git, make, Python 3.11 or newer; no GPU)
 # make install-gpu  besides, on a GPU host with the CUDA toolkit: TransformerEngine, built against the installed torch
 # make quickstart   the whole loop on this machine: data, a tiny model, cold start, reinforcement learning
+# make quickstart-agent  the same task, played by an agent of OpenAI's SDK through the endpoint (docs/agents.md)
 # make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
 # make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
 # make test         all tests          make test-fast   those of tests/unit
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
 PYTEST := $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: install install-gpu quickstart example chaos test test-fast lint clean
+.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast lint clean
 
 install: $(STAMP)
 
@@ -28,6 +29,9 @@ $(GPU_STAMP): $(STAMP) requirements-gpu.lock
 
 quickstart: install
 	$(VENV)/bin/python tools/quickstart.py
+
+quickstart-agent: install
+	$(VENV)/bin/python tools/quickstart_agent.py
 
 example: install
 	$(VENV)/bin/python tools/example.py

@@ -45,6 +45,9 @@ setup(
         # By `make install-gpu`, which builds it against the torch that is installed: pip alone would build it against another.
         # The range is what Megatron-Core 0.16.1 asks for and what was read against this torch.
         "gpu": ["transformer-engine[core-cu13,pytorch]>=2.11,<2.12"],
+        # The harness of `make quickstart-agent`, the newest that takes the openai that SGLang pins. Harnesses that need other
+        # packages have an environment of their own: rollout.agent.python.
+        "agents": ["openai-agents>=0.6.2,<0.7", "openai>=2.8"],
         "dev": [  # what the tests and tools need besides
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ctpo_megatron.cli_models import at_home, checkpoint_app, convert_app
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.config.sources import home_path
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
 from ctpo_megatron.jobs.children import end_children
 from ctpo_megatron.jobs.serving import serve_sandbox
@@ -34,12 +34,7 @@ RESUME = "--resume"
 SITE_FILE = Path(typer.get_app_dir("ctpo")) / "site.yaml"  # what this user's cluster wants of every job
 ERROR_FILE = "error.log"  # in RUN_DIR/logs: the traceback of what ended the run
 
-
-def _at_home(path: Path | None) -> Path | None:
-    return None if path is None else home_path(path)
-
-
-Config = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False, callback=_at_home)]
+Config = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False, callback=at_home)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, applied in order", show_default=False)]
 
 
@@ -94,6 +89,16 @@ def evaluate(
     _run(loaded, lambda _stop: eval_job(loaded, anew=anew))
 
 
+@app.command("serve-agents")
+def serve_agents(config: Config, overrides: Overrides = None) -> None:
+    """Serve model.path to agents from elsewhere, for which attempts are opened one by one, until a signal; what is sampled
+    is kept with rewards in RUN_DIR/rollouts/agents.jsonl. The same command goes on with the attempts that are open."""
+    loaded = _load(config, overrides)
+    from ctpo_megatron.jobs.serve_agents import serve_agents_job
+
+    _run(loaded, lambda stop: serve_agents_job(loaded, stop))
+
+
 @app.command()
 def plan(
     config: Config,
@@ -102,7 +107,7 @@ def plan(
     engine_gpu_gb: Annotated[float | None, typer.Option(min=1, help="of the servers' GPUs, where they differ")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="of the cluster's nodes")] = 8,
     model_config: Annotated[
-        Path | None, typer.Option(help="config.json of the model; default: that of model.path", callback=_at_home)
+        Path | None, typer.Option(help="config.json of the model; default: that of model.path", callback=at_home)
     ] = None,
     rehearse: Annotated[bool, typer.Option("--rehearse", help="take one step of one rank without memory")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="to rehearse; default: the first of the fullest stage")] = None,
@@ -148,57 +153,14 @@ def data(
     data_job(load_config(config, overrides or []), config, use=use, samples=samples, as_json=as_json)
 
 
-convert_app = typer.Typer(
-    no_args_is_help=True, help="A model's weights in other formats; every tensor of the output is verified."
-)
-checkpoint_app = typer.Typer(no_args_is_help=True, help="Checkpoints of a run.")
 app.add_typer(convert_app, name="convert")
 app.add_typer(checkpoint_app, name="checkpoint")
-
-
-@convert_app.command("to-megatron")
-def to_megatron(
-    model: Annotated[Path, typer.Argument(help="Hugging Face directory", show_default=False, callback=_at_home)],
-    out: Annotated[Path, typer.Argument(help="checkpoint to write", show_default=False, callback=_at_home)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="the layout that writes: parallel.tp=2 ...")] = None,
-) -> None:
-    """A checkpoint of weights only (torch_dist), with config.json and tokenizer in it."""
-    from ctpo_megatron.jobs.convert import convert_to_megatron
-
-    convert_to_megatron(model, out, overrides or [])
-
-
-@convert_app.command("to-hf")
-def to_hf(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(help="of a run (RUN_DIR/checkpoints/step_*), or of weights only", show_default=False, callback=_at_home),
-    ],
-    out: Annotated[Path, typer.Argument(help="Hugging Face directory to write", show_default=False, callback=_at_home)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="the layout that reads: parallel.tp=2 ...")] = None,
-) -> None:
-    """A Hugging Face model directory of the weights in a checkpoint."""
-    from ctpo_megatron.jobs.convert import convert_to_hf
-
-    convert_to_hf(checkpoint, out, overrides or [])
-
-
-@checkpoint_app.command("verify")
-def verify(
-    directory: Annotated[
-        Path, typer.Argument(help="a checkpoint, or a directory of step_*", show_default=False, callback=_at_home)
-    ],
-) -> None:
-    """Read every file again and compare its hash; exit code 1 when a checkpoint is damaged."""
-    from ctpo_megatron.jobs.checkpoints import verify_checkpoints
-
-    verify_checkpoints(directory)
 
 
 @app.command()
 def replay(
     dump: Annotated[
-        Path, typer.Argument(help="RUN_DIR/dumps/step_*: a step that was not applied", show_default=False, callback=_at_home)
+        Path, typer.Argument(help="RUN_DIR/dumps/step_*: a step that was not applied", show_default=False, callback=at_home)
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="parallel.tp=2 ..., model.dtype=float32, cluster.device=cuda")
@@ -216,7 +178,7 @@ app.command("serve-sandbox")(serve_sandbox)
 
 
 @app.command()
-def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=_at_home)]) -> None:
+def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=at_home)]) -> None:
     """What became of the groups of a run, by length and difficulty: how many were trained on, replaced or lost."""
     from ctpo_megatron.jobs.ledger import ledger_job
 
@@ -239,7 +201,7 @@ def slurm(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show job file, resolved configuration and plan")] = False,
     site: Annotated[
         Path | None,
-        typer.Option(help=f"YAML file of the site's options; default: {SITE_FILE}", callback=_at_home),
+        typer.Option(help=f"YAML file of the site's options; default: {SITE_FILE}", callback=at_home),
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="without spare ones; default: as many as the configuration needs")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(help="of the partition's nodes; default: 8")] = None,

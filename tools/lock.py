@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-ALSO = ("dev",)  # extras that are locked; those of `gpu` are built for the machine they run on
+ALSO = ("dev", "agents")  # extras that are locked; those of `gpu` are built for the machine they run on
 HEAD = "# Every package of a working environment, at the versions the tests pass with. Written by tools/lock.py.\n"
 
 

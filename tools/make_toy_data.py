@@ -15,10 +15,10 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=4096)
     parser.add_argument("--eval-rows", type=int, default=128)
     parser.add_argument("--sft-rows", type=int, default=4096)
+    parser.add_argument("--calls", action="store_true", help="demonstrations that call a tool by name")
     args = parser.parse_args()
-    task = make_toy_task(
-        args.directory, seed=args.seed, train_rows=args.train_rows, eval_rows=args.eval_rows, sft_rows=args.sft_rows
-    )
+    rows = {"train_rows": args.train_rows, "eval_rows": args.eval_rows, "sft_rows": args.sft_rows}
+    task = make_toy_task(args.directory, seed=args.seed, calls=args.calls, **rows)
     for path in task:
         print(path)
 

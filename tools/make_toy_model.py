@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from typing import Any, get_args
 
-from ctpo_megatron.toy.model import Kind, make_toy_model
+from ctpo_megatron.toy.model import CALL_WORDS, CALLS_TEMPLATE, Kind, make_toy_model
 
 
 def main() -> None:
@@ -16,8 +16,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--calls", action="store_true", help="with a chat template and tokens for calls of tools by name")
     args = parser.parse_args()
-    print(make_toy_model(args.directory, args.kind, seed=args.seed, hidden=args.hidden, layers=args.layers))
+    calls: dict[str, Any] = {"words": CALL_WORDS, "chat_template": CALLS_TEMPLATE} if args.calls else {}
+    print(make_toy_model(args.directory, args.kind, seed=args.seed, hidden=args.hidden, layers=args.layers, **calls))
 
 
 if __name__ == "__main__":

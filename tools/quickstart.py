@@ -24,31 +24,36 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="dotted.key=value for `ctpo train`")] = None,
 ) -> None:
     """Run the quickstart; exit code 0 when every step succeeded."""
+    play("quickstart", seed, run_dir, overrides or [])
+
+
+def play(name: str, seed: int, run_dir: Path, overrides: list[str], *words: str) -> None:
+    """Make data and a model with the options `words`, start it cold, evaluate and train it: configs/NAME_sft.yaml, NAME.yaml."""
     begun = time.monotonic()
     if run_dir.exists():
         if not (run_dir / "data" / "sft.parquet").is_file():
-            print(f"error: {run_dir} exists and is not of an earlier quickstart; give another --run-dir", file=sys.stderr)
+            print(f"error: {run_dir} exists and is not of an earlier {name}; give another --run-dir", file=sys.stderr)
             raise typer.Exit(2)
         shutil.rmtree(run_dir)
     data, base, sft = run_dir / "data", run_dir / "base", run_dir / "sft"
     common = [f"seed={seed}"]
-    python(ROOT / "tools" / "make_toy_data.py", data, "--seed", seed, "--train-rows", 4000, "--eval-rows", 256)
-    python(ROOT / "tools" / "make_toy_model.py", base, "--seed", seed)
-    ctpo("sft", "quickstart_sft.yaml", *common, f"run_dir={sft}", f"model.path={base}", f"data.train={data}/sft.parquet")
+    python(ROOT / "tools" / "make_toy_data.py", data, "--seed", seed, "--train-rows", 4000, "--eval-rows", 256, *words)
+    python(ROOT / "tools" / "make_toy_model.py", base, "--seed", seed, *words)
+    ctpo("sft", f"{name}_sft.yaml", *common, f"run_dir={sft}", f"model.path={base}", f"data.train={data}/sft.parquet")
     paths = (f"model.path={sft}/model", f"data.eval={data}/eval.parquet")
-    ctpo("eval", "quickstart.yaml", *common, f"run_dir={run_dir}/eval", *paths)
+    ctpo("eval", f"{name}.yaml", *common, f"run_dir={run_dir}/eval", *paths)
     started = time.monotonic()
-    ctpo("train", "quickstart.yaml", *common, f"run_dir={run_dir}", *(overrides or []))
-    show(run_dir, train_s=time.monotonic() - started, wall_s=time.monotonic() - begun)
+    ctpo("train", f"{name}.yaml", *common, f"run_dir={run_dir}", *overrides)
+    show(run_dir, name, train_s=time.monotonic() - started, wall_s=time.monotonic() - begun)
 
 
-def show(run_dir: Path, *, train_s: float, wall_s: float) -> None:
+def show(run_dir: Path, name: str, *, train_s: float, wall_s: float) -> None:
     """The table at the end."""
     summary = json.loads((run_dir / "summary.json").read_text())
     last = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     tool = [row["tool/rate"] for row in last if "tool/rate" in row]
     seconds = summary["step_seconds"]
-    table = Table(title=f"quickstart, seed {summary['seed']}", show_header=False)
+    table = Table(title=f"{name}, seed {summary['seed']}", show_header=False)
     table.add_row("accuracy before", f"{summary['accuracy_before']:.1%}")
     table.add_row("accuracy after", f"[bold]{summary['accuracy_after']:.1%}[/bold]")
     table.add_row("tool-call rate, first and last step", f"{tool[0]:.0%}  {tool[-1]:.0%}")

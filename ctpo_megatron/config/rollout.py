@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from ctpo_megatron.config.agents import Agent
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.dynamic import DynamicConfig
 from ctpo_megatron.config.environments import CodeEnvironment, Environment
@@ -141,6 +142,9 @@ class RolloutConfig(Section):
     """What answers the model's turns."""
     tool: Tool | None = PythonTool()
     """What executes the model's code. null: single-turn."""
+    agent: Agent | None = None
+    """A program of others that plays the attempts through an endpoint, with tools of its own (docs/agents.md). null: the model is
+    asked as it is, with rollout.tool."""
     reward: AnyReward = MathReward()
     """How an answer is judged."""
     engine: EngineConfig = EngineConfig()
@@ -155,6 +159,20 @@ class RolloutConfig(Section):
     def truncation(self) -> Truncation:
         """What is cut off the distribution before a token is drawn."""
         return Truncation(self.top_p, self.top_k, self.min_p)
+
+    @model_validator(mode="after")
+    def _agents_bring_their_tools(self) -> RolloutConfig:
+        if self.agent is not None and not isinstance(self.environment, CodeEnvironment):
+            raise ValueError(
+                f"rollout.agent and rollout.environment.type={self.environment.type} are both set, but an agent is what plays an "
+                "attempt, and an environment with turns of its own is so too; leave one of them out"
+            )
+        if self.agent is not None and self.tool is not None:
+            raise ValueError(
+                f"rollout.agent and rollout.tool={self.tool.type} are both set, but agents bring their own tools; set "
+                "rollout.tool=null, or leave rollout.agent out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _supports_can_be_told(self) -> RolloutConfig:

@@ -19,7 +19,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import ConfigError, storing
 from ctpo_megatron.jobs.evaluations import load_benchmarks, recipes
 from ctpo_megatron.jobs.inputs import open_model, prepare_run_dir
-from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
+from ctpo_megatron.jobs.rollouts import OpenRollouts, checked_tool, open_rollouts
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.evaluation.files import DIRECTORY, write_results
@@ -30,7 +30,6 @@ from ctpo_megatron.record import write_summary
 from ctpo_megatron.record.events import print_sentence
 from ctpo_megatron.record.recorder import TABLE_WIDTH
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.rollout.tools import make_tool
 
 OF_MODEL = "model"  # the place of these results, beside those of a run's steps
 JOURNAL = "journal"
@@ -42,7 +41,7 @@ async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
         raise ConfigError("neither data.eval nor eval.benchmarks is set; give at least one file to evaluate on")
     model = open_model(config, "eval")
     benchmarks = load_benchmarks(config, model, print_sentence)
-    tool = make_tool(config.rollout.code_tool)
+    tool = checked_tool(config.rollout)
     run_dir = prepare_run_dir(config)
     directory = run_dir / DIRECTORY / OF_MODEL
     if anew:

@@ -43,7 +43,7 @@ def recipes(config: RunConfig, benchmarks: Sequence[Benchmark]) -> dict[str, str
         settings = {
             "sampling": asdict(each.sampling),
             "answers": [prompt.answer for prompt in each.prompts],
-            "rollout": config.rollout.model_dump(mode="json", include={"tool"}, exclude={"tool": UNSAID}),
+            "rollout": config.rollout.model_dump(mode="json", include={"tool", "agent"}, exclude={"tool": UNSAID}),
             "reward": reward_recipe(config.rollout.reward),
             "chat": config.model.model_dump(mode="json", exclude={"path"}),
         }

@@ -42,8 +42,10 @@ def recipe(config: RunConfig) -> str:
     """Returns a digest of all settings that change what an attempt in training says or is worth, beside weights and prompt."""
     others = {"group_size", "concurrency", "deadline_s", "engine", "retries", "dynamic", "reward"}
     others |= {"failed_share", "failed_window", "undecided_share"}
+    where = dict.fromkeys(("host", "port", "workers", "per_worker", "start_timeout_s", "log_kb"), True)  # an agent is played
+    left_out: dict[str, Any] = {**dict.fromkeys(others, True), "tool": UNSAID, "agent": where}
     settings = {
-        "rollout": config.rollout.model_dump(mode="json", exclude={**dict.fromkeys(others, True), "tool": UNSAID}),
+        "rollout": config.rollout.model_dump(mode="json", exclude=left_out),
         "reward": reward_recipe(config.rollout.reward),
         "chat": config.model.model_dump(mode="json", exclude={"path"}),
         "top_k": config.algorithm.top_k,

@@ -25,7 +25,7 @@ from ctpo_megatron.jobs.orders import on_signal, watch_files
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
 from ctpo_megatron.jobs.restarts import Restarts, begin_again
 from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, differences, is_done, start_of
-from ctpo_megatron.jobs.rollouts import OpenRollouts, open_rollouts
+from ctpo_megatron.jobs.rollouts import OpenRollouts, checked_tool, open_rollouts
 from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.time_limit import Lead, time_limit
@@ -52,7 +52,6 @@ from ctpo_megatron.record.nonfinite_events import WentBack
 from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRestarted
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import Prompt
 
 STORAGE_SHARE = 0.5  # of the time that a run has after SIGTERM: how long it then waits for its disk, whatever asked it to stop
@@ -83,7 +82,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         return
     model = open_model(config, "train")
     read: list[Event] = []  # told when there is a run directory to write them down in
-    tool = make_tool(config.rollout.code_tool)
+    tool = checked_tool(config.rollout)
     lead = Lead()
     storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s, STORAGE_SHARE * config.cluster.stop_grace_s)
     with IncarnationLog(Path(config.run_dir), [print_sentence, lead], storage.write) as events:

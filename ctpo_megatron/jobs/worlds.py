@@ -31,5 +31,5 @@ def world_environment(generator: Generator, chat: ChatTokenizer, config: Environ
     worlds = worlds_of(config)
     assert worlds is not None, "the code tool is no world"
     assert not isinstance(config, CodeEnvironment)
-    parser = SGLangCallParser(config.call_format or call_format(chat.template), thinks="</think>" in chat.template)
+    parser = SGLangCallParser(config.call_format or call_format(chat.template), thinks=chat.thinks)
     return WorldEnvironment(generator, chat, parser, worlds, step_timeout_s=config.step_timeout_s)

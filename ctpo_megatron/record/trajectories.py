@@ -17,7 +17,7 @@ from ctpo_megatron.record.files import Through, at_once, jsonable
 from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup, Turn
 
 # of a trajectory's fields, from those that are copied into its row
-_LEFT_OUT = ("id", "routed_experts", "prompt_ids", "turns", "branches")
+_LEFT_OUT = ("id", "routed_experts", "prompt_ids", "turns", "branches", "task_ids")
 
 
 class TrajectoryFiles:

@@ -68,6 +68,11 @@ class ChatTokenizer:
         """Returns the chat template itself."""
         return self._template.source
 
+    @property
+    def thinks(self) -> bool:
+        """Returns whether the template knows reasoning between think tags."""
+        return "</think>" in self._template.source
+
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of `messages`, generation prompt included. Raises RenderError where the template cannot write them."""
         return self._tokens.ids(self._template.render(self._forms.fitting(messages), prompt=True))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.attempt import Attempt
+from ctpo_megatron.rollout.judged import with_score
 from ctpo_megatron.rollout.protocols import Chat, Generator, Outcome, PastCall, Reward, Sampling, ToolRunner
 from ctpo_megatron.rollout.tools import extract_code, opened
 from ctpo_megatron.types import AttemptId, Generation, Prompt, Status, Trajectory
@@ -56,24 +57,19 @@ class ToolEnvironment:
             score = await self._reward.score(prompt, outcome_of(attempt, self._chat))
         finally:
             attempt.end_work()
-        return Trajectory(
+        made = Trajectory(
             id=attempt.id,
             prompt_index=attempt.prompt_index,
             prompt_ids=attempt.prompt_ids,
             turns=attempt.turns,
             status=attempt.status,
             text=self._chat.decode(attempt.tokens[len(attempt.prompt_ids) :], special=True),
-            reward=score.reward,
-            undecided=score.undecided,
-            given=score.given,
-            why=score.why,
-            terms=dict(score.terms),
-            accuracy=score.accuracy,
             tool_calls=attempt.tool_calls,
             tool_errors=attempt.tool_errors,
             seconds=attempt.seconds,
             routed_experts=np.concatenate(attempt.routed_experts) if attempt.routed_experts else None,
         )
+        return with_score(made, score)
 
     def _past(self, attempt: Attempt) -> list[PastCall]:
         """The programs that the tool has run for `attempt`."""

@@ -21,6 +21,16 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+# With calls in the format of Hermes and Qwen, whose marks are tokens. It does not write which tools there are: a model this small
+# knows the one that it was taught.
+CALL_WORDS = ("<tool_call>", "</tool_call>")
+CALLS_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}{{ '<tool_call>\n{\"name\": \"' + call['function']['name'] "
+    "+ '\", \"arguments\": ' }}{% if call['function']['arguments'] is string %}{{ call['function']['arguments'] }}"
+    "{% else %}{{ call['function']['arguments'] | tojson }}{% endif %}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 MAX_POSITIONS = 4096
 
 
@@ -40,6 +50,7 @@ def make_toy_model(
     init_std: float = 0.02,
     rope: dict[str, Any] | None = None,
     words: tuple[str, ...] = (),
+    chat_template: str = CHAT_TEMPLATE,
 ) -> Path:
     """Write a random model of about 0.4 million parameters in Hugging Face format (float32) and return its directory.
 
@@ -53,7 +64,7 @@ def make_toy_model(
         )
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(words)
+    tokenizer = _tokenizer(words, chat_template)
     tokenizer.save_pretrained(target)
     sizes = {
         "vocab_size": len(tokenizer),
@@ -80,7 +91,7 @@ def make_toy_model(
     return target
 
 
-def _tokenizer(words: tuple[str, ...]) -> Any:
+def _tokenizer(words: tuple[str, ...], chat_template: str) -> Any:
     """Byte b has id b; the special tokens follow, and `words` come last."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -95,7 +106,7 @@ def _tokenizer(words: tuple[str, ...]) -> Any:
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=END_OF_TURN,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )

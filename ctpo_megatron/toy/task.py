@@ -7,6 +7,7 @@ learned from the reward. The files have the same format as real ones, so nothing
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 SMALLEST, LARGEST = 100, 999
 RIGHT_SHARE = 0.3  # of the demonstrations
+TOOL, ARGUMENT = "calculate", "expression"  # of demonstrations that call a tool by name
 MAX_ROWS = 100_000  # far below the 4.8 million distinct problems, so drawing without repetition stays quick
 
 
@@ -73,10 +75,13 @@ class Problem(NamedTuple):
     answer: str
 
 
-def make_toy_task(directory: str | Path, *, seed: int, train_rows: int, eval_rows: int, sft_rows: int = 4096) -> ToyTask:
+def make_toy_task(
+    directory: str | Path, *, seed: int, train_rows: int, eval_rows: int, sft_rows: int = 4096, calls: bool = False
+) -> ToyTask:
     """Write train.parquet, eval.parquet (prompts) and sft.parquet (demonstrations in a `messages` column) to `directory`.
 
-    No problem (operation and numbers) occurs twice in or across the files; the same arguments write the same rows.
+    `calls`: the demonstrations call a tool by name, as agents have them called, in place of writing a program. No problem
+    (operation and numbers) occurs twice in or across the files; the same arguments write the same rows.
     """
     for name, rows in (("train_rows", train_rows), ("eval_rows", eval_rows), ("sft_rows", sft_rows)):
         if not 1 <= rows <= MAX_ROWS:
@@ -88,18 +93,28 @@ def make_toy_task(directory: str | Path, *, seed: int, train_rows: int, eval_row
     task = ToyTask(*(directory / f"{name}.parquet" for name in ToyTask._fields))
     for path, rows in ((task.train, train_rows), (task.eval, eval_rows)):
         _write(path, [_prompt_row(next(problems), index, path.stem) for index in range(rows)])
-    _write(task.sft, [{"messages": demonstration(next(problems), right=rng.random() < RIGHT_SHARE)} for _ in range(sft_rows)])
+    _write(
+        task.sft,
+        [{"messages": demonstration(next(problems), right=rng.random() < RIGHT_SHARE, call=calls)} for _ in range(sft_rows)],
+    )
     return task
 
 
-def demonstration(problem: Problem, *, right: bool) -> list[dict[str, str]]:
-    """A conversation with one tool call that solves `problem`, or goes through the same motions with the wrong operation."""
+def demonstration(problem: Problem, *, right: bool, call: bool = False) -> list[dict[str, Any]]:
+    """A conversation with one tool call that solves `problem`, or goes through the same motions with the wrong operation.
+
+    `call`: of the tool `TOOL`, by its name.
+    """
     shown = OPERATIONS[problem.operation if right else (problem.operation + 1) % len(OPERATIONS)]
     a, b = problem.numbers
     result = str(shown.apply(a, b))
+    asks: dict[str, Any] = {"role": "assistant", "content": f"```python\nprint({a}{shown.symbol}{b})\n```"}
+    if call:
+        named = {"name": TOOL, "arguments": json.dumps({ARGUMENT: f"{a}{shown.symbol}{b}"})}
+        asks = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": named}]}
     return [
         {"role": "user", "content": problem.question},
-        {"role": "assistant", "content": f"```python\nprint({a}{shown.symbol}{b})\n```"},
+        asks,
         {"role": "tool", "content": result},
         {"role": "assistant", "content": f"\\boxed{{{result}}}"},
     ]

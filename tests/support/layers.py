@@ -39,7 +39,8 @@ ORDER = {
     "simulation": (5, 1),
     "doctor": (6, 0),
     "jobs": (6, 0),
-    "cli": (6, 1),
+    "cli_models": (6, 1),
+    "cli": (6, 2),
 }
 # besides the order: the loop reaches what runs elsewhere through Protocols only
 FORBIDDEN_UNITS = {"loop": {"weights", "cluster", "engine", "mcore"}}

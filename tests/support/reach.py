@@ -39,7 +39,8 @@ OWNERS = (
     Owner("keeper", r"ray::KeeperActor", 1, "the token"),
     Owner("engine actor", r"ray::EngineActor", 1, "the token"),
     Owner("Ray worker that waits", r"ray::IDLE|default_worker\.py", 1, "the token"),
-    Owner("driver", r"ctpo_megatron\.cli", 1, "the token"),
+    # besides Ray's calls: the endpoint of agents, and where `ctpo serve-agents` is asked for attempts
+    Owner("driver", r"ctpo_megatron\.cli", 3, "Ray: the token; the endpoint: keys"),
     Owner("SGLang's scheduler", r"sglang::scheduler", 3, "anybody"),
     Owner("SGLang's HTTP server", r"engine\.sglang\.entry", 1, "the key"),
 )

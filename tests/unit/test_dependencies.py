@@ -16,8 +16,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = ("ctpo_megatron", "launch")  # what a user runs: install_requires
-DEVELOPED = ("tools", "tests", "examples")  # what a developer runs: the extra `dev` besides
-OWN = {"ctpo_megatron", "examples", "tests"} | {
+DEVELOPED = ("tools", "tests")  # what a developer runs: the extra `dev` besides
+SHOWN = ("examples",)  # harnesses of others: the extra `agents` besides
+OWN = {"ctpo_megatron", "tests", "examples"} | {
     file.stem for file in (ROOT / "tools").glob("*.py")
 }  # tests import what tools share
 DISTRIBUTIONS = metadata.packages_distributions()
@@ -73,16 +74,17 @@ def offences(root: Path) -> list[str]:
     """What is imported and not declared, and what is declared and not imported, below a checkout's root."""
     requirements = LOCK_TOOL.declared(root / "setup.py")
     names = {extra: {LOCK_TOOL.normalize(each.name) for each in some} for extra, some in requirements.items()}
-    installed, developed = imported(root, INSTALLED), imported(root, DEVELOPED)
+    installed, developed, shown = (imported(root, places) for places in (INSTALLED, DEVELOPED, SHOWN))
     found = []
     for modules, allowed, place in (
         (installed, names[""], "install_requires"),
         (developed, names[""] | names["dev"], "install_requires or the extra dev"),
+        (shown, names[""] | names.get("agents", set()), "install_requires or the extra agents"),
     ):
         for module, where in modules.items():
             if not providers(module) & allowed:
                 found.append(f"{where}: {module} comes with {sorted(providers(module))}; setup.py lacks it in {place}")
-    used = {name for module in (installed | developed) for name in providers(module)}
+    used = {name for module in (installed | developed | shown) for name in providers(module)}
     for extra, some in names.items():
         needless = some - used - NOT_IMPORTED.keys()
         found += [f"setup.py: nothing imports {name} of {extra or 'install_requires'}" for name in sorted(needless)]
@@ -143,7 +145,7 @@ def test_the_lock_has_an_allowed_version_of_everything_and_names_no_index() -> N
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.+!]+", line)] == []
     locked = dict(line.split("==") for line in lines)
     requirements = LOCK_TOOL.declared(ROOT / "setup.py")
-    for each in (*requirements[""], *requirements["dev"]):
+    for each in (*requirements[""], *requirements["dev"], *requirements["agents"]):
         assert LOCK_TOOL.normalize(each.name) in locked, f"{each} is not in requirements.lock; run tools/lock.py"
         assert each.specifier.contains(locked[LOCK_TOOL.normalize(each.name)], prereleases=True), each
 

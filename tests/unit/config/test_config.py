@@ -233,6 +233,7 @@ PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algo
 IN_LISTS = {"data.mixture.path"}
 IMPORTED = {"rollout.environment.path"}  # of modules, not of files
 NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's
+IMPORTED = {"rollout.agent.path"}  # of a function
 
 
 def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

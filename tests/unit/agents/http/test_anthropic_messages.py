@@ -14,7 +14,7 @@ from scripted_episode import scripted_answer
 from ctpo_megatron.agents.http.dialects import PIECE_CHARACTERS
 from ctpo_megatron.agents.http.limits import Limits
 from ctpo_megatron.agents.protocols import EpisodeOver, RequestUnusable, ToolCall
-from tests.support.endpoint import HOUR, WAIT_S, WEATHER, Served, served
+from tests.support.scripted_episodes import HOUR, WAIT_S, WEATHER, Served, served
 
 TOOLS = [{"name": "weather", "description": "the weather", "input_schema": {"type": "object", "properties": {}}}]
 OPTIONS = {"thinking": {"type": "disabled"}, "stop_sequences": ["END"]}

@@ -13,7 +13,7 @@ from scripted_episode import scripted_answer
 
 from ctpo_megatron.agents.http.dialects import PIECE_CHARACTERS, PIECE_TOKENS
 from ctpo_megatron.agents.protocols import AgentAnswer, EpisodeOver, RequestUnusable, ToolCall
-from tests.support.endpoint import HOUR, TOOLS, WEATHER, WEATHER_TOOL, Served, served
+from tests.support.scripted_episodes import HOUR, TOOLS, WEATHER, WEATHER_TOOL, Served, served
 
 QUESTION = {"role": "user", "content": "What is the weather?"}
 

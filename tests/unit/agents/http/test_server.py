@@ -17,7 +17,7 @@ from ctpo_megatron.agents.http.limits import Limits
 from ctpo_megatron.agents.http.server import AgentServer
 from ctpo_megatron.agents.protocols import EpisodeOver
 from ctpo_megatron.errors import InputError
-from tests.support.endpoint import WAIT_S, Served, asked, head, received, sent, served
+from tests.support.scripted_episodes import WAIT_S, Served, asked, head, received, sent, served
 
 QUESTION = {"role": "user", "content": "x"}
 BODY: dict[str, Any] = {"model": "any", "messages": [QUESTION]}

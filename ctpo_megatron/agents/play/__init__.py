@@ -1,0 +1,1 @@
+"""Attempts that are played by agents of others: their keys, their processes, their end."""

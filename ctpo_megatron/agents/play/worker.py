@@ -1,0 +1,95 @@
+"""A process that calls a user's function for many attempts: `python -m ctpo_megatron.agents.play.worker PATH PER_WORKER`.
+
+Reads JSON lines from stdin, `{"number": 1, "task": {...}}` or `{"number": 1, "cancel": true}`, and writes one for each task:
+`{"number": 1, "text": "..."}` or `{"number": 1, "error": "..."}`. The first line says `{"ready": true}`, or why there is no
+function. Whatever the function prints goes to stderr. Ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ctpo_megatron.agents.play.task import AgentTask
+
+MAX_LINE_BYTES = 1 << 26
+CHECK = "--check"  # in place of PER_WORKER: say whether there is such a function, and end
+
+
+def load(path: str) -> Callable[[AgentTask], Any]:
+    """Returns the function `package.module:function`. Raises whatever its import raises, TypeError where it is no function."""
+    module, _, name = path.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    if not callable(found):
+        raise TypeError(f"{path} is a {type(found).__name__}; needed: a function of an AgentTask")
+    return found
+
+
+class _Worker:
+    def __init__(self, function: Callable[[AgentTask], Any], threads: int, out: Any) -> None:
+        self._function, self._out = function, out
+        self._threads = ThreadPoolExecutor(threads)
+        self._running: dict[int, asyncio.Task[None]] = {}
+
+    async def serve(self, lines: asyncio.StreamReader) -> None:
+        while line := await lines.readline():
+            said = json.loads(line)
+            number = said["number"]
+            if "task" in said:
+                self._running[number] = asyncio.create_task(self._play(number, AgentTask(**said["task"])))
+            elif number in self._running:
+                self._running[number].cancel()
+
+    async def _play(self, number: int, task: AgentTask) -> None:
+        try:
+            if inspect.iscoroutinefunction(self._function):
+                text = await self._function(task)
+            else:
+                text = await asyncio.get_running_loop().run_in_executor(self._threads, self._function, task)
+                if inspect.isawaitable(text):
+                    text = await text
+            if text is not None and not isinstance(text, str):
+                raise TypeError(f"the function returned a {type(text).__name__}; needed: text, or None")
+            answer = {"number": number, "text": text}
+        except asyncio.CancelledError:
+            answer = {"number": number, "error": "cancelled", "trace": ""}
+        except BaseException as error:  # noqa: BLE001 - whatever a user's function raises is an answer
+            answer = {"number": number, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+        del self._running[number]
+        self._out.write(json.dumps(answer) + "\n")
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    path, threads = sys.argv[1:]
+    out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        function = load(path)
+    except BaseException as error:  # noqa: BLE001 - of a module of the user's
+        out.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+        traceback.print_exc()
+        sys.exit(1)
+    out.write(json.dumps({"ready": True}) + "\n")
+    if threads != CHECK:
+        asyncio.run(_serve(function, int(threads), out))
+        os._exit(0)  # threads that hang in the user's function keep nothing alive
+
+
+async def _serve(function: Callable[[AgentTask], Any], threads: int, out: Any) -> None:
+    lines = asyncio.StreamReader(MAX_LINE_BYTES)
+    protocol = asyncio.StreamReaderProtocol(lines)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
+    await _Worker(function, threads, out).serve(lines)
+
+
+if __name__ == "__main__":
+    main()
