@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing as mp
+import os
 import pickle
 import queue
 import runpy
@@ -83,6 +84,9 @@ def _collect(answers: Any, processes: list[Any], deadline: float) -> list[Any]:
 def _rank(answers: Any, info: RankInfo, where: tuple[str, str], args: tuple) -> None:
     import torch
 
+    # Ranks that wait for each other wake each other thousands of times a second. Where there are more of them than cores, one
+    # that is woken would at once take the core of the one that it waits for.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     torch.set_num_threads(THREADS)
     try:
         function = runpy.run_path(where[0])[where[1]]

@@ -24,7 +24,7 @@ from ctpo_megatron.errors import NoServerLeft
 from ctpo_megatron.record.heartbeat import Depths
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.journal import Journal
-from ctpo_megatron.rollout.protocols import Sampling, Score
+from ctpo_megatron.rollout.protocols import Outcome, Sampling, Score
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.simulation.clock import run_virtually
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory
@@ -46,9 +46,9 @@ class Said:
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    async def score(self, prompt: Prompt, text: str) -> Score:
-        self.texts.append(text)
-        return Score(float("\\boxed{2}" in text), given=text[-9:])
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
+        self.texts.append(outcome.text)
+        return Score(float("\\boxed{2}" in outcome.text), given=outcome.text[-9:])
 
 
 @dataclass
