@@ -161,6 +161,8 @@ def test_attempts_are_open_again_after_a_restart(chat: ChatTokenizer, tmp_path: 
             first = await one.said(made, TASK["messages"])
             files = sorted((tmp_path / "attempts").iterdir())
             assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+            # written when the turn was whole, so one that is killed now has it too
+            assert (tmp_path / "attempts" / f"{made['attempt']}.tree") in files
         async with site(chat, tmp_path, ANSWER) as two:
             port = two.attempts._endpoint.server.port
             made["openai_url"] = f"http://127.0.0.1:{port}/{made['openai_url'].split('/', 3)[3]}"
