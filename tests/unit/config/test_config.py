@@ -231,9 +231,8 @@ def test_a_mistake_in_a_list_of_sections_is_named_as_it_was_written(tmp_path: Pa
 
 PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}
 IN_LISTS = {"data.mixture.path"}
-IMPORTED = {"rollout.environment.path"}  # of modules, not of files
 NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's
-IMPORTED = {"rollout.agent.path"}  # of a function
+IMPORTED = {"rollout.environment.path", "rollout.agent.path"}  # of modules, not of files
 
 
 def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
