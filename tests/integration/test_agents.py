@@ -18,7 +18,7 @@ from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.jobs.endpoint import open_endpoint
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.protocols import Sampling
-from ctpo_megatron.rollout.rewards import MathReward
+from ctpo_megatron.rollout.rewards.math import MathReward
 from ctpo_megatron.types import AttemptId, Generation, GroupId, Prompt, Trajectory
 from tests.support.engines import RunningServer
 

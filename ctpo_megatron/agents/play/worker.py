@@ -53,7 +53,7 @@ class _Worker:
             if inspect.iscoroutinefunction(self._function):
                 text = await self._function(task)
             else:
-                text = await asyncio.get_running_loop().run_in_executor(self._threads, self._function, task)
+                text = await self._in_a_thread(task)
                 if inspect.isawaitable(text):
                     text = await text
             if text is not None and not isinstance(text, str):
@@ -65,6 +65,16 @@ class _Worker:
             answer = {"number": number, "error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         del self._running[number]
         self._out.write(json.dumps(answer) + "\n")
+
+    async def _in_a_thread(self, task: AgentTask) -> Any:
+        """What the function returns. A thread cannot be told to end: what is cancelled has ended only when its thread has."""
+        asked = self._threads.submit(self._function, task)
+        try:
+            return await asyncio.wrap_future(asked)
+        except asyncio.CancelledError:
+            if not asked.cancelled():
+                await asyncio.wait([asyncio.wrap_future(asked)])
+            raise
 
 
 def main() -> None:

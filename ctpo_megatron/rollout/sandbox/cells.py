@@ -2,8 +2,9 @@
 
     python -c CELLS GO SOURCE REPLIES
 
-A byte from GO: run the program that SOURCE holds. A byte to REPLIES: it ended, by itself (1) or with an exception (0), whose
-traceback is on stderr. The last expression of a program is shown, as in a notebook, if it is not None.
+A byte from GO, below 128: run the program that SOURCE holds. A byte to REPLIES: it ended; twice the byte from GO, and 1 more
+where it ended by itself. Of one that did not, the traceback is on stderr. The last expression of a program is shown, as in a
+notebook, if it is not None.
 """
 
 import builtins
@@ -21,11 +22,11 @@ def serve(go, source, replies):
     main = sys.modules["__main__"] = type(sys)("__main__")
     main.__dict__["__builtins__"] = builtins
     sys.argv = [""]
-    while os.read(go, 1):
+    while asked := os.read(go, 1):
         ended_well = run(os.pread(source, os.fstat(source).st_size, 0), main.__dict__, _ast.Interactive)
         for name, descriptor in (("stdout", 1), ("stderr", 2)):
             flush(name, descriptor)
-        os.write(replies, bytes([ended_well]))
+        os.write(replies, bytes([2 * asked[0] + ended_well]))
 
 
 def run(source, names, interactive):

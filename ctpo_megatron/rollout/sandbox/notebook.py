@@ -145,7 +145,7 @@ class _Interpreter:
             self._process = ConfinedProcess(words, limits, stdin=nothing, stdout=stdout, stderr=stderr, keep=descriptors)
             ours.callback(self._end)
             self._child: int | None = None  # a pidfd: its number may be another's once it has ended
-            self._collected = False
+            self._collected, self._asked = False, 0
             self._kept = ours.pop_all()
 
     async def run(self, code: str, timeout_s: float) -> tuple[bool, str]:
@@ -155,22 +155,34 @@ class _Interpreter:
         """
         self._fill(code)
         self._signal(signal.SIGCONT)
+        self._asked = (self._asked + 1) % 128
         with suppress(BrokenPipeError):  # it is gone: `_reply` says so
-            os.write(self._go, b"\1")
-        if not await readable(self._replies, timeout_s):
-            raise _InterpreterLost(append(shown(self._stdout), f"TimeoutError: no end within {timeout_s:g} s"))
-        with suppress(BlockingIOError):
-            reply = os.read(self._replies, 1)
-        if not reply:
-            raise _InterpreterLost(append(shown(self._stdout), await self._why()))
+            os.write(self._go, bytes([self._asked]))
+        ended_well = await self._reply(timeout_s)
         self._signal(signal.SIGSTOP)
-        if reply == b"\1":
+        if ended_well:
             return True, shown(self._stdout)
         return False, append(shown(self._stdout), last_words(shown(self._stderr), 1))
 
     def close(self) -> None:
         """End the process and close everything. Safe to call twice."""
         self._kept.close()
+
+    async def _reply(self, timeout_s: float) -> bool:
+        """Whether the program that was asked for last ended by itself. Raises as `run` does.
+
+        A program can write replies itself. Its true one comes later then, perhaps while the next program is waited for.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            if not await readable(self._replies, max(0.0, deadline - time.monotonic())):
+                raise _InterpreterLost(append(shown(self._stdout), f"TimeoutError: no end within {timeout_s:g} s"))
+            with suppress(BlockingIOError):
+                reply = os.read(self._replies, 1)
+                if not reply:
+                    raise _InterpreterLost(append(shown(self._stdout), await self._why()))
+                if reply[0] // 2 == self._asked:
+                    return bool(reply[0] % 2)
 
     def _fill(self, code: str) -> None:
         """Put the program where `cells` looks for it; empty its streams, and the replies that nobody asked for."""

@@ -138,8 +138,9 @@ def test_too_much_output_is_cut_and_does_not_come_out_later(length: int) -> None
 
 
 def test_what_a_program_pretends_to_the_notebook_reaches_no_other_program() -> None:
-    """It can write to the pipe of replies: the program after it is waited for nevertheless."""
-    pretend = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, bytes([1]) * 9)\n    except OSError: pass"
+    """It can write to the pipe of replies, and go on for a while: the program after it is waited for nevertheless."""
+    pretend = "import os, time\nfor fd in range(3, 64):\n    try: os.write(fd, bytes([3]) * 9)\n    except OSError: pass\n"
+    pretend += "time.sleep(0.2)"
     *_, after, last = said(pretend, "import time\ntime.sleep(0.3)\nprint('whole')", "1 + 1")
     assert (after.output, last.output) == ("whole", "2")
 
