@@ -23,6 +23,7 @@ from ctpo_megatron.cli_models import at_home, checkpoint_app, convert_app
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
+from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.jobs.children import end_children
 from ctpo_megatron.jobs.serving import serve_sandbox
 from ctpo_megatron.jobs.stop import StopSignal
@@ -61,7 +62,8 @@ def train(
 ) -> None:
     """Reinforcement learning: rollouts, CTPO, publication of weights, until train.steps."""
     loaded = _load(config, overrides)
-    from ctpo_megatron.jobs.train import train_job
+    with modules_stay():
+        from ctpo_megatron.jobs.train import train_job
 
     _run(loaded, lambda stop: train_job(loaded, stop, resume=resume))
 
@@ -70,7 +72,8 @@ def train(
 def sft(config: Config, overrides: Overrides = None) -> None:
     """Supervised training on demonstrations (data.train with a `messages` column); writes a Hugging Face model."""
     loaded = _load(config, overrides)
-    from ctpo_megatron.jobs.sft import sft_job
+    with modules_stay():
+        from ctpo_megatron.jobs.sft import sft_job
 
     _run(loaded, lambda _stop: sft_job(loaded))
 
@@ -84,7 +87,8 @@ def evaluate(
     """avg@k, pass@k and maj@k of model.path on data.eval and eval.benchmarks, through SGLang. The same command goes on from an
     end before its time."""
     loaded = _load(config, overrides)
-    from ctpo_megatron.jobs.evaluate import eval_job
+    with modules_stay():
+        from ctpo_megatron.jobs.evaluate import eval_job
 
     _run(loaded, lambda _stop: eval_job(loaded, anew=anew))
 

@@ -15,6 +15,7 @@ MAX_FUNCTION_LINES = 60
 # import each other. Files and folders right below the package are units.
 ORDER = {
     "errors": (0, 0),
+    "imports": (0, 0),
     "types": (0, 0),
     "ports": (0, 0),
     "config": (0, 1),
@@ -55,7 +56,7 @@ ONLY_IN = {
 # The whole configuration is read from this layer on, and by `config` itself; below it a unit is given the sections that it needs.
 WHOLE_CONFIG_FROM = 4
 WHOLE_CONFIG, WHOLE_CONFIG_MODULES = "RunConfig", (f"{PACKAGE}.config.run", f"{PACKAGE}.config.load")
-NO_TORCH = {"errors", "types", "ports", "config", "environment", "models", "record", "rollout", "planning", "doctor"}
+NO_TORCH = {"errors", "imports", "types", "ports", "config", "environment", "models", "record", "rollout", "planning", "doctor"}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ctpo_megatron.cluster.trainer.evidence import Signs, gather
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import ConfigError, CopyLost
+from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
@@ -110,8 +111,9 @@ class TrainerActor:
         `prefix`: of the keys in the store at `master`. `ranks_here`: how many ranks share its node.
         """
         self._use_host(ranks_here)
-        from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
-        from ctpo_megatron.weights.source import RankWeights
+        with modules_stay():
+            from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+            from ctpo_megatron.weights.source import RankWeights
 
         config = self.config
         rank = TrainerRank(

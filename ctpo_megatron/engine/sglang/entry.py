@@ -50,7 +50,8 @@ def load() -> Callable[[list[str], str], None]:
     """`serve`, with all of SGLang: seven seconds of a processor."""
     os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "ctpo_megatron.engine.sglang.models"
 
-    from ctpo_megatron.engine.sglang.imports import hide_kernels, modules_stay
+    from ctpo_megatron.engine.sglang.imports import hide_kernels
+    from ctpo_megatron.imports import modules_stay
 
     hide_kernels()
     with modules_stay():

@@ -6,7 +6,6 @@ SGLang 0.5.23 imports 7,500 modules. tests/integration/test_sglang_environment.p
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -35,17 +34,3 @@ def environment_stays() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextlib.contextmanager
-def modules_stay() -> Iterator[None]:
-    """Context for imports without Python's search for garbage, which would walk through all modules again and again.
-
-    Nor does it look at them later.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

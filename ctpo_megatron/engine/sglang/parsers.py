@@ -27,7 +27,8 @@ from ctpo_megatron.engine.call_text import (
     sound_object,
     split_reasoning,
 )
-from ctpo_megatron.engine.sglang.imports import environment_stays, hide_kernels, modules_stay
+from ctpo_megatron.engine.sglang.imports import environment_stays, hide_kernels
+from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.types import Parsed, ParsedCall
 
 # what SGLang's detectors, made for what models should write, raise at what they do write

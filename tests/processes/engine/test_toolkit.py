@@ -15,7 +15,8 @@ from tests.support.toolkits import make_toolkit, put
 # SGLang's own search, in each of the environments that come in. Its functions remember what they found; what they wrap does not.
 SGLANG_FINDS = """
 import json, os, sys
-from ctpo_megatron.engine.sglang.imports import hide_kernels, modules_stay
+from ctpo_megatron.engine.sglang.imports import hide_kernels
+from ctpo_megatron.imports import modules_stay
 hide_kernels()
 with modules_stay():
     from sglang.kernels.jit.utils.compile.toolchain import cuda_home, host_compiler_path

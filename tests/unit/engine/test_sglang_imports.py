@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from ctpo_megatron.engine.sglang.imports import ABSENT_ON_CPU, hide_kernels, modules_stay
+from ctpo_megatron.engine.sglang.imports import ABSENT_ON_CPU, hide_kernels
+from ctpo_megatron.imports import modules_stay
 
 
 @pytest.mark.parametrize("cuda", [False, True])
