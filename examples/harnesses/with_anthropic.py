@@ -27,7 +27,8 @@ def play(task: AgentTask, *, stream: bool = False) -> str:
             if not calls:
                 return "".join(block.text for block in said.content if block.type == "text")
             results = [
-                {"type": "tool_result", "tool_use_id": call.id, "content": str(call.input["a"] + call.input["b"])} for call in calls
+                {"type": "tool_result", "tool_use_id": call.id, "content": str(call.input["a"] + call.input["b"])}
+                for call in calls
             ]
             messages.append({"role": "user", "content": results})
     raise RuntimeError(f"no answer after {MOST_TURNS} turns")

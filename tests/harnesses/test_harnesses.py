@@ -1,7 +1,8 @@
 """Harnesses of other people, unchanged, from their own packages: what is trained on is what was sampled for them.
 
-`make test-harnesses` makes their environment, .venv-harnesses, and runs these tests, which are no part of `make test`: the packages
-need others than SGLang. Agents and endpoint are a run's own; the engine says its lines, and changes its version within each.
+`make test-harnesses` makes their environment, .venv-harnesses, and runs these tests, which are no part of `make test`: the
+packages need others than SGLang. Agents and endpoint are a run's own; the engine says its lines, and changes its version within
+each.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class Play:
 
 
 def check_sampled(made: Trajectory, log: Sequence[tuple[list[int], Generation]]) -> None:
-    """Fails unless the samples of `made` hold what is in `log`, each turn once behind its own prompt, and nothing else as sampled."""
+    """Fails unless the samples of `made` hold what is in `log`, each turn once behind its prompt, and nothing else as sampled."""
     samples = [(made.prompt_ids, made.turns), *((each.prompt_ids, each.turns) for each in made.branches)]
     found = []
     for prompt, turns in samples:
