@@ -7,7 +7,8 @@
 # as an error, with the request after the tools, and the model can mend it. So it depends on the other calls of a turn whether a
 # slip of one character is told to the model or ends the task with an empty answer. Small and untrained models write such calls
 # often; who counts what `invoke` returns as answers grades them as wrong answers, and who trains on them punishes whole attempts
-# that the harness broke off. `invalid_tool_calls` of the last message tells.
+# that the harness broke off. `invalid_tool_calls` of the last message tells. That a run ends so is known upstream (langchain-ai,
+# langchain 33504, open since 2025); that these versions tell the model of the same call beside another one is not said there.
 #
 # Here: a server on the loopback says one turn with calls of `add`, then an answer.
 #
