@@ -14,7 +14,7 @@ def add(a: float, b: float) -> float:
 
 
 async def play(task: AgentTask, *, stream: bool = False) -> str:
-    """Returns the agent's answer. Raises ValueError for a call whose arguments are no JSON: there a graph ends and says nothing."""
+    """Returns the agent's answer. Raises ValueError at a call that is no JSON, where a graph ends and says nothing."""
     model = ChatOpenAI(model=task.model, base_url=task.openai_url, api_key=task.api_key, streaming=stream)
     agent = create_agent(model, [add], system_prompt="Be brief.")
     last = (await agent.ainvoke({"messages": task.messages}))["messages"][-1]

@@ -1,4 +1,4 @@
-"""OpenAI's client with a loop of one's own. The first message of the model goes back as it came."""
+"""OpenAI's client with a loop of one's own. What the model says goes back as it came."""
 
 from __future__ import annotations
 
