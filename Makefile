@@ -5,15 +5,17 @@
 # make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
 # make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
 # make test         all tests          make test-fast   those of tests/unit
+# make test-harnesses  agents' harnesses of other people, unchanged, in an environment of their own (.venv-harnesses)
 # make lint         style, format and types, in seconds; CI runs it first
-# make clean        remove .venv and caches; runs/ stays
+# make clean        remove .venv, .venv-harnesses and caches; runs/ stays
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
+HARNESSES := .venv-harnesses
 PYTEST := $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast lint clean
+.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses lint clean
 
 install: $(STAMP)
 
@@ -45,11 +47,20 @@ test: install
 test-fast: install
 	$(PYTEST) tests/unit
 
+test-harnesses: install $(HARNESSES)/.installed
+	$(VENV)/bin/python -m pytest tests/harnesses
+
+$(HARNESSES)/.installed: tests/harnesses/requirements.txt | $(STAMP)
+	$(VENV)/bin/python -m venv --clear $(HARNESSES)
+	$(HARNESSES)/bin/python -m pip install --quiet --no-deps --requirement tests/harnesses/requirements.txt
+	$(HARNESSES)/bin/python -m pip check
+	@touch $@
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(HARNESSES) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +

@@ -6,31 +6,20 @@ tools/fetch_tokenizers.py fetches them once, into a cache. Where the registry is
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import shutil
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fetch_tokenizers import Unreachable, fetch
 
 from ctpo_megatron.config.model import ChatConfig
 from ctpo_megatron.errors import RenderError
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from tests.support.agents import ADD, Play, echo, hermes, results
 from tests.support.chat_models import source
+from tests.support.published import PUBLISHED, published_or_skip
 
-# model_type, and the stop tokens of the published generation_config.json, which the packages do not have
-PUBLISHED: dict[str, tuple[str, list[str]]] = {
-    "qwen3": ("qwen3", ["<|im_end|>", "<|endoftext|>"]),
-    "llama3_1": ("llama", ["<|end_of_text|>", "<|eot_id|>"]),
-    "deepseek_v3": ("deepseek_v3", ["<｜end▁of▁sentence｜>"]),
-    "gptoss": ("gpt_oss", ["<|return|>", "<|endoftext|>", "<|call|>"]),
-    "gemma3": ("gemma3_text", ["<eos>", "<end_of_turn>"]),
-}
 # the package has no template for gpt-oss: ours writes what the published one writes around a conversation
 GIVEN = {"gptoss": ChatConfig(chat_template=source("gpt-oss"), chat_date=date(2026, 1, 31))}
 EXACT = ["qwen3", "llama3_1", "deepseek_v3", "gemma3"]  # whose earlier turns are written as the last one is
@@ -50,25 +39,11 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         key = f"{name} {config}"
         if key not in made:
             made[key] = ChatTokenizer(
-                _model(name, tmp_path_factory.mktemp(name)), ChatConfig(**config) if config else GIVEN.get(name)
+                published_or_skip(name, tmp_path_factory.mktemp(name)), ChatConfig(**config) if config else GIVEN.get(name)
             )
         return made[key]
 
     return make
-
-
-def _model(name: str, directory: Path) -> Path:
-    try:
-        shutil.copytree(fetch(name), directory, dirs_exist_ok=True)
-    except Unreachable as error:
-        pytest.skip(str(error))
-    model_type, stops = PUBLISHED[name]
-    added = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    ids = {token["content"]: token["id"] for token in added}
-    named = {"eos_token_id": [ids[stop] for stop in stops]}
-    (directory / "config.json").write_text(json.dumps({"model_type": model_type, **named}))
-    (directory / "generation_config.json").write_text(json.dumps(named))
-    return directory
 
 
 def talk(chat: ChatTokenizer, thought: str = "") -> list[dict[str, Any]]:

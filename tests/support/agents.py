@@ -125,20 +125,25 @@ class Play:
     def check(self) -> Trajectory:
         """The trajectory, which holds what the engine logged, each token once, and nothing else as sampled."""
         made = self.trajectory()
-        samples = [(made.prompt_ids, made.turns), *((each.prompt_ids, each.turns) for each in made.branches)]
-        found = []
-        for prompt, turns in samples:
-            ids = list(prompt)
-            for turn in turns:
-                if turn.role == "assistant":
-                    found.append((ids.copy(), turn.token_ids, turn.rollout_logp, turn.versions))
-                else:
-                    assert set(turn.versions) == {-1}
-                    assert set(turn.rollout_logp) == {0.0}
-                ids += turn.token_ids
-        logged = [(prompt, g.token_ids, g.rollout_logp, g.versions) for prompt, g in self.engine.log]
-        assert sorted(found) == sorted(logged)
+        check_sampled(made, self.engine.log)
         return made
+
+
+def check_sampled(made: Trajectory, log: Sequence[tuple[list[int], Generation]]) -> None:
+    """Fails unless the samples of `made` hold what is in `log`, each turn once behind its prompt, and nothing else as sampled."""
+    samples = [(made.prompt_ids, made.turns), *((each.prompt_ids, each.turns) for each in made.branches)]
+    found = []
+    for prompt, turns in samples:
+        ids = list(prompt)
+        for turn in turns:
+            if turn.role == "assistant":
+                found.append((ids.copy(), turn.token_ids, turn.rollout_logp, turn.versions))
+            else:
+                assert set(turn.versions) == {-1}
+                assert set(turn.rollout_logp) == {0.0}
+            ids += turn.token_ids
+    logged = [(prompt, g.token_ids, g.rollout_logp, g.versions) for prompt, g in log]
+    assert sorted(found) == sorted(logged)
 
 
 def echo(answer: AgentAnswer) -> Message:

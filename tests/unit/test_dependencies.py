@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = ("ctpo_megatron", "launch")  # what a user runs: install_requires
 DEVELOPED = ("tools", "tests")  # what a developer runs: the extra `dev` besides
 SHOWN = ("examples",)  # harnesses of others: the extra `agents` besides
+APART = "examples/harnesses"  # those that need other packages than a run: tests/harnesses/requirements.txt
+# distributions of those packages, where their names differ from the modules'
+APART_NAMES = {"agents": "openai-agents", "minisweagent": "mini-swe-agent", "pydantic_ai": "pydantic-ai-slim", "yaml": "pyyaml"}
+PINNED = r"[a-z0-9-]+==[A-Za-z0-9.+!]+"
 OWN = {"ctpo_megatron", "tests", "examples"} | {
     file.stem for file in (ROOT / "tools").glob("*.py")
 }  # tests import what tools share
@@ -50,6 +54,8 @@ def imported(root: Path, places: tuple[str, ...]) -> dict[str, str]:
     """Where (file:line) each foreign top-level module is first imported below `places`; relative imports are its own."""
     found: dict[str, str] = {}
     for file in sorted(file for place in places for file in (root / place).rglob("*.py")):
+        if APART not in places and file.is_relative_to(root / APART):
+            continue
         neighbours = {other.stem for other in file.parent.glob("*.py")}  # a script finds those without a package
         for node in ast.walk(ast.parse(file.read_text())):
             for name in sorted(top_level_names(node) - OWN - neighbours - sys.stdlib_module_names):
@@ -142,7 +148,7 @@ def write(file: Path, text: str) -> None:
 
 def test_the_lock_has_an_allowed_version_of_everything_and_names_no_index() -> None:
     lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.+!]+", line)] == []
+    assert [line for line in lines if not re.fullmatch(PINNED, line)] == []
     locked = dict(line.split("==") for line in lines)
     requirements = LOCK_TOOL.declared(ROOT / "setup.py")
     for each in (*requirements[""], *requirements["dev"], *requirements["agents"]):
@@ -153,7 +159,7 @@ def test_the_lock_has_an_allowed_version_of_everything_and_names_no_index() -> N
 def test_what_gpu_hosts_add_is_pinned_and_fits_the_rest() -> None:
     """TransformerEngine: its parts at one version that setup.py and Megatron-Core allow. Nothing that is locked is changed."""
     lines = [line for line in (ROOT / "requirements-gpu.lock").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[A-Za-z0-9.+!]+", line)] == []
+    assert [line for line in lines if not re.fullmatch(PINNED, line)] == []
     added = dict(line.split("==") for line in lines)
     locked = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#"))
     assert added.keys() & locked.keys() == set()
@@ -165,6 +171,16 @@ def test_what_gpu_hosts_add_is_pinned_and_fits_the_rest() -> None:
     wanted = [declared, *(each for each in megatron if each.name == "transformer-engine")]
     assert len(wanted) == 2
     assert [str(each) for each in wanted if not each.specifier.contains(engine)] == []
+
+
+def test_what_the_harnesses_apart_import_is_pinned_for_them() -> None:
+    lines = (ROOT / "tests" / "harnesses" / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [line for line in pins if not re.fullmatch(PINNED, line)] == []
+    pinned = {line.partition("==")[0] for line in pins}
+    needed = {APART_NAMES.get(module, LOCK_TOOL.normalize(module)): where for module, where in imported(ROOT, (APART,)).items()}
+    assert len(needed) > 8
+    assert {name: where for name, where in needed.items() if name not in pinned} == {}
 
 
 def test_the_lock_follows_extras_and_names_what_is_missing() -> None:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 START = {"subprocess", "multiprocessing"}
+APART = "tests/harnesses"  # its packages have an environment of their own; `make test-harnesses` runs it
 
 
 def starters(directory: Path) -> list[str]:
@@ -42,7 +43,8 @@ def test_one_that_does_is_found(tmp_path: Path, source: str) -> None:
 def test_every_room_is_run_and_described() -> None:
     rooms = sorted({f"tests/{path.relative_to(TESTS).parts[0]}" for path in TESTS.rglob("test_*.py")})
     options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
-    assert sorted(options["testpaths"]) == rooms
+    assert sorted([*options["testpaths"], APART]) == rooms
+    assert f"pytest {APART}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
     contributing, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "README.md"))
     assert [room for room in rooms if f"| {room} |" not in contributing] == []
     tree = next(block for block in readme.split("```") if "\ntests/unit" in block)
