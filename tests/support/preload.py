@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
-# MKL's sums in one order on every Intel processor: layouts are compared to the last places of float32, and with AVX-512 a gradient
-# norm is rounded otherwise than with AVX2, by 1.7e-5 in one of 500 comparisons.
+# MKL sums in one order on every Intel processor then: layouts are compared to the last places of float32, and AVX-512 rounds one
+# gradient norm of 500 otherwise than AVX2, by 1.7e-5.
 os.environ.setdefault("MKL_CBWR", "AVX2")
 
 gc.disable()  # what is imported is no garbage; looking for some takes a fifth of the time
