@@ -19,7 +19,7 @@ import pytest
 from ctpo_megatron.agents.play.command import CommandRunner, check_command
 from ctpo_megatron.agents.play.functions import FunctionRunner, check_function
 from ctpo_megatron.agents.play.logs import AgentLogs
-from ctpo_megatron.agents.play.runner import AgentFailed, AgentRunner
+from ctpo_megatron.agents.play.runner import AgentFailed, AgentRunner, Answer
 from ctpo_megatron.agents.play.task import AgentTask
 from ctpo_megatron.config.agents import CommandAgent, FunctionAgent
 from ctpo_megatron.errors import ConfigError
@@ -48,7 +48,8 @@ def shell(script: str, **settings: object) -> CommandAgent:
 
 async def played(runner: AgentRunner, *tasks: AgentTask) -> list[object]:
     async with asyncio.timeout(LIMIT_S):
-        return await asyncio.gather(*(runner.play(each) for each in tasks or [task()]), return_exceptions=True)
+        said = await asyncio.gather(*(runner.play(each) for each in tasks or [task()]), return_exceptions=True)
+        return [each.text if isinstance(each, Answer) and each.reward is None else each for each in said]
 
 
 def run_command(config: CommandAgent, logs: Path) -> object:
