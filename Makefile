@@ -5,15 +5,18 @@
 # make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
 # make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
 # make test         all tests          make test-fast   those of tests/unit
+# make test-verifiers  an environment of the package verifiers, with its 96 packages in .venv-verifiers (600 MB)
 # make lint         style, format and types, in seconds; CI runs it first
-# make clean        remove .venv and caches; runs/ stays
+# make clean        remove both environments and caches; runs/ stays
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
+VERIFIERS := .venv-verifiers
+VERIFIERS_STAMP := $(VERIFIERS)/.installed
 PYTEST := $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast lint clean
+.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-verifiers lint clean
 
 install: $(STAMP)
 
@@ -45,11 +48,19 @@ test: install
 test-fast: install
 	$(PYTEST) tests/unit
 
+test-verifiers: install $(VERIFIERS_STAMP)
+	$(VENV)/bin/python -m pytest tests/published/test_verifiers.py
+
+$(VERIFIERS_STAMP): tests/published/verifiers.lock
+	$(VENV)/bin/python -m venv $(VERIFIERS)
+	$(VERIFIERS)/bin/pip install -q -r tests/published/verifiers.lock
+	@touch $@
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VERIFIERS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +
