@@ -71,9 +71,9 @@ class FunctionAgent(LocalAgent):
 
     type: Literal["function"] = "function"
     path: str = Field(pattern=r"^[\w.]+:\w+$")
-    """`package.module:function`, `async` or not, called with an `AgentTask`. It returns the text that is judged, None for the last
-    text that the model wrote, or `{"text": ..., "reward": ...}`, whose reward counts in place of rollout.reward's. Or a class: one
-    object of it is made in each process, and called."""
+    """`package.module:function`, `async` or not, called with an `AgentTask`. It returns the text that is judged, None for the
+    last text that the model wrote, or `{"text": ..., "reward": ...}`, whose reward counts in place of rollout.reward's. Or a
+    class: one object of it is made in each process, and called."""
     options: dict[str, Any] = Field({})
     """Further arguments of the function, by name, or those that an object of the class is made with."""
     python: FilePath | None = None

@@ -36,13 +36,14 @@ class Player:
 
     `env`: its configuration, as in the section `env` of verifiers' own files. Where a role names no runtime its harness runs on
     this machine; where it names no harness, and the taskset brings none, it gets one that executes nothing. `tasks`: so many of
-    the taskset's first tasks are known; None: all. Raises ImportError without verifiers 0.4, ValueError for what cannot be played.
+    the taskset's first tasks are known; None: all. Raises ImportError without verifiers 0.4, ValueError for what cannot be
+    played.
     """
 
     def __init__(self, env: dict[str, Any], tasks: int | None = None) -> None:
         self._verifiers, self._loaders = _package(), importlib.import_module("verifiers.v1.utils.loaders")
         self._config = self._checked(env)
-        self._tasks = {prompt: task for prompt, task in self.tasks(tasks)}
+        self._tasks = dict(self.tasks(tasks))
 
     async def __call__(self, task: AgentTask) -> dict[str, Any]:
         """Returns the last reply of the policy in an episode of the task with this prompt, and the environment's reward.
@@ -96,8 +97,9 @@ class Player:
             executes = self._loaders.harness_class(harness.id).EXECUTES_CODE
             if executes and getattr(config, role).runtime.type == HERE:
                 raise ValueError(
-                    f"options.env.{role}: the harness {harness.id} lets the model execute code, which would run unconfined on this "
-                    f"machine. Give a runtime that confines it, such as `runtime: {{type: docker}}`, or `harness: {{id: {CHAT}}}`"
+                    f"options.env.{role}: the harness {harness.id} lets the model execute code, which would run unconfined on "
+                    "this machine. Give a runtime that confines it, such as `runtime: {type: docker}`, or "
+                    f'`harness: {{id: "{CHAT}"}}`'
                 )
         return config
 
@@ -136,8 +138,8 @@ def _answer(episode: Any, task: AgentTask) -> dict[str, Any]:
     traces = [trace for trace in episode.traces if trace.agent.config.client.base_url == task.openai_url]
     if len(traces) > 1:
         raise RuntimeError(
-            f"{len(traces)} agents of the environment played with the policy, and an attempt is one agent's; give the other roles "
-            "a `model` and a `client` of their own"
+            f"{len(traces)} agents of the environment played with the policy, and an attempt is one agent's; give the other "
+            "roles a `model` and a `client` of their own"
         )
     errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
     if traces and traces[0].num_turns and any(error.status_code == OVER for error in errors):

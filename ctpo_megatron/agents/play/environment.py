@@ -27,6 +27,7 @@ from ctpo_megatron.rollout.judged import outcome_as, with_score
 from ctpo_megatron.rollout.protocols import CallParser, Chat, Generator, Reward, Sampling, Score, TalkChat
 from ctpo_megatron.types import AttemptId, Prompt, Status, Trajectory
 
+NOTHING = Answer()
 GRACE_S = 5.0  # after its time is over: for the turn that it is in to reach the agent, and for the agent to end itself
 
 
@@ -52,7 +53,7 @@ class Endpoint:
 class _End:
     """How an agent ended: with an answer, by a failure of its own, or since its time was over."""
 
-    answer: Answer = Answer()
+    answer: Answer = NOTHING
     failure: AgentFailed | None = None
     late: bool = False
 
@@ -128,10 +129,10 @@ class AgentEnvironment:
         if end.late:
             made.status = Status.DEADLINE
         if made.status is Status.UNANSWERED:
-            if end.answer == Answer():
+            if end.answer == NOTHING:
                 return made, Answer("")  # what was said before a call that nothing followed is no answer
             made.status = Status.FINISHED  # harnesses that answer by a call of a tool
-        return made, end.answer if end.answer != Answer() else Answer(written(tree, endpoint.chat))
+        return made, end.answer if end.answer != NOTHING else Answer(written(tree, endpoint.chat))
 
     def _counts(self, tree: Tree) -> bool:
         """Whether what was sampled is judged though the agent failed: its bounds may have made it fail, or the model."""

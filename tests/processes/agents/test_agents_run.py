@@ -151,6 +151,8 @@ def test_functions_share_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         gone([int(each) for each in pids])
         async with functions("sync", tmp_path) as runner:
             assert await played(runner) == [None]
+        async with functions("Counts", tmp_path, options={"of": {"reward": 2}}) as runner:
+            assert await played(runner, task("q"), task("r")) == [Answer("q", 2.0), Answer("r", 4.0)]
         async with functions("secrets", tmp_path) as runner:
             names = str((await played(runner))[0]).split()
             assert SECRET not in names

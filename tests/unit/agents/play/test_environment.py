@@ -55,7 +55,7 @@ class Said:
 class Agent:
     """An agent in this process: `plays` is given what asks the model, and the task."""
 
-    plays: Callable[[Callable[..., Awaitable[AgentAnswer]], AgentTask], Awaitable[str | None | Answer]]
+    plays: Callable[[Callable[..., Awaitable[AgentAnswer]], AgentTask], Awaitable[str | Answer | None]]
     episodes: KeyedEpisodes
     tasks: list[AgentTask] = field(default_factory=list)
     ended: int = 0
