@@ -2,7 +2,8 @@
 
 Reads JSON lines from stdin, first `{"options": {...}}`, then `{"number": 1, "task": {...}}` or `{"number": 1, "cancel": true}`,
 and writes one for each task: `{"number": 1, "text": "...", "reward": null}` or `{"number": 1, "error": "..."}`. The first line
-that it writes says `{"ready": true}`, or why there is no function. Whatever the function prints goes to stderr. Ends with its stdin.
+that it writes says `{"ready": true}`, or why there is no function. Whatever the function prints goes to stderr. It ends
+with its stdin.
 """
 
 from __future__ import annotations
