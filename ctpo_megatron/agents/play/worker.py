@@ -51,7 +51,8 @@ def _fitting(path: str, found: Callable[..., Any], options: Mapping[str, Any], *
         try:
             inspect.signature(found).bind(*given, **options)
         except TypeError as error:
-            raise TypeError(f"{path} does not take rollout.agent.options={dict(options)}: {error}") from None
+            names = ", ".join(options) or "none"  # their values may be secrets
+            raise TypeError(f"{path} does not take rollout.agent.options ({names}): {error}") from None
     return partial(found, **options)
 
 

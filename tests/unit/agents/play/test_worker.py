@@ -21,8 +21,8 @@ def test_a_function_gets_its_options() -> None:
 @pytest.mark.parametrize(
     ("path", "options", "words"),
     [
-        ("greets", {}, "options={}: missing a required argument: 'name'"),
-        ("greets", {"nam": 1}, "options={'nam': 1}: "),
+        ("greets", {}, "options (none): missing a required argument: 'name'"),
+        ("greets", {"nam": 1}, "options (nam): "),
         ("greets", {"task": 1, "name": "x"}, "multiple values for argument 'task'"),
         ("Counts", {}, "missing a required argument: 'of'"),
         ("Idle", {}, "a class without __call__"),
