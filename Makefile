@@ -6,16 +6,18 @@
 # make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
 # make test         all tests          make test-fast   those of tests/unit
 # make test-harnesses  agents' harnesses of other people, unchanged, in an environment of their own (.venv-harnesses)
+# make test-verifiers  environments of the package verifiers, with its 96 packages in .venv-verifiers (600 MB)
 # make lint         style, format and types, in seconds; CI runs it first
-# make clean        remove .venv, .venv-harnesses and caches; runs/ stays
+# make clean        remove the environments and caches; runs/ stays
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
 HARNESSES := .venv-harnesses
+VERIFIERS := .venv-verifiers
 PYTEST := $(VENV)/bin/python -m pytest -n 2
 
-.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses lint clean
+.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses test-verifiers lint clean
 
 install: $(STAMP)
 
@@ -56,11 +58,19 @@ $(HARNESSES)/.installed: tests/harnesses/requirements.txt | $(STAMP)
 	$(HARNESSES)/bin/python -m pip check
 	@touch $@
 
+test-verifiers: install $(VERIFIERS)/.installed
+	$(VENV)/bin/python -m pytest tests/published/test_verifiers.py
+
+$(VERIFIERS)/.installed: tests/published/verifiers.lock | $(STAMP)
+	$(VENV)/bin/python -m venv --clear $(VERIFIERS)
+	$(VERIFIERS)/bin/python -m pip install --quiet --requirement tests/published/verifiers.lock
+	@touch $@
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(HARNESSES) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(HARNESSES) $(VERIFIERS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
@@ -71,8 +71,11 @@ class FunctionAgent(LocalAgent):
 
     type: Literal["function"] = "function"
     path: str = Field(pattern=r"^[\w.]+:\w+$")
-    """`package.module:function`, `async` or not, called with an `AgentTask`. It returns the text that is judged, or None for the
-    last text that the model wrote."""
+    """`package.module:function`, `async` or not, called with an `AgentTask`. It returns the text that is judged, None for the
+    last text that the model wrote, or `{"text": ..., "reward": ...}`, whose reward counts in place of rollout.reward's. Or a
+    class: one object of it is made in each process, and called."""
+    options: dict[str, Any] = Field({})
+    """Further arguments of the function, by name, or those that an object of the class is made with."""
     python: FilePath | None = None
     """Interpreter of the processes that it is called in, such as that of a virtual environment with the harness, whose packages
     then need not agree with those of the run. null: the run's own."""

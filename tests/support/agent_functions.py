@@ -52,4 +52,23 @@ async def noisy(_task: AgentTask) -> str:
     return "done"
 
 
+class Counts:
+    """One object plays all attempts of its process."""
+
+    def __init__(self, of: dict[str, int]) -> None:
+        self._of, self._played = of, 0
+
+    async def __call__(self, task: AgentTask) -> dict[str, object]:
+        self._played += 1
+        return {"text": task.question, "reward": self._of["reward"] * self._played}
+
+
+class Idle:
+    """Not to be called."""
+
+
+def greets(task: AgentTask, name: str) -> str:
+    return f"{name}, {task.question}"
+
+
 no_function = 3

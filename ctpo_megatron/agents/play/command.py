@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ctpo_megatron.agents.play.logs import AgentLogs
 from ctpo_megatron.agents.play.processes import Leashed, Sink
-from ctpo_megatron.agents.play.runner import AgentFailed
+from ctpo_megatron.agents.play.runner import AgentFailed, Answer
 from ctpo_megatron.agents.play.task import AgentTask, clean, variables
 from ctpo_megatron.config.agents import CommandAgent
 from ctpo_megatron.errors import ConfigError
@@ -33,7 +33,7 @@ class CommandRunner:
         self.place = nullcontext()  # rollout.concurrency bounds them
         self._environment = clean(os.environ, config.pass_env) | config.env
 
-    async def play(self, task: AgentTask) -> str | None:
+    async def play(self, task: AgentTask) -> Answer:
         """Implement AgentRunner.play."""
         with ExitStack() as held:
             errors = Sink(self._config.log_kb << 10)
@@ -51,7 +51,7 @@ class CommandRunner:
                 self._logs.write(task.attempt, errors.text)
             if code:
                 raise AgentFailed(f"{task.attempt}: its agent {_ended_with(code)}{_last(errors.text)}")
-            return answer.text if self._config.answer == "stdout" else None
+            return Answer(answer.text if self._config.answer == "stdout" else None)
 
     async def close(self) -> None:
         """Implement AgentRunner.close: each program ends with its attempt."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from ctpo_megatron.agents.play.runner import AgentRunner
+from ctpo_megatron.agents.play.runner import AgentRunner, Answer
 from ctpo_megatron.agents.play.task import AgentTask
 from ctpo_megatron.record.heartbeat import Depths
 
@@ -22,7 +22,7 @@ class CountedRunner:
         """Implement AgentRunner.place."""
         return self.runner.place
 
-    async def play(self, task: AgentTask) -> str | None:
+    async def play(self, task: AgentTask) -> Answer:
         """Implement AgentRunner.play."""
         with self.depths("an agent"):
             return await self.runner.play(task)

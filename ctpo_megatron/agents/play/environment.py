@@ -19,14 +19,15 @@ from ctpo_megatron.agents.conversation.tree import Tree
 from ctpo_megatron.agents.http.keys import KeyedEpisodes, new_key
 from ctpo_megatron.agents.http.server import AgentServer
 from ctpo_megatron.agents.play.overseen import Overseen
-from ctpo_megatron.agents.play.runner import AgentFailed, AgentRunner
+from ctpo_megatron.agents.play.runner import AgentFailed, AgentRunner, Answer
 from ctpo_megatron.agents.play.task import AgentTask
 from ctpo_megatron.config.agents import LocalAgent
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.judged import outcome_as, with_score
-from ctpo_megatron.rollout.protocols import CallParser, Chat, Generator, Reward, Sampling, TalkChat
+from ctpo_megatron.rollout.protocols import CallParser, Chat, Generator, Reward, Sampling, Score, TalkChat
 from ctpo_megatron.types import AttemptId, Prompt, Status, Trajectory
 
+NOTHING = Answer()
 GRACE_S = 5.0  # after its time is over: for the turn that it is in to reach the agent, and for the agent to end itself
 
 
@@ -50,9 +51,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How an agent ended: with a text, by a failure of its own, or since its time was over."""
+    """How an agent ended: with an answer, by a failure of its own, or since its time was over."""
 
-    text: str | None = None
+    answer: Answer = NOTHING
     failure: AgentFailed | None = None
     late: bool = False
 
@@ -95,15 +96,21 @@ class AgentEnvironment:
         async with self._runner.place:
             attempt.begin_work()
             try:
-                made, text = await self._played(attempt, prompt, session, sampling)
-                score = await self._reward.score(prompt, outcome_as(text, made, self._endpoint.chat))
+                made, answer = await self._played(attempt, prompt, session, sampling)
+                score = await self._score(prompt, made, answer)
             finally:
                 attempt.end_work()
         attempt.status = made.status
         return replace(with_score(made, score), seconds=attempt.seconds, task_ids=attempt.prompt_ids)
 
-    async def _played(self, attempt: Attempt, prompt: Prompt, session: int, sampling: Sampling) -> tuple[Trajectory, str]:
-        """Returns the trajectory without its reward, and the text that is to be judged."""
+    async def _score(self, prompt: Prompt, made: Trajectory, answer: Answer) -> Score:
+        """Returns the reward that the agent brought with it, else that of the text of its `answer`, which has one here."""
+        if answer.reward is not None:
+            return Score(answer.reward)
+        return await self._reward.score(prompt, outcome_as(answer.text or "", made, self._endpoint.chat))
+
+    async def _played(self, attempt: Attempt, prompt: Prompt, session: int, sampling: Sampling) -> tuple[Trajectory, Answer]:
+        """Returns the trajectory without its reward, and what is to be judged."""
         endpoint, tree, key = self._endpoint, Tree(str(attempt.id)), new_key()
         limit_s = min(self._config.timeout_s, sampling.deadline_s or self._config.timeout_s)
         deadline = asyncio.get_running_loop().time() + limit_s
@@ -121,11 +128,11 @@ class AgentEnvironment:
         made = trajectory_of(tree, endpoint.chat, attempt.id, prompt.index)
         if end.late:
             made.status = Status.DEADLINE
-        if end.text is None and made.status is Status.UNANSWERED:
-            return made, ""  # what was said before a call that nothing followed is no answer
-        if end.text is not None and made.status is Status.UNANSWERED:
+        if made.status is Status.UNANSWERED:
+            if end.answer == NOTHING:
+                return made, Answer("")  # what was said before a call that nothing followed is no answer
             made.status = Status.FINISHED  # harnesses that answer by a call of a tool
-        return made, written(tree, endpoint.chat) if end.text is None else end.text
+        return made, end.answer if end.answer != NOTHING else Answer(written(tree, endpoint.chat))
 
     def _counts(self, tree: Tree) -> bool:
         """Whether what was sampled is judged though the agent failed: its bounds may have made it fail, or the model."""
@@ -162,7 +169,7 @@ class AgentEnvironment:
         error = playing.exception()
         if isinstance(error, AgentFailed):
             return _End(failure=error)
-        return _End(text=playing.result())
+        return _End(answer=playing.result())
 
 
 def _refusal(tree: Tree, max_prompt_tokens: int) -> str:

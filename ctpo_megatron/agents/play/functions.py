@@ -19,7 +19,7 @@ from typing import Any
 
 from ctpo_megatron.agents.play.logs import AgentLogs
 from ctpo_megatron.agents.play.processes import Leashed, Sink
-from ctpo_megatron.agents.play.runner import AgentFailed
+from ctpo_megatron.agents.play.runner import AgentFailed, Answer
 from ctpo_megatron.agents.play.task import AgentTask, clean
 from ctpo_megatron.agents.play.worker import CHECK, MAX_LINE_BYTES
 from ctpo_megatron.config.agents import FunctionAgent
@@ -39,13 +39,13 @@ class FunctionRunner:
         self._workers = [_Worker(config, logs, number) for number in range(config.workers)]
         self._logs = logs
 
-    async def play(self, task: AgentTask) -> str | None:
+    async def play(self, task: AgentTask) -> Answer:
         """Implement AgentRunner.play."""
         answer = await min(self._workers, key=lambda each: each.busy).play(task)
         if "error" in answer:
             self._logs.write(task.attempt, answer.get("trace", ""))
             raise AgentFailed(f"{task.attempt}: its agent failed: {answer['error']}")
-        return answer["text"]
+        return Answer(answer["text"], answer["reward"])
 
     async def close(self) -> None:
         """Implement AgentRunner.close."""
@@ -153,6 +153,7 @@ class _Process:
         try:
             protocol = asyncio.StreamReaderProtocol(process._lines)
             loop = asyncio.get_running_loop()
+            process._in.send(_first(config))
             process._pipe, _ = await loop.connect_read_pipe(lambda: protocol, process._out)
             async with asyncio.timeout(config.start_timeout_s):
                 said = await process._lines.readline()
@@ -221,7 +222,7 @@ class _Writer:
         if self._fd < 0:
             return
         waiting = bool(self._left)
-        self._left += json.dumps(said).encode() + b"\n"
+        self._left += _line(said)
         if not waiting:
             self._write()
             if self._left:
@@ -248,8 +249,9 @@ class _Writer:
 def check_function(config: FunctionAgent) -> None:
     """Raise ConfigError where the function cannot be imported in a process of its own; its packages take seconds."""
     command, env, limit_s = _command(config, CHECK), _environment(config), config.start_timeout_s
+    first = _line(_first(config))
     try:
-        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit_s, check=False)
+        done = subprocess.run(command, env=env, input=first, capture_output=True, timeout=limit_s, check=False)
     except OSError as error:
         raise ConfigError(f"rollout.agent.python={config.python} cannot be started: {error}") from error
     except subprocess.TimeoutExpired:
@@ -263,6 +265,15 @@ def check_function(config: FunctionAgent) -> None:
 
 def _command(config: FunctionAgent, last: str) -> list[str]:
     return [config.python or sys.executable, "-m", MODULE, config.path, last]
+
+
+def _first(config: FunctionAgent) -> dict[str, Any]:
+    """What a process is told first; its arguments would be seen by all users of the machine."""
+    return config.model_dump(mode="json", include={"options"})
+
+
+def _line(said: dict[str, Any]) -> bytes:
+    return json.dumps(said).encode() + b"\n"
 
 
 def _environment(config: FunctionAgent) -> dict[str, str]:

@@ -19,7 +19,7 @@ import pytest
 from ctpo_megatron.agents.play.command import CommandRunner, check_command
 from ctpo_megatron.agents.play.functions import FunctionRunner, check_function
 from ctpo_megatron.agents.play.logs import AgentLogs
-from ctpo_megatron.agents.play.runner import AgentFailed, AgentRunner
+from ctpo_megatron.agents.play.runner import AgentFailed, AgentRunner, Answer
 from ctpo_megatron.agents.play.task import AgentTask
 from ctpo_megatron.config.agents import CommandAgent, FunctionAgent
 from ctpo_megatron.errors import ConfigError
@@ -48,7 +48,8 @@ def shell(script: str, **settings: object) -> CommandAgent:
 
 async def played(runner: AgentRunner, *tasks: AgentTask) -> list[object]:
     async with asyncio.timeout(LIMIT_S):
-        return await asyncio.gather(*(runner.play(each) for each in tasks or [task()]), return_exceptions=True)
+        said = await asyncio.gather(*(runner.play(each) for each in tasks or [task()]), return_exceptions=True)
+        return [each.text if isinstance(each, Answer) and each.reward is None else each for each in said]
 
 
 def run_command(config: CommandAgent, logs: Path) -> object:
@@ -150,6 +151,8 @@ def test_functions_share_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         gone([int(each) for each in pids])
         async with functions("sync", tmp_path) as runner:
             assert await played(runner) == [None]
+        async with functions("Counts", tmp_path, options={"of": {"reward": 2}}) as runner:
+            assert await played(runner, task("q"), task("r")) == [Answer("q", 2.0), Answer("r", 4.0)]
         async with functions("secrets", tmp_path) as runner:
             names = str((await played(runner))[0]).split()
             assert SECRET not in names

@@ -15,7 +15,7 @@ from ctpo_megatron.agents.http.keys import KeyedEpisodes
 from ctpo_megatron.agents.http.server import AgentServer
 from ctpo_megatron.agents.play.counted import CountedRunner
 from ctpo_megatron.agents.play.environment import AgentEnvironment, Endpoint
-from ctpo_megatron.agents.play.runner import AgentFailed
+from ctpo_megatron.agents.play.runner import AgentFailed, Answer
 from ctpo_megatron.agents.play.task import AgentTask
 from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest, EpisodeOver, Message
 from ctpo_megatron.config.agents import CommandAgent
@@ -55,13 +55,13 @@ class Said:
 class Agent:
     """An agent in this process: `plays` is given what asks the model, and the task."""
 
-    plays: Callable[[Callable[..., Awaitable[AgentAnswer]], AgentTask], Awaitable[str | None]]
+    plays: Callable[[Callable[..., Awaitable[AgentAnswer]], AgentTask], Awaitable[str | Answer | None]]
     episodes: KeyedEpisodes
     tasks: list[AgentTask] = field(default_factory=list)
     ended: int = 0
     place: Any = field(default_factory=nullcontext)
 
-    async def play(self, task: AgentTask) -> str | None:
+    async def play(self, task: AgentTask) -> Answer:
         self.tasks.append(task)
 
         async def ask(messages: list[Message], **options: Any) -> AgentAnswer:
@@ -70,7 +70,8 @@ class Agent:
             return await episode.complete(AgentRequest(tuple(messages), **{"tools": (ADD,), **options}))
 
         try:
-            return await self.plays(ask, task)
+            said = await self.plays(ask, task)
+            return said if isinstance(said, Answer) else Answer(said)
         finally:
             self.ended += 1
 
@@ -146,6 +147,17 @@ def test_a_call_that_nothing_followed_is_no_answer(chat: ChatTokenizer) -> None:
     world = World(chat, stops, f"\\boxed{{2}} {CALL}")
     made = run_virtually(world.play())
     assert (made.status, made.reward, world.reward.texts) == (Status.UNANSWERED, 0.0, [""])
+
+
+def test_a_reward_that_the_agent_brings_is_the_attempts(chat: ChatTokenizer) -> None:
+    async def knows(ask: Any, task: AgentTask) -> Answer:
+        await ask(task.messages)
+        return Answer(reward=0.25)
+
+    world = World(chat, knows)
+    made = run_virtually(world.play())
+    assert (made.reward, made.accuracy, made.undecided, world.reward.texts) == (0.25, None, False, [])
+    assert made.status is Status.FINISHED  # though a call was the model's last word
 
 
 async def fails_late(ask: Any, task: AgentTask) -> None:

@@ -1,0 +1,1 @@
+"""Harnesses of others that need more than an address: each in its own words, in processes with its own packages."""
