@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -18,7 +19,6 @@ from typing import Any
 
 import psutil
 
-from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.config.rollout import EngineConfig, RolloutConfig
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import Fleet
@@ -29,7 +29,6 @@ from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.protocols import Sampling
-from ctpo_megatron.rollout.rewards.math import MathReward
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.rollout.tools import make_tool
 from ctpo_megatron.types import GroupId, Prompt
@@ -80,11 +79,19 @@ async def play(
     }
 
 
+def math_reward(config: Any) -> Any:
+    """The reward of known answers, which older builds have one module higher."""
+    module = importlib.import_module("ctpo_megatron.rollout.rewards")
+    if not hasattr(module, "MathReward"):
+        module = importlib.import_module("ctpo_megatron.rollout.rewards.math")
+    return module.MathReward(config)
+
+
 async def serve(task: dict[str, Any], servers: list[SGLangServer], key: str) -> None:
     """Play the rounds that are asked for, until the end of the input."""
     fleet = Fleet(patience_s=60)
     fleet.serve([fleet.join(f"server {number}", server.url) for number, server in enumerate(servers)], 0)
-    reward = MathReward(MathRewardConfig())
+    reward = math_reward(RolloutConfig().reward)
     prompts = [Prompt(number, tuple(each["messages"]), each["answer"]) for number, each in enumerate(task["prompts"])]
     config = RolloutConfig.model_validate(task["rollout"])
     sampling = Sampling(1.0, config.max_turns, config.max_response_tokens, record=True)
