@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ctpo_megatron.config.sglang_options import REFUSED, THRESHOLDS, Option
+from ctpo_megatron.engine.digest import tensor_digest
 
 pytestmark = pytest.mark.integration
 
@@ -96,6 +99,33 @@ def test_operators_are_sglangs() -> None:
         query, key = drawn(6, 96).split([64, 32], dim=-1)
         given = (torch.tensor([0, 5, 99, 7, 7, 3]), query, key)
         torch.testing.assert_close(operators.rotary(rotary, *given), rotary.forward_native(*given))
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_products_with_weights_are_the_same_in_other_ways(tmp_path: Path) -> None:
+    """However the weight lies in memory, it has its numbers, its digest and takes new ones; what is no float32 is left alone."""
+    from ctpo_megatron.engine.sglang import products
+
+    generator = torch.Generator().manual_seed(1)
+    given, later = torch.randn(2, 24, 16, generator=generator)
+    x, bias = torch.randn(3, 5, 16, generator=generator), torch.randn(24, generator=generator)
+    layer = SimpleNamespace(weight=torch.nn.Parameter(given.clone(), requires_grad=False))
+    products.lie_by_inputs(None, None, layer)
+    assert layer.weight.stride() == (1, 24)
+    assert torch.equal(layer.weight, given)
+    assert tensor_digest(layer.weight) == tensor_digest(given)
+    layer.weight.data.copy_(later)
+    torch.testing.assert_close(torch.nn.functional.linear(x, layer.weight), x @ later.T)
+    half = SimpleNamespace(weight=torch.nn.Parameter(given.bfloat16(), requires_grad=False))
+    products.lie_by_inputs(None, None, half)
+    assert half.weight.stride() == (16, 1)
+    for added in (None, bias):
+        found = products.by_onednn(pytest.fail, None, layer, x, added)
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, later, added))
+    assert products.by_onednn(lambda *_: "SGLang's own", None, half, x.bfloat16()) == "SGLang's own"
+    for maker, own in (("GenuineIntel", True), ("AuthenticAMD", False)):
+        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {maker}\n")
+        assert products.has_mkl_of_its_own(tmp_path / "cpuinfo") is (own and torch.backends.mkl.is_available())
 
 
 @pytest.mark.filterwarnings("ignore")  # of SGLang's imports
