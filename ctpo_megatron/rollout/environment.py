@@ -7,14 +7,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 
-import numpy as np
-
-from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.assistant import sample_turn
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.rollout.judged import with_score
-from ctpo_megatron.rollout.protocols import Chat, Generator, Outcome, PastCall, Reward, Sampling, ToolRunner
+from ctpo_megatron.rollout.judged import outcome_of, trajectory_of, with_score
+from ctpo_megatron.rollout.protocols import Chat, Generator, PastCall, Reward, Sampling, ToolRunner
 from ctpo_megatron.rollout.tools import extract_code, opened
-from ctpo_megatron.types import AttemptId, Generation, Prompt, Status, Trajectory
+from ctpo_megatron.types import AttemptId, Prompt, Status, Trajectory
 
 
 class ToolEnvironment:
@@ -57,19 +55,7 @@ class ToolEnvironment:
             score = await self._reward.score(prompt, outcome_of(attempt, self._chat))
         finally:
             attempt.end_work()
-        made = Trajectory(
-            id=attempt.id,
-            prompt_index=attempt.prompt_index,
-            prompt_ids=attempt.prompt_ids,
-            turns=attempt.turns,
-            status=attempt.status,
-            text=self._chat.decode(attempt.tokens[len(attempt.prompt_ids) :], special=True),
-            tool_calls=attempt.tool_calls,
-            tool_errors=attempt.tool_errors,
-            seconds=attempt.seconds,
-            routed_experts=np.concatenate(attempt.routed_experts) if attempt.routed_experts else None,
-        )
-        return with_score(made, score)
+        return with_score(trajectory_of(attempt, self._chat), score)
 
     def _past(self, attempt: Attempt) -> list[PastCall]:
         """The programs that the tool has run for `attempt`."""
@@ -90,7 +76,7 @@ class ToolEnvironment:
             raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
         while True:
             if not attempt.awaits_tool:
-                await self._assistant_turn(attempt, session, sampling, deadline)
+                await sample_turn(self._generator, self._chat, attempt, session, sampling, deadline)
             if attempt.finish == "length":
                 return Status.LENGTH
             if attempt.finish == "deadline":
@@ -114,25 +100,6 @@ class ToolEnvironment:
                 return Status.LENGTH
             note(attempt)
 
-    async def _assistant_turn(self, attempt: Attempt, session: int, sampling: Sampling, deadline: float | None) -> None:
-        """Add a turn of the model, or the rest of one that is open."""
-        stop, left = self._chat.stop_token_ids, sampling.max_response_tokens - attempt.response_length
-        if attempt.open is None:
-            attempt.open = Generation()
-        generation = await self._generator.generate(
-            attempt.tokens,
-            attempt.open,
-            max_new_tokens=left,
-            temperature=sampling.temperature,
-            truncation=sampling.truncation,
-            stop_token_ids=stop,
-            session=session,
-            recorded=attempt.recorded if sampling.record else None,
-            deadline=deadline,
-        )
-        check_generation(generation, left, stop)
-        attempt.close_turn(generation)
-
     async def _tool_turn(self, tool: ToolRunner, attempt: Attempt, code: str, sampling: Sampling) -> bool:
         """Run `code` and add its output; returns False, adding nothing, where no room for an answer would be left."""
         result = await tool.run(code)
@@ -143,33 +110,3 @@ class ToolEnvironment:
             return False
         attempt.add_tool_turn(ids, result.output)
         return True
-
-
-def outcome_of(attempt: Attempt, chat: Chat) -> Outcome:
-    """Returns what a reward sees of an attempt that has come to its end."""
-    written = [chat.decode(turn.token_ids) for turn in attempt.assistant_turns]
-    said = {"assistant": iter(written), "tool": iter(attempt.outputs)}
-    return Outcome(
-        "\n".join(written),
-        tuple((turn.role, next(said[turn.role], "")) for turn in attempt.turns),
-        attempt.response_length,
-        attempt.tool_calls,
-        attempt.tool_errors,
-        attempt.status or Status.FINISHED,
-    )
-
-
-def check_generation(generation: Generation, allowed: int, stop: list[int]) -> None:
-    """Raise RolloutError where an answer of the engine would make a wrong sample."""
-    ids, finish = generation.token_ids, generation.finish
-    if not 1 <= len(ids) <= allowed:
-        raise RolloutError(f"the engine answered with {len(ids)} tokens; it was asked for 1 to {allowed}")
-    if finish not in ("stop", "length", "deadline"):
-        raise RolloutError(f"the engine ended a generation with {finish!r}; known: stop, length, deadline")
-    if finish == "length" and len(ids) < allowed:
-        raise RolloutError(
-            f"the engine ended a generation with 'length' after {len(ids)} of {allowed} tokens: its context or its KV cache is "
-            "smaller than the run's longest sample. Lower rollout.max_response_tokens, or raise rollout.engine.max_total_tokens"
-        )
-    if finish == "stop" and ids[-1] not in stop:
-        raise RolloutError(f"the engine ended a generation with 'stop' after token {ids[-1]}; stop tokens are {stop}")

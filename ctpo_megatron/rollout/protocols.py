@@ -38,6 +38,19 @@ class Generator(Protocol):
         ...
 
 
+class TokenText(Protocol):
+    """What sampled tokens say, and which of them end a turn."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """The tokens that end an assistant's turn."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of `ids`, with or without special tokens. For tools, rewards and people only."""
+        ...
+
+
 class Chat(Protocol):
     """Between text and tokens."""
 

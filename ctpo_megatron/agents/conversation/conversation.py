@@ -23,7 +23,7 @@ from ctpo_megatron.agents.conversation.messages import fitted, readable
 from ctpo_megatron.agents.conversation.tree import SampledTurn, Tree, tokens
 from ctpo_megatron.agents.protocols import AgentAnswer, AgentRequest, EpisodeOver, Message, RequestUnusable, ToolCall
 from ctpo_megatron.errors import RenderError, RolloutError
-from ctpo_megatron.rollout.environment import check_generation
+from ctpo_megatron.rollout.assistant import check_generation
 from ctpo_megatron.rollout.protocols import CallParser, Generator, Sampling, TalkChat
 from ctpo_megatron.types import Generation, Status
 

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from ctpo_megatron.errors import RolloutError
+from ctpo_megatron.rollout.assistant import sample_turn
 from ctpo_megatron.rollout.attempt import Attempt
-from ctpo_megatron.rollout.environment import check_generation
+from ctpo_megatron.rollout.judged import trajectory_of
 from ctpo_megatron.rollout.protocols import CallParser, Generator, Sampling, TalkChat
 from ctpo_megatron.rollout.worlds.load import static_tools
 from ctpo_megatron.rollout.worlds.protocols import GroupRewards, StepResult, World, Worlds
-from ctpo_megatron.types import AttemptId, Generation, Parsed, Prompt, Status, Trajectory
+from ctpo_megatron.types import AttemptId, Parsed, Prompt, Status, Trajectory
 
 Message = dict[str, Any]
 Note = Callable[[Attempt], None]
@@ -66,19 +67,7 @@ class WorldEnvironment:
             attempt.end_work()
             if episode is not None:
                 await episode.close()
-        return Trajectory(
-            id=attempt.id,
-            prompt_index=attempt.prompt_index,
-            prompt_ids=attempt.prompt_ids,
-            turns=attempt.turns,
-            status=attempt.status,
-            text=self._chat.decode(attempt.tokens[len(attempt.prompt_ids) :], special=True),
-            reward=episode.reward,
-            tool_calls=attempt.tool_calls,
-            tool_errors=attempt.tool_errors,
-            seconds=attempt.seconds,
-            routed_experts=np.concatenate(attempt.routed_experts) if attempt.routed_experts else None,
-        )
+        return replace(trajectory_of(attempt, self._chat), reward=episode.reward)
 
     async def judge(self, prompt: Prompt, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Returns a whole group with the rewards that its world gives it as a group; as it is where the world gives none."""
@@ -136,7 +125,7 @@ class WorldEnvironment:
             raise ValueError(f"max_turns={sampling.max_turns}; allowed: 1 or more")
         while True:
             if not attempt.awaits_tool:
-                await self._assistant_turn(attempt, session, sampling, deadline)
+                await sample_turn(self._generator, self._chat, attempt, session, sampling, deadline)
             if attempt.finish == "length":
                 return Status.LENGTH
             if attempt.finish == "deadline":
@@ -158,25 +147,6 @@ class WorldEnvironment:
                 return Status.LENGTH
             attempt.add_tool_turn(ids, episode.said)
             note(attempt)
-
-    async def _assistant_turn(self, attempt: Attempt, session: int, sampling: Sampling, deadline: float | None) -> None:
-        """Add a turn of the model, or the rest of one that is open."""
-        stop, left = self._chat.stop_token_ids, sampling.max_response_tokens - attempt.response_length
-        if attempt.open is None:
-            attempt.open = Generation()
-        generation = await self._generator.generate(
-            attempt.tokens,
-            attempt.open,
-            max_new_tokens=left,
-            temperature=sampling.temperature,
-            truncation=sampling.truncation,
-            stop_token_ids=stop,
-            session=session,
-            recorded=attempt.recorded if sampling.record else None,
-            deadline=deadline,
-        )
-        check_generation(generation, left, stop)
-        attempt.close_turn(generation)
 
     async def _opened(self, prompt: Prompt) -> _Episode:
         world = self._worlds()
