@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import os
 
-# Layouts are compared to the last places of float32. On an Intel Xeon, with torch's kernels for AVX-512, the gradient norm of one case
-# (ctpo, packed) under tp=2 is 1.7e-5 from one rank's; with those for AVX2 it is within the bound of 1e-5.
+# Layouts are compared to the last places of float32. On an Intel Xeon, with torch's kernels for AVX-512, the gradient norm of one
+# case (ctpo, packed) under tp=2 is 1.7e-5 from one rank's; with those for AVX2 it is within the bound of 1e-5.
 os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
 
 gc.disable()  # what is imported is no garbage; looking for some takes a fifth of the time

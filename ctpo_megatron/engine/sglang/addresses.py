@@ -1,7 +1,7 @@
 """Arrays at addresses, for functions that numba compiles: what a tensor holds reaches them as an integer.
 
-A tensor of 27 by 256 as a numpy array costs a call 2.2 us, the making of the view and numba's reading of it; as an address it costs
-0.3 us (one core of an Intel Xeon).
+A tensor of 27 by 256 as a numpy array costs a call 2.2 us, the making of the view and numba's reading of it; as an address it
+costs 0.3 us (one core of an Intel Xeon).
 """
 
 from __future__ import annotations
