@@ -337,7 +337,9 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
     run = start(toy, "quickstart.yaml", broken, *options, "checkpoint.memory.every=1")
     kept = run.wait_for_event("copy kept")
     server = scheduler(run.descendants()).pid
-    trainer(run.descendants()).kill()
+    killed = trainer(run.descendants())
+    killed.kill()
+    killed.wait(END_S)  # one that ends has sockets for a moment longer than a command line
     assert strangers(listeners([psutil.Process(run.process.pid), *run.descendants()])) == []
     back = run.wait_for_event("trainer restarted")
     assert back["step"] >= kept["step"] >= 1
