@@ -11,6 +11,7 @@ import time
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from ctpo_megatron.cluster.lean_ray import without_idle_processes
 from ctpo_megatron.cluster.loopback import LOOPBACK, on_loopback
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError, NoRoom
@@ -55,7 +56,7 @@ def _init(config: RunConfig, cpus: int) -> None:
         return
     on_cpu = config.cluster.device != "cuda" and not sees_gpu()
     try:
-        with on_loopback():
+        with on_loopback(), without_idle_processes():
             ray.init(
                 num_cpus=max(os.cpu_count() or 1, cpus),
                 object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,

@@ -16,6 +16,7 @@ from typing import Any
 
 from ctpo_megatron.config.model import ChatConfig
 from ctpo_megatron.errors import ModelError, RenderError
+from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.rollout.comparison import compare
 from ctpo_megatron.rollout.frames import ToolFrames
 from ctpo_megatron.rollout.imagined import OUTPUTS, imagine
@@ -239,17 +240,27 @@ def _load(path: Path) -> Any:
     Where the directory names the class that adds nothing to tokenizer.json, it is that: for some model types, such as qwen2,
     AutoTokenizer of transformers 5.19 takes another whatever is named, with a normalizer and a splitting of its own.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds to import
-
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory; needed: a model in Hugging Face format")
     try:
         plain = (path / TOKENIZER).is_file() and _class_of(path) in PLAIN_CLASSES
-        return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path, local_files_only=True)
+        return _reader(plain).from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises plain ones about a broken tokenizer.json
         for file in sorted(path.glob("*.jinja")) if isinstance(error, UnicodeDecodeError) else ():
             _check_text(file)
         raise ModelError(f"{path} holds no tokenizer that transformers can load: {error}") from error
+
+
+def _reader(plain: bool) -> Any:
+    """The class of transformers that loads a tokenizer. AutoTokenizer knows of all models and takes a second longer to import."""
+    with modules_stay():
+        if plain:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
 
 
 def _class_of(path: Path) -> str | None:

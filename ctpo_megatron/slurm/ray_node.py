@@ -95,12 +95,13 @@ class RayNode:
         """Returns the arguments of `ray start`: what this job was given here, and no listener that it does not need."""
         host, _, port = self._head.rpartition(":")
         words = [f"--node-ip-address={self._mine}", f"--temp-dir={self._scratch}", "--disable-usage-stats"]
+        words += ["--include-log-monitor=false"]  # whose one reader would be the driver, which reads logs itself
         words += ["--min-worker-port=0", "--max-worker-port=0", *_resources(os.environ)]  # ports that the system chooses
         if not self._is_head:
             return [f"--address={host}:{port}", *words]
         # Ray Client, which nothing here uses, cannot be left out (Ray 2.60); its usual port may be another Ray's
         client = f"--ray-client-server-port={free_port(self._mine)}"
-        return ["--head", f"--port={port}", "--include-dashboard=false", client, *words]
+        return ["--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", client, *words]  # nothing scales the job
 
     def _wait_until_started(self) -> None:
         deadline = time.monotonic() + JOIN_TIMEOUT_S

@@ -35,7 +35,7 @@ class RayNodes:
     def __enter__(self) -> RayNodes:
         try:
             port = self.address.rpartition(":")[2]
-            self._start("--head", f"--port={port}", "--include-dashboard=false", cpus=self._cpus)
+            self._start("--head", f"--port={port}", "--include-dashboard=false", "--no-monitor", cpus=self._cpus)
         except BaseException:
             self.__exit__()
             raise

@@ -33,7 +33,6 @@ OWNERS = (
     Owner("raylet", r"raylet/raylet", 2, "the token"),
     Owner("Ray's dashboard agent", r"ray::DashboardAgent|dashboard/agent\.py", 3, "the token; its metrics: anybody"),
     Owner("Ray's runtime environment agent", r"ray::RuntimeEnvAgent|runtime_env/agent/main\.py", 1, "the token"),
-    Owner("Ray's autoscaler monitor", r"autoscaler/(v2|_private)/monitor\.py", 1, "anybody, to read numbers"),
     Owner("Ray's dashboard head", r"dashboard/dashboard\.py", 1, "anybody, to read numbers"),
     Owner("trainer rank", r"ray::TrainerActor", 5, "Ray: the token; stores and gloo: anybody"),
     Owner("keeper", r"ray::KeeperActor", 1, "the token"),

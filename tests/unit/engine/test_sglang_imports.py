@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from ctpo_megatron.engine.sglang.imports import ABSENT_ON_CPU, hide_kernels
+from ctpo_megatron.engine.sglang.imports import ABSENT_ON_CPU, hide_kernels, nothing_compiled
 from ctpo_megatron.imports import modules_stay
 
 
@@ -44,3 +44,16 @@ def test_garbage_is_looked_for_after_imports_and_not_in_them() -> None:
     gc.unfreeze()
     assert (inside, after) == (False, True)
     assert frozen > before
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_functions_stay_as_they_are_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    """Decorated with arguments or without; torch's compiler is back afterwards."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    before = torch.compile
+    with nothing_compiled():
+        assert (torch.compile is before) is cuda
+        if not cuda:
+            assert torch.compile(len) is len
+            assert torch.compile(dynamic=True, disable=False)(len) is len
+    assert torch.compile is before
