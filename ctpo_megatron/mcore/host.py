@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.parallel.gloo import share_gloo_device
+from ctpo_megatron.rendezvous.gloo import share_gloo_device
 
 # Optional imports of megatron that come with SGLang. Without a GPU flash_mla fails with OSError, where megatron catches only
 # ImportError; flashinfer loads, but takes 5 s and is of no use.

@@ -34,8 +34,8 @@ from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EXPERT_BIAS, hf_tensors
-from ctpo_megatron.parallel.store import join_store, serve_store
 from ctpo_megatron.record.values import Max, Values, scalar
+from ctpo_megatron.rendezvous.store import join_store, serve_store
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained

@@ -33,7 +33,7 @@ def shared(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 def test_torch_still_gives_every_group_a_device(alone: list[dict[str, Any]]) -> None:
-    """Once it does not, parallel/gloo.py can go."""
+    """Once it does not, rendezvous/gloo.py can go."""
     for rank in alone:
         assert rank["threads"]["gloo_tcp_loop"] == GROUPS + 1
 
@@ -61,7 +61,7 @@ def test_groups_are_as_torch_makes_them(alone: list[dict[str, Any]], shared: lis
 def probe(rank: RankInfo, share: bool, interface: str) -> dict[str, Any]:
     import torch.distributed as dist
 
-    from ctpo_megatron.parallel.gloo import share_gloo_device
+    from ctpo_megatron.rendezvous.gloo import share_gloo_device
 
     if interface:
         os.environ["GLOO_SOCKET_IFNAME"] = interface

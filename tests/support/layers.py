@@ -25,6 +25,7 @@ ORDER = {
     "record": (0, 2),
     "toy": (0, 3),
     "algorithms": (1, 0),
+    "rendezvous": (1, 0),
     "parallel": (1, 1),
     "batch": (1, 2),
     "mcore": (2, 0),

@@ -16,7 +16,7 @@ from sglang.srt.server_args import prepare_server_args
 
 from ctpo_megatron.engine.processes import CANNOT_LISTEN
 from ctpo_megatron.engine.sglang import attention, paused, products, routed, sleep
-from ctpo_megatron.parallel.gloo import share_gloo_device
+from ctpo_megatron.rendezvous.gloo import share_gloo_device
 
 
 class LeanEngine(Engine):

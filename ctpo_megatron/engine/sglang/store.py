@@ -2,7 +2,7 @@
 
 SGLang 0.5.23 leaves the store to torch, which listens on every interface whatever the address (`init_process_group` with
 `tcp://HOST:PORT`). torch takes a store that this process serves at the port already, where both allow it (`multi_tenant`); so a
-hook of SGLang's plugin framework serves one at that address as soon as the address is known. tests/unit/parallel/test_store.py
+hook of SGLang's plugin framework serves one at that address as soon as the address is known. tests/unit/rendezvous/test_store.py
 tells when torch's own store listens at its address, and this is no longer needed.
 """
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 
-from ctpo_megatron.parallel.store import serve_store
+from ctpo_megatron.rendezvous.store import serve_store
 
 TARGET = "sglang.srt.distributed.bootstrap._resolve_dist_init_method"
 TIMEOUT = timedelta(minutes=5)  # torch's own for a store

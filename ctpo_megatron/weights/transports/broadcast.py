@@ -38,7 +38,7 @@ from ctpo_megatron.config.weights import BroadcastTransport
 from ctpo_megatron.engine.calls import Answers
 from ctpo_megatron.engine.update_group import connect, join_update_group, leave_update_group
 from ctpo_megatron.errors import WeightSyncError
-from ctpo_megatron.parallel.store import serve_store
+from ctpo_megatron.rendezvous.store import serve_store
 from ctpo_megatron.weights.protocol import Bucket, Sent
 from ctpo_megatron.weights.transports.flat import Flat, flatten
 from ctpo_megatron.weights.transports.order import SenderOrder

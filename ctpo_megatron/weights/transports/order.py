@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.parallel.plain import broadcast_plain
-from ctpo_megatron.parallel.store import join_store, serve_store
+from ctpo_megatron.rendezvous.store import join_store, serve_store
 
 T = TypeVar("T")
 VERDICT_TIME_S = 10.0  # that a sender may take, beyond its own bound, to find out which server failed and to say so

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from ctpo_megatron.parallel.gloo import share_gloo_device
+from ctpo_megatron.rendezvous.gloo import share_gloo_device
 
 
 def test_an_older_torch_keeps_its_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from ctpo_megatron.parallel.store import join_store, serve_store
 from ctpo_megatron.ports import await_listener, free_port
+from ctpo_megatron.rendezvous.store import join_store, serve_store
 
 HOST, BOUND = "127.0.0.1", timedelta(seconds=20)
 
@@ -63,7 +63,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
 
 
 def test_torchs_own_stores_listen_everywhere() -> None:
-    """Once they do not, parallel/store.py can go, and engine/sglang/store.py with it."""
+    """Once they do not, rendezvous/store.py can go, and engine/sglang/store.py with it."""
     store = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     assert addresses_of(store.port) & {"::", "0.0.0.0"}
 
