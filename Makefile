@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
 HARNESSES := .venv-harnesses
 VERIFIERS := .venv-verifiers
-PYTEST := $(VENV)/bin/python -m pytest -n 2
+PYTEST := $(VENV)/bin/python -m pytest
 
 .PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses test-verifiers lint clean
 
@@ -44,10 +44,10 @@ chaos: install
 	$(VENV)/bin/python tools/chaos.py
 
 test: install
-	$(PYTEST)
+	$(PYTEST) -n 3
 
 test-fast: install
-	$(PYTEST) tests/unit
+	$(PYTEST) -n 2 tests/unit
 
 test-harnesses: install $(HARNESSES)/.installed
 	$(VENV)/bin/python -m pytest tests/harnesses

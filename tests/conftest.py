@@ -1,8 +1,8 @@
-"""Two workers of pytest-xdist (`-n 2`) take the tests by file; files that start servers or daemons, but one, go to one worker.
+"""Three workers of pytest-xdist (`-n 3`) take the tests by file, on two processors: a run waits for a third of its time.
 
-Those look at processes, ports and daemons of the whole machine, and would see each other's. They also wait for things that happen
-in time; so the other worker stands back and takes what they leave of the processors. It would have nothing left to do long before
-the first one has, so it begins with files of servers that look at nothing but their own run, and have time.
+Files that start one server after the other, or a run that has to notice something in time, go to one worker, one after another.
+The other two stand back and take what it leaves of the processors. They begin with the longest: runs and servers that look at
+nothing but themselves, and have time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ settings.load_profile("any host")
 hide_kernels()  # every process that looks for tests would import them, for a second and more
 
 ALONE = "tests/integration"
-NICENESS = 4  # of the other worker: a third of the first one's share where both want all, and still a share beside other work
-_OWN_RUN_ONLY = "weights_dense weights chaos attest sglang_families placement publication evaluate many_servers"
+NICENESS = 4  # of the other workers: a third of the first one's share where both want all, and still a share beside other work
+_OWN_RUN_ONLY = (
+    "chaos slurm elastic weights_dense weights publication publication_hangs sglang_ends attest sglang_families placement "
+    "evaluate many_servers"
+)
 BESIDE = tuple(f"tests/integration/test_{name}.py" for name in _OWN_RUN_ONLY.split())
 
 
 def runs_alone(nodeid: str) -> bool:
-    """Whether a test belongs to the one worker whose tests do not run beside each other."""
+    """Whether a test belongs to the one worker that never stands back."""
     return nodeid.startswith(ALONE) and not nodeid.startswith(BESIDE)
 
 
