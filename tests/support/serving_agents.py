@@ -2,7 +2,7 @@
 
     python -m tests.support.serving_agents RUN_DIR MODEL
 
-While RUN_DIR/hold is there the engine stops within a line; RUN_DIR/sampling tells that it does.
+While RUN_DIR/hold.N is there the engine stops within line N; RUN_DIR/sampling.N tells that it does.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Holding:
         ids = self._chat.assistant_ids(LINES[sure])
         if not done.token_ids:
             done.append(_part(ids, 0, FIRST))
-        while (self._run_dir / "hold").exists():
-            (self._run_dir / "sampling").touch()
+        while (self._run_dir / f"hold.{int(sure)}").exists():
+            (self._run_dir / f"sampling.{int(sure)}").touch()
             await asyncio.sleep(0.01)
         done.append(_part(ids, len(done.token_ids), len(ids)))
         done.finish = "stop"
