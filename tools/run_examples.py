@@ -33,6 +33,7 @@ SHARED = (
     "checkpoint.export=false",
 )
 FAULTY = ("rollout.failed_window=32", "rollout.retries=0")
+RUNS = "{runs}"  # in changes: the directory of all runs
 GOES_ON, ENDS_EARLY = 0, 1  # exit codes
 
 
@@ -50,9 +51,13 @@ class Case:
     judge: tuple[Fault, float] | None = None
     code: int = GOES_ON
 
+    def changed(self, runs: Path) -> list[str]:
+        """Returns what is changed, where all runs are in the directory `runs`."""
+        return [each.replace(RUNS, str(runs)) for each in self.changes]
+
 
 def _sums(kind: str = "train") -> tuple[str, ...]:
-    return (f"data.train={{runs}}/sums/data/{kind}.parquet",)
+    return (f"data.train={RUNS}/sums/data/{kind}.parquet",)
 
 
 def _function(name: str, *changes: str, code: int = GOES_ON) -> Case:
@@ -162,7 +167,7 @@ def run(name: str, case: Case, runs: Path, steps: int) -> Came:
     """Train one example for so many steps; returns what came of it."""
     directory = runs / "of" / name.replace(" ", "_").replace(",", "")
     told = [f"run_dir={directory}", f"model.path={runs / case.model / 'sft' / 'model'}", f"train.steps={steps}", *SHARED]
-    told += [f"data.train={runs / case.model / 'data' / 'train.parquet'}", *(each.format(runs=runs) for each in case.changes)]
+    told += [f"data.train={runs / case.model / 'data' / 'train.parquet'}", *case.changed(runs)]
     begun = time.monotonic()
     with judging(*case.judge) if case.judge else nullcontext() as url:
         words = [*told, *([f"rollout.reward.url={url}"] if url else [])]

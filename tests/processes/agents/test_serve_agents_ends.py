@@ -20,7 +20,7 @@ from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.toy.model import make_toy_model
 from tests.support.serving_agents import LINES, SECOND_QUESTION
 
-LIMIT_S = 120.0
+LIMIT_S = 500.0
 TASK = {"messages": [{"role": "user", "content": "What is 1 + 1?"}], "answer": "2"}
 AGAIN = {"role": "user", "content": f"Are you {SECOND_QUESTION}?"}
 
