@@ -1,9 +1,9 @@
 """A task for rewards: sums of two digits, their last digit as the answer, and a cold start that only knows how an answer looks.
 
-    python examples/sums.py runs/sums/data                          # prompts, and answers at random
-    python tools/make_toy_model.py runs/sums/base
-    ctpo sft examples/sums_sft.yaml
-    PYTHONPATH=. ctpo train examples/function.yaml                  # or combination.yaml, code.yaml, judge.yaml
+    .venv/bin/python examples/sums.py runs/sums/data                          # prompts, and answers at random
+    .venv/bin/python tools/make_toy_model.py runs/sums/base
+    .venv/bin/ctpo sft examples/sums_sft.yaml
+    PYTHONPATH=. .venv/bin/ctpo train examples/function.yaml                  # or combination.yaml, code.yaml, judge.yaml
 
 A question ends with `?` and wants a box, or with `!` and wants a program that prints the digit.
 """
