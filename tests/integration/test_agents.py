@@ -87,7 +87,7 @@ def test_weights_change_while_a_harness_plays(server: RunningServer, qwen3: Path
         ):
             engine, runner = NeverStops(client), make_runner(agent, tmp_path)
             environment = AgentEnvironment(endpoint, engine, runner, Worthless(), agent)
-            sampling = Sampling(1.0, max_turns=2, max_response_tokens=1000)
+            sampling = Sampling(1.0, max_turns=2, max_response_tokens=1500)
             try:
                 attempts = [environment.begin(prompt, AttemptId(GroupId(prompt.index), 0)) for prompt in prompts]
                 running = [

@@ -10,7 +10,7 @@ from openai import OpenAI
 from ctpo_megatron.agents.play.task import AgentTask
 
 STREAMED, NO_THINKING = "stream", "no thinking"  # words of a question
-FIRST, SECOND = 400, 12  # tokens of the two answers, at most
+FIRST, SECOND = 1000, 12  # tokens of the two answers, at most
 
 
 def play(task: AgentTask) -> str:
