@@ -28,6 +28,13 @@ def listen(host: str, port: int = 0) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
+def is_free(host: str, port: int) -> bool:
+    """Whether `port` of `host` can be listened at now."""
+    with contextlib.suppress(OSError), listen(host, port):
+        return True
+    return False
+
+
 def await_listener(host: str, port: int, timeout_s: float) -> None:
     """Return once somebody listens at `port` of `host`, or after `timeout_s`: whoever connects then learns what is wrong."""
     deadline = time.monotonic() + timeout_s

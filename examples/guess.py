@@ -1,9 +1,9 @@
 """An environment of one's own: a game of three guesses, its data, and a cold start that has never heard of a strategy.
 
-    python examples/guess.py runs/guess/data                        # prompts, and games played at random
-    python tools/make_toy_model.py runs/guess/base
-    ctpo sft examples/guess_sft.yaml
-    PYTHONPATH=. ctpo train examples/guess.yaml
+    .venv/bin/python examples/guess.py runs/guess/data                        # prompts, and games played at random
+    .venv/bin/python tools/make_toy_model.py runs/guess/base
+    .venv/bin/ctpo sft examples/guess_sft.yaml
+    PYTHONPATH=. .venv/bin/ctpo train examples/guess.yaml
 
 The world thinks of a number from 1 to 7 (`reward_model.ground_truth` of the prompt), and says whether it is higher or lower than
 the model's guess. Whoever halves what is left finds each number with three guesses; the games of the cold start guess at random.

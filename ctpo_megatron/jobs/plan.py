@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ctpo_megatron.agents.play.kinds import started_here
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.agents import FunctionAgent
 from ctpo_megatron.errors import ConfigError, ModelError
 from ctpo_megatron.jobs.agreement import check_training
 from ctpo_megatron.jobs.knobs import helpful_changes
 from ctpo_megatron.jobs.layouts import check_layouts, layouts_that_do_not_fit, smaller_plans
+from ctpo_megatron.jobs.plan_agents import Row, agent_rows
 from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import check_what_is_there, read_json
@@ -46,7 +49,8 @@ def plan_job(
         raise ConfigError(f"{where} cannot run:\n" + "\n".join(f"- {problem}" for problem in problems))
     console.print(_verdict(config, plan, hardware))
     lacking = f"; {' and '.join(absent)}, as there are none beside {source}" if absent else ""
-    console.print(Text(f"Not looked at: the data{lacking}.", style="dim"))
+    imported = ", whether the agent's function can be imported" if isinstance(config.rollout.agent, FunctionAgent) else ""
+    console.print(Text(f"Not looked at: the data{imported}{lacking}.", style="dim"))
 
 
 def read_planned(config: RunConfig, source: Path) -> tuple[ModelShape, list[str]]:
@@ -56,6 +60,7 @@ def read_planned(config: RunConfig, source: Path) -> tuple[ModelShape, list[str]
     """
     shape = parse_config(read_json(source), str(source))
     check_layouts(shape, config)
+    started_here(config.rollout.agent)
     absent = check_what_is_there(source.parent)
     check_training(config, shape, source.parent)
     return shape, absent
@@ -85,6 +90,8 @@ def _report(config: RunConfig, shape: ModelShape, plan: Plan, hardware: Hardware
     yield _batches(config, plan)
     yield _groups(plan, hardware, shape.experts is not None)
     yield _servers(config, plan)
+    if rows := agent_rows(config):
+        yield _agents(rows)
     if config.cluster.device != "cpu":
         yield _checkpoints(config, plan, hardware)
         yield _bounds(config, shape, plan)
@@ -218,6 +225,13 @@ def _servers(config: RunConfig, plan: Plan) -> Table:
     asked = f"rollout.concurrency {config.rollout.concurrency:,}"
     wait = f"; longer than {s.cache_tokens // s.asked:,} tokens each, some wait" if s.samples < s.asked else ""
     table.add_row("asked for", f"{s.asked:,} samples per server", asked + wait)
+    return table
+
+
+def _agents(rows: list[Row]) -> Table:
+    table = plain_table("Agents", "", "")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

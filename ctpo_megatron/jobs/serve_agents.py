@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ctpo_megatron.agents.http.keys import new_key
 from ctpo_megatron.agents.play.admin import Admin
@@ -20,6 +22,7 @@ from ctpo_megatron.jobs.inputs import open_model, prepare_run_dir
 from ctpo_megatron.jobs.rollouts import open_client
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.topology import topology_of
+from ctpo_megatron.ports import is_free
 from ctpo_megatron.record.events import print_sentence
 from ctpo_megatron.record.files import write_summary
 from ctpo_megatron.rollout.chat import ChatTokenizer
@@ -46,6 +49,7 @@ async def serve_agents_job(config: RunConfig, stop: StopSignal) -> None:
 
 async def _serve(runtime: Runtime, agent: ExternalAgent, chat: ChatTokenizer, run_dir: Path, key: str, stop: StopSignal) -> None:
     rollout = runtime.config.rollout
+    agent = with_earlier_ports(agent, run_dir / ADDRESSES)
     sampling = Sampling(
         rollout.temperature, rollout.max_turns, rollout.max_response_tokens, record=True, truncation=rollout.truncation
     )
@@ -61,7 +65,8 @@ async def _serve(runtime: Runtime, agent: ExternalAgent, chat: ChatTokenizer, ru
         closing = asyncio.ensure_future(attempts.close_late_ones())
         try:
             async with admin.serving(agent.host, agent.admin_port) as address:
-                agents = f"http://{agent.host}:{endpoint.server.port}"
+                host = f"[{agent.host}]" if ":" in agent.host else agent.host
+                agents = f"http://{host}:{endpoint.server.port}"
                 write_summary(run_dir, {"attempts": f"{address}/attempts", "agents": agents}, name=ADDRESSES)
                 print(f"attempts are opened at {address}/attempts, with the key in {run_dir / KEY}; agents ask {agents}")
                 await _stopped(stop, closing)
@@ -70,6 +75,15 @@ async def _serve(runtime: Runtime, agent: ExternalAgent, chat: ChatTokenizer, ru
             await asyncio.gather(closing, return_exceptions=True)
             await attempts.leave()
     print(f"stopped; {len(attempts.open)} attempts are open, and are open again with the same command")
+
+
+def with_earlier_ports(agent: ExternalAgent, addresses: Path) -> ExternalAgent:
+    """Returns `agent` with the ports of an earlier start, where any would do and these are free: clients find them again."""
+    with storing(addresses):
+        earlier = json.loads(addresses.read_bytes()) if addresses.exists() else {}
+    found = {"admin_port": earlier.get("attempts"), "port": earlier.get("agents")}
+    ports = {key: urlsplit(url).port for key, url in found.items() if url and getattr(agent, key) == 0}
+    return agent.model_copy(update={key: port for key, port in ports.items() if port and is_free(agent.host, port)})
 
 
 async def _stopped(stop: StopSignal, closing: asyncio.Future[None]) -> None:

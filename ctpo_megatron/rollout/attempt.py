@@ -34,6 +34,7 @@ class Attempt:
     tool_errors: int = 0
     seconds: float = 0.0  # that it took, over all processes that worked on it, without those since `working_since`
     working_since: float | None = None  # on the clock of the event loop; None: nobody works on it
+    task_ids: list[int] | None = None  # of the prompt as the run has it, where a world said more before the first turn
 
     @property
     def tokens(self) -> list[int]:
@@ -78,6 +79,12 @@ class Attempt:
         self.open = self.finish = self.status = None
         self.tool_calls = self.tool_errors = 0
 
+    def open_with(self, prompt_ids: list[int]) -> None:
+        """Let it begin with these, which a world made of its prompt. It is found again by the prompt as the run has it."""
+        if self.task_ids is None and prompt_ids != self.prompt_ids:
+            self.task_ids = self.prompt_ids
+        self.prompt_ids = prompt_ids
+
     def begin_work(self) -> None:
         """Let its time run."""
         self.working_since = asyncio.get_running_loop().time()
@@ -101,6 +108,7 @@ class Attempt:
             self.tool_calls,
             self.tool_errors,
             self.worked_s,
+            task_ids=self.task_ids,
         )
 
     def close_turn(self, generation: Generation) -> None:

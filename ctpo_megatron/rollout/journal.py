@@ -173,7 +173,7 @@ class Journal:
             await self._storage.clear()
         records = [_DECODER.decode(payload) for payload in await self._storage.patiently(partial(_payloads, known.places))]
         found = _joined(records)
-        asked = (found.task_ids if isinstance(found, Trajectory) else None) or found.prompt_ids
+        asked = found.task_ids or found.prompt_ids
         same = (records[-1].recipe, found.prompt_index, asked) == (self._recipe_of(attempt), prompt.index, prompt_ids)
         if not same or not await self._same_weights(_versions(found), records[-1].weights):
             self._kept.pop(attempt, None)  # `forget` may have come meanwhile

@@ -38,6 +38,7 @@ def trajectory_of(attempt: Attempt, chat: TokenText) -> Trajectory:
         tool_errors=attempt.tool_errors,
         seconds=attempt.seconds,
         routed_experts=np.concatenate(attempt.routed_experts) if attempt.routed_experts else None,
+        task_ids=attempt.task_ids,
     )
 
 

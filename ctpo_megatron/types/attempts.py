@@ -139,7 +139,7 @@ class Trajectory:
     terms: dict[str, float] = field(default_factory=dict)  # what the reward is made of, and other numbers that came with it
     accuracy: float | None = None  # what the answer alone is worth, where the reward is more than that
     branches: list[Branch] = field(default_factory=list)
-    task_ids: list[int] | None = None  # of the prompt as the run has it, where an agent made another one of it; None: prompt_ids
+    task_ids: list[int] | None = None  # of the prompt as the run has it, where another one was made of it; None: prompt_ids
     id: AttemptId = field(kw_only=True)
 
     @property

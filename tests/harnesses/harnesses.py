@@ -8,7 +8,7 @@ from tests.support.agents import hermes
 
 ADDS = "I add.\n" + hermes("add", '{"b": 1.0,  "a": 1}')  # no harness writes its arguments like this
 ANSWER = "It is 2: ü€😀."
-SUBMITS = hermes("bash", '{"command":"echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && echo 2"}')
+SUBMITS = '{"command":"echo COMPLETE_TASK_AND_SUBMIT_FINAL_OUTPUT && echo 2"}'
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,26 @@ class Harness:
     removed: int | None = None
     stopped: bool = False
 
+
+@dataclass(frozen=True)
+class Format:
+    """How models write calls: `name` is SGLang's, `call` takes a name and arguments, `template` is whose chat template it is."""
+
+    name: str
+    call: str
+    between: str
+    template: str = "qwen"
+
+    def written(self, *calls: tuple[str, str]) -> str:
+        """A turn that holds these calls, each a name and its arguments, and nothing else."""
+        return self.between.join(self.call % each for each in calls)
+
+
+FORMATS = {
+    "hermes": Format("hermes", '<tool_call>{"name": "%s", "arguments": %s}</tool_call>', ""),
+    "qwen": Format("qwen25", '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>', "\n"),
+    "llama": Format("llama3", '<|python_tag|>{"name": "%s", "parameters": %s}', "; ", "llama"),
+}
 
 HARNESSES = {
     "openai": Harness("with_openai:play"),
@@ -46,7 +66,7 @@ HARNESSES = {
     "litellm": Harness("with_litellm:play"),
     "mini-swe-agent": Harness(
         "with_mini_swe_agent:play",
-        ("I look.\n" + hermes("bash", '{"command":  "echo $((1 + 1))"}'), ANSWER, SUBMITS),
+        ("I look.\n" + hermes("bash", '{"command":  "echo $((1 + 1))"}'), ANSWER, hermes("bash", SUBMITS)),
         "2\n",
         streams=False,
         removed=1,

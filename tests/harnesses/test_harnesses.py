@@ -8,6 +8,7 @@ each.
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,12 @@ from ctpo_megatron.agents.play.functions import FunctionRunner
 from ctpo_megatron.agents.play.logs import AgentLogs
 from ctpo_megatron.config.agents import FunctionAgent
 from ctpo_megatron.config.model import ChatConfig
+from ctpo_megatron.engine.sglang.parsers import SGLangCallParser
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.rollout.protocols import Outcome, Sampling, Score
 from ctpo_megatron.types import Generation, Prompt, Status, Trajectory
-from tests.harnesses.harnesses import HARNESSES, Harness
-from tests.support.agents import Engine, Hermes, check_sampled
+from tests.harnesses.harnesses import ANSWER, FORMATS, HARNESSES, SUBMITS, Format, Harness
+from tests.support.agents import Engine, check_sampled
 from tests.support.published import published_or_skip
 from tests.support.trajectories import ATTEMPT
 
@@ -91,15 +93,26 @@ class Stage:
             env={"LITELLM_LOCAL_MODEL_COST_MAP": "True", "MSWEA_SILENT_STARTUP": "1"},
         )
 
-    def play(self, name: str, chat: ChatTokenizer, lines: tuple[str, ...], *, stream: bool, cut: int | None) -> Played:
+    def play(
+        self,
+        name: str,
+        chat: ChatTokenizer,
+        lines: tuple[str, ...],
+        *,
+        stream: bool,
+        cut: int | None = None,
+        form: str = "hermes",
+    ) -> Played:
         try:
-            return self._loop.run(self._play(name, chat, lines, stream, cut))
+            return self._loop.run(self._play(name, chat, lines, stream, cut, form))
         except Exception as error:
             for log in sorted(self._logs.glob("*.log")):
                 error.add_note(log.read_text(encoding="utf-8")[-4000:])
             raise
 
-    async def _play(self, name: str, chat: ChatTokenizer, lines: tuple[str, ...], stream: bool, cut: int | None) -> Played:
+    async def _play(
+        self, name: str, chat: ChatTokenizer, lines: tuple[str, ...], stream: bool, cut: int | None, form: str
+    ) -> Played:
         if name not in self._runners:
             self._runners[name] = FunctionRunner(self._config, AgentLogs(self._logs))
         harness, episodes, reward = HARNESSES[name], KeyedEpisodes(), Said()
@@ -108,7 +121,7 @@ class Stage:
         prompt = Prompt(0, (message,), "2")
         async with AgentServer(episodes) as server:
             engine = CutOff(chat, list(lines), server=server, cut=cut)
-            endpoint = Endpoint(server, episodes, chat, Hermes(), MAX_PROMPT)
+            endpoint = Endpoint(server, episodes, chat, SGLangCallParser(form, thinks=chat.thinks), MAX_PROMPT)
             environment = AgentEnvironment(endpoint, engine, self._runners[name], reward, self._config)
             made = await environment.run(environment.begin(prompt, ATTEMPT), prompt, 0, SAMPLING)
         return Played(made, engine, server, reward.texts)
@@ -135,6 +148,12 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], ChatToken
     directory = published_or_skip("qwen3", tmp_path_factory.mktemp("qwen3"))
     made = {thinks: ChatTokenizer(directory, ChatConfig(chat_options={"enable_thinking": thinks})) for thinks in (True, False)}
     return made.__getitem__
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    """Llama 3.1's published tokenizer, whose template writes one call in a turn at most."""
+    return ChatTokenizer(published_or_skip("llama3_1", tmp_path_factory.mktemp("llama")))
 
 
 def up_to_stop(log: list[tuple[list[int], Generation]]) -> list[tuple[list[int], Generation]]:
@@ -191,3 +210,47 @@ def _check_shape(harness: Harness, made: Trajectory) -> None:
     assert branch.turns[0].versions[0] == harness.removed
     kept = [*made.prompt_ids, *made.turns[0].token_ids]
     assert branch.prompt_ids[: len(kept)] == kept
+
+
+CALLERS = [case for case in CASES if case.values[0] not in ("smolagents", "smolagents-code", "mini-swe-agent")]
+
+
+def of_template(form: Format, chat: Callable[[bool], ChatTokenizer], request: pytest.FixtureRequest) -> ChatTokenizer:
+    return request.getfixturevalue("llama") if form.template == "llama" else chat(False)
+
+
+@pytest.mark.parametrize(("name", "stream"), CALLERS)
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_parallel_calls_in_the_formats_of_models(
+    stage: Stage, chat: Callable[[bool], ChatTokenizer], request: pytest.FixtureRequest, name: str, stream: bool, form: Format
+) -> None:
+    """Each call gets its result, in their order, and the turn comes back as the one that was sampled."""
+    tokens = of_template(form, chat, request)
+    both = form.written(("add", '{"b": 1.0,  "a": 1}'), ("add", '{"a":20,"b":  0.5}'))
+    played = stage.play(name, tokens, (both, ANSWER), stream=stream, form=form.name)
+    made, log = played.made, played.engine.log
+    assert (played.texts, made.status, made.branches) == ([ANSWER], Status.FINISHED, [])
+    check_sampled(made, log)
+    assert made.tool_calls == 2
+    said = tokens.decode(made.turns[1].token_ids)
+    first, second = (min(said.find(text) for text in texts if text in said) for texts in (("2", "2.0"), ("20.5",)))
+    assert first < second, said
+    assert tokens.decode(made.turns[0].token_ids).startswith(both)
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_a_call_within_a_call_is_text(
+    stage: Stage, chat: Callable[[bool], ChatTokenizer], request: pytest.FixtureRequest, form: Format
+) -> None:
+    """What looks like a call within a string of a call is printed by the shell that it is given to, and nobody calls it."""
+    if shutil.which("bwrap") is None:
+        pytest.skip("mini-swe-agent's commands run in bubblewrap, which is not installed")
+    tokens = of_template(form, chat, request)
+    inner = form.written(("bash", '{"command": "exit 3"}'))
+    outer = form.written(("bash", json.dumps({"command": f"cat <<'END'\n{inner}\nEND"})))
+    ends = form.written(("bash", SUBMITS))
+    played = stage.play("mini-swe-agent", tokens, (outer, ends), stream=False, form=form.name)
+    assert (played.texts, played.made.tool_calls, played.made.branches) == (["2\n"], 2, [])
+    check_sampled(played.made, played.engine.log)
+    said = tokens.decode(played.made.turns[1].token_ids, special=True)
+    assert '"command": "exit 3"' in said.replace("\\", "")

@@ -1,7 +1,7 @@
 """Where attempts of agents from elsewhere are opened and closed, by whoever has the run's key.
 
 POST /attempts                {"messages": [...], "answer": "..."}     -> 201, its name, addresses and key
-POST /attempts/NAME/close     {"reward": 1.0}, {"text": "..."}, {}     -> 200, what it came to
+POST /attempts/NAME/close     {"reward": 1.0}, {"text": "..."}, {}     -> 200, what it came to; again: the same
 GET  /attempts                                                        -> 200, the open ones, and their seconds
 """
 
@@ -12,13 +12,14 @@ import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
 
 from ctpo_megatron.agents.http.server import AgentServer
-from ctpo_megatron.agents.play.attempts import NoAnswer, NoSuchAttempt, OpenAttempts, TooMany, prompt_of
-from ctpo_megatron.errors import InputError, StorageError, reason
+from ctpo_megatron.agents.play.attempts import Closed, NoAnswer, NoSuchAttempt, OpenAttempts, TooMany, prompt_of
+from ctpo_megatron.errors import InputError, RolloutError, StorageError, reason
 
 MAX_BODY_BYTES = 1 << 20
 STOP_S = 5.0  # for requests that are under way to end
@@ -65,6 +66,8 @@ class Admin:
             return _refusal(400, str(error))
         except StorageError as error:
             return _refusal(507, reason(error))
+        except RolloutError as error:
+            return _refusal(503, f"no verdict, so the attempt is open still; close it again, or with a `reward`: {reason(error)}")
         except web.HTTPException as error:
             return _refusal(error.status, error.reason)
 
@@ -94,12 +97,23 @@ class Admin:
         if text is not None and not isinstance(text, str):
             raise ValueError("`text` is text")
         name = request.match_info["name"]
-        made = await self._attempts.close(name, reward=None if reward is None else float(reward), text=text)
+        try:
+            made = await self._attempts.close(name, reward=None if reward is None else float(reward), text=text)
+        except NoSuchAttempt:
+            earlier = self._attempts.closed(name)
+            if earlier is None:
+                raise
+            return _told(name, earlier)
         if made is None:
-            return web.json_response({"attempt": name, "status": None, "turns": 0})
+            return _told(name, Closed())
         sampled = sum(turn.role == "assistant" for turn in made.all_turns)
-        told: dict[str, Any] = {"attempt": name, "status": made.status.value, "reward": made.reward, "turns": sampled}
-        return web.json_response(told | {"branches": len(made.branches)})
+        return _told(name, Closed(made.status.value, made.reward, sampled, len(made.branches)))
+
+
+def _told(name: str, came_to: Closed) -> web.Response:
+    if came_to.status is None:
+        return web.json_response({"attempt": name, "status": None, "turns": 0})
+    return web.json_response({"attempt": name, **asdict(came_to)})
 
 
 async def _listen(runner: web.AppRunner, host: str, port: int) -> None:

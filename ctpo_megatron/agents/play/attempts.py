@@ -2,9 +2,11 @@
 
     RUN_DIR/attempts/NAME.json   the task, its key, and when it was opened; only its owner may read it
     RUN_DIR/attempts/NAME.tree   what was sampled, after each turn
+    RUN_DIR/attempts.next        the number of the next one
     RUN_DIR/rollouts/agents.jsonl   what attempts came to, a line each
 
-So a server that is started again goes on with those that are open: their keys stay, and so does their time.
+So a server that is started again goes on with those that are open: their keys stay, and so does their time. One that was closed
+is told again as it was, to who did not hear it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,11 +30,11 @@ from ctpo_megatron.agents.conversation.tree import Tree
 from ctpo_megatron.agents.http.keys import new_key
 from ctpo_megatron.agents.play.environment import Endpoint
 from ctpo_megatron.agents.protocols import Message
-from ctpo_megatron.errors import storing
+from ctpo_megatron.errors import RolloutError, storing
 from ctpo_megatron.record.files import GrowingFile, drop_half_line
 from ctpo_megatron.record.trajectories import as_row
 from ctpo_megatron.rollout.judged import outcome_as, with_score
-from ctpo_megatron.rollout.protocols import Generator, Reward, Sampling, Score
+from ctpo_megatron.rollout.protocols import Generator, Outcome, Reward, Sampling, Score
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory
 
 LOOK_S = 1.0  # how often it is looked for attempts whose time is over
@@ -44,6 +46,16 @@ class NoSuchAttempt(Exception):
 
 class TooMany(Exception):
     """No further attempt may be opened before another one is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """What an attempt came to. `turns`: those that were sampled, on all branches; `status` is None where none was."""
+
+    status: str | None = None
+    reward: float = 0.0
+    turns: int = 0
+    branches: int = 0
 
 
 class NoAnswer(Exception):
@@ -93,13 +105,14 @@ class OpenAttempts:
         self._endpoint, self._generator, self._reward = endpoint, generator, reward
         self._sampling, self._timeout_s, self._most = sampling, timeout_s, most
         self._directory, self._rows = run_dir / "attempts", run_dir / "rollouts" / "agents.jsonl"
+        self._counter = run_dir / "attempts.next"
         with storing(self._directory):
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._rows.parent.mkdir(parents=True, exist_ok=True)
             drop_half_line(self._rows)
         self._file = GrowingFile(self._rows)
         self._open: dict[str, _Open] = {}
-        self._closing: set[str] = set()
+        self._closing: dict[str, asyncio.Event] = {}  # set when each is closed, or could not be
         self._next = 0
         self._restore()
 
@@ -115,6 +128,7 @@ class OpenAttempts:
             raise TooMany(f"{self._most} attempts are open (rollout.agent.max_open); close one first")
         told = Told(self._next, new_key(), time.time(), list(messages), answer)
         self._next += 1
+        _write(self._counter, str(self._next).encode())
         _write(self._path(told, "json"), msgspec.json.encode(told))
         self._take(told, Tree(str(told.id)))
         return told
@@ -124,14 +138,17 @@ class OpenAttempts:
     ) -> Trajectory | None:
         """Returns what the attempt `name` came to, which is on disk then; None where nothing was sampled in it.
 
-        `reward`: what it is worth; None: `text` is graded, or what the model wrote. Raises NoSuchAttempt, NoAnswer, StorageError.
+        `reward`: what it is worth; None: `text` is graded, or what the model wrote. Raises NoSuchAttempt, NoAnswer, StorageError,
+        and RolloutError where it is open still, since nobody came to a verdict.
         """
+        while (under_way := self._closing.get(name)) is not None:
+            await under_way.wait()
         each = self._open.get(name)
-        if each is None or name in self._closing:
+        if each is None:
             raise NoSuchAttempt(f"no attempt {name!r} is open")
         if reward is None and each.told.answer is None and not late:
             raise NoAnswer(f"attempt {name} was opened without `answer`, so it cannot be graded; close it with a `reward`")
-        self._closing.add(name)
+        self._closing[name] = asyncio.Event()
         try:
             self._endpoint.episodes.remove(each.told.key)
             await each.conversation.close()
@@ -142,8 +159,19 @@ class OpenAttempts:
                 self._path(each.told, kind).unlink(missing_ok=True)
             del self._open[name]
         finally:
-            self._closing.discard(name)
+            self._closing.pop(name).set()
         return made
+
+    def closed(self, name: str) -> Closed | None:
+        """Returns what an attempt that is not open any more came to; None where there never was one of this name."""
+        number = name.removeprefix("g").partition(".")[0]
+        known = number.isascii() and number.isdigit() and int(number) < self._next and name == _name(int(number))
+        if not known or name in self._open:
+            return None
+        for row in _rows(self._rows):
+            if row["id"] == name:
+                return _closed_as(row)
+        return Closed()
 
     async def close_late_ones(self) -> None:
         """Close attempts when their time is over, until this is cancelled."""
@@ -178,9 +206,18 @@ class OpenAttempts:
         else:
             said = "" if made.status is Status.UNANSWERED else written(tree, self._endpoint.chat)
             said = said if text is None else text
-            score = await self._reward.score(_prompt(told), outcome_as(said, made, self._endpoint.chat))
+            score = await self._score(told, outcome_as(said, made, self._endpoint.chat), late)
         seconds = time.time() - told.opened
         return replace(with_score(made, score), seconds=seconds)
+
+    async def _score(self, told: Told, outcome: Outcome, late: bool) -> Score:
+        """Returns the verdict. Raises RolloutError where nobody gives one and it can be asked for again: not of a `late` one."""
+        try:
+            return await self._reward.score(_prompt(told), outcome)
+        except RolloutError as error:
+            if not late:
+                raise
+            return Score(0.0, undecided=True, why=str(error))
 
     def _take(self, told: Told, tree: Tree) -> None:
         left_s = told.opened + self._timeout_s - time.time()
@@ -205,8 +242,10 @@ class OpenAttempts:
         return self._directory / f"{told.id}.{kind}"
 
     def _restore(self) -> None:
-        closed = set(_closed(self._rows))
+        closed = {row["id"] for row in _rows(self._rows)}
         self._next = 1 + max((int(name.partition(".")[0][1:]) for name in closed), default=-1)
+        if self._counter.exists():
+            self._next = max(self._next, int(self._counter.read_bytes()))
         for path in sorted(self._directory.glob("*.json")):
             told = msgspec.json.decode(path.read_bytes(), type=Told)
             tree = self._path(told, "tree")
@@ -218,15 +257,24 @@ class OpenAttempts:
             self._next = max(self._next, told.number + 1)
 
 
+def _name(number: int) -> str:
+    return str(AttemptId(GroupId(number), 0))
+
+
 def _prompt(told: Told) -> Prompt:
     return Prompt(told.number, tuple(told.messages), told.answer or "")
 
 
-def _closed(rows: Path) -> list[str]:
-    if not rows.exists():
-        return []
-    with rows.open(encoding="utf-8") as lines:
-        return [json.loads(line)["id"] for line in lines]
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.exists():
+        with path.open(encoding="utf-8") as lines:
+            yield from map(json.loads, lines)
+
+
+def _closed_as(row: dict[str, Any]) -> Closed:
+    branches = row.get("branches", [])
+    turns = [turn for sample in (row, *branches) for turn in sample["turns"] if turn["role"] == "assistant"]
+    return Closed(row["status"], row["reward"], len(turns), len(branches))
 
 
 def _write(path: Path, data: bytes) -> None:

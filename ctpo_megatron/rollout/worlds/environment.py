@@ -89,7 +89,7 @@ class WorldEnvironment:
         """Returns the episode of `attempt`, at the place at which that is."""
         episode = await self._opened(prompt)
         if not attempt.turns and attempt.open is None:
-            attempt.prompt_ids = episode.prompt_ids
+            attempt.open_with(episode.prompt_ids)
             return episode
         try:
             same = episode.world.replayable and attempt.prompt_ids == episode.prompt_ids
@@ -102,7 +102,7 @@ class WorldEnvironment:
         attempt.begin_anew()
         note(attempt)
         episode = await self._opened(prompt)
-        attempt.prompt_ids = episode.prompt_ids
+        attempt.open_with(episode.prompt_ids)
         return episode
 
     async def _replayed(self, attempt: Attempt, episode: _Episode) -> bool:

@@ -144,6 +144,7 @@ def test_what_is_not_written_yet_is_found_as_it_was_when_it_was_noted(tmp_path: 
 
 def test_a_copy_of_an_attempt_has_all_that_it_holds() -> None:
     attempt = Attempt(AttemptId(GroupId(2), 1), 3, [7, 8], finish="length", status=Status.FINISHED, tool_calls=2, tool_errors=1)
+    attempt.open_with([7, 8, 9])
     attempt.seconds = 2.5
     attempt.close_turn(generation(3))
     attempt.add_tool_turn([4], "said")

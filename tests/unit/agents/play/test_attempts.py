@@ -18,8 +18,10 @@ from ctpo_megatron.agents.http.server import AgentServer
 from ctpo_megatron.agents.play.admin import Admin
 from ctpo_megatron.agents.play.attempts import OpenAttempts
 from ctpo_megatron.agents.play.environment import Endpoint
+from ctpo_megatron.errors import RolloutError
 from ctpo_megatron.rollout.chat import ChatTokenizer
-from ctpo_megatron.rollout.protocols import Sampling
+from ctpo_megatron.rollout.protocols import Outcome, Reward, Sampling, Score
+from ctpo_megatron.types import Prompt
 from tests.support.agents import ADD, Engine, Hermes, hermes
 from tests.support.chats import loader
 from tests.unit.agents.play.test_environment import Said
@@ -59,11 +61,14 @@ class Site:
 
 
 @asynccontextmanager
-async def site(chat: ChatTokenizer, run_dir: Path, *lines: str, timeout_s: float = 3600.0, most: int = 8) -> AsyncIterator[Site]:
+async def site(
+    chat: ChatTokenizer, run_dir: Path, *lines: str, timeout_s: float = 3600.0, most: int = 8, reward: Reward | None = None
+) -> AsyncIterator[Site]:
     engine, episodes = Engine(chat, list(lines or (CALL, ANSWER))), KeyedEpisodes()
     async with AgentServer(episodes) as server, aiohttp.ClientSession() as session:
         endpoint = Endpoint(server, episodes, chat, Hermes(), 500)
-        attempts = OpenAttempts(endpoint, engine, Said(), run_dir, sampling=Sampling(1.0, 5, 400), timeout_s=timeout_s, most=most)
+        sampling, judge = Sampling(1.0, 5, 400), reward or Said()
+        attempts = OpenAttempts(endpoint, engine, judge, run_dir, sampling=sampling, timeout_s=timeout_s, most=most)
         try:
             async with Admin(attempts, server, key=KEY, model="m", timeout_s=timeout_s).serving("127.0.0.1", 0) as url:
                 yield Site(url, session, attempts, engine)
@@ -94,7 +99,10 @@ def test_an_attempt_from_its_opening_to_its_verdict(chat: ChatTokenizer, tmp_pat
                 {"attempt": "g00000000.0", "status": "finished", "reward": 1.0, "turns": 2, "branches": 0},
             )
             assert (await one.ask(made, messages))[0] == 401  # its key opens nothing any more
-            assert (await one.admin("POST", "/attempts/g00000000.0/close"))[0] == 404
+            again = await one.admin("POST", "/attempts/g00000000.0/close", {"reward": 0.0})
+            assert again == (200, closed), "who did not hear what it came to is told again"
+            for name in ("g00000001.0", "g00000000.1", "g0.0", "0", "x"):
+                assert (await one.admin("POST", f"/attempts/{name}/close"))[0] == 404
         (row,) = rows(tmp_path)
         assert (row["id"], row["reward"], [turn["role"] for turn in row["turns"]]) == (
             "g00000000.0",
@@ -192,7 +200,61 @@ def test_a_closing_that_was_cut_off_is_not_made_twice(chat: ChatTokenizer, tmp_p
         async with site(chat, tmp_path) as two:
             assert two.attempts.open == {}
             assert not list((tmp_path / "attempts").iterdir())
+            status, again = await two.admin("POST", f"/attempts/{made['attempt']}/close")
+            assert (status, again["status"], again["reward"], again["turns"]) == (200, "finished", 1.0, 1)
+            _, second = await two.admin("POST", "/attempts", TASK)
+            await two.admin("POST", f"/attempts/{second['attempt']}/close")  # nothing was sampled in it
+        async with site(chat, tmp_path) as three:
+            assert (await three.admin("POST", f"/attempts/{second['attempt']}/close"))[1]["status"] is None
+            assert (await three.admin("POST", "/attempts", TASK))[1]["attempt"] == "g00000002.0"  # no name is used twice
         assert len(rows(tmp_path)) == 1
+
+    asyncio.run(play())
+
+
+class Down:
+    """A judge that is not reached, `fails` times; what was asked of it waits for `heard`."""
+
+    def __init__(self, fails: int) -> None:
+        self.fails, self.heard = fails, asyncio.Event()
+
+    async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
+        await self.heard.wait()
+        self.fails -= 1
+        if self.fails >= 0:
+            raise RolloutError("no verdict from the judge")
+        return await Said().score(prompt, outcome)
+
+
+def test_an_attempt_stays_open_while_nobody_comes_to_a_verdict(chat: ChatTokenizer, tmp_path: Path) -> None:
+    async def play() -> None:
+        judge = Down(fails=1)
+        async with site(chat, tmp_path, ANSWER, reward=judge) as one:
+            _, made = await one.admin("POST", "/attempts", TASK)
+            await one.said(made, TASK["messages"])
+            path = f"/attempts/{made['attempt']}/close"
+            first, second = asyncio.ensure_future(one.admin("POST", path)), asyncio.ensure_future(one.admin("POST", path))
+            judge.heard.set()
+            found = sorted(await asyncio.gather(first, second), key=lambda each: each[0])
+            assert [status for status, _ in found] == [200, 503]
+            assert found[0][1]["reward"] == 1.0
+            assert "close it again" in found[1][1]["error"]
+            assert await one.admin("POST", path) == found[0]
+            _, other = await one.admin("POST", "/attempts", TASK)
+            await one.said(other, TASK["messages"])
+        assert len(rows(tmp_path)) == 1
+
+        late = Down(fails=9)
+        late.heard.set()
+        async with site(chat, tmp_path, timeout_s=0.0, reward=late) as two:
+            closing = asyncio.ensure_future(two.attempts.close_late_ones())
+            async with asyncio.timeout(60):
+                while two.attempts.open:
+                    await asyncio.sleep(0.01)
+            closing.cancel()
+        row = rows(tmp_path)[1]
+        found = [row[key] for key in ("status", "reward", "undecided", "why")]
+        assert found == ["deadline", 0.0, True, "no verdict from the judge"]
 
     asyncio.run(play())
 

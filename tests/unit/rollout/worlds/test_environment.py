@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from ctpo_megatron.config.rollout import RolloutConfig
 from ctpo_megatron.engine.sglang.parsers import SGLangCallParser
 from ctpo_megatron.errors import ConfigError, RolloutError
+from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.rollout.worlds.environment import WorldEnvironment
@@ -222,6 +224,52 @@ def test_what_a_world_says_first_is_part_of_the_prompt() -> None:
 
     trajectory, engine, _ = play("7", kind=Says)
     assert (engine.seen, trajectory.prompt_ids) == (["q!"], [ord("q"), ord("!")])
+
+
+class Tells(Guess):
+    """It begins with words of its own, and knows its tools only then."""
+
+    says = "!"
+
+    async def reset(self, prompt: Prompt) -> str | None:
+        self.tools = TOOLS
+        return self.says
+
+
+class TellsOther(Tells):
+    says = "?"
+
+
+async def stopped_and_resumed(directory: Path, then: Callable[[], Any]) -> tuple[list[str], list[Trajectory]]:
+    """A group of two, stopped where one has ended and the other is in its second turn; what was sampled for it afterwards."""
+
+    async def sampled(engine: Script, kind: Callable[[], Any], stop: bool) -> list[Trajectory]:
+        journal = Journal(directory, "recipe")
+        journal.published(1, "weights")
+        rollouter = Rollouter(environment(engine, kind)[0], RolloutConfig(), store=journal)
+        work = asyncio.create_task(rollouter.group(PROMPT, GROUP, size=2, sampling=Sampling(1.0, 5, 1000)))
+        while stop and len(engine.seen) < 3:
+            await asyncio.sleep(0)
+        if stop:
+            await rollouter.interrupt()
+            work.cancel()
+            await asyncio.wait([work])
+        journal.close()
+        return [] if stop else (await work).trajectories
+
+    await sampled(Script("7", "3", None), Tells, stop=True)
+    engine = Script("7", "7")
+    made = await sampled(engine, then, stop=False)
+    return engine.seen, made
+
+
+def test_a_stopped_run_goes_on_where_a_world_begins_with_words_of_its_own(tmp_path: Path) -> None:
+    seen, made = asyncio.run(stopped_and_resumed(tmp_path / "same", Tells))
+    assert seen == ["q!T3|{u:higher}"], "the one that had ended is kept, and the other goes on"
+    assert [each.text for each in made] == ["7|", "3|{u:higher}7|"]
+    assert [each.prompt_ids for each in made] == [[ord(c) for c in "q!T"]] * 2
+    seen, made = asyncio.run(stopped_and_resumed(tmp_path / "other", TellsOther))
+    assert (seen, made[1].prompt_ids) == (["q?T"], [ord(c) for c in "q?T"]), "a world that says something else begins anew"
 
 
 class Ranked(Guess):
