@@ -141,12 +141,10 @@ class _Run:
         lead: Lead,
         hearing: Hearing,
     ) -> None:
-        self._hearing = hearing
-        self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
+        self._runtime, self._rollouts, self._inputs, self._hearing = runtime, rollouts, inputs, hearing
         self._journal, self._storage, self._emit, self._begun, self._lead = journal, storage, emit, begun, lead
-        self._totals = RunTotals()
+        self._totals, self._returns = RunTotals(), inputs.config.train.spikes.returns
         self._memory = make_memory(runtime, inputs.config, inputs.run_dir, emit)
-        self._returns = inputs.config.train.spikes.returns
         self.done = inputs.start.step  # training steps whose result is kept
 
     async def to_its_end(self, stop: StopSignal) -> TrainLoop:
@@ -230,8 +228,7 @@ class _Run:
         sampler = restored_sampler(inputs.prompts, inputs.config.data, inputs.config.seed, position.cursor)
         if self._journal is not None:
             self._journal.go_back(start.step)
-        admission = Admission(sampler, position.groups, position.open)
-        going_on = replace(start, admission=admission, position=position)
+        going_on = replace(start, admission=Admission(sampler, position.groups, position.open), position=position)
         loop = await self._runtime.guard(self._prepare(going_on, found, passed_over=True))
         emit(WentBack(error.step, start.step, position.ended - start.position.ended))
         return loop
@@ -296,10 +293,9 @@ class _Run:
         )
 
     async def _record(self, step: int) -> RunRecord:
-        run_dir, config, through = self._inputs.run_dir, self._inputs.config.log, self._storage.write
-        recorder = Recorder(run_dir, config, first_step=step, emit=self._emit, through=through)
-        # behind the recorder, which drops steps that are made again
-        return RunRecord(run_dir, config, recorder, through, self._hearing.alarms_of(self._inputs.config, run_dir, self._emit))
+        run_dir, config, through = self._inputs.run_dir, self._inputs.config, self._storage.write
+        recorder = Recorder(run_dir, config.log, first_step=step, emit=self._emit, through=through)  # drops steps made again
+        return RunRecord(run_dir, config.log, recorder, through, self._hearing.alarms_of(config, run_dir, self._emit))
 
     async def _spikes(self) -> SpikeDetector:
         config = self._inputs.config.train.spikes

@@ -16,7 +16,7 @@ from ctpo_megatron.record.alarms.words import WORDS, Words
 from ctpo_megatron.record.catalogue import CATALOGUE, find
 
 SMOOTH = 5  # values that medians are taken of, where nothing else is said
-LONG = 10  # the same of noisier ones
+LONG, LONGER = 10, 16  # the same of noisier ones, and of those that single prompts or hosts decide
 MEMORY = "host/memory_used"
 
 Found: TypeAlias = tuple[str, Alarm, Detector]
@@ -72,7 +72,7 @@ def _of_answers(config: AlarmsConfig, measure: Measure, reward: Progress, qualit
 def _of_ratios(config: AlarmsConfig) -> Iterator[Found]:
     size = config.baseline
     if (clip := config.clip) is not None:
-        parts = [(ClippedDeciles(LONG), clip.high), (ClipTilt(LONG), clip.tilt)]
+        parts = [(ClippedDeciles(LONGER), clip.high), (ClipTilt(LONGER), clip.tilt)]
         yield "clip", clip, Parts([Level(signal, limit, above=True, smooth=1) for signal, limit in parts])
     if (drift := config.drift) is not None:
         whole = Growth(metric("drift/mean"), drift.factor, size=size, smooth=SMOOTH)
@@ -90,12 +90,12 @@ def _of_ratios(config: AlarmsConfig) -> Iterator[Found]:
 def _of_machines(config: AlarmsConfig, measure: Measure) -> Iterator[Found]:
     size = config.baseline
     if (stale := config.stale) is not None:
-        older = Growth(metric("rollout/staleness_mean"), stale.factor, size=size, smooth=SMOOTH, least=stale.versions)
+        older = Growth(metric("rollout/staleness_mean"), stale.factor, size=size, smooth=LONG, least=stale.versions)
         lost = Level(Aborted(measure.groups, LONG), stale.aborted, above=True, smooth=1)
         yield "stale", stale, Parts([older, lost])
     if (servers := config.servers) is not None:
-        tail = TailTime(LONG, servers.tail)
-        slow = Growth(tail, servers.factor, size=size, smooth=LONG, excused=tail.short)
+        tail = TailTime(LONGER, servers.tail)
+        slow = Growth(tail, servers.factor, size=size, smooth=LONGER, excused=tail.short)
         yield "servers", servers, Parts([slow, Losses(servers.losses, servers.within)])
     if (memory := config.memory) is not None:
         yield "memory", memory, Slope(metric(MEMORY), memory.full, memory.ahead, memory.window)

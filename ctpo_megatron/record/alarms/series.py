@@ -14,6 +14,7 @@ from itertools import pairwise
 NORMAL = 1.4826  # standard deviations of normal noise in one MAD
 PAIR = 2**0.5  # standard deviations of a difference of two values in one of a value
 SMALLEST = 1e-12
+SURE = 2.0  # deviations by which something has to be better than the best
 
 
 class Recent:
@@ -98,6 +99,6 @@ class Best:
         return self.value is not None
 
     def _margin(self) -> float:
-        # of the difference of two medians of `smooth` values: a median's deviation is 1.25 times a mean's
+        # deviations of the difference of two medians of `smooth` values: a median's is 1.25 times a mean's
         smooth = self._recent.values.maxlen or 1
-        return max(1.25 * PAIR * jitter(self._noise.values) / smooth**0.5, self._least)
+        return max(SURE * 1.25 * PAIR * jitter(self._noise.values) / smooth**0.5, self._least)
