@@ -39,6 +39,32 @@ class Progress:
         return self.best.ready and self.best.now >= self._solved
 
 
+class Anchor:
+    """Whether a new best makes the present numbers those that later ones are compared with.
+
+    It does, unless the last reading was beyond its limit (`beyond`): then a second has to come, as single bests come of noise.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bests = 0
+        self.beyond = False
+
+    def moves(self) -> bool:
+        """Returns whether it does, for the present row; asked once a row."""
+        if not self.beyond:
+            self._bests = 0
+        if not self._progress.best.better:
+            return False
+        self._bests += 1
+        return not self.beyond or self._bests > 1
+
+    def judged(self, reading: Reading) -> Reading:
+        """Returns the row's reading, and keeps whether it is beyond its limit."""
+        self.beyond = reading.over
+        return reading
+
+
 class Entropy(Deaf):
     """Entropy since the best reward: fallen or risen without a better one, or nearly gone while the task is not solved."""
 
@@ -46,6 +72,7 @@ class Entropy(Deaf):
         self._progress, self._share, self._collapsed, self._explosion = progress, share, collapsed, explosion
         self._recent = Recent(SMOOTH)
         self._at_best: float | None = None
+        self._anchor = Anchor(progress)
         self._most = 0.0
 
     def row(self, row: Row) -> Reading | None:
@@ -58,13 +85,14 @@ class Entropy(Deaf):
             return None
         now = self._recent.median
         self._most = max(self._most, now)
-        if self._progress.best.better or self._at_best is None:
+        if self._anchor.moves() or self._at_best is None:
             self._at_best = now
         excused = self._progress.solved()
         low = max(self._share * self._at_best, self._collapsed * self._most)
         if self._explosion is not None and now > self._at_best:
-            return reading(now, self._explosion * max(self._at_best, 0.1 * self._most), ENTROPY, 1.0, excused=excused)
-        return reading(now, low, ENTROPY, -1.0, excused=excused)
+            high = self._explosion * max(self._at_best, 0.1 * self._most)
+            return self._anchor.judged(reading(now, high, ENTROPY, 1.0, excused=excused))
+        return self._anchor.judged(reading(now, low, ENTROPY, -1.0, excused=excused))
 
 
 class Length(Deaf):
@@ -74,6 +102,7 @@ class Length(Deaf):
         self._progress, self._factor = progress, factor
         self._recent = Recent(SMOOTH)
         self._at_best: float | None = None
+        self._anchor = Anchor(progress)
 
     def row(self, row: Row) -> Reading | None:
         """Returns the judgement of a row with a length, once there is a best."""
@@ -84,11 +113,11 @@ class Length(Deaf):
         if not (self._recent.full and self._progress.best.ready):
             return None
         now = self._recent.median
-        if self._progress.best.better or self._at_best is None:
+        if self._anchor.moves() or self._at_best is None:
             self._at_best = now
         if now >= self._at_best:
-            return reading(now, self._factor * self._at_best, LENGTH, 1.0)
-        return reading(now, self._at_best / self._factor, LENGTH, -1.0)
+            return self._anchor.judged(reading(now, self._factor * self._at_best, LENGTH, 1.0))
+        return self._anchor.judged(reading(now, self._at_best / self._factor, LENGTH, -1.0))
 
 
 class Form(Deaf):
@@ -98,6 +127,7 @@ class Form(Deaf):
         self._progress, self._rise = progress, rise
         self._recent = {name: Recent(SMOOTH) for name in names}
         self._at_best: dict[str, float] = {}
+        self._anchor = Anchor(progress)
 
     def row(self, row: Row) -> Reading | None:
         """Returns the judgement of a row with such shares, once there is a best."""
@@ -107,12 +137,13 @@ class Form(Deaf):
         now = {name: self._recent[name].median for name in there if self._recent[name].full}
         if not now or not self._progress.best.ready:
             return None
-        if self._progress.best.better:
+        if self._anchor.moves():
             self._at_best = now
         rises = [(value - self._at_best.setdefault(name, value), name) for name, value in now.items()]
         rise, name = max(rises)
         limit = self._at_best[name] + self._rise
-        return Reading(now[name], limit, name, over=rise > self._rise, calm=rise < (1 - CALM) * self._rise)
+        found = Reading(now[name], limit, name, over=rise > self._rise, calm=rise < (1 - CALM) * self._rise)
+        return self._anchor.judged(found)
 
 
 class Plateau(Deaf):
