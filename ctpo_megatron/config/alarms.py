@@ -44,6 +44,7 @@ class PlateauAlarm(Alarm):
     steps: PositiveInt = 200
     """Raised after so many training steps without a better one."""
     patience: PositiveInt = 1
+    """Readings in a row beyond the limit before it is raised."""
 
 
 class LengthAlarm(Alarm):
