@@ -154,7 +154,7 @@ class UndecidedAlarm(Alarm):
 class GoodputAlarm(Alarm):
     """Goodput: too little of the time of the last steps went into rollouts and training."""
 
-    share: Share = 0.5
+    share: Share = 0.6
     """Raised below this useful share of the time."""
     window: PositiveInt = Field(20, ge=2)
     """Steps that are looked at together."""

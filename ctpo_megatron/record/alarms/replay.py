@@ -6,9 +6,10 @@ There is no file of alarms' state that could disagree with the metrics, or be of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
+
+import msgspec
 
 from ctpo_megatron.errors import InputError, storing
 from ctpo_megatron.record.alarm_events import AlarmCleared, AlarmRaised
@@ -86,7 +87,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _row(line: str, where: str) -> Row:
     try:
-        row = {name: float(value) for name, value in json.loads(line).items()}
+        row = {name: float(value) for name, value in msgspec.json.decode(line).items()}
         row["step"], row["time"]
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"{where}: a row is an object of numbers with `step` and `time`: {error!r}") from error
