@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from made_runs import ANSWERS, FAULTS, GROUPS, Made, faulty, healthy
+from made_runs import ANSWERS, FAULTS, GROUPS, faulty, healthy
 
 from ctpo_megatron.config.alarms import AlarmsConfig
 from ctpo_megatron.record.alarm_events import AlarmRaised
@@ -24,10 +24,13 @@ FIRST_SEED = 201  # thresholds were chosen looking at seeds before
 BEGIN, END = "<!-- table: made runs -->", "<!-- end -->"
 
 
-def raised_in(made: Made, config: AlarmsConfig) -> list[AlarmRaised]:
+MEASURE = Measure(GROUPS, ANSWERS, "reward/term/answer")
+
+
+def raised_in(rows: list[dict[str, float]], config: AlarmsConfig, measure: Measure = MEASURE) -> list[AlarmRaised]:
     """Returns the alarms of a run, in order."""
-    alarms = Alarms(config, Measure(GROUPS, ANSWERS, "reward/term/answer"))
-    return [each for row in made.rows for each in alarms.row(row) if isinstance(each, AlarmRaised)]
+    alarms = Alarms(config, measure)
+    return [each for row in rows for each in alarms.row(row) if isinstance(each, AlarmRaised)]
 
 
 def table(seeds: int, healthy_seeds: int, config: AlarmsConfig) -> list[str]:
@@ -39,7 +42,7 @@ def table(seeds: int, healthy_seeds: int, config: AlarmsConfig) -> list[str]:
         delays, harms, in_time, others = [], [], 0, Counter[str]()
         for seed in range(FIRST_SEED, FIRST_SEED + seeds):
             made = faulty(fault, seed)
-            raised = raised_in(made, config)
+            raised = raised_in(made.rows, config)
             if made.begin is None or made.harm is None:
                 raise ValueError(f"{fault.alarm}, seed {seed}: there is no harm")
             early += sum(each.step < made.begin for each in raised)
@@ -52,8 +55,8 @@ def table(seeds: int, healthy_seeds: int, config: AlarmsConfig) -> list[str]:
         beside = ", ".join(f"{name} {count}" for name, count in sorted(others.items()))
         words = [fault.alarm, fault.story, fault.harm_words, _range(delays), _range(harms), f"{in_time} of {seeds}", beside]
         lines.append(f"| {' | '.join(words)} |")
-    by_seed = [raised_in(healthy(seed), config) for seed in range(FIRST_SEED, FIRST_SEED + healthy_seeds)]
-    first, all_ = (_named(found) for found in (by_seed[:seeds], by_seed))
+    by_seed = [raised_in(healthy(seed).rows, config) for seed in range(FIRST_SEED, FIRST_SEED + healthy_seeds)]
+    first, all_ = (words_of(found) for found in (by_seed[:seeds], by_seed))
     lines += ["", f"False alarms on {seeds} healthy runs of 600 steps: {first}; on {healthy_seeds} such runs: {all_}."]
     lines += [f"Before the fault began, in the {seeds * len(FAULTS)} runs above: {early or 'none'}."]
     return lines
@@ -61,11 +64,11 @@ def table(seeds: int, healthy_seeds: int, config: AlarmsConfig) -> list[str]:
 
 def cost(config: AlarmsConfig) -> float:
     """Returns seconds of CPU that a row costs all detectors, in the median of five runs."""
-    made, found = healthy(1), []
+    rows, found = healthy(1).rows, []
     for _ in range(5):
         begun = time.process_time()
-        raised_in(made, config)
-        found.append((time.process_time() - begun) / len(made.rows))
+        raised_in(rows, config)
+        found.append((time.process_time() - begun) / len(rows))
     return statistics.median(found)
 
 
@@ -81,12 +84,18 @@ def main(
         f"All detectors together take {cost(config) * 1e3:.2f} ms of CPU for a row.",
     ]
     print("\n".join(lines))
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+    put(PAGE, BEGIN, END, lines)
 
 
-def _named(found: list[list[AlarmRaised]]) -> str:
+def put(page: Path, begin: str, end: str, lines: list[str]) -> None:
+    """Put `lines` between the lines `begin` and `end` of `page`."""
+    text = page.read_text(encoding="utf-8")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    page.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{end}{after}", encoding="utf-8")
+
+
+def words_of(found: list[list[AlarmRaised]]) -> str:
+    """Returns the alarms of some runs, with their steps."""
     return ", ".join(f"{each.alarm} at step {each.step}" for one in found for each in one) or "none"
 
 

@@ -138,7 +138,7 @@ class MemoryAlarm(Alarm):
 
 
 class EqualGroupsAlarm(Alarm):
-    """Groups whose rewards are all equal: nothing is learnt from them, and the task is not solved."""
+    """Groups whose rewards are all equal, and not because their prompts are solved: nothing is learnt from them."""
 
     mixed: Share = 0.3
     """Raised where fewer groups than this share have different rewards."""

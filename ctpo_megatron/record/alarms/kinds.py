@@ -10,7 +10,17 @@ from ctpo_megatron.config.alarms import Alarm, AlarmsConfig, BoundAlarm
 from ctpo_megatron.errors import ConfigError, near_miss
 from ctpo_megatron.record.alarms.detectors import Detector, Growth, Level, Losses, Parts, Useful
 from ctpo_megatron.record.alarms.progress import REWARD, Entropy, Form, Length, Plateau, Progress
-from ctpo_megatron.record.alarms.signals import Aborted, ClippedDeciles, ClipTilt, LateDrift, TailTime, largest, metric, share
+from ctpo_megatron.record.alarms.signals import (
+    Aborted,
+    ClippedDeciles,
+    ClipTilt,
+    LateDrift,
+    MixedGroups,
+    TailTime,
+    largest,
+    metric,
+    share,
+)
 from ctpo_megatron.record.alarms.slope import Slope
 from ctpo_megatron.record.alarms.words import WORDS, Words
 from ctpo_megatron.record.catalogue import CATALOGUE, find
@@ -62,8 +72,8 @@ def _of_answers(config: AlarmsConfig, measure: Measure, reward: Progress, qualit
     if (form := config.format) is not None:
         yield "format", form, Form(quality, form.rise)
     if (equal := config.equal_groups) is not None:
-        mixed = metric("reward/mixed_groups")
-        yield "equal_groups", equal, Level(mixed, equal.mixed, above=False, smooth=LONG, excused=reward.solved)
+        mixed = MixedGroups(LONG, config.solved)
+        yield "equal_groups", equal, Level(mixed, equal.mixed, above=False, smooth=LONG, excused=mixed.solved)
     if (undecided := config.undecided) is not None:
         signal = share("reward/undecided", measure.answers)
         yield "undecided", undecided, Level(signal, undecided.share, above=True, smooth=SMOOTH)

@@ -115,6 +115,31 @@ class Aborted:
         return Seen(lost / (lost + made), "ledger/aborted") if self._recent.full else None
 
 
+class MixedGroups:
+    """The share of groups whose rewards differ. `solved`: whether the others are equal because all of their answers are good.
+
+    In the median of `smooth` rows. Groups that differ are taken to have half of the reward, which is at most 1; the mean of the
+    others follows from that, and `enough` of it is good.
+    """
+
+    def __init__(self, smooth: int, enough: float) -> None:
+        self._enough, self._mixed, self._rewards = enough, Recent(smooth), Recent(smooth)
+
+    def __call__(self, row: Row) -> Seen | None:
+        """Returns the share."""
+        mixed, reward = row.get("reward/mixed_groups", math.nan), row.get("reward/mean", math.nan)
+        if not (math.isfinite(mixed) and math.isfinite(reward)):
+            return None
+        self._mixed.add(mixed)
+        self._rewards.add(reward)
+        return Seen(mixed, "reward/mixed_groups")
+
+    def solved(self) -> bool:
+        """Returns whether equal groups are good ones."""
+        mixed = self._mixed.median
+        return self._rewards.median - mixed / 2 >= self._enough * (1 - mixed)
+
+
 class TailTime:
     """Seconds that steps wait for the last fifth of their groups.
 
