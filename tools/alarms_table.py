@@ -56,8 +56,8 @@ def table(seeds: int, healthy_seeds: int, config: AlarmsConfig) -> list[str]:
         words = [fault.alarm, fault.story, fault.harm_words, _range(delays), _range(harms), f"{in_time} of {seeds}", beside]
         lines.append(f"| {' | '.join(words)} |")
     by_seed = [raised_in(healthy(seed).rows, config) for seed in range(FIRST_SEED, FIRST_SEED + healthy_seeds)]
-    first, all_ = (words_of(found) for found in (by_seed[:seeds], by_seed))
-    lines += ["", f"False alarms on {seeds} healthy runs of 600 steps: {first}; on {healthy_seeds} such runs: {all_}."]
+    ten, all_ = (words_of(found) for found in (by_seed[:seeds], by_seed))
+    lines += ["", f"False alarms on {seeds} healthy runs of 600 steps: {ten}; on {healthy_seeds} such runs: {all_}."]
     lines += [f"Before the fault began, in the {seeds * len(FAULTS)} runs above: {early or 'none'}."]
     return lines
 

@@ -82,8 +82,8 @@ def _of_answers(config: AlarmsConfig, measure: Measure, reward: Progress, qualit
 def _of_ratios(config: AlarmsConfig) -> Iterator[Found]:
     size = config.baseline
     if (clip := config.clip) is not None:
-        parts = [(ClippedDeciles(LONGER), clip.high), (ClipTilt(LONGER), clip.tilt)]
-        yield "clip", clip, Parts([Level(signal, limit, above=True, smooth=1) for signal, limit in parts])
+        most = Level(ClippedDeciles(LONGER), clip.high, above=True, smooth=1)  # these two are smooth
+        yield "clip", clip, Parts([most, Level(ClipTilt(LONGER), clip.tilt, above=True, smooth=1)])
     if (drift := config.drift) is not None:
         whole = Growth(metric("drift/mean"), drift.factor, size=size, smooth=SMOOTH)
         yield "drift", drift, Parts([whole, Growth(LateDrift(), drift.late, size=size, smooth=LONG)])

@@ -6,6 +6,7 @@ All numbers that come in are finite.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Iterable
@@ -101,4 +102,4 @@ class Best:
     def _margin(self) -> float:
         # deviations of the difference of two medians of `smooth` values: a median's is 1.25 times a mean's
         smooth = self._recent.values.maxlen or 1
-        return max(SURE * 1.25 * PAIR * jitter(self._noise.values) / smooth**0.5, self._least)
+        return max(SURE * 1.25 * PAIR * jitter(self._noise.values) / math.sqrt(smooth), self._least)
