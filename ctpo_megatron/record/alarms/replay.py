@@ -6,8 +6,9 @@ There is no file of alarms' state that could disagree with the metrics, or be of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -46,22 +47,25 @@ def settle(alarms: Alarms, run_dir: Path) -> list[AlarmRaised | AlarmCleared]:
     """
     replay(alarms, run_dir)
     open_ones = told_and_open(read_story(run_dir / "events.jsonl"))
-    over = [each for name, each in open_ones.items() if name not in alarms.standing]
-    ends = [AlarmCleared(each.alarm, each.where, each.step, each.step, GONE) for each in over]
+    ends = [_gone(name, each.fields) for name, each in open_ones.items() if name not in alarms.standing]
     return [*ends, *(each for name, each in alarms.standing.items() if name not in open_ones)]
 
 
-def told_and_open(story: Story) -> dict[str, AlarmRaised]:
-    """Returns the alarms that `story` tells of and not the end of, by name."""
-    found: dict[str, AlarmRaised] = {}
+def told_and_open(story: Story) -> dict[str, Happened]:
+    """Returns the events of the alarms that `story` tells of and not the end of, by the alarm's name."""
+    found: dict[str, Happened] = {}
     for event in all_events(story):
-        if event.name == AlarmRaised.name:
-            fields = dict(event.fields)
-            fields |= {name: float(fields[name]) for name in ("value", "limit")}
-            found[fields["alarm"]] = AlarmRaised(**fields)
+        name = event.fields.get("alarm")
+        if event.name == AlarmRaised.name and isinstance(name, str):
+            found[name] = event
         elif event.name == AlarmCleared.name:
-            found.pop(event.fields["alarm"], None)
+            found.pop(str(name), None)
     return found
+
+
+def _gone(name: str, fields: Mapping[str, Any]) -> AlarmCleared:
+    step = int(fields.get("step", 0))
+    return AlarmCleared(name, str(fields.get("where", "")), step, step, GONE)
 
 
 def all_events(story: Story) -> Iterator[Happened]:

@@ -182,8 +182,9 @@ class UsefulTime:
             self._owed, self._last = max(at - self._last, 0.0), None
 
     def began(self, at: float) -> None:
-        """Another process began to work on the run at `at`."""
-        self._last, self._owed = at - self._owed, 0.0
+        """A process began to work on the run at `at`; the start of the first one is no loss."""
+        if self._useful.values:
+            self._last, self._owed = at - self._owed, 0.0
 
     def __call__(self, row: Row) -> Seen | None:
         """Returns the share, once `window` steps were seen."""

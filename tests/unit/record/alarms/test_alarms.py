@@ -21,6 +21,7 @@ from ctpo_megatron.record.alarms.watch import Alarms, Latch
 from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.record.events import ServerLost
 from ctpo_megatron.record.story import Happened
+from ctpo_megatron.record.story_events import IncarnationBegan, IncarnationEnded
 
 MEASURE = Measure(GROUPS, ANSWERS, "reward/term/answer")
 OFF = dict.fromkeys(WORDS)
@@ -174,6 +175,30 @@ def test_a_server_that_is_lost_again_and_again_is_named() -> None:
             alarms.event(Happened(float(n), ServerLost.name, {"server": "server 3", "reason": "", "again": True}))
         found += alarms.row({"step": float(n), "time": float(n), "time/step": 1.0})
     assert [(type(each), each.where, each.step) for each in found] == [(AlarmRaised, "server 3", 23)]
+
+
+def test_goodput_counts_restarts_and_lost_work_and_no_waiting_for_an_allocation() -> None:
+    """Steps of 10 s, all of it useful. A process works 30 steps, trains 5 more that are lost, and ends; another goes on."""
+
+    def play(ended_at: float, began_at: float) -> list[AlarmRaised | AlarmCleared]:
+        alarms, found, clock = watch(**OFF | {"goodput": {"patience": 1}}), [], 0.0
+        alarms.event(Happened(0.0, IncarnationBegan.name, {"process": -5000.0}))  # a slow start is no loss
+        for n in range(1, 70):
+            if n == 31:
+                alarms.event(Happened(ended_at, IncarnationEnded.name, {"at": ended_at}))
+                alarms.event(Happened(began_at, IncarnationBegan.name, {"process": began_at}))
+                clock = began_at
+            clock += 10.0
+            seconds = {"time/step": 10.0, "time/rollout": 6.0, "time/train": 3.5, "time/batch": 0.5}
+            found += alarms.row({"step": float(n), "time": clock, **seconds})
+        return found
+
+    assert play(ended_at=300.0, began_at=100_000.0) == [], "nobody had the run's nodes"
+    assert play(ended_at=360.0, began_at=420.0) == [], "60 of 260 s"
+    lost = play(ended_at=500.0, began_at=501.0)
+    assert [(type(each), each.step) for each in lost] == [(AlarmRaised, 31), (AlarmCleared, 55)], (
+        "200 of 400 s, until it is long ago"
+    )
 
 
 def test_a_bound_of_ones_own_is_an_alarm_like_others() -> None:
