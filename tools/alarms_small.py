@@ -18,14 +18,14 @@ from small_runs import ANSWERS, GROUPS, Setting, run
 from ctpo_megatron.config.alarms import AlarmsConfig
 from ctpo_megatron.record.alarms.kinds import Measure
 
-STEPS, SMOOTH = 200, 9
+STEPS = 200
 BEGIN, END = "<!-- table: small runs -->", "<!-- end of small runs -->"
 MEASURE = Measure(GROUPS, ANSWERS, "reward/term/answer")
-HEALTHY = Setting("healthy", lr=5e-3)
+HEALTHY = Setting("healthy")
 FAULTS = [  # with the alarms that are to tell of it, and the harm in words
-    (Setting("learning rate 40 times as high", lr_then=8e-2, begin=60), ("entropy",)),
+    (Setting("learning rate 20 times as high", lr_then=4e-2, begin=60), ("entropy",)),
     (
-        Setting("a reward that pays twice as much for length as for answers", lr=5e-3, pay_length=2.0, begin=60),
+        Setting("a reward that pays twice as much for length as for answers", pay_length=2.0, begin=60),
         ("length", "format"),
     ),
     (Setting("a grader with 0.2 % more answers without a verdict at each step", undecided=0.002, begin=60), ("undecided",)),
@@ -33,13 +33,18 @@ FAULTS = [  # with the alarms that are to tell of it, and the harm in words
 
 
 def harm(setting: Setting, rows: list[dict[str, float]]) -> int | None:
-    """Returns the step from which on there is harm: answers 5 points below their best, or a tenth of them without a verdict."""
+    """Returns the step from which on there is harm: accuracy (median of 3 evaluations) 5 points below its best.
+
+    Of a broken grader: a tenth of the answers without a verdict.
+    """
     if setting.undecided:
         return setting.begin + round(0.1 / setting.undecided)
-    answers = [row["reward/term/answer"] for row in rows]
-    smooth = [statistics.median(answers[n - SMOOTH : n]) for n in range(SMOOTH, len(answers) + 1)]
-    best = [max(smooth[: n + 1]) for n in range(len(smooth))]
-    return next((n + SMOOTH for n, now in enumerate(smooth) if n + SMOOTH > setting.begin and now < best[n] - 0.05), None)
+    evaluated = [(int(row["step"]), row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+    smooth = [
+        (step, statistics.median(value for _, value in evaluated[max(0, n - 2) : n + 1])) for n, (step, _) in enumerate(evaluated)
+    ]
+    best = [max(value for _, value in smooth[: n + 1]) for n in range(len(smooth))]
+    return next((step for n, (step, now) in enumerate(smooth) if step > setting.begin and now < best[n] - 0.05), None)
 
 
 def table(seeds: int, healthy: int, keep: Path | None) -> list[str]:
@@ -68,7 +73,7 @@ def table(seeds: int, healthy: int, keep: Path | None) -> list[str]:
 
 def write(path: Path, rows: list[dict[str, float]]) -> None:
     """Keep what alarms look at, in four digits."""
-    names = ("step", "time", "reward/", "rollout/", "train/entropy", "health/effective", "health/clip")
+    names = ("step", "time", "eval/", "reward/", "rollout/", "train/entropy", "health/effective", "health/clip")
     kept = [{name: float(f"{value:.4g}") for name, value in row.items() if name.startswith(names)} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 

@@ -21,8 +21,9 @@ from ctpo_megatron.loop.statistics import train_metrics
 from ctpo_megatron.record.values import Max, Mean, Min, Sum, Value
 
 PROMPTS, END, LONGEST = 48, 9, 16
-GROUPS, SIZE, PARTS = 16, 8, 4  # groups of a step, attempts of a group, optimizer steps
+GROUPS, SIZE, PARTS = 32, 8, 4  # groups of a step, attempts of a group, optimizer steps
 ANSWERS = GROUPS * SIZE
+EVAL_EVERY, EVAL_SAMPLES = 4, 16
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,14 @@ def run(setting: Setting, seed: int, steps: int = 300) -> list[dict[str, float]]
         lost = torch.tensor([draw.random() < setting.undecided * since for _ in range(ANSWERS)])
         reward = right * ~lost + (setting.pay_length * length / LONGEST if since else 0.0)
         stats = train(policy, optimizer, made, reward)
-        rows.append({"step": float(step), "time": float(step), **numbers(made, right, reward, length, lost), **stats})
+        row = {"step": float(step), "time": float(step), **numbers(made, right, reward, length, lost), **stats}
+        rows.append(row | ({"eval/accuracy": accuracy(policy)} if step % EVAL_EVERY == 0 else {}))
     return rows
+
+
+def accuracy(policy: Policy) -> float:
+    """Returns the share of right answers to all prompts, without what a reward may pay besides."""
+    return float(judge(sample(policy, torch.arange(PROMPTS).repeat(EVAL_SAMPLES)))[0].mean())
 
 
 def train(policy: Policy, optimizer: torch.optim.Optimizer, made: Attempts, reward: Tensor) -> dict[str, float]:

@@ -177,6 +177,17 @@ def test_a_server_that_is_lost_again_and_again_is_named() -> None:
     assert [(type(each), each.where, each.step) for each in found] == [(AlarmRaised, "server 3", 23)]
 
 
+def test_a_change_that_is_within_the_noise_of_the_first_steps_is_none() -> None:
+    """Drift that jumps between 0.01 and 0.03: its median doubles at 0.04, and 4 of its deviations are at 0.08."""
+
+    def rows(then: float) -> list[Row]:
+        values = [0.02 + (0.01 if n % 2 else -0.01) for n in range(25)] + [then] * 20
+        return [{"step": float(n), "time": 0.0, "drift/mean": value} for n, value in enumerate(values, 11)]
+
+    assert told(rows(0.07)) == []
+    assert {each.alarm for each in told(rows(0.09))} == {"drift"}
+
+
 def test_goodput_counts_restarts_and_lost_work_and_no_waiting_for_an_allocation() -> None:
     """Steps of 10 s, all of it useful. A process works 30 steps, trains 5 more that are lost, and ends; another goes on."""
 
