@@ -190,6 +190,18 @@ def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=at_
 
 
 @app.command()
+def alarms(
+    run_dir: Annotated[Path, typer.Argument(help="of a run", callback=at_home)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="alarms.KEY=value: thresholds to try", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """What alarms say of a run's recorded metrics, with its own thresholds or with others; nothing is written."""
+    from ctpo_megatron.jobs.alarms import alarms_job
+
+    alarms_job(run_dir, overrides or [], as_json=as_json)
+
+
+@app.command()
 def doctor() -> None:
     """What this host has and lacks for a run; exit code 1 when a run cannot work here."""
     from ctpo_megatron.doctor import doctor_job

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import NonNegativeInt, model_validator
 
+from ctpo_megatron.config.alarms import AlarmsConfig
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.cluster import ClusterConfig
@@ -43,6 +44,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
 
     @model_validator(mode="after")
     def _batches_divide(self) -> RunConfig:

@@ -31,6 +31,7 @@ from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.time_limit import Lead, time_limit
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.admission import Admission, Position
+from ctpo_megatron.loop.alarms import Hearing, open_hearing
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest_or_none, restore
 from ctpo_megatron.loop.evaluation.evaluate import Benchmark
 from ctpo_megatron.loop.evaluation.files import read_estimates
@@ -81,11 +82,12 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         print(f"{config.run_dir}: this run has done its {config.train.steps} steps")
         return
     model = open_model(config, "train")
+    hearing = open_hearing(config)
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = checked_tool(config.rollout)
     lead = Lead()
     storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s, STORAGE_SHARE * config.cluster.stop_grace_s)
-    with IncarnationLog(Path(config.run_dir), [print_sentence, lead], storage.write) as events:
+    with IncarnationLog(Path(config.run_dir), [print_sentence, lead, hearing], storage.write) as events:
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
         prompts = load_training_prompts(config, model.chat, read.append, model.shape)
@@ -97,7 +99,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
             events(event)
         inputs = _Inputs(config, prompts, benchmarks, canary_texts(prompts, model.chat), run_dir, start, resumable)
         runtime = Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events)
-        async with storage.outlasting(events, runtime.stages), AsyncExitStack() as files:
+        async with storage.outlasting(events, runtime.stages), hearing.sending(), AsyncExitStack() as files:
             of_evaluations = recipes(config, benchmarks)
             journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no", recipes=of_evaluations)
             if journal is not None:
@@ -105,7 +107,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
             run: _Run | None = None
             try:
                 async with runtime, open_rollouts(runtime, model.chat, tool, journal, storage.write) as rollouts:
-                    run = _Run(runtime, rollouts, inputs, journal, storage, events, begun, lead)
+                    run = _Run(runtime, rollouts, inputs, journal, storage, events, begun, lead, hearing)
                     loop = await run.to_its_end(stop)
                     if config.checkpoint.export:
                         await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, run_dir / "model")))
@@ -137,12 +139,12 @@ class _Run:
         emit: Emit,
         begun: float,
         lead: Lead,
+        hearing: Hearing,
     ) -> None:
-        self._runtime, self._rollouts, self._inputs = runtime, rollouts, inputs
+        self._runtime, self._rollouts, self._inputs, self._hearing = runtime, rollouts, inputs, hearing
         self._journal, self._storage, self._emit, self._begun, self._lead = journal, storage, emit, begun, lead
-        self._totals = RunTotals()
+        self._totals, self._returns = RunTotals(), inputs.config.train.spikes.returns
         self._memory = make_memory(runtime, inputs.config, inputs.run_dir, emit)
-        self._returns = inputs.config.train.spikes.returns
         self.done = inputs.start.step  # training steps whose result is kept
 
     async def to_its_end(self, stop: StopSignal) -> TrainLoop:
@@ -226,8 +228,7 @@ class _Run:
         sampler = restored_sampler(inputs.prompts, inputs.config.data, inputs.config.seed, position.cursor)
         if self._journal is not None:
             self._journal.go_back(start.step)
-        admission = Admission(sampler, position.groups, position.open)
-        going_on = replace(start, admission=admission, position=position)
+        going_on = replace(start, admission=Admission(sampler, position.groups, position.open), position=position)
         loop = await self._runtime.guard(self._prepare(going_on, found, passed_over=True))
         emit(WentBack(error.step, start.step, position.ended - start.position.ended))
         return loop
@@ -292,9 +293,9 @@ class _Run:
         )
 
     async def _record(self, step: int) -> RunRecord:
-        run_dir, config, through = self._inputs.run_dir, self._inputs.config.log, self._storage.write
-        recorder = Recorder(run_dir, config, first_step=step, emit=self._emit, through=through)
-        return RunRecord(run_dir, config, recorder, through)
+        run_dir, config, through = self._inputs.run_dir, self._inputs.config, self._storage.write
+        recorder = Recorder(run_dir, config.log, first_step=step, emit=self._emit, through=through)  # drops steps made again
+        return RunRecord(run_dir, config.log, recorder, through, self._hearing.alarms_of(config, run_dir, self._emit))
 
     async def _spikes(self) -> SpikeDetector:
         config = self._inputs.config.train.spikes

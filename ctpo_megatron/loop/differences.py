@@ -71,6 +71,8 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "rollout.environment": ("applies", "attempts that were begun in the other one begin anew"),
     "algorithm.reference": ("applies", "the reference policy is read anew"),
     "sft": ("none", "it belongs to `ctpo sft`"),
+    "alarms": ("applies", "the steps before are judged by it too, so some alarms may be raised or cleared at once"),
+    "alarms.webhook": ("applies", ""),
 }
 # fields of a model's shape that change no tensor and no result, or that training alone reads
 _SHAPE_APPLIES = ("max_positions", "experts.aux_loss_coeff")

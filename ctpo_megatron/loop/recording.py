@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctpo_megatron.config.record import LogConfig
+from ctpo_megatron.loop.alarms import RunAlarms, numbers
+from ctpo_megatron.loop.alarms import as_markdown as alarm_text
 from ctpo_megatron.loop.evaluation.files import ResultFiles
 from ctpo_megatron.loop.evaluation.results import Evaluation
 from ctpo_megatron.loop.evaluation.table import as_table
 from ctpo_megatron.loop.health import health_histograms
+from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.files import Through, at_once
+from ctpo_megatron.record.host import memory_used
 from ctpo_megatron.record.trajectories import TrajectoryFiles, as_markdown
 from ctpo_megatron.types import TrajectoryGroup
 
@@ -19,18 +23,25 @@ from ctpo_megatron.types import TrajectoryGroup
 class RunRecord:
     """Passes a run's steps and evaluations on to the recorder and to the files of trajectories, as `config` asks for it.
 
-    `through`: how these files are written.
+    `through`: how these files are written. `alarms`: what judges the rows; None: nothing does.
     """
 
-    def __init__(self, run_dir: Path, config: LogConfig, recorder: Recorder, through: Through = at_once) -> None:
-        self._recorder = recorder
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LogConfig,
+        recorder: Recorder,
+        through: Through = at_once,
+        alarms: RunAlarms | None = None,
+    ) -> None:
+        self._recorder, self._alarms = recorder, alarms
         self._texts = config.rollouts_per_step
         self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
         self._results = ResultFiles(run_dir, recorder.stale, through)
 
     def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
         """Write down training step `step`, counted from 1."""
-        self._recorder.step(step, metrics)
+        self._numbers(step, metrics | {"host/memory_used": memory_used()})
         attempts = [(group.prompt, trajectory) for group in groups for trajectory in group.trajectories]
         self._recorder.histogram("reward", [t.reward for _, t in attempts], step)
         self._recorder.histogram("response_tokens", [t.response_length for _, t in attempts], step)
@@ -43,7 +54,7 @@ class RunRecord:
 
     def evaluation(self, step: int, made: Evaluation, *, late: bool = False) -> None:
         """Write down an evaluation of the policy after `step` training steps; `late`: behind one after more steps."""
-        self._recorder.step(step, made.metrics(), board=not late)
+        self._numbers(step, made.metrics(), board=not late)
         if made.has_more_to_tell:
             self._recorder.show(as_table(made))
         if self._files is not None:
@@ -52,7 +63,18 @@ class RunRecord:
 
     def checkpoint(self, step: int, seconds: float) -> None:
         """Write down how long training stood still for the checkpoint after `step` training steps."""
-        self._recorder.step(step, {"time/checkpoint": seconds})
+        self._numbers(step, {"time/checkpoint": seconds})
+
+    def obey(self, orders: Orders) -> None:
+        """Let the run save or stop where an alarm wants it."""
+        if self._alarms is not None:
+            self._alarms.obey(orders)
+
+    def _numbers(self, step: int, metrics: dict[str, float], *, board: bool = True) -> None:
+        written = self._recorder.step(step, metrics, board=board)
+        for told in [] if self._alarms is None else self._alarms.row(numbers(written)):
+            if board:
+                self._recorder.text(f"alarms/{told.alarm}", alarm_text(told), step)
 
     def close(self) -> None:
         """Flush what is not yet on disk. Safe to call twice."""

@@ -180,6 +180,7 @@ class TrainLoop:
         with timer("publish"):
             published = await self._publish(step + 1)
         metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
+        metrics["time/rollout_tail"] = tail.seconds
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
         self._judge(step + 1, metrics)
@@ -187,6 +188,7 @@ class TrainLoop:
         if self.evaluations.due(step + 1):
             with timer("evaluate"):
                 await self._evaluate(step + 1)
+        self.record.obey(self.orders)
         asked = self.orders.take_save()
         if (asked or self._save_due(step + 1)) and self.checkpoints is not None:
             with timer("checkpoint"):

@@ -233,6 +233,7 @@ PUBLICATION = (
 TIME = (
     Metric("time/step", "seconds", "The whole training step.", SUM),
     Metric("time/rollout", "seconds", "Waiting for the step's groups.", SUM),
+    Metric("time/rollout_tail", "seconds", "Of that, waiting for the last fifth: for long responses, or a slow server.", SUM),
     Metric("time/batch", "seconds", "Advantages and packing.", SUM),
     Metric("time/sleep", "seconds", "Servers on the trainer's GPUs giving memory back.", SUM),
     Metric("time/train", "seconds", "Log-probs, gradients and optimizer steps.", SUM),
@@ -242,6 +243,7 @@ TIME = (
     Metric("time/eval_stood_still", "seconds", "How long of that training stood still.", SUM),
     Metric("perf/rollout_tokens_per_s", "tokens/s", "Tokens that the policy wrote, by the seconds of `time/rollout`."),
     Metric("perf/train_tokens_per_s", "tokens/s", "Tokens of whole trajectories, by the seconds of `time/train`."),
+    Metric("host/memory_used", "share", "Memory of the driver's host that is in use.", LAST),
 )
 CATALOGUE: tuple[Metric, ...] = (
     *REWARD,

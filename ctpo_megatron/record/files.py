@@ -185,10 +185,11 @@ class MetricsFile:
         self._file = GrowingFile(path, through)
         self._file.open()
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of `step`. Raises StorageError where the disk does not take them."""
+    def write(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """Append the metrics of `step`; returns the line's object. Raises StorageError where the disk does not take them."""
         record = {"step": step, "time": round(time.time(), 3), **jsonable(metrics)}
         self._file.append_line(json.dumps(record, allow_nan=False))
+        return record
 
     def close(self) -> None:
         """Close the file."""

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 
@@ -56,18 +57,20 @@ class Recorder:
         if self._board is not None and self._board.cut != Cut():
             emit(BoardCut(stale, *astuple(self._board.cut)))
 
-    def step(self, step: int, metrics: Mapping[str, float], *, board: bool = True) -> None:
+    def step(self, step: int, metrics: Mapping[str, float], *, board: bool = True) -> dict[str, Any]:
         """Record the metrics of `step`, names like `reward/mean`; metrics.jsonl has them afterwards, and TensorBoard's file too.
+        Returns the line of metrics.jsonl.
 
         `board`: False for metrics that come behind those of a later step: TensorBoard would drop the later ones.
         Raises ValueError, before anything is written, for a name that is not in the catalogue.
         """
         require_known(metrics)
-        self._metrics.write(step, metrics)
+        written = self._metrics.write(step, metrics)
         if self._board is not None and board:
             self._board.scalars(step, metrics)
         if step % self._every == 0:
             self.show(console_line(step, metrics))
+        return written
 
     def show(self, what: RenderableType) -> None:
         """Print a line or a table on the console."""

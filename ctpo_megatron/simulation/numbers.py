@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ctpo_megatron.loop.admission import Admitted
 from ctpo_megatron.loop.ledger import Ledger
+from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.record.events import Event, StepTrained
 from ctpo_megatron.simulation.server import SimulatedServer, Used
@@ -43,6 +44,9 @@ class NumbersOnly(RunRecord):
             server.settle()
         used = sum((server.used for server in self._servers.values()), Used())
         self.steps.append(Step(step, asyncio.get_running_loop().time(), metrics, used, trajectories))
+
+    def obey(self, orders: Orders) -> None:
+        """Nothing is wanted: a simulation has no alarms."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -29,7 +29,7 @@ from ctpo_megatron.slurm.requeue import (
     newest_step,
     record_start,
     starts,
-    stopped_by_file,
+    stopped_for_good,
     what_next,
 )
 
@@ -130,7 +130,7 @@ def outcome(run_dir: Path, begun: float, code: int, lost: bool, limit: int) -> i
         print(f"The driver ended with {_named(code)}" + (", Ray before it" if lost else "") + ".", file=sys.stderr)
         return AGAIN
     if next_ == "stopped":
-        if stopped_by_file(run_dir):
+        if stopped_for_good(run_dir):
             print("The job is not requeued: somebody wanted the end.", file=sys.stderr)
             return 0
         step = newest_step(run_dir)

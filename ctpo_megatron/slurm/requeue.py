@@ -65,13 +65,13 @@ def starts(run_dir: Path) -> list[Start]:
     return found
 
 
-def stopped_by_file(run_dir: Path) -> bool:
-    """Returns whether the last stop in order was asked for by a file in the run directory: an end, not a pause."""
+def stopped_for_good(run_dir: Path) -> bool:
+    """Returns whether the last stop in order was asked for by a file in the run directory or an alarm: an end, not a pause."""
     events = run_dir / "events.jsonl"
     lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
     for line in reversed(lines):
         if f'"event": "{RunStopped.name}"' in line:
-            return str(json.loads(line)["reason"]).startswith("the file ")
+            return str(json.loads(line)["reason"]).startswith(("the file ", "alarm "))
     return False
 
 

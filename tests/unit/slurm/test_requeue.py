@@ -21,7 +21,7 @@ from ctpo_megatron.slurm.requeue import (
     newest_step,
     record_start,
     starts,
-    stopped_by_file,
+    stopped_for_good,
     what_next,
 )
 
@@ -49,16 +49,18 @@ def test_starts_are_kept_over_processes_and_a_torn_line_is_not_one(tmp_path: Pat
     assert all(json.loads(line) for line in (run_dir / STARTS_FILE).read_text().splitlines())
 
 
-def test_a_stop_by_file_is_an_end(tmp_path: Path) -> None:
-    assert not stopped_by_file(tmp_path)
+def test_a_stop_by_file_or_alarm_is_an_end(tmp_path: Path) -> None:
+    assert not stopped_for_good(tmp_path)
     events = EventLog(tmp_path / "events.jsonl")
     events(RunStopped("the file /r/STOP", 3))
     events(IncarnationEnded(1, "stopped", "the file /r/STOP", 1.0))
-    assert stopped_by_file(tmp_path)
+    assert stopped_for_good(tmp_path)
     events(RunStopped("SIGUSR1", 4))
     events(RunReady(1.0))
+    assert not stopped_for_good(tmp_path)
+    events(RunStopped("alarm drift: trainer and engine agree less and less", 5))
     events.close()
-    assert not stopped_by_file(tmp_path)
+    assert stopped_for_good(tmp_path)
 
 
 def test_a_checkpoint_that_does_not_count_is_no_progress(tmp_path: Path) -> None:
