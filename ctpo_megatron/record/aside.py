@@ -13,7 +13,7 @@ LONGEST_REASON = 300  # characters of an error's first line
 
 
 class Aside:
-    """Does what it is given, at most `most` pieces of work waiting at a time; what comes while so many wait is dropped and counted.
+    """Does what it is given, with at most `most` pieces of work waiting; what comes while so many wait is dropped and counted.
 
     A piece that fails because of the disk, in a way that somebody may mend, is tried again every `retry_s` until it succeeds, and
     what comes behind it waits. A piece that fails otherwise is counted as lost, and the next one has its turn. `put` and `lost`

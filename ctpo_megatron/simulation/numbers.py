@@ -36,13 +36,16 @@ class NumbersOnly(RunRecord):
         self._servers = servers
         self.steps: list[Step] = []
 
-    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
+    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float], expert_load: object = None) -> None:
         """Keep training step `step`, counted from 1."""
         trajectories = sum(len(group.trajectories) for group in groups)
         for server in self._servers.values():
             server.settle()
         used = sum((server.used for server in self._servers.values()), Used())
         self.steps.append(Step(step, asyncio.get_running_loop().time(), metrics, used, trajectories))
+
+    def phase(self, step: int, phase: str, seconds: float) -> None:
+        """Keep nothing: the event of a step has its phases."""
 
     def close(self) -> None:
         """Nothing is open."""
