@@ -45,6 +45,11 @@ class Aside:
             lost, self._lost = self._lost, 0
             return lost, self._reason if lost else ""
 
+    @property
+    def idle(self) -> bool:
+        """Whether its thread has ended: nothing is under way any more."""
+        return not self._thread.is_alive()
+
     def close(self, within_s: float) -> None:
         """Let what waits be done, for `within_s` at most; what is left then is lost. Safe to call twice.
 

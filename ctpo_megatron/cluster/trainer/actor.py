@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 
 from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, UpdateAbandoned
@@ -258,7 +259,8 @@ class TrainerActor:
         """What this rank is doing now. Asked every two seconds, in a thread of its own."""
         if self._signs.moved():
             self.stages.beat()
-        return Pulse(os.getpid(), ray.get_runtime_context().get_node_id(), self.stages.now())
+        memory = psutil.Process().memory_info().rss
+        return Pulse(os.getpid(), ray.get_runtime_context().get_node_id(), self.stages.now(), memory=memory)
 
     def evidence(self) -> Evidence:
         """Where this rank is, and its last collective calls: asked when one is late."""
