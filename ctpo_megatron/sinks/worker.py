@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 LAST_S = 60  # seconds to end in when stdin has ended: of a run that was killed nothing may stay
 TYPES = ("wandb", "mlflow", "prometheus", "otel")
+# what packages would tell their makers, unless the user says otherwise
+QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "DO_NOT_TRACK": "1"}
 
 
 class Sink(Protocol):
@@ -66,6 +68,8 @@ def feed(sink: Sink, line: dict[str, Any]) -> None:
 
 def main(kind: str) -> None:
     """Feed the sink `kind` from stdin, to its end."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     first = json.loads(sys.stdin.readline())
     name, known = run_id(first["run"]["dir"], kind, resumed=first["resumed"])
     module = importlib.import_module(f"ctpo_megatron.sinks.to_{kind}")

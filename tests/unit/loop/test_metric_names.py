@@ -14,11 +14,13 @@ import torch
 from ctpo_megatron.algorithms import Stats, policy_loss
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
+from ctpo_megatron.cluster.resources import Resources
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.engine.load import Load, LoadsSeen
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.composition import StepRules
@@ -32,6 +34,7 @@ from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
 from ctpo_megatron.record.events import discard
+from ctpo_megatron.record.recorder import SAMPLES
 from ctpo_megatron.record.values import Max, Mean, Sum, Values
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup, Turn
 from ctpo_megatron.weights.publisher import Proof, WeightPublisher
@@ -161,9 +164,24 @@ def accounted() -> set[str]:
     return asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_what_is_made_is_what_is_listed() -> None:
+def used(run_dir: Path) -> set[str]:
+    """By the processes of a run, when an hour of it is over."""
+    times = iter(range(0, 10**6, 60))
+    resources = Resources(run_dir, clock=lambda: next(times))
+    memory = {"inference server 0": 2**30, "trainer rank 0": 2**31}
+    return {name for _ in range(10) for name in resources.metrics(memory)}
+
+
+def one_by_one() -> set[str]:
+    seen = LoadsSeen()
+    seen.saw("inference server 0", Load(1, 1, 0, 0.5))
+    return set(seen.metrics())
+
+
+def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
-    made |= accounted() | {"time/checkpoint"}  # by RunRecord.checkpoint
+    made |= accounted() | used(tmp_path) | one_by_one()
+    made |= {"time/checkpoint", SAMPLES}  # by RunRecord.checkpoint and TrainLoop
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
 
