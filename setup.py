@@ -18,6 +18,7 @@ setup(
         "tokenizers>=0.21",
         "tensorboard>=2.21,<3",
         "tensorboardX>=2.6",
+        "crc32c>=2.7",
         "pillow>=11",
         "prometheus-client>=0.20",
         "opentelemetry-api>=1.30,<2",

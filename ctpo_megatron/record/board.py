@@ -64,8 +64,11 @@ class Board:
             self._write(Event(summary=session))
 
     def scalars(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
-        """Add a point per metric, all at once. `at`: seconds since 1970, here and below; None: now."""
-        self._add([self._summary.scalar(name, float(value)) for name, value in metrics.items()], step, at)
+        """Add a point per metric, all in one record. `at`: seconds since 1970, here and below; None: now."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        points = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self._add(Summary(value=points), step, at)
 
     def histogram(self, name: str, values: Sequence[float], step: int, at: float | None = None) -> None:
         """Add a histogram of the finite `values`; nothing where there is none."""
@@ -77,7 +80,7 @@ class Board:
         moments = (float(array.sum()), float(np.square(array).sum()))
         ends = (float(array.min()), float(array.max()))
         made = self._histogram(name, ends, array.size, moments, edges.tolist(), counts.tolist())
-        self._add([made], step, at)
+        self._add(made, step, at)
 
     def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int, at: float | None = None) -> None:
         """Add a histogram of given `heights` [n], none negative, between `edges` [n+1]; nothing where none is positive."""
@@ -91,28 +94,26 @@ class Board:
         moments = (float((counts * centers).sum()), float((counts * centers**2).sum()))
         ends = (float(limits[0]), float(limits[-1]))
         made = self._histogram(name, ends, float(counts.sum()), moments, limits.tolist(), counts.tolist())
-        self._add([made], step, at)
+        self._add(made, step, at)
 
     def text(self, name: str, text: str, step: int, at: float | None = None) -> None:
         """Add Markdown. What UTF-8 cannot hold is shown as a question mark."""
-        self._add([self._summary.text(name, text.encode("utf-8", errors="replace").decode("utf-8"))], step, at)
+        self._add(self._summary.text(name, text.encode("utf-8", errors="replace").decode("utf-8")), step, at)
 
     def image(self, name: str, pixels: NDArray[np.uint8], step: int, at: float | None = None) -> None:
         """Add a picture, `pixels` [height, width, 3]."""
-        self._add([self._summary.image(name, pixels, dataformats="HWC")], step, at)
+        self._add(self._summary.image(name, pixels, dataformats="HWC"), step, at)
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
         self._file.close()
 
-    def _add(self, summaries: Sequence[Any], step: int, at: float | None) -> None:
-        self._write(*(self._event(summary=summary, step=step) for summary in summaries), at=at)
+    def _add(self, summary: Any, step: int, at: float | None) -> None:
+        self._write(self._event(summary=summary, step=step), at)
 
-    def _write(self, *events: Any, at: float | None = None) -> None:
-        """Append the events as one: all of them are there, or none."""
-        for event in events:
-            event.wall_time = time.time() if at is None else at
-        self._file.append(b"".join(_framed(event.SerializeToString()) for event in events))
+    def _write(self, event: Any, at: float | None = None) -> None:
+        event.wall_time = time.time() if at is None else at
+        self._file.append(_framed(event.SerializeToString()))
 
     def _histogram(
         self,

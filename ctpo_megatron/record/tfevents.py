@@ -28,7 +28,7 @@ _HEAD = 6  # records that open a file of `Board`: the version, twice, the first 
 class Cut:
     """What was cut out of the event files of a directory."""
 
-    points: int = 0  # records with scalars, histograms or texts
+    points: int = 0  # scalars, histograms, texts and pictures
     unreadable: int = 0  # bytes after a record that cannot be read
     kept: tuple[str, ...] = ()  # copies of files with damage in their middle, as they were
     foreign: tuple[str, ...] = ()  # files of another format, which were left as they are
@@ -73,7 +73,7 @@ def _cut_file(path: Path, first_step: int) -> Cut:
         event = _parse(record)
         late = event.step >= first_step and not event.file_version
         if late or _opens(event):
-            points += late and bool(event.summary.value) and not _opens(event)
+            points += len(event.summary.value) if late and not _opens(event) else 0
         else:
             wanted.append(record)
     readable = sum(len(record) + _FRAME for record in records)

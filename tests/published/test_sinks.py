@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow as published, fed by a run that is resumed: both go on in the same run, and neither needs a network.
+"""Weights & Biases and MLflow as published, fed by a run that is resumed: both go on in the same run, without a network.
 
 Their packages lie in an environment of their own, which `make test-sinks` makes (tests/published/sinks.lock). Where there is none
 these tests are skipped.
