@@ -84,7 +84,7 @@ class Recorder:
         config: LogConfig,
         *,
         first_step: int = 0,
-        samples: int | None = 0,
+        samples: int | None = None,
         settings: Mapping[str, Setting] | None = None,
         sinks: Sequence[Sink] = (),
         console: Console | None = None,

@@ -6,6 +6,7 @@ RUN_DIR/tb/by_samples  `samples/...`: what is watched, over the trajectories tha
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpo_megatron.errors import StorageError
 from ctpo_megatron.record.aside import Aside
 from ctpo_megatron.record.board import Board
 from ctpo_megatron.record.catalogue import find
@@ -43,7 +45,7 @@ class RunBoard:
         run_dir: Path,
         stale: int,
         *,
-        samples: int | None = 0,
+        samples: int | None = None,
         before: Iterable[tuple[int, Mapping[str, float]]] = (),
         settings: Mapping[str, Setting] | None = None,
         through: Through = at_once,
@@ -91,10 +93,11 @@ class RunBoard:
 
     def close(self) -> None:
         """Write what waits, within CLOSE_S, and close the files. Safe to call twice."""
-        self._aside.put(self._board.close)
-        if self._by_samples is not None:
-            self._aside.put(self._by_samples.close)
         self._aside.close(CLOSE_S)
+        if self._aside.idle:  # else its thread hangs in a write, and holds the file
+            for board in filter(None, (self._board, self._by_samples)):
+                with contextlib.suppress(StorageError):  # nothing of it is in a buffer
+                    board.close()
 
     def _put(self, show: Callable[..., None], *given: Any) -> None:
         self._aside.put(partial(show, *given, time.time()))
