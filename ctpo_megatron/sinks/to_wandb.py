@@ -8,7 +8,8 @@ from typing import Any
 
 
 class Sink:
-    """A run of the project. Its own step counter is left alone, as it never goes back: the axes are `step` and `samples`.
+    """A run of the project, with the axes `step` and `samples`. Its own counter of rows never goes back, and rows that are not
+    above it are dropped; so it is the time in milliseconds, which goes on over a resume also where no server tells how far it was.
 
     A run that goes back to a checkpoint shows what was lost besides, as nothing can be taken back there.
     """
@@ -30,13 +31,16 @@ class Sink:
             config=run["settings"],
             settings=wandb.Settings(**options),
         )
+        self._row = 0
         for axis in ("step", "samples"):
             self._run.define_metric(axis)
         self._run.define_metric("*", step_metric="step")
 
     def step(self, step: int, at: float, samples: float | None, metrics: dict[str, float]) -> None:
         """See `worker.Sink`."""
-        self._run.log({"step": step, "time": at, **({} if samples is None else {"samples": samples}), **metrics})
+        self._row = max(self._row + 1, int(1000 * at))
+        axes = {"step": step, "time": at} | ({} if samples is None else {"samples": samples})
+        self._run.log(axes | metrics, step=self._row)
 
     def phase(self, name: str, step: int, began: float, seconds: float) -> None:
         """See `worker.Sink`."""
