@@ -9,7 +9,7 @@ from typing import Any
 
 class Sink:
     """A run of the project, with the axes `step` and `samples`. Its own counter of rows never goes back, and rows that are not
-    above it are dropped; so it is the time in milliseconds, which goes on over a resume also where no server tells how far it was.
+    above it are dropped; so it is the time in milliseconds, which goes on over a resume also where no server says how far it was.
 
     A run that goes back to a checkpoint shows what was lost besides, as nothing can be taken back there.
     """
