@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,10 +14,15 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
+from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.sinks import AnySink, MlflowSink, OtelSink, PrometheusSink, WandbSink
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.jobs.sft import sft_job
+from ctpo_megatron.jobs.stop import StopSignal
+from ctpo_megatron.jobs.train import train_job
 from ctpo_megatron.record import sink_process
 from ctpo_megatron.record.sink_process import RunWords, SinkProcess, check_sinks
+from tests.support.runs import ROOT
 
 SOON_S = 60.0
 SECRET = "a-key-that-nobody-may-see"
@@ -188,6 +194,16 @@ def test_the_process_of_a_run_that_is_killed_ends_and_keeps_what_it_has(run_dir:
 def test_what_is_missing_is_said_before_anything_starts(sink: AnySink, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_sinks([sink])
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_command_is_refused_before_it_reads_anything(run_dir: Path, command: str) -> None:
+    sinks = "log.sinks=[{type: wandb, python: /usr/bin/false}]"
+    config = load_config(ROOT / "configs" / "quickstart.yaml", [sinks, f"run_dir={run_dir}/run", "model.path=/nowhere"])
+    job = train_job(config, StopSignal(), resume="no") if command == "train" else sft_job(config)
+    with pytest.raises(ConfigError, match="has no package wandb"):
+        asyncio.run(job)
+    assert not (run_dir / "run").exists()
 
 
 def test_no_key_is_in_arguments_or_logs(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
