@@ -43,7 +43,7 @@ TELL_S = 60.0  # between two events about what one of them lost
 SAMPLES = "progress/samples"
 
 
-class Aside(Protocol):
+class Outlet(Protocol):
     """A place besides metrics.jsonl that takes a run's numbers; none of its methods but `close` waits for anything."""
 
     name: str
@@ -61,7 +61,7 @@ class Aside(Protocol):
         ...
 
 
-class Sink(Aside, Protocol):
+class Sink(Outlet, Protocol):
     """A sink that the configuration asks for."""
 
     def phase(self, name: str, step: int, began: float, seconds: float) -> None:
@@ -106,7 +106,7 @@ class Recorder:
             if self._board.cut != Cut():
                 emit(BoardCut(stale, *astuple(self._board.cut)))
         self._sinks = tuple(sinks)
-        self._asides: tuple[Aside, ...] = (*(() if self._board is None else (self._board,)), *sinks)
+        self._outlets: tuple[Outlet, ...] = (*(() if self._board is None else (self._board,)), *sinks)
         self._lost: dict[str, tuple[int, str]] = {}  # by each of them, and not told yet
         self._tell_at = 0.0
 
@@ -121,7 +121,7 @@ class Recorder:
         if board:
             self._samples = metrics.get(SAMPLES, self._samples)
             at = time.time()
-            for each in self._asides:
+            for each in self._outlets:
                 each.step(step, metrics, self._samples, at)
         self._tell_lost()
         if step % self._every == 0:
@@ -168,7 +168,7 @@ class Recorder:
 
     def _tell_lost(self, *, now: bool = False) -> None:
         """Emit what the places aside have lost, at most once in TELL_S."""
-        for each in self._asides:
+        for each in self._outlets:
             pieces, reason = each.lost()
             if pieces:
                 self._lost[each.name] = (self._lost.get(each.name, (0, ""))[0] + pieces, reason)
