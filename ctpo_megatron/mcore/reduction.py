@@ -28,7 +28,7 @@ def reduce_stats(per_micro_batch: Sequence[Stats], group: dist.ProcessGroup, mea
     """The statistics over all micro-batches and all ranks of `group`, the same on every rank.
 
     One all-reduce for what adds up, one for extremes where there are any, and one wait for the device: `measured` rides along and
-    comes out as means, its vectors as sums. All micro-batches and ranks have the same names and shapes. Collective.
+    comes out as means. All micro-batches and ranks have the same names and shapes. Collective.
     """
     first = _in_order(per_micro_batch[0])
     total = torch.stack([_joined(_added(stats, first)) for stats in per_micro_batch]).sum(0)
@@ -41,7 +41,7 @@ def reduce_stats(per_micro_batch: Sequence[Stats], group: dist.ProcessGroup, mea
     found += [measured.numbers.to(total), *(vector.to(total) for vector in measured.vectors.values())]
     rest = iter(torch.cat(found).tolist())  # the one host sync of a step
     values = _values(first, rest) | once(dict(zip(measured.names, islice(rest, len(measured.names)), strict=True)))
-    return values | {name: Sum(_taken(rest, vector)) for name, vector in measured.vectors.items()}
+    return values | {name: Mean(_taken(rest, vector)) for name, vector in measured.vectors.items()}
 
 
 def _in_order(stats: Stats) -> Stats:

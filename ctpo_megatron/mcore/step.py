@@ -22,7 +22,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -34,7 +33,7 @@ from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.host import forward_region
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
 from ctpo_megatron.mcore.model.head import Head, in_model_precision
-from ctpo_megatron.mcore.model.routing import LOAD, Routers
+from ctpo_megatron.mcore.model.routing import Routers
 from ctpo_megatron.mcore.reduction import Measured, once, reduce_stats
 from ctpo_megatron.parallel import ContextParallelScan, WordLogp
 from ctpo_megatron.parallel.plain import broadcast_plain
@@ -162,8 +161,6 @@ class Stepper:
         if self.pp_group.size() > 1:
             last = self.pp_group.size() - 1
             reduced = parse_values(broadcast_plain(dump_values(reduced), DumpedValues, self.pp_group, source=last))
-        if dist.get_rank() != 0:  # the first tells the driver; of many ranks and experts it would be hundreds of megabytes
-            return {name: value for name, value in reduced.items() if not name.startswith(LOAD)}
         return reduced
 
 

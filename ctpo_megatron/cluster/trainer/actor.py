@@ -30,7 +30,7 @@ from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.record.heartbeat import Pulse, Stages, stage
 from ctpo_megatron.record.stalls import Evidence
-from ctpo_megatron.record.values import Values
+from ctpo_megatron.record.values import Values, without_vectors
 from ctpo_megatron.weights.protocol import Sent, Server
 
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
@@ -168,7 +168,7 @@ class TrainerActor:
         except UpdateAbandoned as error:  # as a value: every rank has its own part of it
             found = error.update
         self._free_memory()
-        return found
+        return found if self.rank == 0 or isinstance(found, Abandoned) else without_vectors(found)
 
     @stage("update")
     def supervise(self, batch: list[MicroBatch]) -> Values | Abandoned:
