@@ -30,12 +30,12 @@ from ctpo_megatron.loop.pipeline import Pipeline
 from ctpo_megatron.loop.report import StepCost
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.loop.skipping import SKIPPED
-from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
+from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
 from ctpo_megatron.record.events import discard
 from ctpo_megatron.record.recorder import SAMPLES
-from ctpo_megatron.record.values import Max, Mean, Sum, Values
+from ctpo_megatron.record.values import Max, Mean, Sum, Values, without_vectors
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup, Turn
 from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeTrainer, fakes
@@ -199,3 +199,12 @@ def test_the_readers_of_a_run_know_the_names() -> None:
         named = re.findall(rf'"((?:{groups})/[a-z_]+)"', text)
         assert named, tool
         require_known(named)
+
+
+def test_the_load_of_experts_is_a_table_of_layers_in_their_order() -> None:
+    rows = {layer: np.arange(3.0) + layer for layer in (10, 2)}
+    stats = {f"moe/load/layer_{layer}": Mean(2 * row, 2.0) for layer, row in rows.items()} | {"loss": Mean(1.0)}
+    assert expert_load(stats).tolist() == [rows[2].tolist(), rows[10].tolist()]
+    assert expert_load({"loss": Mean(1.0)}) is None
+    assert set(without_vectors(stats)) == {"loss"}
+    require_known(train_metrics(stats))
