@@ -92,7 +92,7 @@ class Bench:
         self._recorder.step(self._step, metrics | {SAMPLES: 256.0 * self._step})
         for phase in PHASES:
             self._recorder.phase(phase, self._step, time.time(), 1.0)
-        self._recorder.histogram("reward", metrics.values(), self._step)  # type: ignore[arg-type]
+        self._recorder.histogram("reward", list(metrics.values()), self._step)
         for name, (edges, heights) in health_histograms(metrics).items():
             self._recorder.buckets(name, edges, [abs(height) for height in heights], self._step)
         self._recorder.loads("moe/load", self._random.random((LAYERS, EXPERTS)), self._step)
@@ -117,7 +117,7 @@ class Bench:
         return total
 
     def close(self) -> None:
-        """End everything; returns nothing lost, or says what was."""
+        """End everything, and say what was lost."""
         self._recorder.close()
         for sink in self._sinks:
             sink.close()

@@ -40,8 +40,15 @@ async def sft_job(config: RunConfig) -> None:
         async with AsyncExitStack() as ends, runtime:
             sinks = make_sinks(config, run_dir, resumed=False)
             ends.push_async_callback(close_sinks, sinks, print_sentence)
-            writing = {"through": storage.write, "aside": storage.attempt}
-            recorder = Recorder(run_dir, config.log, settings=shown(config), sinks=sinks, emit=print_sentence, **writing)
+            recorder = Recorder(
+                run_dir,
+                config.log,
+                settings=shown(config),
+                sinks=sinks,
+                emit=print_sentence,
+                through=storage.write,
+                aside=storage.attempt,
+            )
             skipping = make_skipping(runtime.trainer, config, run_dir, print_sentence)
             result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder, skipping, storage))
             await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, output)))

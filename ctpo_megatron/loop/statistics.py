@@ -74,7 +74,7 @@ def load_histograms(metrics: dict[str, float]) -> dict[str, tuple[list[float], l
 def expert_load(stats: Mapping[str, Value]) -> NDArray[np.float64] | None:
     """Returns the tokens of each expert over its layer's mean, [layers, experts]; None where there are no experts."""
     layers = sorted(int(name.rpartition("_")[2]) for name in stats if name.startswith("moe/load/layer_"))
-    return np.stack([stats[f"moe/load/layer_{n}"].result() for n in layers]) if layers else None
+    return np.stack([np.asarray(stats[f"moe/load/layer_{n}"].result()) for n in layers]) if layers else None
 
 
 def train_metrics(stats: Mapping[str, Value]) -> dict[str, float]:

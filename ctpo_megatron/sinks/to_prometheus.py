@@ -9,11 +9,12 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 _NUMBERED = re.compile(r"(?P<name>.+)/(?P<label>[a-z_]+)_(?P<number>\d+)")
 
 
-class Sink:
+class Sink(Collector):
     """The last value of every metric. `train/loss` is `ctpo_train_loss`; `servers/queue/server_3` is `ctpo_servers_queue` with
     the label `server="3"`, and so it is with layers, positions and deciles."""
 
