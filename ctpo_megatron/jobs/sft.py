@@ -49,10 +49,10 @@ async def sft_job(config: RunConfig) -> None:
                 through=storage.write,
                 aside=storage.attempt,
             )
+            ends.callback(recorder.close)
             skipping = make_skipping(runtime.trainer, config, run_dir, print_sentence)
             result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder, skipping, storage))
             await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, output)))
-            recorder.close()
         wall = time.monotonic() - begun
         write_summary(run_dir, {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "wall_s": wall})
     print(f"sft: {result.steps} steps, loss {result.loss:.3f} per token, {wall:.0f} s; model written to {output}")
