@@ -7,6 +7,7 @@
 # make test         all tests          make test-fast   those of tests/unit
 # make test-harnesses  agents' harnesses of other people, unchanged, in an environment of their own (.venv-harnesses)
 # make test-verifiers  environments of the package verifiers, with its 96 packages in .venv-verifiers (600 MB)
+# make test-sinks   Weights & Biases and MLflow as published, in .venv-sinks (400 MB)
 # make lint         style, format and types, in seconds; CI runs it first
 # make clean        remove the environments and caches; runs/ stays
 
@@ -15,9 +16,10 @@ STAMP := $(VENV)/.installed
 GPU_STAMP := $(VENV)/.installed-gpu
 HARNESSES := .venv-harnesses
 VERIFIERS := .venv-verifiers
+SINKS := .venv-sinks
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses test-verifiers lint clean
+.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses test-verifiers test-sinks lint clean
 
 install: $(STAMP)
 
@@ -66,11 +68,19 @@ $(VERIFIERS)/.installed: tests/published/verifiers.lock | $(STAMP)
 	$(VERIFIERS)/bin/python -m pip install --quiet --requirement tests/published/verifiers.lock
 	@touch $@
 
+test-sinks: install $(SINKS)/.installed
+	$(VENV)/bin/python -m pytest tests/published/test_sinks.py
+
+$(SINKS)/.installed: tests/published/sinks.lock | $(STAMP)
+	$(VENV)/bin/python -m venv --clear $(SINKS)
+	$(SINKS)/bin/python -m pip install --quiet --requirement tests/published/sinks.lock
+	@touch $@
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(HARNESSES) $(VERIFIERS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(HARNESSES) $(VERIFIERS) $(SINKS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +

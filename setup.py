@@ -18,6 +18,11 @@ setup(
         "tokenizers>=0.21",
         "tensorboard>=2.21,<3",
         "tensorboardX>=2.6",
+        "crc32c>=2.7",
+        "pillow>=11",
+        "prometheus-client>=0.20",
+        "opentelemetry-api>=1.30,<2",
+        "opentelemetry-sdk>=1.30,<2",
         "math-verify>=0.9,<1",
         "latex2sympy2_extended>=1.11,<2",
         "sympy>=1.13",
@@ -48,6 +53,9 @@ setup(
         # The harness of `make quickstart-agent`, the newest that takes the openai that SGLang pins. Harnesses that need other
         # packages have an environment of their own: rollout.agent.python.
         "agents": ["openai-agents>=0.6.2,<0.7", "openai>=2.8"],
+        # Sinks of a run's numbers (docs/sinks.md); each may live in an environment of its own instead: log.sinks, `python`.
+        "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow-skinny>=3.1"],
         "dev": [  # what the tests and tools need besides
             "pytest>=8",
             "pytest-timeout>=2.3",

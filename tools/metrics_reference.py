@@ -21,6 +21,8 @@ What is not listed here is not recorded.
   and `{term}` for the name of a term of the reward.
   A metric is left out of a step for which there is nothing to say.
 - Units: a `share` is of 1, a `ratio` has no unit, `nats` are of natural logarithms of probabilities.
+- Of those with ↕ TensorBoard shows, besides their points, least, mean and most over windows of 100 steps (`windows/...`), and
+  the points over the samples trained on (`samples/...`): see [tensorboard.md](tensorboard.md).
 - The third column says how values become one, over micro-batches, ranks and the optimizer steps of a training step.
 - Of `train/`, prompt and tool tokens count nowhere. [health.md](health.md) explains S_t and how to read the groups `health` and
   `drift`, [weights.md](weights.md) the steps of a publication, [routing_replay.md](routing_replay.md) the group `routing`.
@@ -36,7 +38,7 @@ def render() -> str:
 
 
 def _row(metric: Metric) -> str:
-    return f"| `{metric.name}` | {metric.unit} | {metric.reduction} | {metric.meaning} |"
+    return f"| `{metric.name}`{' ↕' if metric.watched else ''} | {metric.unit} | {metric.reduction} | {metric.meaning} |"
 
 
 if __name__ == "__main__":

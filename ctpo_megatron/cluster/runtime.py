@@ -27,6 +27,7 @@ from ctpo_megatron.cluster.environment import EVALUATION_RECORD, RECORD, decide,
 from ctpo_megatron.cluster.placement import Placement, RayOptions, ServerPlacement, share_gpus
 from ctpo_megatron.cluster.ray_cluster import connect, resolve_device
 from ctpo_megatron.cluster.ray_watch import Part, alive, ended, ray_processes
+from ctpo_megatron.cluster.resources import Resources
 from ctpo_megatron.cluster.room import Room
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
@@ -86,6 +87,7 @@ class Runtime:
         self._emit = emit
         self._loop_watch = LoopWatch(config.cluster.watch.frozen_s, run_dir, self.stages.now)
         self._watchdog: Watchdog | None = None
+        self._resources = Resources(run_dir)
 
     @property
     def trainer(self) -> TrainerGroup:
@@ -98,6 +100,10 @@ class Runtime:
     def run_dir(self) -> Path:
         """The run's directory."""
         return self._run_dir
+
+    def resources(self) -> dict[str, float]:
+        """What the run's processes use now, under the record's names."""
+        return {} if self._watchdog is None else self._resources.metrics(self._watchdog.memory())
 
     @property
     def routing(self) -> RoutingShape | None:

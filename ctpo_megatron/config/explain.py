@@ -102,7 +102,8 @@ def _what(details: ErrorDetails, path: tuple[int | str, ...], section: type[Sect
     if kind == "missing":
         return f"missing; it must be given.{_describe(section, str(path[-1]))}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return _wrong_type(str(path[-1]), section, details["input"])
+        key = next(part for part in reversed(path) if isinstance(part, str))  # behind it the place in a list
+        return _wrong_type(key, section, details["input"])
     if kind == "literal_error":
         allowed = context["expected"]
         guess = near_miss(str(details["input"]), [word.strip("' ") for word in allowed.replace(" or ", ",").split(",")])

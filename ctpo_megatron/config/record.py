@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.sinks import AnySink
 
 # Means of |log-prob difference| over a step's tokens that rounding does not explain: docs/gpu.md says what they were taken from.
 _MEAN = {"float32": 1e-3, "bfloat16": 0.05}
@@ -51,3 +52,13 @@ class LogConfig(Section):
     """Write every trajectory to RUN_DIR/rollouts."""
     every: PositiveInt = 1
     """Steps between plain lines in the log."""
+    sinks: tuple[AnySink, ...] = ()
+    """Where numbers go besides, one of each type at most; see docs/sinks.md."""
+
+    @field_validator("sinks")
+    @classmethod
+    def _one_of_each_type(cls, sinks: tuple[AnySink, ...]) -> tuple[AnySink, ...]:
+        types = [each.type for each in sinks]
+        if len(set(types)) < len(types):
+            raise ValueError(f"one of each type at most; found: {', '.join(types)}")
+        return sinks

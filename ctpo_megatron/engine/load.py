@@ -6,6 +6,7 @@ SGLang 0.5.23 tells at /v1/loads, out of memory that its scheduler writes anyway
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from ctpo_megatron.errors import EngineError
 
 FULL = 0.9  # of a KV cache: SGLang takes generations back to its queue when it is used up
 DECREASE = 0.8  # of what is in flight, where that was too much
+SHOWN = 64  # servers whose numbers are recorded one by one
 START = 16  # requests at a server of which nothing is known yet
 
 
@@ -24,6 +26,8 @@ class Load:
     waiting: int  # in its queue
     retracted: int  # that lost their KV cache since its last report, and are computed again
     cache_use: float  # share of its KV cache
+    throughput: float = 0.0  # tokens per second that it samples
+    cache_hits: float = 0.0  # share of the prompts' tokens that were in its prefix cache
 
     @property
     def crowded(self) -> bool:
@@ -40,8 +44,10 @@ def read_load(answer: Any, url: str) -> Load:
             waiting=sum(int(rank["num_waiting_reqs"]) for rank in ranks),
             retracted=sum(int((rank.get("queues") or {}).get("retracted", 0)) for rank in ranks),
             cache_use=max(_finite(rank["token_usage"]) for rank in ranks),
+            throughput=sum(_finite(rank.get("gen_throughput", 0.0)) for rank in ranks),
+            cache_hits=sum(_finite(rank.get("cache_hit_rate", 0.0)) for rank in ranks) / len(ranks),
         )
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError) as error:
         raise EngineError(f"{url}/v1/loads gave no loads: {str(answer)[:300]}") from error
 
 
@@ -63,3 +69,27 @@ def next_limit(limit: int | None, in_flight: int, load: Load, most: int) -> int:
     if in_flight >= limit:
         limit += max(1, limit // 20)
     return min(limit, most)
+
+
+class LoadsSeen:
+    """What servers said since it was asked last, one by one, under the record's names."""
+
+    def __init__(self) -> None:
+        self._looks: dict[str, list[Load]] = {}
+
+    def saw(self, server: str, load: Load) -> None:
+        """Note what a server said. Its name ends with its number; of those from SHOWN on nothing is kept."""
+        number = server.rpartition(" ")[2]
+        if number.isdigit() and int(number) < SHOWN:
+            self._looks.setdefault(number, []).append(load)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns throughput and cache hits in the mean of looks, queue and use of the KV cache at their most."""
+        looks, self._looks = self._looks, {}
+        found = {}
+        for number, loads in looks.items():
+            found[f"servers/throughput/server_{number}"] = statistics.fmean(load.throughput for load in loads)
+            found[f"servers/cache_hits/server_{number}"] = statistics.fmean(load.cache_hits for load in loads)
+            found[f"servers/queue/server_{number}"] = float(max(load.waiting for load in loads))
+            found[f"servers/kv_use/server_{number}"] = max(load.cache_use for load in loads)
+        return found

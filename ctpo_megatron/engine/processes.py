@@ -10,6 +10,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -53,6 +54,15 @@ def names_of_group(group: int) -> tuple[tuple[str, int], ...]:
             title = psutil.Process(pid).cmdline()[0]  # SGLang sets it: `sglang::scheduler_TP0`
             found.append(("http" if pid == group else title.rpartition("::")[2].rpartition("/")[2], pid))
     return tuple(found)
+
+
+def resident(pids: Iterable[int]) -> int:
+    """Resident bytes of processes; what they share counts for each."""
+    found = 0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found += psutil.Process(pid).memory_info().rss
+    return found
 
 
 def group_shared_memory(group: int) -> set[str]:

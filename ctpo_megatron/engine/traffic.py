@@ -10,7 +10,7 @@ from typing import Protocol
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.engine.fleet import Fleet, Member, State
 from ctpo_megatron.engine.gate import Gate
-from ctpo_megatron.engine.load import START, Load, next_limit
+from ctpo_megatron.engine.load import START, Load, LoadsSeen, next_limit
 from ctpo_megatron.engine.pace import Pace
 from ctpo_megatron.errors import EngineError
 
@@ -42,6 +42,7 @@ class Traffic:
         self._versions: dict[str, int | None] = {}  # that each server had at the last look
         self._passed_over: set[str] = set()  # servers whose last look moved no bound
         self._seen: dict[str, float] = {}  # the most since `metrics` was asked last
+        self._each = LoadsSeen()
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -77,6 +78,7 @@ class Traffic:
         limits = [member.limit for member in self._fleet.members(State.SERVING) if member.limit is not None]
         found = {f"servers/{name}": value for name, value in self._seen.items()} | {"servers/moved": float(self._moved)}
         self._seen = {}
+        found |= self._each.metrics()
         return found | ({"servers/limit": float(sum(limits))} if limits else {})
 
     async def look(self) -> None:
@@ -88,6 +90,7 @@ class Traffic:
             if load is not None:
                 for name in ("waiting", "retracted", "cache_use"):
                     self._seen[name] = max(self._seen.get(name, 0.0), float(getattr(load, name)))
+                self._each.saw(member.name, load)
                 if self._config.per_server == "auto" and self._settled(member, version):
                     member.limit = next_limit(member.limit, member.in_flight, load, self._most)
         self._bound()

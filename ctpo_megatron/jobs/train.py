@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,20 +15,21 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.mixture import restored_sampler
-from ctpo_megatron.errors import CheckpointError, CtpoError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
+from ctpo_megatron.errors import CheckpointError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.evaluations import bring_back, load_benchmarks, make_evaluations, recipes
 from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import load_training_prompts, open_model, prepare_run_dir
 from ctpo_megatron.jobs.journal import open_journal
 from ctpo_megatron.jobs.memory import make_memory
-from ctpo_megatron.jobs.orders import on_signal, watch_files
+from ctpo_megatron.jobs.orders import obey
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
+from ctpo_megatron.jobs.recording import close_sinks, make_sinks, open_record
 from ctpo_megatron.jobs.restarts import Restarts, begin_again
 from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, differences, is_done, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, checked_tool, open_rollouts
 from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.stop import StopSignal
-from ctpo_megatron.jobs.time_limit import Lead, time_limit
+from ctpo_megatron.jobs.time_limit import Lead
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.alarms import Hearing, open_hearing
@@ -38,19 +39,20 @@ from ctpo_megatron.loop.evaluation.files import read_estimates
 from ctpo_megatron.loop.ledger import NAME as LEDGER
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.orders import Orders, StopRequest
-from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals
 from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
-from ctpo_megatron.record import Recorder, write_summary
+from ctpo_megatron.record import write_summary
 from ctpo_megatron.record.events import Emit, Event, RunDone, RunReady, RunResumed, print_sentence
 from ctpo_megatron.record.files import last_steps
 from ctpo_megatron.record.incarnation import IncarnationLog
 from ctpo_megatron.record.nonfinite_events import WentBack
-from ctpo_megatron.record.run_events import RunStopped, StopRequested, TrainerRestarted
+from ctpo_megatron.record.recorder import Sink
+from ctpo_megatron.record.run_events import RunStopped, TrainerRestarted
+from ctpo_megatron.record.sink_process import check_sinks
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.types import Prompt
@@ -70,6 +72,7 @@ class _Inputs:
     run_dir: Path
     start: Start
     resumable: Resumable | None
+    sinks: Sequence[Sink] = ()
 
 
 async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> None:
@@ -81,6 +84,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
     if resume == "auto" and is_done(config):
         print(f"{config.run_dir}: this run has done its {config.train.steps} steps")
         return
+    check_sinks(config.log.sinks)
     model = open_model(config, "train")
     hearing = open_hearing(config)
     read: list[Event] = []  # told when there is a run directory to write them down in
@@ -97,9 +101,11 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
         events.begin(checkpoint=None if resumable is None else resumable.checkpoint, step=start.step)
         for event in read:
             events(event)
-        inputs = _Inputs(config, prompts, benchmarks, canary_texts(prompts, model.chat), run_dir, start, resumable)
+        texts, sinks = canary_texts(prompts, model.chat), make_sinks(config, run_dir, resumed=resumable is not None)
+        inputs = _Inputs(config, prompts, benchmarks, texts, run_dir, start, resumable, sinks)
         runtime = Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events)
         async with storage.outlasting(events, runtime.stages), hearing.sending(), AsyncExitStack() as files:
+            files.push_async_callback(close_sinks, sinks, events)
             of_evaluations = recipes(config, benchmarks)
             journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no", recipes=of_evaluations)
             if journal is not None:
@@ -152,7 +158,7 @@ class _Run:
         config, run_dir = self._inputs.config, self._inputs.run_dir
         loop = await self._runtime.guard(self._prepare(self._inputs.start, self._inputs.resumable))
         self._emit(RunReady(time.monotonic() - self._begun))
-        obeying = _obeying(stop, config, run_dir, self._storage, self._emit, self._lead)
+        obeying = obey(stop, config, run_dir, self._storage, self._emit, self._lead)
         async with obeying as orders, _watching_gcs(self._runtime, orders):
             loop, stopped = await self._memory.guarding(self._supervised(loop, orders))
         if stopped is not None and stopped.again:
@@ -251,7 +257,8 @@ class _Run:
         published = await publisher.publish(start.step)
         self._published(start.step, publisher.digest)
         emit(weights_published(start.step, published))
-        record = await self._storage.patiently(partial(self._record, start.step))
+        opening = partial(open_record, inputs.config, run_dir, start, inputs.sinks, self._hearing, emit, self._storage)
+        record = await self._storage.patiently(opening)
         evaluations = make_evaluations(
             config, inputs.benchmarks, self._rollouts, runtime.fleet, start, inputs.run_dir, record, self._totals, emit
         )
@@ -283,19 +290,15 @@ class _Run:
             published=self._published,
             totals=self._totals,
             skipping=make_skipping(runtime.trainer, inputs.config.in_layout(config.parallel), run_dir, emit, checkpoints),
-            spikes=await self._storage.patiently(self._spikes),  # behind `_record`, which drops steps that are made again
+            spikes=await self._storage.patiently(self._spikes),  # behind `open_record`, which drops steps that are made again
             shrinking=ShrinkingAlarm(inputs.config.algorithm),
             emit=emit,
             stages=runtime.stages,
             storage=self._storage,
             memory=self._memory,
+            resources=runtime.resources,
             unsaved=chosen.state if chosen is not None and chosen.in_memory else None,
         )
-
-    async def _record(self, step: int) -> RunRecord:
-        run_dir, config, through = self._inputs.run_dir, self._inputs.config, self._storage.write
-        recorder = Recorder(run_dir, config.log, first_step=step, emit=self._emit, through=through)  # drops steps made again
-        return RunRecord(run_dir, config.log, recorder, through, self._hearing.alarms_of(config, run_dir, self._emit))
 
     async def _spikes(self) -> SpikeDetector:
         config = self._inputs.config.train.spikes
@@ -312,42 +315,6 @@ class _Run:
     def _forget(self, oldest: RunState) -> None:
         if self._journal is not None and self._inputs.config.checkpoint.journal == "needed":
             self._journal.forget(oldest.oldest_group, oldest.step)
-
-
-@asynccontextmanager
-async def _obeying(
-    stop: StopSignal, config: RunConfig, run_dir: Path, storage: Storage, emit: Emit, lead: Lead
-) -> AsyncIterator[Orders]:
-    """Orders that hear of signals, of files and of the job's time limit. Inside it the run is given up when a stop takes longer
-    than it may."""
-    limit, grace_s = asyncio.timeout(None), config.cluster.stop_grace_s
-
-    def on_stop(request: StopRequest) -> None:
-        storage.stop()
-        emit(StopRequested(request.reason))
-        if request.within_s is not None:
-            limit.reschedule(asyncio.get_running_loop().time() + request.within_s)
-
-    orders = Orders(on_stop)
-    try:
-        async with limit:
-            stop.listen(partial(on_signal, orders, grace_s=grace_s))
-            watches = [asyncio.ensure_future(watch_files(orders, run_dir))]
-            if (job := time_limit(lead, grace_s, emit)) is not None:
-                watches.append(asyncio.ensure_future(job.watch(orders)))
-            try:
-                yield orders
-            finally:
-                stop.listen(None)
-                for watch in watches:
-                    watch.cancel()
-                await asyncio.gather(*watches, return_exceptions=True)
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        if orders.stop_request is not None and orders.stop_request.again:
-            raise RayLost(f"{orders.stop_request.reason}, and what was learned since the newest checkpoint") from error
-        raise CtpoError("what was learned since the newest checkpoint could not be saved in the time that was left") from error
 
 
 @asynccontextmanager

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.loop.alarms import RunAlarms, numbers
@@ -39,9 +43,17 @@ class RunRecord:
         self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
         self._results = ResultFiles(run_dir, recorder.stale, through)
 
-    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
-        """Write down training step `step`, counted from 1."""
+    def step(
+        self,
+        step: int,
+        groups: list[TrajectoryGroup],
+        metrics: dict[str, float],
+        expert_load: NDArray[np.float64] | None = None,
+    ) -> None:
+        """Write down training step `step`, counted from 1. `expert_load` [layers, experts]: None where there are no experts."""
         self._numbers(step, metrics | {"host/memory_used": memory_used()})
+        if expert_load is not None:
+            self._recorder.loads("moe/load", expert_load, step)
         attempts = [(group.prompt, trajectory) for group in groups for trajectory in group.trajectories]
         self._recorder.histogram("reward", [t.reward for _, t in attempts], step)
         self._recorder.histogram("response_tokens", [t.response_length for _, t in attempts], step)
@@ -60,6 +72,10 @@ class RunRecord:
         if self._files is not None:
             self._files.write("eval", step, made.groups)
         self._results.write(step, made.results)
+
+    def phase(self, step: int, phase: str, seconds: float) -> None:
+        """Write down that a phase of training step `step` is over, which took so many seconds."""
+        self._recorder.phase(phase, step, time.time() - seconds, seconds)
 
     def checkpoint(self, step: int, seconds: float) -> None:
         """Write down how long training stood still for the checkpoint after `step` training steps."""

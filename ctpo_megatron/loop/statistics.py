@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ctpo_megatron.loop.health import health_metrics
 from ctpo_megatron.record.values import Value
@@ -68,6 +69,12 @@ def load_histograms(metrics: dict[str, float]) -> dict[str, tuple[list[float], l
             heights = [metrics.get(f"{name}/layer_{n}", 0.0) for n in range(max(layers) + 1)]
             histograms[name] = ([float(n) for n in range(max(layers) + 2)], heights)
     return histograms
+
+
+def expert_load(stats: Mapping[str, Value]) -> NDArray[np.float64] | None:
+    """Returns the tokens of each expert over its layer's mean, [layers, experts]; None where there are no experts."""
+    layers = sorted(int(name.rpartition("_")[2]) for name in stats if name.startswith("moe/load/layer_"))
+    return np.stack([np.asarray(stats[f"moe/load/layer_{n}"].result()) for n in layers]) if layers else None
 
 
 def train_metrics(stats: Mapping[str, Value]) -> dict[str, float]:

@@ -18,6 +18,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from ctpo_megatron.algorithms.advantages import compute_advantages
@@ -42,10 +43,11 @@ from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import OpenGroup, RunState
-from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
+from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.heartbeat import Stages
+from ctpo_megatron.record.recorder import SAMPLES
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import TrajectoryGroup
@@ -76,6 +78,7 @@ class TrainLoop:
     samples: int | None = 0  # trained on in the steps that are done; None: not known
     attention_weight: float = 0.0  # see `make_batches`
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
+    resources: Callable[[], dict[str, float]] = dict  # what the run's processes use, under the record's names
     bring_back: Callable[[int], Awaitable[None]] | None = None  # lets trainer and servers hold the checkpoint of a step
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     spikes: SpikeDetector | None = None  # None: nobody is told of loss spikes and reward collapses
@@ -163,7 +166,8 @@ class TrainLoop:
             self.checkpoints.check()
         self.evaluations.check()
         clock = asyncio.get_running_loop().time  # of the run: a simulation's is virtual
-        timer, begun = PhaseTimer(stages=self.stages, step=step + 1, clock=clock), clock()
+        timer = PhaseTimer(stages=self.stages, step=step + 1, clock=clock, ended=partial(self.record.phase, step + 1))
+        begun = clock()
         tail = TailTimer(self.config.train.prompts_per_step, clock)
         with timer("rollout"):
             taken = await self._take(step, tail)
@@ -182,7 +186,7 @@ class TrainLoop:
         metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
         metrics["time/rollout_tail"] = tail.seconds
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
-        self.record.step(step + 1, groups, metrics | cost.metrics())
+        self.record.step(step + 1, groups, metrics | cost.metrics() | self._state_of_host(), expert_load(stats))
         self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         if self.evaluations.due(step + 1):
@@ -200,6 +204,10 @@ class TrainLoop:
         if self.memory is not None:
             self.memory.keep(self._state_after(step))
         self._pipeline.buffer.published(step + 1)
+
+    def _state_of_host(self) -> dict[str, float]:
+        """Returns how far the run is, and what its processes use."""
+        return ({} if self.samples is None else {SAMPLES: float(self.samples)}) | self.resources()
 
     def _judge(self, step: int, metrics: dict[str, float]) -> None:
         """Tell of shrunk weights, a loss spike or a collapse of the reward. Raises LeftCourse where the run may go back."""

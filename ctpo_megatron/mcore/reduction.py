@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from ctpo_megatron.record.values import Max, Mean, Min, Number, Sum, Values
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Numbers [n] on the device that are the same on every rank already, and their names."""
+    """Numbers [n] on the device that are the same on every rank already, and their names; likewise `vectors` of them."""
 
     names: list[str] = field(default_factory=list)
     numbers: Tensor = field(default_factory=lambda: torch.zeros(0))
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def reduce_stats(per_micro_batch: Sequence[Stats], group: dist.ProcessGroup, measured: Measured) -> Values:
@@ -36,9 +38,10 @@ def reduce_stats(per_micro_batch: Sequence[Stats], group: dist.ProcessGroup, mea
         largest = torch.stack([_joined(_largest(stats, first)) for stats in per_micro_batch]).amax(0)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
         found.append(largest)
-    found.append(measured.numbers.to(total))
+    found += [measured.numbers.to(total), *(vector.to(total) for vector in measured.vectors.values())]
     rest = iter(torch.cat(found).tolist())  # the one host sync of a step
-    return _values(first, rest) | once(dict(zip(measured.names, rest, strict=True)))
+    values = _values(first, rest) | once(dict(zip(measured.names, islice(rest, len(measured.names)), strict=True)))
+    return values | {name: Mean(_taken(rest, vector)) for name, vector in measured.vectors.items()}
 
 
 def _in_order(stats: Stats) -> Stats:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.catalogue import charts
 from ctpo_megatron.record.files import GrowingFile, Through, at_once
+from ctpo_megatron.record.hparams import MEASURES, Setting
 from ctpo_megatron.record.tfevents import VERSION, cut_steps
+from ctpo_megatron.record.windows import window_charts
 
 HISTOGRAM_BINS = 30
 
@@ -22,12 +25,22 @@ HISTOGRAM_BINS = 30
 class Board:
     """One run's events. What earlier files in `directory` hold of `first_step` or later is cut out of them; `cut` says what.
 
+    `settings`: what the tab HParams compares the run by; None: it is none of those that are compared. `plain`: without charts.
+
     Events are written by the caller, `through` something, and can be read at once. tensorboardX's SummaryWriter has a thread that
     dies of a full disk, and whoever adds the eleventh event afterwards waits for ever; its EventsWriter keeps what failed in a
     buffer, and writes it twice when it is tried again. Here StorageError is raised, and nothing is left of what failed.
     """
 
-    def __init__(self, directory: Path, first_step: int, through: Through = at_once) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        first_step: int,
+        through: Through = at_once,
+        *,
+        settings: Mapping[str, Setting] | None = None,
+        plain: bool = False,
+    ) -> None:
         from tensorboardX import summary  # it imports torch where that is installed; `ctpo doctor` has no time for it
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -43,14 +56,21 @@ class Board:
         self._write(Event(file_version=VERSION))
         # a TensorBoard that is open while the run resumes has read the old files, and drops their points where it sees this
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-        self._write(Event(summary=summary.custom_scalars(charts())))
+        if not plain:
+            self._write(Event(summary=summary.custom_scalars(charts() | window_charts())))
+        if settings is not None:
+            experiment, session, _end = summary.hparams(dict(settings), dict.fromkeys(MEASURES, 0.0))
+            self._write(Event(summary=experiment))
+            self._write(Event(summary=session))
 
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a point per metric."""
-        for name, value in metrics.items():
-            self._add(self._summary.scalar(name, float(value)), step)
+    def scalars(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
+        """Add a point per metric, all in one record. `at`: seconds since 1970, here and below; None: now."""
+        from tensorboardX.proto.summary_pb2 import Summary
 
-    def histogram(self, name: str, values: Sequence[float], step: int) -> None:
+        points = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self._add(Summary(value=points), step, at)
+
+    def histogram(self, name: str, values: Sequence[float], step: int, at: float | None = None) -> None:
         """Add a histogram of the finite `values`; nothing where there is none."""
         array = np.asarray(values, dtype=np.float64).ravel()
         array = array[np.isfinite(array)]
@@ -58,11 +78,11 @@ class Board:
             return
         counts, edges = np.histogram(array, bins=HISTOGRAM_BINS)
         moments = (float(array.sum()), float(np.square(array).sum()))
-        self._add_histogram(
-            name, (float(array.min()), float(array.max())), array.size, moments, edges.tolist(), counts.tolist(), step
-        )
+        ends = (float(array.min()), float(array.max()))
+        made = self._histogram(name, ends, array.size, moments, edges.tolist(), counts.tolist())
+        self._add(made, step, at)
 
-    def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int) -> None:
+    def buckets(self, name: str, edges: Sequence[float], heights: Sequence[float], step: int, at: float | None = None) -> None:
         """Add a histogram of given `heights` [n], none negative, between `edges` [n+1]; nothing where none is positive."""
         tall = np.flatnonzero(np.asarray(heights) > 0)
         if not tall.size:
@@ -73,24 +93,29 @@ class Board:
         centers = (limits[1:] + limits[:-1]) / 2
         moments = (float((counts * centers).sum()), float((counts * centers**2).sum()))
         ends = (float(limits[0]), float(limits[-1]))
-        self._add_histogram(name, ends, float(counts.sum()), moments, limits.tolist(), counts.tolist(), step)
+        made = self._histogram(name, ends, float(counts.sum()), moments, limits.tolist(), counts.tolist())
+        self._add(made, step, at)
 
-    def text(self, name: str, text: str, step: int) -> None:
+    def text(self, name: str, text: str, step: int, at: float | None = None) -> None:
         """Add Markdown. What UTF-8 cannot hold is shown as a question mark."""
-        self._add(self._summary.text(name, text.encode("utf-8", errors="replace").decode("utf-8")), step)
+        self._add(self._summary.text(name, text.encode("utf-8", errors="replace").decode("utf-8")), step, at)
+
+    def image(self, name: str, pixels: NDArray[np.uint8], step: int, at: float | None = None) -> None:
+        """Add a picture, `pixels` [height, width, 3]."""
+        self._add(self._summary.image(name, pixels, dataformats="HWC"), step, at)
 
     def close(self) -> None:
         """Close the file. Safe to call twice."""
         self._file.close()
 
-    def _add(self, summary: Any, step: int) -> None:
-        self._write(self._event(summary=summary, step=step))
+    def _add(self, summary: Any, step: int, at: float | None) -> None:
+        self._write(self._event(summary=summary, step=step), at)
 
-    def _write(self, event: Any) -> None:
-        event.wall_time = time.time()
+    def _write(self, event: Any, at: float | None = None) -> None:
+        event.wall_time = time.time() if at is None else at
         self._file.append(_framed(event.SerializeToString()))
 
-    def _add_histogram(
+    def _histogram(
         self,
         name: str,
         ends: tuple[float, float],
@@ -98,11 +123,10 @@ class Board:
         moments: tuple[float, float],
         limits: list[float],
         counts: list[float],
-        step: int,
-    ) -> None:
-        """Add a histogram from its smallest and largest value, how many there are, their sum and their squares' sum."""
+    ) -> Any:
+        """Returns a histogram of its smallest and largest value, how many there are, their sum and their squares' sum."""
         # TensorBoard reads the first limit as the lower edge, so it gets an empty bucket
-        self._add(self._summary.histogram_raw(name, *ends, count, *moments, limits, [0.0, *counts]), step)
+        return self._summary.histogram_raw(name, *ends, count, *moments, limits, [0.0, *counts])
 
 
 def _framed(content: bytes) -> bytes:

@@ -35,6 +35,7 @@ class Metric:
     unit: str  # `share`: of 1; `ratio`: no unit, around 1; `nats`: of log-probs
     meaning: str
     reduction: Reduction = Reduction.MEAN
+    watched: bool = False  # TensorBoard has its extremes over windows of steps, and its points by samples, too
 
     @property
     def group(self) -> str:
@@ -59,8 +60,8 @@ class Metric:
 SUM, MEAN, MAX, MIN, LAST = Reduction.SUM, Reduction.MEAN, Reduction.MAX, Reduction.MIN, Reduction.LAST
 
 REWARD = (
-    Metric("reward/mean", "reward", "Mean reward of the trajectories that the step trained on."),
-    Metric("reward/std", "reward", "Standard deviation of these rewards."),
+    Metric("reward/mean", "reward", "Mean reward of the trajectories that the step trained on.", watched=True),
+    Metric("reward/std", "reward", "Standard deviation of these rewards.", watched=True),
     Metric("reward/mixed_groups", "share", "Groups whose rewards differ; only these have advantages other than 0."),
     Metric(
         "reward/undecided",
@@ -75,20 +76,27 @@ REWARD = (
     ),
 )
 ROLLOUT = (
-    Metric("rollout/response_tokens", "tokens", "Tokens after the prompt, those of the tool included, per trajectory."),
-    Metric("rollout/response_tokens_max", "tokens", "The same of the longest trajectory.", MAX),
+    Metric(
+        "rollout/response_tokens", "tokens", "Tokens after the prompt, those of the tool included, per trajectory.", watched=True
+    ),
+    Metric("rollout/response_tokens_max", "tokens", "The same of the longest trajectory.", MAX, watched=True),
     Metric("rollout/sampled_tokens", "tokens", "Tokens that the policy wrote, per trajectory."),
     Metric("rollout/prompt_tokens", "tokens", "Tokens of the prompt, per trajectory."),
     Metric("rollout/turns", "turns", "Turns of the policy, per trajectory."),
     Metric("rollout/branches", "branches", "Samples besides its last conversation that an agent left behind, per trajectory."),
-    Metric("rollout/truncated", "share", "Trajectories that ended otherwise than by a finished turn: a budget, or as below."),
+    Metric(
+        "rollout/truncated",
+        "share",
+        "Trajectories that ended otherwise than by a finished turn: a budget, or as below.",
+        watched=True,
+    ),
     Metric("rollout/deadline", "share", "Trajectories that `rollout.deadline_s` ended."),
     Metric("rollout/unanswered", "share", "Trajectories whose agent ended after a call that nothing came back to."),
     Metric("rollout/staleness_mean", "versions", "How much older than the trained policy the one was that wrote a token."),
     Metric("rollout/staleness_max", "versions", "The same of the oldest token.", MAX),
     Metric("tool/rate", "share", "Trajectories that called the tool."),
     Metric("tool/calls", "calls", "Calls of the tool, per trajectory."),
-    Metric("tool/error_rate", "share", "Calls of the tool in which the policy's code failed."),
+    Metric("tool/error_rate", "share", "Calls of the tool in which the policy's code failed.", watched=True),
 )
 LEDGER = (
     Metric("ledger/filtered", "groups", "Groups with equal rewards that were replaced since the step before.", SUM),
@@ -109,31 +117,37 @@ LEDGER = (
     ),
 )
 TRAIN = (
-    Metric("train/loss", "loss", "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens."),
+    Metric("train/loss", "loss", "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens.", watched=True),
     Metric("train/grad_norm", "norm", "Norm of the gradient before it is clipped."),
-    Metric("train/grad_norm_max", "norm", "The largest such norm of the optimizer steps.", MAX),
+    Metric("train/grad_norm_max", "norm", "The largest such norm of the optimizer steps.", MAX, watched=True),
     Metric("train/lr", "rate", "Learning rate."),
     Metric(
         "train/skipped_steps",
         "steps",
         "Optimizer steps that were not made because a loss, log-prob or gradient was not finite, and those left out behind them.",
         SUM,
+        watched=True,
     ),
     Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
-    Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote."),
+    Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote.", watched=True),
     Metric(
         "train/support_mass",
         "share",
         "Probability, under the trained policy, of all tokens that truncated sampling could have drawn; with truncation only.",
     ),
-    Metric("train/kl_old", "nats", "Estimate of the distance to the policy of the ratios: minus the log-ratio, per token."),
+    Metric(
+        "train/kl_old",
+        "nats",
+        "Estimate of the distance to the policy of the ratios: minus the log-ratio, per token.",
+        watched=True,
+    ),
     Metric("train/kl", "nats", "Distance to the reference policy by the chosen estimator, per token; with a reference only."),
     Metric("train/ratio", "ratio", "The objective's unclipped ratio, per token."),
     Metric("train/ratio_sq", "ratio", "Its square."),
-    Metric("train/ratio_max", "ratio", "The largest ratio.", MAX),
-    Metric("train/ratio_min", "ratio", "The smallest ratio.", MIN),
+    Metric("train/ratio_max", "ratio", "The largest ratio.", MAX, watched=True),
+    Metric("train/ratio_min", "ratio", "The smallest ratio.", MIN, watched=True),
     Metric("train/log_ratio_sq", "nats²", "Square of the objective's log-ratio, per token."),
-    Metric("train/clip_fraction", "share", "Tokens without a gradient because a bound was crossed."),
+    Metric("train/clip_fraction", "share", "Tokens without a gradient because a bound was crossed.", watched=True),
     Metric("train/clip_high", "share", "Tokens that the upper bound clipped."),
     Metric("train/clip_low", "share", "Tokens that the lower bound clipped."),
     Metric("train/clip_dual", "share", "Tokens that the dual bound clipped: a large ratio and a negative advantage."),
@@ -148,8 +162,13 @@ TRAIN = (
     Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
 )
 AGREEMENT = (
-    Metric("drift/mean", "nats", "Distance of the trainer's and the engine's log-probs, per token of the present version."),
-    Metric("drift/max", "nats", "The largest such distance.", MAX),
+    Metric(
+        "drift/mean",
+        "nats",
+        "Distance of the trainer's and the engine's log-probs, per token of the present version.",
+        watched=True,
+    ),
+    Metric("drift/max", "nats", "The largest such distance.", MAX, watched=True),
     Metric(
         "drift/from_token_{position}",
         "nats",
@@ -179,14 +198,20 @@ HEALTH = (
         "health/effective_sample_size",
         "share",
         "(Σ w)² / (n Σ w²) of the unclipped ratios w over n tokens: 1 where all are equal, 1/n where one is all.",
+        watched=True,
     ),
-    Metric("health/correction_sample_size", "share", "The same of the weights of a correction, as they are used."),
+    Metric("health/correction_sample_size", "share", "The same of the weights of a correction, as they are used.", watched=True),
 )
 EVALUATION = (
-    Metric("eval/accuracy", "reward", "Mean reward of each benchmark, and of these the mean; left out where only some were due."),
+    Metric(
+        "eval/accuracy",
+        "reward",
+        "Mean reward of each benchmark, and of these the mean; left out where only some were due.",
+        watched=True,
+    ),
     Metric("eval/tool_rate", "share", "Trajectories of the evaluation that called the tool."),
     Metric("eval/response_tokens", "tokens", "Tokens after the prompt, per trajectory of the evaluation."),
-    Metric("eval/accuracy/{benchmark}", "reward", "avg@n: mean reward of all attempts at a benchmark's problems."),
+    Metric("eval/accuracy/{benchmark}", "reward", "avg@n: mean reward of all attempts at a benchmark's problems.", watched=True),
     Metric("eval/accuracy_low/{benchmark}", "reward", "The lower end of its 95 % interval, by bootstrap over problems."),
     Metric("eval/accuracy_high/{benchmark}", "reward", "The upper end of that."),
     Metric("eval/pass_at_{k}/{benchmark}", "share", "pass@k: the chance that of k attempts at a problem one is right."),
@@ -206,6 +231,27 @@ SERVERS = (
     Metric("servers/limit", "requests", "What all servers may be sent at a time, where that is bounded.", LAST),
     Metric("servers/moved", "requests", "Requests that left a slow server for another, since the command began.", LAST),
     Metric("servers/rejoined", "servers", "Returns of servers that were lost, since the command began.", LAST),
+    Metric("servers/throughput/server_{n}", "tokens/s", "What a server said that it samples, in the mean of all looks at it."),
+    Metric(
+        "servers/queue/server_{n}", "requests", "The longest queue of a server that was seen since the last publication.", MAX
+    ),
+    Metric(
+        "servers/cache_hits/server_{n}", "share", "Prompt tokens that a server found in its prefix cache, in the mean of looks."
+    ),
+    Metric("servers/kv_use/server_{n}", "share", "The most that was seen in use of a server's KV cache.", MAX),
+    Metric("servers/memory/server_{n}", "GiB", "Resident memory of all processes of a server.", LAST),
+    Metric("servers/memory_slope/server_{n}", "GiB/h", "How fast that grew, over the last hour; not in the first minutes.", LAST),
+)
+HOST = (
+    Metric("host/memory", "GiB", "Memory in use on the driver's host.", LAST),
+    Metric("host/memory_used", "share", "The same as a share of what the host has.", LAST),
+    Metric("host/memory_slope", "GiB/h", "How fast that grew, over the last hour; not in the first minutes.", LAST),
+    Metric("host/driver_memory", "GiB", "Resident memory of the driver.", LAST),
+    Metric("host/driver_memory_slope", "GiB/h", "How fast that grew, over the last hour; not in the first minutes.", LAST),
+    Metric("host/trainer_memory", "GiB", "Resident memory of the trainer rank that has most.", MAX),
+    Metric("host/trainer_memory_slope", "GiB/h", "How fast that of the rank grew whose memory grew fastest.", MAX),
+    Metric("host/cpu", "share", "Use of the driver's host's CPUs since the step before.", LAST),
+    Metric("host/disk_free", "GiB", "Room that is left on the file system of the run's directory.", LAST),
 )
 PUBLICATION = (
     Metric("publish/total", "seconds", "The whole publication of a step's weights, over all attempts.", SUM),
@@ -230,9 +276,10 @@ PUBLICATION = (
         LAST,
     ),
 )
+PROGRESS = (Metric("progress/samples", "samples", "Trajectories that were trained on since the run began.", LAST),)
 TIME = (
-    Metric("time/step", "seconds", "The whole training step.", SUM),
-    Metric("time/rollout", "seconds", "Waiting for the step's groups.", SUM),
+    Metric("time/step", "seconds", "The whole training step.", SUM, watched=True),
+    Metric("time/rollout", "seconds", "Waiting for the step's groups.", SUM, watched=True),
     Metric("time/rollout_tail", "seconds", "Of that, waiting for the last fifth: for long responses, or a slow server.", SUM),
     Metric("time/batch", "seconds", "Advantages and packing.", SUM),
     Metric("time/sleep", "seconds", "Servers on the trainer's GPUs giving memory back.", SUM),
@@ -241,9 +288,10 @@ TIME = (
     Metric("time/checkpoint", "seconds", "Training standing still for a checkpoint.", SUM),
     Metric("time/eval", "seconds", "The evaluation, from its beginning to its end.", SUM),
     Metric("time/eval_stood_still", "seconds", "How long of that training stood still.", SUM),
-    Metric("perf/rollout_tokens_per_s", "tokens/s", "Tokens that the policy wrote, by the seconds of `time/rollout`."),
+    Metric(
+        "perf/rollout_tokens_per_s", "tokens/s", "Tokens that the policy wrote, by the seconds of `time/rollout`.", watched=True
+    ),
     Metric("perf/train_tokens_per_s", "tokens/s", "Tokens of whole trajectories, by the seconds of `time/train`."),
-    Metric("host/memory_used", "share", "Memory of the driver's host that is in use.", LAST),
 )
 CATALOGUE: tuple[Metric, ...] = (
     *REWARD,
@@ -253,9 +301,11 @@ CATALOGUE: tuple[Metric, ...] = (
     *TRAIN,
     *AGREEMENT,
     *HEALTH,
+    *PROGRESS,
     *TIME,
     *PUBLICATION,
     *SERVERS,
+    *HOST,
 )
 
 

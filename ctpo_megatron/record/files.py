@@ -16,6 +16,8 @@ from typing import Any
 
 from ctpo_megatron.errors import storing
 
+LAST_LINES = 1000  # of a metrics.jsonl, which has one for a step and one more for each evaluation and checkpoint
+
 Through = Callable[[Callable[[], None]], None]
 """Does a write: at once, or, while the storage is at fault, later and in order (`storage.Storage.write`)."""
 
@@ -73,6 +75,19 @@ def last_steps(path: Path, count: int) -> list[dict[str, float]]:
     with storing(path), path.open(encoding="utf-8") as file:
         lines = deque((line for line in file if '"train/loss"' in line), maxlen=count)
     return [{name: float(value) for name, value in json.loads(line).items()} for line in lines]
+
+
+def steps_from(path: Path, first_step: int) -> list[tuple[int, dict[str, float]]]:
+    """Returns step and metrics of the last lines of a metrics.jsonl that are of `first_step` or later; none where there is none.
+
+    Only as many lines are looked at as a few hundred steps may have.
+    """
+    if not path.exists():
+        return []
+    with storing(path), path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in deque(file, maxlen=LAST_LINES)]
+    kept = [row for row in rows if row["step"] >= first_step]
+    return [(row["step"], {name: float(value) for name, value in row.items() if name not in ("step", "time")}) for row in kept]
 
 
 def drop_half_line(path: Path) -> None:

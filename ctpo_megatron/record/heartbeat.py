@@ -68,6 +68,7 @@ class Pulse:
     stages: tuple[Stage, ...] = ()
     processes: tuple[tuple[str, int], ...] = ()
     beats: int = 0  # signs of life of those others
+    memory: int = 0  # resident bytes of all of them; 0: not known
 
 
 class OpenStage:

@@ -1,9 +1,10 @@
 """What a run writes, carried over faults of its storage: full, read-only, stale, or with the run's directory away.
 
-    write       records of the driver (metrics, events, TensorBoard, journal, trajectories): done at once. One that fails is held
+    write       records of the driver (metrics, events, journal, trajectories): done at once. One that fails is held
                 in memory with all that follow, in their order, and one task tries again every few seconds
     patiently   what has an answer, or is the ranks' to write (checkpoints, the exported model): tried again until it succeeds,
                 while its caller waits
+    attempt     what others hold themselves (TensorBoard, whose thread tries again as `record.aside` says)
     clear       the loop, at the end of a step: waits until nothing is held, so a run is never further than that step ahead of
                 what it has written. Rollouts that are under way go on meanwhile, and are kept
 
@@ -123,7 +124,7 @@ class Storage:
         error: StorageError | None = None
         if not self._held:
             try:
-                self._attempt(work)
+                self.attempt(work)
                 return
             except StorageError as failure:
                 if not self.patient or not failure.mendable:
@@ -136,7 +137,7 @@ class Storage:
         error: StorageError | None = None
         if not self._held:
             try:
-                await asyncio.to_thread(self._attempt, work)
+                await asyncio.to_thread(self.attempt, work)
                 return
             except StorageError as failure:
                 if not self.patient or not failure.mendable:
@@ -185,7 +186,8 @@ class Storage:
     async def _at_home(self) -> None:
         self.require_home()
 
-    def _attempt(self, work: Callable[[], None]) -> None:
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do `work` now, in any thread, where the run's directory is there; what it raises comes out, and nothing is held."""
         self.require_home()
         work()
 
@@ -248,7 +250,7 @@ class Storage:
         """Do what is held, until something fails. Runs in a thread; while something is held nobody else writes."""
         while self._held:
             try:
-                self._attempt(self._held[0])
+                self.attempt(self._held[0])
             except Exception as error:  # noqa: BLE001 - raised by `clear`
                 if self._fault is not None:
                     self._fault.error = error

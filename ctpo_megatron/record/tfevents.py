@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.errors import storing
+from ctpo_megatron.record.hparams import TAGS
 
 VERSION = "brain.Event:2"  # of the format that is understood here, as a file's first record names it
 LAYOUT = "custom_scalars__config__"  # the tag of TensorBoard's charts
 _FILES = "*tfevents*"  # what TensorBoard takes for event files
 _FRAME = 16  # bytes of a record besides its content: the length (8), its checksum (4), the content's checksum (4)
-_HEAD = 4  # records that open a file of `Board`: the version, twice, the first step, the charts
+_HEAD = 6  # records that open a file of `Board`: the version, twice, the first step, the charts, two of the tab HParams
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """What was cut out of the event files of a directory."""
 
-    points: int = 0  # records with scalars, histograms or texts
+    points: int = 0  # scalars, histograms, texts and pictures
     unreadable: int = 0  # bytes after a record that cannot be read
     kept: tuple[str, ...] = ()  # copies of files with damage in their middle, as they were
     foreign: tuple[str, ...] = ()  # files of another format, which were left as they are
@@ -42,7 +43,9 @@ class Cut:
 
 
 def cut_steps(directory: Path, first_step: int) -> Cut:
-    """Remove from the event files in `directory` what belongs to `first_step` or later, and the charts, which are written anew.
+    """Remove from the event files in `directory` what belongs to `first_step` or later, and their openings, which come anew.
+
+    These are the charts, and the settings by which runs are compared: TensorBoard would go on showing those that it read first.
 
     A file that holds nothing else is deleted. Each file is replaced in one step. A last record that a run was killed in the
     middle of is dropped. Where more cannot be read, the file is kept under another name besides, as TensorBoard cannot show what
@@ -54,8 +57,8 @@ def cut_steps(directory: Path, first_step: int) -> Cut:
         if not head or _parse(head[0]).file_version != VERSION:
             found += Cut(foreign=(path.name,)) if path.stat().st_size else Cut()
             continue
-        # what an earlier resume has cut has no charts any more, and nothing beyond the step at which the next file begins
-        done = before is not None and before <= first_step and not any(map(_is_layout, map(_parse, head)))
+        # what an earlier resume has cut has no opening any more, and nothing beyond the step at which the next file begins
+        done = before is not None and before <= first_step and not any(map(_opens, map(_parse, head)))
         if not done:
             with storing(path):
                 found += _cut_file(path, first_step)
@@ -69,8 +72,8 @@ def _cut_file(path: Path, first_step: int) -> Cut:
     for record in records:
         event = _parse(record)
         late = event.step >= first_step and not event.file_version
-        if late or _is_layout(event):
-            points += late and bool(event.summary.value) and not _is_layout(event)
+        if late or _opens(event):
+            points += len(event.summary.value) if late and not _opens(event) else 0
         else:
             wanted.append(record)
     readable = sum(len(record) + _FRAME for record in records)
@@ -101,8 +104,9 @@ def _parse(record: bytes) -> Any:
     return Event.FromString(record)
 
 
-def _is_layout(event: Any) -> bool:
-    return any(value.tag == LAYOUT for value in event.summary.value)
+def _opens(event: Any) -> bool:
+    """Whether it is of what opens a file."""
+    return any(value.tag == LAYOUT or value.tag.startswith(TAGS) for value in event.summary.value)
 
 
 def _is_torn(path: Path, readable: int, unreadable: int) -> bool:

@@ -13,7 +13,7 @@ class PhaseTimer:
     """Adds up time by name: `with timer("rollout"): ...`, then `timer.seconds["rollout"]`.
 
     `seconds`: where the sums go on from, and are kept; none: they begin at nothing. `stages`: each phase is one of these too, at
-    training step `step`. `clock`: says what time it is.
+    training step `step`. `clock`: says what time it is. `ended`: hears of each phase that is over, and its seconds.
     """
 
     def __init__(
@@ -23,9 +23,10 @@ class PhaseTimer:
         stages: Stages | None = None,
         step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ended: Callable[[str, float], None] = lambda _phase, _seconds: None,
     ) -> None:
         self.seconds: dict[str, float] = {} if seconds is None else seconds
-        self._stages, self._step, self._clock = stages or Stages(), step, clock
+        self._stages, self._step, self._clock, self._ended = stages or Stages(), step, clock, ended
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -34,7 +35,9 @@ class PhaseTimer:
             with self._stages(phase, step=self._step):
                 yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._clock() - begun
+            took = self._clock() - begun
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + took
+            self._ended(phase, took)
 
 
 TAIL_BEGINS = 0.8  # share of the parts that are in when the tail begins

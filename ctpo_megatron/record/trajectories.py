@@ -16,6 +16,7 @@ from ctpo_megatron.errors import storing
 from ctpo_megatron.record.files import Through, at_once, jsonable
 from ctpo_megatron.types import Prompt, Trajectory, TrajectoryGroup, Turn
 
+LONGEST = 20_000  # characters of a text in TensorBoard's files
 # of a trajectory's fields, from those that are copied into its row
 _LEFT_OUT = ("id", "routed_experts", "prompt_ids", "turns", "branches", "task_ids")
 
@@ -79,14 +80,18 @@ def _turn(turn: Turn) -> dict[str, Any]:
 
 
 def as_markdown(prompt: Prompt, trajectory: Trajectory) -> str:
-    """Returns a trajectory for a person, for TensorBoard's text panel."""
-    question = prompt.messages[-1]["content"]
-    return (
-        f"**reward {trajectory.reward:g}**, answer `{prompt.answer}`, {trajectory.status}, "
-        f"{trajectory.tool_calls} tool calls, {trajectory.id}\n\n"
-        f"    {_indent(question)}\n\n---\n\n    {_indent(trajectory.text)}\n"
-    )
+    """Returns a trajectory for a person, for TensorBoard's text panel. What others wrote is shown as it is, never as Markdown."""
+    counts = f"{trajectory.response_length} tokens, {trajectory.tool_calls} tool calls"
+    head = f"**reward {trajectory.reward:g}**, {trajectory.status}, {counts}, {trajectory.id}"
+    asked, known = str(prompt.messages[-1]["content"]), str(prompt.answer)
+    parts = (head, "asked:", _as_it_is(asked), "known answer:", _as_it_is(known), "---", _as_it_is(trajectory.text))
+    return "\n\n".join(parts)
 
 
-def _indent(text: str) -> str:
-    return text.replace("\n", "\n    ")
+def _as_it_is(text: str) -> str:
+    """Returns text as a block of code, of which Markdown leaves everything alone; what is too long lacks its middle."""
+    if len(text) > LONGEST:
+        left_out = f"\n[{len(text) - LONGEST:,} characters are left out here; RUN_DIR/rollouts has all]\n"
+        text = text[: LONGEST // 2] + left_out + text[-LONGEST // 2 :]
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")  # Markdown ends lines at these
+    return "\n".join(f"    {line}" for line in lines)

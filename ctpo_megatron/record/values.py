@@ -99,6 +99,11 @@ def merge_values(parts: Iterable[Mapping[str, Value]]) -> Values:
     return merged
 
 
+def without_vectors(values: Values) -> Values:
+    """The values that are one number: of ranks that all found the same, one tells vectors, as a thousand would tell megabytes."""
+    return {name: value for name, value in values.items() if not isinstance(value.result(), np.ndarray)}
+
+
 def dump_values(values: Values) -> DumpedValues:
     """The values as plain data, for `parse_values`; no number is rounded."""
     return {

@@ -37,7 +37,7 @@ class NumbersOnly(RunRecord):
         self._servers = servers
         self.steps: list[Step] = []
 
-    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
+    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float], expert_load: object = None) -> None:
         """Keep training step `step`, counted from 1."""
         trajectories = sum(len(group.trajectories) for group in groups)
         for server in self._servers.values():
@@ -47,6 +47,9 @@ class NumbersOnly(RunRecord):
 
     def obey(self, orders: Orders) -> None:
         """Nothing is wanted: a simulation has no alarms."""
+
+    def phase(self, step: int, phase: str, seconds: float) -> None:
+        """Keep nothing: the event of a step has its phases."""
 
     def close(self) -> None:
         """Nothing is open."""

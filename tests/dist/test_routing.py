@@ -89,6 +89,9 @@ def test_the_load_is_that_of_the_tokens(one_rank: dict[str, Any]) -> None:
         load = torch.bincount(ids[:, layer].flatten().int(), minlength=EXPERTS).double()
         share = load / load.sum()
         found = one_rank["own"]["steps"][0]
+        assert [found[f"moe/load/layer_{layer}/{expert}"] for expert in range(EXPERTS)] == pytest.approx(
+            (share * EXPERTS).tolist()
+        )
         assert found[f"moe/load_max_over_mean/layer_{layer}"] == pytest.approx(float(share.max() * EXPERTS))
         assert found[f"moe/load_entropy/layer_{layer}"] == pytest.approx(float(-(share * share.log()).sum() / np.log(EXPERTS)))
 

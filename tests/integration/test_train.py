@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from leftovers import left_in_shared_memory, living, shared_memory
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.toy.model import Kind, make_toy_model
@@ -199,7 +200,8 @@ def check_evaluations(run: Finished) -> None:
 
 def test_moe_ep2_and_resume(toy, tmp_path):
     """Two steps through the experts that the engine chose, a checkpoint after each; a second command goes on to the third."""
-    run = start(toy, "moe.yaml", tmp_path, "checkpoint.every=1", "checkpoint.export=false", kind="qwen3_moe").finish(RUN_S)
+    first = ("checkpoint.every=1", "checkpoint.export=false", "log.sinks=[{type: otel}]")
+    run = start(toy, "moe.yaml", tmp_path, *first, kind="qwen3_moe").finish(RUN_S)
     check_run(run, 2)
     for row in (row for row in run.metrics if "train/loss" in row):
         assert row["routing/replayed"] == 1.0
@@ -207,7 +209,7 @@ def test_moe_ep2_and_resume(toy, tmp_path):
         assert row["moe/load_max_over_mean/layer_1"] >= 1.0
         assert 0 < row["moe/load_entropy/layer_1"] <= 1.0
     before = [row for row in run.metrics if row["step"] <= 2]
-    more = ("checkpoint.every=1", "train.steps=3", "--resume")
+    more = ("checkpoint.every=1", "train.steps=3", "log.sinks=[{type: otel}]", "--resume")
     resumed = start(toy, "moe.yaml", tmp_path, *more, kind="qwen3_moe").finish(RUN_S)
     check_run(resumed, 3)
     assert [row for row in resumed.metrics if row["step"] <= 2] == before
@@ -221,6 +223,27 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     assert f"resumed from {tmp_path / 'checkpoints' / 'step_00000002'} at step 2" in resumed.output
     assert "checkpoint of step 3 verified after" in resumed.output
     check_synced_weights(resumed, 3, toy["qwen3_moe"])
+    check_what_is_shown(resumed, 3)
+
+
+def check_what_is_shown(run: Finished, steps: int) -> None:
+    """TensorBoard and the sink have all steps of both commands, each once, and nothing was lost on the way."""
+    rows = [row for row in run.metrics if "train/loss" in row]
+    for row in rows:
+        for name in ("servers/memory/server_0", "host/memory", "host/driver_memory", "host/trainer_memory", "host/disk_free"):
+            assert row[name] > 0, name
+    samples = [int(row["progress/samples"]) for row in rows]
+    assert samples == [len(run.trajectories(f"step_{step:08d}.jsonl")) * step for step in range(1, steps + 1)]
+    board = EventAccumulator(str(run.run_dir / "tb"), size_guidance={"scalars": 0, "images": 0}).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, steps + 1))
+    assert [event.step for event in board.Images("moe/load")] == list(range(1, steps + 1))
+    by_samples = EventAccumulator(str(run.run_dir / "tb" / "by_samples")).Reload()
+    assert [event.step for event in by_samples.Scalars("samples/train/loss")] == samples
+    spans = [json.loads(line) for line in (run.run_dir / "spans.jsonl").read_text().splitlines()]
+    assert [span["name"] for span in spans if span["parent_id"] is None] == [f"step {n}" for n in range(1, steps + 1)]
+    assert {"rollout", "batch", "train", "publish", "checkpoint"} <= {span["name"] for span in spans}
+    assert len({span["resource"]["attributes"]["ctpo.run_id"] for span in spans}) == 1
+    assert run.happened("points lost") == []
 
 
 def test_trainer_and_servers_take_turns_and_a_run_that_leaves_its_course_goes_back(toy, tmp_path):

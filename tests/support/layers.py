@@ -18,6 +18,7 @@ ORDER = {
     "imports": (0, 0),
     "types": (0, 0),
     "ports": (0, 0),
+    "sinks": (0, 0),
     "config": (0, 1),
     "environment": (0, 1),
     "models": (0, 2),
@@ -57,7 +58,20 @@ ONLY_IN = {
 # The whole configuration is read from this layer on, and by `config` itself; below it a unit is given the sections that it needs.
 WHOLE_CONFIG_FROM = 4
 WHOLE_CONFIG, WHOLE_CONFIG_MODULES = "RunConfig", (f"{PACKAGE}.config.run", f"{PACKAGE}.config.load")
-NO_TORCH = {"errors", "imports", "types", "ports", "config", "environment", "models", "record", "rollout", "planning", "doctor"}
+NO_TORCH = {
+    "errors",
+    "imports",
+    "types",
+    "ports",
+    "sinks",
+    "config",
+    "environment",
+    "models",
+    "record",
+    "rollout",
+    "planning",
+    "doctor",
+}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import tensorboard_data_server
@@ -37,9 +37,20 @@ class Asked:
         """The tags of the run, sorted."""
         return sorted(self.get(f"plugin/{plugin}/tags").get(".", {}))
 
-    def scalars(self, tag: str) -> list[tuple[int, float]]:
+    def scalars(self, tag: str, run: str = ".") -> list[tuple[int, float]]:
         """(step, value) of every point that its page would show."""
-        return [(step, value) for _, step, value in self.get("plugin/scalars/scalars", run=".", tag=tag)]
+        return [(step, value) for _, step, value in self.get("plugin/scalars/scalars", run=run, tag=tag)]
+
+    def sessions(self, setting: str, metric: str) -> list[Any]:
+        """What its tab HParams compares, with a column for a setting and one for a metric."""
+        columns = [{"hparam": setting}, {"metric": {"tag": metric, "group": ""}}]
+        status = ["STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING"]
+        wanted = {"colParams": columns, "allowedStatuses": status, "startIndex": 0, "sliceSize": 10}
+        question = Request(
+            f"{self._url}data/plugin/hparams/session_groups", json.dumps(wanted).encode(), {"Content-Type": "application/json"}
+        )
+        with urlopen(question, timeout=30) as answer:
+            return [session for group in json.load(answer)["sessionGroups"] for session in _flat(group)]
 
     def histogram_steps(self, tag: str) -> list[int]:
         return [step for _, step, _ in self.get("plugin/histograms/histograms", run=".", tag=tag)]
@@ -48,6 +59,10 @@ class Asked:
         """(step, text without its HTML) of every text."""
         found = self.get("plugin/text/text", run=".", tag=tag)
         return [(each["step"], re.sub(r"<[^>]+>", "", each["text"]).strip()) for each in found]
+
+
+def _flat(group: Any) -> list[Any]:
+    return [{"hparams": group["hparams"], **session} for session in group["sessions"]]
 
 
 @contextmanager

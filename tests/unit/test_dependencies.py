@@ -29,6 +29,10 @@ DISTRIBUTIONS = metadata.packages_distributions()
 # declared and imported nowhere, with the reason
 NOT_IMPORTED = {
     "tensorboard": "the viewer of what a run writes",
+    "crc32c": "tensorboardX's checksums, which without it take 0.3 s for each megabyte",
+    "pillow": "tensorboardX imports it for pictures",
+    "wandb": "record/sink_process.py asks for it by name, where a run wants it",
+    "mlflow-skinny": "record/sink_process.py asks for it by name, where a run wants it",
     "transformer-engine": "Megatron-Core imports it where there are GPUs",
     "pytest-timeout": "pytest loads it; pyproject.toml sets its limit",
     "pytest-instafail": "pytest loads it; pyproject.toml switches it on",

@@ -15,7 +15,7 @@ from ctpo_megatron.cluster.ray_cluster import node_address, sees_gpu
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.gpu_memory import wait_for_gpus
 from ctpo_megatron.engine.probe import Probe
-from ctpo_megatron.engine.processes import names_of_group
+from ctpo_megatron.engine.processes import names_of_group, resident
 from ctpo_megatron.engine.request_thread import RequestThread
 from ctpo_megatron.engine.server import SGLangServer
 from ctpo_megatron.engine.server_args import Part, server_args, server_env
@@ -55,6 +55,7 @@ class EngineActor:
         self._first = True  # of the server's parts, the one that answers requests
         self._probe: Probe | None = None  # once it answers
         self._processes: tuple[float, tuple[tuple[str, int], ...]] = (-PROCESSES_S, ())
+        self._memory = 0  # of them, then
 
     def head(self) -> str:
         """HOST:PORT of this node, where the parts of the server may meet."""
@@ -124,9 +125,12 @@ class EngineActor:
         now = time.monotonic()
         if self._launched is not None and now - self._processes[0] > PROCESSES_S:
             self._processes = (now, names_of_group(self._launched.pid))
+            self._memory = resident(pid for _, pid in self._processes[1])
         probe = self._probe
         node = ray.get_runtime_context().get_node_id()
-        return Pulse(os.getpid(), node, processes=self._processes[1], beats=0 if probe is None else probe.turn())
+        return Pulse(
+            os.getpid(), node, processes=self._processes[1], beats=0 if probe is None else probe.turn(), memory=self._memory
+        )
 
     def close(self) -> None:
         """End the server; nothing of it is left afterwards. Safe to call twice."""

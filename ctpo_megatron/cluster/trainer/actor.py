@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import ray
 
 from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, UpdateAbandoned
@@ -29,7 +30,7 @@ from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.record.heartbeat import Pulse, Stages, stage
 from ctpo_megatron.record.stalls import Evidence
-from ctpo_megatron.record.values import Values
+from ctpo_megatron.record.values import Values, without_vectors
 from ctpo_megatron.weights.protocol import Sent, Server
 
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
@@ -167,7 +168,7 @@ class TrainerActor:
         except UpdateAbandoned as error:  # as a value: every rank has its own part of it
             found = error.update
         self._free_memory()
-        return found
+        return found if self.rank == 0 or isinstance(found, Abandoned) else without_vectors(found)
 
     @stage("update")
     def supervise(self, batch: list[MicroBatch]) -> Values | Abandoned:
@@ -258,7 +259,8 @@ class TrainerActor:
         """What this rank is doing now. Asked every two seconds, in a thread of its own."""
         if self._signs.moved():
             self.stages.beat()
-        return Pulse(os.getpid(), ray.get_runtime_context().get_node_id(), self.stages.now())
+        memory = psutil.Process().memory_info().rss
+        return Pulse(os.getpid(), ray.get_runtime_context().get_node_id(), self.stages.now(), memory=memory)
 
     def evidence(self) -> Evidence:
         """Where this rank is, and its last collective calls: asked when one is late."""

@@ -203,7 +203,7 @@ class Routers:
 
         `moe/load_max_over_mean/layer_n`: tokens of the busiest expert over the mean; 1 is even. `moe/load_entropy/layer_n`:
         entropy of the load over its largest value; 1 is even. `routing/changed`: the share of replayed choices that the trainer's
-        router would not have made. Padding does not count.
+        router would not have made. Padding does not count. `moe/load/layer_n` [experts]: tokens of each expert over the mean.
         """
         layers, experts = self._shape.expert_layers, self._shape.num_experts
         if not layers:
@@ -222,4 +222,4 @@ class Routers:
         values = torch.cat([share.amax(1) * experts, entropy])
         if self._replaying:
             names, values = [*names, "routing/changed"], torch.cat([values, replayed[1:] / replayed[:1].clamp(min=1)])
-        return Measured(names, values)
+        return Measured(names, values, {f"moe/load/layer_{n}": row * experts for n, row in zip(layers, share, strict=True)})

@@ -17,7 +17,7 @@ from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.dispatch import Dispatch
 from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.gate import Gate
-from ctpo_megatron.engine.load import START, Load, next_limit, read_load
+from ctpo_megatron.engine.load import START, Load, LoadsSeen, next_limit, read_load
 from ctpo_megatron.engine.pace import ENOUGH, Pace
 from ctpo_megatron.errors import AsideLost, EngineError
 from ctpo_megatron.types import Generation
@@ -458,3 +458,21 @@ def test_whatever_happens_leases_come_back_and_bounds_hold(limit: int, events: l
         assert [gate.waiting for gate in client.traffic._gates.values()] == [0, 0]
 
     asyncio.run(scenario())
+
+
+def test_each_server_has_numbers_of_its_own() -> None:
+    seen = LoadsSeen()
+    looks = [Load(1, 4, 0, 0.5, throughput=100.0, cache_hits=0.2), Load(1, 2, 0, 0.7, throughput=300.0, cache_hits=0.4)]
+    for load in looks:
+        seen.saw("inference server 3", load)
+    seen.saw("inference server 64", looks[0])  # of a thousand servers nobody looks at each
+    seen.saw("elsewhere", looks[0])
+    assert seen.metrics() == pytest.approx(
+        {
+            "servers/throughput/server_3": 200.0,
+            "servers/cache_hits/server_3": 0.3,
+            "servers/queue/server_3": 4.0,
+            "servers/kv_use/server_3": 0.7,
+        }
+    )
+    assert seen.metrics() == {}

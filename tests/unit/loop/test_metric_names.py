@@ -14,11 +14,13 @@ import torch
 from ctpo_megatron.algorithms import Stats, policy_loss
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
+from ctpo_megatron.cluster.resources import Resources
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.layout import EngineLayout
+from ctpo_megatron.engine.load import Load, LoadsSeen
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.composition import StepRules
@@ -28,11 +30,12 @@ from ctpo_megatron.loop.pipeline import Pipeline
 from ctpo_megatron.loop.report import StepCost
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.loop.skipping import SKIPPED
-from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
+from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
 from ctpo_megatron.record.events import discard
-from ctpo_megatron.record.values import Max, Mean, Sum, Values
+from ctpo_megatron.record.recorder import SAMPLES
+from ctpo_megatron.record.values import Max, Mean, Sum, Values, without_vectors
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, TrainSample, Trajectory, TrajectoryGroup, Turn
 from ctpo_megatron.weights.publisher import Proof, WeightPublisher
 from tests.support.fake_servers import FakeTrainer, fakes
@@ -161,9 +164,24 @@ def accounted() -> set[str]:
     return asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
-def test_what_is_made_is_what_is_listed() -> None:
+def used(run_dir: Path) -> set[str]:
+    """By the processes of a run, when an hour of it is over."""
+    times = iter(range(0, 10**6, 60))
+    resources = Resources(run_dir, clock=lambda: next(times))
+    memory = {"inference server 0": 2**30, "trainer rank 0": 2**31}
+    return {name for _ in range(10) for name in resources.metrics(memory)}
+
+
+def one_by_one() -> set[str]:
+    seen = LoadsSeen()
+    seen.saw("inference server 0", Load(1, 1, 0, 0.5))
+    return set(seen.metrics())
+
+
+def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
-    made |= accounted() | {"time/checkpoint", "host/memory_used", "time/rollout_tail"}  # by RunRecord and TrainLoop
+    made |= accounted() | used(tmp_path) | one_by_one()
+    made |= {"time/checkpoint", "host/memory_used", "time/rollout_tail", SAMPLES}  # by RunRecord and TrainLoop
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
 
@@ -181,3 +199,12 @@ def test_the_readers_of_a_run_know_the_names() -> None:
         named = re.findall(rf'"((?:{groups})/[a-z_]+)"', text)
         assert named, tool
         require_known(named)
+
+
+def test_the_load_of_experts_is_a_table_of_layers_in_their_order() -> None:
+    rows = {layer: np.arange(3.0) + layer for layer in (10, 2)}
+    stats = {f"moe/load/layer_{layer}": Mean(2 * row, 2.0) for layer, row in rows.items()} | {"loss": Mean(1.0)}
+    assert expert_load(stats).tolist() == [rows[2].tolist(), rows[10].tolist()]
+    assert expert_load({"loss": Mean(1.0)}) is None
+    assert set(without_vectors(stats)) == {"loss"}
+    require_known(train_metrics(stats))

@@ -18,7 +18,7 @@ from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.record import PhaseTimer, Recorder, progress, write_summary
-from ctpo_megatron.record.catalogue import charts
+from ctpo_megatron.record.catalogue import CATALOGUE, charts
 from ctpo_megatron.record.files import jsonable
 from ctpo_megatron.record.progress import reading_progress
 
@@ -124,7 +124,12 @@ def test_charts_are_those_of_the_catalogue(tmp_path: Path) -> None:
     (event,) = board(tmp_path).Tensors("custom_scalars__config__")
     layout = Layout.FromString(event.tensor_proto.string_val[0])
     found = {category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart} for category in layout.category}
+    bands = {chart.title: chart.margin.series[0] for chart in layout.category[-1].chart}
+    del found["windows"]
     assert found == {group: {title: names for title, (_, names) in titles.items()} for group, titles in charts().items()}
+    assert {name.partition(",")[0] for name in bands} == {m.name for m in CATALOGUE if m.watched and not m.is_family}
+    band = bands["reward/mean, 100 steps each"]
+    assert [band.value, band.lower, band.upper] == [f"windows/reward/mean{end}" for end in ("", "/min", "/max")]
     (pattern,) = found["health"]["health: clip_fraction"]
     assert re.fullmatch(pattern, "health/clip_fraction/decile_3")
 

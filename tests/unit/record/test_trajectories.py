@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+from tensorboard.plugin_util import markdown_to_safe_html
 
-from ctpo_megatron.record.trajectories import TrajectoryFiles, as_row
+from ctpo_megatron.record.trajectories import LONGEST, TrajectoryFiles, as_markdown, as_row
 from ctpo_megatron.types import AttemptId, Branch, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 
 PROMPT = Prompt(3, ({"role": "user", "content": "x"},), "42")
@@ -47,3 +49,24 @@ def test_branches_are_in_the_row_where_there_are_any() -> None:
     (branch,) = as_row(PROMPT, made)["branches"]
     assert branch == {"prompt_ids": [1], "turns": as_row(PROMPT, made)["turns"][:1]}
     assert "branches" not in as_row(PROMPT, trajectory())
+
+
+def test_what_others_wrote_does_not_come_to_life_in_tensorboard() -> None:
+    """Markdown ends lines at carriage returns too, and its HTML would be let through as far as it is harmless."""
+    hostile = "x\r# head\r\n**bold** <b>b</b> ![i](http://a/i.png)\n<script>s</script>"
+    prompt = Prompt(0, ({"role": "user", "content": hostile},), f"1`{hostile}")
+    html = markdown_to_safe_html(
+        as_markdown(prompt, Trajectory(0, [1], [], Status.FINISHED, text=hostile, id=AttemptId(GroupId(7), 2)))
+    )
+    assert set(re.findall(r"<(\w+)", html)) == {"p", "strong", "pre", "code", "hr"}
+    assert html.count("<strong>") == 1
+    assert html.count("&lt;script&gt;") == 3
+
+
+def test_long_trajectories_lack_their_middle_and_say_so() -> None:
+    text = "a" * LONGEST + "b" * LONGEST
+    prompt = Prompt(0, ({"role": "user", "content": "q"},), "1")
+    shown = as_markdown(prompt, Trajectory(0, [1], [], Status.FINISHED, text=text, id=AttemptId(GroupId(7), 2)))
+    assert f"[{LONGEST:,} characters are left out here; RUN_DIR/rollouts has all]" in shown
+    assert shown.count("a" * (LONGEST // 2)) == 1
+    assert shown.endswith("b" * (LONGEST // 2))
