@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -49,13 +48,11 @@ class Facts(msgspec.Struct, gc=False):
     recorded: bool
 
 
-@dataclass(slots=True)
 class PartMaker:
     """Collects trajectories until a part is full. `texts`: whether parts hold decoded responses."""
 
-    texts: bool
-
-    def __post_init__(self) -> None:
+    def __init__(self, texts: bool) -> None:
+        self._texts = texts
         self._clear()
 
     def _clear(self) -> None:
@@ -74,7 +71,7 @@ class PartMaker:
                 terms=row.terms,
                 why=row.why,
                 seconds=row.seconds,
-                text=row.text if self.texts else None,
+                text=row.text if self._texts else None,
                 segments=[(each.author, each.tokens, each.branch) for each in streams.segments],
                 versions=_runs(streams.versions),
                 begin=self._size,

@@ -194,6 +194,7 @@ class Viewer {
   }
 
   async show(i, t) {
+    prepared(t);
     const usable = Object.keys(COLOURS).filter((name) => t[COLOURS[name][1]] !== null);
     if (!usable.includes(this.colour)) this.colour = usable.includes(this.asked) ? this.asked : usable[0];
     const group = `${this.key}-colour`;
