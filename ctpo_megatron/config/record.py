@@ -49,5 +49,12 @@ class LogConfig(Section):
     """Trajectories shown as text in TensorBoard at each step."""
     save_rollouts: bool = True
     """Write every trajectory to RUN_DIR/rollouts."""
+    save_tokens: bool = True
+    """With them what training made of each token that the policy wrote, in RUN_DIR/tokens: drift, log-ratio, clipped or not."""
     every: PositiveInt = 1
     """Steps between plain lines in the log."""
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether RUN_DIR/tokens is written."""
+        return self.save_rollouts and self.save_tokens

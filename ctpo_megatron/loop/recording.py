@@ -12,6 +12,7 @@ from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.files import Through, at_once
+from ctpo_megatron.record.token_files import TokenFiles, TokenRecord
 from ctpo_megatron.record.trajectories import TrajectoryFiles, as_markdown
 from ctpo_megatron.types import TrajectoryGroup
 
@@ -26,10 +27,13 @@ class RunRecord:
         self._recorder = recorder
         self._texts = config.rollouts_per_step
         self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
+        self._tokens = TokenFiles(run_dir, recorder.stale, through) if config.keeps_tokens else None
         self._results = ResultFiles(run_dir, recorder.stale, through)
 
-    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
-        """Write down training step `step`, counted from 1."""
+    def step(
+        self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float], tokens: TokenRecord | None = None
+    ) -> None:
+        """Write down training step `step`, counted from 1. `tokens`: what it made of each."""
         self._recorder.step(step, metrics)
         attempts = [(group.prompt, trajectory) for group in groups for trajectory in group.trajectories]
         self._recorder.histogram("reward", [t.reward for _, t in attempts], step)
@@ -40,6 +44,8 @@ class RunRecord:
             self._recorder.text(f"rollout/{index}", as_markdown(prompt, trajectory), step)
         if self._files is not None:
             self._files.write("step", step, groups)
+        if self._tokens is not None and tokens is not None:
+            self._tokens.write(step, tokens)
 
     def evaluation(self, step: int, made: Evaluation, *, late: bool = False) -> None:
         """Write down an evaluation of the policy after `step` training steps; `late`: behind one after more steps."""

@@ -47,6 +47,7 @@ from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.record.storage import Storage
+from ctpo_megatron.record.token_files import TokenRecord
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import TrajectoryGroup
 
@@ -76,6 +77,7 @@ class TrainLoop:
     samples: int | None = 0  # trained on in the steps that are done; None: not known
     attention_weight: float = 0.0  # see `make_batches`
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
+    tokens_of: Callable[[list[TrainBatch]], Awaitable[TokenRecord | None]] | None = None  # what an update made of its tokens
     bring_back: Callable[[int], Awaitable[None]] | None = None  # lets trainer and servers hold the checkpoint of a step
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     spikes: SpikeDetector | None = None  # None: nobody is told of loss spikes and reward collapses
@@ -174,6 +176,7 @@ class TrainLoop:
             await self.publisher.offload()
         with timer("train"):
             stats = await self._update(batches, step)
+            tokens = None if self.tokens_of is None else await self.tokens_of(batches)
         if self.samples is not None:
             self.samples += sum(len(group.trajectories) for group in groups)
         self._trained = self._state_after(step)
@@ -181,7 +184,7 @@ class TrainLoop:
             published = await self._publish(step + 1)
         metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
-        self.record.step(step + 1, groups, metrics | cost.metrics())
+        self.record.step(step + 1, groups, metrics | cost.metrics(), tokens)
         self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         if self.evaluations.due(step + 1):

@@ -37,6 +37,7 @@ ORDER = {
     "cluster": (4, 0),
     "slurm": (4, 0),
     "loop": (5, 0),
+    "report": (5, 0),
     "simulation": (5, 1),
     "doctor": (6, 0),
     "jobs": (6, 0),

@@ -31,7 +31,7 @@ Progress = Callable[[str], None]
 
 
 class BuiltFile(msgspec.Struct, gc=False):
-    """What was made of a file of rows. `places`: (part, place in it) of each trajectory, (-1, -1) where its tokens are not kept."""
+    """What was made of a file of rows. `places`: (part, place in it) of each trajectory, (-1, -1) where no tokens are kept."""
 
     stamp: list[int]
     summary: FileSummary
@@ -132,11 +132,10 @@ def _usable(made: BuiltFile, quota: int | None, store: PartStore) -> bool:
     """Whether the parts of a file are there, and hold about what they should: a run that goes on has smaller shares each time."""
     if made.parts is None or len(made.places) != len(made.summary.trajectories):
         return False
-    if quota is None or made.quota is None:
-        alike = quota == made.quota
-    else:
-        alike = quota <= 2 * made.quota and made.quota <= 2 * quota
-    return alike and all(map(store.has, made.parts))
+    if (quota is None) != (made.quota is None):
+        return False
+    now, then = quota or 0, made.quota or 0
+    return now <= 2 * then and then <= 2 * now and all(map(store.has, made.parts))
 
 
 def _make_parts(

@@ -21,7 +21,7 @@ RANKS: dict[str, Rank] = {  # the smallest come first
 
 
 def chosen(trajectories: Sequence[Summary], most_tokens: int) -> list[int]:
-    """Returns the places, ascending, of trajectories with at most `most_tokens` tokens: of each rank the first, the next, and so on.
+    """Returns the places, ascending, of trajectories with at most `most_tokens` tokens: of each rank the first, then the next.
 
     At least the first of each rank is there, however long it is.
     """

@@ -56,9 +56,11 @@ def _notes(made: Sequence[BuiltFile], vocabulary: Vocabulary | None) -> list[str
         )
     if kept < len(every):
         notes.append(
-            f"The page holds tokens of {kept:,} of {len(every):,} trajectories: of each step the worst, best, longest, most clipped, "
-            "most drifted and some at random. All are in the index."
+            f"The page holds tokens of {kept:,} of {len(every):,} trajectories: of each step the worst, best, longest, "
+            "most clipped, most drifted and some at random. All are in the index."
         )
     if every and vocabulary is None:
-        notes.append("The tokenizer of this run was not found: tokens are shown as their numbers, above them the text as recorded.")
+        notes.append(
+            "The tokenizer of this run was not found: tokens are shown as their numbers, above them the text as recorded."
+        )
     return notes

@@ -6,8 +6,8 @@ A part is the base64 text of a zlib stream of
 
 The header has an entry for each trajectory: facts, segments, runs of equal versions, and where its streams begin. Streams come in
 planes of bytes, since planes compress better than numbers: n token ids as three planes from the lowest byte on; of the m tokens
-that the policy wrote logp, and where training was recorded gap and log_ratio, as float16 in two planes each, the higher first, and
-fate in one. Of a float16 the last four bits are rounded away: what is shown is within 0.8 % of what was recorded.
+that the policy wrote logp, and where training was recorded gap and log_ratio, as float16 in two planes each, the higher first,
+and fate in one. Of a float16 the last four bits are rounded away: what is shown is within 0.8 % of what was recorded.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def trajectories_section(
     build(run_dir, directory, store, find_vocabulary(_tokenizers(run_dir)), options or Options())
     held = "".join(f'<script type="text/plain" data-part="{escape(name)}">{text}</script>' for name, text in store.held.items())
     base = quote(f"{directory.parent.name}/{key}/") if store.beside else ""
-    html = f'<div class="tv" data-key="{escape(key)}" data-base="{escape(base)}"><noscript>This needs JavaScript.</noscript>{held}</div>'
+    told = f"<noscript>This needs JavaScript.</noscript>{held}"
+    html = f'<div class="tv" data-key="{escape(key)}" data-base="{escape(base)}">{told}</div>'
     return Section(key, title, Markup(html), styles=_asset("viewer.css"), scripts=scripts())
 
 

@@ -102,9 +102,7 @@ class _Plain(msgspec.Struct, gc=False):
         if stored is None:
             return self.row
         found = spread(stored.samples(self.row.first_sample, self.row.samples))
-        return msgspec.structs.replace(
-            self.row, clipped=_short(found.clipped), gap=_short(found.gap), ratio=_short(found.ratio)
-        )
+        return msgspec.structs.replace(self.row, clipped=_short(found.clipped), gap=_short(found.gap), ratio=_short(found.ratio))
 
 
 def _plain(file: RolloutFile, prompts: Mapping[str, str], complaints: list[str]) -> Iterator[_Plain]:

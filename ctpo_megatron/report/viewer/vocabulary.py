@@ -94,7 +94,7 @@ def _piece(name: str, by_byte: dict[str, int] | None) -> bytes:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """Returns the byte of each character of byte-level vocabularies: printable Latin-1 is itself, the rest comes from U+0100 on."""
+    """Returns the byte of each character of byte-level vocabularies: printable Latin-1 is itself, the rest is from U+0100 on."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(moved)}
