@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ctpo_megatron", "ctpo_megatron.*"]),
+    package_data={"ctpo_megatron.report.viewer": ["assets/*"]},
     install_requires=[
         "sglang>=0.5.23,<0.6",
         "megatron-core>=0.16.1,<0.17",

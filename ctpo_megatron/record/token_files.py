@@ -82,9 +82,9 @@ class StoredTokens:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._file = safe_open(path, framework="numpy")
-            self.lengths: NDArray[np.int64] = self._file.get_tensor("lengths")
-            self._streams = {name: self._file.get_slice(name) for name in STREAMS}
+            file: Any = safe_open(path, framework="numpy")
+            self.lengths: NDArray[np.int64] = file.get_tensor("lengths")
+            self._streams = {name: file.get_slice(name) for name in STREAMS}
             sizes = {tuple(each.get_shape()) for each in self._streams.values()}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: this is no record of tokens: {error}.") from error

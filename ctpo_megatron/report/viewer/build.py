@@ -21,7 +21,7 @@ from ctpo_megatron.report.viewer.streams import streams
 from ctpo_megatron.report.viewer.summaries import FileSummary, open_tokens, prompts_by_group, summarise, tokens_of
 from ctpo_megatron.report.viewer.vocabulary import Vocabulary
 
-MOST_TOKENS = 30_000_000  # whose streams a page has: 160 MB beside it
+MOST_TOKENS = 20_000_000  # whose streams a page has: 180 MB beside it
 BUILT = "built.msgpack"
 VERSION = 1
 INDEX, PIECES = "index", "pieces"

@@ -25,7 +25,7 @@ def chosen(trajectories: Sequence[Summary], most_tokens: int) -> list[int]:
 
     At least the first of each rank is there, however long it is.
     """
-    orders = [sorted(range(len(trajectories)), key=lambda place, rank=rank: rank(trajectories[place])) for rank in RANKS.values()]
+    orders = [_order(list(map(rank, trajectories))) for rank in RANKS.values()]
     kept: dict[int, None] = {}
     tokens = 0
     for depth, row in enumerate(zip(*orders, strict=True)):
@@ -37,3 +37,8 @@ def chosen(trajectories: Sequence[Summary], most_tokens: int) -> list[int]:
         if depth and tokens >= most_tokens:
             break
     return sorted(kept)
+
+
+def _order(keys: list[float]) -> list[int]:
+    """Returns the places of the smallest of `keys`, the next, and so on; equal ones in their order."""
+    return sorted(range(len(keys)), key=keys.__getitem__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -17,32 +17,39 @@ from ctpo_megatron.report.viewer.rows import rollout_files
 from ctpo_megatron.report.viewer.store import PartStore
 from ctpo_megatron.report.viewer.vocabulary import find_vocabulary
 
+KEY = "trajectories"
 _SCRIPTS = ("read.js", "find.js", "tokens.js", "viewer.js")
-_NOTHING = Markup("<p>This run wrote no trajectories (RUN_DIR/rollouts, log.save_rollouts).</p>")
 
 
-def trajectories_section(
-    run_dir: Path, page: Path, *, key: str = "trajectories", title: str = "Trajectories", options: Options | None = None
-) -> Section:
-    """Returns the viewer of a run's trajectories, for the page that will be at `page`.
+def trajectories_section(run_dirs: Sequence[Path], page: Path, options: Options | None = None) -> Section | None:
+    """Returns the viewer of the runs' trajectories, for the page that will be at `page`; None where no run wrote any.
 
-    `key`: the section's id, and for a page with several runs different for each. What does not fit into the page is written to
-    PAGE_files/KEY beside it, where also an earlier call's work is found. Raises StorageError.
+    What does not fit into the page is written to PAGE_files/trajectories beside it, where also an earlier call's work is found.
+    Raises StorageError.
     """
-    if not rollout_files(run_dir):
-        return Section(key, title, _NOTHING, quiet=True)
-    directory = page.with_name(f"{page.stem}_files") / key
+    with_rows = [run_dir for run_dir in run_dirs if rollout_files(run_dir)]
+    if not with_rows:
+        return None
+    keys = [KEY if len(with_rows) == 1 else f"{KEY}-{number}" for number in range(1, len(with_rows) + 1)]
+    viewers = [_viewer(run_dir, page, key, options or Options()) for run_dir, key in zip(with_rows, keys, strict=True)]
+    if len(viewers) > 1:
+        viewers = [Markup(f"<h3>{escape(run_dir.name)}</h3>") + made for run_dir, made in zip(with_rows, viewers, strict=True)]
+    return Section(KEY, "Trajectories", Markup("").join(viewers), styles=_asset("viewer.css"), scripts=_scripts())
+
+
+def _viewer(run_dir: Path, page: Path, key: str, options: Options) -> Markup:
+    """Returns one run's viewer. `key`: what links to its trajectories begin with (#KEY/FILE/ID)."""
+    beside = f"{page.stem}_files"
+    directory = page.with_name(beside) / key
     store = PartStore(directory)
-    build(run_dir, directory, store, find_vocabulary(_tokenizers(run_dir)), options or Options())
+    build(run_dir, directory, store, find_vocabulary(_tokenizers(run_dir)), options)
     held = "".join(f'<script type="text/plain" data-part="{escape(name)}">{text}</script>' for name, text in store.held.items())
-    base = quote(f"{directory.parent.name}/{key}/") if store.beside else ""
+    base = quote(f"{beside}/{key}/") if store.beside else ""
     told = f"<noscript>This needs JavaScript.</noscript>{held}"
-    html = f'<div class="tv" data-key="{escape(key)}" data-base="{escape(base)}">{told}</div>'
-    return Section(key, title, Markup(html), styles=_asset("viewer.css"), scripts=scripts())
+    return Markup(f'<div class="tv" data-key="{escape(key)}" data-base="{escape(base)}">{told}</div>')
 
 
-def scripts() -> str:
-    """Returns the viewer's JavaScript, which is the same for all sections."""
+def _scripts() -> str:
     return "(() => {\n" + '"use strict";\n' + "".join(map(_asset, _SCRIPTS)) + "})();\n"
 
 

@@ -126,7 +126,7 @@ class TokenPane {
     made.textContent = visible(text) || "·";
     made.tokenPlace = i;
     if (text.includes("\n")) made.className = "nl";
-    else if (!text) made.className = "part";
+    else if (!text) made.className = "piece";
     this.spans[i] = made;
     this.tint(made, i, colour);
     return made;

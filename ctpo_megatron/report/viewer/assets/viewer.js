@@ -88,6 +88,7 @@ class Viewer {
 
   refresh(within = null) {
     this.search?.abort();
+    this.search = null;
     this.within = within;
     const wanted = this.wanted();
     this.found = this.finder.find(wanted, within);
@@ -258,7 +259,7 @@ class Viewer {
   }
 
   shortcut(event) {
-    if (event.key === "Escape") return this.search?.abort() ?? undefined, this.search && this.refresh(this.within);
+    if (event.key === "Escape" && this.search) return this.refresh(this.within);
     if (event.altKey || event.ctrlKey || event.metaKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target.type !== "radio") return;
     const does = {
       j: () => this.step(1), k: () => this.step(-1), "/": () => this.fields.text.lastElementChild.focus(), t: () => this.pane.fold(),
@@ -266,6 +267,7 @@ class Viewer {
     }[event.key];
     if (!does) return;
     event.preventDefault();
+    event.stopPropagation(); // the page has keys of its own
     does();
   }
 
