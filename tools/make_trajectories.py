@@ -67,7 +67,7 @@ def _trajectory(drawn: np.random.Generator, name: AttemptId, step: int, tokens: 
 
 def _sampled(drawn: np.random.Generator, length: int, step: int) -> Turn:
     logp = (-drawn.exponential(0.4, length)).astype(np.float32).astype(float).tolist()
-    versions = [step - 2] * (length // 3) + [step - 1] * (length - length // 3)
+    versions = [max(0, step - 2)] * (length // 3) + [step - 1] * (length - length // 3)
     return Turn("assistant", _ids(drawn, length), logp, versions)
 
 
