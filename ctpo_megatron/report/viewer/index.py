@@ -12,8 +12,10 @@ from ctpo_megatron.report.viewer.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from ctpo_megatron.report.viewer.build import BuiltFile
 
-PLAIN = ("id", "reward", "prompt", "sampled", "tokens", "turns", "calls", "errors", "clipped", "gap", "ratio")
-PLAIN += ("oldest", "newest", "answer", "given", "excerpt")
+PLAIN = (
+    *("id", "reward", "prompt", "sampled", "tokens", "turns", "calls", "errors", "clipped", "gap", "ratio"),
+    *("oldest", "newest", "answer", "given", "excerpt"),
+)
 NAMED = ("status", "source")  # as places in a list of names
 
 
