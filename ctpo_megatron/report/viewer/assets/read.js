@@ -101,6 +101,23 @@ class Pieces {
   }
 }
 
+// The same tokens as one text: much quicker, for searching.
+function joined(pieces, t, begin, end) {
+  const found = [];
+  let length = 0;
+  for (let i = begin; i < end; i++) {
+    const bytes = pieces.of.get(idAt(t, i));
+    if (bytes) length += found[found.push(bytes) - 1].length;
+  }
+  const whole = new Uint8Array(length);
+  let at = 0;
+  for (const bytes of found) {
+    whole.set(bytes, at);
+    at += bytes.length;
+  }
+  return new TextDecoder().decode(whole);
+}
+
 // Without a tokenizer tokens are their numbers.
 class Numbers {
   special = new Set();

@@ -140,7 +140,7 @@ class Viewer {
   wholeText(t) {
     if (t.text !== null) return t.text.toLowerCase();
     let at = 0;
-    return t.segments.map(([, count]) => this.pieces.texts(t, at, (at += count)).join("")).join("\n").toLowerCase();
+    return t.segments.map(([, count]) => joined(this.pieces, t, at, (at += count))).join("\n").toLowerCase();
   }
 
   // The rows that can be seen, and no others.
