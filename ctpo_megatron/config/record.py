@@ -53,8 +53,3 @@ class LogConfig(Section):
     """With them what training made of each token that the policy wrote, in RUN_DIR/tokens: drift, log-ratio, clipped or not."""
     every: PositiveInt = 1
     """Steps between plain lines in the log."""
-
-    @property
-    def keeps_tokens(self) -> bool:
-        """Whether RUN_DIR/tokens is written."""
-        return self.save_rollouts and self.save_tokens

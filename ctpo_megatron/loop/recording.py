@@ -27,13 +27,15 @@ class RunRecord:
         self._recorder = recorder
         self._texts = config.rollouts_per_step
         self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
-        self._tokens = TokenFiles(run_dir, recorder.stale, through) if config.keeps_tokens else None
+        self._tokens = TokenFiles(run_dir, recorder.stale, through)
         self._results = ResultFiles(run_dir, recorder.stale, through)
 
-    def step(
-        self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float], tokens: TokenRecord | None = None
-    ) -> None:
-        """Write down training step `step`, counted from 1. `tokens`: what it made of each."""
+    def tokens(self, step: int, made: TokenRecord) -> None:
+        """Write down what training step `step` made of each token that the policy wrote."""
+        self._tokens.write(step, made)
+
+    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
+        """Write down training step `step`, counted from 1."""
         self._recorder.step(step, metrics)
         attempts = [(group.prompt, trajectory) for group in groups for trajectory in group.trajectories]
         self._recorder.histogram("reward", [t.reward for _, t in attempts], step)
@@ -44,8 +46,6 @@ class RunRecord:
             self._recorder.text(f"rollout/{index}", as_markdown(prompt, trajectory), step)
         if self._files is not None:
             self._files.write("step", step, groups)
-        if self._tokens is not None and tokens is not None:
-            self._tokens.write(step, tokens)
 
     def evaluation(self, step: int, made: Evaluation, *, late: bool = False) -> None:
         """Write down an evaluation of the policy after `step` training steps; `late`: behind one after more steps."""

@@ -177,6 +177,8 @@ class TrainLoop:
         with timer("train"):
             stats = await self._update(batches, step)
             tokens = None if self.tokens_of is None else await self.tokens_of(batches)
+        if tokens is not None:
+            self.record.tokens(step + 1, tokens)
         if self.samples is not None:
             self.samples += sum(len(group.trajectories) for group in groups)
         self._trained = self._state_after(step)
@@ -184,7 +186,7 @@ class TrainLoop:
             published = await self._publish(step + 1)
         metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
-        self.record.step(step + 1, groups, metrics | cost.metrics(), tokens)
+        self.record.step(step + 1, groups, metrics | cost.metrics())
         self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         if self.evaluations.due(step + 1):

@@ -11,7 +11,6 @@ from ctpo_megatron.loop.admission import Admitted
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.record.events import Event, StepTrained
-from ctpo_megatron.record.token_files import TokenRecord
 from ctpo_megatron.simulation.server import SimulatedServer, Used
 from ctpo_megatron.types import TrajectoryGroup
 
@@ -37,9 +36,7 @@ class NumbersOnly(RunRecord):
         self._servers = servers
         self.steps: list[Step] = []
 
-    def step(
-        self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float], tokens: TokenRecord | None = None
-    ) -> None:
+    def step(self, step: int, groups: list[TrajectoryGroup], metrics: dict[str, float]) -> None:
         """Keep training step `step`, counted from 1."""
         trajectories = sum(len(group.trajectories) for group in groups)
         for server in self._servers.values():

@@ -152,7 +152,7 @@ class TrainerActor:
         from ctpo_megatron.mcore.policy import update_policy
 
         config = self.config
-        self._kept = KeptTokens() if config.log.keeps_tokens else None
+        self._kept = KeptTokens() if config.log.save_rollouts and config.log.save_tokens else None
         with_own = [
             [replace(mb, replay=replay) for mb, replay in zip(micro_batches, own, strict=True)]
             for micro_batches, own in zip(batches, replays, strict=True)

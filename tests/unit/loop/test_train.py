@@ -443,8 +443,8 @@ def test_what_an_update_made_of_its_tokens_is_written_with_the_step(tmp_path: Pa
         asked.append(sum(len(batch.ids()) for batch in batches))
         return TokenRecord(np.array([1] * asked[-1]), *(np.full(asked[-1], len(asked)) for _ in range(2)), np.zeros(asked[-1]))
 
-    wanted = config("train.steps=2", "train.prompts_per_step=3", f"log.save_tokens={kept}".lower())
-    asyncio.run(train(wanted, tmp_path, resume=False, tokens_of=tokens_of if wanted.log.keeps_tokens else None))
+    wanted = config("train.steps=2", "train.prompts_per_step=3")
+    asyncio.run(train(wanted, tmp_path, resume=False, tokens_of=tokens_of if kept else None))
     assert asked == [6, 6] * kept
     written = sorted((tmp_path / "tokens").glob("*"))
     assert [path.name for path in written] == [token_file(1), token_file(2)] * kept
