@@ -41,6 +41,7 @@ setup(
         "nvidia-ml-py>=12",
         "pyarrow>=18",
         "jinja2>=3.1",
+        "markupsafe>=2.1",
     ],
     extras_require={
         # By `make install-gpu`, which builds it against the torch that is installed: pip alone would build it against another.
@@ -70,6 +71,8 @@ setup(
             "requests>=2.32",
             "openai>=2.8",
             "anthropic>=2.12",
+            "selenium>=4.30",  # the pages of `ctpo report`, clicked through in the system's Chromium
+            "axe-core-python>=0.1",
         ],
     },
     entry_points={

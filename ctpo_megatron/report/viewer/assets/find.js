@@ -8,7 +8,7 @@ const ORDERS = {
   longest: ["Longest", most("sampled")],
   clipped: ["Most clipped", most("clipped")],
   drifted: ["Most drifted", most("gap")],
-  random: ["At random", (c, draw) => (i) => scattered(i, draw)],
+  random: ["At random", (c, draw) => (i) => scattered(i, draw) + (c.part[i] < 0 ? 2 ** 32 : 0)], // those with tokens first
   file: ["As trained", () => (i) => i],
 };
 
@@ -45,7 +45,7 @@ class Finder {
   // Places of the trajectories that `wanted` asks for. `within`: only these, found in whole texts; null: all.
   find(wanted, within) {
     const c = this.columns;
-    const { from, to, least, top, kind, status, source } = wanted;
+    const { from, to, least, top, kind, status, source, held } = wanted;
     const words = within ? "" : wanted.text.trim().toLowerCase();
     const haystack = words ? this.haystack() : null;
     const found = [];
@@ -53,6 +53,7 @@ class Finder {
       const step = this.steps[c.file[i]];
       if (step < from || step > to) continue;
       if (kind && this.index.files[c.file[i]].kind !== kind) continue;
+      if (held && c.part[i] < 0) continue;
       if (status !== null && c.status[i] !== status) continue;
       if (source !== null && c.source[i] !== source) continue;
       if (least > -Infinity && !(Number(c.reward[i]) >= least)) continue;

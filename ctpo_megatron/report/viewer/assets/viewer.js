@@ -54,6 +54,7 @@ class Viewer {
       status: select("Status", [["", "any"], ...names.status.map((name, i) => [i, visible(name)])]),
       source: select("Source", [["", "any"], ...names.source.map((name, i) => [i, visible(name)])]),
     };
+    if (this.index.columns.part.some((part) => part < 0)) this.fields.held = input("Only with tokens", { type: "checkbox" });
     const everywhere = element("button", { type: "button", onclick: () => this.searchTexts() }, "Search whole texts");
     this.orders = element("div", { class: "tv-orders", role: "group", "aria-label": "Which come first" },
       ...Object.entries(ORDERS).map(([order, [label]]) => element("button", {
@@ -82,7 +83,7 @@ class Viewer {
     return {
       text: text("text"), from: number("from", -Infinity), to: number("to", Infinity), least: number("least", -Infinity),
       top: number("top", Infinity), kind: text("kind"), status: number("status", null), source: number("source", null),
-      order: this.order, draw: this.draw,
+      held: this.fields.held?.lastElementChild.checked ?? false, order: this.order, draw: this.draw,
     };
   }
 
@@ -184,6 +185,7 @@ class Viewer {
     const { part, place: places } = this.index.columns;
     if (part[i] < 0) {
       this.detail.replaceChildren(this.head(i, null), element("p", {}, "The tokens of this one are not in the page."), element("pre", { class: "tv-text" }, visible(this.index.columns.excerpt[i])));
+      this.root.dataset.shown = this.index.columns.id[i];
       return;
     }
     try {
