@@ -12,7 +12,7 @@ from ctpo_megatron.record.trajectories import TrajectoryFiles
 from ctpo_megatron.types import AttemptId, Branch, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 
 HOSTILE = "</script><script>window.harmed=1</script><img src=x onerror='window.harmed=1'>\u202egnp.exe\x1b[31m"
-SPECIAL = 256  # <|end|>
+SPECIAL, HARM = 256, 257  # <|end|>, and a token that is markup by itself
 
 
 def text_ids(text: str) -> list[int]:
@@ -25,7 +25,7 @@ def write_tokenizer(directory: Path) -> None:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     names = {byte: chr(byte) for byte in plain}
     names |= {byte: chr(0x100 + place) for place, byte in enumerate(each for each in range(256) if each not in plain)}
-    added = [{"id": SPECIAL, "content": "<|end|>", "special": True}]
+    added = [{"id": SPECIAL, "content": "<|end|>", "special": True}, {"id": HARM, "content": HOSTILE, "special": False}]
     model = {"type": "BPE", "vocab": {name: byte for byte, name in names.items()}, "merges": []}
     directory.mkdir(parents=True, exist_ok=True)
     whole = {"added_tokens": added, "decoder": {"type": "ByteLevel"}, "model": model}
@@ -34,7 +34,7 @@ def write_tokenizer(directory: Path) -> None:
 
 def trajectory(group: int, place: int, text: str, reward: float, *, version: int = 0) -> Trajectory:
     """The policy says `text`, a tool answers, and the policy says "done"."""
-    said, told, end = text_ids(text), [*text_ids("tool <b>bold</b>"), SPECIAL], [*text_ids("done"), SPECIAL]
+    said, told, end = text_ids(text), [*text_ids("tool <b>bold</b>"), HARM, SPECIAL], [*text_ids("done"), SPECIAL]
     turns = [
         Turn("assistant", said, [-0.5] * len(said), [version] * len(said)),
         Turn("tool", told, [0.0] * len(told), [-1] * len(told)),

@@ -6,6 +6,7 @@ import base64
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import pytest
 
 from ctpo_megatron.record.token_files import TokenFiles, TokenRecord
+from ctpo_megatron.record.trajectories import TrajectoryFiles
 from ctpo_megatron.report.viewer import build as building
 from ctpo_megatron.report.viewer.build import Options, build
 from ctpo_megatron.report.viewer.section import trajectories_section
 from ctpo_megatron.report.viewer.store import PartStore
 from ctpo_megatron.report.viewer.vocabulary import Vocabulary, find_vocabulary
-from tests.support.trajectory_runs import HOSTILE, SPECIAL, record_of, text_ids, trajectory, write_step, write_tokenizer
+from ctpo_megatron.types import AttemptId, GroupId, Prompt, TrajectoryGroup
+from tests.support.trajectory_runs import HARM, HOSTILE, SPECIAL, record_of, text_ids, trajectory, write_step, write_tokenizer
 
 TEXTS = ("one", "two two", HOSTILE)
 
@@ -55,7 +58,7 @@ def test_the_index_says_what_ranks_and_names_a_trajectory(run: Path, tmp_path: P
     assert columns["id"][:3] == ["g00000001.0", "g00000001.1", "g00000001.2"]
     assert columns["reward"][:3] == [0.0, 1.0, 2.0]
     assert columns["sampled"][:2] == [3 + 5, 7 + 5 + 5]  # with the branch
-    assert columns["tokens"][:2] == [5 + 3 + 17 + 5, 5 + 7 + 17 + 5 + 5 + 5]
+    assert columns["tokens"][:2] == [5 + 3 + 18 + 5, 5 + 7 + 18 + 5 + 5 + 5]
     assert columns["clipped"][:2] == pytest.approx([2 / 8, 4 / 17], rel=1e-3)
     assert columns["gap"][:3] == pytest.approx([0.01, 0.02, 0.03], rel=1e-2)
     assert (columns["oldest"][5], columns["newest"][5]) == (1, 2)
@@ -69,11 +72,11 @@ def test_a_part_holds_all_tokens_and_what_became_of_them(run: Path, tmp_path: Pa
     index, _ = made(run, tmp_path / "beside")
     facts, planes = part(tmp_path / "beside", index["parts"][0])
     second = facts[index["columns"]["place"][1]]
-    assert second["segments"] == [[0, 5, 0], [1, 7, 0], [2, 17, 0], [1, 5, 0], [0, 5, 1], [1, 5, 1]]
+    assert second["segments"] == [[0, 5, 0], [1, 7, 0], [2, 18, 0], [1, 5, 0], [0, 5, 1], [1, 5, 1]]
     assert second["versions"] == [[0, 7], [1, 5], [0, 5]]
     n, m, begin = second["tokens"], second["sampled"], second["begin"]
     low, middle = (np.frombuffer(planes, np.uint8, n, begin + n * plane).astype(int) for plane in (0, 1))
-    expected = [*text_ids("What?two twotool <b>bold</b>"), SPECIAL, *text_ids("done"), SPECIAL, *text_ids("Else?aside")]
+    expected = [*text_ids("What?two twotool <b>bold</b>"), HARM, SPECIAL, *text_ids("done"), SPECIAL, *text_ids("Else?aside")]
     assert (low + 256 * middle).tolist() == expected
     at = begin + 3 * n
     high, rest = (np.frombuffer(planes, np.uint8, m, at + m * plane).astype(np.uint16) for plane in (0, 1))
@@ -186,6 +189,20 @@ def test_numbers_that_are_not_finite_have_their_names(run: Path, tmp_path: Path)
     index, _ = made(run, tmp_path / "beside")
     assert index["columns"]["reward"][-1] == "-Infinity"
     assert [index["columns"][name][-1] for name in ("clipped", "gap", "ratio")] == [None] * 3
+
+
+def test_evaluations_have_sources_of_their_own(run: Path, tmp_path: Path) -> None:
+    for benchmark, number in (("", 0), ("aime-25", 1)):
+        name = GroupId(number, 2, benchmark)
+        attempt = replace(trajectory(number, 0, "x", 1.0), id=AttemptId(name, 0))
+        group = TrajectoryGroup(Prompt(number, (), "1"), [attempt], id=name)
+        TrajectoryFiles(run, 9).write("eval", 2 + number, [group])
+    (run / "rollouts" / "agents.jsonl").write_bytes((run / "rollouts" / "step_00000001.jsonl").read_bytes())
+    (run / "rollouts" / "notes.jsonl").write_text("{}\n")
+    index, _ = made(run, tmp_path / "beside")
+    assert [file["kind"] for file in index["files"]] == ["step", "step", "eval", "eval", "agents"]
+    sources = [index["names"]["source"][place] for place in index["columns"]["source"]]
+    assert sources == ["contest"] * 6 + ["held out", "aime-25"] + ["contest"] * 3
 
 
 def test_pieces_are_bytes(run: Path) -> None:
