@@ -56,6 +56,8 @@ class Viewer {
     };
     if (this.index.columns.part.some((part) => part < 0)) this.fields.held = input("Only with tokens", { type: "checkbox" });
     const everywhere = element("button", { type: "button", onclick: () => this.searchTexts() }, "Search whole texts");
+    const { text, from, to, least, top, ...others } = this.fields;
+    const pair = (...both) => element("span", { class: "tv-pair" }, ...both);
     this.orders = element("div", { class: "tv-orders", role: "group", "aria-label": "Which come first" },
       ...Object.entries(ORDERS).map(([order, [label]]) => element("button", {
         type: "button", "data-order": order, disabled: !this.finder.has(order),
@@ -71,7 +73,7 @@ class Viewer {
     this.root.append(
       ...notes.map((note) => element("p", { class: "tv-note" }, visible(note))),
       element("form", { class: "tv-filters", role: "search", "aria-label": "Filter trajectories", onsubmit: (event) => event.preventDefault() },
-        ...Object.values(this.fields), everywhere),
+        text, pair(from, to), pair(least, top), ...Object.values(others), everywhere),
       this.orders, this.status, element("div", { class: "tv-columns" }, this.list, this.detail), help);
     this.root.addEventListener("keydown", (event) => this.shortcut(event));
     new ResizeObserver(() => this.drawRows()).observe(this.list);
