@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
@@ -46,10 +47,10 @@ def sentence(happened: Happened) -> str:
     kind = _kinds().get(happened.name)
     if kind is not None:
         names = {each.name for each in fields(kind)}
-        try:
-            return kind(**{key: _frozen(value) for key, value in happened.fields.items() if key in names}).sentence
-        except Exception:  # noqa: BLE001  of another release: fields are missing, or are of another type
-            pass
+        known = {key: _frozen(value) for key, value in happened.fields.items() if key in names}
+        # of another release fields may be missing, or be of another type
+        with contextlib.suppress(TypeError, ValueError, AttributeError, LookupError, ArithmeticError, OSError):
+            return kind(**known).sentence
     return ", ".join(f"{key} {value}" for key, value in happened.fields.items()) or happened.name
 
 
