@@ -51,3 +51,6 @@ class LogConfig(Section):
     """Write every trajectory to RUN_DIR/rollouts."""
     every: PositiveInt = 1
     """Steps between plain lines in the log."""
+    ratios_every: NonNegativeInt = 10
+    """Steps between records of how log-ratios are distributed by position, in RUN_DIR/ratios.jsonl: about 10 kB each, for
+    `ctpo report --paper`. 0: none."""

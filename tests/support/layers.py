@@ -38,6 +38,7 @@ ORDER = {
     "slurm": (4, 0),
     "loop": (5, 0),
     "simulation": (5, 1),
+    "report": (5, 1),
     "doctor": (6, 0),
     "jobs": (6, 0),
     "cli_models": (6, 1),
@@ -56,7 +57,20 @@ ONLY_IN = {
 # The whole configuration is read from this layer on, and by `config` itself; below it a unit is given the sections that it needs.
 WHOLE_CONFIG_FROM = 4
 WHOLE_CONFIG, WHOLE_CONFIG_MODULES = "RunConfig", (f"{PACKAGE}.config.run", f"{PACKAGE}.config.load")
-NO_TORCH = {"errors", "imports", "types", "ports", "config", "environment", "models", "record", "rollout", "planning", "doctor"}
+NO_TORCH = {
+    "errors",
+    "imports",
+    "types",
+    "ports",
+    "config",
+    "environment",
+    "models",
+    "record",
+    "rollout",
+    "planning",
+    "report",
+    "doctor",
+}
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,19 @@ def curves(
     zero: bool = False,
     share: bool = False,
 ) -> Figure | None:
-    """Returns curves by their names, None where no series has a point.
+    """Returns curves by their names, None where no series has a point, or none is ever anything but 0.
 
     Of a long series many steps are one point; a band then reaches from their smallest to their largest value.
     """
+    if all(value == 0 for points in series.values() for _, value in points):
+        return None
     values = [
         {"step": each.step, "value": each.mean, "low": each.low, "high": each.high, "of": name}
         for name, points in series.items()
         for each in thinned(list(points))
     ]
-    if not values:
-        return None
-    return Figure(id, title, says(series), _banded(values, unit, zero=zero, share=share, several=len(series) > 1), note)
+    several = sum(1 for points in series.values() if points) > 1
+    return Figure(id, title, says(series), _banded(values, unit, zero=zero, share=share, several=several), note)
 
 
 def banded(

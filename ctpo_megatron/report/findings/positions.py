@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import fmean
+from statistics import fmean, median
 
-from ctpo_megatron.report.findings.finding import Finding, late, scaled
+from ctpo_megatron.report.findings.finding import FEWEST, Finding, late, scaled
 from ctpo_megatron.report.reading.run import Run
+
+JUMP = 8.0  # times the usual sigma
 
 
 def clipping(run: Run) -> Iterator[Finding]:
@@ -86,3 +88,21 @@ def sample_size(run: Run) -> Iterator[Finding]:
                 "Few tokens are most of the gradient: smaller steps, or `algorithm.correction`.",
                 "sample_size",
             )
+
+
+def jump(run: Run) -> Iterator[Finding]:
+    """Yields a step in which the policy moved much further than it usually does."""
+    points = run.metrics.series("health/log_ratio_sigma")
+    moved = [value for _, value in points if value > 0]
+    if len(moved) < FEWEST:
+        return
+    usual, (step, largest) = median(moved), max(points, key=lambda each: each[1])
+    if largest > JUMP * usual:
+        size = dict(run.metrics.series("health/effective_sample_size")).get(step)
+        words = "" if size is None else f" Its effective sample size was {size:.0%}."
+        yield Finding(
+            scaled(largest / usual, JUMP, 10 * JUMP, (45, 70)),
+            f"Step {step} moved the policy {largest / usual:,.0f} times as far as usual",
+            f"σ was {largest:.3g}, usually {usual:.3g}.{words} Look at its gradient norm and its trajectories.",
+            "sigma",
+        )

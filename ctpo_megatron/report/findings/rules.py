@@ -28,6 +28,7 @@ RULES: tuple[Callable[[Run], Iterator[Finding]], ...] = (
     positions.growth,
     positions.drift,
     positions.sample_size,
+    positions.jump,
 )
 
 
