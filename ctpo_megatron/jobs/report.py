@@ -49,9 +49,7 @@ def viewer_section(report: Report, page: Path) -> Section | None:
 def _chosen(figures: dict[str, Figure], only: Sequence[str]) -> dict[str, Figure]:
     for name in only:
         if name not in figures:
-            raise InputError(
-                f"--figure {name}: there is none.{near_miss(name, figures)} Allowed: {', '.join(figures)}"
-            )
+            raise InputError(f"--figure {name}: there is none.{near_miss(name, figures)} Allowed: {', '.join(figures)}")
     return {name: figures[name] for name in only} if only else figures
 
 

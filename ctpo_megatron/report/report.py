@@ -101,9 +101,12 @@ def _parts(run: Run, begin: str) -> tuple[Part, ...]:
 def drawn(figure: Figure) -> dict[str, Any]:
     """Returns what a figure shows as JSON values."""
     spec = figure.spec()
-    layers = [spec, *spec.get("layer", [])]
-    values: list[Any] = next((each["data"]["values"] for each in layers if "values" in each.get("data", {})), [])
+    values = [row for data in (spec["data"], *spec.get("datasets", {}).values()) for row in _values(data)]
     return {"title": figure.title, "says": figure.says, "values": values}
+
+
+def _values(data: Any) -> list[Any]:
+    return data if isinstance(data, list) else data.get("values", [])
 
 
 def write_page(report: Report, out: Path, viewer: Section | None = None) -> None:

@@ -77,7 +77,7 @@ def phases(seconds: Mapping[str, Sequence[Point]]) -> Figure | None:
     )
     means = {phase: sum(value for _, value in points) / len(points) for phase, points in seconds.items() if points}
     words = ", ".join(f"{phase} {mean:.3g} s" for phase, mean in means.items())
-    return Figure("phases", "Seconds of a step by phase", f"in the mean: {words}", height(chart))
+    return Figure("step_seconds", "Seconds of a step by phase", f"in the mean: {words}", height(chart))
 
 
 def goodput(measured: Goodput) -> Figure:
@@ -114,7 +114,7 @@ def goodput(measured: Goodput) -> Figure:
     words = f"goodput {measured.total.goodput:.1%}, " + ", ".join(
         f"{cause} {share:.0%}" for cause, share in measured.total.shares(allocated=False).items() if share >= 0.01
     )
-    return Figure("goodput", "Where the time went", words, height(chart, 34 * len(accounts) + 10))
+    return Figure("time_by_cause", "Where the time went", words, height(chart, 34 * len(accounts) + 10))
 
 
 _CAUSE = {
