@@ -50,7 +50,7 @@ def _library() -> str:
     """Returns Vega, Vega-Lite and vega-embed as one script, which says `window.vegaEmbed`."""
     import vl_convert
 
-    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub asks for an argument that has a default
+    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub forgets a default
     return bundle
 
 

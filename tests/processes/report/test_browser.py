@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import axe_core_python
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -79,12 +80,15 @@ def opened(browser: webdriver.Chrome, page: Path) -> webdriver.Chrome:
     browser.set_window_size(1440, 900)
     for log in ("browser", "performance"):
         browser.get_log(log)  # what was there before is no fault of the page
-    browser.get(f"{page.as_uri()}?all")
-    wait(
-        browser,
-        "return document.querySelectorAll('[data-chart]').length === document.querySelectorAll('[data-chart] svg').length",
-    )
+    load(browser, page)
     return browser
+
+
+def load(browser: webdriver.Chrome, page: Path) -> None:
+    """Load the page until every chart is drawn."""
+    browser.get(f"{page.as_uri()}?all")
+    count = "document.querySelectorAll('[data-chart]{}').length"
+    wait(browser, f"return {count.format('')} === {count.format(' svg')}")
 
 
 def wait(browser: webdriver.Chrome, script: str) -> None:
@@ -186,7 +190,7 @@ def test_axe_would_find_a_fault(opened: webdriver.Chrome) -> None:
 
 def violations(browser: webdriver.Chrome) -> list[tuple[str, str, Any]]:
     """What axe-core finds: rule, impact, and where."""
-    axe = resources.files("axe_core_python").joinpath("axe.min.js").read_text(encoding="utf-8")
+    axe = resources.files(axe_core_python).joinpath("axe.min.js").read_text(encoding="utf-8")
     browser.execute_cdp_cmd("Runtime.evaluate", {"expression": f"{axe};0"})
     found = browser.execute_async_script(AXE)
     return [(each["id"], each["impact"], [node["target"] for node in each["nodes"]][:3]) for each in found["violations"]]
