@@ -100,10 +100,9 @@ def density_by_position(counts: Counts) -> Figure:
     step = max(1, math.ceil(len(known) / DENSITIES))
     values: list[dict[str, Any]] = []
     for position in known[::-1][::step][::-1]:
-        points = density(counts, position)
-        values += [
-            {"log_ratio": middle, "density": height_, "t": f"t = {position} to {2 * position - 1}"} for middle, height_ in points
-        ]
+        name = f"t = {position} to {2 * position - 1}"
+        bars = density(counts, position)
+        values += [{"log_ratio": (low + high) / 2, "density": share, "t": name} for low, high, share in bars]
     chart = (
         alt.Chart(rows(values))
         .mark_line(strokeWidth=2, interpolate="monotone")

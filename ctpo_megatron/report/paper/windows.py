@@ -14,6 +14,7 @@ from ctpo_megatron.report.reading.lines import number
 TOTAL, BY_ROOT = 0, 1  # the two distributions of a line: of S_t, of S_t / sqrt(t)
 NEGATIVE, ZERO, POSITIVE = 0, 1, 2  # signs of the advantage
 TAIL = 0.001
+SMALLEST = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,16 +98,23 @@ def _above(row: Sequence[float], borders: Sequence[float], bound: float) -> floa
     return found
 
 
-def density(counts: Counts, position: int) -> list[tuple[float, float]]:
-    """Returns the density of S_t in a range as (middle of a bucket, share of the tokens by nat).
+def density(counts: Counts, position: int) -> list[tuple[float, float, float]]:
+    """Returns the density of S_t in a range as (from, to, share of the tokens by nat), from left to right.
 
-    It begins and ends where all but TAIL of the tokens at either side are within: single ones far out would hide the rest.
+    Neighbouring buckets are joined until they hold SMALLEST of the tokens, so that chance does not look like a shape; the
+    outermost TAIL at either side is left out: single tokens far out would hide the rest.
     """
     borders, rows = counts.borders[TOTAL], [sign.get(position, []) for sign in counts.of[TOTAL]]
     row = [sum(each) for each in zip(*[each for each in rows if each], strict=True)]
-    whole, found, below = sum(row), list[tuple[float, float]](), 0.0
+    whole, found, below = sum(row), list[tuple[float, float, float]](), 0.0
+    begin, held = borders[0], 0.0
     for count, (low, high) in zip(row, pairwise(borders), strict=True):
-        if below + count > TAIL * whole and below < (1 - TAIL) * whole:
-            found.append(((low + high) / 2, count / whole / (high - low)))
+        if below + count <= TAIL * whole or below >= (1 - TAIL) * whole:
+            begin, held = high, 0.0
+        else:
+            begin, held = (begin, held + count) if held else (low, count)
+            if held >= SMALLEST * whole or below + count >= (1 - TAIL) * whole:
+                found.append((begin, high, held / whole / (high - begin)))
+                begin, held = high, 0.0
         below += count
     return found

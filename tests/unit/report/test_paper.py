@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -77,12 +76,12 @@ def test_a_clip_rate_by_hand() -> None:
 
 def test_a_density_is_one_in_all(stats: dict[str, Sum]) -> None:
     counts = read_counts([ratio_line(10, stats) or {}])
-    borders = counts.borders[TOTAL]
-    widths = {round((low + high) / 2, 9): high - low for low, high in pairwise(borders)}
     for position in counts.positions()[:9]:
-        assert sum(height * widths[round(place, 9)] for place, height in density(counts, position)) == pytest.approx(
-            1.0, abs=0.003
-        )
+        bars = density(counts, position)
+        assert sum(height * (high - low) for low, high, height in bars) == pytest.approx(1.0, abs=0.005)
+        assert len(bars) > 8
+        variance = sum(height * (high - low) * ((low + high) / 2) ** 2 for low, high, height in bars)
+        assert variance == pytest.approx(SIGMA**2 * 1.5 * position, rel=0.3)
 
 
 def test_a_run_writes_what_is_due_and_takes_back_what_it_lost(tmp_path: Path, stats: dict[str, Sum]) -> None:
