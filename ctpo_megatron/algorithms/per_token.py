@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms.correction import correction_factor, log_weight
+from ctpo_megatron.algorithms.density import density_counts
 from ctpo_megatron.algorithms.health import health_sums
 from ctpo_megatron.algorithms.prepare import Prepared
 from ctpo_megatron.algorithms.recipe import Recipe
@@ -67,7 +68,8 @@ def _part(recipe: Recipe, tokens: Tokens, place: Tensor, seen: list[Seen] | None
     if seen is not None:
         seen.append(Seen.of(out))
     # masked tokens have advantage 0, so their loss and slope are 0
-    return out.loss.detach(), slope, token_stats(tokens, out) | Stats(sums=health_sums(tokens, out, place))
+    sums = health_sums(tokens, out, place) | density_counts(tokens)
+    return out.loss.detach(), slope, token_stats(tokens, out) | Stats(sums=sums)
 
 
 def _correct(correction: Correction, ready: Prepared, part: slice, value: Tensor, slope: Tensor) -> Stats:

@@ -53,3 +53,6 @@ class LogConfig(Section):
     """With them what training made of each token that the policy wrote, in RUN_DIR/tokens: drift, log-ratio, clipped or not."""
     every: PositiveInt = 1
     """Steps between plain lines in the log."""
+    ratios_every: NonNegativeInt = 10
+    """Steps between records of how log-ratios are distributed by position, in RUN_DIR/ratios.jsonl: about 10 kB each, for
+    `ctpo report --paper`. 0: none."""

@@ -187,6 +187,7 @@ class TrainLoop:
         metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics())
+        self.record.ratios(step + 1, stats)
         self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         if self.evaluations.due(step + 1):

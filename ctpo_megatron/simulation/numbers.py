@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ctpo_megatron.loop.admission import Admitted
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.record.events import Event, StepTrained
+from ctpo_megatron.record.values import Value
 from ctpo_megatron.simulation.server import SimulatedServer, Used
 from ctpo_megatron.types import TrajectoryGroup
 
@@ -43,6 +44,9 @@ class NumbersOnly(RunRecord):
             server.settle()
         used = sum((server.used for server in self._servers.values()), Used())
         self.steps.append(Step(step, asyncio.get_running_loop().time(), metrics, used, trajectories))
+
+    def ratios(self, step: int, stats: Mapping[str, Value]) -> None:
+        """Nothing is trained, so there are no ratios."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -37,14 +37,18 @@ def trajectories_section(run_dirs: Sequence[Path], page: Path, options: Options 
     return Section(KEY, "Trajectories", Markup("").join(viewers), styles=_asset("viewer.css"), scripts=_scripts())
 
 
+def beside(page: Path) -> Path:
+    """Returns the folder that belongs beside a page; it is there where a run has too many tokens for the page itself."""
+    return page.with_name(f"{page.stem}_files")
+
+
 def _viewer(run_dir: Path, page: Path, key: str, options: Options) -> Markup:
     """Returns one run's viewer. `key`: what links to its trajectories begin with (#KEY/FILE/ID)."""
-    beside = f"{page.stem}_files"
-    directory = page.with_name(beside) / key
+    directory = beside(page) / key
     store = PartStore(directory)
     build(run_dir, directory, store, find_vocabulary(_tokenizers(run_dir)), options)
     held = "".join(f'<script type="text/plain" data-part="{escape(name)}">{text}</script>' for name, text in store.held.items())
-    base = quote(f"{beside}/{key}/") if store.beside else ""
+    base = quote(f"{directory.parent.name}/{key}/") if store.beside else ""
     told = f"<noscript>This needs JavaScript.</noscript>{held}"
     return Markup(f'<div class="tv" data-key="{escape(key)}" data-base="{escape(base)}">{told}</div>')
 
