@@ -34,7 +34,7 @@ def trajectories_section(run_dirs: Sequence[Path], page: Path, options: Options 
     viewers = [_viewer(run_dir, page, key, options or Options()) for run_dir, key in zip(with_rows, keys, strict=True)]
     if len(viewers) > 1:
         viewers = [Markup(f"<h3>{escape(run_dir.name)}</h3>") + made for run_dir, made in zip(with_rows, viewers, strict=True)]
-    return Section(KEY, "Trajectories", Markup("").join(viewers), styles=_asset("viewer.css"), scripts=_scripts())
+    return Section(KEY, "Trajectories", Markup("").join(viewers), styles=Markup(_asset("viewer.css")), scripts=_scripts())
 
 
 def beside(page: Path) -> Path:

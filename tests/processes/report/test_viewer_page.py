@@ -11,15 +11,11 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from ctpo_megatron.report.page.page import page as whole_page
 from ctpo_megatron.report.viewer import section as sections
 from ctpo_megatron.report.viewer.store import PartStore
 from tests.support.chromium import WAIT_S, browser, violations
 from tests.support.trajectory_runs import HOSTILE, write_step, write_tokenizer
-
-POLICY = "default-src 'none'; script-src 'nonce-x' 'self' file:; style-src 'unsafe-inline'"
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>A run</title>
-<meta http-equiv="Content-Security-Policy" content="{policy}"><style>:root {{ color-scheme: light }} {styles}</style></head>
-<body><main><h1>A run</h1><h2>{title}</h2>{html}</main><script nonce="x">{scripts}</script></body></html>"""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +27,7 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
 def write_page(run: Path, page: Path) -> None:
     section = sections.trajectories_section([run], page)
     assert section is not None
-    parts = {"title": section.title, "html": section.html, "styles": section.styles, "scripts": section.scripts}
-    page.write_text(PAGE.format(policy=POLICY, **parts), encoding="utf-8")
+    page.write_text(whole_page("a run", "now", [("a run", [section])], {}), encoding="utf-8")
 
 
 def until(chrome: Chrome, script: str) -> None:
@@ -46,6 +41,12 @@ def shown(chrome: Chrome, name: str) -> None:
 
 def find(chrome: Chrome, selector: str) -> WebElement:
     return chrome.find_element("css selector", selector)
+
+
+def colour(chrome: Chrome) -> str:
+    """What the tokens of the version before the newest are coloured with, in the legend too."""
+    find(chrome, "input[value=version]").click()
+    return find(chrome, ".tv-legend [data-c=v1]").value_of_css_property("background-color")
 
 
 def names(chrome: Chrome) -> list[str]:
@@ -69,8 +70,9 @@ def test_a_trajectory_is_found_and_read(chrome: Chrome, tmp_path: Path, monkeypa
     click_through(chrome)
     filters(chrome)
     assert violations(chrome) == []
-    chrome.execute_script("document.documentElement.style.colorScheme = 'dark'; document.body.style.background = '#14171c'")
-    chrome.execute_script("document.body.style.color = '#e4e6ea'")
+    assert colour(chrome) == "rgba(227, 238, 252, 1)"
+    find(chrome, "#theme").click()
+    assert colour(chrome) == "rgba(29, 47, 74, 1)"
     assert violations(chrome) == []
     assert [entry["message"] for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"] == []
 
