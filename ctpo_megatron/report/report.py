@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ from ctpo_megatron.report.parts.training import training
 from ctpo_megatron.report.reading.run import Run, read_runs
 from ctpo_megatron.report.section import Section
 
-Viewer = Callable[[Sequence[Path], Path], Section | None]
-"""Makes the section in which single trajectories are read, of some run directories, for the page at a path."""
 PARTS: tuple[Callable[[Run, str], Part], ...] = (health, phases, goodput, training, ledger, events, proofs, settings)
 
 

@@ -11,6 +11,8 @@ from ctpo_megatron.report.figures.figure import Figure, height, rows
 from ctpo_megatron.report.reading.ledgers import Band
 from ctpo_megatron.report.reading.metrics import Point, thinned
 
+LARGE = 10_000  # from which on an axis says 20k
+
 
 def curves(
     id: str,
@@ -20,7 +22,6 @@ def curves(
     *,
     note: str = "",
     zero: bool = False,
-    share: bool = False,
 ) -> Figure | None:
     """Returns curves by their names, None where no series has a point, or none is ever anything but 0.
 
@@ -34,7 +35,7 @@ def curves(
         for each in thinned(list(points))
     ]
     several = sum(1 for points in series.values() if points) > 1
-    return Figure(id, title, says(series), _banded(values, unit, zero=zero, share=share, several=several), note)
+    return Figure(id, title, says(series), _banded(values, unit, zero=zero, several=several), note)
 
 
 def banded(
@@ -67,10 +68,8 @@ def says(series: Mapping[str, Sequence[Point]]) -> str:
     return "; ".join(parts)
 
 
-def _banded(
-    values: list[dict[str, Any]], unit: str, *, zero: bool = False, share: bool = False, several: bool, dots: bool = False
-) -> alt.LayerChart:
-    form = ".0%" if share else ",.4~g"
+def _banded(values: list[dict[str, Any]], unit: str, *, zero: bool = False, several: bool, dots: bool = False) -> alt.LayerChart:
+    form = "~s" if max(abs(each["high"]) for each in values) >= LARGE else ",.4~g"
     base = alt.Chart(rows(values)).encode(
         x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",.0f")),
         color=alt.Color("of:N", legend=alt.Legend() if several else None, sort=None),

@@ -59,7 +59,7 @@ def theme(*, dark: bool) -> dict[str, Any]:
         "view": {"stroke": None},
         "range": {"category": list(DARK if dark else LIGHT)},
         "axis": {**words, "domainColor": line, "tickColor": line, "gridColor": grid},
-        "legend": {**words, "orient": "bottom", "title": None, "labelLimit": 320, "columns": 4, "symbolStrokeWidth": 2},
+        "legend": {**words, "orient": "bottom", "title": None, "labelLimit": 320, "columns": 4, "symbolOpacity": 1},
         "header": words,
         "title": {"color": text},
         "mark": {"color": (DARK if dark else LIGHT)[0]},

@@ -7,6 +7,7 @@ const drawn = new Map(); // place -> the theme that it is drawn in
 async function draw(place, theme = isDark() ? "dark" : "light") {
   if (drawn.get(place) === theme) return;
   drawn.set(place, theme);
+  root.dataset.drawn = theme;
   // `ast`: expressions are interpreted, so that the page needs no eval
   const options = { ast: true, actions: false, renderer: "svg", config: themes[theme], tooltip: { theme: "custom", disableDefaultStyle: false } };
   await window.vegaEmbed(place, charts[place.dataset.chart], options);
@@ -59,7 +60,17 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// what is folded or out of view is on paper too
-addEventListener("beforeprint", () => { document.querySelectorAll("details").forEach((each) => { each.open = true; }); });
-if (new URLSearchParams(location.search).has("all")) places.forEach((place) => draw(place));
-matchMedia("print").addEventListener("change", (event) => { if (event.matches) places.forEach((place) => draw(place, "light")); });
+// on paper what is folded is unfolded; what is out of view is drawn while nothing else is to do, as printing does not wait for it
+let unfolded = [];
+addEventListener("beforeprint", () => {
+  unfolded = [...document.querySelectorAll("details:not([open])")];
+  unfolded.forEach((each) => { each.open = true; });
+});
+addEventListener("afterprint", () => { unfolded.forEach((each) => { each.open = false; }); });
+const all = new URLSearchParams(location.search).has("all"); // for those who take a picture
+const later = () => {
+  const next = places.find((place) => !drawn.has(place));
+  if (next) draw(next).finally(() => (window.requestIdleCallback ?? setTimeout)(later));
+};
+if (all) places.forEach((place) => draw(place));
+else addEventListener("load", () => setTimeout(later, 1000));

@@ -84,19 +84,6 @@ def test_a_density_is_one_in_all(stats: dict[str, Sum]) -> None:
         assert variance == pytest.approx(SIGMA**2 * 1.5 * position, rel=0.3)
 
 
-def test_a_run_writes_what_is_due_and_takes_back_what_it_lost(tmp_path: Path, stats: dict[str, Sum]) -> None:
-    file = RatioFile(tmp_path, 2)
-    for step in range(1, 7):
-        file.write(step, stats)
-    file.close()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "ratios.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6]
-    again = RatioFile(tmp_path, 2, first_step=5)
-    again.write(6, {})
-    again.close()
-    assert [json.loads(line)["step"] for line in (tmp_path / "ratios.jsonl").read_text().splitlines()] == [2, 4]
-
-
 def test_the_figures_of_a_run(tmp_path: Path, stats: dict[str, Sum]) -> None:
     run_dir = run_dirs.write_run(tmp_path / "run")
     file = RatioFile(run_dir, 1)

@@ -3,21 +3,25 @@
 const AUTHORS = ["prompt", "policy", "tool"];
 const POLICY = 1;
 const FATES = ["trained", "held back from growing", "held back from shrinking", "cut by the dual clip", "not trained"];
-const EDGES = [0.001, 0.01, 0.1]; // of |log-ratio| and |drift|
+const RATIO = [0.01, 0.1, 1]; // edges of |log-ratio|
+const DRIFT = [0.001, 0.01, 0.1]; // of |drift|
 const LOGP = [-0.1, -0.7, -2.3, -6]; // of log-probs: 90 %, 50 %, 10 %, 0.25 %
 
-const size = (x) => EDGES.filter((edge) => Math.abs(x) >= edge).length;
-const signed = (x) => (Number.isNaN(x) ? "" : size(x) ? (x > 0 ? "p" : "n") + size(x) : "z");
-const SIGNED = [
-  ["n3", `≤ −${EDGES[2]}`], ["n2", `−${EDGES[2]} to −${EDGES[1]}`], ["n1", `−${EDGES[1]} to −${EDGES[0]}`], ["z", "about 0"],
-  ["p1", `${EDGES[0]} to ${EDGES[1]}`], ["p2", `${EDGES[1]} to ${EDGES[2]}`], ["p3", `≥ ${EDGES[2]}`],
+function signed(x, edges) {
+  const size = edges.filter((edge) => Math.abs(x) >= edge).length;
+  if (Number.isNaN(x)) return "";
+  return size ? (x > 0 ? "p" : "n") + size : "z";
+}
+const signs = ([small, middle, large]) => [
+  ["n3", `≤ −${large}`], ["n2", `−${large} to −${middle}`], ["n1", `−${middle} to −${small}`], ["z", "about 0"],
+  ["p1", `${small} to ${middle}`], ["p2", `${middle} to ${large}`], ["p3", `≥ ${large}`],
 ];
 
 // name -> label, what it needs, class of the policy's token number m, legend
 const COLOURS = {
-  ratio: ["Log-ratio", "ratio", (t, m) => (t.fate[m] === 4 ? "" : signed(half(t.ratio, m))), () => SIGNED],
+  ratio: ["Log-ratio", "ratio", (t, m) => (t.fate[m] === 4 ? "" : signed(half(t.ratio, m), RATIO)), () => signs(RATIO)],
   clip: ["Clip", "fate", (t, m) => `f${t.fate[m]}`, () => FATES.map((name, f) => [`f${f}`, name])],
-  drift: ["Drift", "gap", (t, m) => signed(half(t.gap, m)), () => SIGNED],
+  drift: ["Drift", "gap", (t, m) => signed(half(t.gap, m), DRIFT), () => signs(DRIFT)],
   version: ["Version", "versions", (t, m) => `v${t.newest - t.versionOf[m] > 5 ? 5 : t.newest - t.versionOf[m]}`, versionLegend],
   author: ["Author", "segments", () => "a1", () => ["prompt", "policy", "tool", "template"].map((name, a) => [`a${a}`, name])],
   logp: ["Log-prob", "logp", (t, m) => `l${LOGP.filter((edge) => half(t.logp, m) <= edge).length}`, () => [
@@ -188,7 +192,7 @@ class TokenPane {
     for (let i = this.current + by; i >= 0 && i < t.tokens; i += by) {
       const m = t.policyAt[i];
       if (m < 0) continue;
-      const notable = t.recorded ? (t.fate[m] > 0 && t.fate[m] < 4) || Math.abs(half(t.gap, m)) >= EDGES[2] : half(t.logp, m) <= LOGP[3];
+      const notable = t.recorded ? (t.fate[m] > 0 && t.fate[m] < 4) || Math.abs(half(t.gap, m)) >= DRIFT[2] : half(t.logp, m) <= LOGP[3];
       if (notable) return this.go(i);
     }
     this.readout.textContent = by > 0 ? "No further token of note." : "No token of note before this one.";

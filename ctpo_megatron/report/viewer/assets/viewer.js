@@ -165,8 +165,8 @@ class Viewer {
     const i = this.found[place];
     const file = this.index.files[c.file[i]];
     const facts = [file.step === null ? file.kind : `${file.kind} ${file.step}`, `reward ${shown(Number(c.reward[i]))}`, `${c.sampled[i].toLocaleString("en")} tokens`];
-    if (this.order === "clipped" && c.clipped[i] !== null) facts.push(`clipped ${shown(100 * c.clipped[i])} %`);
-    if (this.order === "drifted" && c.gap[i] !== null) facts.push(`drift ${shown(c.gap[i])}`);
+    if (this.order === "clipped" && c.clipped[i] !== null) facts.unshift(`clipped ${shown(100 * c.clipped[i])} %`);
+    if (this.order === "drifted" && c.gap[i] !== null) facts.unshift(`drift ${shown(c.gap[i])}`);
     const made = element("div", {
       class: "tv-row", role: "option", id: `${this.key}-${place}`, "aria-selected": String(i === this.chosen),
       "aria-setsize": this.found.length, "aria-posinset": place + 1, onclick: () => this.choose(place),
