@@ -71,20 +71,6 @@ def check_run(run: Finished, steps: int, passed_over: range = range(0)) -> None:
     assert run.summary["mismatch_max"] < AGREEMENT
 
 
-def check_tokens(run: Finished, rows: list[dict]) -> None:
-    """What is recorded of each token is of the trajectories beside it, and adds up to the numbers of its step."""
-    for row in rows:
-        stored = StoredTokens(run.run_dir / "tokens" / token_file(row["step"]))
-        trajectories = run.trajectories(f"step_{row['step']:08d}.jsonl")
-        wrote = [[turn for turn in each["turns"] if turn["role"] == "assistant"] for each in trajectories]
-        assert stored.lengths.tolist() == [sum(len(turn["token_ids"]) for turn in turns) for turns in wrote]
-        whole = stored.samples(0, len(stored.lengths))
-        assert (whole.fate > 0).mean() == pytest.approx(row["train/clip_fraction"])
-        assert np.exp(whole.log_ratio.astype(float).max()) == pytest.approx(row["train/ratio_max"], rel=0.05)
-        present = np.array([v for turns in wrote for turn in turns for v in turn["versions"]]) == row["step"] - 1
-        assert np.abs(whole.gap[present]).max(initial=0) == pytest.approx(row["drift/max"], rel=0.01, abs=1e-7)
-
-
 # Ray's monitor and dashboard have fixed ports for their numbers, and do without where another Ray of the host has them
 SOMETIMES = ("Ray worker that waits", "Ray's autoscaler monitor", "Ray's dashboard head")
 
@@ -119,6 +105,20 @@ def check_ids(run: Finished, steps: int, passed_over: range) -> None:
     assert {group for group, end in ends.items() if end == "aborted"} == {f"g{number:08d}" for number in passed_over}
     assert (sums["admitted"], sums["open"], sums["unknown"]) == (len(ends), 0, 0)
     assert {end: count for end, count in sums["groups"].items() if count} == Counter(ends.values())
+
+
+def check_tokens(run: Finished, rows: list[dict]) -> None:
+    """What is recorded of each token is of the trajectories beside it, and adds up to the numbers of its step."""
+    for row in rows:
+        stored = StoredTokens(run.run_dir / "tokens" / token_file(row["step"]))
+        trajectories = run.trajectories(f"step_{row['step']:08d}.jsonl")
+        wrote = [[turn for turn in each["turns"] if turn["role"] == "assistant"] for each in trajectories]
+        assert stored.lengths.tolist() == [sum(len(turn["token_ids"]) for turn in turns) for turns in wrote]
+        whole = stored.samples(0, len(stored.lengths))
+        assert (whole.fate > 0).mean() == pytest.approx(row["train/clip_fraction"])
+        assert np.exp(whole.log_ratio.astype(float).max()) == pytest.approx(row["train/ratio_max"], rel=0.05)
+        present = np.array([v for turns in wrote for turn in turns for v in turn["versions"]]) == row["step"] - 1
+        assert np.abs(whole.gap[present]).max(initial=0) == pytest.approx(row["drift/max"], rel=0.01, abs=1e-7)
 
 
 def ends_of_groups(ledger: Path) -> dict[str, str]:
