@@ -42,8 +42,8 @@ def report_job(
 
 
 def viewer_section(report: Report, page: Path) -> Section | None:
-    """Returns the section in which single trajectories are read; None where there is none."""
-    return None  # the one place where a viewer is joined
+    """Returns the section in which single trajectories are read; None where no run kept any."""
+    return None
 
 
 def _chosen(figures: dict[str, Figure], only: Sequence[str]) -> dict[str, Figure]:
