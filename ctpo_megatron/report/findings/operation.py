@@ -16,6 +16,7 @@ from ctpo_megatron.report.parts.standing import standing
 from ctpo_megatron.report.reading.happenings import sentence
 from ctpo_megatron.report.reading.run import Run
 
+RAISED, CLEARED = "alarm raised", "alarm cleared"
 LONG_S = 300.0  # below which a run is all start, and goodput says nothing
 
 
@@ -30,17 +31,16 @@ _ENDED = {"failed": "failed", "killed": "was killed", "cancelled": "was cancelle
 
 
 def alarms(run: Run) -> Iterator[Finding]:
-    """Yields alarms that fired and were not cleared."""
-    open_alarms: dict[str, str] = {}
+    """Yields alarms that were raised and not cleared. Each has a name, and what it is about in `where`."""
+    raised: dict[tuple[str, str], str] = {}
     for each in run.events:
-        if each.name.startswith("alarm"):
-            key = str(each.fields.get("alarm") or each.fields.get("kind") or each.name)
-            if "clear" in each.name or each.fields.get("cleared") is True:
-                open_alarms.pop(key, None)
-            else:
-                open_alarms[key] = sentence(each)
-    for key, words in open_alarms.items():
-        yield Finding(80, f"Alarm: {key}", words, "events")
+        key = str(each.fields.get("alarm")), str(each.fields.get("where"))
+        if each.name == RAISED:
+            raised[key] = sentence(each)
+        if each.name == CLEARED:
+            raised.pop(key, None)
+    for (name, _), words in raised.items():
+        yield Finding(80, f"Alarm: {name}", words, "events")
 
 
 def losses(run: Run) -> Iterator[Finding]:

@@ -30,7 +30,9 @@ def page(title: str, made: str, groups: Sequence[tuple[str, Sequence[Section]]],
             made=made,
             groups=groups,
             nonce=nonce,
-            styles=[_file("report.css"), *dict.fromkeys(each.styles for each in sections if each.styles)],
+            styles=[
+                Markup(_style(each)) for each in (_file("report.css"), *dict.fromkeys(s.styles for s in sections if s.styles))
+            ],
             charts=embedded({"charts": charts, "themes": {"light": theme(dark=False), "dark": theme(dark=True)}}),
             library=Markup(_script(_library()) if charts else ""),
             scripts=[
@@ -59,5 +61,10 @@ def _script(text: str) -> str:
     return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
-def _file(name: str) -> Markup:
-    return Markup(resources.files("ctpo_megatron.report.page").joinpath(name).read_text(encoding="utf-8"))
+def _style(text: str) -> str:
+    """Returns a style of ours so that it can stand inside a style element."""
+    return text.replace("</style", "<\\/style")
+
+
+def _file(name: str) -> str:
+    return resources.files("ctpo_megatron.report.page").joinpath(name).read_text(encoding="utf-8")

@@ -73,10 +73,12 @@ def test_an_accuracy_that_fell_and_one_that_did_not_move(tmp_path: Path) -> None
 
 
 def test_alarms_count_until_they_clear(tmp_path: Path) -> None:
-    fired = {"time": run_dirs.T0 + 30, "event": "alarm", "alarm": "entropy"}
+    fired = {"time": run_dirs.T0 + 30, "event": "alarm raised", "alarm": "entropy", "where": "train/entropy"}
+    unsent = {"time": run_dirs.T0 + 30, "event": "alarms unsent", "reason": "refused", "lost": 1}
     told = run_dirs.events(STEPS)
-    assert found(tmp_path, told=[*told[:-1], fired, told[-1]]) == [("Alarm: entropy", "events")]
-    cleared = fired | {"event": "alarm cleared"}
+    assert found(tmp_path, told=[*told[:-1], fired, unsent, told[-1]]) == [("Alarm: entropy", "events")]
+    other, cleared = fired | {"event": "alarm cleared", "where": "another"}, fired | {"event": "alarm cleared"}
+    assert found(tmp_path, told=[*told[:-1], fired, other, told[-1]]) == [("Alarm: entropy", "events")]
     assert found(tmp_path, told=[*told[:-1], fired, cleared, told[-1]]) == []
 
 

@@ -85,13 +85,17 @@ def test_each_chart_has_its_place(tmp_path: Path) -> None:
 
 def test_a_section_from_elsewhere_is_joined_with_its_style_and_script(tmp_path: Path) -> None:
     viewer = Section(
-        "trajectories", "Trajectories", Markup("<p id='seen'>x</p>"), styles=".seen { color: red; }", scripts="seen = 1;"
+        "trajectories",
+        "Trajectories",
+        Markup("<p id='seen'>x</p>"),
+        styles="main > .seen::before { content: '&'; }",
+        scripts="seen = '<b>' && 1;",
     )
     html = make_report([run_dirs.write_run(tmp_path / "run")]).html(viewer)
     assert '<a href="#trajectories">' in html
     assert "<p id='seen'>x</p>" in html
-    assert ".seen { color: red; }" in html
-    assert re.search(r"<script nonce=\"[^\"]+\" type=\"module\">seen = 1;</script>", html)
+    assert "main > .seen::before { content: '&'; }" in html
+    assert re.search(r"<script nonce=\"[^\"]+\" type=\"module\">seen = '<b>' && 1;</script>", html)
 
 
 def test_json_in_a_page_ends_no_script() -> None:
