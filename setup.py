@@ -9,6 +9,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ctpo_megatron", "ctpo_megatron.*"]),
+    package_data={
+        "ctpo_megatron.report.page": ["*.css", "*.js", "templates/*.j2"],
+        "ctpo_megatron.report.viewer": ["assets/*"],
+    },
     install_requires=[
         "sglang>=0.5.23,<0.6",
         "megatron-core>=0.16.1,<0.17",
@@ -45,6 +49,9 @@ setup(
         "nvidia-ml-py>=12",
         "pyarrow>=18",
         "jinja2>=3.1",
+        "markupsafe>=3",
+        "altair>=6.1,<7",
+        "vl-convert-python>=1.9,<2",
     ],
     extras_require={
         # By `make install-gpu`, which builds it against the torch that is installed: pip alone would build it against another.
@@ -77,6 +84,8 @@ setup(
             "requests>=2.32",
             "openai>=2.8",
             "anthropic>=2.12",
+            "selenium>=4.40,<5",
+            "axe-core-python>=0.1,<0.2",
         ],
     },
     entry_points={

@@ -162,6 +162,15 @@ class Abandoned:
         return next(holding, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class KeptShard:
+    """What an update made of the tokens of a micro-batch, or of a shard of it: [T] each (`record.token_files`)."""
+
+    gap: Tensor  # float16
+    log_ratio: Tensor  # float16
+    fate: Tensor  # uint8
+
+
 class UpdateAbandoned(NonFiniteError):
     """Carries an `Abandoned` update to whoever decides whether the run goes on."""
 

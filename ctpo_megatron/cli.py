@@ -22,6 +22,7 @@ import typer
 from ctpo_megatron.cli_models import at_home, checkpoint_app, convert_app
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.sources import home_path
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
 from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.jobs.children import end_children
@@ -199,6 +200,22 @@ def alarms(
     from ctpo_megatron.jobs.alarms import alarms_job
 
     alarms_job(run_dir, overrides or [], as_json=as_json)
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="of runs; several are compared, seeds pooled", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="page to write; default: RUN_DIR/report.html", callback=at_home)] = None,
+    png: Annotated[Path | None, typer.Option(help="directory for the figures, each as a PNG", callback=at_home)] = None,
+    only: Annotated[list[str] | None, typer.Option("--figure", help="one of the figures for --png; may be repeated")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print all numbers as JSON, and write nothing")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="only the figures of CTPO's paper; default: to RUN_DIR/paper")] = False,
+) -> None:
+    """One page about a run that goes on or has ended: what it learned, where it stands, what deserves a look. It opens from the
+    disk and loads nothing."""
+    from ctpo_megatron.jobs.report import report_job
+
+    report_job([home_path(each) for each in run_dirs], out=out, png=png, only=only or [], as_json=as_json, paper=paper)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.algorithms.scan import Channel, LocalScan, Scan, Scanned
 from ctpo_megatron.algorithms.statistics import Stats, Weighted, raise_if_nonfinite
 from ctpo_megatron.algorithms.supervised import nll_loss
-from ctpo_megatron.algorithms.tokens import Support
+from ctpo_megatron.algorithms.tokens import Seen, Support
 
 __all__ = [
     "Channel",
@@ -17,6 +17,7 @@ __all__ = [
     "Recipe",
     "Scan",
     "Scanned",
+    "Seen",
     "Stats",
     "Support",
     "Weighted",

@@ -30,9 +30,8 @@ def health_sums(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Tens
     clipped = out.high | out.low if out.dual is None else out.high | out.low | out.dual
     decile = ((place - 1).clamp_(min=0) * DECILES / tokens.length).long().clamp_(0, DECILES - 1)
     ones = torch.ones_like(log_ratio)
-    by_bin = _sums(
-        [ones, tokens.position.double(), log_ratio, log_ratio.square()], position_bin(tokens.position), mask, POSITION_BINS
-    )
+    rows = [ones, tokens.position.double(), log_ratio, log_ratio.square(), clipped.double()]
+    by_bin = _sums(rows, position_bin(tokens.position), mask, POSITION_BINS)
     (by_fate,) = _sums([ones], decile + DECILES * clipped, mask, 2 * DECILES)
     unclipped, cut = by_fate[:DECILES], by_fate[DECILES:]
     return {
@@ -40,6 +39,7 @@ def health_sums(tokens: Tokens, out: TokenLoss, place: Tensor) -> dict[str, Tens
         "health/position": by_bin[1],
         "health/log_ratio": by_bin[2],
         "health/log_ratio_sq": by_bin[3],
+        "health/clipped": by_bin[4],
         "health/decile_tokens": unclipped + cut,
         "health/decile_clipped": cut,
     }

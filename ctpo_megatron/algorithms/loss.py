@@ -13,7 +13,7 @@ from ctpo_megatron.algorithms.prepare import Streams, prepare
 from ctpo_megatron.algorithms.recipe import Recipe, make_recipe
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
 from ctpo_megatron.algorithms.statistics import Stats, input_stats
-from ctpo_megatron.algorithms.tokens import Support
+from ctpo_megatron.algorithms.tokens import Seen, Support
 from ctpo_megatron.config.objectives import Aggregation, Correction, Objective
 
 
@@ -100,15 +100,19 @@ def recipe_loss(
     support: Support | None = None,
     sequence_ids: Tensor | None = None,
     scan: Scan | None = None,
+    seen: list[Seen] | None = None,
 ) -> PolicyLoss:
-    """`policy_loss` of a recipe that was made before, for callers with many micro-batches; arguments and errors as there."""
+    """`policy_loss` of a recipe that was made before, for callers with many micro-batches; arguments and errors as there.
+
+    `seen`: gets what became of the tokens, in parts that follow one another.
+    """
     scan = scan or LocalScan()
     anchor = rollout_logp if recipe.anchor == "rollout" else old_logp
     if anchor is None:
         raise ValueError("the objective takes its ratio against the rollout policy; it needs rollout_logp")
     streams = Streams(logp, old_logp, rollout_logp, anchor, advantages, mask, cu_seqlens, restarts, support)
     ready = prepare(recipe, streams, scan)
-    token_loss, stats = per_token_loss(recipe, ready)
+    token_loss, stats = per_token_loss(recipe, ready, seen)
     stats |= input_stats(streams, ready, sequence_ids, scan)
     if weights is None:
         weights = sequence_weights(

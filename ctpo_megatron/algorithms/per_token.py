@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms.correction import correction_factor, log_weight
+from ctpo_megatron.algorithms.density import density_counts
 from ctpo_megatron.algorithms.health import health_sums
 from ctpo_megatron.algorithms.prepare import Prepared
 from ctpo_megatron.algorithms.recipe import Recipe
 from ctpo_megatron.algorithms.statistics import Stats, Weighted, largest, merge, token_stats
-from ctpo_megatron.algorithms.tokens import Tokens
+from ctpo_megatron.algorithms.tokens import Seen, Tokens
 from ctpo_megatron.config.objectives import Correction
 
 PART = 2**16  # tokens
@@ -37,14 +38,17 @@ class _Linearised(torch.autograd.Function):
         return grad * slope, None, None
 
 
-def per_token_loss(recipe: Recipe, ready: Prepared) -> tuple[Tensor, Stats]:
-    """Per-token loss [T] with grad, zero where masked and times the correction's factor, and its statistics."""
+def per_token_loss(recipe: Recipe, ready: Prepared, seen: list[Seen] | None = None) -> tuple[Tensor, Stats]:
+    """Per-token loss [T] with grad, zero where masked and times the correction's factor, and its statistics.
+
+    `seen`: gets what became of the tokens, part by part.
+    """
     tokens = ready.tokens
     value, slope = torch.zeros_like(tokens.logp), torch.zeros_like(tokens.logp)
     found: list[Stats] = []
     for begin in range(0, max(tokens.logp.numel(), 1), PART):
         part = slice(begin, begin + PART)
-        value[part], slope[part], stats = _part(recipe, tokens.part(part), ready.place[part])
+        value[part], slope[part], stats = _part(recipe, tokens.part(part), ready.place[part], seen)
         if recipe.correction is not None:
             stats |= _correct(recipe.correction, ready, part, value, slope)
         found.append(stats)
@@ -56,13 +60,16 @@ def _linearised(logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     return linearised
 
 
-def _part(recipe: Recipe, tokens: Tokens, place: Tensor) -> tuple[Tensor, Tensor, Stats]:
+def _part(recipe: Recipe, tokens: Tokens, place: Tensor, seen: list[Seen] | None) -> tuple[Tensor, Tensor, Stats]:
     """Loss, its derivative and statistics of some tokens."""
     with torch.enable_grad():
         out = recipe.method.loss(tokens, **recipe.options)
         (slope,) = torch.autograd.grad(out.loss.sum(), tokens.logp)
+    if seen is not None:
+        seen.append(Seen.of(out))
     # masked tokens have advantage 0, so their loss and slope are 0
-    return out.loss.detach(), slope, token_stats(tokens, out) | Stats(sums=health_sums(tokens, out, place))
+    sums = health_sums(tokens, out, place) | density_counts(tokens)
+    return out.loss.detach(), slope, token_stats(tokens, out) | Stats(sums=sums)
 
 
 def _correct(correction: Correction, ready: Prepared, part: slice, value: Tensor, slope: Tensor) -> Stats:

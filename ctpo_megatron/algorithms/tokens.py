@@ -104,6 +104,22 @@ class TokenLoss(NamedTuple):
     dual: Tensor | None = None  # [T] bool: cut by the dual clip
 
 
+class Seen(NamedTuple):
+    """What became of the tokens of a micro-batch or shard [T], for the record; what stands where masked says nothing."""
+
+    log_ratio: Tensor  # float16, what was clipped or judged
+    fate: Tensor  # uint8, `record.token_files.FATES`: 0, 1 where `high`, 2 where `low`, 3 where `dual`
+
+    @classmethod
+    def of(cls, out: TokenLoss) -> Seen:
+        """Returns it of a method's result."""
+        fate = out.high.to(torch.uint8) + 2 * (out.low & ~out.high)
+        if out.dual is not None:
+            fate = torch.where(out.dual, 3, fate)
+        largest = torch.finfo(torch.float16).max
+        return cls(out.log_ratio.detach().clamp(-largest, largest).half(), fate.to(torch.uint8))
+
+
 class Method(NamedTuple):
     """An objective. `loss` and `statistics` take the options of its config as keywords."""
 

@@ -50,8 +50,13 @@ class LogConfig(Section):
     """Trajectories shown as text in TensorBoard at each step."""
     save_rollouts: bool = True
     """Write every trajectory to RUN_DIR/rollouts."""
+    save_tokens: bool = True
+    """With them what training made of each token that the policy wrote, in RUN_DIR/tokens: drift, log-ratio, clipped or not."""
     every: PositiveInt = 1
     """Steps between plain lines in the log."""
+    ratios_every: NonNegativeInt = 10
+    """Steps between records of how log-ratios are distributed by position, in RUN_DIR/ratios.jsonl: about 10 kB each, for
+    `ctpo report --paper`. 0: none."""
     sinks: tuple[AnySink, ...] = ()
     """Where numbers go besides, one of each type at most; see docs/sinks.md."""
 

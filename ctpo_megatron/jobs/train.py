@@ -280,6 +280,7 @@ class _Run:
             publisher=publisher,
             record=record,
             evaluations=evaluations,
+            tokens_of=runtime.trainer.tokens if config.log.save_rollouts and config.log.save_tokens else None,
             bring_back=partial(bring_back, runtime.trainer, publisher, run_dir / "checkpoints", self._published),
             checkpoints=checkpoints,
             ledger=await self._storage.patiently(partial(self._ledger, start, passed_over)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ from ctpo_megatron.loop.evaluation.results import Evaluation
 from ctpo_megatron.loop.evaluation.table import as_table
 from ctpo_megatron.loop.health import health_histograms
 from ctpo_megatron.loop.orders import Orders
+from ctpo_megatron.loop.ratios import RatioFile
 from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.files import Through, at_once
 from ctpo_megatron.record.host import memory_used
+from ctpo_megatron.record.token_files import TokenFiles, TokenRecord
 from ctpo_megatron.record.trajectories import TrajectoryFiles, as_markdown
+from ctpo_megatron.record.values import Value
 from ctpo_megatron.types import TrajectoryGroup
 
 
@@ -41,7 +45,14 @@ class RunRecord:
         self._recorder, self._alarms = recorder, alarms
         self._texts = config.rollouts_per_step
         self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
+        self._tokens = TokenFiles(run_dir, recorder.stale, through)
         self._results = ResultFiles(run_dir, recorder.stale, through)
+        every = config.ratios_every
+        self._ratios = RatioFile(run_dir, every, recorder.stale, through) if every else None
+
+    def tokens(self, step: int, made: TokenRecord) -> None:
+        """Write down what training step `step` made of each token that the policy wrote."""
+        self._tokens.write(step, made)
 
     def step(
         self,
@@ -63,6 +74,11 @@ class RunRecord:
             self._recorder.text(f"rollout/{index}", as_markdown(prompt, trajectory), step)
         if self._files is not None:
             self._files.write("step", step, groups)
+
+    def ratios(self, step: int, stats: Mapping[str, Value]) -> None:
+        """Write down how log-ratios were distributed in training step `step`, where that is due."""
+        if self._ratios is not None:
+            self._ratios.write(step, stats)
 
     def evaluation(self, step: int, made: Evaluation, *, late: bool = False) -> None:
         """Write down an evaluation of the policy after `step` training steps; `late`: behind one after more steps."""
@@ -94,4 +110,6 @@ class RunRecord:
 
     def close(self) -> None:
         """Flush what is not yet on disk. Safe to call twice."""
+        if self._ratios is not None:
+            self._ratios.close()
         self._recorder.close()

@@ -49,6 +49,7 @@ from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, dis
 from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.record.recorder import SAMPLES
 from ctpo_megatron.record.storage import Storage
+from ctpo_megatron.record.token_files import TokenRecord
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import TrajectoryGroup
 
@@ -79,6 +80,7 @@ class TrainLoop:
     attention_weight: float = 0.0  # see `make_batches`
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
     resources: Callable[[], dict[str, float]] = dict  # what the run's processes use, under the record's names
+    tokens_of: Callable[[list[TrainBatch]], Awaitable[TokenRecord | None]] | None = None  # what an update made of its tokens
     bring_back: Callable[[int], Awaitable[None]] | None = None  # lets trainer and servers hold the checkpoint of a step
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
     spikes: SpikeDetector | None = None  # None: nobody is told of loss spikes and reward collapses
@@ -178,6 +180,9 @@ class TrainLoop:
             await self.publisher.offload()
         with timer("train"):
             stats = await self._update(batches, step)
+            tokens = None if self.tokens_of is None else await self.tokens_of(batches)
+        if tokens is not None:
+            self.record.tokens(step + 1, tokens)
         if self.samples is not None:
             self.samples += sum(len(group.trajectories) for group in groups)
         self._trained = self._state_after(step)
@@ -187,6 +192,7 @@ class TrainLoop:
         metrics["time/rollout_tail"] = tail.seconds
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics() | self._state_of_host(), expert_load(stats))
+        self.record.ratios(step + 1, stats)
         self._judge(step + 1, metrics)
         self.totals.add_step(cost, metrics.get("drift/max", 0.0))
         if self.evaluations.due(step + 1):

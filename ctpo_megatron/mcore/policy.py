@@ -12,6 +12,7 @@ from ctpo_megatron.algorithms import (
     Channel,
     Recipe,
     Scan,
+    Seen,
     Stats,
     Support,
     Weighted,
@@ -29,6 +30,7 @@ from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.errors import MismatchError, NonFiniteError
 from ctpo_megatron.mcore.host_weights import HostWeights
+from ctpo_megatron.mcore.kept_tokens import KeptTokens, SeenBy
 from ctpo_megatron.mcore.rank import TrainerRank
 from ctpo_megatron.record.values import Mean, Value, Values, merge_values, scalar
 
@@ -42,18 +44,20 @@ def update_policy(
     drift: DriftBounds,
     version: int,
     reference: HostWeights | None = None,
+    kept: KeptTokens | None = None,
 ) -> Values:
     """One optimizer step per batch; the old policy is the one that stands before the first.
 
     `batches` hold this rank's micro-batches of each optimizer step; the device holds those of one step at a time. Returns the
     statistics of all steps as one, the same on all ranks. Raises MismatchError, before anything is changed, when trainer and
     engine disagree more than `drift` allows, and UpdateAbandoned, on every rank and before the step that would use it, for a
-    log-prob, loss or gradient that is not finite. `reference`: weights of the policy that `algorithm.reference` asks for.
+    log-prob, loss or gradient that is not finite. `reference`: weights of the policy that `algorithm.reference` asks for. `kept`:
+    gets what becomes of each token.
     """
     sharded: list[list[MicroBatch]] = []
     gaps: list[Stats] = []
     for batch in batches:
-        shards, differences = _anchored(rank, rank.shard(batch), algorithm.anchor, temperature, version)
+        shards, differences = _anchored(rank, rank.shard(batch), algorithm.anchor, temperature, version, kept)
         sharded.append(shards)
         gaps += differences
     measured = rank.reduce(gaps)
@@ -72,8 +76,12 @@ def update_policy(
     steps: list[Values] = []
     for number, shards in enumerate(sharded):
         try:
-            steps.append(rank.train_step(rank.on_device(shards), loss, temperature))
+            placed = rank.on_device(shards)
+            noted = loss if kept is None else partial(loss, seen=kept.seen(number, placed))
+            steps.append(rank.train_step(placed, noted, temperature))
         except NonFiniteError as error:
+            if kept is not None:
+                kept.forget(number)
             anchors = [[_anchors_of(mb) for mb in shards]]
             update = Abandoned(str(error), number, error.sequence, merge_values(steps) | measured, anchors)
             raise UpdateAbandoned(update) from error
@@ -87,7 +95,7 @@ def _anchors_of(mb: MicroBatch) -> AnchorStreams:
 
 
 def _anchored(
-    rank: TrainerRank, shards: list[MicroBatch], anchor: str, temperature: float, version: int
+    rank: TrainerRank, shards: list[MicroBatch], anchor: str, temperature: float, version: int, kept: KeptTokens | None
 ) -> tuple[list[MicroBatch], list[Stats]]:
     """One optimizer step's shards with the log-probs that ratios are taken against, and their distance from the engine's.
 
@@ -97,6 +105,8 @@ def _anchored(
     old = rank.logp(micro_batches, temperature)
     if not old:
         return shards, []
+    if kept is not None:
+        kept.before([logp - mb.tokens.rollout_logp for mb, logp in zip(micro_batches, old, strict=True)])
     gaps = [drift_stats(mb, logp, rank.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
     anchors = [anchor_logp(mb, logp, anchor, version) for mb, logp in zip(micro_batches, old, strict=True)]
     return [mb.with_streams(anchor_logp=each) for mb, each in zip(shards, anchors, strict=True)], gaps
@@ -145,10 +155,13 @@ def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> 
     return torch.where(tokens.versions == version, old_logp, tokens.rollout_logp)
 
 
-def policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig) -> tuple[Tensor, Stats]:
+def policy_share(
+    logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig, seen: SeenBy | None = None
+) -> tuple[Tensor, Stats]:
     """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: objective, correction, penalty."""
     tokens, sequences = mb.tokens, mb.sequences
-    out = objective_loss(logp, mb, scan, recipe=recipe, algorithm=algorithm)
+    noted = None if seen is None else seen(mb)
+    out = objective_loss(logp, mb, scan, recipe=recipe, algorithm=algorithm, seen=noted)
     if algorithm.reference is None:
         return out.loss, out.stats
     penalty = reference_penalty(
@@ -163,7 +176,9 @@ def policy_share(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, al
     return out.loss + algorithm.reference.coeff * penalty.loss, out.stats | penalty.stats
 
 
-def objective_loss(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig) -> PolicyLoss:
+def objective_loss(
+    logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig, seen: list[Seen] | None = None
+) -> PolicyLoss:
     """The same without the penalty, and token by token."""
     tokens, sequences = mb.tokens, mb.sequences
     return recipe_loss(
@@ -179,6 +194,7 @@ def objective_loss(logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, 
         sequence_ids=sequences.ids,
         support=support_of(mb, logp),
         scan=scan,
+        seen=seen,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ctpo_megatron.loop.admission import Admitted
@@ -12,6 +12,7 @@ from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.record.events import Event, StepTrained
+from ctpo_megatron.record.values import Value
 from ctpo_megatron.simulation.server import SimulatedServer, Used
 from ctpo_megatron.types import TrajectoryGroup
 
@@ -50,6 +51,9 @@ class NumbersOnly(RunRecord):
 
     def phase(self, step: int, phase: str, seconds: float) -> None:
         """Keep nothing: the event of a step has its phases."""
+
+    def ratios(self, step: int, stats: Mapping[str, Value]) -> None:
+        """Nothing is trained, so there are no ratios."""
 
     def close(self) -> None:
         """Nothing is open."""

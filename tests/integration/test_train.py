@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from leftovers import left_in_shared_memory, living, shared_memory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctpo_megatron.record.catalogue import require_known
+from ctpo_megatron.record.token_files import StoredTokens, token_file
 from ctpo_megatron.toy.model import Kind, make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
 from tests.support.reach import Listener, listeners, strangers
@@ -65,6 +67,7 @@ def check_run(run: Finished, steps: int, passed_over: range = range(0)) -> None:
     assert "ready after" in run.output
     assert f"train: {steps} steps in" in run.output
     check_ids(run, steps, passed_over)
+    check_tokens(run, rows)
     assert run.summary["weight_version"] == steps
     assert run.summary["mismatch_max"] < AGREEMENT
 
@@ -103,6 +106,20 @@ def check_ids(run: Finished, steps: int, passed_over: range) -> None:
     assert {group for group, end in ends.items() if end == "aborted"} == {f"g{number:08d}" for number in passed_over}
     assert (sums["admitted"], sums["open"], sums["unknown"]) == (len(ends), 0, 0)
     assert {end: count for end, count in sums["groups"].items() if count} == Counter(ends.values())
+
+
+def check_tokens(run: Finished, rows: list[dict]) -> None:
+    """What is recorded of each token is of the trajectories beside it, and adds up to the numbers of its step."""
+    for row in rows:
+        stored = StoredTokens(run.run_dir / "tokens" / token_file(row["step"]))
+        trajectories = run.trajectories(f"step_{row['step']:08d}.jsonl")
+        wrote = [[turn for turn in each["turns"] if turn["role"] == "assistant"] for each in trajectories]
+        assert stored.lengths.tolist() == [sum(len(turn["token_ids"]) for turn in turns) for turns in wrote]
+        whole = stored.samples(0, len(stored.lengths))
+        assert (whole.fate > 0).mean() == pytest.approx(row["train/clip_fraction"])
+        assert np.exp(whole.log_ratio.astype(float).max()) == pytest.approx(row["train/ratio_max"], rel=0.05)
+        present = np.array([v for turns in wrote for turn in turns for v in turn["versions"]]) == row["step"] - 1
+        assert np.abs(whole.gap[present]).max(initial=0) == pytest.approx(row["drift/max"], rel=0.01, abs=1e-7)
 
 
 def ends_of_groups(ledger: Path) -> dict[str, str]:

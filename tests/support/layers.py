@@ -40,6 +40,7 @@ ORDER = {
     "slurm": (4, 0),
     "loop": (5, 0),
     "simulation": (5, 1),
+    "report": (5, 1),
     "doctor": (6, 0),
     "jobs": (6, 0),
     "cli_models": (6, 1),
@@ -70,6 +71,7 @@ NO_TORCH = {
     "record",
     "rollout",
     "planning",
+    "report",
     "doctor",
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 
-from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, UpdateAbandoned
+from ctpo_megatron.batch import Abandoned, KeptShard, MicroBatch, Replay, UpdateAbandoned
 from ctpo_megatron.cluster.environment import log_line, node_environment
 from ctpo_megatron.cluster.keepers.calls import Handed, contents_of, hand_over, reader
 from ctpo_megatron.cluster.logs import redirect_output
@@ -36,6 +36,7 @@ from ctpo_megatron.weights.protocol import Sent, Server
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
     from ctpo_megatron.mcore.checkpoint.part import Part
     from ctpo_megatron.mcore.host_weights import HostWeights
+    from ctpo_megatron.mcore.kept_tokens import KeptTokens
     from ctpo_megatron.mcore.rank import TrainerRank
     from ctpo_megatron.weights.source import RankWeights
 
@@ -65,6 +66,7 @@ class TrainerActor:
         self.rank = rank
         self._result: _Built | None = None
         self._part: Part | None = None
+        self._kept: KeptTokens | None = None
         self._closed = threading.Event()
 
     @functools.cached_property
@@ -147,9 +149,11 @@ class TrainerActor:
 
         `replays`: what this rank's routers see of each micro-batch's record.
         """
+        from ctpo_megatron.mcore.kept_tokens import KeptTokens
         from ctpo_megatron.mcore.policy import update_policy
 
         config = self.config
+        self._kept = KeptTokens() if config.log.save_rollouts and config.log.save_tokens else None
         with_own = [
             [replace(mb, replay=replay) for mb, replay in zip(micro_batches, own, strict=True)]
             for micro_batches, own in zip(batches, replays, strict=True)
@@ -164,11 +168,18 @@ class TrainerActor:
                 drift=config.drift.bounds(config.model.dtype_on(config.cluster.device), mixture=self.shape.num_experts > 0),
                 version=version,
                 reference=self._built.reference,
+                kept=self._kept,
             )
         except UpdateAbandoned as error:  # as a value: every rank has its own part of it
             found = error.update
         self._free_memory()
         return found if self.rank == 0 or isinstance(found, Abandoned) else without_vectors(found)
+
+    @stage("tokens")
+    def tokens(self) -> list[list[KeptShard]]:
+        """What this rank kept of the update before, once; nothing where another rank has the same."""
+        kept, self._kept = self._kept, None
+        return [] if kept is None or self._built.rank.coords.tp_rank else kept.take()
 
     @stage("update")
     def supervise(self, batch: list[MicroBatch]) -> Values | Abandoned:

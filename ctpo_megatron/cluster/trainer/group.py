@@ -15,9 +15,11 @@ from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, TrainBatch, Updat
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.keepers.calls import Handed
 from ctpo_megatron.cluster.trainer.abandoned import join_abandoned
+from ctpo_megatron.cluster.trainer.kept_tokens import join_tokens
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import TrainerLost
 from ctpo_megatron.parallel import RankCoords
+from ctpo_megatron.record.token_files import TokenRecord
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.weights.proof.canary import join_canary
 from ctpo_megatron.weights.protocol import Sent, Server
@@ -53,6 +55,10 @@ class TrainerGroup:
         sent = zip(self.ranks, shares, own, strict=True)
         found = await self._calls([rank.actor.update.remote(share, mine, version) for rank, share, mine in sent])
         return self._values(found, batches)
+
+    async def tokens(self, batches: list[TrainBatch]) -> TokenRecord | None:
+        """What the update on `batches`, the last one, made of each token that the policy wrote; None where that is not kept."""
+        return join_tokens(await self._each("tokens"), self._coords, batches)
 
     async def supervise(self, batch: TrainBatch) -> Values:
         """The reduced statistics of one supervised step (`loop.protocols.Trainer.supervise`)."""

@@ -194,7 +194,7 @@ def shard_stats(rows: list[Any], masks: list[Any], rank: int) -> Stats:
 
 def same(found: Stats, expected: Stats) -> None:
     names = [name for name in expected.sums if name.startswith("health/")]
-    assert len(names) == 6
+    assert len(names) == 8
     for name in names:
         torch.testing.assert_close(found.sums[name], expected.sums[name], rtol=1e-12, atol=1e-12)
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -41,6 +42,7 @@ from ctpo_megatron.record.mismatch_events import WeightsShrunk
 from ctpo_megatron.record.nonfinite_events import OffCourse
 from ctpo_megatron.record.storage import MARK, Storage
 from ctpo_megatron.record.storage_events import CheckpointDelayed, StorageFault, StorageMended
+from ctpo_megatron.record.token_files import StoredTokens, TokenRecord, token_file
 from ctpo_megatron.record.values import Mean, Values
 from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.types import AttemptId, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
@@ -431,3 +433,19 @@ def test_a_checkpoint_that_finds_no_room_is_made_up_for(tmp_path: Path, failing:
     assert sum(isinstance(event, StorageMended) for event in events) == (failing > 1)
     assert [event.step for event in events if isinstance(event, CheckpointVerified)] == [3, 4]
     assert newest(tmp_path / "checkpoints", 9, discard).state.step == 4
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_an_update_made_of_its_tokens_is_written_with_the_step(tmp_path: Path, kept: bool) -> None:
+    asked: list[int] = []
+
+    async def tokens_of(batches: list[TrainBatch]) -> TokenRecord:
+        asked.append(sum(len(batch.ids()) for batch in batches))
+        return TokenRecord(np.array([1] * asked[-1]), *(np.full(asked[-1], len(asked)) for _ in range(2)), np.zeros(asked[-1]))
+
+    wanted = config("train.steps=2", "train.prompts_per_step=3")
+    asyncio.run(train(wanted, tmp_path, resume=False, tokens_of=tokens_of if kept else None))
+    assert asked == [6, 6] * kept
+    written = sorted((tmp_path / "tokens").glob("*"))
+    assert [path.name for path in written] == [token_file(1), token_file(2)] * kept
+    assert [StoredTokens(path).samples(5, 1).gap.tolist() for path in written] == [[1.0], [2.0]] * kept

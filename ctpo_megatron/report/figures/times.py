@@ -1,0 +1,134 @@
+"""Where time goes: phases of steps, what each kind of process does in them, and goodput."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import altair as alt
+
+from ctpo_megatron.record.goodput import Cause, Goodput
+from ctpo_megatron.report.figures.figure import Figure, height, rows
+from ctpo_megatron.report.reading.metrics import Point, thinned
+
+BUBBLE = "waits"  # what a process does in a bubble
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a kind of process does for a while; seconds since the first of the spans."""
+
+    process: str
+    doing: str
+    begin: float
+    end: float
+    step: int
+
+
+def timeline(spans: Sequence[Span]) -> Figure | None:
+    """Returns what each kind of process does over some steps; bubbles are grey."""
+    if not spans:
+        return None
+    kinds = [*dict.fromkeys(each.doing for each in spans if each.doing != BUBBLE), BUBBLE]
+    data = rows(
+        {"process": each.process, "doing": each.doing, "begin": each.begin, "end": each.end, "step": each.step} for each in spans
+    )
+    order = alt.Scale(domain=kinds, range=[*_COLOURS[: len(kinds) - 1], "#9aa0a8"])
+    seconds = [alt.Tooltip("begin:Q", format=",.2f"), alt.Tooltip("end:Q", format=",.2f")]
+    chart = (
+        alt.Chart(data)
+        .mark_bar(height=26)
+        .encode(
+            x=alt.X("begin:Q", title="seconds"),
+            x2="end:Q",
+            y=alt.Y("process:N", title=None, sort=None),
+            color=alt.Color("doing:N", scale=order, sort=None),
+            opacity=alt.condition(alt.datum.doing == BUBBLE, alt.value(0.35), alt.value(1.0)),
+            tooltip=["process:N", "doing:N", "step:Q", *seconds],
+        )
+    )
+    first, last = spans[0].step, spans[-1].step
+    words = f"steps {first} to {last}, {max(each.end for each in spans):.1f} seconds"
+    note = "From the phases that the driver measures; grey is waiting. A trace (`trace.steps`) has every process by itself."
+    return Figure("timeline", "What the processes do, and their bubbles", words, height(chart, 130), note)
+
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C9A400", "#56B4E9", "#8c5fbf", "#b5651d")
+
+
+def phases(seconds: Mapping[str, Sequence[Point]]) -> Figure | None:
+    """Returns each step's seconds by phase, one on the other."""
+    values = [
+        {"step": each.step, "seconds": each.mean, "phase": phase}
+        for phase, points in seconds.items()
+        for each in thinned(list(points), 200)
+    ]
+    if not values:
+        return None
+    chart = (
+        alt.Chart(rows(values))
+        .mark_area(interpolate="step-after")
+        .encode(
+            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",.0f")),
+            y=alt.Y("seconds:Q", title="seconds of a step", stack="zero"),
+            color=alt.Color("phase:N", sort=None),
+            tooltip=[alt.Tooltip("step:Q", format=",.0f"), "phase:N", alt.Tooltip("seconds:Q", format=",.3~f")],
+        )
+    )
+    means = {phase: sum(value for _, value in points) / len(points) for phase, points in seconds.items() if points}
+    words = ", ".join(f"{phase} {mean:.3g} s" for phase, mean in means.items())
+    return Figure("step_seconds", "Seconds of a step by phase", f"in the mean: {words}", height(chart))
+
+
+def goodput(measured: Goodput) -> Figure:
+    """Returns each incarnation's time by cause, and that of all with the waiting between."""
+    accounts = [(f"incarnation {number}", each) for number, each in measured.incarnations.items()]
+    if len(accounts) > 12:
+        accounts = accounts[-12:]
+    if len(measured.incarnations) > 1:
+        accounts = [("all", measured.total), *accounts]
+    causes = [cause for cause in Cause if any(account.milliseconds.get(cause) for _, account in accounts)]
+    values = [
+        {"who": who, "cause": str(cause), "share": account.shares(allocated=False)[cause], "seconds": account.seconds[cause]}
+        for who, account in accounts
+        for cause in causes
+    ]
+    chart = (
+        alt.Chart(rows(values))
+        .mark_bar()
+        .encode(
+            x=alt.X(
+                "share:Q", title="share of the time", axis=alt.Axis(format=".0%"), stack="zero", scale=alt.Scale(domainMax=1)
+            ),
+            y=alt.Y("who:N", title=None, sort=None),
+            color=alt.Color(
+                "cause:N",
+                sort=None,
+                scale=alt.Scale(domain=[str(each) for each in causes], range=[_CAUSE[each] for each in causes]),
+            ),
+            order=alt.Order("place:Q"),
+            tooltip=["who:N", "cause:N", alt.Tooltip("seconds:Q", format=",.1f"), alt.Tooltip("share:Q", format=".1%")],
+        )
+        .transform_calculate(place=f"indexof({[str(each) for each in causes]!r}, datum.cause)")
+    )
+    words = f"goodput {measured.total.goodput:.1%}, " + ", ".join(
+        f"{cause} {share:.0%}" for cause, share in measured.total.shares(allocated=False).items() if share >= 0.01
+    )
+    return Figure("time_by_cause", "Where the time went", words, height(chart, 34 * len(accounts) + 10))
+
+
+_CAUSE = {
+    Cause.ROLLOUT: "#0072B2",
+    Cause.TAIL: "#56B4E9",
+    Cause.TRAIN: "#009E73",
+    Cause.PUBLISH: "#8c5fbf",
+    Cause.EVALUATE: "#CC79A7",
+    Cause.CHECKPOINT: "#7fb069",
+    Cause.OTHER: "#9aa0a8",
+    Cause.STALL: "#7a1f1f",
+    Cause.LOST: "#D55E00",
+    Cause.START: "#C9A400",
+    Cause.RESTART: "#E69F00",
+    Cause.STOP: "#b5a642",
+    Cause.WAIT: "#6b7280",
+}

@@ -1,0 +1,196 @@
+"""The page in a browser: drawn, clicked through, by keyboard, on a phone, in the dark, and without a fault for axe-core."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import axe_core_python
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from ctpo_megatron.loop.ledger import NAME as LEDGER
+from ctpo_megatron.report.report import make_report, write_page
+from tests.support import run_dirs
+from tests.support.run_dirs import HOSTILE
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+PATIENCE_S = 120.0  # beside other work; nothing is slower because of it
+PHONE = (390, 844)
+AXE = """
+const done = arguments[0], failed = (error) => done({violations: [{id: String(error), impact: 'critical', nodes: []}]});
+axe.run(document, {resultTypes: ['violations']}).then(done, failed);
+"""
+pytestmark = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None,
+    reason="no Chromium with its driver (Debian: apt-get install chromium chromium-driver)",
+)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of two runs, one of which has hostile text in an event, in its setting and in its directory's name."""
+    root = tmp_path_factory.mktemp("pages")
+    told = run_dirs.events()
+    told[-1:] = [{"time": run_dirs.T0 + 150, "event": "part lost", "reason": HOSTILE}, told[-1]]
+    hostile = run_dirs.write_run(root / HOSTILE.replace("/", ""), told=told, settings=run_dirs.config(model={"path": HOSTILE}))
+    runs = [run_dirs.write_run(root / "well"), hostile]
+    assert all((run / LEDGER).is_file() for run in runs)
+    write_page(make_report(runs), root / "report.html")
+    return root / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    profile = tmp_path_factory.mktemp("profile")
+    for word in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "no-first-run",
+        f"user-data-dir={profile}",
+    ):
+        options.add_argument(f"--{word}")
+    options.add_argument("about:blank")  # and not the start page that a distribution may have chosen
+    service = webdriver.ChromeService(executable_path=str(DRIVER))  # named, so that nothing looks for one on the network
+    driver = webdriver.Chrome(options=options, service=service)
+    driver.set_page_load_timeout(PATIENCE_S)
+    driver.set_script_timeout(PATIENCE_S)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture
+def opened(browser: webdriver.Chrome, page: Path) -> webdriver.Chrome:
+    """The page in a window of a desk, with every chart drawn."""
+    browser.set_window_size(1440, 900)
+    for log in ("browser", "performance"):
+        browser.get_log(log)  # what was there before is no fault of the page
+    load(browser, page)
+    return browser
+
+
+def load(browser: webdriver.Chrome, page: Path) -> None:
+    """Load the page until every chart is drawn."""
+    browser.get(f"{page.as_uri()}?all")
+    count = "document.querySelectorAll('[data-chart]{}').length"
+    wait(browser, f"return {count.format('')} === {count.format(' svg')}")
+
+
+def wait(browser: webdriver.Chrome, script: str) -> None:
+    WebDriverWait(browser, PATIENCE_S).until(lambda _: browser.execute_script(script), script)
+
+
+def errors(browser: webdriver.Chrome) -> list[str]:
+    return [entry["message"] for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
+
+
+def test_it_draws_all_charts_from_the_disk_and_asks_for_nothing(opened: webdriver.Chrome) -> None:
+    assert errors(opened) == []
+    asked = set(
+        re.findall(r'"url":"((?:https?|wss?|ftp):[^"]*)"', " ".join(entry["message"] for entry in opened.get_log("performance")))
+    )
+    assert asked == set()
+    assert opened.execute_script("return document.querySelectorAll('[data-chart] svg').length") > 40
+    assert opened.execute_script("return window.broken") is None
+    assert HOSTILE in opened.find_element(By.TAG_NAME, "main").text
+
+
+def test_links_of_findings_and_of_the_menu_lead_to_their_places(opened: webdriver.Chrome) -> None:
+    opened.find_element(By.CSS_SELECTOR, ".menu summary").click()
+    link = opened.find_element(By.CSS_SELECTOR, "nav a[href='#run1--ledger']")
+    link.click()
+    assert opened.execute_script("return location.hash") == "#run1--ledger"
+    assert not opened.find_element(By.CSS_SELECTOR, "nav").is_displayed()
+    finding = opened.find_element(By.CSS_SELECTOR, "#run2--overview .finding a")
+    finding.send_keys(Keys.ENTER)
+    target = opened.execute_script("return document.querySelector(location.hash).getBoundingClientRect().top")
+    assert 0 <= target < 900
+
+
+def test_events_are_searched_by_keyboard(opened: webdriver.Chrome) -> None:
+    opened.find_element(By.TAG_NAME, "body").send_keys("/")
+    field = opened.switch_to.active_element
+    assert field.get_attribute("type") == "search"
+    field.send_keys("READY")
+    rows = opened.find_elements(By.CSS_SELECTOR, "#run1--events-table tbody tr")
+    assert [row.is_displayed() for row in rows] == [False, True, False]
+    assert opened.find_element(By.CSS_SELECTOR, "[data-count='run1--events-table']").text == "1 events"
+
+
+def test_sections_by_keyboard(opened: webdriver.Chrome) -> None:
+    body = opened.find_element(By.TAG_NAME, "body")
+    hashes = []
+    for key in ("j", "j", "k"):
+        body.send_keys(key)
+        wait(opened, "return document.querySelector(location.hash).getBoundingClientRect().top < 80")
+        hashes.append(opened.execute_script("return location.hash"))
+    assert hashes == ["#run1--overview", "#run1--health", "#run1--overview"]
+
+
+def test_dark_changes_the_charts_too(opened: webdriver.Chrome) -> None:
+    def stroke() -> str | None:
+        return opened.execute_script("return document.querySelector('#run1--reward svg .mark-line path')?.getAttribute('stroke')")
+
+    colours = []
+    for _ in range(2):
+        ground, line = opened.execute_script("return getComputedStyle(document.body).backgroundColor"), stroke()
+        colours.append((ground, line))
+        opened.find_element(By.TAG_NAME, "body").send_keys("t")
+        WebDriverWait(opened, PATIENCE_S).until(lambda _, old=line: stroke() not in (None, old))
+    assert colours[0][0] != colours[1][0]
+    assert colours[0][1] != colours[1][1]
+
+
+def test_a_phone_needs_no_sideways_scrolling(opened: webdriver.Chrome, page: Path) -> None:
+    opened.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": PHONE[0], "height": PHONE[1], "deviceScaleFactor": 2, "mobile": True}
+    )
+    try:
+        load(opened, page)
+        assert opened.execute_script("return document.documentElement.scrollWidth") <= PHONE[0]
+        assert opened.find_element(By.CSS_SELECTOR, ".finding a").is_displayed()
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_it_prints_with_everything_unfolded(opened: webdriver.Chrome) -> None:
+    opened.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert opened.execute_script("return [...document.querySelectorAll('details')].every((each) => each.open)")
+    assert len(opened.print_page()) > 10_000
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(opened: webdriver.Chrome, theme: str) -> None:
+    opened.execute_script(f"document.documentElement.dataset.theme = '{theme}'")
+    found = violations(opened)
+    assert [each for each in found if each[1] in ("serious", "critical")] == []
+
+
+def test_axe_would_find_a_fault(opened: webdriver.Chrome) -> None:
+    opened.execute_script(
+        "document.querySelector('main').insertAdjacentHTML('beforeend', '<img><p style=\"color:#888;background:#999\">pale</p>')"
+    )
+    assert {each[0] for each in violations(opened)} >= {"image-alt", "color-contrast"}
+
+
+def violations(browser: webdriver.Chrome) -> list[tuple[str, str, Any]]:
+    """What axe-core finds: rule, impact, and where."""
+    axe = resources.files(axe_core_python).joinpath("axe.min.js").read_text(encoding="utf-8")
+    browser.execute_cdp_cmd("Runtime.evaluate", {"expression": f"{axe};0"})
+    found = browser.execute_async_script(AXE)
+    return [(each["id"], each["impact"], [node["target"] for node in each["nodes"]][:3]) for each in found["violations"]]

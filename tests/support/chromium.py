@@ -1,0 +1,43 @@
+"""The system's Chromium without a screen, as a person would use it, and what axe-core finds in a page."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+
+WAIT_S = 60.0  # for something on a page; it is there at once where the machine has nothing else to do
+SERIOUS = ("serious", "critical")
+
+
+@contextmanager
+def browser(profile: Path, width: int = 1440) -> Iterator[Chrome]:
+    """A browser with a profile of its own; the test is skipped where there is none."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
+    options = ChromeOptions()
+    options.binary_location = chromium
+    quiet = ("--disable-background-networking", "--no-first-run", "--disable-gpu", "--no-sandbox", "--disable-dev-shm-usage")
+    for each in ("--headless=new", *quiet, f"--user-data-dir={profile}", f"--window-size={width},1000"):
+        options.add_argument(each)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    made = Chrome(options, Service(driver))
+    try:
+        yield made
+    finally:
+        made.quit()
+
+
+def violations(page: Chrome) -> list[str]:
+    """What axe-core finds that is serious: the rule, and the first place."""
+    from axe_core_python.base import AXE_FILE_PATH
+
+    page.execute_script(Path(AXE_FILE_PATH).read_text(encoding="utf-8"))
+    found = page.execute_async_script("axe.run().then(arguments[arguments.length - 1])")
+    return [f"{each['id']}: {each['nodes'][0]['html'][:200]}" for each in found["violations"] if each["impact"] in SERIOUS]
