@@ -18,14 +18,14 @@ from small_runs import ANSWERS, GROUPS, Setting, run
 from ctpo_megatron.config.alarms import AlarmsConfig
 from ctpo_megatron.record.alarms.kinds import Measure
 
-STEPS = 200
+STEPS, KEPT = 200, 120
 BEGIN, END = "<!-- table: small runs -->", "<!-- end of small runs -->"
 MEASURE = Measure(GROUPS, ANSWERS, "reward/term/answer")
 HEALTHY = Setting("healthy")
 FAULTS = [  # with the alarms that are to tell of it, and the harm in words
-    (Setting("learning rate 20 times as high", lr_then=4e-2, begin=60), ("entropy",)),
+    (Setting("learning rate 75 times as high", lr_then=0.15, begin=60), ("entropy",)),
     (
-        Setting("a reward that pays twice as much for length as for answers", pay_length=2.0, begin=60),
+        Setting("a reward that pays as much for length as for answers", pay_length=1.0, begin=60),
         ("length", "format"),
     ),
     (Setting("a grader with 0.2 % more answers without a verdict at each step", undecided=0.002, begin=60), ("undecided",)),
@@ -72,9 +72,9 @@ def table(seeds: int, healthy: int, keep: Path | None) -> list[str]:
 
 
 def write(path: Path, rows: list[dict[str, float]]) -> None:
-    """Keep what alarms look at, in four digits."""
-    names = ("step", "time", "eval/", "reward/", "rollout/", "train/entropy", "health/effective", "health/clip")
-    kept = [{name: float(f"{value:.4g}") for name, value in row.items() if name.startswith(names)} for row in rows]
+    """Keep what most alarms look at, of the first steps, in three digits."""
+    names = ("step", "time", "eval/", "reward/", "rollout/", "train/entropy", "health/effective")
+    kept = [{name: float(f"{value:.3g}") for name, value in row.items() if name.startswith(names)} for row in rows[:KEPT]]
     path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 

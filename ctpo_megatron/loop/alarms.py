@@ -35,7 +35,7 @@ class RunAlarms:
         self._alarms, self._emit, self._webhook = alarms, emit, webhook
         self._wishes: list[AlarmRaised] = []
         for told in settle(alarms, run_dir):
-            self._tell(told)
+            emit(told)  # late, so that nothing follows from it
 
     def __call__(self, event: Event) -> None:
         """Let the detectors hear of an event."""
@@ -46,7 +46,8 @@ class RunAlarms:
         """Tell what the next row raises and clears; returns it."""
         told = self._alarms.row(row)
         for each in told:
-            self._tell(each)
+            self._emit(each)
+        self._wishes += [each for each in told if isinstance(each, AlarmRaised)]
         trouble = None if self._webhook is None else self._webhook.trouble()
         if trouble is not None:
             self._emit(trouble)
@@ -60,11 +61,6 @@ class RunAlarms:
             elif each.then == "stop":
                 orders.stop(StopRequest(f"alarm {each.alarm}: {each.what}"))
         self._wishes.clear()
-
-    def _tell(self, told: Told) -> None:
-        self._emit(told)
-        if isinstance(told, AlarmRaised):
-            self._wishes.append(told)
 
 
 class Hearing:

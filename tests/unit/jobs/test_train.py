@@ -13,6 +13,7 @@ import pytest
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import NoRoom, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.train import _Run
+from ctpo_megatron.loop.alarms import Hearing
 from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.record.events import Event
 from ctpo_megatron.record.run_events import RunStopped
@@ -51,7 +52,7 @@ def test_a_trainer_without_a_place_ends_the_run_so_that_a_job_is_requeued(tmp_pa
     told: list[Event] = []
 
     async def scenario() -> None:
-        run = _Run(Gone(), rollouts, inputs, None, Nothing(), told.append, 0.0, None)  # type: ignore[arg-type]
+        run = _Run(Gone(), rollouts, inputs, None, Nothing(), told.append, 0.0, None, Hearing(None))  # type: ignore[arg-type]
         await run._supervised(loop, Orders())  # type: ignore[arg-type]
 
     with pytest.raises(

@@ -24,7 +24,8 @@ from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.errors import CheckpointUnwritten, LeftCourse
 from ctpo_megatron.jobs.evaluations import bring_back, known_accuracies
 from ctpo_megatron.jobs.resume import start_of
-from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest, newest_until, restore
+from ctpo_megatron.loop.alarms import Hearing
+from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest, newest_until, restore, steps_in
 from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.evaluation.evaluations import Evaluations
 from ctpo_megatron.loop.ledger import NAME, Ledger
@@ -37,6 +38,7 @@ from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record import Recorder
+from ctpo_megatron.record.alarm_events import AlarmRaised
 from ctpo_megatron.record.events import CheckpointVerified, EvaluationDone, Event, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.mismatch_events import WeightsShrunk
 from ctpo_megatron.record.nonfinite_events import OffCourse
@@ -150,7 +152,8 @@ async def train(
         known = known_accuracies(run_dir, [*start.owed, start.step], benchmarks, config.train.steps)
     first_step, rollouts.ranks, ranks.version = start.step, ranks, start.step
     recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()), through=storage.write)
-    record, totals = RunRecord(run_dir, config.log, recorder, storage.write), RunTotals()
+    alarms = Hearing(None).alarms_of(config, run_dir, events.append)
+    record, totals = RunRecord(run_dir, config.log, recorder, storage.write, alarms), RunTotals()
     evaluations = Evaluations(
         benchmarks,
         config.train.steps,
@@ -449,3 +452,21 @@ def test_what_an_update_made_of_its_tokens_is_written_with_the_step(tmp_path: Pa
     written = sorted((tmp_path / "tokens").glob("*"))
     assert [path.name for path in written] == [token_file(1), token_file(2)] * kept
     assert [StoredTokens(path).samples(5, 1).gap.tolist() for path in written] == [[1.0], [2.0]] * kept
+
+
+@pytest.mark.parametrize("then", ["tell", "save", "stop"])
+def test_an_alarm_that_is_to_stop_the_run_stops_it_and_one_that_is_to_save_saves(tmp_path: Path, then: str) -> None:
+    bound = f"{{talks: {{metric: rollout/turns, above: 0, smooth: 1, patience: 2, then: {then}}}}}"
+    settings = config(
+        "train.steps=4", "train.prompts_per_step=2", "checkpoint.every=0", "alarms.warmup=0", f"alarms.bounds={bound}"
+    )
+    orders = Orders()
+    _, loop, events = asyncio.run(train(settings, tmp_path, resume=False, orders=orders))
+    (raised,) = [each for each in events if isinstance(each, AlarmRaised)]
+    assert (raised.alarm, raised.step, raised.since) == ("talks", 2, 1)
+    assert loop.done == (2 if then == "stop" else 4)
+    assert steps_in(tmp_path / "checkpoints") == ([] if then == "tell" else [2])
+    assert (orders.stop_request is not None) == (then == "stop")
+    if then == "stop":  # it stands, and so does not stop the run that goes on
+        _, loop, _ = asyncio.run(train(settings, tmp_path, resume=True))
+        assert loop.done == 4
