@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from math import sqrt
 from statistics import stdev
 
@@ -49,7 +49,7 @@ def reward(run: Run) -> Iterator[Finding]:
 def _noise(points: list[Point]) -> float:
     """Returns the standard error of the mean of a fifth of a series, from the differences of its neighbours."""
     values = [value for _, value in points]
-    steps = [b - a for a, b in itertools.pairwise(values)]
+    steps = [b - a for a, b in pairwise(values)]
     return stdev(steps) / sqrt(2) / sqrt(max(1, len(values) // 5)) if len(steps) > 1 else 0.0
 
 
