@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from math import sqrt
-from statistics import fmean, stdev
+from statistics import stdev
 
 from ctpo_megatron.report.findings.finding import FEWEST, Finding, ends, late, scaled
 from ctpo_megatron.report.reading.metrics import Point
@@ -21,7 +21,8 @@ def reward(run: Run) -> Iterator[Finding]:
     first, last = course
     noise = _noise(points)
     size = max(1, len(points) // 5)
-    blocks = [fmean(value for _, value in points[begin : begin + size]) for begin in range(0, len(points) - size + 1)]
+    sums = list(accumulate((value for _, value in points), initial=0.0))
+    blocks = [(end - begin) / size for begin, end in zip(sums, sums[size:], strict=False)]
     best = max(blocks)
     if best - last > max(4 * noise, 0.1 * abs(best)):
         at = points[blocks.index(best)][0]
@@ -48,7 +49,7 @@ def reward(run: Run) -> Iterator[Finding]:
 def _noise(points: list[Point]) -> float:
     """Returns the standard error of the mean of a fifth of a series, from the differences of its neighbours."""
     values = [value for _, value in points]
-    steps = [b - a for a, b in itertools.pairwise(values)]
+    steps = [b - a for a, b in pairwise(values)]
     return stdev(steps) / sqrt(2) / sqrt(max(1, len(values) // 5)) if len(steps) > 1 else 0.0
 
 

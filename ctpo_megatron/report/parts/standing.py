@@ -27,8 +27,8 @@ class Standing:
 def standing(run: Run) -> Standing:
     """Returns where `run` stands."""
     steps = run.setting("train.steps")
-    of = steps if isinstance(steps, int) and not isinstance(steps, bool) else None
     step = run.metrics.last_step
+    of = steps if isinstance(steps, int) and steps >= step else None  # `ctpo sft` counts steps of its own
     word, sentence = _word(run)
     return Standing(word, sentence, step, of, run.last_sign)
 

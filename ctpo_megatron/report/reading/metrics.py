@@ -20,6 +20,7 @@ class Metrics:
 
     rows: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     times: Mapping[int, float] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()  # all names in the rows
 
     @property
     def last_step(self) -> int:
@@ -41,8 +42,7 @@ class Metrics:
 
     def names(self, pattern: str) -> list[tuple[str, str]]:
         """Returns the metrics whose whole name fits a regular expression, each with its first group, numbers in their order."""
-        names = {name for row in self.rows.values() for name in row}
-        found = [(name, match[1]) for name in names if (match := re.fullmatch(pattern, name))]
+        found = [(name, match[1]) for name in self.known if (match := re.fullmatch(pattern, name))]
         return sorted(found, key=lambda each: (int(each[1]) if each[1].isdigit() else 0, each[1]))
 
 
@@ -58,7 +58,8 @@ def read_rows(rows: Iterable[Mapping[str, Any]]) -> Metrics:
         values.pop("step")
         times[step] = max(times.get(step, 0.0), values.pop("time", 0.0))
         found.setdefault(step, {}).update(values)
-    return Metrics(dict(sorted(found.items())), times)
+    known = frozenset(name for row in found.values() for name in row)
+    return Metrics(dict(sorted(found.items())), times, known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,12 @@ from ctpo_megatron.cli import app
 from ctpo_megatron.errors import InputError
 from ctpo_megatron.jobs.report import report_job
 from tests.support import run_dirs
+from tests.support.html_pages import leave_out_the_library
+
+
+@pytest.fixture(autouse=True)
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_out_the_library(monkeypatch)
 
 
 def command(*words: str | Path) -> None:
