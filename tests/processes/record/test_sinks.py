@@ -8,20 +8,30 @@ import os
 import re
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.request import urlopen
 
+import numpy as np
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.sinks import AnySink, MlflowSink, OtelSink, PrometheusSink, WandbSink
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.jobs.recording import close_sinks, make_sinks, open_record
+from ctpo_megatron.jobs.resume import start_of
 from ctpo_megatron.jobs.sft import sft_job
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.train import train_job
 from ctpo_megatron.record import sink_process
+from ctpo_megatron.record.events import Event
+from ctpo_megatron.record.sink_events import PointsLost
 from ctpo_megatron.record.sink_process import RunWords, SinkProcess, check_sinks
+from ctpo_megatron.record.storage import Storage
+from ctpo_megatron.types import Prompt
 from tests.support.runs import ROOT
 
 SOON_S = 60.0
@@ -194,6 +204,34 @@ def test_the_process_of_a_run_that_is_killed_ends_and_keeps_what_it_has(run_dir:
 def test_what_is_missing_is_said_before_anything_starts(sink: AnySink, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_sinks([sink])
+
+
+def test_the_parts_of_a_run_reach_tensorboard_and_the_sink(run_dir: Path) -> None:
+    config = load_config(ROOT / "configs" / "quickstart.yaml", ["log.sinks=[{type: otel}]", f"run_dir={run_dir}"])
+    told = list[Event]()
+
+    async def run(step: int, *, resumed: bool) -> None:
+        sinks = make_sinks(config, run_dir, resumed=resumed)
+        begin = start_of(config, [Prompt(0, ({"role": "user", "content": "q"},), "1")], None, [], told.append)
+        record = await open_record(config, run_dir, replace(begin, step=step - 1), sinks, told.append, Storage(run_dir))
+        record.phase(step, "train", 2.0)
+        record.step(step, [], {"train/loss": 0.5, "progress/samples": 8.0 * step}, np.ones((2, 4)))
+        record.close()
+        await close_sinks(sinks, told.append)
+
+    asyncio.run(run(1, resumed=False))
+    asyncio.run(run(2, resumed=True))
+    assert [span["name"] for span in spans(run_dir)] == ["train", "step 1", "train", "step 2"]
+    assert len({span["resource"]["attributes"]["ctpo.run_id"] for span in spans(run_dir)}) == 1
+    board = EventAccumulator(str(run_dir / "tb"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
+    assert [event.step for event in board.Images("moe/load")] == [1, 2]
+    shown = metadata.parse_session_start_info_plugin_data(
+        board.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    ).hparams
+    assert shown["algorithm.objective.type"].string_value == "ctpo"
+    assert shown["optimizer.lr"].number_value == pytest.approx(1.5e-4)
+    assert not any(isinstance(event, PointsLost) for event in told)
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])
