@@ -1,6 +1,8 @@
-"""`ctpo serve-agents` in a process of its own, without Ray and SGLang: an engine in its place says two lines.
+"""`ctpo serve-agents` without Ray and SGLang: an engine in their place says two lines.
 
     python -m tests.support.serving_agents RUN_DIR MODEL
+
+imports once and forks a server for each line `start`, whose pid it says; for `wait` it says the exit code of the newest one.
 
 While RUN_DIR/hold.N is there the engine stops within line N; RUN_DIR/sampling.N tells that it does.
 """
@@ -8,6 +10,7 @@ While RUN_DIR/hold.N is there the engine stops within line N; RUN_DIR/sampling.N
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Coroutine
@@ -16,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.jobs import serve_agents
+from ctpo_megatron.jobs import endpoint, serve_agents
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.types import Generation
+from tests.support.agents import Hermes
 
 LINES = ("I guess it is 3.", "No, it is \\boxed{2}.")
 FIRST = 5  # tokens before it stops
@@ -76,9 +80,32 @@ async def _serve(config: RunConfig) -> None:
     await serve_agents.serve_agents_job(config, stop)
 
 
-if __name__ == "__main__":
+def serve(run_dir: Path, model: Path) -> None:
+    """What a process does from its beginning to SIGTERM; what it says is in RUN_DIR/log."""
+    with (run_dir / "log").open("ab") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
     serve_agents.Runtime = Standing  # type: ignore[assignment,misc]
     serve_agents.open_client = _client  # type: ignore[assignment]
-    settings = {"name": "agents", "run_dir": sys.argv[1], "model": {"path": sys.argv[2]}, "data": {"train": "none"}}
+    endpoint.SGLangCallParser = lambda *_given, **_more: Hermes()  # type: ignore[assignment,misc,return-value]
+    settings = {"name": "agents", "run_dir": str(run_dir), "model": {"path": str(model)}, "data": {"train": "none"}}
     external = {"tool": None, "agent": {"type": "external"}}
     asyncio.run(_serve(RunConfig.model_validate({**settings, "rollout": external, "cluster": {"device": "cpu"}})))
+
+
+def main() -> None:
+    run_dir, model = map(Path, sys.argv[1:])
+    pid = 0
+    for line in sys.stdin:
+        if line.strip() == "start":
+            pid = os.fork()
+            if not pid:
+                serve(run_dir, model)
+                os._exit(0)
+            print(pid, flush=True)
+        else:
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from openai import AsyncOpenAI
 
 from ctpo_megatron.rollout.chat import ChatTokenizer
@@ -25,31 +25,56 @@ TASK = {"messages": [{"role": "user", "content": "What is 1 + 1?"}], "answer": "
 AGAIN = {"role": "user", "content": f"Are you {SECOND_QUESTION}?"}
 
 
-@asynccontextmanager
-async def serving(run_dir: Path, model: Path) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """It serves within the block, and is gone after it."""
-    addresses = run_dir / "agents.json"
-    before = addresses.stat().st_mtime_ns if addresses.exists() else 0
-    with (run_dir / "log").open("ab") as log:
-        process = subprocess.Popen(
+class Servers:
+    """Servers of one run, one after the other, forked by a process that has imported all of it."""
+
+    def __init__(self, run_dir: Path, model: Path) -> None:
+        self.run_dir, self._log = run_dir, (run_dir / "forks.log").open("wb")
+        self._forks = subprocess.Popen(
             [sys.executable, "-m", "tests.support.serving_agents", str(run_dir), str(model)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=log,
-            stderr=log,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+            text=True,
+            bufsize=1,
         )
-    try:
-        await until(lambda: addresses.exists() and addresses.stat().st_mtime_ns > before, process, run_dir)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+        self._pid = 0
 
+    async def start(self) -> None:
+        """Returns when it serves."""
+        addresses = self.run_dir / "agents.json"
+        before = addresses.stat().st_mtime_ns if addresses.exists() else 0
+        self._pid = await self._asked("start")
+        await self.until(lambda: addresses.exists() and addresses.stat().st_mtime_ns > before)
 
-async def until(reached: Any, process: subprocess.Popen[bytes], run_dir: Path) -> None:
-    async with asyncio.timeout(LIMIT_S):
-        while not reached():
-            assert process.poll() is None, (run_dir / "log").read_text()
-            await asyncio.sleep(0.01)
+    async def end(self, by: signal.Signals) -> int:
+        """Returns its exit code."""
+        os.kill(self._pid, by)
+        return await self._asked("wait")
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        """Returns when `reached`."""
+        async with asyncio.timeout(LIMIT_S):
+            while not reached():
+                assert psutil.Process(self._pid).status() != psutil.STATUS_ZOMBIE, (self.run_dir / "log").read_text()
+                await asyncio.sleep(0.01)
+
+    async def _asked(self, word: str) -> int:
+        assert self._forks.stdin is not None
+        assert self._forks.stdout is not None
+        self._forks.stdin.write(word + "\n")
+        async with asyncio.timeout(LIMIT_S):
+            said = await asyncio.to_thread(self._forks.stdout.readline)
+        assert said, (self.run_dir / "forks.log").read_text()
+        return int(said)
+
+    def close(self) -> None:
+        """End what is left."""
+        os.killpg(self._forks.pid, signal.SIGKILL)
+        self._forks.wait()
+        self._log.close()
 
 
 async def admin(run_dir: Path, path: str = "", body: Any = None) -> Any:
@@ -57,11 +82,6 @@ async def admin(run_dir: Path, path: str = "", body: Any = None) -> Any:
     headers = {"Authorization": f"Bearer {(run_dir / 'agents.key').read_text().strip()}"}
     async with aiohttp.ClientSession() as session, session.post(url + path, json=body, headers=headers) as answer:
         return await answer.json()
-
-
-async def ended(process: subprocess.Popen[bytes], by: signal.Signals) -> int:
-    process.send_signal(by)
-    return await asyncio.to_thread(process.wait, LIMIT_S)
 
 
 class Client:
@@ -93,26 +113,30 @@ def test_a_client_plays_on_when_the_server_is_back(tmp_path: Path) -> None:
         (run_dir / f"hold.{turn}").touch()
 
     async def play() -> tuple[Client, dict[str, Any], dict[str, Any]]:
-        async with serving(run_dir, model) as process:
-            made = await admin(run_dir, body=TASK)
-            client = Client(made)
-            playing = asyncio.create_task(client.play())
-            await until((run_dir / "sampling.0").exists, process, run_dir)
-            assert await ended(process, signal.SIGKILL) == -signal.SIGKILL
+        await servers.start()
+        made = await admin(run_dir, body=TASK)
+        client = Client(made)
+        playing = asyncio.create_task(client.play())
+        await servers.until((run_dir / "sampling.0").exists)
+        assert await servers.end(signal.SIGKILL) == -signal.SIGKILL
         (run_dir / "hold.0").unlink()
-        async with serving(run_dir, model) as process:
-            await until((run_dir / "sampling.1").exists, process, run_dir)
-            assert await ended(process, signal.SIGTERM) == 0
+        await servers.start()
+        await servers.until((run_dir / "sampling.1").exists)
+        assert await servers.end(signal.SIGTERM) == 0
         (run_dir / "hold.1").unlink()
-        async with serving(run_dir, model):
-            async with asyncio.timeout(LIMIT_S):
-                await playing
-            closed = await admin(run_dir, f"/{made['attempt']}/close", {})
-            assert await admin(run_dir, f"/{made['attempt']}/close", {}) == closed
-            await client.close()
-            return client, closed, await admin(run_dir, body=TASK)
+        await servers.start()
+        async with asyncio.timeout(LIMIT_S):
+            await playing
+        closed = await admin(run_dir, f"/{made['attempt']}/close", {})
+        assert await admin(run_dir, f"/{made['attempt']}/close", {}) == closed
+        await client.close()
+        return client, closed, await admin(run_dir, body=TASK)
 
-    client, closed, second = asyncio.run(play())
+    servers = Servers(run_dir, model)
+    try:
+        client, closed, second = asyncio.run(play())
+    finally:
+        servers.close()
     chat = ChatTokenizer(model)
     assert [text for text, _ in client.given] == list(LINES)
     assert closed == {"attempt": "g00000000.0", "status": "finished", "reward": 1.0, "turns": 2, "branches": 0}
