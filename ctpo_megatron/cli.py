@@ -190,6 +190,18 @@ def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=at_
 
 
 @app.command()
+def watch(
+    run_dir: Annotated[Path, typer.Argument(help="of a run", callback=at_home)],
+    once: Annotated[bool, typer.Option("--once", help="print one frame, for scripts")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two frames")] = 2.0,
+) -> None:
+    """A run in the terminal, from its directory alone: where it stands, its curves, phases, servers, alarms. Ctrl-C ends it."""
+    from ctpo_megatron.jobs.watch import watch_job
+
+    watch_job(run_dir, once=once, every_s=every)
+
+
+@app.command()
 def doctor() -> None:
     """What this host has and lacks for a run; exit code 1 when a run cannot work here."""
     from ctpo_megatron.doctor import doctor_job

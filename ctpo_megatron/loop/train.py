@@ -45,7 +45,7 @@ from ctpo_megatron.loop.state import OpenGroup, RunState
 from ctpo_megatron.loop.statistics import rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, discard
-from ctpo_megatron.record.heartbeat import Stages
+from ctpo_megatron.record.heartbeat import OpenStage, Stages
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import TrajectoryGroup
@@ -165,8 +165,8 @@ class TrainLoop:
         clock = asyncio.get_running_loop().time  # of the run: a simulation's is virtual
         timer, begun = PhaseTimer(stages=self.stages, step=step + 1, clock=clock), clock()
         tail = TailTimer(self.config.train.prompts_per_step, clock)
-        with timer("rollout"):
-            taken = await self._take(step, tail)
+        with timer("rollout") as stage:
+            taken = await self._take(step, tail, stage)
         groups, self.position = taken.groups, taken.position
         with timer("batch"):
             batches = self.batches_of(groups, self.config, self.attention_weight)
@@ -258,13 +258,20 @@ class TrainLoop:
         still_open = tuple(OpenGroup(each.id.number, each.prompt.key, each.version) for each in self.position.open)
         return self._as_of_now(RunState(step + 1, groups, cursor, {}, samples=self.samples, open=still_open))
 
-    async def _take(self, step: int, tail: TailTimer) -> Taken:
-        """The groups of `step`; meanwhile the progress bar follows how many are in."""
-        pipeline = self._pipeline
-        with self.progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
-            taken = await self._with_servers(pipeline.take(step), lambda: show(tail(pipeline.buffer.finished())))
+    async def _take(self, step: int, tail: TailTimer, stage: OpenStage) -> Taken:
+        """The groups of `step`; meanwhile the progress bar and `stage` follow how many are in."""
+        pipeline, wanted = self._pipeline, self.config.train.prompts_per_step
+        with self.progress(f"step {step + 1} rollout", wanted) as show:
+
+            def follow() -> None:
+                done = tail(pipeline.buffer.finished())
+                show(done)
+                if (told := f"{done} of {wanted} groups") != stage.detail:
+                    stage.beat(told)
+
+            taken = await self._with_servers(pipeline.take(step), follow)
             tail.end()
-            show(self.config.train.prompts_per_step)
+            show(wanted)
         return taken
 
     async def _evaluate(self, step: int) -> None:

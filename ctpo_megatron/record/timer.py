@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ctpo_megatron.record.heartbeat import Stages
+from ctpo_megatron.record.heartbeat import OpenStage, Stages
 
 
 class PhaseTimer:
@@ -28,11 +28,11 @@ class PhaseTimer:
         self._stages, self._step, self._clock = stages or Stages(), step, clock
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str) -> Iterator[OpenStage]:
         begun = self._clock()
         try:
-            with self._stages(phase, step=self._step):
-                yield
+            with self._stages(phase, step=self._step) as stage:
+                yield stage
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self._clock() - begun
 

@@ -24,6 +24,7 @@ ORDER = {
     "checkpoints": (0, 2),
     "record": (0, 2),
     "toy": (0, 3),
+    "report": (0, 3),
     "algorithms": (1, 0),
     "parallel": (1, 1),
     "batch": (1, 2),

@@ -173,6 +173,11 @@ class Watchdog:
             with contextlib.suppress(ValueError):
                 self._watched.remove(each)
 
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """Returns the processes that can be asked."""
+        return tuple(self._watched)
+
     async def failed(self) -> None:
         """Raises TrainerLost when a rank of the trainer hangs. Does not return while the watch goes on."""
         ends = [self._failed] if self._task is None else [self._failed, self._task]
