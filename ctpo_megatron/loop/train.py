@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -89,6 +89,7 @@ class TrainLoop:
     position: Position | None = None  # behind the last step that was made; None: where the loop began
     memory: MemoryCopies | None = None  # None: there are no copies in memory
     unsaved: RunState | None = None  # where it begins, if that is not in a checkpoint
+    tracing: Callable[[int], AbstractAsyncContextManager[None]] = lambda _step: nullcontext()  # what traces a step
     # what a simulation puts in the place of tokens and of a bar for people
     batches_of: Batches = field(default_factory=lambda: make_batches)
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = progress
@@ -153,7 +154,8 @@ class TrainLoop:
 
     async def _consume(self) -> None:
         for step in range(self.first_step, self.config.train.steps):
-            await self._step(step)
+            async with self.tracing(step + 1):
+                await self._step(step)
         if self.orders.stop_request is not None:
             raise _LeftOff
         self.ledger.end_all(self.config.train.steps)

@@ -60,7 +60,7 @@ class ServerNow:
 
 @dataclass(frozen=True, slots=True)
 class Now:
-    """What a run is doing. `time`: when this was so, seconds since 1970. `waits`: how many tasks wait for what, and the longest."""
+    """What a run is doing. `time`: when, seconds since 1970. `waits`: how many tasks wait for what, and the longest wait."""
 
     time: float
     driver: tuple[Doing, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import pkgutil
@@ -18,10 +19,8 @@ def sentence(name: str, fields: Mapping[str, Any]) -> str:
     """Returns what the event `name` with these `fields` says; name and fields where its class is not known, or has others."""
     kind = _kinds().get(name)
     if kind is not None:
-        try:
+        with contextlib.suppress(Exception):  # another release wrote it, or somebody else: it is shown as it is
             return kind(**fields).sentence
-        except Exception:  # noqa: BLE001 - another release wrote it, or somebody else: it is shown as it is
-            pass
     told = ", ".join(f"{key}={value}" for key, value in fields.items())
     return f"{name}: {told}" if told else name
 

@@ -13,7 +13,7 @@ class PhaseTimer:
     """Adds up time by name: `with timer("rollout"): ...`, then `timer.seconds["rollout"]`.
 
     `seconds`: where the sums go on from, and are kept; none: they begin at nothing. `stages`: each phase is one of these too, at
-    training step `step`. `clock`: says what time it is.
+    training step `step`. `prefix`: of the stages' names. `clock`: says what time it is.
     """
 
     def __init__(
@@ -23,15 +23,16 @@ class PhaseTimer:
         stages: Stages | None = None,
         step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        prefix: str = "",
     ) -> None:
         self.seconds: dict[str, float] = {} if seconds is None else seconds
-        self._stages, self._step, self._clock = stages or Stages(), step, clock
+        self._stages, self._step, self._clock, self._prefix = stages or Stages(), step, clock, prefix
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[OpenStage]:
         begun = self._clock()
         try:
-            with self._stages(phase, step=self._step) as stage:
+            with self._stages(self._prefix + phase, step=self._step) as stage:
                 yield stage
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + self._clock() - begun

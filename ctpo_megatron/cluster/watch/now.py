@@ -25,14 +25,15 @@ def _rank(watched: Watched) -> ProcessNow:
 
 def _server(member: Member) -> ServerNow:
     load = member.load
-    told = {} if load is None else {"running": load.running, "waiting": load.waiting, "cache_use": round(load.cache_use, 4)}
     return ServerNow(
         member.name,
         str(member.state),
         member.version,
         member.in_flight,
         member.limit,
+        running=None if load is None else load.running,
+        waiting=None if load is None else load.waiting,
+        cache_use=None if load is None else round(load.cache_use, 4),
         aside=member.aside,
         reason=member.reason,
-        **told,
     )

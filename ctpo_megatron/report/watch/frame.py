@@ -55,7 +55,7 @@ class Frame:
 
     def _made(self, width: int, servers: int, curves: int, events: int) -> RenderableType:
         view = self.view
-        column = (width - 3) // 2 if width >= TWO_COLUMNS else width
+        column = (width - 6) // 2 if width >= TWO_COLUMNS else width
         left = Group(*_present(panels.curves(view, curves), panels.phases(view, column)))
         right = Group(*_present(panels.servers(view, servers), panels.trainer(view), panels.ledger(view)))
         problem = Text(plain(view.problem), "red")

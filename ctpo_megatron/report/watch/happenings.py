@@ -76,7 +76,7 @@ class Happenings:
         self.ends: Counter[str] = Counter()  # of incarnations
         self.recent: deque[Told] = deque(maxlen=REMEMBERED)
         self.steps: deque[StepTime] = deque(maxlen=STEPS)  # of the last incarnation
-        self.alarms: dict[str, Told] = {}  # that are up
+        self.alarms: dict[tuple[str, str], Told] = {}  # that are up
         self.step = 0  # training steps that are done
         self.version: int | None = None  # published last
         self.saved: int | None = None  # step of the newest verified checkpoint
@@ -165,7 +165,6 @@ class Happenings:
         self.lives.append(life)
         self.stopping, self.trainer_lost = "", False
         self._back(life.step)
-        self.alarms.clear()  # a process raises its own
 
     def _end(self, fields: Mapping[str, Any]) -> None:
         number = int(fields["number"])
@@ -175,9 +174,9 @@ class Happenings:
                 self.ends[life.how] += 1
 
 
-def alarm(told: Told) -> str:
-    """Returns which alarm an event is about."""
-    return str(told.fields.get("alarm", told.fields.get("id", told.fields.get("kind", ""))))
+def alarm(told: Told) -> tuple[str, str]:
+    """Returns which alarm an event is about, and where: of a metric, or a server."""
+    return str(told.fields.get("alarm", "")), str(told.fields.get("where", ""))
 
 
 _HEAD = msgspec.json.Decoder(_Head)

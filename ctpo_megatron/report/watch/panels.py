@@ -146,7 +146,7 @@ def phases(view: View, width: int) -> RenderableType:
     if not spent or whole <= 0:
         return Text("")
     spent["other"] = max(0.0, whole - sum(spent.values()))
-    bar, words = Text(), Text.assemble(_label(f"last {len(told.steps)}"))
+    bar, words = Text(), Text.assemble(_label(f"last {len(told.steps)} steps"))
     edge, reached = 0, 0.0
     for name, seconds in spent.items():
         style = PHASE_STYLES.get(name, "bright_black")
@@ -158,9 +158,7 @@ def phases(view: View, width: int) -> RenderableType:
             words.append(name, style).append(f" {seconds / whole:.0%} ")
     if (useful := told.useful()) is not None:
         words.append(f"useful {useful:.0%}", "bold")
-    if told.goodput is not None:
-        words.append(f", goodput of the run {told.goodput:.0%}")
-    return Group(words, bar)
+    return Group("", words, bar)
 
 
 def servers(view: View, most: int) -> RenderableType:
@@ -198,7 +196,9 @@ def trainer(view: View) -> RenderableType:
     lines = []
     if view.present.ranks:
         doing = Counter("; ".join(_at(each) for each in rank.doing) or "waits to be told" for rank in view.present.ranks)
-        words = "; ".join(f"{count} in {what}" if what != "waits to be told" else f"{count} wait" for what, count in doing.items())
+        words = "; ".join(
+            f"{count} in {what}" if what != "waits to be told" else f"{count} wait" for what, count in doing.items()
+        )
         line = Text.assemble(_label("ranks"), plain(words))
         late = [rank for rank in view.present.ranks if rank.unanswered_s > 10.0]
         if late:
@@ -231,8 +231,11 @@ def ledger(view: View) -> RenderableType:
         lines.append(Text.assemble(_label("ledger"), words))
         kept = [numbers.series.get(f"ledger/kept_{each}") for each in ("length", "reward")]
         if kept[0] is not None and kept[1] is not None and kept[0].last is not None and kept[1].last is not None:
-            words = f"{kept[0].last:.3f} times the tokens of all that ended, {kept[1].last:+.3f} of their reward"
+            words = f"{kept[0].last:.3f} of the mean length, {kept[1].last:+.3f} of the mean reward"
             lines.append(Text.assemble(_label("kept"), words))
+    if view.happenings.goodput is not None:
+        words = f"{view.happenings.goodput:.0%} of the allocated time, up to the last incarnation's end"
+        lines.append(Text.assemble(_label("goodput"), words))
     if skipped := int(numbers.sums.get("train/skipped_steps", 0)):
         lines.append(Text.assemble(_label("skipped"), (f"{skipped:,} optimizer steps, not finite", "red")))
     return Group(*lines)

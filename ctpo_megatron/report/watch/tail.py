@@ -11,7 +11,7 @@ CHUNK = 4 << 20  # bytes that are read at a time
 class Tail:
     """The whole lines of the file at `path`, each of them given once.
 
-    Call `look`, then `fresh`. A run that resumes replaces metrics.jsonl by a shorter one, and all lines of the new file come then.
+    Call `look`, then `fresh`. A run that resumes replaces metrics.jsonl by a shorter one: all lines of the new file come then.
     `missing`: the file was not there at the last look.
     """
 
@@ -23,7 +23,7 @@ class Tail:
         self._half = b""
 
     def look(self) -> bool:
-        """Returns whether the file is another one now than that whose lines were given. Raises OSError where it is out of reach."""
+        """Returns whether the file is another one than that whose lines were given. Raises OSError where it is out of reach."""
         try:
             found = self.path.stat()
         except FileNotFoundError:
