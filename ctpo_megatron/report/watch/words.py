@@ -20,11 +20,13 @@ def number(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a stretch of time in its two largest units, like 3 d 4 h, 2 h 05 min, 41 s, 0.2 s."""
+    """Returns a stretch of time in its two largest units, like 3 d 4 h, 2 h 05 min, 41 s."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
     minutes = round(seconds / 60)
     if minutes < 120:
         return f"{minutes} min"
