@@ -44,11 +44,12 @@ _Line: Any = msgspec.defstruct(
 
 @dataclass(slots=True)
 class Series:
-    """A number over the steps. `where`: the steps; `values`: finite ones; `broken`: how many were not."""
+    """A number over the steps. `values`: finite ones; `broken`: how many were not. `low`, `high`: with their steps."""
 
-    where: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
     broken: int = 0
+    low: tuple[float, int] = (math.inf, 0)
+    high: tuple[float, int] = (-math.inf, 0)
 
     @property
     def last(self) -> float | None:
@@ -58,8 +59,11 @@ class Series:
     def add(self, step: int, value: float) -> None:
         """Add the value at `step`."""
         if math.isfinite(value):
-            self.where.append(step)
             self.values.append(value)
+            if value < self.low[0]:
+                self.low = value, step
+            if value > self.high[0]:
+                self.high = value, step
         else:
             self.broken += 1
 

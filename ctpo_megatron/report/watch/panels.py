@@ -133,9 +133,7 @@ def _name(name: str, series: Series) -> Text:
 def _extremes(series: Series) -> tuple[str, str, str]:
     if series.last is None:
         return "-", "-", "-"
-    low, high = min(series.values), max(series.values)
-    at_low, at_high = (series.where[series.values.index(each)] for each in (low, high))
-    return number(series.last), f"{number(low)} @{at_low}", f"{number(high)} @{at_high}"
+    return number(series.last), *(f"{number(value)} @{step}" for value, step in (series.low, series.high))
 
 
 def phases(view: View, width: int) -> RenderableType:
