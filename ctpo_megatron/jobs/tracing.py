@@ -15,7 +15,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.fleet import State
 from ctpo_megatron.engine.tracing import GENERATE, TRACK, trace_requests
-from ctpo_megatron.errors import StorageError
+from ctpo_megatron.errors import CtpoError, StorageError
 from ctpo_megatron.record.events import Emit
 from ctpo_megatron.record.spans import Span, Spans, follow
 from ctpo_megatron.record.trace_events import TraceLost, TraceWritten
@@ -70,7 +70,10 @@ class Traces:
             {rank: trace_path(runtime.run_dir, step, f".rank_{rank}.{name}") for rank in of if rank < len(ranks)}
             for of, name in ((config.profiler, "profiler.json.gz"), (config.memory, "memory.pickle"))
         ]
-        before = await measure_clocks(ranks, CLOCK_TIMEOUT_S)
+        before = await self._clocks(step)
+        if before is None:
+            yield
+            return
         await trainer.begin_trace(*files)
         begun = time.monotonic_ns()
         try:
@@ -80,8 +83,7 @@ class Traces:
             raise
         ended = time.monotonic_ns()
         found = await trainer.end_trace()
-        after = await measure_clocks(ranks, CLOCK_TIMEOUT_S)
-        clocks = [between(*both) for both in zip(before, after, strict=True)]
+        clocks = [between(*both) for both in zip(before, await self._clocks(step) or before, strict=True)]
         of_ranks = [
             Traced(rank.name, each.spans, clock, each.left_out) for rank, each, clock in zip(ranks, found, clocks, strict=True)
         ]
@@ -91,6 +93,14 @@ class Traces:
         traced = [*self._of_driver(spans, begun, ended), *of_ranks]
         spans.forget(before=begun)
         await self._write(step, begun, ended, traced)
+
+    async def _clocks(self, step: int) -> list[Clock] | None:
+        """Returns the clocks of the ranks; None where some do not answer. Whether they live is for others to find out."""
+        try:
+            return await measure_clocks(self._runtime.trainer.ranks, CLOCK_TIMEOUT_S)
+        except CtpoError as error:
+            self._emit(TraceLost(step, f"the ranks' clocks are not known: {error}"))
+            return None
 
     def _of_driver(self, spans: Spans, begun: int, ended: int) -> list[Traced]:
         """Returns the driver's own spans, and each server's requests, as the driver sees them, as a process of their own."""

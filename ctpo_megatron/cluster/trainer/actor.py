@@ -269,7 +269,7 @@ class TrainerActor:
     def end_trace(self) -> RankTrace:
         """End the trace; returns what was gathered."""
         tracer, self._tracer = self._tracer, None
-        return RankTrace([], 0, ["the rank was not traced"]) if tracer is None else tracer.end()
+        return RankTrace() if tracer is None else tracer.end()
 
     def pulse(self) -> Pulse:
         """What this rank is doing now. Asked every two seconds, in a thread of its own."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,9 @@ MEMORY_ENTRIES = 1_000_000  # allocations and frees of which torch keeps the new
 class RankTrace:
     """What a rank gathered. `lost`: what of it could not be made, and why."""
 
-    spans: list[Span]
-    left_out: int
-    lost: list[str]
+    spans: list[Span] = field(default_factory=list)
+    left_out: int = 0
+    lost: list[str] = field(default_factory=list)
 
 
 def read_clock() -> tuple[int, str]:
@@ -41,20 +42,21 @@ class RankTracer:
     """Traces a rank from its making to `end`. `profile`, `memory`: the files that are asked for besides."""
 
     def __init__(self, rank: TrainerRank, stages: Stages, profile: Path | None, memory: Path | None) -> None:
-        from ctpo_megatron.mcore.tracing import trace_rank
-        from ctpo_megatron.weights.transports.prefetch import SendAccount
-
         self._spans, self._lost = Spans(), list[str]()
         self._profile, self._memory = profile, memory
         self._profiler: Any = None
-        for start in (self._start_profiler, self._start_memory):
+        self._ends: list[Callable[[], None]] = []
+        for start in (self._start_profiler, self._start_memory, partial(self._follow, rank, stages)):
             self._tried(start)
-        self._ends = [
-            follow(stages, self._spans),
-            trace_rank(rank, self._spans),
-            around(SendAccount, "next", self._spans, "gather the next bucket"),
-            around(SendAccount, "finish", self._spans, "finish digests"),
-        ]
+
+    def _follow(self, rank: TrainerRank, stages: Stages) -> None:
+        from ctpo_megatron.mcore.tracing import trace_rank
+        from ctpo_megatron.weights.transports.prefetch import SendAccount
+
+        self._ends.append(follow(stages, self._spans))
+        self._ends.append(trace_rank(rank, self._spans))
+        self._ends.append(around(SendAccount, "next", self._spans, "gather the next bucket"))
+        self._ends.append(around(SendAccount, "finish", self._spans, "finish digests"))
 
     def end(self) -> RankTrace:
         """Stop, write what goes to files of its own, and return the spans."""
