@@ -130,7 +130,7 @@ def _name(name: str, series: Series) -> Text:
     return Text.assemble(short, (f" {series.broken} not finite", "red") if series.broken else "")
 
 
-def _extremes(series: Series) -> tuple[str, str, str]:
+def _extremes(series: Series) -> tuple[str, ...]:
     if series.last is None:
         return "-", "-", "-"
     return number(series.last), *(f"{number(value)} @{step}" for value, step in (series.low, series.high))
