@@ -1,7 +1,8 @@
 """RUN_DIR/traces/step_XXXXXXXX.json.gz: one step over all processes of a run, as Perfetto and chrome://tracing read it.
 
-The file is Chrome's trace format: a process with its tracks for each process of the run. Times are microseconds since the step
-began, all on the driver's clock. Spans of one track that overlap without one holding the other stand in lanes of their own.
+The file is Chrome's trace format: a process with its tracks for each process of the run. Times are whole microseconds since the
+step began, all on the driver's clock: of fractions Perfetto makes nanoseconds by rounding, and drops spans that do not nest any more
+then. Spans of one track that overlap without one holding the other stand in lanes of their own.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def trace_events(begin: int, traced: Iterable[Traced]) -> Iterator[dict[str, Any
 
 def _event(pid: int, tid: int, span: Span, begin: int) -> dict[str, Any]:
     details = {**span.details, "cut": CUT} if span.cut else span.details
-    times = {"ts": (span.begin - begin) / 1000, "dur": (span.end - span.begin) / 1000}
+    first, last = ((at - begin) // 1000 for at in (span.begin, span.end))  # both cut down, so what nests still does
+    times = {"ts": first, "dur": last - first}
     return {"ph": "X", "name": span.name, "cat": span.track, "pid": pid, "tid": tid, **times, "args": details}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ctpo_megatron.record.traces import trace_path
 
 TOGETHER = ("allreduce", "allgather")  # no rank is done before all have come
-ROUNDING_US = 0.002  # times are given in thousandths, as floating-point numbers
+WHOLE_US = 1  # times are cut down to whole microseconds
 
 
 def check_trace(run_dir: Path, step: int, processes: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
@@ -43,9 +43,9 @@ def check_nesting(spans: list[dict[str, Any]]) -> None:
     """Any two spans lie apart, or one in the other."""
     around: list[dict[str, Any]] = []
     for span in sorted(spans, key=lambda each: (each["ts"], -each["dur"])):
-        while around and end(around[-1]) <= span["ts"] + ROUNDING_US:
+        while around and end(around[-1]) <= span["ts"]:
             around.pop()
-        assert not around or end(span) <= end(around[-1]) + ROUNDING_US, (around[-1], span)
+        assert not around or end(span) <= end(around[-1]), (around[-1], span)
         around.append(span)
 
 
@@ -59,7 +59,7 @@ def check_collectives(by_process: dict[str, list[dict[str, Any]]], clocks: dict[
     assert found, "there are no collectives"
     for place, of_ranks in found.items():
         assert len(of_ranks) == of_ranks[0][1]["args"]["ranks"], place
-        error = 2 * max(clocks[process]["error"] for process, _ in of_ranks) / 1000 + ROUNDING_US
+        error = 2 * max(clocks[process]["error"] for process, _ in of_ranks) / 1000 + WHOLE_US
         assert max(span["ts"] for _, span in of_ranks) <= min(end(span) for _, span in of_ranks) + error, of_ranks
 
 
