@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ctpo_megatron.cli_models import at_home, checkpoint_app, convert_app
+from ctpo_megatron.cli_runs import alarms, ledger, report, watch
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.config.sources import home_path
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
 from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.jobs.children import end_children
@@ -180,42 +180,8 @@ def replay(
 
 
 app.command("serve-sandbox")(serve_sandbox)
-
-
-@app.command()
-def ledger(run_dir: Annotated[Path, typer.Argument(help="of a run", callback=at_home)]) -> None:
-    """What became of the groups of a run, by length and difficulty: how many were trained on, replaced or lost."""
-    from ctpo_megatron.jobs.ledger import ledger_job
-
-    ledger_job(run_dir)
-
-
-@app.command()
-def alarms(
-    run_dir: Annotated[Path, typer.Argument(help="of a run", callback=at_home)],
-    overrides: Annotated[list[str] | None, typer.Argument(help="alarms.KEY=value: thresholds to try", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
-) -> None:
-    """What alarms say of a run's recorded metrics, with its own thresholds or with others; nothing is written."""
-    from ctpo_megatron.jobs.alarms import alarms_job
-
-    alarms_job(run_dir, overrides or [], as_json=as_json)
-
-
-@app.command()
-def report(
-    run_dirs: Annotated[list[Path], typer.Argument(help="of runs; several are compared, seeds pooled", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="page to write; default: RUN_DIR/report.html", callback=at_home)] = None,
-    png: Annotated[Path | None, typer.Option(help="directory for the figures, each as a PNG", callback=at_home)] = None,
-    only: Annotated[list[str] | None, typer.Option("--figure", help="one of the figures for --png; may be repeated")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print all numbers as JSON, and write nothing")] = False,
-    paper: Annotated[bool, typer.Option("--paper", help="only the figures of CTPO's paper; default: to RUN_DIR/paper")] = False,
-) -> None:
-    """One page about a run that goes on or has ended: what it learned, where it stands, what deserves a look. It opens from the
-    disk and loads nothing."""
-    from ctpo_megatron.jobs.report import report_job
-
-    report_job([home_path(each) for each in run_dirs], out=out, png=png, only=only or [], as_json=as_json, paper=paper)
+for looks_at_a_run in (ledger, alarms, report, watch):
+    app.command()(looks_at_a_run)
 
 
 @app.command()

@@ -32,9 +32,10 @@ from ctpo_megatron.cluster.room import Room
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.cluster.watch.loop_watch import LoopWatch
+from ctpo_megatron.cluster.watch.now import look
 from ctpo_megatron.cluster.watch.watchdog import Watchdog
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.engine.fleet import Fleet
+from ctpo_megatron.engine.fleet import Fleet, State
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.environment import Reader
 from ctpo_megatron.errors import ProcessDied, RayLost, StartLost, TrainerLost
@@ -42,6 +43,8 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.topology import Topology
 from ctpo_megatron.record.events import Emit, discard
 from ctpo_megatron.record.heartbeat import Depths, Stages
+from ctpo_megatron.record.now import NAME as NOW
+from ctpo_megatron.record.now import Now, kept_now
 from ctpo_megatron.record.run_events import PartLost
 from ctpo_megatron.types import RoutingShape
 
@@ -88,6 +91,7 @@ class Runtime:
         self._loop_watch = LoopWatch(config.cluster.watch.frozen_s, run_dir, self.stages.now)
         self._watchdog: Watchdog | None = None
         self._resources = Resources(run_dir)
+        self._kept_now = contextlib.AsyncExitStack()
 
     @property
     def trainer(self) -> TrainerGroup:
@@ -123,6 +127,7 @@ class Runtime:
 
     async def _start(self) -> None:
         self._loop_watch.start()
+        await self._kept_now.enter_async_context(kept_now(self._run_dir / NOW, self.now))
         connect(self.config, round(sum(bundle["CPU"] for bundle in self.topology.bundles)))
         self._ray = ray_processes()
         self.config = config = resolve_device(self.config)
@@ -265,9 +270,15 @@ class Runtime:
         can be started, and in a minute Ray ends this process."""
         await ended(self._ray.get("gcs_server"))
 
+    def now(self) -> Now:
+        """Returns what the run's processes are doing, as far as it is known here."""
+        watched = () if self._watchdog is None else self._watchdog.watched
+        return look(self.stages, self.depths, self._loop_watch.lag_s(), watched, self.fleet.members(*State))
+
     async def close(self) -> None:
         """End what was started, each step bounded; safe to call twice."""
         try:
+            await self._kept_now.aclose()
             await self._close()
         finally:
             self._loop_watch.close()  # a driver that is killed while it closes leaves nothing either

@@ -13,6 +13,7 @@ from ctpo_megatron.config.evaluation import EvalConfig
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
+from ctpo_megatron.config.trace import TraceConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
 
@@ -45,6 +46,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     log: LogConfig = LogConfig()
     alarms: AlarmsConfig = AlarmsConfig()
+    trace: TraceConfig = TraceConfig()
 
     @model_validator(mode="after")
     def _batches_divide(self) -> RunConfig:
@@ -106,6 +108,11 @@ class RunConfig(Section):
                 _check_length(layout, self._longest, self.train.max_tokens_per_micro_batch)
             except ValueError as error:
                 raise ValueError(as_written(str(error), index, changes)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _traced_ranks_are_there(self) -> RunConfig:
+        self.trace.check(self.parallel.world_size, self.cluster.device)
         return self
 
     @property

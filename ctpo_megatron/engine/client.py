@@ -50,15 +50,15 @@ class EngineClient:
     ) -> None:
         self.fleet = fleet
         self._routing, self._top_k = routing, top_k
-        self._requests = Requests(api_key, request_timeout_s)
-        self.control = ServerControl(self._requests)
+        self.requests = Requests(api_key, request_timeout_s)
+        self.control = ServerControl(self.requests)
         self.traffic = Traffic(traffic or TrafficConfig(), fleet, self.control, most=most)
         self._watches = traffic is not None
         self._open = contextlib.AsyncExitStack()
         self._under_way: set[Dispatch] = set()  # generations that were asked for, and whose answer is not in them yet
 
     async def __aenter__(self) -> EngineClient:
-        await self._open.enter_async_context(self._requests)
+        await self._open.enter_async_context(self.requests)
         if self._watches:
             await self._open.enter_async_context(self.traffic.watched())
         return self
@@ -174,7 +174,7 @@ class EngineClient:
         name = _Name()
         body = body | {"sampling_params": sampling | {"max_new_tokens": tokens}}
         named = body if limit_s is None else lambda: body | {"rid": name.fresh()}
-        request = asyncio.ensure_future(self._requests.post(f"{lease.member.url}/generate", named))
+        request = asyncio.ensure_future(self.requests.post(f"{lease.member.url}/generate", named))
         broken = asyncio.ensure_future(self.fleet.broken(lease))
         try:
             await asyncio.wait([request, broken], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ctpo_megatron.engine.choice import Place, choose
+from ctpo_megatron.engine.load import Load
 from ctpo_megatron.errors import AsideLost, EngineError, NoServerLeft
 from ctpo_megatron.record.events import Emit, ServerLost, ServerRestarted, ServerServing, ServerSuspended, discard
 
@@ -69,6 +70,7 @@ class Member:
     next_failure: asyncio.Event = field(default_factory=asyncio.Event)
     in_flight: int = 0  # requests at it
     limit: int | None = None  # of these; None: no bound
+    load: Load | None = None  # by its own account, when it was last asked
     given_back: frozenset[Memory] = frozenset()  # what it was told to give back, and not yet to take again
 
     @property

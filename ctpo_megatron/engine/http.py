@@ -116,16 +116,17 @@ class Requests:
 
     async def get(self, url: str, *, timeout_s: float | None = None) -> Any:
         """Returns the decoded answer. Raises EngineError, or EngineRefused, as the module's table says."""
-        return await self._request("GET", url, None, timeout_s or self._timeout_s)
+        return await self.request("GET", url, None, timeout_s or self._timeout_s)
 
     async def post(self, url: str, body: Body, *, timeout_s: float | None = None) -> Any:
         """Returns the decoded answer. Raises EngineError, or EngineRefused, as the module's table says.
 
         `body` may be a function that makes the body of each try: a server refuses a name of a request that it still knows.
         """
-        return await self._request("POST", url, body, timeout_s or self._timeout_s)
+        return await self.request("POST", url, body, timeout_s or self._timeout_s)
 
-    async def _request(self, method: Method, url: str, body: Body | None, timeout_s: float) -> Any:
+    async def request(self, method: Method, url: str, body: Body | None, timeout_s: float) -> Any:
+        """Returns the decoded answer, as `get` and `post` do."""
         if self._session is None:
             raise EngineError(f"{url} cannot be asked: Requests is used as an async context manager, and was not entered")
         answer = await ask(self._session, method, url, _made(body), timeout_s)

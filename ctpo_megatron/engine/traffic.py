@@ -88,6 +88,7 @@ class Traffic:
         loads = await asyncio.gather(*(self._load(member) for member in members))
         for member, version, load in zip(members, versions, loads, strict=True):
             if load is not None:
+                member.load = load
                 for name in ("waiting", "retracted", "cache_use"):
                     self._seen[name] = max(self._seen.get(name, 0.0), float(getattr(load, name)))
                 self._each.saw(member.name, load)

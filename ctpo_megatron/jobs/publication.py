@@ -34,6 +34,7 @@ def make_publisher(runtime: Runtime, client: EngineClient, texts: Sequence[Seque
         timeout_s=config.weights.timeout_s,
         session=config.weights.needs_session,
         release=config.weights.servers_sleep,
+        stages=runtime.stages,
     )
 
 

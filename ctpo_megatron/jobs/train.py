@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
@@ -29,13 +28,14 @@ from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, diffe
 from ctpo_megatron.jobs.rollouts import OpenRollouts, checked_tool, open_rollouts
 from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.stop import StopSignal
+from ctpo_megatron.jobs.summary import summary_of, write_whole_summary
 from ctpo_megatron.jobs.time_limit import Lead
 from ctpo_megatron.jobs.topology import topology_of
+from ctpo_megatron.jobs.tracing import Traces
 from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.alarms import Hearing, open_hearing
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, leave_after, newest_or_none, restore
 from ctpo_megatron.loop.evaluation.evaluate import Benchmark
-from ctpo_megatron.loop.evaluation.files import read_estimates
 from ctpo_megatron.loop.ledger import NAME as LEDGER
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.orders import Orders, StopRequest
@@ -45,7 +45,6 @@ from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
 from ctpo_megatron.planning.flops import attention_weight
-from ctpo_megatron.record import write_summary
 from ctpo_megatron.record.events import Emit, Event, RunDone, RunReady, RunResumed, print_sentence
 from ctpo_megatron.record.files import last_steps
 from ctpo_megatron.record.incarnation import IncarnationLog
@@ -122,14 +121,9 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
                     journal.close()  # it may still gather
                 await storage.clear()  # the new beginning reads what this one has written
                 raise begin_again(error, run_dir, start.step if run is None else run.done, config.cluster.restarts) from error
-            summary = _summary(config, loop, time.monotonic() - begun)
-            await storage.patiently(partial(_write_summary, run_dir, summary, events))
+            summary = summary_of(config, loop, time.monotonic() - begun)
+            await storage.patiently(partial(write_whole_summary, run_dir, summary, events))
             events(RunDone(config.train.steps, summary["wall_s"], str(run_dir / "summary.json")))
-
-
-async def _write_summary(run_dir: Path, summary: dict[str, Any], events: IncarnationLog) -> None:
-    more = {"evaluations": read_estimates(run_dir), "goodput": events.goodput(done=True).summary()}
-    write_summary(run_dir, summary | more)
 
 
 class _Run:
@@ -298,6 +292,7 @@ class _Run:
             storage=self._storage,
             memory=self._memory,
             resources=runtime.resources,
+            tracing=Traces(runtime, self._rollouts.client, config, emit),
             unsaved=chosen.state if chosen is not None and chosen.in_memory else None,
         )
 
@@ -352,17 +347,3 @@ async def _restored(runtime: Runtime, inputs: _Inputs, start: Start, chosen: Res
     made = found.manifest["scheduler_steps"]
     emit(RunResumed(found.where, start.step, made, found.state.groups - len(found.state.open), start.samples))
     return start
-
-
-def _summary(config: RunConfig, loop: TrainLoop, wall: float) -> dict[str, Any]:
-    measured = [accuracy for _, accuracy in sorted(loop.accuracies.items())]
-    return {
-        "accuracy_before": measured[0] if measured else None,
-        "accuracy_after": measured[-1] if measured else None,
-        "steps": config.train.steps,
-        "seed": config.seed,
-        **loop.totals.summary(),
-        "wall_s": wall,
-        "weight_version": config.train.steps,
-        "ledger": loop.ledger.summary(),
-    }

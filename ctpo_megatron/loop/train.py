@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -46,7 +46,7 @@ from ctpo_megatron.loop.state import OpenGroup, RunState
 from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, discard
-from ctpo_megatron.record.heartbeat import Stages
+from ctpo_megatron.record.heartbeat import OpenStage, Stages
 from ctpo_megatron.record.recorder import SAMPLES
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.record.token_files import TokenRecord
@@ -94,6 +94,7 @@ class TrainLoop:
     position: Position | None = None  # behind the last step that was made; None: where the loop began
     memory: MemoryCopies | None = None  # None: there are no copies in memory
     unsaved: RunState | None = None  # where it begins, if that is not in a checkpoint
+    tracing: Callable[[int], AbstractAsyncContextManager[None]] = lambda _step: nullcontext()  # what traces a step
     # what a simulation puts in the place of tokens and of a bar for people
     batches_of: Batches = field(default_factory=lambda: make_batches)
     progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = progress
@@ -158,7 +159,8 @@ class TrainLoop:
 
     async def _consume(self) -> None:
         for step in range(self.first_step, self.config.train.steps):
-            await self._step(step)
+            async with self.tracing(step + 1):
+                await self._step(step)
         if self.orders.stop_request is not None:
             raise _LeftOff
         self.ledger.end_all(self.config.train.steps)
@@ -171,8 +173,8 @@ class TrainLoop:
         timer = PhaseTimer(stages=self.stages, step=step + 1, clock=clock, ended=partial(self.record.phase, step + 1))
         begun = clock()
         tail = TailTimer(self.config.train.prompts_per_step, clock)
-        with timer("rollout"):
-            taken = await self._take(step, tail)
+        with timer("rollout") as stage:
+            taken = await self._take(step, tail, stage)
         groups, self.position = taken.groups, taken.position
         with timer("batch"):
             batches = self.batches_of(groups, self.config, self.attention_weight)
@@ -274,13 +276,20 @@ class TrainLoop:
         still_open = tuple(OpenGroup(each.id.number, each.prompt.key, each.version) for each in self.position.open)
         return self._as_of_now(RunState(step + 1, groups, cursor, {}, samples=self.samples, open=still_open))
 
-    async def _take(self, step: int, tail: TailTimer) -> Taken:
-        """The groups of `step`; meanwhile the progress bar follows how many are in."""
-        pipeline = self._pipeline
-        with self.progress(f"step {step + 1} rollout", self.config.train.prompts_per_step) as show:
-            taken = await self._with_servers(pipeline.take(step), lambda: show(tail(pipeline.buffer.finished())))
+    async def _take(self, step: int, tail: TailTimer, stage: OpenStage) -> Taken:
+        """The groups of `step`; meanwhile the progress bar and `stage` follow how many are in."""
+        pipeline, wanted = self._pipeline, self.config.train.prompts_per_step
+        with self.progress(f"step {step + 1} rollout", wanted) as show:
+
+            def follow() -> None:
+                done = tail(pipeline.buffer.finished())
+                show(done)
+                if (told := f"{done} of {wanted} groups") != stage.detail:
+                    stage.beat(told)
+
+            taken = await self._with_servers(pipeline.take(step), follow)
             tail.end()
-            show(self.config.train.prompts_per_step)
+            show(wanted)
         return taken
 
     async def _evaluate(self, step: int) -> None:

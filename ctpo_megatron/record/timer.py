@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ctpo_megatron.record.heartbeat import Stages
+from ctpo_megatron.record.heartbeat import OpenStage, Stages
 
 
 class PhaseTimer:
     """Adds up time by name: `with timer("rollout"): ...`, then `timer.seconds["rollout"]`.
 
     `seconds`: where the sums go on from, and are kept; none: they begin at nothing. `stages`: each phase is one of these too, at
-    training step `step`. `clock`: says what time it is. `ended`: hears of each phase that is over, and its seconds.
+    training step `step`. `prefix`: of the stages' names. `clock`: says what time it is. `ended`: hears of each phase that is over
+    and of its seconds.
     """
 
     def __init__(
@@ -23,17 +24,19 @@ class PhaseTimer:
         stages: Stages | None = None,
         step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        prefix: str = "",
         ended: Callable[[str, float], None] = lambda _phase, _seconds: None,
     ) -> None:
         self.seconds: dict[str, float] = {} if seconds is None else seconds
-        self._stages, self._step, self._clock, self._ended = stages or Stages(), step, clock, ended
+        self._stages, self._step, self._clock = stages or Stages(), step, clock
+        self._prefix, self._ended = prefix, ended
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str) -> Iterator[OpenStage]:
         begun = self._clock()
         try:
-            with self._stages(phase, step=self._step):
-                yield
+            with self._stages(self._prefix + phase, step=self._step) as stage:
+                yield stage
         finally:
             took = self._clock() - begun
             self.seconds[phase] = self.seconds.get(phase, 0.0) + took

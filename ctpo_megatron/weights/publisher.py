@@ -25,6 +25,7 @@ from ctpo_megatron.engine.fleet import MEMORY, UP, Fleet, Member, Memory, State
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import EngineError, WeightSyncError
 from ctpo_megatron.record import PhaseTimer
+from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.types import RoutingShape
 from ctpo_megatron.weights.proof.attest import attest
 from ctpo_megatron.weights.proof.canary import canary_gap, canary_tokens
@@ -77,7 +78,7 @@ class WeightPublisher:
 
     `session`: whether the transport wants an update session open. `release`: whether servers give back their memory in
     `offload`.
-    `timeout_s` bounds each step at each server.
+    `timeout_s` bounds each step at each server. `stages`: the phases of a publication are stages of this process too.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class WeightPublisher:
         timeout_s: float,
         session: bool = True,
         release: bool = False,
+        stages: Stages | None = None,
     ) -> None:
         self._fleet = fleet
         self._control = control
@@ -100,6 +102,7 @@ class WeightPublisher:
         self._timeout_s = timeout_s
         self._session = session
         self._release = release
+        self._stages = stages
         self._version = 0
         self._connected: list[Member] = []
         self._history: list[Sent] = []  # of the two newest versions
@@ -117,7 +120,7 @@ class WeightPublisher:
         self._version = version
         self._verdicts = CanaryVerdicts(version)
         self._fleet.awake()
-        timer = PhaseTimer()
+        timer = self._timer()
         with timer("total"):
             await self._bring_up(self._fleet.publishable(*UP), timer)
             while behind := [each for each in self._fleet.publishable(State.SERVING) if each.version != version]:
@@ -126,6 +129,9 @@ class WeightPublisher:
             raise WeightSyncError(f"version {version} of the weights reached no inference server:\n{self._fleet.report()}")
         seconds = {f"publish/{phase}": seconds for phase, seconds in timer.seconds.items()}
         return seconds | self._verdicts.metrics() | self._changed() | self._fleet.metrics()
+
+    def _timer(self) -> PhaseTimer:
+        return PhaseTimer(stages=self._stages, step=self._version, prefix="publish/")
 
     @property
     def digest(self) -> str:
@@ -159,7 +165,7 @@ class WeightPublisher:
         """Bring servers that are up but do not serve to the current version. The trainer must still hold that version."""
         waiting = self._fleet.publishable(State.JOINING, State.SUSPENDED)
         if waiting:
-            await self._bring_up(waiting, PhaseTimer())
+            await self._bring_up(waiting, self._timer())
         if self._fleet.hopeless:
             raise WeightSyncError(f"no inference server is left:\n{self._fleet.report()}")
 

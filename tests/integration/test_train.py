@@ -22,11 +22,13 @@ from leftovers import left_in_shared_memory, living, shared_memory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctpo_megatron.record.catalogue import require_known
+from ctpo_megatron.record.now import read_now
 from ctpo_megatron.record.token_files import StoredTokens, token_file
 from ctpo_megatron.toy.model import Kind, make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
 from tests.support.reach import Listener, listeners, strangers
 from tests.support.runs import END_S, Finished, Started
+from tests.support.traces import check_trace
 
 RUN_S = 300.0
 AGREEMENT = 1e-4  # largest difference of a token's log-prob between trainer and engine, float32 on CPUs
@@ -171,12 +173,13 @@ def test_dense_tp2_cp2_one_step_ahead(toy, tmp_path):
 
     One of two servers keeps version 3 for an evaluation, while the trainer goes on with the other. Nothing of the run listens
     where another machine could reach it, and it does not come behind other work on its host. Sampling is truncated, and trainer
-    and engine agree about the distribution that is left: `drift/max` in `check_run`.
+    and engine agree about the distribution that is left: `drift/max` in `check_run`. One step is traced.
     """
     sizes = ("train.staleness=1", "train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")
     cut = ("rollout.top_k=12", "rollout.top_p=0.9", "rollout.min_p=0.001", "algorithm.correction={type: truncate, high: 0.4}")
     benchmark = (f"eval.benchmarks.sums.file={toy['eval']}", "eval.benchmarks.sums.every=3", "eval.benchmarks.sums.samples=4")
     options = (*sizes, *cut, *benchmark, "rollout.engine.servers=2", "eval.servers=1", f"data.train={toy['train.jsonl']}")
+    options = (*options, "trace.steps=[2]", "trace.profiler=[3]")
     started = start(toy, "dense_tp2_cp2.yaml", tmp_path, *options, kind="llama")
     started.wait_for_event("ready")
     below = started.descendants()
@@ -195,6 +198,28 @@ def test_dense_tp2_cp2_one_step_ahead(toy, tmp_path):
     assert oldest[0] == 0
     assert max(oldest) == 1
     check_synced_weights(run, 4, toy["llama"])
+    check_step_trace(run)
+
+
+def check_step_trace(run: Finished) -> None:
+    """Step 2 was traced over all processes, and by torch's profiler on one rank; what it did can be read."""
+    servers = [each.name for each in read_now(run.run_dir / "now.json").servers]
+    assert len(servers) == 2
+    spans = check_trace(run.run_dir, 2, ["driver", *servers, *(f"trainer rank {rank}" for rank in range(4))])
+    assert {"rollout", "batch", "train", "publish", "publish/transfer"} <= {each["name"] for each in spans["driver"]}
+    assert any(each["name"] == "/generate" for server in servers for each in spans[server])
+    for rank in range(4):
+        assert {"update", "forward", "backward", "optimizer", "publish"} <= {
+            each["name"] for each in spans[f"trainer rank {rank}"]
+        }
+    (event,) = run.happened("trace written")
+    assert (event["step"], event["processes"], event["left_out"]) == (2, 7, 0)
+    assert event["error_us"] == 0.0, "all of them read one clock"
+    assert sorted(each.name for each in (run.run_dir / "traces").iterdir()) == [
+        "step_00000002.json.gz",
+        "step_00000002.rank_3.profiler.json.gz",
+    ]
+    assert run.happened("trace lost") == []
 
 
 def check_evaluations(run: Finished) -> None:

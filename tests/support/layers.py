@@ -44,7 +44,8 @@ ORDER = {
     "doctor": (6, 0),
     "jobs": (6, 0),
     "cli_models": (6, 1),
-    "cli": (6, 2),
+    "cli_runs": (6, 2),
+    "cli": (6, 3),
 }
 # besides the order: the loop reaches what runs elsewhere through Protocols only
 FORBIDDEN_UNITS = {"loop": {"weights", "cluster", "engine", "mcore"}}

@@ -21,6 +21,7 @@ from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
 from ctpo_megatron.cluster.threads import bind_to_cores, check_gpus, cores_of_gpu, set_threads, threads_per_rank
 from ctpo_megatron.cluster.trainer.evidence import Signs, gather
+from ctpo_megatron.cluster.trainer.tracing import RankTrace, RankTracer, read_clock
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import ConfigError, CopyLost
@@ -67,6 +68,7 @@ class TrainerActor:
         self._result: _Built | None = None
         self._part: Part | None = None
         self._kept: KeptTokens | None = None
+        self._tracer: RankTracer | None = None
         self._closed = threading.Event()
 
     @functools.cached_property
@@ -265,6 +267,21 @@ class TrainerActor:
     def save_hf(self, directory: str) -> None:
         """Write this rank's part of a Hugging Face model directory: `loop.protocols.Trainer.save_hf`."""
         self._built.rank.save_hf(Path(directory))
+
+    def clock(self) -> tuple[int, str]:
+        """This rank's clock: `tracing.read_clock`. In a thread of its own."""
+        return read_clock()
+
+    def begin_trace(self, profile: str | None, memory: str | None) -> None:
+        """Trace what this rank does until `end_trace`. `profile`, `memory`: files that are asked for besides."""
+        self.end_trace()  # of a step that did not come to its end
+        paths = [None if each is None else Path(each) for each in (profile, memory)]
+        self._tracer = RankTracer(self._built.rank, self.stages, *paths)
+
+    def end_trace(self) -> RankTrace:
+        """End the trace; returns what was gathered."""
+        tracer, self._tracer = self._tracer, None
+        return RankTrace() if tracer is None else tracer.end()
 
     def pulse(self) -> Pulse:
         """What this rank is doing now. Asked every two seconds, in a thread of its own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.keepers.calls import Handed
 from ctpo_megatron.cluster.trainer.abandoned import join_abandoned
 from ctpo_megatron.cluster.trainer.kept_tokens import join_tokens
+from ctpo_megatron.cluster.trainer.tracing import RankTrace
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import TrainerLost
 from ctpo_megatron.parallel import RankCoords
@@ -122,6 +123,20 @@ class TrainerGroup:
     async def save_hf(self, directory: Path) -> None:
         """The ranks write the model in Hugging Face format together (`loop.protocols.Trainer.save_hf`)."""
         await self._each("save_hf", str(directory))
+
+    async def begin_trace(self, profiles: Mapping[int, Path], memories: Mapping[int, Path]) -> None:
+        """Let all ranks trace what they do. The files that some are to write besides, by rank."""
+        paths = [[str(of[rank]) if rank in of else None for of in (profiles, memories)] for rank in range(len(self.ranks))]
+        await self._calls([rank.actor.begin_trace.remote(*own) for rank, own in zip(self.ranks, paths, strict=True)])
+
+    async def end_trace(self) -> list[RankTrace]:
+        """End the trace; returns what each rank gathered."""
+        return await self._each("end_trace")
+
+    def drop_trace(self) -> None:
+        """End the trace and wait for nobody: some rank may be gone."""
+        for rank in self.ranks:
+            rank.actor.end_trace.remote()
 
     def _values(self, found: list[Values | Abandoned], batches: list[TrainBatch]) -> Values:
         """What all ranks found alike. Raises UpdateAbandoned with the parts of all of them."""

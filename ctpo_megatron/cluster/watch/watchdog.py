@@ -177,6 +177,11 @@ class Watchdog:
         """Resident bytes of the processes that have told it, as their last answer had it."""
         return {each.process.name: each.pulse.memory for each in self._watched if each.pulse is not None and each.pulse.memory}
 
+    @property
+    def watched(self) -> tuple[Watched, ...]:
+        """Returns the processes that can be asked."""
+        return tuple(self._watched)
+
     async def failed(self) -> None:
         """Raises TrainerLost when a rank of the trainer hangs. Does not return while the watch goes on."""
         ends = [self._failed] if self._task is None else [self._failed, self._task]

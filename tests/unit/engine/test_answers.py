@@ -47,7 +47,7 @@ class Server(EngineClient):
         self.member = fleet.join("server", "http://server")
         fleet.serve([self.member], runs[0][1])
         super().__init__(fleet, "key", request_timeout_s=1, routing=SHAPE, top_k=top_k)
-        self._requests = self
+        self.requests = self
         self.runs, self.asked, self.silent_at = runs, [], silent_at
 
     async def post(self, url: str, body: Any) -> Any:

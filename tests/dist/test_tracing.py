@@ -1,0 +1,83 @@
+"""A traced optimizer step of two real ranks: spans nest, and collectives overlap in time. Real megatron-core on gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ctpo_megatron.cluster.trainer.tracing import RankTracer
+from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.record.heartbeat import Stages
+from ctpo_megatron.record.spans import MAIN, Span
+from ctpo_megatron.record.traces import Traced, lanes, trace_events
+from tests.dist.test_checkpoint import engine_for, train
+from tests.support.ranks import run_ranks
+from tests.support.tiny import write_model
+
+pytestmark = pytest.mark.dist
+
+TOGETHER = ("allreduce", "allgather")  # none of the ranks is done before all have come
+STEP = ("optimizer step", "forward and backward", "forward", "backward", "optimizer")
+
+
+def test_a_step_of_two_ranks(tmp_path: Path) -> None:
+    ranks = run_ranks(2, traced_step, write_model(tmp_path / "model", "qwen3"), tmp_path)
+    for spans, untouched, lost in ranks:
+        assert untouched, "what was put round methods is taken off"
+        assert len(lost) == 1, "a snapshot of a GPU's memory, where there is none"
+        assert "this rank has none" in lost[0]
+        assert len(lanes([each for each in spans if each.track == MAIN])) == 1, "calls nest"
+        names = {each.name for each in spans if each.track == MAIN}
+        assert names >= {"update", *STEP}
+        check_nesting(spans)
+    first, second = (together(spans) for spans, _, _ in ranks)
+    assert first.keys() == second.keys()
+    assert first
+    for number, one in first.items():
+        other = second[number]
+        assert (one.name, one.details["bytes"]) == (other.name, other.details["bytes"])
+        assert one.begin < other.end, number
+        assert other.begin < one.end, number
+    events = list(trace_events(0, [Traced(f"rank {rank}", spans) for rank, (spans, _, _) in enumerate(ranks)]))
+    assert {each["pid"] for each in events if each["ph"] == "X"} == {1, 2}
+    assert list(tmp_path.glob("profile_*"))
+
+
+def check_nesting(spans: list[Span]) -> None:
+    """Passes lie in the step that they belong to, and the step in the call."""
+    by_name = {name: [each for each in spans if each.name == name] for name in ("update", *STEP)}
+    for inner, outer in (
+        ("forward", STEP[1]),
+        ("backward", STEP[1]),
+        (STEP[1], STEP[0]),
+        ("optimizer", STEP[0]),
+        (STEP[0], "update"),
+    ):
+        for each in by_name[inner]:
+            assert any(around.begin <= each.begin and each.end <= around.end for around in by_name[outer]), (inner, outer)
+
+
+def together(spans: list[Span]) -> dict[tuple[Any, Any], Span]:
+    """The collectives of groups of two ranks that none leaves before all are in, by their group and number."""
+    found = [each for each in spans if each.name in TOGETHER and each.details["ranks"] == 2]
+    return {(each.details["group"], each.details["number"]): each for each in found}
+
+
+def traced_step(rank: RankInfo, model: Path, directory: Path) -> tuple[list[Span], bool, list[str]]:
+    engine = engine_for(rank, model, {"dp": 2})
+    train(engine, 1)  # what is done once is done
+    methods = {name: getattr(dist.ProcessGroup, name) for name in ("allreduce", "broadcast")} | {"wait": dist.Work.wait}
+    stages = Stages()
+    profile = directory / "profile_0.json" if rank.rank == 0 else None
+    dist.barrier()
+    tracer = RankTracer(engine, stages, profile, directory / "memory.pickle")
+    with stages("update", step=2):
+        train(engine, 1)
+    trace = tracer.end()
+    now = {name: getattr(dist.ProcessGroup, name) for name in ("allreduce", "broadcast")} | {"wait": dist.Work.wait}
+    untouched = now == methods and "train_step" not in vars(engine) and "enter" not in vars(stages)
+    engine.close()
+    return trace.spans, untouched, trace.lost
