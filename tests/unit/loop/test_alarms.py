@@ -9,15 +9,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ctpo_megatron.config.alarms import AlarmsConfig
+from ctpo_megatron.config.alarms import AlarmsConfig, WebhookConfig
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.loop.alarms import RunAlarms, as_markdown
 from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.record import Recorder
-from ctpo_megatron.record.alarm_events import AlarmCleared, AlarmRaised
+from ctpo_megatron.record.alarm_events import AlarmCleared, AlarmRaised, AlarmsUnsent
 from ctpo_megatron.record.alarms.kinds import Measure
 from ctpo_megatron.record.alarms.watch import Alarms
+from ctpo_megatron.record.alarms.webhook import Webhook
 from ctpo_megatron.record.events import Event, EventLog, ServerLost
 from ctpo_megatron.record.host import memory_used
 
@@ -69,3 +70,14 @@ def test_words_of_a_run_are_no_markup_in_tensorboard() -> None:
 
 def test_memory_in_use_is_a_share() -> None:
     assert 0.0 < memory_used() < 1.0
+
+
+def test_what_a_webhook_could_not_send_is_told_by_the_next_row(tmp_path: Path) -> None:
+    told: list[Event] = []
+    webhook = Webhook(WebhookConfig(url="http://nowhere/", waiting=1), "mine", {})
+    alarms = RunAlarms(Alarms(CONFIG, Measure(1, 1)), tmp_path, told.append, webhook)
+    for _ in range(3):
+        webhook(AlarmCleared("a", "b", 1, 1, ""))
+    for step in (1, 2):
+        alarms.row({"step": float(step), "time": 0.0})
+    assert told == [AlarmsUnsent("more of them came than could be sent", 2)]
