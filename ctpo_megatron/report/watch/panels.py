@@ -28,6 +28,7 @@ PHASE_STYLES = {
     "checkpoint": "bright_magenta",
     "storage": "red",
 }
+IDLE = "idle"
 STALENESS = "rollout/staleness_mean"
 LABEL_WIDTH = 12
 ENDS = {"done": "bold green", "stopped": "bold yellow"}  # others: red
@@ -92,7 +93,7 @@ def _progress(view: View) -> RenderableType:
 def _doing(view: View) -> Text:
     if view.present is None:
         return Text("")
-    doing = "; ".join(_stage(each) for each in view.present.driver) or "nothing that has a name"
+    doing = "; ".join(_stage(each) for each in view.present.driver) or "waits"  # for processes that start, or to be told
     line = Text.assemble(_label("now"), plain(doing))
     if view.present.loop_lag_s > 1.0:
         line.append(f"; the driver is {duration(view.present.loop_lag_s)} late", "red")
@@ -116,7 +117,7 @@ def curves(view: View, most: int) -> RenderableType:
     found = [(name, view.numbers.series[name]) for name in drawn(view)]
     for name, series in found[:most]:
         table.add_row(_name(name, series), Sparkline(series.values, "cyan"), *_extremes(series))
-    return table if found else Text("no step is done yet", "dim")
+    return table if found else Text("\nno step is done yet", "dim")
 
 
 def drawn(view: View) -> list[str]:
@@ -193,10 +194,8 @@ def trainer(view: View) -> RenderableType:
         return Text("")
     lines = []
     if view.present.ranks:
-        doing = Counter("; ".join(_at(each) for each in rank.doing) or "waits to be told" for rank in view.present.ranks)
-        words = "; ".join(
-            f"{count} in {what}" if what != "waits to be told" else f"{count} wait" for what, count in doing.items()
-        )
+        doing = Counter("; ".join(_at(each) for each in rank.doing) or IDLE for rank in view.present.ranks)
+        words = "; ".join(f"{count} in {what}" if what != IDLE else f"{count} wait to be told" for what, count in doing.items())
         line = Text.assemble(_label("ranks"), plain(words))
         late = [rank for rank in view.present.ranks if rank.unanswered_s > 10.0]
         if late:

@@ -26,6 +26,7 @@ from ctpo_megatron.jobs.resume import start_of
 from ctpo_megatron.jobs.sft import sft_job
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.train import train_job
+from ctpo_megatron.loop.alarms import Hearing
 from ctpo_megatron.record import sink_process
 from ctpo_megatron.record.events import Event
 from ctpo_megatron.record.sink_events import PointsLost
@@ -213,7 +214,9 @@ def test_the_parts_of_a_run_reach_tensorboard_and_the_sink(run_dir: Path) -> Non
     async def run(step: int, *, resumed: bool) -> None:
         sinks = make_sinks(config, run_dir, resumed=resumed)
         begin = start_of(config, [Prompt(0, ({"role": "user", "content": "q"},), "1")], None, [], told.append)
-        record = await open_record(config, run_dir, replace(begin, step=step - 1), sinks, told.append, Storage(run_dir))
+        record = await open_record(
+            config, run_dir, replace(begin, step=step - 1), sinks, Hearing(None), told.append, Storage(run_dir)
+        )
         record.phase(step, "train", 2.0)
         record.step(step, [], {"train/loss": 0.5, "progress/samples": 8.0 * step}, np.ones((2, 4)))
         record.close()
