@@ -57,7 +57,7 @@ class Board:
         # a TensorBoard that is open while the run resumes has read the old files, and drops their points where it sees this
         self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
         if not plain:
-            self._write(Event(summary=summary.custom_scalars(window_charts() | charts())))
+            self._write(Event(summary=summary.custom_scalars(charts() | window_charts())))
         if settings is not None:
             experiment, session, _end = summary.hparams(dict(settings), dict.fromkeys(MEASURES, 0.0))
             self._write(Event(summary=experiment))
