@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -250,9 +251,13 @@ def test_a_command_is_refused_before_it_reads_anything(run_dir: Path, command: s
 def test_no_key_is_in_arguments_or_logs(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     (run_dir / "key").write_text(SECRET)
+    commands, start = list[list[str]](), subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **more: commands.append(words) or start(words, **more))
     sink = opened(WandbSink(mode="offline", key_file=str(run_dir / "key")), run_dir)  # fails where the package is missing
     sink.step(1, {"train/loss": 1.0}, 8.0, 1.0)
-    assert SECRET not in " ".join(until(lambda: sink._process).args)
     sink.close()
+    (command,) = commands
+    assert command[-1] == "wandb"
+    assert SECRET not in " ".join(command)
     assert SECRET not in (run_dir / "logs" / "sink_wandb.log").read_text()
     assert SECRET not in json.dumps(WandbSink(key_file=str(run_dir / "key")).words())
