@@ -2,7 +2,8 @@
 
 The file is Chrome's trace format: a process with its tracks for each process of the run. Times are whole microseconds since the
 first span began, all on the driver's clock: of fractions Perfetto 52 makes nanoseconds by rounding, and it drops spans that do
-not nest any more then, or begin before 0. Spans of one track that overlap without one holding the other stand in lanes of their own.
+not nest any more then, or begin before 0. Spans of one track that overlap without one holding the other stand in lanes of their
+own.
 """
 
 from __future__ import annotations
