@@ -17,7 +17,7 @@ from ctpo_megatron.engine.fleet import State
 from ctpo_megatron.engine.tracing import GENERATE, TRACK, trace_requests
 from ctpo_megatron.errors import CtpoError, StorageError
 from ctpo_megatron.record.events import Emit
-from ctpo_megatron.record.spans import Span, Spans, follow
+from ctpo_megatron.record.spans import MAIN, Span, Spans, follow
 from ctpo_megatron.record.trace_events import TraceLost, TraceWritten
 from ctpo_megatron.record.traces import Clock, Traced, trace_path, write_trace
 
@@ -90,9 +90,10 @@ class Traces:
         for rank, each in zip(ranks, found, strict=True):
             for lost in each.lost:
                 self._emit(TraceLost(step, f"{rank.name}: {lost}"))
-        traced = [*self._of_driver(spans, begun, ended), *of_ranks]
+        whole = Span(MAIN, f"step {step}", begun, ended)
+        traced = [*self._of_driver(spans, whole), *of_ranks]
         spans.forget(before=begun)
-        await self._write(step, begun, ended, traced)
+        await self._write(step, ended, traced)
 
     async def _clocks(self, step: int) -> list[Clock] | None:
         """Returns the clocks of the ranks; None where some do not answer. Whether they live is for others to find out."""
@@ -102,20 +103,20 @@ class Traces:
             self._emit(TraceLost(step, f"the ranks' clocks are not known: {error}"))
             return None
 
-    def _of_driver(self, spans: Spans, begun: int, ended: int) -> list[Traced]:
+    def _of_driver(self, spans: Spans, whole: Span) -> list[Traced]:
         """Returns the driver's own spans, and each server's requests, as the driver sees them, as a process of their own."""
-        found = spans.between(begun, ended)
+        found = spans.between(whole.begin, whole.end)
         servers = {}
         for member in self._runtime.fleet.members(*State):
             name = f"{TRACK}{member.url}"
             servers[member.name] = [replace(each, track=_kind(each)) for each in found if each.track == name]
-        own = [each for each in found if not each.track.startswith(TRACK)]
+        own = [whole, *(each for each in found if not each.track.startswith(TRACK))]
         return [Traced("driver", own, Clock(), spans.left_out), *(Traced(name, each) for name, each in servers.items())]
 
-    async def _write(self, step: int, begun: int, ended: int, traced: list[Traced]) -> None:
+    async def _write(self, step: int, ended: int, traced: list[Traced]) -> None:
         path: Path = trace_path(self._runtime.run_dir, step)
         try:
-            count = await asyncio.to_thread(write_trace, path, step, begun, traced)
+            count = await asyncio.to_thread(write_trace, path, step, traced)
         except StorageError as error:
             self._emit(TraceLost(step, str(error)))
             return

@@ -1,8 +1,9 @@
 """RUN_DIR/traces/step_XXXXXXXX.json.gz: one step over all processes of a run, as Perfetto and chrome://tracing read it.
 
 The file is Chrome's trace format: a process with its tracks for each process of the run. Times are whole microseconds since the
-step began, all on the driver's clock: of fractions Perfetto makes nanoseconds by rounding, and drops spans that then do not nest
-any more. Spans of one track that overlap without one holding the other stand in lanes of their own.
+first span began, all on the driver's clock: of fractions Perfetto 52 makes nanoseconds by rounding, and it drops spans that do
+not nest any more then, or begin before 0. Spans of one track that overlap without one holding the other stand in lanes of their
+own.
 """
 
 from __future__ import annotations
@@ -49,12 +50,13 @@ def trace_path(run_dir: Path, step: int, suffix: str = ".json.gz") -> Path:
     return run_dir / DIRECTORY / f"step_{step:08d}{suffix}"
 
 
-def write_trace(path: Path, step: int, begin: int, traced: Sequence[Traced]) -> int:
-    """Write the trace of a step that began at `begin`, by the driver's clock; returns how many spans it has.
+def write_trace(path: Path, step: int, traced: Sequence[Traced]) -> int:
+    """Write the trace of a step; returns how many spans it has.
 
     Raises StorageError.
     """
-    events = list(trace_events(begin, traced))
+    begins = (span.begin - each.clock.offset for each in traced for span in each.spans)
+    events = list(trace_events(min(begins, default=0), traced))
     clocks = {each.process: asdict(each.clock) for each in traced}
     told = {"step": step, "clocks": clocks, "left_out": {each.process: each.left_out for each in traced if each.left_out}}
     content = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": told}
@@ -68,7 +70,7 @@ def write_trace(path: Path, step: int, begin: int, traced: Sequence[Traced]) -> 
 
 
 def trace_events(begin: int, traced: Iterable[Traced]) -> Iterator[dict[str, Any]]:
-    """Yields the events of the format: names of processes and tracks, then their spans."""
+    """Yields the events of the format: names of processes and tracks, then their spans. `begin`: of the first of them."""
     for pid, process in enumerate(traced, 1):
         yield {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": process.process}}
         yield {"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0, "args": {"sort_index": pid}}

@@ -206,7 +206,7 @@ def check_step_trace(run: Finished) -> None:
     servers = [each.name for each in read_now(run.run_dir / "now.json").servers]
     assert len(servers) == 2
     spans = check_trace(run.run_dir, 2, ["driver", *servers, *(f"trainer rank {rank}" for rank in range(4))])
-    assert {"rollout", "batch", "train", "publish", "publish/transfer"} <= {each["name"] for each in spans["driver"]}
+    assert {"step 2", "rollout", "batch", "train", "publish", "publish/transfer"} <= {each["name"] for each in spans["driver"]}
     assert any(each["name"] == "/generate" for server in servers for each in spans[server])
     for rank in range(4):
         assert {"update", "forward", "backward", "optimizer", "publish"} <= {

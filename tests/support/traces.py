@@ -27,7 +27,8 @@ def check_trace(run_dir: Path, step: int, processes: Iterable[str]) -> dict[str,
     tracks: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for each in content["traceEvents"]:
         if each["ph"] == "X":
-            assert each["dur"] >= 0.0
+            assert each["ts"] >= 0, "Perfetto drops what begins before 0"
+            assert each["dur"] >= 0
             tracks[each["pid"], each["tid"]].append(each)
     for spans in tracks.values():
         check_nesting(spans)

@@ -92,7 +92,7 @@ def test_the_file_is_on_the_drivers_clock(tmp_path: Path) -> None:
     ahead = Clock(offset=5_000_000, error=2_000, same=False)
     driver = Traced("driver", [Span(MAIN, "train", 1_000_000, 3_000_000, {"step": 7})])
     rank = Traced("trainer rank 0", [Span("collectives", "allreduce", 6_500_000, 7_000_000, cut=True)], ahead, left_out=4)
-    assert write_trace(path, 7, 1_000_000, [driver, rank]) == 2
+    assert write_trace(path, 7, [driver, rank]) == 2
     content = json.loads(gzip.decompress(path.read_bytes()))
     spans = {each["name"]: each for each in content["traceEvents"] if each["ph"] == "X"}
     assert (spans["train"]["ts"], spans["train"]["dur"], spans["train"]["args"]) == (0.0, 2000.0, {"step": 7})
