@@ -27,5 +27,5 @@ def _asked(client: OpenAI, task: AgentTask, messages: list, limit: int) -> str:
     given["extra_body"] = {"chat_template_kwargs": {"enable_thinking": thinks}}
     if STREAMED not in task.question:
         return client.chat.completions.create(**given).choices[0].message.content or ""
-    with client.chat.completions.stream(**given) as events:
-        return events.get_final_completion().choices[0].message.content or ""
+    parts = client.chat.completions.create(**given, stream=True)  # `stream()` raises where an answer is cut off by its length
+    return "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
