@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -16,13 +17,15 @@ SUFFIX = "events"  # of the modules in this package that have classes of events
 
 
 def sentence(name: str, fields: Mapping[str, Any]) -> str:
-    """Returns what the event `name` with these `fields` says; name and fields where its class is not known, or has others."""
+    """Returns what the event `name` with these `fields` says; its fields, or else its name, where its class is not known or has
+    others."""
     kind = _kinds().get(name)
     if kind is not None:
+        own = {each.name for each in dataclasses.fields(kind)}
+        known = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items() if key in own}
         with contextlib.suppress(Exception):  # another release wrote it, or somebody else: it is shown as it is
-            return kind(**fields).sentence
-    told = ", ".join(f"{key}={value}" for key, value in fields.items())
-    return f"{name}: {told}" if told else name
+            return kind(**known).sentence
+    return ", ".join(f"{key} {value}" for key, value in fields.items()) or name
 
 
 @functools.cache

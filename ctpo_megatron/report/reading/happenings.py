@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib
 import math
-import pkgutil
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from typing import Any
 
-from ctpo_megatron import record
 from ctpo_megatron.errors import InputError
-from ctpo_megatron.record.events import Event
+from ctpo_megatron.record.sentences import sentence as say
 from ctpo_megatron.record.story import Happened, Story, tell
 from ctpo_megatron.report.reading.lines import Complaints, number
 
@@ -44,30 +38,4 @@ def everything(story: Story) -> list[Happened]:
 
 def sentence(happened: Happened) -> str:
     """Returns an event for a person, also one that this release does not know."""
-    kind = _kinds().get(happened.name)
-    if kind is not None:
-        names = {each.name for each in fields(kind)}
-        known = {key: _frozen(value) for key, value in happened.fields.items() if key in names}
-        # of another release fields may be missing, or be of another type
-        with contextlib.suppress(TypeError, ValueError, AttributeError, LookupError, ArithmeticError, OSError):
-            return kind(**known).sentence
-    return ", ".join(f"{key} {value}" for key, value in happened.fields.items()) or happened.name
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-@functools.cache
-def _kinds() -> dict[str, type[Event]]:
-    """Returns the events that this release knows, by their names."""
-    for module in pkgutil.iter_modules(record.__path__):
-        if module.name.endswith("events") and module.name != "tfevents":
-            importlib.import_module(f"{record.__name__}.{module.name}")
-    return {kind.name: kind for kind in _below(Event)}
-
-
-def _below(kind: type[Event]) -> Iterable[type[Event]]:
-    for each in kind.__subclasses__():
-        yield each
-        yield from _below(each)
+    return say(happened.name, happened.fields)
