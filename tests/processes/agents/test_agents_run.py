@@ -190,6 +190,7 @@ def test_functions_that_are_cancelled(tmp_path: Path, monkeypatch: pytest.Monkey
             return await asyncio.gather(*more, return_exceptions=True)
 
     async def several() -> None:
+        monkeypatch.setattr("ctpo_megatron.agents.play.functions.CANCEL_TIMEOUT_S", LIMIT_S)  # on a busy host, too
         async with functions("waits", tmp_path) as runner:
             await cancel(runner, task())
             process = runner._workers[0]._starting.result()

@@ -297,11 +297,11 @@ def test_programs_die_with_the_thread_that_started_them():
 
     def begin() -> None:
         with process.memory_file() as stdin, process.memory_file() as said:
-            stdin.write(b"import time; time.sleep(60)")
+            stdin.write(b"import time; print('begun', flush=True); time.sleep(60)")
             stdin.seek(0)
             words = interpreter_words("-")
             begun.append(process.ConfinedProcess(words, Limits(MEMORY_MB, 9), stdin=stdin, stdout=said, stderr=said))
-            while begun[0].child() is None:
+            while os.fstat(said.fileno()).st_size == 0:  # before that bubblewrap's child may not have asked to die with it yet
                 time.sleep(0.005)
 
     thread = threading.Thread(target=begin)
