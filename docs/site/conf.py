@@ -1,10 +1,14 @@
-"""How `make docs` makes pages of the Markdown files. The sources are those of the checkout, so a link works here and there alike."""
+"""How `make docs` makes pages of the Markdown files. They are read where they are, so a link works here and on GitHub alike."""
 
 from __future__ import annotations
 
-import re
+import sys
+from pathlib import Path
 
 from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parent))
+from navigation import tables
 
 project = "ctpo_megatron"
 html_title = project
@@ -25,24 +29,8 @@ html_show_sphinx = False
 html_show_copyright = False
 html_domain_indices = False
 html_use_index = False
-html_baseurl = ""
 html_static_path = ["style.css"]
 html_css_files = ["style.css"]
-
-SECTION = re.compile(r"^## (.+)\n((?:(?!## ).*\n)*)", re.MULTILINE)
-LINK = re.compile(r"\]\(([^)#:]+)\.md\)")
-
-
-def navigation(text: str) -> str:
-    """The tables of contents for Sphinx: one for each section of the index page, with the pages that it links to, in its order."""
-    found = ""
-    seen: set[str] = set()
-    for caption, body in SECTION.findall(text):
-        pages = [page for page in dict.fromkeys(LINK.findall(body)) if page not in seen]
-        seen |= set(pages)
-        if pages:
-            found += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(pages) + "\n```\n"
-    return found
 
 
 def setup(app: Sphinx) -> None:
@@ -50,6 +38,6 @@ def setup(app: Sphinx) -> None:
 
     def read(_app: Sphinx, page: str, source: list[str]) -> None:
         if page == root_doc:
-            source[0] += navigation(source[0])
+            source[0] += tables(source[0])
 
     app.connect("source-read", read)
