@@ -79,7 +79,7 @@ $(SINKS)/.installed: tests/published/sinks.lock | $(STAMP)
 	@touch $@
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/python -m sphinx --quiet --fail-on-warning --keep-going -c docs/site -d $(DOCS)/read . site
+	$(DOCS)/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -c docs/site -d $(DOCS)/read . site
 	@echo "docs: site/index.html"
 
 $(DOCS)/.installed: docs/site/requirements.lock
