@@ -10,11 +10,13 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
+from ctpo_megatron.record.catalogue import CATALOGUE
 from tests.support.pages import ROOT, Block, Page, read_page
 
 FILE = re.compile(r"(?:[\w.-]+/)*[\w-][\w.-]*\.(?:py|md|yaml|sh|sbatch|lock|toml|j2)")
 FOLDER = re.compile(r"(?:[\w.-]+/)+")
-WRITTEN = {"config.yaml", "results.md"}  # by runs and tools, into directories of their own
+CAPITALS = re.compile(r"[A-Z]{2}")
+TOPS = ("ctpo_megatron", "configs", "docs", "examples", "findings", "launch", "tests", "tools")
 
 
 @cache
@@ -87,34 +89,38 @@ def names_in(file: Path) -> set[str]:
 
 @cache
 def files() -> frozenset[str]:
-    """The files and folders of this project, folders with a slash at their end: from its root, the package, and names alone."""
-    tops = [ROOT / name for name in ("ctpo_megatron", "configs", "docs", "examples", "findings", "launch", "tests", "tools")]
+    """The ends of all paths of this project, as `loop/train.py` and `train.py` are; folders have a slash at their end."""
+    tops = [ROOT / name for name in TOPS]
     found = [path for path in ROOT.iterdir() if path.is_file()] + [path for top in tops for path in (top, *top.rglob("*"))]
-    paths = {f"{path.relative_to(ROOT)}{'/' * path.is_dir()}" for path in found if "__pycache__" not in path.parts}
+    paths = [path for path in found if "__pycache__" not in path.parts]
+    parts = [(path.relative_to(ROOT).parts, "/" * path.is_dir()) for path in paths]
+    return frozenset("/".join(each[start:]) + slash for each, slash in parts for start in range(len(each)))
+
+
+@cache
+def others() -> frozenset[str]:
+    """Names that look like those of files and folders of this project, and are a run's or the first words of metrics."""
+    blocks = known(ROOT / "README.md").blocks
+    (tree,) = (block.text for block in blocks if block.text.startswith("runs/NAME/"))
     return frozenset(
-        paths | {path.removeprefix("ctpo_megatron/") for path in paths} | {path.rpartition("/")[2] for path in paths}
+        {*re.findall(r"^  ([\w.]+/?)", tree, re.MULTILINE), *(f"{metric.name.partition('/')[0]}/" for metric in CATALOGUE)}
     )
 
 
 def missing_files(page: Page) -> Iterator[str]:
-    """Words in backticks, and of commands, that look like a file or folder of this project, and are none.
+    """Words in backticks, and paths in commands, that look like a file or folder of this project, and are none.
 
-    A name in capitals stands for another. Paths that begin with a folder which this project has not are of somebody else.
+    The front of a path may be left out. A name in capitals stands for another.
     """
-    words = [(line, span) for line, span in page.spans]
+    words = list(page.spans)
     for block in page.blocks:
         if block.info == "":
             lines = enumerate(block.text.splitlines(), block.line)
-            words += [
-                (number, word) for number, line in lines for word in line.split() if word.count("/") and FILE.fullmatch(word)
-            ]
-    tops = {path.partition("/")[0] for path in files() if "/" in path}
+            words += [(line, word) for line, text in lines for word in text.split() if word.startswith(TOPS)]
     for line, word in words:
         text = word.partition("::")[0]
-        file, folder = FILE.fullmatch(text), FOLDER.fullmatch(text) and text.count("/") > 1
-        if not (file or folder) or "NAME" in text or text in WRITTEN or ("/" in text and text.partition("/")[0] not in tops):
-            continue
-        if text not in files() and not (page.path.parent / text).exists():
+        file, folder = FILE.fullmatch(text), FOLDER.fullmatch(text)
+        if (file or folder) and not (text in files() or text in others() or CAPITALS.search(text)):
             yield f"{page.at(line)}: `{text}`: there is no such {'file' if file else 'folder'}"
 
 

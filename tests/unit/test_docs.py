@@ -63,6 +63,7 @@ def planted(text: str) -> list[str]:
         ("```\nctpo plan configs/none.yaml\n```", "`configs/none.yaml`: there is no such file"),
         ("see `ctpo reprot RUN_DIR`", "there is no command 'reprot'"),
         ("see `ctpo data CONFIG --sample 3`", "no such option: --sample"),
+        ("```yaml\ntrain: [\n```", "not valid YAML"),
         ("```yaml\ntrain: {stepps: 3}\n```", "train.stepps: unknown key"),
         ("```yaml\ntrain: {steps: three}\n```", "train.steps"),
         ("```yaml site\npartitoin: gpu\n```", "partitoin: unknown key"),
@@ -73,6 +74,8 @@ def planted(text: str) -> list[str]:
         ('```json\n{"a": }\n```', "planted.md:2: Expecting value"),
         ("`loop/none.py`", "`loop/none.py`: there is no such file"),
         ("`none.py`", "`none.py`: there is no such file"),
+        ("`none/train.py`", "`none/train.py`: there is no such file"),
+        ("`none/`", "`none/`: there is no such folder"),
         ("`tests/none/`", "`tests/none/`: there is no such folder"),
         ("```\npython tools/none.py\n```", "`tools/none.py`: there is no such file"),
         ("`make nothing`", "make nothing: no such target"),
@@ -91,7 +94,8 @@ def test_what_is_right_is_no_fault() -> None:
         "[x](../README.md#start) [y](operations/slurm.md) [z](concepts.svg)",
         "```\n$ ctpo train CONFIG [--resume [auto]]\n```",
         "```\nctpo data CONFIG [key=value ...] [--samples 2] [--as train|sft] | less\n```",
-        "`train.steps=3` `loop.train` `loop/train.py` `tests/unit/` `algorithms/objectives/NAME.py` `train/loss` `other/file.py`",
+        "`train.steps=3` `loop.train` `loop/train.py` `tests/unit/` `algorithms/objectives/NAME.py`",
+        "`train/loss` `train/` `rollouts/` `RUN_DIR/x.md`",
         "```python\nfrom ctpo_megatron.config.load import load_config\n```",
     ]
     assert [fault for text in right for fault in planted(text)] == []
