@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -127,6 +128,7 @@ def main(
     faults: Annotated[bool, typer.Option(help="rewards that fail too")] = True,
 ) -> None:
     """Run them one after the other; exit code 0 where all ended as expected."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended too
     cases = EXAMPLES | (FAULTS if faults else {})
     unknown = set(only or ()) - set(cases)
     if unknown:

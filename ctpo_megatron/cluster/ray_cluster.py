@@ -58,6 +58,7 @@ def _init(config: RunConfig, cpus: int) -> None:
     try:
         with on_loopback(), without_idle_processes():
             ray.init(
+                address="local",  # otherwise it would look for a Ray that is here already, and join that
                 num_cpus=max(os.cpu_count() or 1, cpus),
                 object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
                 _node_ip_address=LOOPBACK,

@@ -101,7 +101,12 @@ def test_weights_change_while_a_harness_plays(server: RunningServer, qwen3: Path
             finally:
                 await runner.close()
 
+    async def as_it_was() -> None:
+        async with publishing(server, old) as (_, publisher):
+            await publisher.publish(0)
+
     made, engine, counts = asyncio.run(play())
+    asyncio.run(as_it_was())
     assert (counts.cut, counts.retries, counts.refused, counts.answered) == (4, 4, 0, 8)
     for session, (each, words) in enumerate(zip(made, questions, strict=True)):
         check_sampled(each, engine.log[session])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import ray
 
 from ctpo_megatron.cluster.ray_cluster import connect
 from ctpo_megatron.config import RunConfig
@@ -22,6 +23,15 @@ def test_rays_own_words_come_with_what_to_do(tmp_path: Path, monkeypatch: pytest
     message, code = told(caught.value)
     assert code == 1
     assert "unexpected" not in message
+
+
+def test_a_ray_that_is_there_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that RAY_ADDRESS names: cluster.address does that here."""
+    asked: list[str] = []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "init", lambda address=None, **_: asked.append(address))
+    connect(CONFIG, 1)
+    assert asked == ["local"]
 
 
 def test_a_directory_that_ray_cannot_make_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
