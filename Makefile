@@ -8,6 +8,7 @@
 # make test-harnesses  agents' harnesses of other people, unchanged, in an environment of their own (.venv-harnesses)
 # make test-verifiers  environments of the package verifiers, with its 96 packages in .venv-verifiers (600 MB)
 # make test-sinks   Weights & Biases and MLflow as published, in .venv-sinks (400 MB)
+# make docs         docs/ as a site in site/, to be read from the disk; Sphinx in .venv-docs (120 MB)
 # make lint         style, format and types, in seconds; CI runs it first
 # make clean        remove the environments and caches; runs/ stays
 
@@ -17,9 +18,10 @@ GPU_STAMP := $(VENV)/.installed-gpu
 HARNESSES := .venv-harnesses
 VERIFIERS := .venv-verifiers
 SINKS := .venv-sinks
+DOCS := .venv-docs
 PYTEST := $(VENV)/bin/python -m pytest
 
-.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses test-verifiers test-sinks lint clean
+.PHONY: install install-gpu quickstart quickstart-agent example chaos test test-fast test-harnesses test-verifiers test-sinks docs lint clean
 
 install: $(STAMP)
 
@@ -76,11 +78,21 @@ $(SINKS)/.installed: tests/published/sinks.lock | $(STAMP)
 	$(SINKS)/bin/python -m pip install --quiet --requirement tests/published/sinks.lock
 	@touch $@
 
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -c docs/site -d $(DOCS)/read . site
+	@echo "docs: site/index.html"
+
+$(DOCS)/.installed: docs/site/requirements.lock
+	$${PYTHON:-python3} -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --no-deps --requirement docs/site/requirements.lock
+	$(DOCS)/bin/python -m pip check
+	@touch $@
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(HARNESSES) $(VERIFIERS) $(SINKS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(HARNESSES) $(VERIFIERS) $(SINKS) $(DOCS) site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -not -path './runs/*' -type d -prune -exec rm -rf {} +

@@ -69,6 +69,7 @@ setup(
             "pytest-xdist>=3.6",
             "pytest-instafail>=0.5",
             "hypothesis>=6.120",
+            "markdown-it-py>=3",
             "matplotlib>=3.10",
             "gguf>=0.10",
             "huggingface-hub>=1",
