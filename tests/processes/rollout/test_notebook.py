@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
+from leftovers import living
 
 from ctpo_megatron.config.tools import NotebookTool
 from ctpo_megatron.errors import RolloutError
@@ -255,7 +256,10 @@ def test_bubblewrap_that_is_killed_is_no_fault_of_the_model() -> None:
         await notebook.run("x = 1")
         interpreter = notebook._interpreter
         assert interpreter is not None
-        os.kill(interpreter._process.pid, signal.SIGKILL)
+        bubblewrap = psutil.Process(interpreter._process.pid)
+        family = [bubblewrap, *bubblewrap.children(recursive=True)]
+        bubblewrap.kill()
+        assert living(family) == []  # the interpreter can still answer until it has heard of it
         with pytest.raises(RolloutError, match="killed by signal 9"):
             await notebook.run("x")
         assert (await notebook.run("x")).output == "1"
