@@ -27,11 +27,16 @@ def watch_job(run_dir: Path, *, once: bool, every_s: float, console: Console | N
     if once or not console.is_terminal:
         console.print(Frame(view, whole=True))
         return
-    with _ended_by_signals(), Live(Frame(view), console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            live.refresh()
-            time.sleep(every_s)
-            view.look()
+    live = Live(Frame(view), console=console, screen=True, auto_refresh=False)
+    with _ended_by_signals():
+        try:
+            live.start(refresh=True)
+            while True:
+                time.sleep(every_s)
+                view.look()
+                live.refresh()
+        finally:
+            live.stop()  # also where the first frame is broken off: as a context it would leave the terminal as it is then
 
 
 @contextlib.contextmanager
