@@ -85,6 +85,8 @@ class ConfinedProcess:
         os.killpg(self.pid, signal.SIGKILL)
         code = self._bubblewrap.wait()
         exit_code = self._reported("exit-code")
+        if code < 0:
+            self._end_orphan()
         self._close()
         return exit_code, -code if code < 0 else None
 
@@ -111,6 +113,18 @@ class ConfinedProcess:
             self._bubblewrap.kill()
             self._bubblewrap.wait()
         self._close()
+
+    def _end_orphan(self) -> None:
+        """Kill the program of a bubblewrap that was killed, should it live on.
+
+        There are moments of the start when it has left the group and does not die with bubblewrap. By now its number may be
+        another's, but no process of this host's is in another namespace.
+        """
+        program = self.child()
+        if program is not None:
+            with suppress(OSError):  # it is gone, as it should be
+                if os.readlink(f"/proc/{program}/ns/pid") != os.readlink("/proc/self/ns/pid"):
+                    os.kill(program, signal.SIGKILL)
 
     def _reported(self, name: str) -> int | None:
         """A number from bubblewrap's status report, None where it is not in there."""
