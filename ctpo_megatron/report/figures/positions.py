@@ -57,7 +57,7 @@ def deciles(places: Sequence[Place]) -> Figure | None:
         .mark_line(point=alt.OverlayMarkDef(size=50), strokeWidth=1.8)
         .encode(
             x=alt.X("decile:O", title="tenth of the trajectory", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("clipped:Q", title="clipped tokens", axis=alt.Axis(format=".0%"), scale=alt.Scale(zero=True)),
+            y=alt.Y("clipped:Q", title="clipped tokens", axis=alt.Axis(format=".3~p"), scale=alt.Scale(zero=True)),
             color=alt.Color("window:N", sort=None),
             tooltip=["window:N", "decile:O", alt.Tooltip("clipped:Q", format=".2%")],
         )

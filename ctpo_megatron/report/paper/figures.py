@@ -69,7 +69,7 @@ def clip_by_position(counts: Counts, adaptive: Window) -> Figure:
         .mark_line(point=alt.OverlayMarkDef(size=50), strokeWidth=2)
         .encode(
             x=_T,
-            y=alt.Y("clipped:Q", title="clipped tokens", axis=alt.Axis(format=".0%"), scale=alt.Scale(zero=True)),
+            y=alt.Y("clipped:Q", title="clipped tokens", axis=alt.Axis(format=".3~p"), scale=alt.Scale(zero=True)),
             color=alt.Color("window:N", sort=None),
             tooltip=["window:N", alt.Tooltip("from:Q", title="from token"), alt.Tooltip("clipped:Q", format=".2%")],
         )
