@@ -16,10 +16,8 @@ from ctpo_megatron.algorithms.tokens import Tokens
 
 BUCKETS = 63  # odd: 0 is in the middle of one, so rounding does not move what has not moved
 SIGNS = 3  # of the advantage: negative, zero, positive
-FINEST = (
-    0.02,
-    0.005,
-)  # of S_t and of S_t / sqrt(t): about 0 buckets are a fifth of it wide, from there on they grow with the value
+# of S_t and of S_t / sqrt(t): about 0 buckets are a fifth of it wide, from there on they grow with the value
+FINEST = (0.02, 0.005)
 REACH = 7.0  # asinh of the largest value over FINEST; what is beyond is in the first or last bucket
 
 

@@ -34,6 +34,7 @@ class Resources:
         with contextlib.suppress(OSError):  # it may be away
             found["host/disk_free"] = shutil.disk_usage(self._run_dir).free / GIB
         host = psutil.virtual_memory()
+        found["host/memory_used"] = 1 - host.available / host.total
         found |= self._grown("host/{}", "", host.total - host.available)
         found |= self._grown("host/driver_{}", "", self._driver.memory_info().rss)
         servers: dict[str, int] = defaultdict(int)  # one may be on several nodes

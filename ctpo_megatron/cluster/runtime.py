@@ -107,7 +107,7 @@ class Runtime:
 
     def resources(self) -> dict[str, float]:
         """What the run's processes use now, under the record's names."""
-        return {} if self._watchdog is None else self._resources.metrics(self._watchdog.memory())
+        return self._resources.metrics({} if self._watchdog is None else self._watchdog.memory())
 
     @property
     def routing(self) -> RoutingShape | None:

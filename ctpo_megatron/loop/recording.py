@@ -21,7 +21,6 @@ from ctpo_megatron.loop.ratios import RatioFile
 from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.files import Through, at_once
-from ctpo_megatron.record.host import memory_used
 from ctpo_megatron.record.token_files import TokenFiles, TokenRecord
 from ctpo_megatron.record.trajectories import TrajectoryFiles, as_markdown
 from ctpo_megatron.record.values import Value
@@ -62,7 +61,7 @@ class RunRecord:
         expert_load: NDArray[np.float64] | None = None,
     ) -> None:
         """Write down training step `step`, counted from 1. `expert_load` [layers, experts]: None where there are no experts."""
-        self._numbers(step, metrics | {"host/memory_used": memory_used()})
+        self._numbers(step, metrics)
         if expert_load is not None:
             self._recorder.loads("moe/load", expert_load, step)
         attempts = [(group.prompt, trajectory) for group in groups for trajectory in group.trajectories]

@@ -12,6 +12,7 @@ from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
 WAIT_S = 60.0  # for something on a page; it is there at once where the machine has nothing else to do
+PATIENCE_S = 120.0  # for a page or a script, beside other work
 SERIOUS = ("serious", "critical")
 
 
@@ -26,8 +27,11 @@ def browser(profile: Path, width: int = 1440) -> Iterator[Chrome]:
     quiet = ("--disable-background-networking", "--no-first-run", "--disable-gpu", "--no-sandbox", "--disable-dev-shm-usage")
     for each in ("--headless=new", *quiet, f"--user-data-dir={profile}", f"--window-size={width},1000"):
         options.add_argument(each)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = Chrome(options, Service(driver))
+    options.add_argument("about:blank")  # and not the start page that a distribution may have chosen
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    made = Chrome(options, Service(driver))  # named, so that nothing looks for one on the network
+    made.set_page_load_timeout(PATIENCE_S)
+    made.set_script_timeout(PATIENCE_S)
     try:
         yield made
     finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -18,22 +17,15 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from ctpo_megatron.loop.ledger import NAME as LEDGER
 from ctpo_megatron.report.report import make_report, write_page
-from tests.support import run_dirs
+from tests.support import chromium, run_dirs
 from tests.support.run_dirs import HOSTILE
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-PATIENCE_S = 120.0  # beside other work; nothing is slower because of it
 PHONE = (390, 844)
 # pictures are hidden from readers of the page: their places have the words
 AXE = """
 const done = arguments[0], failed = (error) => done({violations: [{id: String(error), impact: 'critical', nodes: []}]});
 axe.run({exclude: [['svg']]}, {resultTypes: ['violations']}).then(done, failed);
 """
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None,
-    reason="no Chromium with its driver (Debian: apt-get install chromium chromium-driver)",
-)
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +43,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    profile = tmp_path_factory.mktemp("profile")
-    for word in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-background-networking",
-        "no-first-run",
-        f"user-data-dir={profile}",
-    ):
-        options.add_argument(f"--{word}")
-    options.add_argument("about:blank")  # and not the start page that a distribution may have chosen
-    service = webdriver.ChromeService(executable_path=str(DRIVER))  # named, so that nothing looks for one on the network
-    driver = webdriver.Chrome(options=options, service=service)
-    driver.set_page_load_timeout(PATIENCE_S)
-    driver.set_script_timeout(PATIENCE_S)
-    try:
-        yield driver
-    finally:
-        driver.quit()
+    with chromium.browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +72,7 @@ def load(browser: webdriver.Chrome, page: Path) -> None:
 
 
 def wait(browser: webdriver.Chrome, script: str) -> None:
-    WebDriverWait(browser, PATIENCE_S).until(lambda _: browser.execute_script(script), script)
+    WebDriverWait(browser, chromium.PATIENCE_S).until(lambda _: browser.execute_script(script), script)
 
 
 def errors(browser: webdriver.Chrome) -> list[str]:
@@ -159,7 +131,7 @@ def test_dark_changes_the_charts_too(opened: webdriver.Chrome) -> None:
         ground, line = opened.execute_script("return getComputedStyle(document.body).backgroundColor"), stroke()
         colours.append((ground, line))
         opened.find_element(By.TAG_NAME, "body").send_keys("t")
-        WebDriverWait(opened, PATIENCE_S).until(lambda _, old=line: stroke() not in (None, old))
+        WebDriverWait(opened, chromium.PATIENCE_S).until(lambda _, old=line: stroke() not in (None, old))
     assert colours[0][0] != colours[1][0]
     assert colours[0][1] != colours[1][1]
 

@@ -20,7 +20,6 @@ from ctpo_megatron.record.alarms.kinds import Measure
 from ctpo_megatron.record.alarms.watch import Alarms
 from ctpo_megatron.record.alarms.webhook import Webhook
 from ctpo_megatron.record.events import Event, EventLog, ServerLost
-from ctpo_megatron.record.host import memory_used
 
 BOUND = {"metric": "time/checkpoint", "above": 2.0, "smooth": 1, "patience": 1, "calm": 1, "then": "save"}
 CONFIG = AlarmsConfig.model_validate({"warmup": 0, "bounds": {"slow_disk": BOUND}})
@@ -66,10 +65,6 @@ def test_words_of_a_run_are_no_markup_in_tensorboard() -> None:
     raised = AlarmRaised("servers", "<img src=x>`", 1, 1, 1.0, 1.0, "what", "advice", "tell")
     assert "<" not in as_markdown(raised)
     assert "`" not in as_markdown(raised)
-
-
-def test_memory_in_use_is_a_share() -> None:
-    assert 0.0 < memory_used() < 1.0
 
 
 def test_what_a_webhook_could_not_send_is_told_by_the_next_row(tmp_path: Path) -> None:
