@@ -105,6 +105,7 @@ def test_two_ranks_are_one(two_ranks: list[Results], alone: dict[str, Alone], la
     assert_layout_is_one_rank(two_ranks, layout, alone)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", FOUR_RANKS, ids=lambda layout: layout.name)
 def test_four_ranks_are_one(four_ranks: list[Results], alone: dict[str, Alone], layout: Layout) -> None:
     assert_layout_is_one_rank(four_ranks, layout, alone)

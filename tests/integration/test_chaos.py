@@ -12,7 +12,7 @@ import pytest
 from tests.support.runs import ROOT
 
 FAULTS, STEPS = 4, 30  # a phase that lasts a tenth of a second may take some steps to be met
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def test_a_run_survives_what_comes(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.support.runs import END_S, START_S, Started
 ALL_END_S = 30.0
 SQUEUE = "#!/bin/sh\ncat {answer}\n"  # in place of SLURM's: it says when the job began, or ends
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit_is_near(

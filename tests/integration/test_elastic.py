@@ -15,7 +15,7 @@ from ctpo_megatron.toy.task import make_toy_task
 from tests.support.ray_nodes import RayNodes
 from tests.support.runs import Started, check_stopped
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(600)]
 SERVER, RANK = "ctpo_megatron.engine.sglang.entry", "TrainerActor"
 FEW = ("train.steps=1000", "train.prompts_per_step=4", "train.optimizer_steps=1", "rollout.group_size=2", "eval.prompts=4")
 ELASTIC = ("parallel.dp=2", "elastic.layouts=[{dp: 1}]", "elastic.wait_s=5", "checkpoint.every=2", "cluster.restarts=2")

@@ -33,7 +33,7 @@ from ctpo_megatron.errors import CopyLost, InputError
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.models.config import read_hf_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 GPUS = 4
 
@@ -215,8 +215,10 @@ def test_copies_are_kept_on_the_other_node_and_a_lost_keeper_is_replaced(cluster
     here, there = (node["NodeID"] for node in ray.nodes())
     options = {"num_cpus": 1, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
     remote = ray.remote(concurrency_groups={"memory": 1})(Rank).options(**options)
-    trainer = TrainerGroup([Process(f"rank {rank}", remote.remote(rank), tmp_path / "log") for rank in range(2)], 60.0)
-    keepers = Keepers(lambda: trainer, tmp_path, 60.0)
+    trainer = TrainerGroup([Process(f"rank {rank}", remote.remote(rank), tmp_path / "log") for rank in range(2)], 180.0)
+    keepers = Keepers(lambda: trainer, tmp_path, 180.0)  # in which keepers start too
+    # a rank is up before it is asked for copies: starting two of them takes as long as the host wants
+    ray.get([rank.actor.copy.remote() for rank in trainer.ranks], timeout=180)
 
     async def scenario() -> None:
         first = await keepers.copy(1, None)

@@ -104,6 +104,7 @@ def left_on_nodes(job_id: int) -> list[str]:
     return [str(path) for pattern in ("ray", "ctpo") for path in Path("/tmp").glob(f"{pattern}-{job_id}-*")]
 
 
+@pytest.mark.long
 def test_a_run_over_two_nodes_stops_is_requeued_and_goes_on_on_one_beside_a_strangers_ray(
     slurm: SlurmCluster, inputs: list[str], tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def drivers(job_id: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.long
 def test_where_requeue_is_forbidden_jobs_follow_each_other_until_it_is_in_vain(
     slurm: SlurmCluster, inputs: list[str], tmp_path: Path
 ) -> None:

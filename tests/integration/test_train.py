@@ -386,6 +386,7 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     assert left_in_shared_memory(shared_before) == set()
 
 
+@pytest.mark.long
 def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_path):
     """A rank is killed: the trainer goes on from the copy in memory, the server stays. Then a rank and the process with the
     copy: it goes back to its checkpoint. Then STOP, and a command that goes on.
@@ -442,6 +443,7 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
     assert max(stale) <= 1
 
 
+@pytest.mark.long
 def test_a_run_directory_that_goes_away_is_waited_for(toy, tmp_path):
     """It is moved away and comes back: the run goes on, and nothing is missing or there twice.
 

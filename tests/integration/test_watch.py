@@ -38,7 +38,7 @@ def wait(path):
 threading.Thread(target=wait, args=({path!r},), daemon=True).start()
 """
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The rooms of the tests: `make test` runs each, CONTRIBUTING names each, and in tests/unit no test starts a process."""
+"""The rooms of the tests: `make test` runs each, CI every test, CONTRIBUTING names each; in tests/unit none starts a process."""
 
 from __future__ import annotations
 
@@ -49,3 +49,14 @@ def test_every_room_is_run_and_described() -> None:
     assert [room for room in rooms if f"| {room} |" not in contributing] == []
     tree = next(block for block in readme.split("```") if "\ntests/unit" in block)
     assert [room for room in rooms if room.partition("/")[2] not in tree] == []
+
+
+def test_ci_runs_what_make_test_leaves_out() -> None:
+    """By the marker `long`, which stands only where `make test-long` looks."""
+    makefile, ci = ((ROOT / name).read_text(encoding="utf-8") for name in ("Makefile", ".ci/run"))
+    assert '-m "not long"\n' in makefile
+    (looked,) = (line for line in makefile.splitlines() if "-m long" in line)
+    marked = sorted({path for path in TESTS.rglob("test_*.py") if "pytest.mark." + "long" in path.read_text(encoding="utf-8")})
+    assert marked
+    assert [path for path in marked if f"tests/{path.relative_to(TESTS).parts[0]}" not in looked.split()] == []
+    assert [target for target in ("test", "test-long") if f"\ntests {target}" not in ci] == []
