@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from rich.live import Live
@@ -28,27 +26,24 @@ def watch_job(run_dir: Path, *, once: bool, every_s: float, console: Console | N
         console.print(Frame(view, whole=True))
         return
     live = Live(Frame(view), console=console, screen=True, auto_refresh=False)
-    with _ended_by_signals():
-        try:
-            live.start(refresh=True)
-            while True:
-                time.sleep(every_s)
-                view.look()
-                live.refresh()
-        finally:
-            live.stop()  # also where the first frame is broken off: as a context it would leave the terminal as it is then
+    asyncio.run(_show(live, view, every_s))
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A context that Ctrl-C and SIGTERM leave in order: the terminal is as it was then."""
+async def _show(live: Live, view: View, every_s: float) -> None:
+    """Show a new frame each `every_s` seconds until Ctrl-C or SIGTERM; the terminal is then as it was.
 
-    def end(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, end)
+    Signals are heard between two frames. An exception raised by one could be lost, or break the terminal, wherever it strikes.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            yield
+        live.start(refresh=True)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), every_s)
+                return
+            view.look()
+            live.refresh()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        live.stop()  # also where the first frame fails: as a context it would leave the terminal as it is then
