@@ -16,13 +16,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from ctpo_megatron.engine.sglang.imports import hide_kernels
-
 # how long an example takes depends on what else the host does; pytest bounds every test
 settings.register_profile("any host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any host")
-
-hide_kernels()  # every process that looks for tests would import them, for a second and more
 
 ALONE = "tests/integration"
 NICENESS = 4  # of the other workers: a third of the first one's share where both want all, and still a share beside other work
@@ -36,6 +32,14 @@ BESIDE = tuple(f"tests/integration/test_{name}.py" for name in _OWN_RUN_ONLY.spl
 def runs_alone(nodeid: str) -> bool:
     """Whether a test belongs to the one worker that never stands back."""
     return nodeid.startswith(ALONE) and not nodeid.startswith(BESIDE)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that looks for tests is spared kernels that it would import for a second; one that hands them out looks for none."""
+    if not config.getoption("numprocesses", None):
+        from ctpo_megatron.engine.sglang.imports import hide_kernels
+
+        hide_kernels()
 
 
 @pytest.hookimpl(wrapper=True)
