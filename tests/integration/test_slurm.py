@@ -25,7 +25,7 @@ from tests.support.slurm_cluster import SlurmCluster, obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "quickstart.yaml"
-JOB_TIMEOUT_S = 240.0
+JOB_TIMEOUT_S = 480.0
 ON_CPUS = {"gpus_per_node": 0}
 # In place of `ctpo train`: what one start after the other is to do, a line of the file MOVES each. `ctpo` is all else.
 STAND_IN = """#!/bin/bash
@@ -59,7 +59,7 @@ async def main():
 asyncio.run(main())
 """
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
