@@ -217,8 +217,9 @@ def collect(came: Came, directory: Path) -> Came:
     groups = [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else []
     came.failed = sum(group.get("end") == "failed" for group in groups)
     if came.code and error.exists():
-        said = [line for line in error.read_text(encoding="utf-8").splitlines() if line.strip()]
-        came.said = said[-1].strip() if said else ""
+        # tracebacks, each with its time as the last line
+        said = [line.strip() for line in error.read_text(encoding="utf-8").splitlines() if line.strip() and line[:4] != "--- "]
+        came.said = said[-1] if said else ""
     return came
 
 
