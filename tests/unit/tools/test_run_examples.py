@@ -51,7 +51,7 @@ def test_what_is_read_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "ledger.jsonl").write_text('{"end": "failed"}\n{"end": "trained"}\n')
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "error.log").write_text("Traceback\nRolloutError: too many failed\n")
+    (tmp_path / "logs" / "error.log").write_text("Traceback\nRolloutError: too many failed\n--- 2026-01-01 00:00:00 +0000\n")
     found = came(0, 0)
     assert (found.steps, found.rewards, found.undecided, found.failed, found.said) == (2, [0.25, 0.5], 4, 1, "")
     assert found.as_expected
