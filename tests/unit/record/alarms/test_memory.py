@@ -1,4 +1,4 @@
-"""Alarms of a run that goes on with what they remembered are those of one that read all rows again, and of one without a break."""
+"""Alarms that go on with what they remembered are those that read all rows again, and those of a run without a break."""
 
 from __future__ import annotations
 
