@@ -44,12 +44,12 @@ def recall(thing: Any, kept: Any, seen: Seen | None = None) -> Any:
             for (name, value), before in _pairs(dict(_attributes(thing)), kept):
                 setattr(thing, name, recall(value, before, seen))
         return thing
-    if isinstance(thing, dict) and any(map(_is_ours, thing.values())):
+    if isinstance(thing, dict) and _holds_ours(thing):
         return {name: recall(value, before, seen) for (name, value), before in _pairs(thing, kept)}
-    if isinstance(thing, list | tuple) and any(map(_is_ours, thing)):
-        by_place = {str(place): each for place, each in enumerate(thing)}
-        pairs = _pairs(by_place, dict(zip(map(str, range(len(kept))), kept, strict=True)))
-        return type(thing)(recall(each, before, seen) for (_, each), before in pairs)
+    if isinstance(thing, list | tuple) and _holds_ours(thing):
+        if not isinstance(kept, list) or len(kept) != len(thing):
+            raise ValueError(f"{len(thing)} are remembered here; found: {str(kept)[:200]}")
+        return type(thing)(recall(each, before, seen) for each, before in zip(thing, kept, strict=True))
     return deque(kept, thing.maxlen) if isinstance(thing, deque) else kept
 
 
@@ -64,6 +64,12 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
     for name, value in vars(thing).items():
         if value is None or isinstance(value, bool | int | float | str | dict | list | tuple | deque) or _is_ours(value):
             yield name, value
+
+
+def _holds_ours(thing: Any) -> bool:
+    """Whether an object of this package is in it, at any depth."""
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else ()
+    return _is_ours(thing) or any(map(_holds_ours, parts))
 
 
 def _is_ours(thing: Any) -> bool:
