@@ -16,6 +16,7 @@ from alarms_table import PAGE, put
 from faulty_runs import BASE, FAULTS, FURTHER, MEASURE, Fault, judge, keep, make_base, make_fault, read
 
 from ctpo_megatron.config.alarms import AlarmsConfig
+from ctpo_megatron.errors import InputError
 from ctpo_megatron.record.alarm_events import AlarmRaised
 from ctpo_megatron.record.alarms.watch import Alarms
 
@@ -81,6 +82,19 @@ def table_() -> None:
     lines = table()
     print("\n".join(lines))
     put(PAGE, BEGIN, END, lines)
+
+
+@app.command("all")
+def all_(quickstart: Path, work: Path) -> None:
+    """Make all runs, keep what alarms look at, and put the table into the page; a run that fails is told of and left out."""
+    base(quickstart, work)
+    for each in FAULTS:
+        try:
+            make_fault(each, work.resolve())
+        except InputError as error:
+            print(error)
+    keep_(work)
+    table_()
 
 
 if __name__ == "__main__":
