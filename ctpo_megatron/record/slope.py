@@ -16,9 +16,11 @@ LEAST_S = 300.0  # that the readings have to span: what grows while processes st
 
 
 def median_slope(at: NDArray[np.float64], values: NDArray[np.float64]) -> float:
-    """Returns the median slope of all pairs of `values` [n], which are at increasing places `at` [n]; n is at least 2."""
+    """Returns the median slope of all pairs of `values` [n], which are `at` [n], but for pairs at one place; of these alone 0."""
     earlier, later = np.triu_indices(len(at), 1)
-    return float(np.median((values[later] - values[earlier]) / (at[later] - at[earlier])))
+    apart, risen = at[later] - at[earlier], values[later] - values[earlier]
+    there = apart > 0
+    return float(np.median(risen[there] / apart[there])) if there.any() else 0.0
 
 
 class Slope:
