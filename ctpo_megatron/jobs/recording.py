@@ -53,7 +53,8 @@ async def open_record(
         through=storage.write,
         aside=storage.attempt,
     )
-    return RunRecord(run_dir, config.log, recorder, storage.write, hearing.alarms_of(config, run_dir, emit))  # of the rows kept
+    alarms = await hearing.alarms_of(config, run_dir, emit, start.alarms)  # of the rows kept
+    return RunRecord(run_dir, config.log, recorder, storage.write, alarms)
 
 
 def shown(config: RunConfig) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Start:
     accuracies: dict[int, float] = field(default_factory=dict)
     gone: tuple[int, ...] = ()  # groups that were open, and whose prompts are not among the present ones
     owed: tuple[int, ...] = ()  # evaluations of earlier steps that were not done
+    alarms: dict[str, Any] | None = None  # what they remembered; None: they read all rows of the run
 
 
 def checkpoint_to_resume(config: RunConfig, resume: Resume, emit: Emit) -> Resumable | None:
@@ -140,6 +141,7 @@ def start_of(
         dict(state.accuracies),
         gone=gone,
         owed=tuple(step for step in state.owed if step < state.step),  # that of its own step is due anyway
+        alarms=state.alarms,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.record.alarm_events import AlarmCleared, AlarmRaised
 from ctpo_megatron.record.alarms.kinds import Measure
 from ctpo_megatron.record.alarms.progress import REWARD
-from ctpo_megatron.record.alarms.replay import settle
+from ctpo_megatron.record.alarms.replay import Memory, settle
 from ctpo_megatron.record.alarms.signals import Row
 from ctpo_megatron.record.alarms.watch import Alarms
 from ctpo_megatron.record.alarms.webhook import Webhook, read_header
@@ -26,21 +27,54 @@ Told = AlarmRaised | AlarmCleared
 
 
 class RunAlarms:
-    """Alarms of the run in `run_dir`, where it is by now: what it had told of and is not so any more is cleared at once.
+    """Alarms of a run, as `make` makes them.
 
-    `row` is given each row of metrics as it is written. Call it with each event, too.
+    `begin` comes first. `row` is given each row of metrics as it is written. Call it with each event, too.
     """
 
-    def __init__(self, alarms: Alarms, run_dir: Path, emit: Emit, webhook: Webhook | None = None) -> None:
-        self._alarms, self._emit, self._webhook = alarms, emit, webhook
+    def __init__(self, make: Callable[[], Alarms], emit: Emit, webhook: Webhook | None = None) -> None:
+        self._make, self._emit, self._webhook = make, emit, webhook
+        self._alarms = make()
         self._wishes: list[AlarmRaised] = []
-        for told in settle(alarms, run_dir):
-            emit(told)  # late, so that nothing follows from it
+        self._waiting: list[Happened] | None = None  # heard while files are read; None: they are not
+        self._heard = 0  # events of the run
+        self._memory: tuple[tuple[int, int], Memory | None] | None = None  # as it was after so many rows and events
+
+    async def begin(self, run_dir: Path, memory: Memory | None = None) -> None:
+        """Bring them to where the run in `run_dir` is: what it had told of and is not so any more is cleared at once.
+
+        `memory`: what they remembered when its checkpoint was made. Files are read in a thread. Raises InputError for damage.
+        """
+        events = run_dir / "events.jsonl"
+        size = events.stat().st_size if events.exists() else 0  # of what comes behind it they hear
+        self._waiting = []
+        self._alarms, told, self._heard = await asyncio.to_thread(settle, self._make, run_dir, memory, size)
+        waiting, self._waiting = self._waiting, None
+        for happened in waiting:
+            self._hear(happened)
+        for each in told:
+            self._emit(each)  # late, so that nothing follows from it
 
     def __call__(self, event: Event) -> None:
         """Let the detectors hear of an event."""
-        if not isinstance(event, AlarmRaised | AlarmCleared):
-            self._alarms.event(Happened(time(), event.name, asdict(event)))
+        happened = Happened(time(), event.name, asdict(event))
+        if self._waiting is None:
+            self._hear(happened)
+        else:
+            self._waiting.append(happened)
+
+    def _hear(self, happened: Happened) -> None:
+        self._heard += 1
+        if happened.name not in (AlarmRaised.name, AlarmCleared.name):
+            self._alarms.event(happened)
+
+    def memory(self) -> Memory | None:
+        """Returns what they remember, as JSON values for `begin`; None where all has to be read again."""
+        now = self._alarms.rows, self._heard
+        if self._memory is None or self._memory[0] != now:
+            memory = self._alarms.memory()
+            self._memory = now, None if memory is None else {**memory, "events": self._heard}
+        return self._memory[1]
 
     def row(self, row: Row) -> list[Told]:
         """Tell what the next row raises and clears; returns it."""
@@ -76,11 +110,15 @@ class Hearing:
             if each is not None:
                 each(event)
 
-    def alarms_of(self, config: RunConfig, run_dir: Path, emit: Emit) -> RunAlarms:
-        """Returns the alarms of a loop that begins, over the rows that the run has by now; they hear of events from here on."""
-        self._alarms = None  # those of a loop that has ended
-        self._alarms = RunAlarms(Alarms(config.alarms, measure_of(config)), run_dir, emit, self._webhook)
-        return self._alarms
+    async def alarms_of(self, config: RunConfig, run_dir: Path, emit: Emit, memory: Memory | None = None) -> RunAlarms:
+        """Returns the alarms of a loop that begins, over the rows that the run has by now; they hear of events from here on.
+
+        `memory`: see `RunAlarms.begin`.
+        """
+        alarms = RunAlarms(lambda: Alarms(config.alarms, measure_of(config)), emit, self._webhook)
+        self._alarms = alarms  # in the place of those of a loop that has ended
+        await alarms.begin(run_dir, memory)
+        return alarms
 
     def sending(self) -> AbstractAsyncContextManager[None]:
         """Returns the context in which alarms are posted."""

@@ -20,6 +20,7 @@ from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.loop.ratios import RatioFile
 from ctpo_megatron.loop.statistics import load_histograms
 from ctpo_megatron.record import Recorder
+from ctpo_megatron.record.alarms.replay import Memory
 from ctpo_megatron.record.files import Through, at_once
 from ctpo_megatron.record.token_files import TokenFiles, TokenRecord
 from ctpo_megatron.record.trajectories import TrajectoryFiles, as_markdown
@@ -100,6 +101,10 @@ class RunRecord:
         """Let the run save or stop where an alarm wants it."""
         if self._alarms is not None:
             self._alarms.obey(orders)
+
+    def alarms_memory(self) -> Memory | None:
+        """Returns what alarms remember, for the run's checkpoint."""
+        return None if self._alarms is None else self._alarms.memory()
 
     def _numbers(self, step: int, metrics: dict[str, float], *, board: bool = True) -> None:
         written = self._recorder.step(step, metrics, board=board)

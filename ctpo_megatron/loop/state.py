@@ -37,6 +37,7 @@ class RunState:
     owed: tuple[Count, ...] = ()  # evaluations that had begun beside training and were not done, by the steps before them
     samples: Count | None = None  # attempts that these steps were trained on; None: the release that began the run did not count
     open: tuple[OpenGroup, ...] = ()  # of these groups, in the order of their numbers; they go on
+    alarms: dict[str, Any] | None = None  # what these remember (`record.alarms`); None: they are to read all rows of the run
 
     @property
     def oldest_group(self) -> int:

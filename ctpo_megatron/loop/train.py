@@ -274,7 +274,8 @@ class TrainLoop:
         assert self.position is not None, "a step was taken"
         groups, cursor = self.position.groups, self.position.cursor
         still_open = tuple(OpenGroup(each.id.number, each.prompt.key, each.version) for each in self.position.open)
-        return self._as_of_now(RunState(step + 1, groups, cursor, {}, samples=self.samples, open=still_open))
+        alarms = self.record.alarms_memory()
+        return self._as_of_now(RunState(step + 1, groups, cursor, {}, samples=self.samples, open=still_open, alarms=alarms))
 
     async def _take(self, step: int, tail: TailTimer, stage: OpenStage) -> Taken:
         """The groups of `step`; meanwhile the progress bar and `stage` follow how many are in."""

@@ -64,8 +64,20 @@ def read_story(path: Path) -> Story:
     A last line without its end is left out: the run was killed in the middle of it. Raises InputError, which names the line, for
     anything else that is no event.
     """
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return tell([_happened(line, f"{path} line {number}") for number, line in enumerate(lines, 1)], str(path))
+    return tell(read_events(path)[0], str(path))
+
+
+def read_events(path: Path, skip: int = 0, size: int | None = None) -> tuple[list[Happened], int]:
+    """Returns the events in an events.jsonl behind the first `skip`, and how many there are in all; none where it is not there.
+
+    `size`: bytes of the file that are looked at; None: all. A last line without its end is left out. Raises InputError, which
+    names the line, for one that is no event.
+    """
+    if not path.exists():
+        return [], 0
+    with path.open("rb") as file:
+        lines = file.read(-1 if size is None else size).split(b"\n")[:-1]
+    return [_happened(line, f"{path} line {number}") for number, line in enumerate(lines[skip:], skip + 1)], len(lines)
 
 
 def tell(events: list[Happened], where: str = "events") -> Story:

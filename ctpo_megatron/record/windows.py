@@ -75,7 +75,11 @@ def window_begin(step: int) -> int:
 
 
 def window_charts() -> dict[str, dict[str, list[str | list[str]]]]:
-    """Returns TensorBoard's charts of windows: the mean with the extremes as a band, as `catalogue.charts` has the others."""
-    watched = [metric.name for metric in CATALOGUE if metric.watched and not metric.is_family]
+    """Returns TensorBoard's charts of windows: the mean with the extremes as a band, as `catalogue.charts` has the others.
+
+    The last metric of the catalogue comes first: the page of TensorBoard 2.21 shows charts with bands, and these only, from the
+    last to the first.
+    """
+    watched = [metric.name for metric in reversed(CATALOGUE) if metric.watched and not metric.is_family]
     bands = {name: [f"{PREFIX}{name}", f"{PREFIX}{name}/min", f"{PREFIX}{name}/max"] for name in watched}
     return {"windows": {f"{name}, {WINDOW} steps each": ["Margin", band] for name, band in bands.items()}}

@@ -49,6 +49,9 @@ class NumbersOnly(RunRecord):
     def obey(self, orders: Orders) -> None:
         """Nothing is wanted: a simulation has no alarms."""
 
+    def alarms_memory(self) -> None:
+        """Returns None: there are none that could remember."""
+
     def phase(self, step: int, phase: str, seconds: float) -> None:
         """Keep nothing: the event of a step has its phases."""
 

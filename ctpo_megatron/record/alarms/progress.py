@@ -65,59 +65,60 @@ class Anchor:
         return reading
 
 
-class Entropy(Deaf):
+class SinceBest(Deaf):
+    """The metric `name`, in the median of SMOOTH values: as it is by now, and as it was when the run was last at its best."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+        self._recent = Recent(SMOOTH)
+        self._at_best: float | None = None
+        self._anchor = Anchor(progress)
+
+    def row(self, row: Row) -> Reading | None:
+        """Returns the judgement of a row with the metric, once there is a best."""
+        value = row.get(self._name, math.nan)
+        if not math.isfinite(value):
+            return None
+        self._recent.add(value)
+        if not (self._recent.full and self._progress.best.ready):
+            return None
+        now = self._recent.median
+        if self._anchor.moves() or self._at_best is None:
+            self._at_best = now
+        return self._anchor.judged(self._judged(now, self._at_best))
+
+    def _judged(self, now: float, at_best: float) -> Reading:
+        raise NotImplementedError
+
+
+class Entropy(SinceBest):
     """Entropy since the best reward: fallen or risen without a better one, or nearly gone while the task is not solved."""
 
     def __init__(self, progress: Progress, share: float, collapsed: float, explosion: float | None) -> None:
-        self._progress, self._share, self._collapsed, self._explosion = progress, share, collapsed, explosion
-        self._recent = Recent(SMOOTH)
-        self._at_best: float | None = None
-        self._anchor = Anchor(progress)
+        super().__init__(progress, ENTROPY)
+        self._share, self._collapsed, self._explosion = share, collapsed, explosion
         self._most = 0.0
 
-    def row(self, row: Row) -> Reading | None:
-        """Returns the judgement of a row with an entropy, once there is a best reward."""
-        value = row.get(ENTROPY, math.nan)
-        if not math.isfinite(value):
-            return None
-        self._recent.add(value)
-        if not (self._recent.full and self._progress.best.ready):
-            return None
-        now = self._recent.median
-        self._most = max(self._most, now)
-        if self._anchor.moves() or self._at_best is None:
-            self._at_best = now
-        excused = self._progress.solved()
-        low = max(self._share * self._at_best, self._collapsed * self._most)
-        if self._explosion is not None and now > self._at_best:
-            high = self._explosion * max(self._at_best, 0.1 * self._most)
-            return self._anchor.judged(reading(now, high, ENTROPY, 1.0, excused=excused))
-        return self._anchor.judged(reading(now, low, ENTROPY, -1.0, excused=excused))
+    def _judged(self, now: float, at_best: float) -> Reading:
+        self._most, excused = max(self._most, now), self._progress.solved()
+        low = max(self._share * at_best, self._collapsed * self._most)
+        if self._explosion is not None and now > at_best:
+            high = self._explosion * max(at_best, 0.1 * self._most)
+            return reading(now, high, ENTROPY, 1.0, excused=excused)
+        return reading(now, low, ENTROPY, -1.0, excused=excused)
 
 
-class Length(Deaf):
+class Length(SinceBest):
     """Tokens of responses since answers were at their best: much more of them, or much fewer."""
 
     def __init__(self, progress: Progress, factor: float) -> None:
-        self._progress, self._factor = progress, factor
-        self._recent = Recent(SMOOTH)
-        self._at_best: float | None = None
-        self._anchor = Anchor(progress)
+        super().__init__(progress, LENGTH)
+        self._factor = factor
 
-    def row(self, row: Row) -> Reading | None:
-        """Returns the judgement of a row with a length, once there is a best."""
-        value = row.get(LENGTH, math.nan)
-        if not math.isfinite(value):
-            return None
-        self._recent.add(value)
-        if not (self._recent.full and self._progress.best.ready):
-            return None
-        now = self._recent.median
-        if self._anchor.moves() or self._at_best is None:
-            self._at_best = now
-        if now >= self._at_best:
-            return self._anchor.judged(reading(now, self._factor * self._at_best, LENGTH, 1.0))
-        return self._anchor.judged(reading(now, self._at_best / self._factor, LENGTH, -1.0))
+    def _judged(self, now: float, at_best: float) -> Reading:
+        if now >= at_best:
+            return reading(now, self._factor * at_best, LENGTH, 1.0)
+        return reading(now, at_best / self._factor, LENGTH, -1.0)
 
 
 class Form(Deaf):

@@ -7,17 +7,17 @@ import numpy as np
 from ctpo_megatron.record.alarms.detectors import CALM, Deaf, Reading
 from ctpo_megatron.record.alarms.series import Recent, jitter
 from ctpo_megatron.record.alarms.signals import Row, Signal
+from ctpo_megatron.record.slope import median_slope
 
 SURE = 4.0  # of the series' noise: the least rise over the window that is none of it
 
 
 class Slope(Deaf):
-    """Steps until a signal reaches `end`, by the median slope between pairs of its last `window` values (Theil and Sen)."""
+    """Steps until a signal reaches `end`, by the median slope of its last `window` values."""
 
     def __init__(self, signal: Signal, end: float, ahead: int, window: int) -> None:
         self._signal, self._end, self._ahead = signal, end, ahead
         self._values, self._steps = Recent(window), Recent(window)
-        self._pairs = np.triu_indices(window, 1)
 
     def row(self, row: Row) -> Reading | None:
         """Returns the judgement of a row with the signal, once `window` had it: over where the end is within `ahead` steps."""
@@ -29,8 +29,7 @@ class Slope(Deaf):
         if not self._values.full:
             return None
         values, steps = np.array(self._values.values), np.array(self._steps.values)
-        earlier, later = self._pairs
-        slope = float(np.median((values[later] - values[earlier]) / np.maximum(steps[later] - steps[earlier], 1.0)))
+        slope = median_slope(steps, values)
         risen = slope * float(steps[-1] - steps[0])
         left = self._end - float(np.median(values + slope * (steps[-1] - steps)))  # from where the line is by now
         sure = risen > SURE * jitter(self._values.values)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from typing import Any
+
+from ctpo_megatron import __version__
 from ctpo_megatron.config.alarms import Alarm, AlarmsConfig
 from ctpo_megatron.record.alarm_events import AlarmCleared, AlarmRaised
 from ctpo_megatron.record.alarms.detectors import Reading
 from ctpo_megatron.record.alarms.kinds import Kind, Measure, make_kinds
+from ctpo_megatron.record.alarms.memory import recall, remember
 from ctpo_megatron.record.alarms.signals import Row
 from ctpo_megatron.record.story import Happened
 
@@ -38,8 +44,9 @@ class Latch:
 class Alarms:
     """Judges a run by all rows of its metrics, in their order, and by the events between them. Pure: returns what is to be told.
 
-    So its state is a function of metrics.jsonl and events.jsonl, and is had again by reading them (`replay`). `measure`: what the
-    run is. `standing`: the alarms that are raised, by name. Raises ConfigError for a bound on a metric that does not exist.
+    So its state is a function of metrics.jsonl and events.jsonl, and is had again by reading them (`replay`), or what followed
+    upon a `memory` of it. `measure`: what the run is. `standing`: the alarms that are raised, by name. `rows`: how many rows it
+    has seen, and `last`, step and time of the last one. Raises ConfigError for a bound on a metric that does not exist.
     """
 
     def __init__(self, config: AlarmsConfig, measure: Measure) -> None:
@@ -47,6 +54,31 @@ class Alarms:
         self._kinds, self._progress = make_kinds(config, measure)
         self._latches = {kind.name: Latch(kind.config) for kind in self._kinds}
         self.standing: dict[str, AlarmRaised] = {}
+        self.rows, self.last = 0, (0.0, 0.0)
+        settings = config.model_dump_json(exclude={"webhook"})
+        self._made_of = json.dumps([__version__, settings, asdict(measure)])
+
+    def memory(self) -> dict[str, Any] | None:
+        """Returns all that it remembers, as JSON values for `restore`; None where a number in it is not finite."""
+        try:
+            state = remember([[kind.detector for kind in self._kinds], self._progress, self._latches])
+            standing = {name: remember(asdict(each)) for name, each in self.standing.items()}
+        except ValueError:
+            return None
+        return {"made_of": self._made_of, "rows": self.rows, "last": list(self.last), "state": state, "standing": standing}
+
+    def restore(self, memory: dict[str, Any]) -> bool:
+        """Become what `memory` was of, where that had the same settings, and this has seen nothing; returns whether it did so.
+
+        Raises ValueError, TypeError or KeyError for what is no memory of this release; it is of no use then.
+        """
+        if memory["made_of"] != self._made_of:
+            return False
+        recall([[kind.detector for kind in self._kinds], self._progress, self._latches], memory["state"])
+        self.standing = {name: AlarmRaised(**each) for name, each in memory["standing"].items()}
+        step, time = memory["last"]
+        self.rows, self.last = int(memory["rows"]), (float(step), float(time))
+        return True
 
     def event(self, happened: Happened) -> None:
         """Hear of an event of the run."""
@@ -55,6 +87,7 @@ class Alarms:
 
     def row(self, row: Row) -> list[AlarmRaised | AlarmCleared]:
         """Returns which alarms the next row raises and clears. Rows of the warm-up are passed over."""
+        self.rows, self.last = self.rows + 1, (row["step"], row["time"])
         if row["step"] <= self._warmup:
             return []
         for each in self._progress:

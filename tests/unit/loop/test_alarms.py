@@ -30,7 +30,7 @@ def test_a_row_that_is_recorded_raises_an_alarm_everywhere(tmp_path: Path) -> No
 
     events, orders = EventLog(tmp_path / "events.jsonl"), Orders()
     recorder = Recorder(tmp_path, LogConfig(), console=Console(file=io.StringIO()))
-    alarms = RunAlarms(Alarms(CONFIG, Measure(1, 1)), tmp_path, events)
+    alarms = RunAlarms(lambda: Alarms(CONFIG, Measure(1, 1)), events)
     with closing(RunRecord(tmp_path, LogConfig(), recorder, alarms=alarms)) as record:
         record.checkpoint(3, 5.0)
         record.obey(orders)
@@ -50,11 +50,11 @@ def test_a_row_that_is_recorded_raises_an_alarm_everywhere(tmp_path: Path) -> No
     ]
 
 
-def test_events_of_the_run_are_heard_and_its_own_are_not(tmp_path: Path) -> None:
+def test_events_of_the_run_are_heard_and_its_own_are_not() -> None:
     heard: list[str] = []
     alarms = Alarms(CONFIG, Measure(1, 1))
     alarms.event = lambda happened: heard.append(happened.name)  # type: ignore[method-assign]
-    found = RunAlarms(alarms, tmp_path, lambda _event: None)
+    found = RunAlarms(lambda: alarms, lambda _event: None)
     events: list[Event] = [ServerLost("server 1", "gone", again=True), AlarmCleared("a", "b", 1, 1, "")]
     for event in events:
         found(event)
@@ -67,10 +67,10 @@ def test_words_of_a_run_are_no_markup_in_tensorboard() -> None:
     assert "`" not in as_markdown(raised)
 
 
-def test_what_a_webhook_could_not_send_is_told_by_the_next_row(tmp_path: Path) -> None:
+def test_what_a_webhook_could_not_send_is_told_by_the_next_row() -> None:
     told: list[Event] = []
     webhook = Webhook(WebhookConfig(url="http://nowhere/", waiting=1), "mine", {})
-    alarms = RunAlarms(Alarms(CONFIG, Measure(1, 1)), tmp_path, told.append, webhook)
+    alarms = RunAlarms(lambda: Alarms(CONFIG, Measure(1, 1)), told.append, webhook)
     for _ in range(3):
         webhook(AlarmCleared("a", "b", 1, 1, ""))
     for step in (1, 2):

@@ -26,7 +26,9 @@ def test_what_is_dumped_comes_back_through_json() -> None:
     going_on = replace(STATE, open=open_groups, owed=(8, 10))
     assert RunState.parse(json.loads(json.dumps(going_on.dump())), "run.json") == going_on
     assert (STATE.oldest_group, going_on.oldest_group) == (48, 41)
-    earlier = {key: value for key, value in STATE.dump().items() if key not in ("samples", "owed", "open")}
+    remembering = replace(STATE, alarms={"rows": 3, "state": [[1.5, None], {"x": [1, 2.0]}]})
+    assert RunState.parse(json.loads(json.dumps(remembering.dump())), "run.json") == remembering
+    earlier = {key: value for key, value in STATE.dump().items() if key not in ("samples", "owed", "open", "alarms")}
     assert RunState.parse(earlier, "run.json") == STATE  # of releases that did not know of them
     with pytest.raises(FrozenInstanceError):
         STATE.step = 13  # type: ignore[misc]  # that is the point

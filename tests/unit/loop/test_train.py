@@ -152,7 +152,7 @@ async def train(
         known = known_accuracies(run_dir, [*start.owed, start.step], benchmarks, config.train.steps)
     first_step, rollouts.ranks, ranks.version = start.step, ranks, start.step
     recorder = Recorder(run_dir, config.log, first_step=first_step, console=Console(file=io.StringIO()), through=storage.write)
-    alarms = Hearing(None).alarms_of(config, run_dir, events.append)
+    alarms = await Hearing(None).alarms_of(config, run_dir, events.append, start.alarms)
     record, totals = RunRecord(run_dir, config.log, recorder, storage.write, alarms), RunTotals()
     evaluations = Evaluations(
         benchmarks,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from ctpo_megatron.record.slope import HOUR, LEAST_S, Slope
+from ctpo_megatron.record.slope import HOUR, LEAST_S, Slope, median_slope
 
 
 class Clock:
@@ -35,3 +36,13 @@ def test_what_was_more_than_an_hour_ago_counts_no_more() -> None:
 
 def test_steps_of_hours_have_a_slope_too() -> None:
     assert slopes([(3 * HOUR * n, 1.5 * n) for n in range(20)])[-1] == pytest.approx(0.5)
+
+
+def test_single_wild_readings_do_not_move_it() -> None:
+    line = [(t, 5.0 + 2.0 * t / HOUR + (50.0 if t == 1140 else 0.0)) for t in range(0, 1200, 60)]
+    assert slopes(line)[-1] == pytest.approx(2.0)
+
+
+def test_readings_at_one_place_say_nothing() -> None:
+    assert median_slope(np.array([1.0, 1.0, 2.0]), np.array([0.0, 9.0, 9.0])) == pytest.approx(4.5)
+    assert median_slope(np.ones(3), np.arange(3.0)) == 0.0

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from ctpo_megatron.record.windows import WINDOW, Windows, window_begin
+from ctpo_megatron.record.catalogue import CATALOGUE
+from ctpo_megatron.record.windows import WINDOW, Windows, window_begin, window_charts
 
 VALUES = {step: float(value) for step, value in enumerate(np.random.default_rng(1).normal(size=3 * WINDOW + 9))}
 
@@ -56,3 +57,10 @@ def test_what_is_not_a_number_shows() -> None:
         windows.add(step, {"train/loss": value})
     found = windows.add(WINDOW + 1, {})
     assert all(math.isnan(value) for value in found.values())
+
+
+def test_charts_stand_as_tensorboard_turns_them_round() -> None:
+    """Its page shows charts with bands from the last to the first."""
+    (charts,) = window_charts().values()
+    watched = [metric.name for metric in CATALOGUE if metric.watched and not metric.is_family]
+    assert [tags[1][0] for tags in reversed(charts.values())] == [f"windows/{name}" for name in watched]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from ctpo_megatron.loop.alarms import RunAlarms
 from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.record.alarm_events import AlarmCleared, AlarmRaised
 from ctpo_megatron.record.alarms.kinds import Measure
-from ctpo_megatron.record.alarms.replay import GONE, read_rows, replay
+from ctpo_megatron.record.alarms.replay import GONE, Memory, read_rows, replay
 from ctpo_megatron.record.alarms.watch import Alarms
 from ctpo_megatron.record.events import EventLog
 from ctpo_megatron.record.files import drop_steps, jsonable
@@ -50,11 +51,12 @@ class Run:
         self.directory = directory
         self.log = EventLog(directory / "events.jsonl")
 
-    def work(self, first: int, last: int, **settings: object) -> RunAlarms:
+    def work(self, first: int, last: int, memory: Memory | None = None, **settings: object) -> RunAlarms:
         """Make the steps from `first` to `last`, counted from 1; later ones of an earlier process are dropped."""
         path = self.directory / "metrics.jsonl"
         drop_steps(path, first)
-        found = RunAlarms(alarms(**settings), self.directory, self.log)
+        found = RunAlarms(lambda: alarms(**settings), self.log)
+        asyncio.run(found.begin(self.directory, memory))
         with path.open("a") as file:
             for row in rows()[first - 1 : last]:
                 file.write(json.dumps(jsonable(row)) + "\n")
