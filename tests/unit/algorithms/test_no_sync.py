@@ -142,7 +142,11 @@ CORRECTIONS: tuple[dict[str, Any], ...] = (
     {"type": "icepop"},
 )
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "ctpo": ({"ratio": "geomean"}, {"dual_clip": None}, {"power": 0.0}),
+    "ctpo": (
+        *({"ratio": "geomean"}, {"dual_clip": None}, {"power": 0.0}),
+        *({"band": "variance"}, {"band": "entropy", "band_unit": 0.5}, {"band": "topk_variance"}, {"band": "topk_entropy"}),
+    ),
+    "kpop": ({"gate": "prefix_max"}, {"gate": "prefix_sum", "penalty": 0.1}),
     "grpo": ({"dual_clip": None},),
     "minpro": ({"form": "ppo"},),
     "dppo": ({"divergence": "binary_kl", "ratio_cap": None}, {"divergence": "topk_tv"}, {"divergence": "topk_kl"}),
@@ -157,9 +161,10 @@ def calls() -> Iterator[dict[str, Any]]:
     for name in OBJECTIVES:
         for options in ({}, *VARIANTS.get(name, ())):
             yield {"objective": {"type": name, **options}}
-        takes_corrections = name not in ("dppo", "cppo", "trm")
+        takes_corrections = name not in ("dppo", "cppo", "trm", "drpo", "kpop")
         more = {"correction": {"type": "truncate", "level": "prefix"}} if takes_corrections else {}
         yield {"objective": {"type": name}, "restarts": True, "aggregation": "balanced", "normalizer": 2.0} | more
+    yield {"objective": {"type": "ctpo"}, "delight": {"max_surprisal": 5.0, "centred": True}}
     for aggregation in AGGREGATIONS:
         yield {"objective": {"type": "ctpo"}, "aggregation": aggregation}
     for correction in CORRECTIONS:
