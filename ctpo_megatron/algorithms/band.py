@@ -1,9 +1,9 @@
 """What CTPO's bounds grow with in place of the position: how much a trajectory may have moved by a token, as it is measured.
 
-sqrt(t) is the growth of a sum of t log-ratios of equal variance. Where they are not equal, the sum of their variances takes the
-place of t. The variance of a token's log-ratio is measured by its square (`variance`), or computed over the sampling policy's top-k
-tokens and one outcome for the rest (`topk_variance`). The entropy of the sampling policy says where a policy can move at all; it is
-measured by the surprisal of the sampled token (`entropy`), or computed likewise (`topk_entropy`).
+sqrt(t) is the growth of a sum of t log-ratios of equal variance. Where they are not equal, the sum of their variances takes its
+place. A token's variance is measured by the square of its log-ratio (`variance`), or computed over the sampling policy's top-k
+tokens and one outcome for the rest (`topk_variance`). The entropy of the sampling policy says where a policy can move at all; it
+is measured by the surprisal of the sampled token (`entropy`), or computed likewise (`topk_entropy`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Delightful Policy Gradient, arXiv 2603.14608: a token counts by how delightful it is, advantage times surprisal.
 
 The weight sigmoid(A l / eta), l = -logp, has no gradient. It multiplies the loss of any objective: a rare token counts in full
-where it did well and hardly where it did badly; a likely one counts half either way. Not here is the whitening of A l over a batch that
-some implementations add: it would make a token's weight depend on how a batch is cut up.
+where it did well and hardly where it did badly; a likely one counts half either way. Not here is the whitening of A l over a
+batch that some implementations add: a token's weight would depend on how the batch is cut up.
 """
 
 from __future__ import annotations

@@ -40,12 +40,12 @@ class CtpoObjective(BaseObjective):
     power: float = 0.5
     """Growth of the bounds with the position. 0: a fixed window."""
     band: Band = "position"
-    """What takes the place of the position in the bounds. `position`: nothing (the paper). `variance`, `entropy`: the sum, up
-    to the token, of squared log-ratios or of the surprisal of the sampled tokens, in units of `band_unit`. `topk_*`: the same of
-    expectations over the sampling policy's top-k tokens, whose log-probs it needs."""
+    """What takes the place of the position in the bounds. `position`: nothing (the paper). `variance`, `entropy`: the sum up to
+    the token of squared log-ratios, or of the sampled tokens' surprisal, in units of `band_unit`. `topk_*`: of expectations over
+    the sampling policy's top-k tokens, whose log-probs it needs."""
     band_unit: PositiveFloat | None = None
-    """Variance (nats squared) or entropy (nats) that counts as one position. null: the mean over the trajectory's tokens, so
-    that the bounds end where the paper's do and only their growth on the way is measured."""
+    """Variance (nats squared) or entropy (nats) that counts as one position. null: its mean over the trajectory. The bounds then
+    end where the paper's do, and only their growth on the way is measured."""
 
     @model_validator(mode="after")
     def _a_measured_band_grows(self) -> CtpoObjective:

@@ -111,7 +111,7 @@ def band_measure(row: Row, t: int, band: str) -> float:
     ps.append(max(1 - sum(ps), 0.0))
     qs.append(max(1 - sum(qs), 0.0))
     if band == "topk_entropy":
-        return sum(-q * math.log(q) for q in qs if q > MIN_PROBABILITY)
+        return -sum(q * math.log(max(q, MIN_PROBABILITY)) for q in qs)
     moves = [math.log(max(p, MIN_PROBABILITY) / max(q, MIN_PROBABILITY)) for p, q in zip(ps, qs, strict=True)]
     mean = sum(q * move for q, move in zip(qs, moves, strict=True))
     return sum(q * (move - mean) ** 2 for q, move in zip(qs, moves, strict=True))
@@ -139,8 +139,8 @@ def ctpo(
             measured += measures[t]
             value, slope = capped_ratio(total if ratio == "cumulative" else total / n, decide)
             scale = (measured / unit if unit > 0 else n) ** power
-            low, high = math.exp(-clip_low * scale), math.exp(clip_high * scale)
-            dual = math.inf if dual_clip is None else math.exp(dual_clip * scale)
+            low, high = math.exp(-clip_low * scale), math.exp(min(clip_high * scale, 700))
+            dual = math.inf if dual_clip is None else math.exp(min(dual_clip * scale, 700))
             points[t] = clipped_surrogate(row.advantage[t], value, slope, low, high, decide, dual)
     return points
 

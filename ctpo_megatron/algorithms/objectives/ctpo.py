@@ -31,8 +31,8 @@ def loss(
 ) -> TokenLoss:
     """Per-token loss [T].
 
-    With n the position among the sequence's policy tokens, or what `band` measures in its place, and s = n**power, the log-ratio L
-    is clipped to [-clip_low * s, clip_high * s]; where the advantage is negative the ratio counts at most exp(dual_clip * s).
+    With n the position among the sequence's policy tokens, or what `band` measures in its place, and s = n**power: the log-ratio
+    L is clipped to [-clip_low * s, clip_high * s]; where the advantage is negative the ratio counts at most exp(dual_clip * s).
     """
     prefix = tokens.prefix_sum if ratio == "cumulative" else tokens.prefix_sum / tokens.position
     log_ratio = carry_gradient(prefix, tokens.logp).clamp(max=MAX_LOG_RATIO)
