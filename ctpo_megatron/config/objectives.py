@@ -40,24 +40,24 @@ class CtpoObjective(BaseObjective):
     power: float = 0.5
     """Growth of the bounds with the position. 0: a fixed window."""
     band: Band = "position"
-    """What takes the place of the position in the bounds. `position`: nothing (the paper). `variance`, `entropy`: the sum up to
-    the token of squared log-ratios, or of the sampled tokens' surprisal, in units of `band_unit`. `topk_*`: of expectations over
-    the sampling policy's top-k tokens, whose log-probs it needs."""
+    """What takes the place of the position in the bounds. `position`: nothing (the paper). `variance`, `entropy`: the sum up
+    to the token of squared log-ratios, or of the sampled tokens' surprisal, in units of `band_unit`. `topk_*`: of expectations
+    over the sampling policy's top-k tokens, whose log-probs it needs."""
     band_unit: PositiveFloat | None = None
-    """Variance (nats squared) or entropy (nats) that counts as one position. null: its mean over the trajectory. The bounds then
-    end where the paper's do, and only their growth on the way is measured."""
+    """Variance (nats squared) or entropy (nats) that counts as one position. null: its mean over the trajectory. The bounds
+    then end where the paper's do, and only their growth on the way is measured."""
 
     @model_validator(mode="after")
     def _a_measured_band_grows(self) -> CtpoObjective:
         if self.band == "position" and self.band_unit is not None:
             raise ValueError(
-                f"band_unit={self.band_unit:g} with band 'position': positions are counted, not measured. Leave out band_unit, or "
-                "set band to variance, entropy, topk_variance or topk_entropy"
+                f"band_unit={self.band_unit:g} with band 'position': positions are counted, not measured. Leave out band_unit, "
+                "or set band to variance, entropy, topk_variance or topk_entropy"
             )
         if self.band != "position" and self.power <= 0:
             raise ValueError(
-                f"band {self.band!r} with power={self.power:g}: bounds that do not grow do not look at what is measured. Set power "
-                "above 0, or band to 'position'"
+                f"band {self.band!r} with power={self.power:g}: bounds that do not grow do not look at what is measured. Set "
+                "power above 0, or band to 'position'"
             )
         return self
 
