@@ -20,6 +20,7 @@ from ctpo_megatron.algorithms import Stats, policy_loss
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
 
 TOKENS = 1_000_000
+ON_ROLLOUT = ("dppo", "cppo", "trm", "drpo", "kpop")  # take their ratio against the engine's log-probs
 MAX_FLOATS = 12.0
 MIN_LONG_TAIL_RATIO = 3.0
 MIN_EQUAL_RATIO = 1.0
@@ -233,7 +234,7 @@ def memory_report() -> list[Check]:
     more = {"correction": {"type": "truncate", "level": "prefix"}, "restarts": restarts, "aggregation": "balanced"}
     more |= {"groups": torch.arange(1000) // 8, **rollout}
     reference = "padded dense reference"
-    cases = {name: packed_step(pack, name, **(rollout if name in ("dppo", "cppo", "trm") else {})) for name in OBJECTIVES}
+    cases = {name: packed_step(pack, name, **(rollout if name in ON_ROLLOUT else {})) for name in OBJECTIVES}
     cases["ctpo, prefix correction, restarts, balanced"] = packed_step(pack, "ctpo", **more)
     cases[reference] = padded_step(pack, record=True)
     found = {name: peak_bytes(step) / 4 / TOKENS for name, step in cases.items()}

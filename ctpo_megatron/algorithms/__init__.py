@@ -3,7 +3,7 @@
 from ctpo_megatron.algorithms.advantages import group_advantages
 from ctpo_megatron.algorithms.aggregation import sequence_weights
 from ctpo_megatron.algorithms.loss import PolicyLoss, policy_loss, recipe_loss
-from ctpo_megatron.algorithms.recipe import Recipe, make_recipe
+from ctpo_megatron.algorithms.recipe import Recipe, algorithm_recipe, make_recipe
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.algorithms.scan import Channel, LocalScan, Scan, Scanned
 from ctpo_megatron.algorithms.statistics import Stats, Weighted, raise_if_nonfinite
@@ -21,6 +21,7 @@ __all__ = [
     "Stats",
     "Support",
     "Weighted",
+    "algorithm_recipe",
     "group_advantages",
     "make_recipe",
     "nll_loss",

@@ -34,14 +34,14 @@ def divergence_from_rollout(kind: str, given: Given) -> Tensor:
         )
     else:
         mu, pi = given.support.rollout_logp.exp(), given.support.logp.exp()
-    mu, pi = _with_rest(mu), _with_rest(pi)
+    mu, pi = with_rest(mu), with_rest(pi)
     if measure == "tv":
         return 0.5 * (mu - pi).abs().sum(-1)
     mu, pi = mu.clamp(TINY, 1 - TINY), pi.clamp(TINY, 1 - TINY)
     return (mu * (mu.log() - pi.log())).sum(-1)
 
 
-def _with_rest(probabilities: Tensor) -> Tensor:
+def with_rest(probabilities: Tensor) -> Tensor:
     """[T, K] and what is missing to 1: [T, K + 1]."""
     rest = (1 - probabilities.sum(-1, keepdim=True)).clamp(min=0)
     return torch.cat([probabilities, rest], dim=-1)

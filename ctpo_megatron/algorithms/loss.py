@@ -14,7 +14,7 @@ from ctpo_megatron.algorithms.recipe import Recipe, make_recipe
 from ctpo_megatron.algorithms.scan import LocalScan, Scan
 from ctpo_megatron.algorithms.statistics import Stats, input_stats
 from ctpo_megatron.algorithms.tokens import Seen, Support
-from ctpo_megatron.config.objectives import Aggregation, Correction, Objective
+from ctpo_megatron.config.objectives import Aggregation, Correction, DelightConfig, Objective
 
 
 class PolicyLoss(NamedTuple):
@@ -39,6 +39,7 @@ def policy_loss(
     groups: Tensor | None = None,
     weights: Tensor | None = None,
     correction: Mapping[str, Any] | Correction | None = None,
+    delight: Mapping[str, Any] | DelightConfig | None = None,
     restarts: Tensor | None = None,
     support: Support | None = None,
     sequence_ids: Tensor | None = None,
@@ -50,22 +51,23 @@ def policy_loss(
         objective: a config or a mapping with its field names, e.g. `{"type": "ctpo"}`.
         logp, old_logp, advantages, mask: [T] streams; `mask` is True on tokens the policy wrote, and nothing else counts.
         cu_seqlens: [N+1] int, borders of the WHOLE sequences, also when the streams are context-parallel shards.
-        rollout_logp: [T], log-probs of the engine that sampled. dppo, cppo, trm and corrections need it; for the others it
-            only has to be finite.
+        rollout_logp: [T], log-probs of the engine that sampled. dppo, cppo, trm, drpo, kpop and corrections need it; for
+            the others it only has to be finite.
         aggregation: token-mean, sequence-mean, sequence-sum, balanced, or {"type": "constant", "tokens": n}; see `aggregation`.
         normalizer: the aggregation's divisor; None: counted here, where fully masked sequences are left out.
         groups: [N] int, the prompt of each sequence, for `balanced`.
         weights: [N], the weight of a token of each sequence, in place of aggregation, normalizer and groups.
         correction: of the mismatch between old_logp and rollout_logp, e.g. `{"type": "truncate", "level": "prefix"}`.
+        delight: weights of arXiv 2603.14608 on the loss, e.g. `{"eta": 1.0}`.
         restarts: [T] bool; at these tokens prefix statistics and positions begin anew (a new policy version wrote from here).
-        support: the top-k log-probs that the top-k divergences of dppo, cppo and trm compare.
+        support: the top-k log-probs that the top-k divergences of dppo, cppo and trm and the top-k bands of ctpo look at.
         sequence_ids: [N] int, what to call the sequences when a log-prob is not finite; None: 0, 1, 2 ...
         scan: None for whole sequences; a `ContextParallelScan` for shards.
 
     Raises pydantic.ValidationError for an unknown objective or option, ValueError for a missing input. A log-prob that is not
     finite is found by `raise_if_nonfinite(stats)`.
     """
-    recipe = make_recipe(objective, aggregation, correction, has_rollout=rollout_logp is not None)
+    recipe = make_recipe(objective, aggregation, correction, has_rollout=rollout_logp is not None, delight=delight)
     return recipe_loss(
         recipe,
         logp=logp,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms.correction import correction_factor, log_weight
+from ctpo_megatron.algorithms.delight import delight
 from ctpo_megatron.algorithms.density import density_counts
 from ctpo_megatron.algorithms.health import health_sums
 from ctpo_megatron.algorithms.prepare import Prepared
@@ -39,7 +40,7 @@ class _Linearised(torch.autograd.Function):
 
 
 def per_token_loss(recipe: Recipe, ready: Prepared, seen: list[Seen] | None = None) -> tuple[Tensor, Stats]:
-    """Per-token loss [T] with grad, zero where masked and times the correction's factor, and its statistics.
+    """Per-token loss [T] with grad, zero where masked, times delight and the correction's factor, and its statistics.
 
     `seen`: gets what became of the tokens, part by part.
     """
@@ -69,7 +70,11 @@ def _part(recipe: Recipe, tokens: Tokens, place: Tensor, seen: list[Seen] | None
         seen.append(Seen.of(out))
     # masked tokens have advantage 0, so their loss and slope are 0
     sums = health_sums(tokens, out, place) | density_counts(tokens)
-    return out.loss.detach(), slope, token_stats(tokens, out) | Stats(sums=sums)
+    stats, value = token_stats(tokens, out) | Stats(sums=sums), out.loss.detach()
+    if recipe.delight is not None:
+        weight, of_weight = delight(recipe.delight, tokens)
+        value, slope, stats = weight * value, weight * slope, stats | of_weight
+    return value, slope, stats
 
 
 def _correct(correction: Correction, ready: Prepared, part: slice, value: Tensor, slope: Tensor) -> Stats:

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
 from ctpo_megatron.algorithms.tokens import Method
-from ctpo_megatron.config.objectives import Aggregation, Constant, Correction, Objective
+from ctpo_megatron.config.algorithm import AlgorithmConfig
+from ctpo_megatron.config.objectives import Aggregation, Constant, Correction, DelightConfig, Objective
 
 _objective, _correction, _aggregation = TypeAdapter(Objective), TypeAdapter(Correction), TypeAdapter(Aggregation)
 
@@ -23,6 +24,7 @@ class Recipe(NamedTuple):
     aggregation: str
     constant: float  # tokens that the aggregation `constant` divides by
     correction: Correction | None
+    delight: DelightConfig | None = None
 
 
 def make_recipe(
@@ -31,6 +33,7 @@ def make_recipe(
     correction: Mapping[str, Any] | Correction | None,
     *,
     has_rollout: bool,
+    delight: Mapping[str, Any] | DelightConfig | None = None,
 ) -> Recipe:
     """The recipe of these configs, or of mappings with their field names. `has_rollout`: whether rollout_logp will be given.
 
@@ -46,4 +49,16 @@ def make_recipe(
     if factors is not None and config.anchor == "rollout":
         raise ValueError(f"objective {config.type!r} takes its ratio against the rollout policy; a correction would count twice")
     constant = form.tokens if isinstance(form, Constant) else 1.0
-    return Recipe(OBJECTIVES[config.type], config.model_dump(exclude={"type"}), config.anchor, form.type, constant, factors)
+    weight = None if delight is None else DelightConfig.model_validate(delight)
+    options = config.model_dump(exclude={"type"})
+    return Recipe(OBJECTIVES[config.type], options, config.anchor, form.type, constant, factors, weight)
+
+
+def algorithm_recipe(algorithm: AlgorithmConfig) -> Recipe:
+    """The recipe of a training run, which has the engine's log-probs.
+
+    Its sequences have their weights from the batch as a whole, so the aggregation is never asked.
+    """
+    return make_recipe(
+        algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True, delight=algorithm.delight
+    )

@@ -75,6 +75,8 @@ def token_stats(tokens: Tokens, out: TokenLoss) -> Stats:
         "kl_old": -tokens.log_ratio.detach().sum(dtype=torch.float64),
         "log_ratio_sq": torch.where(mask, log_ratio, 0.0).square_().sum(dtype=torch.float64),
     }
+    if out.band is not None:
+        totals["band"] = torch.where(mask, out.band, 0.0).sum(dtype=torch.float64)
     return Stats(
         sums={"tokens": count},
         means={name: Weighted(total, count) for name, total in totals.items()},

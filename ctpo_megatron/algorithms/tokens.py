@@ -102,6 +102,7 @@ class TokenLoss(NamedTuple):
     high: Tensor  # [T] bool: held back from growing although their advantage is positive
     low: Tensor  # [T] bool: held back from shrinking further although their advantage is negative
     dual: Tensor | None = None  # [T] bool: cut by the dual clip
+    band: Tensor | None = None  # [T], what the bounds grew with over the position, where that is not the position
 
 
 class Seen(NamedTuple):

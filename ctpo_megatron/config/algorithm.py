@@ -9,9 +9,9 @@ from pydantic import NonNegativeFloat, model_validator
 from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingConfig
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.correction_alarm import CorrectionAlarm
-from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, Objective, SequenceMean
+from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, DelightConfig, Objective, SequenceMean
 
-TOP_K = 20  # of DPPO's and CPPO's top-k divergences, as their papers have it
+TOP_K = 20  # of the top-k divergences, as DPPO's and CPPO's papers have it, and of CTPO's top-k bands
 
 
 class ReferenceConfig(Section):
@@ -40,20 +40,23 @@ class AlgorithmConfig(Section):
     anchor: Literal["version", "old", "rollout"] = "version"
     """What a token's ratio is taken against. `version`: the policy version that sampled it, so the trainer's own log-prob where
     that is the present version, the engine's for tokens of older versions. `old`: the trainer's log-prob before the first
-    optimizer step on the batch, whatever sampled the token. `rollout`: the engine's, as dppo, cppo and trm always do."""
+    optimizer step on the batch, whatever sampled the token. `rollout`: the engine's, as dppo, cppo, trm, drpo and kpop
+    always do."""
     restart_at_version: bool = False
     """Begin prefix statistics and positions anew where a newer policy version went on writing a trajectory."""
     reference: ReferenceConfig | None = None
     """Keep the policy near a reference policy, whose weights wait in each rank's host memory. null: do not."""
     correction: Correction | None = None
     """Importance weights for the distance between the anchor and the engine's log-probs; `type` picks the kind. null: none."""
+    delight: DelightConfig | None = None
+    """Weigh tokens by what is surprising about them and whether it was good. null: do not."""
     correction_alarm: CorrectionAlarm = CorrectionAlarm()
     """When these weights count as shrunk, which is an event."""
 
     @property
     def top_k(self) -> int:
         """How many of the sampling policy's top-k tokens the objective compares at each position; 0: none."""
-        return TOP_K if getattr(self.objective, "divergence", "").startswith("topk") else 0
+        return TOP_K if self.objective.compares_top_k else 0
 
     @model_validator(mode="after")
     def _ratio_is_counted_once(self) -> AlgorithmConfig:

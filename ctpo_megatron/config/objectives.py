@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from ctpo_megatron.config.base import Section
 
 Divergence = Literal["binary_tv", "binary_kl", "topk_tv", "topk_kl"]
 AnyDivergence = Literal["k2", "k3", "binary_tv", "binary_kl", "topk_tv", "topk_kl"]
+Band = Literal["position", "variance", "entropy", "topk_variance", "topk_entropy"]
 
 
 class BaseObjective(Section):
@@ -17,6 +18,11 @@ class BaseObjective(Section):
 
     anchor: ClassVar[Literal["old", "rollout"]] = "old"
     """The policy that ratios are taken against: the trainer's before the first step, or the engine's that sampled."""
+
+    @property
+    def compares_top_k(self) -> bool:
+        """Whether it looks at the sampling policy's likeliest tokens."""
+        return any(str(getattr(self, name, "")).startswith("topk_") for name in ("divergence", "band"))
 
 
 class CtpoObjective(BaseObjective):
@@ -33,6 +39,27 @@ class CtpoObjective(BaseObjective):
     """Log-ratio beyond which a negative advantage stops growing; scaled likewise. null: no dual clip."""
     power: float = 0.5
     """Growth of the bounds with the position. 0: a fixed window."""
+    band: Band = "position"
+    """What takes the place of the position in the bounds. `position`: nothing (the paper). `variance`, `entropy`: the sum up
+    to the token of squared log-ratios, or of the sampled tokens' surprisal, in units of `band_unit`. `topk_*`: of expectations
+    over the sampling policy's top-k tokens, whose log-probs it needs."""
+    band_unit: PositiveFloat | None = None
+    """Variance (nats squared) or entropy (nats) that counts as one position. null: its mean over the trajectory. The bounds
+    then end where the paper's do, and only their growth on the way is measured."""
+
+    @model_validator(mode="after")
+    def _a_measured_band_grows(self) -> CtpoObjective:
+        if self.band == "position" and self.band_unit is not None:
+            raise ValueError(
+                f"band_unit={self.band_unit:g} with band 'position': positions are counted, not measured. Leave out band_unit, "
+                "or set band to variance, entropy, topk_variance or topk_entropy"
+            )
+        if self.band != "position" and self.power <= 0:
+            raise ValueError(
+                f"band {self.band!r} with power={self.power:g}: bounds that do not grow do not look at what is measured. Set "
+                "power above 0, or band to 'position'"
+            )
+        return self
 
 
 class GrpoObjective(BaseObjective):
@@ -122,6 +149,9 @@ class DppoObjective(BaseObjective):
     """Largest weight of a token. null: none."""
 
 
+_CALIBRATION = ("adaptive_max", "adaptive_quantile", "adaptive_factor")
+
+
 class CppoObjective(BaseObjective):
     """CPPO, arXiv 2606.10968: a divergence bound per token and a budget for the whole prefix."""
 
@@ -136,7 +166,22 @@ class CppoObjective(BaseObjective):
     weight_min: float = Field(0.8, ge=0, le=1)
     """Weight of the last token's divergence; the first token's is 1, linear in between."""
     adaptive_budget: bool = False
-    """Take each sequence's 90th percentile of the divergence, held to [budget, 2 budget], as its budget (for base models)."""
+    """Take a quantile of a sequence's divergences, held to [budget, adaptive_max * budget], as its budget (for base models)."""
+    adaptive_max: float = Field(2.0, ge=1)
+    """Largest such budget, in units of `budget`. 2 is the factor of the paper's text, 5 that of its authors' code."""
+    adaptive_quantile: float = Field(0.9, ge=0, le=1)
+    """Which quantile. 0.9 in both."""
+    adaptive_factor: PositiveFloat = 1.0
+    """What the quantile is multiplied by before it is held. 1 in both."""
+
+    @model_validator(mode="after")
+    def _calibration_is_used(self) -> CppoObjective:
+        changed = [name for name in _CALIBRATION if getattr(self, name) != type(self).model_fields[name].default]
+        if changed and not self.adaptive_budget:
+            raise ValueError(
+                f"{', '.join(changed)} without adaptive_budget: the budget is fixed. Set adaptive_budget=true as well"
+            )
+        return self
 
 
 class TrmObjective(BaseObjective):
@@ -152,6 +197,36 @@ class TrmObjective(BaseObjective):
     """Largest mean over the sequence. The paper: 0.001. null: not applied."""
 
 
+class DrpoObjective(BaseObjective):
+    """DRPO, arXiv 2606.09821: a quadratic penalty on how far a token's probability has moved, smooth where DPPO masks."""
+
+    anchor = "rollout"
+    type: Literal["drpo"] = "drpo"
+    epsilon: PositiveFloat = 12.5
+    """Movement of a token's probability at which its gradient is 0, and beyond which it turns round. The paper's value; as
+    probabilities move by less than 1, it takes away at most a twelfth of a gradient."""
+
+
+class KpopObjective(BaseObjective):
+    """KPop (Ring's successor of IcePop): drops tokens whose probability has moved too far in KL, in either direction."""
+
+    anchor = "rollout"
+    type: Literal["kpop"] = "kpop"
+    delta: PositiveFloat = 0.05
+    """Largest KL divergence of two outcomes, the sampled token or another, either way round. No default of its own is known; this
+    is DPPO's for KL."""
+    gate: Literal["token", "prefix_max", "prefix_sum"] = "token"
+    """What is held to delta: a token's own divergence; the largest up to the token; their sum up to the token."""
+    penalty: NonNegativeFloat = 0.0
+    """Weight of the squared log-ratio that is added to every token's loss, dropped ones included."""
+
+
+class ReinforceObjective(BaseObjective):
+    """The policy gradient without an importance ratio: the baseline of all that have one."""
+
+    type: Literal["reinforce"] = "reinforce"
+
+
 Objective = Annotated[
     CtpoObjective
     | GrpoObjective
@@ -163,7 +238,10 @@ Objective = Annotated[
     | MinproObjective
     | DppoObjective
     | CppoObjective
-    | TrmObjective,
+    | TrmObjective
+    | DrpoObjective
+    | KpopObjective
+    | ReinforceObjective,
     Field(discriminator="type"),
 ]
 
@@ -254,3 +332,14 @@ class IcepopWeights(Section):
 
 
 Correction = Annotated[TruncatedWeights | MaskedWeights | IcepopWeights, Field(discriminator="type")]
+
+
+class DelightConfig(Section):
+    """Delightful Policy Gradient, arXiv 2603.14608: a weight on any objective, sigmoid(advantage * surprisal / eta)."""
+
+    eta: PositiveFloat = 1.0
+    """Temperature. The paper: 1."""
+    max_surprisal: PositiveFloat | None = None
+    """Largest surprisal (minus the log-prob) that counts, in nats. null: any."""
+    centred: bool = False
+    """Double the weight, so that it is 1 and not a half where advantage or surprisal is 0."""

@@ -86,10 +86,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _divergences_are_of_whole_distributions(self) -> RunConfig:
         if self.algorithm.top_k and self.rollout.truncation.cuts:
+            band = getattr(self.algorithm.objective, "band", None)
+            key, value = ("band", band) if band else ("divergence", getattr(self.algorithm.objective, "divergence", ""))
+            other = "variance or entropy" if band else "binary_tv or binary_kl"
             raise ValueError(
-                f"algorithm.objective.divergence={getattr(self.algorithm.objective, 'divergence', '')} compares whole "
-                "distributions, but rollout.top_k, top_p or min_p truncate what is sampled; use binary_tv or binary_kl, or leave "
-                "these out"
+                f"algorithm.objective.{key}={value} looks at whole distributions, but rollout.top_k, top_p or min_p truncate "
+                f"what is sampled; use {other}, or leave these out"
             )
         return self
 

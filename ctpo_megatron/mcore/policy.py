@@ -16,7 +16,7 @@ from ctpo_megatron.algorithms import (
     Stats,
     Support,
     Weighted,
-    make_recipe,
+    algorithm_recipe,
     nll_loss,
     raise_if_nonfinite,
     recipe_loss,
@@ -70,8 +70,7 @@ def update_policy(
     if reference is not None:
         with rank.using(reference):
             sharded = [_with_reference(rank, shards, temperature) for shards in sharded]
-    # sequences have their weights from the batch as a whole, so the recipe's aggregation is never asked
-    recipe = make_recipe(algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True)
+    recipe = algorithm_recipe(algorithm)
     loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
     steps: list[Values] = []
     for number, shards in enumerate(sharded):

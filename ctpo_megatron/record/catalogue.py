@@ -158,6 +158,12 @@ TRAIN = (
     Metric("train/correction_before", "ratio", "Such a weight before it is held to its range or masked, per token."),
     Metric("train/correction_before_max", "ratio", "The largest of these.", MAX),
     Metric("train/correction_log", "nats", "The logarithm of such a weight before that, per token."),
+    Metric(
+        "train/band",
+        "ratio",
+        "What the bounds of a token grew with, over its position; with a measured `algorithm.objective.band` only.",
+    ),
+    Metric("train/delight", "ratio", "Weight of what is surprising and good, per token; with `algorithm.delight` only."),
     Metric("sft/loss", "nats", "Supervised loss of an optimizer step, per token."),
     Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
 )

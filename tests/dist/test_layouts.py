@@ -58,6 +58,12 @@ OBJECTIVES: list[Options] = [
     {"type": "trm", "divergence": "k2", "max_divergence": 0.05, "mean_divergence": 0.02},
     {"type": "trm", "divergence": "binary_tv", "max_divergence": 0.05, "mean_divergence": None},
     {"type": "trm", "divergence": "topk_kl", "max_divergence": 0.05, "mean_divergence": 0.02},
+    {"type": "drpo", "epsilon": 0.1},
+    {"type": "kpop", "gate": "prefix_max", "delta": 0.5},
+    {"type": "kpop", "gate": "prefix_sum", "delta": 0.5, "penalty": 0.1},
+    {"type": "reinforce"},
+    {"type": "ctpo", "band": "variance"},
+    {"type": "ctpo", "band": "topk_entropy", "band_unit": 0.3},
 ]
 AGGREGATIONS = ("balanced", "sequence-mean", "token-mean", {"type": "constant", "tokens": 64}, "sequence-sum")
 CORRECTIONS: list[Options | None] = [
@@ -67,7 +73,7 @@ CORRECTIONS: list[Options | None] = [
     {"type": "truncate", "level": "geometric", "low": 0.3, "high": 2.0},
     {"type": "icepop", "low": 0.1, "high": 3.0},
 ]
-ON_ROLLOUT = ("dppo", "cppo", "trm")  # take no correction
+ON_ROLLOUT = ("dppo", "cppo", "trm", "drpo", "kpop")  # take no correction
 
 CUTS = ((1, "zigzag"), (2, "zigzag"), (2, "contiguous"), (4, "zigzag"), (4, "contiguous"))
 
@@ -93,6 +99,7 @@ def draw_cases() -> list[Case]:
     for number, objective in enumerate(OBJECTIVES):
         correction = None if objective["type"] in ON_ROLLOUT else CORRECTIONS[number % len(CORRECTIONS)]
         settings = {"aggregation": AGGREGATIONS[number % len(AGGREGATIONS)], "correction": correction}
+        settings |= {"delight": {"eta": 0.5}} if number % 5 == 4 else {}
         cases.append(draw_case(random.Random(number), objective, settings, shapes(restarts=number % 3 > 0)))
     return cases
 
@@ -146,8 +153,10 @@ def rounding(case: Case, spread: Spread) -> float:
     one exception: torch's sigmoid (SAPO) rounds differently in the last elements of a tensor, which are not vectorised. CPPO's
     position-weighted sum is float64 also in exact mode, but only decides which tokens are kept.
     """
-    if case.objective["type"] == "sapo":
+    if case.objective["type"] == "sapo" or case.settings.get("delight") is not None:
         return 4 * torch.finfo(getattr(torch, spread.dtype)).eps
+    if str(case.objective.get("band", "")).endswith("variance"):  # a sum of squares is float64 also in exact mode
+        return max(1e-12, 4 * torch.finfo(getattr(torch, spread.dtype)).eps)
     return 0.0 if spread.exact else 1e-12
 
 

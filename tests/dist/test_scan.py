@@ -34,11 +34,14 @@ QUANTILES = (0.0, 0.5, 0.9, 1.0)
 OBJECTIVES = {
     "ctpo": {"type": "ctpo"},
     "trm": {"type": "trm", "max_divergence": 0.05},
+    "measured ctpo": {"type": "ctpo", "band": "entropy"},
+    "kpop": {"type": "kpop", "gate": "prefix_sum"},
     "cppo": {"type": "cppo"},
     "adaptive cppo": {"type": "cppo", "adaptive_budget": True},
 }
 # rows that the scan of a pack sends: position and prefix; trm: a maximum and a sum; cppo: a sum and a ramp's three numbers
-ROWS = {"ctpo": 2, "trm": 4, "cppo": 6, "adaptive cppo": 6}
+# a measured band: its sum and total
+ROWS = {"ctpo": 2, "trm": 4, "measured ctpo": 4, "kpop": 3, "cppo": 6, "adaptive cppo": 6}
 Arrays = dict[str, Any]
 
 

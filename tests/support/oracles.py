@@ -99,6 +99,24 @@ def clipped_weight(ratio: float, clip_low: float, clip_high: float, decide: Deci
     return ratio
 
 
+def band_measure(row: Row, t: int, band: str) -> float:
+    """What a token adds to what CTPO's bounds grow with."""
+    if band == "position":
+        return 1.0
+    if band == "variance":
+        return drift(row.logp[t], row.old_logp[t]) ** 2
+    if band == "entropy":
+        return clamp(-row.old_logp[t], 0.0, MAX_DRIFT)
+    ps, qs = [math.exp(x) for x in row.top_logp[t]], [math.exp(x) for x in row.top_rollout[t]]
+    ps.append(max(1 - sum(ps), 0.0))
+    qs.append(max(1 - sum(qs), 0.0))
+    if band == "topk_entropy":
+        return -sum(q * math.log(max(q, MIN_PROBABILITY)) for q in qs)
+    moves = [math.log(max(p, MIN_PROBABILITY) / max(q, MIN_PROBABILITY)) for p, q in zip(ps, qs, strict=True)]
+    mean = sum(q * move for q, move in zip(qs, moves, strict=True))
+    return sum(q * (move - mean) ** 2 for q, move in zip(qs, moves, strict=True))
+
+
 def ctpo(
     row: Row,
     decide: Decisions,
@@ -108,16 +126,21 @@ def ctpo(
     clip_high: float = 0.05,
     dual_clip: float | None = 0.05,
     power: float = 0.5,
+    band: str = "position",
+    band_unit: float | None = None,
 ) -> Points:
     points = {}
+    measures = {t: band_measure(row, t, band) for t in row.policy_tokens()}
+    unit = band_unit or sum(measures.values()) / max(len(measures), 1)
     for segment in row.segments():
-        total = 0.0
+        total = measured = 0.0
         for n, t in enumerate(segment, start=1):
             total += drift(row.logp[t], row.old_logp[t])
+            measured += measures[t]
             value, slope = capped_ratio(total if ratio == "cumulative" else total / n, decide)
-            scale = n**power
-            low, high = math.exp(-clip_low * scale), math.exp(clip_high * scale)
-            dual = math.inf if dual_clip is None else math.exp(dual_clip * scale)
+            scale = (measured / unit if unit > 0 else n) ** power
+            low, high = math.exp(-clip_low * scale), math.exp(min(clip_high * scale, 700))
+            dual = math.inf if dual_clip is None else math.exp(min(dual_clip * scale, 700))
             points[t] = clipped_surrogate(row.advantage[t], value, slope, low, high, decide, dual)
     return points
 
@@ -260,14 +283,17 @@ def cppo(
     budget: float = 0.015,
     weight_min: float = 0.8,
     adaptive_budget: bool = False,
+    adaptive_max: float = 2.0,
+    adaptive_quantile: float = 0.9,
+    adaptive_factor: float = 1.0,
 ) -> Points:
     divergences = {t: divergence_of(row, t, divergence) for t in row.policy_tokens()}
     count = len(divergences)
     if adaptive_budget and count:
-        measured = quantile(list(divergences.values()), 0.9)
-        for name, bound in (("budget low", budget), ("budget high", 2 * budget)):
+        measured = adaptive_factor * quantile(list(divergences.values()), adaptive_quantile)
+        for name, bound in (("budget low", budget), ("budget high", adaptive_max * budget)):
             decide.above(name, measured, bound)
-        budget = clamp(measured, budget, 2 * budget)
+        budget = clamp(measured, budget, adaptive_max * budget)
     points = {}
     for segment in row.segments():
         spent = weights = 0.0
@@ -309,6 +335,43 @@ def trm(
     return points
 
 
+def drpo(row: Row, decide: Decisions, *, epsilon: float = 12.5) -> Points:
+    points = {}
+    for t in row.policy_tokens():
+        advantage, mu = row.advantage[t], math.exp(row.rollout_logp[t])
+        ratio = math.exp(drift(row.logp[t], row.rollout_logp[t]))
+        slope = drift_slope(row.logp[t], row.rollout_logp[t], decide)
+        loss = -advantage * ratio + abs(advantage) * mu * (ratio - 1) ** 2 / (2 * epsilon)
+        sign = (advantage > 0) - (advantage < 0)
+        points[t] = loss, -advantage * ratio * (1 - sign * mu * (ratio - 1) / epsilon) * slope
+    return points
+
+
+def kl_of_two(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def kpop(row: Row, decide: Decisions, *, delta: float = 0.05, gate: str = "token", penalty: float = 0.0) -> Points:
+    points = {}
+    for segment in row.segments():
+        largest = total = 0.0
+        for t in segment:
+            p, q = (clamp(math.exp(x), 1e-6, 1 - 1e-6) for x in (row.logp[t], row.rollout_logp[t]))
+            divergence = max(kl_of_two(p, q), kl_of_two(q, p))
+            largest, total = max(largest, divergence), total + divergence
+            d = drift(row.logp[t], row.rollout_logp[t])
+            slope = drift_slope(row.logp[t], row.rollout_logp[t], decide)
+            judged = {"token": divergence, "prefix_max": largest, "prefix_sum": total}[gate]
+            ratio = 0.0 if decide.above("divergence", judged, delta) else math.exp(d)
+            loss = -row.advantage[t] * ratio
+            points[t] = loss + penalty * d * d, (loss + 2 * penalty * d) * slope
+    return points
+
+
+def reinforce(row: Row, decide: Decisions) -> Points:
+    return {t: (-row.advantage[t] * row.logp[t], -row.advantage[t]) for t in row.policy_tokens()}
+
+
 OBJECTIVES: dict[str, Callable[..., Points]] = {
-    f.__name__: f for f in (ctpo, grpo, gspo, sequence, sapo, cispo, gmpo, minpro, dppo, cppo, trm)
+    f.__name__: f for f in (ctpo, grpo, gspo, sequence, sapo, cispo, gmpo, minpro, dppo, cppo, trm, drpo, kpop, reinforce)
 }

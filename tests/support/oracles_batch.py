@@ -56,6 +56,14 @@ def correction_factors(row: Row, correction: Options | None, decide: Decisions) 
     return factors
 
 
+def delight_of(row: Row, t: int, delight: Options) -> float:
+    """The logistic function of advantage times surprisal."""
+    eta, largest = float(delight.get("eta", 1.0)), delight.get("max_surprisal") or math.inf  # type: ignore[arg-type]
+    product = row.advantage[t] * min(-row.logp[t], float(largest)) / eta  # type: ignore[arg-type]
+    weight = 1 / (1 + math.exp(-product)) if product > -700 else 0.0
+    return 2 * weight if delight.get("centred") else weight
+
+
 def balanced_weights(rows: Sequence[Row], normalizer: float | None, groups: Sequence[int]) -> list[float]:
     """(sequences of the family / sequences of the group) / tokens of the family / groups; a family shares group and sign."""
     families: dict[int, tuple[int, int]] = {}
@@ -99,6 +107,7 @@ def expected_loss(
     normalizer: float | None = None,
     groups: Sequence[int] | None = None,
     correction: Options | None = None,
+    delight: Options | None = None,
 ) -> Expected:
     options = {name: value for name, value in objective.items() if name != "type"}
     decide = Decisions()
@@ -108,7 +117,7 @@ def expected_loss(
         factors = correction_factors(row, correction, decide)
         for t in range(len(row.mask)):
             value, slope = points.get(t, (0.0, 0.0))
-            factor = factors.get(t, 0.0)
+            factor = factors.get(t, 0.0) * (delight_of(row, t, delight) if t in factors and delight is not None else 1.0)
             loss.append(weight * factor * value)
             token_loss.append(factor * value)
             gradient.append(weight * factor * slope)

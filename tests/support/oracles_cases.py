@@ -113,6 +113,11 @@ def packed(rows: Sequence[Row], stream: str) -> torch.Tensor:
     return tensor if values or not stream.startswith("top") else tensor.view(0, TOP_K)
 
 
+def looks_at_top(objective: Options) -> bool:
+    """Whether an objective takes both policies' top-k log-probs."""
+    return any(str(objective.get(name, "")).startswith("topk") for name in ("divergence", "band"))
+
+
 def run_policy_loss(
     objective: Options, rows: Sequence[Row], *, exact: bool = False, **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,7 +127,7 @@ def run_policy_loss(
     lengths = torch.tensor([0, *(len(row.mask) for row in rows)])
     if settings.get("groups") is not None:
         settings["groups"] = torch.tensor(settings["groups"])
-    needs_support = str(objective.get("divergence", "")).startswith("topk")
+    needs_support = looks_at_top(objective)
     out = policy_loss(
         objective,
         logp=logp,

@@ -19,7 +19,7 @@ from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.parallel import ContextParallelScan, Layout, shard, unshard
 from tests.support.naive_scan import borders
 from tests.support.oracles import Row
-from tests.support.oracles_cases import TOP_K, Case, packed
+from tests.support.oracles_cases import TOP_K, Case, looks_at_top, packed
 
 Shares = dict[int, dict[str, Any]]  # of one rank, by micro-batch; arrays, since a tensor outlives its process only as a handle
 PADDING = {  # what stands under the mask must not matter
@@ -130,7 +130,7 @@ def _share(case: Case, spread: Spread, members: list[int], weights: Tensor | Non
         stream = stream if stream.dtype == torch.bool else stream.to(getattr(torch, spread.dtype))
         return shard(stream, cu, cp_rank, spread.cp, spread.layout)
 
-    tops = str(case.objective.get("divergence", "")).startswith("topk")
+    tops = looks_at_top(case.objective)
     logp, mask = mine("logp").requires_grad_(), mine("mask")
     out = policy_loss(
         case.objective,
@@ -141,6 +141,7 @@ def _share(case: Case, spread: Spread, members: list[int], weights: Tensor | Non
         mask=mask,
         cu_seqlens=cu,
         correction=case.settings["correction"],
+        delight=case.settings.get("delight"),
         restarts=mine("restart") if any(any(row.restart) for row in case.rows) else None,
         support=Support(mine("top_logp"), mine("top_rollout")) if tops else None,
         sequence_ids=torch.tensor(members),

@@ -4,10 +4,13 @@ from ctpo_megatron.algorithms.objectives.cispo import CISPO
 from ctpo_megatron.algorithms.objectives.cppo import CPPO
 from ctpo_megatron.algorithms.objectives.ctpo import CTPO
 from ctpo_megatron.algorithms.objectives.dppo import DPPO
+from ctpo_megatron.algorithms.objectives.drpo import DRPO
 from ctpo_megatron.algorithms.objectives.gmpo import GMPO
 from ctpo_megatron.algorithms.objectives.grpo import GRPO
 from ctpo_megatron.algorithms.objectives.gspo import GSPO
+from ctpo_megatron.algorithms.objectives.kpop import KPOP
 from ctpo_megatron.algorithms.objectives.minpro import MINPRO
+from ctpo_megatron.algorithms.objectives.reinforce import REINFORCE
 from ctpo_megatron.algorithms.objectives.sapo import SAPO
 from ctpo_megatron.algorithms.objectives.sequence import SEQUENCE
 from ctpo_megatron.algorithms.objectives.trm import TRM
@@ -25,4 +28,7 @@ OBJECTIVES: dict[str, Method] = {
     "dppo": DPPO,
     "cppo": CPPO,
     "trm": TRM,
+    "drpo": DRPO,
+    "kpop": KPOP,
+    "reinforce": REINFORCE,
 }

@@ -16,7 +16,9 @@ from ctpo_megatron.algorithms.scan import Channel
 from ctpo_megatron.algorithms.tokens import Given, Method, Quantile, Statistic, TokenLoss, Tokens, kept
 
 
-def statistics(given: Given, *, divergence: str, adaptive_budget: bool, **_: float) -> dict[str, Statistic]:
+def statistics(
+    given: Given, *, divergence: str, adaptive_budget: bool, adaptive_quantile: float, **_: float
+) -> dict[str, Statistic]:
     """D, and its plain and position-weighted sums over the tokens before t: w is linear in n, so S is a mix of the two."""
     spent = torch.where(given.mask, divergence_from_rollout(divergence, given), 0.0)
     found: dict[str, Statistic] = {
@@ -25,18 +27,29 @@ def statistics(given: Given, *, divergence: str, adaptive_budget: bool, **_: flo
         "ramp": Channel(torch.stack([given.mask.to(spent.dtype), spent]), RAMP, "before"),
     }
     if adaptive_budget:
-        found["typical"] = Quantile(spent, 0.9)
+        found["typical"] = Quantile(spent, adaptive_quantile)
     return found
 
 
-def loss(tokens: Tokens, *, delta: float, budget: float, weight_min: float, **_: str | bool) -> TokenLoss:
-    """Per-token loss [T]: -A r of the tokens within budget. `typical` divergence: clamp(it, budget, 2 budget)."""
+def loss(
+    tokens: Tokens,
+    *,
+    delta: float,
+    budget: float,
+    weight_min: float,
+    adaptive_max: float,
+    adaptive_factor: float,
+    **_: str | bool | float,
+) -> TokenLoss:
+    """Per-token loss [T]: -A r of the tokens within budget, which with a `typical` divergence follows that."""
     own, before = tokens.statistics, tokens.position - 1
     slope = torch.where(tokens.length > 1, (1 - weight_min) / (tokens.length - 1).clamp(min=1), 0.0)
     weight = 1 - slope * before
     weights_before = before - slope * before * (before - 1) / 2
     spent_before = own["spent"] - slope * own["ramp"]
-    allowance: Tensor | float = own["typical"].clamp(budget, 2 * budget) if "typical" in own else budget
+    allowance: Tensor | float = budget
+    if "typical" in own:
+        allowance = (adaptive_factor * own["typical"]).clamp(budget, adaptive_max * budget)
     limit = torch.clamp(delta + allowance * weights_before - spent_before, max=delta)
     ratio = torch.exp(tokens.log_ratio)
     advantages = tokens.advantages

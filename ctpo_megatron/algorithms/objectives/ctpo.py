@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import torch
 
-from ctpo_megatron.algorithms.tokens import MAX_LOG_RATIO, Method, TokenLoss, Tokens, carry_gradient
+from ctpo_megatron.algorithms.band import band_statistics, measured_position
+from ctpo_megatron.algorithms.tokens import MAX_LOG_RATIO, Given, Method, Statistic, TokenLoss, Tokens, carry_gradient
 
 
-def loss(tokens: Tokens, *, ratio: str, clip_low: float, clip_high: float, dual_clip: float | None, power: float) -> TokenLoss:
+def statistics(given: Given, *, band: str, band_unit: float | None, **_: str | float | None) -> dict[str, Statistic]:
+    """What a measured band sums up."""
+    return band_statistics(band, band_unit, given)
+
+
+def loss(
+    tokens: Tokens,
+    *,
+    ratio: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    power: float,
+    band: str,
+    band_unit: float | None,
+) -> TokenLoss:
     """Per-token loss [T].
 
-    With n the position among the sequence's policy tokens and s = n**power, the log-ratio L is clipped to
-    [-clip_low * s, clip_high * s]; where the advantage is negative the ratio counts at most exp(dual_clip * s).
+    With n the position among the sequence's policy tokens, or what `band` measures in its place, and s = n**power: the log-ratio
+    L is clipped to [-clip_low * s, clip_high * s]; where the advantage is negative the ratio counts at most exp(dual_clip * s).
     """
     prefix = tokens.prefix_sum if ratio == "cumulative" else tokens.prefix_sum / tokens.position
     log_ratio = carry_gradient(prefix, tokens.logp).clamp(max=MAX_LOG_RATIO)
-    scale, advantages = tokens.position**power, tokens.advantages
+    position = tokens.position if band == "position" else measured_position(band_unit, tokens)
+    scale, advantages = position**power, tokens.advantages
     low, high, negative = -clip_low * scale, clip_high * scale, advantages < 0
     ceiling = torch.full_like(scale, torch.inf) if dual_clip is None else dual_clip * scale
     # the larger of the plain and the clipped loss, as one clamp: only the side that the advantage pushes to is bounded
@@ -32,7 +49,8 @@ def loss(tokens: Tokens, *, ratio: str, clip_low: float, clip_high: float, dual_
         high=(held > high) & (advantages > 0),
         low=(held < low) & negative,
         dual=None if dual_clip is None else (held > ceiling) & negative,
+        band=None if band == "position" else position / tokens.position,
     )
 
 
-CTPO = Method(loss)
+CTPO = Method(loss, statistics)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed import fake_pg
 
-from ctpo_megatron.algorithms import make_recipe
+from ctpo_megatron.algorithms import algorithm_recipe
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
@@ -106,8 +106,7 @@ def rehearse(what: Rehearsal) -> Rehearsed:
 
 def loss_of(algorithm: AlgorithmConfig) -> LossFn:
     """The loss of a training step, as `update_policy` has it."""
-    recipe = make_recipe(algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True)
-    return partial(policy_share, recipe=recipe, algorithm=algorithm)
+    return partial(policy_share, recipe=algorithm_recipe(algorithm), algorithm=algorithm)
 
 
 def _counted(rank: FakeRank, ledger: Ledger, what: Rehearsal, seconds: float) -> Rehearsed:

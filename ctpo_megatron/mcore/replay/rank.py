@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Scan, Stats, make_recipe, reference_penalty
+from ctpo_megatron.algorithms import Scan, Stats, algorithm_recipe, reference_penalty
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.checkpoints.files import MODEL
 from ctpo_megatron.config.algorithm import AlgorithmConfig
@@ -128,8 +128,7 @@ class DumpRank(TrainerRank):
             out = likelihood_loss(logp, shard, scan)
             return out.loss, out.token_loss
         algorithm, tokens, sequences = what.algorithm, shard.tokens, shard.sequences
-        recipe = make_recipe(algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True)
-        out = objective_loss(logp, shard, scan, recipe=recipe, algorithm=algorithm)
+        out = objective_loss(logp, shard, scan, recipe=algorithm_recipe(algorithm), algorithm=algorithm)
         if algorithm.reference is None or tokens.reference_logp is None:
             return out.loss, out.token_loss
         penalty = reference_penalty(

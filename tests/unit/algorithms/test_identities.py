@@ -24,9 +24,12 @@ PPO_TYPE = [
     {"type": "minpro", "form": "ppo"},
     {"type": "cppo"},
     {"type": "trm"},
+    {"type": "drpo"},
+    {"type": "kpop"},
+    {"type": "ctpo", "band": "entropy"},
 ]
 # at ratio 1 these differ from -A in value, not in gradient
-GRADIENT_ONLY = [{"type": "sapo"}, {"type": "cispo"}, {"type": "minpro"}, {"type": "dppo"}]
+GRADIENT_ONLY = [{"type": "sapo"}, {"type": "reinforce"}, {"type": "cispo"}, {"type": "minpro"}, {"type": "dppo"}]
 
 
 def make_row(logp: list[float], drifts: list[float], advantage: float, mask: list[bool] | None = None) -> Row:

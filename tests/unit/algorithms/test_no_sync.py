@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ctpo_megatron.algorithms import LocalScan, Support, policy_loss
+from ctpo_megatron.algorithms import LocalScan, Scan, Support, policy_loss
+from ctpo_megatron.algorithms.critic import gae, value_loss
+from ctpo_megatron.algorithms.distillation import Likeliest, distillation_loss
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
 from ctpo_megatron.parallel import ContextParallelScan, context
 
@@ -142,7 +145,11 @@ CORRECTIONS: tuple[dict[str, Any], ...] = (
     {"type": "icepop"},
 )
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "ctpo": ({"ratio": "geomean"}, {"dual_clip": None}, {"power": 0.0}),
+    "ctpo": (
+        *({"ratio": "geomean"}, {"dual_clip": None}, {"power": 0.0}),
+        *({"band": "variance"}, {"band": "entropy", "band_unit": 0.5}, {"band": "topk_variance"}, {"band": "topk_entropy"}),
+    ),
+    "kpop": ({"gate": "prefix_max"}, {"gate": "prefix_sum", "penalty": 0.1}),
     "grpo": ({"dual_clip": None},),
     "minpro": ({"form": "ppo"},),
     "dppo": ({"divergence": "binary_kl", "ratio_cap": None}, {"divergence": "topk_tv"}, {"divergence": "topk_kl"}),
@@ -157,9 +164,10 @@ def calls() -> Iterator[dict[str, Any]]:
     for name in OBJECTIVES:
         for options in ({}, *VARIANTS.get(name, ())):
             yield {"objective": {"type": name, **options}}
-        takes_corrections = name not in ("dppo", "cppo", "trm")
+        takes_corrections = name not in ("dppo", "cppo", "trm", "drpo", "kpop")
         more = {"correction": {"type": "truncate", "level": "prefix"}} if takes_corrections else {}
         yield {"objective": {"type": name}, "restarts": True, "aggregation": "balanced", "normalizer": 2.0} | more
+    yield {"objective": {"type": "ctpo"}, "delight": {"max_surprisal": 5.0, "centred": True}}
     for aggregation in AGGREGATIONS:
         yield {"objective": {"type": "ctpo"}, "aggregation": aggregation}
     for correction in CORRECTIONS:
@@ -245,6 +253,31 @@ def test_stays_on_the_device(case: tuple[dict[str, Any], str]) -> None:
     with NoHostSync():
         grad = run()
     assert grad.device == torch.device(FAKE_DEVICE)
+
+
+def critic_and_teacher(given: dict[str, Any], scan: Scan) -> None:
+    """Advantages of a critic, its loss, and a teacher's, with their backwards."""
+    mask, cu, logp = given["mask"], given["cu_seqlens"], given["logp"]
+    at = {"mask": mask, "cu_seqlens": cu, "scan": scan}
+    found = gae(rewards=given["advantages"], values=given["old_logp"], gamma=0.99, lam=0.9, **at)
+    weights = given["advantages"][: cu.numel() - 1]
+    of_value = value_loss(values=logp, old_values=given["old_logp"], returns=found.returns, weights=weights, **at)
+    teacher = {"sampled_logp": given["old_logp"], "teacher_logp": given["rollout_logp"], "weights": weights}
+    likeliest = Likeliest(given["support"].logp, given["support"].rollout_logp)
+    sampled = distillation_loss(logp=logp, **teacher, **at)
+    (of_value.loss + sampled.loss + distillation_loss(logp=logp, **teacher, **at, likeliest=likeliest).loss).backward()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("device", ["cpu", FAKE_DEVICE])
+@pytest.mark.usefixtures("gathered_alone")
+def test_critic_and_teacher_read_no_value(device: str, alone: bool) -> None:
+    with FakeTensorMode() if device == FAKE_DEVICE else nullcontext():
+        given = inputs(device, sum(LENGTHS) // (1 if alone else CP_SIZE), LENGTHS)
+        scan = LocalScan() if alone else ContextParallelScan(Group())
+        with NoHostSync():
+            critic_and_teacher(given, scan)
+        assert given["logp"].grad.device.type == torch.device(device).type
 
 
 @pytest.mark.usefixtures("fake_device")

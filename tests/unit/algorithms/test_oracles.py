@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.oracles import Row, divergence_of
+from tests.support.oracles import OBJECTIVES, Row, divergence_of
 from tests.support.oracles_batch import RANGES, Options, expected_loss
 from tests.support.oracles_cases import Case, assert_as_expected, draw_case, run_policy_loss
 
@@ -34,7 +34,9 @@ CORRECTIONS: list[Options | None] = [
     {"type": "icepop", "low": 0.1, "high": 1.5},
     *({"type": kind} for kind in RANGES),  # with its own range, at token level
 ]
-ON_ROLLOUT = ("dppo", "cppo", "trm")  # take no correction
+ON_ROLLOUT = ("dppo", "cppo", "trm", "drpo", "kpop")  # take no correction
+BANDS = ("variance", "entropy", "topk_variance", "topk_entropy")
+DELIGHTS: list[Options] = [{}, {"eta": 0.3, "max_surprisal": 0.7}, {"centred": True}]
 DIVERGENCES = ("binary_tv", "binary_kl", "topk_tv", "topk_kl")
 VARIANTS: list[Options] = [
     *(
@@ -72,6 +74,17 @@ VARIANTS: list[Options] = [
         for divergence, mean in product(("k2", "k3", *DIVERGENCES), (None, 0.02))
     ),
     {"type": "trm", "divergence": "k3", "mean_divergence": 25.0},  # above what a log-ratio may be
+    *({"type": "ctpo", "band": band, "band_unit": unit} for band, unit in product(BANDS, (None, 0.3))),
+    {"type": "ctpo", "band": "variance", "band_unit": 0.3, "ratio": "geomean", "power": 1.0, "clip_low": 0.3, "clip_high": 0.4},
+    {"type": "cppo", "adaptive_budget": True, "adaptive_max": 5.0, "adaptive_quantile": 0.5, "adaptive_factor": 2.0},
+    {"type": "drpo"},
+    {"type": "drpo", "epsilon": 0.1},
+    *(
+        {"type": "kpop", "gate": gate, "delta": delta}
+        for gate, delta in product(("token", "prefix_max", "prefix_sum"), (0.05, 0.5))
+    ),
+    {"type": "kpop", "penalty": 0.1},
+    {"type": "reinforce"},
 ]
 
 
@@ -151,6 +164,15 @@ def test_every_aggregation_with_every_correction(variant: Options) -> None:
     rng = generator(variant)
     for chosen, correction in product(AGGREGATIONS, CORRECTIONS):
         assert_as_expected(draw_case(rng, variant, {**chosen, "correction": correction}))
+
+
+@pytest.mark.parametrize("delight", DELIGHTS, ids=str)
+def test_delight_weighs_any_objective(delight: Options) -> None:
+    for number, name in enumerate(OBJECTIVES):
+        rng = random.Random(number)
+        correction = None if name in ON_ROLLOUT else CORRECTIONS[number % len(CORRECTIONS)]
+        settings = {**AGGREGATIONS[number % len(AGGREGATIONS)], "correction": correction, "delight": delight}
+        assert_as_expected(draw_case(rng, {"type": name}, settings))
 
 
 SHAPES = st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), min_size=1, max_size=6)

@@ -202,7 +202,11 @@ def test_configuration_errors_end_with_exit_code_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "k"), [("{type: dppo, divergence: topk_tv}", 20), ("{type: dppo}", 0), ("{type: ctpo}", 0)]
+    ("objective", "k"),
+    [
+        *(("{type: dppo, divergence: topk_tv}", 20), ("{type: dppo}", 0), ("{type: ctpo}", 0)),
+        *(("{type: ctpo, band: topk_variance}", 20), ("{type: ctpo, band: variance}", 0)),
+    ],
 )
 def test_only_top_k_divergences_ask_for_the_likeliest_tokens(tmp_path: Path, objective: str, k: int) -> None:
     assert load_config(write(tmp_path, GOOD), [f"algorithm.objective={objective}"]).algorithm.top_k == k
@@ -219,6 +223,26 @@ def test_truncation_is_refused_where_supports_are_not_told(tmp_path: Path) -> No
         assert value.partition("=")[0] in refusal(path, value)
     message = refusal(path, "rollout.top_k=20", "algorithm.objective={type: dppo, divergence: topk_kl}")
     assert "use binary_tv or binary_kl" in message
+    message = refusal(path, "rollout.top_k=20", "algorithm.objective={type: ctpo, band: topk_entropy}")
+    assert "algorithm.objective.band=topk_entropy looks at whole distributions" in message
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("{type: ctpo, band_unit: 0.1}", "band_unit=0.1 with band 'position'"),
+        ("{type: ctpo, band: variance, power: 0}", "band 'variance' with power=0"),
+        ("{type: cppo, adaptive_max: 5}", "adaptive_max without adaptive_budget"),
+    ],
+)
+def test_options_of_objectives_that_would_do_nothing_are_refused(tmp_path: Path, objective: str, words: str) -> None:
+    assert words in refusal(write(tmp_path, GOOD), f"algorithm.objective={objective}")
+
+
+@pytest.mark.parametrize("objective", ["drpo", "kpop"])
+def test_a_correction_beside_a_ratio_against_the_engine_is_refused(tmp_path: Path, objective: str) -> None:
+    changes = (f"algorithm.objective={{type: {objective}}}", "algorithm.correction={type: icepop}")
+    assert "would count the distance twice" in refusal(write(tmp_path, GOOD), *changes)
 
 
 def test_a_mistake_in_a_list_of_sections_is_named_as_it_was_written(tmp_path: Path) -> None:

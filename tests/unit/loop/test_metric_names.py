@@ -70,7 +70,8 @@ def handed_on(stats: Stats) -> Values:
 
 def trained() -> set[str]:
     """What comes of an update, with everything that a run can ask for."""
-    found = loss_stats(objective={"type": "ctpo"}, correction={"type": "truncate", "level": "token"})
+    measured = {"type": "ctpo", "band": "entropy"}
+    found = loss_stats(objective=measured, correction={"type": "truncate", "level": "token"}, delight={})
     found |= reference_stats()
     means = (
         "loss",

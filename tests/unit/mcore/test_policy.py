@@ -53,7 +53,7 @@ def test_the_device_holds_one_optimizer_step_at_a_time(monkeypatch: pytest.Monke
     """What is kept from the old policy's pass to the step are shards in the host's memory; all log-probs come before a step."""
     monkeypatch.setattr(policy, "drift_stats", lambda *_: Stats())
     monkeypatch.setattr(policy, "anchor_logp", lambda _mb, old, *_: old)
-    for name in ("raise_if_nonfinite", "check_drift", "make_recipe"):
+    for name in ("raise_if_nonfinite", "check_drift", "algorithm_recipe"):
         monkeypatch.setattr(policy, name, lambda *_, **__: None)
     monkeypatch.setattr(policy, "merge_values", lambda steps: dict.fromkeys(steps))
     trained: list[list[Shard]] = []
