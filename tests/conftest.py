@@ -35,7 +35,7 @@ def runs_alone(nodeid: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A process that looks for tests is spared kernels that it would import for a second; one that hands them out looks for none."""
+    """What looks for tests is spared kernels that it would import for a second; a process that hands tests out looks for none."""
     if not config.getoption("numprocesses", None):
         from ctpo_megatron.engine.sglang.imports import hide_kernels
 
