@@ -50,12 +50,13 @@ def start_once(tree: Path, words: list[str], scratch: Path) -> Cost:
     """Start a run of `tree` and end it as soon as it is ready."""
     run_dir, output = scratch / "run", scratch / "output"
     command = [sys.executable, "-m", "ctpo_megatron.cli", "train", str(ROOT / "configs" / "quickstart.yaml"), *words]
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as users have it
     begun = time.monotonic()
     with output.open("w") as sink:
         run = subprocess.Popen(
             [*command, f"run_dir={run_dir}"],
             cwd=tree,
-            env=os.environ | {"PYTHONPATH": str(tree)},
+            env={**plain, "PYTHONPATH": str(tree)},
             stdout=sink,
             stderr=subprocess.STDOUT,
         )
