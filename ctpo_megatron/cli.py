@@ -26,6 +26,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
 from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.jobs.children import end_children
+from ctpo_megatron.jobs.early import opened_nursery
 from ctpo_megatron.jobs.serving import serve_sandbox
 from ctpo_megatron.jobs.stop import StopSignal
 
@@ -63,10 +64,11 @@ def train(
 ) -> None:
     """Reinforcement learning: rollouts, CTPO, publication of weights, until train.steps."""
     loaded = _load(config, overrides)
-    with modules_stay():
-        from ctpo_megatron.jobs.train import train_job
+    with opened_nursery(loaded) as nursery:
+        with modules_stay():
+            from ctpo_megatron.jobs.train import train_job
 
-    _run(loaded, lambda stop: train_job(loaded, stop, resume=resume))
+        _run(loaded, lambda stop: train_job(loaded, stop, resume=resume, nursery=nursery))
 
 
 @app.command()
@@ -88,10 +90,11 @@ def evaluate(
     """avg@k, pass@k and maj@k of model.path on data.eval and eval.benchmarks, through SGLang. The same command goes on from an
     end before its time."""
     loaded = _load(config, overrides)
-    with modules_stay():
-        from ctpo_megatron.jobs.evaluate import eval_job
+    with opened_nursery(loaded) as nursery:
+        with modules_stay():
+            from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(loaded, lambda _stop: eval_job(loaded, anew=anew))
+        _run(loaded, lambda _stop: eval_job(loaded, anew=anew, nursery=nursery))
 
 
 @app.command("serve-agents")

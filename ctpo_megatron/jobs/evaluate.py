@@ -25,6 +25,7 @@ from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.evaluation.files import DIRECTORY, write_results
 from ctpo_megatron.loop.evaluation.results import Evaluation
 from ctpo_megatron.loop.evaluation.table import as_table
+from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.models.files import weight_files
 from ctpo_megatron.record import write_summary
 from ctpo_megatron.record.events import print_sentence
@@ -35,8 +36,11 @@ OF_MODEL = "model"  # the place of these results, beside those of a run's steps
 JOURNAL = "journal"
 
 
-async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
-    """Print the results and write RUN_DIR/eval.json; `anew`: without what an earlier command has sampled."""
+async def eval_job(config: RunConfig, *, anew: bool = False, nursery: Nursery | None = None) -> None:
+    """Print the results and write RUN_DIR/eval.json; `anew`: without what an earlier command has sampled.
+
+    `nursery`: the process that servers are forked from, if any.
+    """
     if config.data.eval is None and not config.eval.benchmarks:
         raise ConfigError("neither data.eval nor eval.benchmarks is set; give at least one file to evaluate on")
     model = open_model(config, "eval")
@@ -50,7 +54,7 @@ async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
     journal = _open_journal(config, benchmarks, directory)
     try:
         async with (
-            Runtime(config, model.shape, topology_of(config, trainer=False), run_dir, emit=print_sentence) as runtime,
+            Runtime(config, model.shape, topology_of(config, trainer=False), run_dir, emit=print_sentence, nursery=nursery) as runtime,
             open_rollouts(runtime, model.chat, tool, journal) as rollouts,
         ):
             made = await runtime.guard(_evaluate(config, benchmarks, rollouts))
