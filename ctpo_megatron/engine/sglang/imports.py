@@ -6,6 +6,7 @@ SGLang 0.5.23 imports 8,000 modules. tests/integration/test_sglang_environment.p
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -25,6 +26,16 @@ ABSENT_IN_SERVERS_ON_CPU = ("triton_kernels", "mcp")
 
 # Optional parts of libraries that SGLang imports; whoever imports one when a server is up gets it.
 ABSENT_AT_FIRST = ("mistral_common", "scipy", "trio")
+
+# What a server imports when it has started, on CPUs in each of its processes: brought forward, it is imported once. One of them
+# decorates functions with `torch.compile`, which would bring torch's compiler.
+LATER = (
+    "sglang.srt.dllm.algorithm.base",
+    "sglang.srt.distributed.device_communicators.custom_all_reduce",
+    "sglang.srt.entrypoints.openai.serving_responses",
+    "sglang.srt.managers.tp_worker",
+    "sglang.srt.model_executor.model_runner",
+)
 
 
 def hide_kernels() -> None:
@@ -58,6 +69,13 @@ def lean_server() -> Iterator[None]:
         for name in for_now:
             if sys.modules.get(name) is None:
                 sys.modules.pop(name, None)
+
+
+def bring_forward() -> None:
+    """Import LATER, where torch sees no CUDA device: there, schedulers are forked."""
+    if not torch.cuda.is_available():
+        for name in LATER:
+            importlib.import_module(name)
 
 
 @contextlib.contextmanager
