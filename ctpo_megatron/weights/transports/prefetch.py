@@ -10,6 +10,7 @@ in collectives, and would wait for ever otherwise.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -33,6 +34,10 @@ class DigestAccount(Protocol):
         """The digests by name of the tensors in `bucket`, and perhaps of others. The tensors may change afterwards."""
         ...
 
+    def remember(self, parts: Mapping[str, PartDigests]) -> None:
+        """Take in digests by name that were found before, of tensors that have not changed since."""
+        ...
+
     def digests(self) -> EngineDigests:
         """The digests of the engines' tensors, from all buckets so far."""
         ...
@@ -43,11 +48,12 @@ Finish = Callable[[], None]
 
 
 def prefetched(stream: Iterator[T]) -> Iterator[T]:
-    """The stream, of which the first item is read now. It keeps no item that it has given out."""
-    first = [next(stream)]
+    """The stream, of which the first item is read now, if there is one. It keeps no item that it has given out."""
+    first = list(itertools.islice(stream, 1))
 
     def rest() -> Iterator[T]:
-        yield first.pop()
+        if first:
+            yield first.pop()
         yield from stream
 
     return rest()
@@ -120,7 +126,10 @@ def send_account(
     stream = iter(buckets)
     beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
     try:
-        yield SendAccount(stream, changes, new_account() if new_account else None, Sent(version), beside)
+        expected = new_account() if new_account else None
+        if expected is not None:
+            expected.remember(changes.held)
+        yield SendAccount(stream, changes, expected, Sent(version), beside)
     except BaseException:
         changes.forget()
         raise
