@@ -106,6 +106,10 @@ def _become_server(arguments: list[str], env: dict[str, str], stdin: int, output
         importlib.import_module("setproctitle").setproctitle(" ".join([sys.executable, "-m", SERVER, *arguments]))
         importlib.import_module(SERVER).main(arguments)
         code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:  # noqa: BLE001 - this process ends here, and its log says why
         traceback.print_exc()
     finally:
