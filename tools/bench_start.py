@@ -4,9 +4,9 @@
     python tools/bench_start.py ../before                     a toy model, one trainer rank, one server; about two minutes
     python tools/bench_start.py ../before --repeats 5 rollout.engine.servers=2 parallel.tp=2
 
-Seconds are those that the run says itself ("ready after"), from the checked command line to weights that are proven on every server,
-and those from the start of the process. CPU seconds are of all processes of the run until then, dead ones included. The ratio counts,
-of medians. Ends with exit code 1 when a bound is missed.
+Seconds are those that the run says itself ("ready after"), from the checked command line to weights that are proven on every
+server, and those from the start of the process. CPU seconds are of all processes of the run until then, dead ones included. The
+ratio of medians counts. Ends with exit code 1 when a bound is missed.
 """
 
 from __future__ import annotations
@@ -127,7 +127,10 @@ def main(
                 cost = start_once(path, words, scratch)
                 costs[tree] += [cost] if repeat else []
                 shown = ", ".join(f"{what} {seconds:.1f}" for what, seconds in sorted(cost.by_process.items()))
-                print(f"{tree:7} ready {cost.ready_s:.1f} s, wall {cost.wall_s:.1f} s, CPU {cost.cpu_s:.1f} s  ({shown})", flush=True)
+                print(
+                    f"{tree:7} ready {cost.ready_s:.1f} s, wall {cost.wall_s:.1f} s, CPU {cost.cpu_s:.1f} s  ({shown})",
+                    flush=True,
+                )
     checks = []
     for what in ("ready_s", "wall_s", "cpu_s"):
         then, now = (statistics.median(getattr(cost, what) for cost in costs[tree]) for tree in trees)

@@ -38,7 +38,9 @@ from ctpo_megatron.ports import free_port
 
 MIN_BANDWIDTH = 0.7  # of a bare broadcast
 MIN_COLOCATED = 0.9  # the same, handed over within a node
-MAX_DELTA = 0.3  # pause for a delta, of a full broadcast's: half of 0.6, which it was when all weights were gathered and read for it
+MAX_DELTA = (
+    0.3  # pause for a delta, of a full broadcast's: half of 0.6, which it was when all weights were gathered and read for it
+)
 MAX_ATTESTATION = 0.1  # of the time without generation
 MAX_MEMORY = 2.0  # buckets, on the sender
 START_S = 300.0

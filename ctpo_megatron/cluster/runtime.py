@@ -59,9 +59,9 @@ class Runtime:
     """Use as `async with Runtime(...) as runtime`; leaving the block ends every process it started.
 
     `shape`: of the model in config.model.path. `topology`: which processes there are. `total_steps`: optimizer steps of the run.
-    `nursery`: the process that servers on CPUs of this host are forked from. `emit` receives what happens to the inference servers and to the trainer's places. Once it has started, `config` and
+    `emit` receives what happens to the inference servers and to the trainer's places. Once it has started, `config` and
     `topology` name the device that is used, cpu or cuda, and the layout that the trainer has: `parallel`, or a smaller one of
-    `elastic.layouts`.
+    `elastic.layouts`. `nursery`: the process that servers on CPUs of this host are forked from.
     """
 
     def __init__(

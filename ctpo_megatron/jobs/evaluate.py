@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.errors import ConfigError, storing
 from ctpo_megatron.jobs.evaluations import load_benchmarks, recipes
 from ctpo_megatron.jobs.inputs import open_model, prepare_run_dir
@@ -25,7 +26,6 @@ from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.evaluation.files import DIRECTORY, write_results
 from ctpo_megatron.loop.evaluation.results import Evaluation
 from ctpo_megatron.loop.evaluation.table import as_table
-from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.models.files import weight_files
 from ctpo_megatron.record import write_summary
 from ctpo_megatron.record.events import print_sentence
@@ -54,7 +54,9 @@ async def eval_job(config: RunConfig, *, anew: bool = False, nursery: Nursery | 
     journal = _open_journal(config, benchmarks, directory)
     try:
         async with (
-            Runtime(config, model.shape, topology_of(config, trainer=False), run_dir, emit=print_sentence, nursery=nursery) as runtime,
+            Runtime(
+                config, model.shape, topology_of(config, trainer=False), run_dir, emit=print_sentence, nursery=nursery
+            ) as runtime,
             open_rollouts(runtime, model.chat, tool, journal) as rollouts,
         ):
             made = await runtime.guard(_evaluate(config, benchmarks, rollouts))

@@ -1,7 +1,7 @@
 """Which of the trainer's parameters differ from those that the servers hold: each rank looks at its own pieces, where they lie.
 
-It is done while the servers still sample, so a pause is as long as what has changed is large: nothing else is gathered, digested or
-sent. What differs is found by the same digests that prove a publication (`engine.digest`), not by what an optimizer says it did.
+It is done while the servers still sample, so a pause is as long as what has changed is large: nothing else is gathered, digested
+or sent. What differs is found by the same digests that prove a publication (`engine.digest`), not by what an optimizer says it did.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Tracked:
         self._seen: dict[str, int] = {}
 
     def look(self, pieces: Mapping[str, Tensor]) -> set[str] | None:
-        """The keys of the parameters that differ on any rank; None: they may all, as some rank does not know. All ranks call it."""
+        """The keys of the parameters that differ on any rank; None: all may, as some rank does not know. All ranks call it."""
         self._seen = dict(zip(pieces, tensor_digests(Part(piece) for piece in pieces.values()), strict=True))
         held = self._held
         mine = None if held is None else [key for key, digest in self._seen.items() if held.get(key) != digest]

@@ -1,5 +1,5 @@
-"""SGLang servers forked from one process for many tests (`engine.nursery`), as a run's servers are: importing SGLang is most of what a
-start costs. tests/integration/test_sglang_ends.py starts them from nothing.
+"""SGLang servers forked from one process for many tests (`engine.nursery`), as a run's servers are: importing SGLang is most of
+what a start costs. tests/integration/test_sglang_ends.py starts them from nothing.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def _serve(place: str) -> None:
         adopt_orphans()  # schedulers whose server was killed
         signal.signal(signal.SIGCHLD, _reap)
         while True:
-            ready, _, _ = select.select([listener, 0], [], [])
+            ready, _, _ = select.select([listener.fileno(), 0], [], [])
             if 0 in ready:
                 return
             line, _ = listener.accept()

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
@@ -148,7 +147,7 @@ def _dots(_typing: Any, parts: Any, q: Any, begin: Any, keys: Any, places: Any, 
 def _mix(
     _typing: Any, parts: Any, out: Any, begin: Any, weights: Any, start: Any, cache: Any, places: Any, first: Any, shift: Any
 ) -> Any:
-    """Add to `out[begin:]`, `parts` times sixteen numbers, the sixteen values from `places[first]` on, times `weights[start:]`."""
+    """Add to `out[begin:]`, `parts` times sixteen numbers, sixteen values from `places[first]` on, times their `weights[start:]`."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
         count, kinds, given = parts.literal_value, signature.args[1:], values[1:]

@@ -3,9 +3,9 @@
     gather 0 | wait for the turn | start 0 | gather 1 | finish 0 | start 1 | gather 2 | finish 1 | ...
 
 So a sender holds two buckets at most. The very first one is gathered before the servers are paused (`prefetched`). Digests of a
-bucket are found in a second thread while the next bucket is gathered. Where deltas are sent they are found before the bucket is
-sent, as they tell what has changed. The stream is read to its end also after a failure: the other ranks give their pieces to it
-in collectives, and would wait for ever otherwise.
+bucket are found in a second thread while the next bucket is gathered. Those of a delta are found before the bucket is sent, as
+they tell what has changed. The stream is read to its end also after a failure: the other ranks give their pieces to it in
+collectives, and would wait for ever otherwise.
 """
 
 from __future__ import annotations
@@ -91,10 +91,13 @@ class SendAccount:
         self._settle()
         if self.expected is None:
             return self.changes.pick(bucket)
-        if self.changes.enabled:
-            return self.changes.pick(bucket, self.expected.add(bucket))
-        self.digesting = self.beside.submit(self.expected.add, bucket)
+        if self.changes.enabled and not self.changes.full:
+            return self._changed(self.expected, bucket)
+        self.digesting = self.beside.submit(self._changed, self.expected, bucket)  # all of it is sent
         return bucket
+
+    def _changed(self, expected: DigestAccount, bucket: Bucket) -> Bucket:
+        return self.changes.pick(bucket, expected.add(bucket))
 
     def _settle(self) -> None:
         """Wait for the digests that are under way, and let their bucket go."""

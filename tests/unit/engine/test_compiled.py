@@ -34,9 +34,7 @@ def load(directory: Path, name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_what_was_compiled_is_loaded_until_its_text_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
-) -> None:
+def test_what_was_compiled_is_loaded_until_its_text_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
     """The text of another file too, at which numba itself does not look. Where Python keeps nothing, nothing is kept."""
     monkeypatch.setattr(sys, "dont_write_bytecode", not kept)
     (tmp_path / "kept_main.py").write_text(TEXT.format(other="kept_other"))

@@ -56,9 +56,7 @@ class FakeRank:
     def value_of(self, key: str) -> float:
         return self.values.get(key, self.value)
 
-    def stream(
-        self, bucket_bytes: int, *, per_stage: bool, memory: object, only: Collection[str] | None
-    ) -> Iterator[Bucket]:
+    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: object, only: Collection[str] | None) -> Iterator[Bucket]:
         assert bucket_bytes == 2**20
         assert memory is not None
         self.per_stage.append(per_stage)
