@@ -33,7 +33,7 @@ READ_AT_START = ("MALLOC_", "GLIBC_", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "O
 
 
 class Nursery:
-    """The process that servers are forked from, from construction to `close`. `env`: a server's variables, besides this process's."""
+    """The process that servers are forked from, until `close`. `env`: variables of a server, besides those here."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="ctpo_"))  # that nobody else may enter

@@ -1,7 +1,8 @@
 """Which of the trainer's parameters differ from those that the servers hold: each rank looks at its own pieces, where they lie.
 
 It is done while the servers still sample, so a pause is as long as what has changed is large: nothing else is gathered, digested
-or sent. What differs is found by the same digests that prove a publication (`engine.digest`), not by what an optimizer says it did.
+or sent. What differs is found by the same digests that prove a publication (`engine.digest`), not by what an optimizer says that
+it did.
 """
 
 from __future__ import annotations

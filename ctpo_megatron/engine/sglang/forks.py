@@ -18,6 +18,8 @@ import sys
 import traceback
 from typing import NoReturn
 
+from setproctitle import getproctitle, setproctitle
+
 from ctpo_megatron.engine.nursery import NUMBER, READ_AT_START, read_exactly, write_number
 from ctpo_megatron.engine.processes import adopt_orphans, end_with_parent
 
@@ -36,6 +38,7 @@ def _serve(place: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(place)
         listener.listen()
+        setproctitle(getproctitle())  # finds its room in the variables as they were; servers get others
         end_with_parent(signal.SIGTERM)  # nobody looks at standard input meanwhile
         _load()
         end_with_parent(None)
@@ -103,7 +106,7 @@ def _become_server(arguments: list[str], env: dict[str, str], stdin: int, output
         os.close(output)
         os.environ.clear()
         os.environ.update(env)
-        importlib.import_module("setproctitle").setproctitle(" ".join([sys.executable, "-m", SERVER, *arguments]))
+        setproctitle(" ".join([sys.executable, "-m", SERVER, *arguments]))
         importlib.import_module(SERVER).main(arguments)
         code = 0
     except SystemExit as ended:

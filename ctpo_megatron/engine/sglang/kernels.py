@@ -147,7 +147,7 @@ def _dots(_typing: Any, parts: Any, q: Any, begin: Any, keys: Any, places: Any, 
 def _mix(
     _typing: Any, parts: Any, out: Any, begin: Any, weights: Any, start: Any, cache: Any, places: Any, first: Any, shift: Any
 ) -> Any:
-    """Add to `out[begin:]`, `parts` times sixteen numbers, sixteen values from `places[first]` on, times their `weights[start:]`."""
+    """Add to `out[begin:]`, `parts` times sixteen wide, sixteen values from `places[first]` on times their `weights[start:]`."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
         count, kinds, given = parts.literal_value, signature.args[1:], values[1:]
