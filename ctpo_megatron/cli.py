@@ -23,6 +23,7 @@ from ctpo_megatron.cli_models import at_home, checkpoint_app, convert_app
 from ctpo_megatron.cli_runs import alarms, ledger, report, watch
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
 from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.jobs.children import end_children
@@ -68,7 +69,7 @@ def train(
         with modules_stay():
             from ctpo_megatron.jobs.train import train_job
 
-        _run(loaded, lambda stop: train_job(loaded, stop, resume=resume, nursery=nursery))
+        _run(loaded, lambda stop: train_job(loaded, stop, resume=resume, nursery=nursery), nursery)
 
 
 @app.command()
@@ -94,7 +95,7 @@ def evaluate(
         with modules_stay():
             from ctpo_megatron.jobs.evaluate import eval_job
 
-        _run(loaded, lambda _stop: eval_job(loaded, anew=anew, nursery=nursery))
+        _run(loaded, lambda _stop: eval_job(loaded, anew=anew, nursery=nursery), nursery)
 
 
 @app.command("serve-agents")
@@ -281,7 +282,7 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     return config
 
 
-def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
+def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None]], nursery: Nursery | None = None) -> None:
     """Run a job to its end. A signal is the job's to answer, if it listens; otherwise, and the second time, it is cancelled.
 
     A cancelled job ends its processes first. What a run failed of is written with its traceback to RUN_DIR/logs/error.log, where
@@ -316,6 +317,8 @@ def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None
         raise typer.Exit(stopped.exit_code) from None
     except BeginAgain as error:
         print(error, file=sys.stderr, flush=True)
+        if nursery is not None:
+            nursery.close()  # the same command starts another one
         _begin_again()
     except Exception as error:
         if told(error)[1] == 1:
