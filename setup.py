@@ -44,6 +44,7 @@ setup(
         "msgspec>=0.19",
         "regex>=2024.11",
         "safetensors>=0.5",
+        "setproctitle>=1.3",
         "numba>=0.60",
         "llvmlite>=0.43",
         "nvidia-ml-py>=12",

@@ -23,9 +23,11 @@ from ctpo_megatron.cli_models import at_home, checkpoint_app, convert_app
 from ctpo_megatron.cli_runs import alarms, ledger, report, watch
 from ctpo_megatron.cluster.ray_token import require_token
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.errors import BeginAgain, ConfigError, StoppedInOrder, told
 from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.jobs.children import end_children
+from ctpo_megatron.jobs.early import opened_nursery
 from ctpo_megatron.jobs.serving import serve_sandbox
 from ctpo_megatron.jobs.stop import StopSignal
 
@@ -63,10 +65,11 @@ def train(
 ) -> None:
     """Reinforcement learning: rollouts, CTPO, publication of weights, until train.steps."""
     loaded = _load(config, overrides)
-    with modules_stay():
-        from ctpo_megatron.jobs.train import train_job
+    with opened_nursery(loaded) as nursery:
+        with modules_stay():
+            from ctpo_megatron.jobs.train import train_job
 
-    _run(loaded, lambda stop: train_job(loaded, stop, resume=resume))
+        _run(loaded, lambda stop: train_job(loaded, stop, resume=resume, nursery=nursery), nursery)
 
 
 @app.command()
@@ -88,10 +91,11 @@ def evaluate(
     """avg@k, pass@k and maj@k of model.path on data.eval and eval.benchmarks, through SGLang. The same command goes on from an
     end before its time."""
     loaded = _load(config, overrides)
-    with modules_stay():
-        from ctpo_megatron.jobs.evaluate import eval_job
+    with opened_nursery(loaded) as nursery:
+        with modules_stay():
+            from ctpo_megatron.jobs.evaluate import eval_job
 
-    _run(loaded, lambda _stop: eval_job(loaded, anew=anew))
+        _run(loaded, lambda _stop: eval_job(loaded, anew=anew, nursery=nursery), nursery)
 
 
 @app.command("serve-agents")
@@ -278,7 +282,7 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     return config
 
 
-def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None]]) -> None:
+def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None]], nursery: Nursery | None = None) -> None:
     """Run a job to its end. A signal is the job's to answer, if it listens; otherwise, and the second time, it is cancelled.
 
     A cancelled job ends its processes first. What a run failed of is written with its traceback to RUN_DIR/logs/error.log, where
@@ -313,6 +317,8 @@ def _run(config: RunConfig, job: Callable[[StopSignal], Coroutine[Any, Any, None
         raise typer.Exit(stopped.exit_code) from None
     except BeginAgain as error:
         print(error, file=sys.stderr, flush=True)
+        if nursery is not None:
+            nursery.close()  # the same command starts another one
         _begin_again()
     except Exception as error:
         if told(error)[1] == 1:

@@ -36,7 +36,11 @@ from ctpo_megatron.models.owners import make_buckets, nbytes
 from ctpo_megatron.models.tensors import HfTensor, hf_tensors
 from ctpo_megatron.ports import free_port
 
-MIN_BANDWIDTH = 0.6  # of a bare broadcast
+MIN_BANDWIDTH = 0.7  # of a bare broadcast
+MIN_COLOCATED = 0.9  # the same, handed over within a node
+MAX_DELTA = (
+    0.3  # pause for a delta, of a full broadcast's: half of 0.6, which it was when all weights were gathered and read for it
+)
 MAX_ATTESTATION = 0.1  # of the time without generation
 MAX_MEMORY = 2.0  # buckets, on the sender
 START_S = 300.0
@@ -86,6 +90,9 @@ def ratios(rows: list[Row]) -> dict[str, float]:
         seconds = {"bandwidth": lambda row: row["update"], "whole": lambda row: row["prepare"] + row["update"]}
         for name, of in seconds.items():
             found[prefix + name] = statistics.median(row["bytes"] / of(row) / bare[row["repeat"]] for row in full)
+        delta = [row for row in rows if (row["way"], row["what"]) == (way, "delta")]
+        of_full = {row["repeat"]: row["paused"] for row in rows if (row["way"], row["what"]) == ("broadcast", "full")}
+        found[prefix + "delta"] = statistics.median(row["paused"] / of_full[row["repeat"]] for row in delta)
         found[prefix + "attestation"] = statistics.median(row["attestation"] / row["paused"] for row in full)
         found[prefix + "memory"] = statistics.median(row["memory"] / row["bucket"] for row in full)
     return found
@@ -94,9 +101,12 @@ def ratios(rows: list[Row]) -> dict[str, float]:
 def checks(found: dict[str, float]) -> list[Check]:
     """The bounds."""
     bandwidth, attestation, memory = found["bandwidth"], found["attestation"], found["memory"]
+    colocated, delta = found["colocated bandwidth"], found["delta"]
     low, share, buckets = MIN_BANDWIDTH, MAX_ATTESTATION, MAX_MEMORY
     return [
         Check(f"bandwidth of an update {bandwidth:.2f} of a bare broadcast (at least {low})", bandwidth >= low),
+        Check(f"colocated {colocated:.2f} (at least {MIN_COLOCATED})", colocated >= MIN_COLOCATED),
+        Check(f"pause for a delta {delta:.2f} of that for all weights (at most {MAX_DELTA})", delta <= MAX_DELTA),
         Check(f"attestation {attestation:.3f} of the time without generation (at most {share})", attestation <= share),
         Check(f"memory of the sender {memory:.2f} buckets (at most {buckets:.0f})", memory <= buckets),
     ]

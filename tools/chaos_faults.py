@@ -128,7 +128,7 @@ _TELL: dict[Kind, Callable[[psutil.Process], bool]] = {
     "trainer rank 0": _rank(0),
     "trainer rank 1": _rank(1),
     "server actor": lambda process: title(process).startswith("ray::EngineActor"),
-    "SGLang parent": lambda process: "ctpo_megatron.engine.sglang.entry" in process.cmdline(),
+    "SGLang parent": lambda process: "ctpo_megatron.engine.sglang.entry" in " ".join(process.cmdline()),
     "scheduler": lambda process: title(process).startswith("sglang::scheduler"),
     "raylet": lambda process: process.name() == "raylet",
     "GCS": lambda process: process.name() == "gcs_server",

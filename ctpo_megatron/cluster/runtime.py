@@ -36,6 +36,7 @@ from ctpo_megatron.cluster.watch.now import look
 from ctpo_megatron.cluster.watch.watchdog import Watchdog
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.fleet import Fleet, State
+from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.engine.server import new_api_key
 from ctpo_megatron.environment import Reader
 from ctpo_megatron.errors import ProcessDied, RayLost, StartLost, TrainerLost
@@ -60,7 +61,7 @@ class Runtime:
     `shape`: of the model in config.model.path. `topology`: which processes there are. `total_steps`: optimizer steps of the run.
     `emit` receives what happens to the inference servers and to the trainer's places. Once it has started, `config` and
     `topology` name the device that is used, cpu or cuda, and the layout that the trainer has: `parallel`, or a smaller one of
-    `elastic.layouts`.
+    `elastic.layouts`. `nursery`: the process that servers on CPUs of this host are forked from.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Runtime:
         *,
         total_steps: int = 0,
         emit: Emit = discard,
+        nursery: Nursery | None = None,
     ) -> None:
         self.config = config
         self.shape = shape
@@ -81,6 +83,7 @@ class Runtime:
         self._run_dir = run_dir
         self._trainer: TrainerGroup | None = None
         self._total_steps = total_steps
+        self._nursery = nursery
         self._environment: dict[Reader, dict[str, str]] = {"trainer": {}, "server": {}}
         self._engines: EngineGroup | None = None
         self._ranks: list[Process] = []
@@ -214,6 +217,7 @@ class Runtime:
             self.fleet,
             routed_experts=self.routing is not None,
             shared_expert=self.shape.has_shared_expert,
+            nursery="" if self._nursery is None or self.config.cluster.device != "cpu" else str(self._nursery.place),
             environment=ray_environment("server", self.config.cluster.device, self._environment["server"]),
             watchdog=self._watchdog,
         )

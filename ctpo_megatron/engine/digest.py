@@ -101,11 +101,13 @@ def _compiled() -> Callable[..., int] | None:
     """`_by_torch` on CPUs in one pass, at the speed of memory, several times as fast as torch. None where numba is missing."""
     try:
         import numba
+
+        from ctpo_megatron.engine.compiled import compiled
     except ImportError:
         return None
     words, keys = numba.uint32[::1], numba.uint64[::1]
 
-    @numba.njit(numba.uint64(words, keys, keys, numba.intp), nogil=True)
+    @compiled(numba.uint64(words, keys, keys, numba.intp), (__file__,), nogil=True)
     def sum_up(words: np.ndarray, row_keys: np.ndarray, column_keys: np.ndarray, stride: int) -> np.uint64:
         total = np.uint64(0)
         for row in range(len(row_keys)):

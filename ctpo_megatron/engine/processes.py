@@ -17,6 +17,7 @@ import psutil
 
 CANNOT_LISTEN = 98  # exit code of a server whose port was taken after it was chosen; the next start has another
 _SHM = "/dev/shm/"
+_PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -26,6 +27,13 @@ def adopt_orphans() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+
+
+def end_with_parent(number: signal.Signals | None) -> None:
+    """Let this process get signal `number` when the thread that started it ends; None: no longer. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, int(number or 0), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
 
 
 def reap_group(group: int, wait_s: float = 10.0) -> None:

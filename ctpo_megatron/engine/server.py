@@ -15,6 +15,7 @@ from typing import IO
 import psutil
 
 from ctpo_megatron.engine.http import Answer
+from ctpo_megatron.engine.nursery import ForkedProcess
 from ctpo_megatron.engine.processes import (
     CANNOT_LISTEN,
     adopt_orphans,
@@ -29,6 +30,7 @@ from ctpo_megatron.errors import EngineError, StartLost
 
 HEALTH_TIMEOUT_S = 10.0  # for one health check
 POLL_S = 0.1
+FORK_WITHIN_S = 120.0  # a nursery that is still importing; a server from nothing would take as long
 SCHEDULER_KILLED = "scheduler died during initialization (exit code: -"  # as SGLang 0.5.23 says it, with the signal's number
 
 
@@ -41,9 +43,20 @@ class SGLangServer:
     """Starts on construction. The process group ends with `stop()`, or when this process ends for whatever reason.
 
     `arguments` come from `server_args`; `env` is added to this process's environment; `log` receives all output.
+    `nursery`: the socket of one (`engine.nursery`) that it is forked from, if that can be.
     """
 
-    def __init__(self, arguments: list[str], *, url: str, api_key: str, log: Path, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        *,
+        url: str,
+        api_key: str,
+        log: Path,
+        env: dict[str, str] | None = None,
+        nursery: Path | None = None,
+    ) -> None:
+        self._nursery = nursery
         self.url = url
         self.log = log
         self._api_key = api_key
@@ -57,9 +70,12 @@ class SGLangServer:
             self._stdin.write(f"{api_key}\n".encode())
             self._stdin.flush()
 
-    def _begin(self, arguments: list[str], output: IO[bytes], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _begin(self, arguments: list[str], output: IO[bytes], env: Mapping[str, str]) -> subprocess.Popen[bytes] | ForkedProcess:
         """Returns its main process, which leads a group of its own. Standard input is a pipe: it carries the key, then stays open
         as the sign that this process lives."""
+        if self._nursery is not None:
+            with contextlib.suppress(OSError):  # one that is gone, or that other variables were given to
+                return ForkedProcess(self._nursery, arguments, output, env, FORK_WITHIN_S)
         return subprocess.Popen(
             [sys.executable, "-m", "ctpo_megatron.engine.sglang.entry", *arguments],
             stdin=subprocess.PIPE,

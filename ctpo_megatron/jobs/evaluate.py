@@ -16,6 +16,7 @@ from rich.console import Console
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.errors import ConfigError, storing
 from ctpo_megatron.jobs.evaluations import load_benchmarks, recipes
 from ctpo_megatron.jobs.inputs import open_model, prepare_run_dir
@@ -35,8 +36,11 @@ OF_MODEL = "model"  # the place of these results, beside those of a run's steps
 JOURNAL = "journal"
 
 
-async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
-    """Print the results and write RUN_DIR/eval.json; `anew`: without what an earlier command has sampled."""
+async def eval_job(config: RunConfig, *, anew: bool = False, nursery: Nursery | None = None) -> None:
+    """Print the results and write RUN_DIR/eval.json; `anew`: without what an earlier command has sampled.
+
+    `nursery`: the process that servers are forked from, if any.
+    """
     if config.data.eval is None and not config.eval.benchmarks:
         raise ConfigError("neither data.eval nor eval.benchmarks is set; give at least one file to evaluate on")
     model = open_model(config, "eval")
@@ -50,7 +54,9 @@ async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
     journal = _open_journal(config, benchmarks, directory)
     try:
         async with (
-            Runtime(config, model.shape, topology_of(config, trainer=False), run_dir, emit=print_sentence) as runtime,
+            Runtime(
+                config, model.shape, topology_of(config, trainer=False), run_dir, emit=print_sentence, nursery=nursery
+            ) as runtime,
             open_rollouts(runtime, model.chat, tool, journal) as rollouts,
         ):
             made = await runtime.guard(_evaluate(config, benchmarks, rollouts))

@@ -14,6 +14,7 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.mixture import restored_sampler
+from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.errors import CheckpointError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.evaluations import bring_back, load_benchmarks, make_evaluations, recipes
 from ctpo_megatron.jobs.export import export
@@ -74,9 +75,10 @@ class _Inputs:
     sinks: Sequence[Sink] = ()
 
 
-async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> None:
+async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume, nursery: Nursery | None = None) -> None:
     """Train to train.steps; with `resume` from the newest checkpoint in the run directory that is as it was written.
 
+    `nursery`: the process that servers are forked from, if any.
     Raises StoppedInOrder where the run was asked to stop and everything is saved.
     """
     begun = time.monotonic()
@@ -102,7 +104,8 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume) -> N
             events(event)
         texts, sinks = canary_texts(prompts, model.chat), make_sinks(config, run_dir, resumed=resumable is not None)
         inputs = _Inputs(config, prompts, benchmarks, texts, run_dir, start, resumable, sinks)
-        runtime = Runtime(config, model.shape, topology_of(config), run_dir, total_steps=start.total_steps, emit=events)
+        topology, steps = topology_of(config), start.total_steps
+        runtime = Runtime(config, model.shape, topology, run_dir, total_steps=steps, emit=events, nursery=nursery)
         async with storage.outlasting(events, runtime.stages), hearing.sending(), AsyncExitStack() as files:
             files.push_async_callback(close_sinks, sinks, events)
             of_evaluations = recipes(config, benchmarks)

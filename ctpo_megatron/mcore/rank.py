@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -242,18 +242,30 @@ class TrainerRank:
         return {**once({"grad_norm": norm, "lr": lr}), "grad_norm_max": Max(norm)}
 
     def stream(
-        self, bucket_bytes: int, *, per_stage: bool = False, to: int | None = None, memory: BucketMemory | None = None
+        self,
+        bucket_bytes: int,
+        *,
+        per_stage: bool = False,
+        to: int | None = None,
+        memory: BucketMemory | None = None,
+        only: Collection[str] | None = None,
     ) -> Iterator[NamedTensors]:
         """Full weights under their Hugging Face names, in buckets, each on the rank that sends it: see `export_stream`."""
         from ctpo_megatron.mcore.hf.stream import export_stream
 
-        buckets = export_stream(self.models, self.shape, bucket_bytes, per_stage=per_stage, to=to, memory=memory)
+        buckets = export_stream(self.models, self.shape, bucket_bytes, per_stage=per_stage, to=to, memory=memory, only=only)
         while True:
             with megatron_region(self.device):  # left before the caller goes on
                 bucket = next(buckets, None)
             if bucket is None:
                 return
             yield bucket
+
+    def pieces(self) -> dict[str, Tensor]:
+        """This rank's parts of the parameters, by the keys that `stream` knows them by."""
+        from ctpo_megatron.mcore.hf.stream import pieces_of
+
+        return pieces_of(self.models, self.shape)
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the weights as a Hugging Face model directory."""

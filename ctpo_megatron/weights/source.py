@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.weights.proof.canary import canary_batch
 from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
+from ctpo_megatron.weights.tracking import Tracked
 from ctpo_megatron.weights.transports.choose import make_sender
 from ctpo_megatron.weights.transports.order import open_order
 from ctpo_megatron.weights.transports.prefetch import DigestAccount, prefetched
@@ -45,8 +46,17 @@ class StreamsWeights(Protocol):
         """The ranks that `stream` gives weights to, in their order: one for each pipeline stage, or for each place of experts."""
         ...
 
-    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: BucketMemory | None) -> Iterator[Bucket]:
-        """Full weights in buckets, each on the rank that sends it; empty buckets where this rank gives pieces away."""
+    def stream(
+        self, bucket_bytes: int, *, per_stage: bool, memory: BucketMemory | None, only: Collection[str] | None
+    ) -> Iterator[Bucket]:
+        """Full weights in buckets, each on the rank that sends it; empty buckets where this rank gives pieces away.
+
+        `only`: the keys of the parameters that are wanted, None for all.
+        """
+        ...
+
+    def pieces(self) -> Mapping[str, Tensor]:
+        """This rank's parts of the parameters, by their keys."""
         ...
 
     def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
@@ -84,6 +94,8 @@ class RankWeights:
         self._new_account = new_account
         self._sender: WeightSender | None = None  # of a rank that sends
         self._ordered = False  # whether the senders have found their order
+        self._tracked = Tracked() if transport.delta else None
+        self._partial = False  # whether the stream that was made last brings only what has changed
         self._prepared: tuple[int, Iterator[Bucket]] | None = None  # a version, and its buckets from the first one on
 
     def connect(self, servers: list[Server], api_key: str) -> None:
@@ -91,6 +103,10 @@ class RankWeights:
 
         Raises WeightSyncError, naming the servers that did not come.
         """
+        if self._tracked is not None:
+            self._tracked.forget()
+            if self._partial:  # what was prepared for servers that hold the version before
+                self._prepared = None
         if not self._ordered:
             self._sender = self._make_sender()
             self._ordered = True
@@ -108,7 +124,7 @@ class RankWeights:
         return make_sender(transport, device, self._address, order, lambda: self._new_account(layout))
 
     def prepare(self, version: int) -> None:
-        """Gather the first bucket of all, before the servers have to wait for it."""
+        """Find what has changed, and gather the first bucket of all, before the servers have to wait for it."""
         self._prepared = None  # of a publication that did not come about
         self._prepared = (version, prefetched(self._stream()))
 
@@ -116,13 +132,23 @@ class RankWeights:
         """What this rank sent of `version`; nothing on ranks that send nothing. Raises WeightSyncError; then connect again."""
         prepared, self._prepared = self._prepared, None
         buckets = prepared[1] if prepared and prepared[0] == version else self._stream()
-        if self._sender is not None:
-            sent = self._sender.send(buckets, version)
-        else:
-            sent = Sent(version)
-            for _ in buckets:
-                pass
+        tracked = self._tracked
+        try:
+            sent = self._send(buckets, version)
+        except BaseException:
+            if tracked is not None:
+                tracked.forget()  # so all ranks send all of it
+            raise
+        if tracked is not None:
+            tracked.commit()
         return sent
+
+    def _send(self, buckets: Iterator[Bucket], version: int) -> Sent:
+        if self._sender is not None:
+            return self._sender.send(buckets, version)
+        for _ in buckets:
+            pass
+        return Sent(version)
 
     def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
         """Log-probs of this rank's part of the padded prompt, at temperature 1; empty before the last pipeline stage.
@@ -143,4 +169,7 @@ class RankWeights:
 
     def _stream(self) -> Iterator[Bucket]:
         transport = self._transport
-        return self._rank.stream(transport.bucket_mb * 2**20, per_stage=transport.sends_per_stage, memory=self._memory)
+        only = None if self._tracked is None else self._tracked.look(self._rank.pieces())
+        self._partial = only is not None
+        size = transport.bucket_mb * 2**20
+        return self._rank.stream(size, per_stage=transport.sends_per_stage, memory=self._memory, only=only)

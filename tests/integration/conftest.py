@@ -27,9 +27,9 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def forks() -> Iterator[Path]:
     """Where servers are forked that have imported SGLang already."""
-    with forking(tmp_path_factory.mktemp("forks")) as place:
+    with forking() as place:
         yield place
 
 

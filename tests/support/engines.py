@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import tempfile
 import time
@@ -32,7 +31,6 @@ from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Server
 from ctpo_megatron.weights.publisher import Proof
 from ctpo_megatron.weights.transports.broadcast import BroadcastSender
-from tests.support.forked_servers import ForkedServer
 
 HOST = "127.0.0.1"
 START_S = 240.0
@@ -99,8 +97,8 @@ def start_server(
     """
     engine, port, key = EngineConfig(tp=tp), port or free_port(HOST), key or new_api_key()
     arguments = server_args(model, engine, device="cpu", dtype="float32", port=port, seed=1, routed_experts=routing is not None)
-    begin = SGLangServer if forks is None else functools.partial(ForkedServer, forks)
-    server = begin(arguments, url=f"http://{HOST}:{port}", api_key=key, log=log, env=server_env(engine, device="cpu"))
+    env = server_env(engine, device="cpu")
+    server = SGLangServer(arguments, url=f"http://{HOST}:{port}", api_key=key, log=log, env=env, nursery=forks)
     if wait:
         server.wait_healthy(START_S)
     return RunningServer(server, key, model, tp, routing, top_k)

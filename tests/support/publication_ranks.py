@@ -70,9 +70,12 @@ class FaultyStream:
         """What goes wrong in the next publication: once, its second attempt is sound."""
         self._fault = fault or ""
 
-    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: object) -> Iterator[Bucket]:
-        """Small buckets of plain memory, whatever was asked for."""
-        del bucket_bytes, memory
+    def pieces(self) -> Mapping[str, Tensor]:
+        return self._rank.pieces()
+
+    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: object, only: object) -> Iterator[Bucket]:
+        """Small buckets of plain memory, of all tensors, whatever was asked for."""
+        del bucket_bytes, memory, only
         fault, self._fault = self._fault, ""
         self.wire = fault not in ("", "cached")
         self.before, self.now = self.now, {}
@@ -115,6 +118,9 @@ class Account:
 
     def add(self, bucket: Bucket) -> Mapping[str, PartDigests]:
         return self._digests.add([(name, self._source.now[name]) for name, _ in bucket] if self._source.wire else bucket)
+
+    def remember(self, parts: Mapping[str, PartDigests]) -> None:
+        self._digests.remember(parts)
 
     def digests(self) -> EngineDigests:
         if self._source.wire:  # tensors that never came too

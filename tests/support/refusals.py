@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def refusal(
     """Returns the message of a command that ended with exit code 2 before it started Ray or wrote into `run_dir`."""
     import ray
 
+    monkeypatch.setattr(cli, "opened_nursery", lambda _: contextlib.nullcontext())  # nothing here has servers
     monkeypatch.setattr(sys, "argv", ["ctpo", command, str(config), f"run_dir={run_dir}", *words])
     with pytest.raises(SystemExit) as end:
         cli.main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -23,6 +24,12 @@ def good(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("inputs")
     task = make_toy_task(root, seed=1, train_rows=8, eval_rows=4, sft_rows=4)
     return {"model.path": make_toy_model(root / "model", seed=1), "data.train": task.train, "data.eval": task.eval}
+
+
+@pytest.fixture(autouse=True)
+def _no_nursery(monkeypatch):
+    """What is refused here starts nothing that a test would wait for."""
+    monkeypatch.setattr("ctpo_megatron.cli.opened_nursery", lambda _: contextlib.nullcontext())
 
 
 def refused(capsys, monkeypatch, tmp_path, good, *overrides: str, command: str = "train") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import shutil
@@ -23,6 +24,7 @@ def model(tmp_path_factory) -> Path:
 
 def run(capsys, monkeypatch, *words: object) -> tuple[int, str]:
     """Exit code and stderr of a command."""
+    monkeypatch.setattr(cli, "opened_nursery", lambda _: contextlib.nullcontext())  # nothing here has servers
     monkeypatch.setattr(sys, "argv", ["ctpo", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         cli.main()

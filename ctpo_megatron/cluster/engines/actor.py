@@ -34,6 +34,7 @@ class EngineActor:
 
     `seed`: of its sampling. `gpus`: those of the trainer that the server sees; empty: it has the actor's own, or none.
     `routed_experts`: whether it returns which experts it chose for each token. `shared_expert`: whether the model has one.
+    `nursery`: the socket of the process that servers of this host are forked from; empty: there is none.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class EngineActor:
         gpus: tuple[str, ...] = (),
         routed_experts: bool = False,
         shared_expert: bool = False,
+        nursery: str = "",
     ) -> None:
         redirect_output(Path(log_path))
         self._config, self._seed, self._log, self._api_key, self._gpus = config, seed, Path(log_path), api_key, gpus
         self._routed_experts, self._shared_expert = routed_experts, shared_expert
+        self._nursery = Path(nursery) if nursery else None
         self._host = node_address(config)
         self._launched: SGLangServer | None = None
         self._closed = threading.Event()
@@ -93,6 +96,7 @@ class EngineActor:
             api_key=self._api_key,
             log=self._log,
             env=environment,
+            nursery=self._nursery,
         )
 
     @property

@@ -53,6 +53,7 @@ class EngineGroup:
     """The servers, one for each of `places`. `fleet` is told when one answers and when one is lost.
 
     `routed_experts`: whether they return which experts they chose for each token. `shared_expert`: whether the model has one.
+    `nursery`: the socket of the process that they are forked from; empty: there is none.
     `environment`: Ray's, of their actors. `watchdog`: told of each server's processes from its start to its end.
     """
 
@@ -66,11 +67,12 @@ class EngineGroup:
         *,
         routed_experts: bool = False,
         shared_expert: bool = False,
+        nursery: str = "",
         environment: dict[str, Any] | None = None,
         watchdog: Watchdog | None = None,
     ) -> None:
         self._watchdog = watchdog
-        self._of_model = (routed_experts, shared_expert)
+        self._of_model = (routed_experts, shared_expert, nursery)
         self._environment = {"runtime_env": environment} if environment else {}
         self._config = config
         self._run_dir = run_dir

@@ -50,12 +50,13 @@ def load() -> Callable[[list[str], str], None]:
     """`serve`, with all of SGLang: six seconds of a processor."""
     os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "ctpo_megatron.engine.sglang.models"
 
-    from ctpo_megatron.engine.sglang.imports import hide_kernels, nothing_compiled
+    from ctpo_megatron.engine.sglang.imports import bring_forward, lean_server
     from ctpo_megatron.imports import modules_stay
 
-    hide_kernels()
-    with modules_stay(), nothing_compiled():
+    with modules_stay(), lean_server():
         from ctpo_megatron.engine.sglang.serve import serve
+
+        bring_forward()
 
     return serve
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from ctpo_megatron.engine.compiled import compiled
+from ctpo_megatron.engine.sglang import addresses
 from ctpo_megatron.engine.sglang import lanes as simd
 from ctpo_megatron.engine.sglang.addresses import floats, integers, table
 from ctpo_megatron.engine.sglang.lanes import LANES, lanes
@@ -22,7 +23,8 @@ from ctpo_megatron.engine.sglang.lanes import LANES, lanes
 _floats, _address, _count = types.float32[::1], types.int64, types.intp
 _LOWEST = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_compiled: Any = {"nogil": True, "error_model": "numpy"}
+_SOURCES = (__file__, str(addresses.__file__), str(simd.__file__))
+_compiled: Any = {"sources": _SOURCES, "nogil": True, "error_model": "numpy"}
 
 
 def scratch(heads: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -43,14 +45,14 @@ def attention(dim: int) -> Any:
     `lens` [B] tokens of each sequence, B; the scale of scores, `heads`, `key_heads`, answers [B, heads, dim], of `scratch` scores
     and places, and the first and the last sequence but one that it is to compute.
     """
-    dots, mix = _dots(dim // LANES), _mix(dim // LANES)
+    parts = dim // LANES
     signature = types.void(
         *([_address] * 3 + [_count]),
         *(_address, _count, _count, _address, _address, _count),
         *(types.float32, _count, _count, _address, _floats, types.int64[::1], _count, _count),
     )
 
-    @numba.njit(signature, **_compiled)
+    @compiled(signature, **_compiled)
     def attend(
         at_q, at_keys, at_values, slots, at_table, requests, longest, at_rows, at_lens, count_of, scale, heads, key_heads, at_out,
         scores, places, first, last,
@@ -67,7 +69,7 @@ def attention(dim: int) -> Any:
             for block in range(0, blocks * LANES, LANES):
                 _ask(keys, places, block + LANES, blocks * LANES, key_heads * dim)
                 for head in range(heads):
-                    found = dots(q, mine + head * dim, keys, places, block, head // group * dim)
+                    found = _dots(parts, q, mine + head * dim, keys, places, block, head // group * dim)
                     simd.store(scores, head * width + block, simd.multiply(found, simd.splat(scale)))
             for head in range(heads):
                 scores[(head + 1) * width - 1] = _weigh(scores, head * width, count)
@@ -76,7 +78,7 @@ def attention(dim: int) -> Any:
             for block in range(0, blocks * LANES, LANES):
                 _ask(values, places, block + LANES, blocks * LANES, key_heads * dim)
                 for head in range(heads):
-                    mix(out, mine + head * dim, scores, head * width + block, values, places, block, head // group * dim)
+                    _mix(parts, out, mine + head * dim, scores, head * width + block, values, places, block, head // group * dim)
             for head in range(heads):
                 share = simd.splat(_ONE / scores[(head + 1) * width - 1])
                 for part in range(mine + head * dim, mine + (head + 1) * dim, LANES):
@@ -85,7 +87,7 @@ def attention(dim: int) -> Any:
     return attend
 
 
-@numba.njit(types.void(_floats, types.int64[::1], types.intp, types.intp, types.intp), **_compiled)
+@compiled(types.void(_floats, types.int64[::1], types.intp, types.intp, types.intp), **_compiled)
 def _ask(cache, places, first, end, size):
     """Ask for the `size` numbers at each of the sixteen places from `first` on, where they are before `end`.
 
@@ -96,7 +98,7 @@ def _ask(cache, places, first, end, size):
             simd.fetch(cache, places[place] + part)
 
 
-@numba.njit(types.float32(_floats, types.intp, types.intp), **_compiled)
+@compiled(types.float32(_floats, types.intp, types.intp), **_compiled)
 def _weigh(scores, begin, count):
     """The sum of e^(score - largest score) of `count` scores; those replace the scores, and zeros what fills the last block."""
     end = begin + (count - 1) // LANES * LANES
@@ -116,61 +118,60 @@ def _weigh(scores, begin, count):
     return simd.total(everything)
 
 
-def _dots(parts: int) -> Any:
-    """Returns what gives the products of one query with the sixteen keys from `places[first]` on, of the key head at `shift`."""
+@intrinsic(prefer_literal=True)
+def _dots(_typing: Any, parts: Any, q: Any, begin: Any, keys: Any, places: Any, first: Any, shift: Any) -> Any:
+    """Returns the products of one query, `parts` times sixteen numbers, with the sixteen keys from `places[first]` on.
 
-    @intrinsic
-    def dots(_typing: Any, q: Any, begin: Any, keys: Any, places: Any, first: Any, shift: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
-            kinds = signature.args
-            query = simd.element(context, builder, kinds[0], values[0], values[1])
-            mine = [simd.read(builder, simd.after(builder, query, LANES * part)) for part in range(parts)]
-            head = simd.element(context, builder, kinds[2], values[2], values[5])
-            place = simd.element(context, builder, kinds[3], values[3], values[4])
-            rows = []
-            for lane in range(LANES):
-                key = builder.gep(head, [builder.load(simd.after(builder, place, lane))])
-                row = builder.fmul(mine[0], simd.read(builder, key))
-                for part in range(1, parts):
-                    row = simd.fused(builder, mine[part], simd.read(builder, simd.after(builder, key, LANES * part)), row)
-                rows.append(row)
-            return simd.sums(builder, rows)
+    The keys are those of the key head at `shift`.
+    """
 
-        return lanes(q, types.intp, keys, places, types.intp, types.intp), generate
+    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+        count, kinds, given = parts.literal_value, signature.args[1:], values[1:]
+        query = simd.element(context, builder, kinds[0], given[0], given[1])
+        mine = [simd.read(builder, simd.after(builder, query, LANES * part)) for part in range(count)]
+        head = simd.element(context, builder, kinds[2], given[2], given[5])
+        place = simd.element(context, builder, kinds[3], given[3], given[4])
+        rows = []
+        for lane in range(LANES):
+            key = builder.gep(head, [builder.load(simd.after(builder, place, lane))])
+            row = builder.fmul(mine[0], simd.read(builder, key))
+            for part in range(1, count):
+                row = simd.fused(builder, mine[part], simd.read(builder, simd.after(builder, key, LANES * part)), row)
+            rows.append(row)
+        return simd.sums(builder, rows)
 
-    return dots
-
-
-def _mix(parts: int) -> Any:
-    """Returns what adds to `out[begin:]` the sixteen values from `places[first]` on, times their `weights[start:]`."""
-
-    @intrinsic
-    def mix(_typing: Any, out: Any, begin: Any, weights: Any, start: Any, cache: Any, places: Any, first: Any, shift: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
-            kinds = signature.args
-            answer = simd.element(context, builder, kinds[0], values[0], values[1])
-            answers = [simd.after(builder, answer, LANES * part) for part in range(parts)]
-            found = [simd.read(builder, each) for each in answers]
-            weight = simd.element(context, builder, kinds[2], values[2], values[3])
-            head = simd.element(context, builder, kinds[4], values[4], values[7])
-            place = simd.element(context, builder, kinds[5], values[5], values[6])
-            for lane in range(LANES):
-                value = builder.gep(head, [builder.load(simd.after(builder, place, lane))])
-                share = simd.spread(builder, builder.load(simd.after(builder, weight, lane)))
-                for part in range(parts):
-                    here = simd.read(builder, simd.after(builder, value, LANES * part))
-                    found[part] = simd.fused(builder, share, here, found[part])
-            for each, pointer in zip(found, answers, strict=True):
-                simd.write(builder, each, pointer)
-            return context.get_dummy_value()
-
-        intp = types.intp
-        return types.void(out, intp, weights, intp, cache, places, intp, intp), generate
-
-    return mix
+    return lanes(parts, q, types.intp, keys, places, types.intp, types.intp), generate
 
 
-@numba.njit(types.void(*[_address] * 3, types.float32, types.boolean, *[_address] * 2, _count, _count), **_compiled)
+@intrinsic(prefer_literal=True)
+def _mix(
+    _typing: Any, parts: Any, out: Any, begin: Any, weights: Any, start: Any, cache: Any, places: Any, first: Any, shift: Any
+) -> Any:
+    """Add to `out[begin:]`, `parts` times sixteen wide, sixteen values from `places[first]` on times their `weights[start:]`."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Sequence[Any]) -> Any:
+        count, kinds, given = parts.literal_value, signature.args[1:], values[1:]
+        answer = simd.element(context, builder, kinds[0], given[0], given[1])
+        answers = [simd.after(builder, answer, LANES * part) for part in range(count)]
+        found = [simd.read(builder, each) for each in answers]
+        weight = simd.element(context, builder, kinds[2], given[2], given[3])
+        head = simd.element(context, builder, kinds[4], given[4], given[7])
+        place = simd.element(context, builder, kinds[5], given[5], given[6])
+        for lane in range(LANES):
+            value = builder.gep(head, [builder.load(simd.after(builder, place, lane))])
+            share = simd.spread(builder, builder.load(simd.after(builder, weight, lane)))
+            for part in range(count):
+                here = simd.read(builder, simd.after(builder, value, LANES * part))
+                found[part] = simd.fused(builder, share, here, found[part])
+        for each, pointer in zip(found, answers, strict=True):
+            simd.write(builder, each, pointer)
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(parts, out, intp, weights, intp, cache, places, intp, intp), generate
+
+
+@compiled(types.void(*[_address] * 3, types.float32, types.boolean, *[_address] * 2, _count, _count), **_compiled)
 def rms_norm(at_x, at_residual, at_weight, epsilon, adds, at_summed, at_out, rows, size):
     """Write into `out` the norm of each of the `rows` of `x`; with `adds`, of `x + residual`, and that sum into `summed`.
 
@@ -192,7 +193,7 @@ def rms_norm(at_x, at_residual, at_weight, epsilon, adds, at_summed, at_out, row
             simd.store(out, row + at, simd.multiply(simd.multiply(value, scale), simd.load(weight, at)))
 
 
-@numba.njit(types.void(_address, _address, _count, _count), **_compiled)
+@compiled(types.void(_address, _address, _count, _count), **_compiled)
 def silu_and_mul(at_x, at_out, rows, size):
     """Write into `out` [rows, size] silu of the first half of each row of `x` times the second half."""
     x, out = floats(at_x, 2 * rows * size), floats(at_out, rows * size)
@@ -204,7 +205,7 @@ def silu_and_mul(at_x, at_out, rows, size):
             simd.store(out, at, simd.multiply(simd.multiply(gate, sigmoid), simd.load(x, row + at + size)))
 
 
-@numba.njit(types.void(_address, _count, _address, _count, _address, _count, _count, _count, _address), **_compiled)
+@compiled(types.void(_address, _count, _address, _count, _address, _count, _count, _count, _address), **_compiled)
 def rotary(at_x, stride, at_turns, longest, at_positions, tokens, width, dim, at_out):
     """Write into `out` heads [tokens, width] turned by their tokens' positions; rows of `x` are `stride` apart.
 

@@ -6,7 +6,7 @@ replicas above all, take no part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.hf.cuts import unpack
 from ctpo_megatron.mcore.hf.load import keyed_tensors, layer_numbers, unwrap
-from ctpo_megatron.models.owners import Holders, Holding, make_buckets
+from ctpo_megatron.models.owners import Holders, Holding, make_buckets, unit_of
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
 from ctpo_megatron.parallel.plain import all_gather_plain
@@ -37,6 +37,12 @@ def find_holders(models: list[nn.Module], shape: ModelShape) -> Holders:
     return Holders(all_gather_plain(mine, Holding), shape.num_experts)
 
 
+def pieces_of(models: list[nn.Module], shape: ModelShape) -> dict[str, Tensor]:
+    """What this rank holds of the parameters, by key."""
+    coords = current_coords()
+    return {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, coords)}
+
+
 @torch.no_grad()
 def export_stream(
     models: list[nn.Module],
@@ -46,6 +52,7 @@ def export_stream(
     per_stage: bool = False,
     to: int | None = None,
     memory: BucketMemory | None = None,
+    only: Collection[str] | None = None,
 ) -> Iterator[NamedTensors]:
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
@@ -55,14 +62,17 @@ def export_stream(
     bucket of all, so that they can begin together and go on later. A bucket holds at most `bucket_bytes`, unless a single unit
     is larger; its tensors lie one behind the other in one buffer, so they can be sent as one. They are copies: they do
     not change when the model is trained further. They lie in `memory`, which may be kept for the next stream.
-    Layers of multi-token prediction, which are not trained, are left out.
+    Layers of multi-token prediction, which are not trained, are left out. `only`: the keys of the parameters that are wanted, the
+    same on every rank, None for all; a unit (`models.owners.unit_of`) comes whole.
     """
-    coords = current_coords()
-    parameters = {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, coords)}
+    parameters = pieces_of(models, shape)
     like = next(unwrap(models[0]).parameters())
     holders, rank = find_holders(models, shape), dist.get_rank()
     gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device))
     tensors, first = hf_tensors(shape), True
+    if only is not None:
+        units = {unit_of(tensor.name) for tensor in tensors if tensor.key in only}
+        tensors = [tensor for tensor in tensors if unit_of(tensor.name) in units]
     for sender, share in (holders.shares(tensors, per_stage=per_stage) if to is None else {to: tensors}).items():
         for bucket in make_buckets(share, like.element_size(), bucket_bytes):
             if first or rank == sender or any(rank in holders.of(tensor) for tensor in bucket):

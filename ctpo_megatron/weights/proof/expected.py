@@ -40,6 +40,10 @@ class ExpectedDigests:
             self._parts[name] = tuple(digests[_extent(place)] for place in places)
         return self._parts
 
+    def remember(self, parts: Mapping[str, PartDigests]) -> None:
+        """Take in digests that an earlier account found, of tensors that have not changed since: they need not come again."""
+        self._parts |= parts
+
     def digests(self) -> EngineDigests:
         """The digests of all engine tensors of which a part has come, each the sum of its parts."""
         ranks: EngineDigests = [{} for _ in range(self._layout.tp)]

@@ -23,6 +23,11 @@ class Changes:
         """Whether nothing is known of what the servers hold."""
         return not self._held
 
+    @property
+    def held(self) -> Mapping[str, PartDigests]:
+        """The digests of what the servers hold, by name; nothing where that is not known."""
+        return self._held
+
     def pick(self, bucket: Bucket, digests: Mapping[str, PartDigests] | None = None) -> Bucket:
         """The tensors of `bucket` to send, in its order: units (see `unit_of`) in which anything differs bitwise.
 

@@ -3,13 +3,14 @@
     gather 0 | wait for the turn | start 0 | gather 1 | finish 0 | start 1 | gather 2 | finish 1 | ...
 
 So a sender holds two buckets at most. The very first one is gathered before the servers are paused (`prefetched`). Digests of a
-bucket are found in a second thread while the next bucket is gathered. Where deltas are sent they are found before the bucket is
-sent, as they tell what has changed. The stream is read to its end also after a failure: the other ranks give their pieces to it
-in collectives, and would wait for ever otherwise.
+bucket are found in a second thread while the next bucket is gathered. Those of a delta are found before the bucket is sent, as
+they tell what has changed. The stream is read to its end also after a failure: the other ranks give their pieces to it in
+collectives, and would wait for ever otherwise.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -33,6 +34,10 @@ class DigestAccount(Protocol):
         """The digests by name of the tensors in `bucket`, and perhaps of others. The tensors may change afterwards."""
         ...
 
+    def remember(self, parts: Mapping[str, PartDigests]) -> None:
+        """Take in digests by name that were found before, of tensors that have not changed since."""
+        ...
+
     def digests(self) -> EngineDigests:
         """The digests of the engines' tensors, from all buckets so far."""
         ...
@@ -43,11 +48,12 @@ Finish = Callable[[], None]
 
 
 def prefetched(stream: Iterator[T]) -> Iterator[T]:
-    """The stream, of which the first item is read now. It keeps no item that it has given out."""
-    first = [next(stream)]
+    """The stream, of which the first item is read now, if there is one. It keeps no item that it has given out."""
+    first = list(itertools.islice(stream, 1))
 
     def rest() -> Iterator[T]:
-        yield first.pop()
+        if first:
+            yield first.pop()
         yield from stream
 
     return rest()
@@ -85,10 +91,13 @@ class SendAccount:
         self._settle()
         if self.expected is None:
             return self.changes.pick(bucket)
-        if self.changes.enabled:
-            return self.changes.pick(bucket, self.expected.add(bucket))
-        self.digesting = self.beside.submit(self.expected.add, bucket)
+        if self.changes.enabled and not self.changes.full:
+            return self._changed(self.expected, bucket)
+        self.digesting = self.beside.submit(self._changed, self.expected, bucket)  # all of it is sent
         return bucket
+
+    def _changed(self, expected: DigestAccount, bucket: Bucket) -> Bucket:
+        return self.changes.pick(bucket, expected.add(bucket))
 
     def _settle(self) -> None:
         """Wait for the digests that are under way, and let their bucket go."""
@@ -120,7 +129,10 @@ def send_account(
     stream = iter(buckets)
     beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="digest")
     try:
-        yield SendAccount(stream, changes, new_account() if new_account else None, Sent(version), beside)
+        expected = new_account() if new_account else None
+        if expected is not None:
+            expected.remember(changes.held)
+        yield SendAccount(stream, changes, expected, Sent(version), beside)
     except BaseException:
         changes.forget()
         raise

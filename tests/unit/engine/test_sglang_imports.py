@@ -10,7 +10,15 @@ import sys
 import pytest
 import torch
 
-from ctpo_megatron.engine.sglang.imports import ABSENT_ON_CPU, hide_kernels, nothing_compiled
+from ctpo_megatron.engine.sglang.imports import (
+    ABSENT_AT_FIRST,
+    ABSENT_IN_SERVERS,
+    ABSENT_IN_SERVERS_ON_CPU,
+    ABSENT_ON_CPU,
+    hide_kernels,
+    lean_server,
+    nothing_compiled,
+)
 from ctpo_megatron.imports import modules_stay
 
 
@@ -24,6 +32,23 @@ def test_kernels_are_hidden_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatc
     hide_kernels()
     assert (importlib.util.find_spec(name) is not None) is cuda
     assert (name in sys.modules) is not cuda
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_server_imports_without_what_it_does_not_use(monkeypatch: pytest.MonkeyPatch, cuda: bool) -> None:
+    """What is optional can be imported again afterwards; what nobody uses cannot."""
+    on_cpu = (*ABSENT_ON_CPU, *ABSENT_IN_SERVERS_ON_CPU)
+    for name in (*ABSENT_IN_SERVERS, *on_cpu, *ABSENT_AT_FIRST):
+        monkeypatch.setitem(sys.modules, name, None)  # to be as it was afterwards
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+
+    def hidden() -> set[str]:
+        return {name for name in (*ABSENT_IN_SERVERS, *on_cpu, *ABSENT_AT_FIRST) if importlib.util.find_spec(name) is None}
+
+    with lean_server():
+        assert hidden() == {*ABSENT_IN_SERVERS, *(() if cuda else (*on_cpu, *ABSENT_AT_FIRST))}
+    assert hidden() == {*ABSENT_IN_SERVERS, *(() if cuda else on_cpu)}
 
 
 def test_what_is_loaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:

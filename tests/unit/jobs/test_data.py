@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -50,6 +51,7 @@ def command(capsys, monkeypatch, tmp_path, good):
     def run(*overrides: str, name: str = "data", options: tuple[str, ...] = ()) -> tuple[object, str, str]:
         words = [f"{key}={value}" for key, value in good.items() if key != "sft"]
         words += [f"run_dir={tmp_path / 'run'}", "rollout.tool.type=calculator", *overrides]
+        monkeypatch.setattr(cli, "opened_nursery", lambda _: contextlib.nullcontext())  # nothing here has servers
         monkeypatch.setattr(sys, "argv", ["ctpo", name, str(CONFIG), *words, *options])
         with pytest.raises(SystemExit) as end:
             cli.main()

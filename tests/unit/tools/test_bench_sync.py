@@ -32,10 +32,12 @@ def test_ratios_are_taken_within_each_repeat(bench: ModuleType) -> None:
         full |= {"attestation": 1.0, "memory": 30, "bucket": 20}
         rows.append({"repeat": repeat, "way": "broadcast", "what": "full", **full})
         rows.append({"repeat": repeat, "way": "colocated", "what": "full", **full, "update": update_s / 2, "memory": 20})
-        rows.append({"repeat": repeat, "way": "broadcast", "what": "delta", **full, "update": 0.1})
+        for way in ("broadcast", "colocated"):
+            rows.append({"repeat": repeat, "way": way, "what": "delta", **full, "update": 0.1, "paused": update_s / 2})
     found = bench.ratios(rows)
-    own = {"bandwidth": 0.5, "whole": 0.25, "attestation": 0.05, "memory": 1.5}
-    colocated = {"bandwidth": 1.0, "whole": 1 / 3, "attestation": 0.05, "memory": 1.0}
+    own = {"bandwidth": 0.5, "whole": 0.25, "attestation": 0.05, "memory": 1.5, "delta": 0.25}
+    colocated = {"bandwidth": 1.0, "whole": 1 / 3, "attestation": 0.05, "memory": 1.0, "delta": 0.25}
     assert found == pytest.approx({"server": 0.25, **own, **{f"colocated {name}": value for name, value in colocated.items()}})
-    assert [check.holds for check in bench.checks(found)] == [False, True, True]
-    assert [check.holds for check in bench.checks({"bandwidth": 0.6, "attestation": 0.11, "memory": 2.1})] == [True, False, False]
+    assert [check.holds for check in bench.checks(found)] == [False, True, True, True, True]
+    worst = {"bandwidth": 0.7, "colocated bandwidth": 0.89, "delta": 0.31, "attestation": 0.11, "memory": 2.1}
+    assert [check.holds for check in bench.checks(worst)] == [True, False, False, False, False]

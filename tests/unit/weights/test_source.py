@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 from ctpo_megatron.batch import MicroBatch, Replay
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.weights import DiskTransport
+from ctpo_megatron.engine.checksums import EngineDigests
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.models.config import parse_config
@@ -38,6 +39,7 @@ class FakeRank:
         self.shape = parse_config(MODEL)
         self.parallel = ParallelConfig(pp=pp, vpp=vpp)
         self.value = 1.0
+        self.values: dict[str, float] = {}  # of some parameters, by key
         self.gathered = 0
         self.last = last
         self.asked: list[int] = []  # micro-batches of each call of logp
@@ -48,13 +50,20 @@ class FakeRank:
         self.per_stage = [per_stage]
         return [0]
 
-    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: object) -> Iterator[Bucket]:
+    def pieces(self) -> dict[str, Tensor]:
+        return {tensor.key: torch.full(tensor.shape, self.value_of(tensor.key)) for tensor in hf_tensors(self.shape)}
+
+    def value_of(self, key: str) -> float:
+        return self.values.get(key, self.value)
+
+    def stream(self, bucket_bytes: int, *, per_stage: bool, memory: object, only: Collection[str] | None) -> Iterator[Bucket]:
         assert bucket_bytes == 2**20
         assert memory is not None
         self.per_stage.append(per_stage)
         for tensor in hf_tensors(self.shape):
-            self.gathered += 1
-            yield [(tensor.name, torch.full(tensor.shape, self.value))]
+            if only is None or tensor.key in only:
+                self.gathered += 1
+                yield [(tensor.name, torch.full(tensor.shape, self.value_of(tensor.key)))]
 
     def place(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         return micro_batches
@@ -122,6 +131,59 @@ def test_sending_without_servers(rank: FakeRank, weights: RankWeights) -> None:
     with pytest.raises(WeightSyncError, match="no inference server is connected: call connect"):
         weights.publish(1)
     assert rank.gathered == len(hf_tensors(rank.shape))
+
+
+CHANGED = "decoder.layers.0.mlp.linear_fc1.weight"  # of gate and up
+
+
+@pytest.fixture
+def deltas(rank: FakeRank, tmp_path: Path, _one_rank: None) -> Iterator[RankWeights]:
+    transport = DiskTransport(directory=str(tmp_path), bucket_mb=1, timeout_s=10, delta=True)
+    found = RankWeights(rank, transport, tp=1, address="127.0.0.1")
+    yield found
+    found.close()
+
+
+def digests_of(rank: FakeRank) -> EngineDigests:
+    expected = ExpectedDigests(EngineLayout(rank.shape, 1, cpu=True))
+    expected.add([(each.name, torch.full(each.shape, rank.value_of(each.key))) for each in hf_tensors(rank.shape)])
+    return expected.digests()
+
+
+def test_a_delta_gathers_what_has_changed_alone(rank: FakeRank, deltas: RankWeights) -> None:
+    """It is found before the pause; the digests are those of all tensors. A version that changes nothing gathers nothing."""
+    count = len(hf_tensors(rank.shape))
+    with willing_server() as (url, asked):
+        deltas.connect([Server(url)], "key")
+        deltas.prepare(1)
+        assert deltas.publish(1).tensors == rank.gathered == count
+        for version, values, differ in ((2, {CHANGED: 3.0}, 2), (3, {CHANGED: 3.0}, 0), (4, {}, 2)):
+            rank.values, rank.gathered, before = values, 0, list(asked)
+            deltas.prepare(version)
+            assert (rank.gathered, asked) == (min(differ, 1), before)
+            sent = deltas.publish(version)
+            assert (rank.gathered, sent.tensors) == (differ, differ)
+            assert sent.digests == digests_of(rank)
+
+
+def test_all_weights_go_to_servers_that_are_connected_anew(rank: FakeRank, deltas: RankWeights) -> None:
+    """Also where a delta was prepared for those before, and after a failure."""
+    count = len(hf_tensors(rank.shape))
+    with willing_server() as (url, _):
+        deltas.connect([Server(url)], "key")
+        deltas.publish(1)
+        rank.values = {CHANGED: 3.0}
+        deltas.prepare(2)
+        deltas.connect([Server(url)], "key")
+        sent = deltas.publish(2)
+        assert (sent.tensors, sent.digests) == (count, digests_of(rank))
+        deltas.close()
+        rank.values = {}
+        with pytest.raises(WeightSyncError, match="no inference server is connected"):
+            deltas.publish(3)
+        deltas.connect([Server(url)], "key")
+        sent = deltas.publish(3)
+        assert (sent.tensors, sent.digests) == (count, digests_of(rank))
 
 
 def test_a_rank_that_sends_nothing_gathers_all_the_same(weights: RankWeights, rank: FakeRank) -> None:
