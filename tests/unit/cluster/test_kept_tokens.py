@@ -37,8 +37,10 @@ def kept_by(coords: RankCoords, batches: list[TrainBatch], applied: int) -> Kept
     """What the rank at `coords` keeps whose gaps and log-ratios are the sampled log-probs and twice those."""
     kept = KeptTokens()
     shards = [[mb.shard(coords.cp_rank, coords.cp_size) for mb in batch.micro_batches[coords.dp_rank]] for batch in batches]
-    for row in shards:
-        kept.before([mb.tokens.rollout_logp for mb in row])
+    for number, row in reversed([*enumerate(shards)]):  # the first optimizer step's come last
+        note = kept.before(number, row)
+        for mb in reversed(row):
+            note(mb, mb.tokens.rollout_logp)
     for number, row in enumerate(shards[:applied]):
         see = kept.seen(number, row)
         for mb in reversed(row):  # whatever the schedule's order is
