@@ -33,7 +33,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {name: {"objective": {"type": name}} for
     "corrected": {"correction": {"type": "truncate", "level": "token", "low": 0.5, "high": 2.0}, "anchor": "old"},
     "rollout": {"anchor": "rollout"},
 }
-AT_LAYOUTS = ("ctpo", "gspo", "corrected")
+AT_LAYOUTS = ("ctpo", "corrected")
 TEMPERATURE, IDLE = 0.7, (1, 4, 5, 9)  # samples without an advantage
 
 
