@@ -7,6 +7,7 @@ Writes seconds and sampled tokens of each iteration of 128 samples in groups of 
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import tempfile
@@ -23,14 +24,14 @@ SAMPLES, GROUP, OPTIMIZER_STEPS = 128, 8, 4
 
 def main() -> None:
     """See the module's docstring."""
-    from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
 
+    trl: Any = importlib.import_module("trl")  # which only this program's environment has
+    datasets: Any = importlib.import_module("datasets")
     model, prompts, out, max_tokens, iterations = sys.argv[1:]
     ends: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_train_begin(self, *_args: Any, **_options: Any) -> None:
             ends.append(time.monotonic())
 
@@ -43,7 +44,7 @@ def main() -> None:
 
     rows = [{"prompt": prompt} for prompt in pyarrow.parquet.read_table(prompts)["prompt"].to_pylist()]
     with tempfile.TemporaryDirectory() as scratch:
-        options = GRPOConfig(
+        options = trl.GRPOConfig(
             output_dir=scratch,
             per_device_train_batch_size=SAMPLES // OPTIMIZER_STEPS,
             gradient_accumulation_steps=1,
@@ -63,8 +64,8 @@ def main() -> None:
             report_to=[],
             disable_tqdm=True,
         )
-        trainer = GRPOTrainer(
-            model=model, reward_funcs=reward, args=options, train_dataset=Dataset.from_list(rows), callbacks=[Clock()]
+        trainer = trl.GRPOTrainer(
+            model=model, reward_funcs=reward, args=options, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Clock()]
         )
         trainer.train()
     means = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
