@@ -5,7 +5,8 @@ And what it gives back where it could not use them: an `Abandoned` update.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -123,6 +124,7 @@ class TrainBatch:
     """
 
     micro_batches: list[list[MicroBatch]]  # [dp][n]
+    spared: Mapping[int, int] = field(default_factory=dict)  # numbers of samples that need no pass: tokens that the policy wrote
 
     def ids(self) -> list[int]:
         """Numbers of its sequences in the rollout batch, in ascending order, without padding."""

@@ -24,6 +24,11 @@ class BaseObjective(Section):
         """Whether it looks at the sampling policy's likeliest tokens."""
         return any(str(getattr(self, name, "")).startswith("topk_") for name in ("divergence", "band"))
 
+    @property
+    def acts_without_advantage(self) -> bool:
+        """Whether it has a gradient at tokens whose advantage is zero."""
+        return False
+
 
 class CtpoObjective(BaseObjective):
     """Cumulative Token Policy Optimization, arXiv 2605.07331: prefix ratios with bounds that grow as position**power."""
@@ -219,6 +224,10 @@ class KpopObjective(BaseObjective):
     """What is held to delta: a token's own divergence; the largest up to the token; their sum up to the token."""
     penalty: NonNegativeFloat = 0.0
     """Weight of the squared log-ratio that is added to every token's loss, dropped ones included."""
+
+    @property
+    def acts_without_advantage(self) -> bool:
+        return self.penalty > 0
 
 
 class ReinforceObjective(BaseObjective):

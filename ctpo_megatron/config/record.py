@@ -13,7 +13,7 @@ from ctpo_megatron.config.sinks import AnySink
 # Means of |log-prob difference| over a step's tokens that rounding does not explain: docs/gpu.md says what they were taken from.
 _MEAN = {"float32": 1e-3, "bfloat16": 0.05}
 _MEAN_MIXTURE = {"float32": 1e-3, "bfloat16": 0.15}
-_TOKENS = 1000  # below which a mean says little
+FEWEST_TOKENS = 1000  # below which a mean says little
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class DriftConfig(Section):
         """The bounds for weights in `dtype`, float32 or bfloat16; `mixture`: of a model with experts."""
         if self.mean != "auto":
             return DriftBounds(self.max, self.mean)
-        return DriftBounds(self.max, (_MEAN_MIXTURE if mixture else _MEAN)[dtype], _TOKENS)
+        return DriftBounds(self.max, (_MEAN_MIXTURE if mixture else _MEAN)[dtype], FEWEST_TOKENS)
 
 
 class LogConfig(Section):

@@ -92,6 +92,9 @@ class TrainConfig(Section):
     oversample: NonNegativeInt = 0
     """Groups in flight beyond prompts_per_step: a step takes the first prompts_per_step that are finished, and the others go on
     in the next step. Rollouts then run ahead of training by one version less than staleness, which has to be at least 1."""
+    spare: bool = True
+    """Samples whose advantage is zero at every token, as in groups of equal rewards, get no forward and backward pass, unless
+    another term of the loss wants one (docs/passes.md). They count in the loss's means, not in the statistics of training."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass. selective: inside attention, and where it pays inside experts; full: of
     whole layers."""

@@ -73,7 +73,7 @@ class StepDump:
     about: About
     samples: list[TrainSample]
     weights: list[float]  # of a token of each sample in the loss
-    first_id: int  # number of the first sample in its rollout batch
+    ids: list[int]  # numbers of the samples in their rollout batch, ascending
     anchors: list[AnchorStreams]
 
     @property
@@ -95,7 +95,7 @@ class StepDump:
             cp=parallel.cp,
             tp=parallel.tp,
             weights=self.weights,
-            first_id=self.first_id,
+            ids=self.ids,
             multiple=parallel.pp if parallel.vpp > 1 else 1,
             attention_weight=attention_weight,
         )
@@ -106,10 +106,11 @@ class StepDump:
         if not self.anchors:
             return mb
         streams: dict[str, Tensor | None] = {}
+        places = {number: place for place, number in enumerate(self.ids)}
         for name in self.anchors[0]:
             stream = torch.zeros(mb.positions)
             for begin, length, number in sequences_of(mb):
-                stream[begin : begin + length] = self.anchors[number - self.first_id][name]
+                stream[begin : begin + length] = self.anchors[places[number]][name]
             streams[name] = stream
         return mb.with_streams(**streams)
 
@@ -178,7 +179,7 @@ def read_dump(directory: Path) -> StepDump:
         samples, anchors = _samples(tensors)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"{directory / BATCH}: this is not the batch of a step: {error}.") from error
-    return StepDump(directory, about, samples, tensors["weights"].tolist(), int(tensors["ids"][0]), anchors)
+    return StepDump(directory, about, samples, tensors["weights"].tolist(), tensors["ids"].tolist(), anchors)
 
 
 def _read_about(directory: Path) -> About:
@@ -201,8 +202,8 @@ def _read_about(directory: Path) -> About:
 def _samples(tensors: dict[str, Tensor]) -> tuple[list[TrainSample], list[AnchorStreams]]:
     """The sequences of a batch, and the anchors of each where there are some."""
     lengths, ids = tensors["lengths"].tolist(), tensors["ids"].tolist()
-    if not ids or ids != list(range(ids[0], ids[0] + len(ids))):
-        raise ValueError("the numbers of its sequences do not follow one another")
+    if not ids or ids != sorted(set(ids)) or ids[0] < 0:
+        raise ValueError("the numbers of its sequences do not ascend")
     cut = {name: tensors[name].split(lengths) for name in tensors if name not in ("lengths", "groups", "weights", "ids")}
     samples = []
     for index in range(len(lengths)):

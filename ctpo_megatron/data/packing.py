@@ -25,6 +25,7 @@ from ctpo_megatron.batch import MicroBatch, Replay, Sequences, TokenStreams, Tra
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import Aggregation, Constant
 from ctpo_megatron.data.balance import plan_micro_batches, round_up
+from ctpo_megatron.data.sparing import spared
 from ctpo_megatron.types import Supports, TopK, TrainSample
 
 FILLER = TrainSample([0], [0], [False], [0.0], [-1], [0.0], group=-1)  # for ranks with fewer samples than micro-batches
@@ -39,14 +40,16 @@ def pack(
     tp: int = 1,
     weights: Sequence[float] | None = None,
     first_id: int = 0,
+    ids: Sequence[int] | None = None,
     multiple: int = 1,
     attention_weight: float = 0.0,
 ) -> list[list[MicroBatch]]:
     """Micro-batches [dp][n] that hold all `samples`; see the module's invariants.
 
-    `weights` are those of the samples in the loss, 1 by default; `first_id` is the number of the first sample. The number n is a
-    multiple of `multiple`, and `attention_weight` says what is balanced; see `balance`. `max_tokens` bounds the whole micro-batch
-    that one data-parallel rank's cp ranks share. Raises ValueError where a single sample, padded, is longer than that.
+    `weights` are those of the samples in the loss, 1 by default; `ids` are their numbers, by default from `first_id` on. The
+    number n is a multiple of `multiple`, and `attention_weight` says what is balanced; see `balance`. `max_tokens` bounds the
+    whole micro-batch that one data-parallel rank's cp ranks share. Raises ValueError where a single sample, padded, is longer
+    than that.
     """
     step, unit = length_steps(cp, tp)
     capacity = max_tokens // unit * unit
@@ -60,12 +63,13 @@ def pack(
                 f"{capacity} (max_tokens={max_tokens} in steps of {unit} for cp={cp}, tp={tp})"
             )
     weighted = [1.0] * len(samples) if weights is None else weights
+    numbers = range(first_id, first_id + len(samples)) if ids is None else ids
     bins = plan_micro_batches(lengths, capacity=capacity, dp=dp, multiple=multiple, attention_weight=attention_weight)
     samples, filler = _alike(samples)
     width = max((sample.supports.width for sample in samples if sample.supports is not None), default=1)
 
     def micro_batch(members: Sequence[int]) -> MicroBatch:
-        chosen = [(samples[i], weighted[i], first_id + i) for i in members]
+        chosen = [(samples[i], weighted[i], numbers[i]) for i in members]
         return _micro_batch(chosen or [(filler, 0.0, -1)], step, unit, width)
 
     return [[micro_batch(members) for members in bins[rank]] for rank in range(dp)]
@@ -79,27 +83,31 @@ def build_train_batch(
     max_tokens: int,
     first_id: int = 0,
     attention_weight: float = 0.0,
+    spare_beyond: int | None = None,
 ) -> TrainBatch:
     """One optimizer step over `samples`: packed, with each sequence's weight in the loss under `aggregation`.
 
     `max_tokens` is per rank, so a micro-batch that cp ranks share holds cp times as many. `first_id` is the number of the first
-    sample, for error messages. `attention_weight` says what is balanced, as in `pack`. Under interleaving the number of
-    micro-batches is a multiple of pp, as megatron's schedule asks. Raises ValueError for samples without any
-    token of the policy, and as `pack` does.
+    sample, for error messages. `attention_weight` says what is balanced, as in `pack`. `spare_beyond`: samples without an
+    advantage are left out as soon as so many tokens have a pass, see `sparing.spared`; None: they are not. Under interleaving the
+    number of micro-batches is a multiple of pp, as megatron's schedule asks. Raises ValueError for samples without any token of
+    the policy, and as `pack` does.
     """
     weights = _weights(samples, aggregation)
+    left_out = [] if spare_beyond is None else spared(samples, spare_beyond)
+    places = sorted(set(range(len(samples))) - set(left_out))
     micro_batches = pack(
-        samples,
+        [samples[place] for place in places],
         dp=parallel.dp,
         max_tokens=max_tokens * parallel.cp,
         cp=parallel.cp,
         tp=parallel.tp,
-        weights=weights,
-        first_id=first_id,
+        weights=[weights[place] for place in places],
+        ids=[first_id + place for place in places],
         multiple=parallel.pp if parallel.vpp > 1 else 1,
         attention_weight=attention_weight,
     )
-    return TrainBatch(micro_batches)
+    return TrainBatch(micro_batches, {first_id + place: sum(samples[place].mask) for place in left_out})
 
 
 def _weights(samples: Sequence[TrainSample], aggregation: Aggregation) -> list[float]:

@@ -169,7 +169,7 @@ def batch_faults(dump: StepDump) -> list[BatchFault]:
             streams |= {name: values.tolist() for name, values in dump.anchors[index].items()}
         for name, values in streams.items():
             bad = [(at, value) for at, value in enumerate(values) if sample.mask[at] and not math.isfinite(value)]
-            found.setdefault(name, []).extend((dump.first_id + index, at, value) for at, value in bad)
+            found.setdefault(name, []).extend((dump.ids[index], at, value) for at, value in bad)
     return [BatchFault(name, *places[0], len(places)) for name, places in found.items() if places]
 
 

@@ -42,6 +42,7 @@ from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.report import RunTotals
 from ctpo_megatron.loop.shrinking import ShrinkingAlarm
+from ctpo_megatron.loop.sparing import wants_every_sample
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import RunState
 from ctpo_megatron.loop.train import TrainLoop, weights_published
@@ -285,6 +286,7 @@ class _Run:
             first_step=start.step,
             samples=start.samples,
             attention_weight=attention_weight(runtime.shape) if config.train.balance == "flops" else 0.0,
+            spare=wants_every_sample(config, runtime.shape) is None,
             published=self._published,
             totals=self._totals,
             skipping=make_skipping(runtime.trainer, inputs.config.in_layout(config.parallel), run_dir, emit, checkpoints),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.loop.health import health_metrics
 from ctpo_megatron.record.values import Value
 from ctpo_megatron.types import Status, Trajectory, TrajectoryGroup
@@ -44,6 +45,12 @@ def rollout_metrics(groups: list[TrajectoryGroup], version: int) -> dict[str, fl
             "tool/error_rate": sum(t.tool_errors for t in trajectories) / max(calls, 1),
         }
     )
+
+
+def spared_share(batches: list[TrainBatch], groups: list[TrajectoryGroup]) -> dict[str, float]:
+    """Returns the share of a step's samples that had no pass (`data.sparing`)."""
+    samples = sum(1 + len(each.branches) for group in groups for each in group.trajectories)
+    return {"train/spared": sum(len(batch.spared) for batch in batches) / max(samples, 1)}
 
 
 def _terms(trajectories: list[Trajectory]) -> dict[str, float]:

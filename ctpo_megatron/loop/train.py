@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from ctpo_megatron.algorithms.advantages import compute_advantages
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.record import FEWEST_TOKENS
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.data.samples import build_samples
 from ctpo_megatron.errors import LeftCourse
@@ -43,7 +44,7 @@ from ctpo_megatron.loop.shrinking import ShrinkingAlarm
 from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.loop.spikes import SpikeDetector
 from ctpo_megatron.loop.state import OpenGroup, RunState
-from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
+from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, spared_share, train_metrics
 from ctpo_megatron.record import PhaseTimer, TailTimer, progress
 from ctpo_megatron.record.events import Emit, StepTrained, WeightsPublished, discard
 from ctpo_megatron.record.heartbeat import OpenStage, Stages
@@ -54,7 +55,7 @@ from ctpo_megatron.record.values import Values
 from ctpo_megatron.types import TrajectoryGroup
 
 T = TypeVar("T")
-Batches = Callable[[list[TrajectoryGroup], RunConfig, float], list[TrainBatch]]  # `make_batches`
+Batches = Callable[[list[TrajectoryGroup], RunConfig, float, bool], list[TrainBatch]]  # `make_batches`
 
 
 class _LeftOff(Exception):
@@ -78,6 +79,7 @@ class TrainLoop:
     first_step: int = 0
     samples: int | None = 0  # trained on in the steps that are done; None: not known
     attention_weight: float = 0.0  # see `make_batches`
+    spare: bool = False  # the same
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
     resources: Callable[[], dict[str, float]] = dict  # what the run's processes use, under the record's names
     tokens_of: Callable[[list[TrainBatch]], Awaitable[TokenRecord | None]] | None = None  # what an update made of its tokens
@@ -177,7 +179,7 @@ class TrainLoop:
             taken = await self._take(step, tail, stage)
         groups, self.position = taken.groups, taken.position
         with timer("batch"):
-            batches = self.batches_of(groups, self.config, self.attention_weight)
+            batches = self.batches_of(groups, self.config, self.attention_weight, self.spare)
         with timer("sleep"):
             await self.publisher.offload()
         with timer("train"):
@@ -190,7 +192,7 @@ class TrainLoop:
         self._trained = self._state_after(step)
         with timer("publish"):
             published = await self._publish(step + 1)
-        metrics = rollout_metrics(groups, step) | taken.metrics | train_metrics(stats) | published
+        metrics = rollout_metrics(groups, step) | taken.metrics | spared_share(batches, groups) | train_metrics(stats) | published
         metrics["time/rollout_tail"] = tail.seconds
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics() | self._state_of_host(), expert_load(stats))
@@ -339,10 +341,13 @@ class TrainLoop:
             waiting.cancel()
 
 
-def make_batches(groups: list[TrajectoryGroup], config: RunConfig, attention_weight: float = 0.0) -> list[TrainBatch]:
+def make_batches(
+    groups: list[TrajectoryGroup], config: RunConfig, attention_weight: float = 0.0, spare: bool = False
+) -> list[TrainBatch]:
     """Cut the groups of a step into `optimizer_steps` batches of whole groups, packed for the trainer's layout.
 
-    `attention_weight` is the model's, where `train.balance` is flops; see `data.balance`.
+    `attention_weight` is the model's, where `train.balance` is flops; see `data.balance`. `spare`: whether
+    samples without an advantage go without a pass, but for those that the drift is measured on; see `data.sparing`.
     """
     algorithm, parallel, train = config.algorithm, config.parallel, config.train
     advantages = compute_advantages(groups, algorithm.advantage, algorithm.shaping)
@@ -356,6 +361,7 @@ def make_batches(groups: list[TrajectoryGroup], config: RunConfig, attention_wei
             max_tokens=train.max_tokens_per_micro_batch,
             first_id=sum(len(group) for group in samples[:first]),
             attention_weight=attention_weight,
+            spare_beyond=-(-FEWEST_TOKENS // train.optimizer_steps) if spare else None,
         )
         for first in range(0, len(groups), per_batch)
     ]

@@ -13,18 +13,26 @@ from ctpo_megatron.record.token_files import NOT_TRAINED
 
 SeenBy = Callable[[MicroBatch], list[Seen]]
 """Where the loss of a micro-batch puts what it saw, part by part."""
+NoteGap = Callable[[MicroBatch, Tensor], None]
+"""Takes the log-probs of trainer less engine in a micro-batch, [T_local]."""
 
 
 class KeptTokens:
     """Of one update. Streams stay on the device until `take`, so that no micro-batch waits for a copy."""
 
     def __init__(self) -> None:
-        self._gaps: list[list[Tensor]] = []  # [optimizer step][micro-batch], [T_local]
+        self._gaps: dict[int, dict[int, Tensor]] = {}  # optimizer step, place of the micro-batch: [T_local]
         self._seen: list[list[list[Seen]]] = []  # the same, in parts
 
-    def before(self, gaps: list[Tensor]) -> None:
-        """Keep the log-probs of trainer less engine in the micro-batches of the next optimizer step, [T_local] each."""
-        self._gaps.append([gap.detach().half() for gap in gaps])
+    def before(self, number: int, placed: list[MicroBatch]) -> NoteGap:
+        """Returns what keeps the distance from the engine of optimizer step `number`, whose micro-batches are `placed`."""
+        gaps = self._gaps.setdefault(number, {})
+        places = {id(mb.sequences): place for place, mb in enumerate(placed)}  # see `seen`
+
+        def note(mb: MicroBatch, gap: Tensor) -> None:
+            gaps[places[id(mb.sequences)]] = gap.detach().half()
+
+        return note
 
     def seen(self, number: int, placed: list[MicroBatch]) -> SeenBy:
         """Returns where the losses of optimizer step `number` put what they see. `placed`: its micro-batches on the device."""
@@ -44,8 +52,8 @@ class KeptTokens:
         Of optimizer steps that were not made, or not applied, tokens have gaps only.
         """
         return [
-            [_shard(gap, self._seen[number][place] if number < len(self._seen) else []) for place, gap in enumerate(gaps)]
-            for number, gaps in enumerate(self._gaps)
+            [_shard(gap, self._seen[number][place] if number < len(self._seen) else []) for place, gap in sorted(gaps.items())]
+            for number, gaps in sorted(self._gaps.items())
         ]
 
 

@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms import (
-    Channel,
     Recipe,
     Scan,
     Seen,
     Stats,
     Support,
-    Weighted,
     algorithm_recipe,
     nll_loss,
     raise_if_nonfinite,
     recipe_loss,
     reference_penalty,
 )
-from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
 from ctpo_megatron.algorithms.loss import PolicyLoss
-from ctpo_megatron.algorithms.statistics import NONFINITE, nonfinite_stats
+from ctpo_megatron.algorithms.statistics import NONFINITE
 from ctpo_megatron.batch import Abandoned, AnchorStreams, MicroBatch, UpdateAbandoned
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.record import DriftBounds
-from ctpo_megatron.errors import MismatchError, NonFiniteError
+from ctpo_megatron.errors import NonFiniteError
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.kept_tokens import KeptTokens, SeenBy
+from ctpo_megatron.mcore.old_policy import DRIFT, OldPolicy, check_drift
 from ctpo_megatron.mcore.rank import TrainerRank
-from ctpo_megatron.record.values import Mean, Value, Values, merge_values, scalar
+from ctpo_megatron.record.values import Values, merge_values
+
+if TYPE_CHECKING:  # megatron may be imported only after prepare_host
+    from ctpo_megatron.mcore.step import LossFn
 
 
 def update_policy(
@@ -46,7 +48,7 @@ def update_policy(
     reference: HostWeights | None = None,
     kept: KeptTokens | None = None,
 ) -> Values:
-    """One optimizer step per batch; the old policy is the one that stands before the first.
+    """One optimizer step per batch; the old policy is the one that stands before the first: see `old_policy`.
 
     `batches` hold this rank's micro-batches of each optimizer step; the device holds those of one step at a time. Returns the
     statistics of all steps as one, the same on all ranks. Raises MismatchError, before anything is changed, when trainer and
@@ -54,61 +56,60 @@ def update_policy(
     log-prob, loss or gradient that is not finite. `reference`: weights of the policy that `algorithm.reference` asks for. `kept`:
     gets what becomes of each token.
     """
-    sharded: list[list[MicroBatch]] = []
-    gaps: list[Stats] = []
-    for batch in batches:
-        shards, differences = _anchored(rank, rank.shard(batch), algorithm.anchor, temperature, version, kept)
-        sharded.append(shards)
+    old = OldPolicy(rank.scan, algorithm.anchor, version, kept)
+    first, *later = [rank.shard(batch) for batch in batches]
+    sharded, gaps = [old.known(first)], []
+    for number, shards in enumerate(later, start=1):
+        placed = rank.on_device(shards)
+        with_anchors, differences = old.anchored(number, placed, shards, rank.logp(placed, temperature))
+        sharded.append(with_anchors)
         gaps += differences
-    measured = rank.reduce(gaps)
-    try:
-        raise_if_nonfinite(measured)
-    except NonFiniteError as error:
-        raise UpdateAbandoned(Abandoned(str(error), None, error.sequence, {}, [])) from error
-    del measured[NONFINITE]
-    check_drift(measured, drift, version)
+    measured = rank.reduce(gaps) if later else {}
     if reference is not None:
         with rank.using(reference):
             sharded = [_with_reference(rank, shards, temperature) for shards in sharded]
     recipe = algorithm_recipe(algorithm)
     loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
+
+    def check(values: Values) -> None:
+        """Before the first optimizer step is applied: its pass completes what is known of the drift."""
+        measured.update(merge_values([measured, {name: values.pop(name) for name in DRIFT}]))
+        _require_finite(measured)
+        check_drift(measured, drift, version)
+
     steps: list[Values] = []
     for number, shards in enumerate(sharded):
         try:
             placed = rank.on_device(shards)
-            noted = loss if kept is None else partial(loss, seen=kept.seen(number, placed))
-            steps.append(rank.train_step(placed, noted, temperature))
+            noted: LossFn = loss if kept is None else partial(loss, seen=kept.seen(number, placed))
+            if number == 0:
+                steps.append(rank.train_step(placed, partial(old.share, noted, placed), temperature, check))
+            else:
+                steps.append(rank.train_step(placed, noted, temperature))
         except NonFiniteError as error:
             if kept is not None:
                 kept.forget(number)
+            if isinstance(error, UpdateAbandoned):
+                raise
             anchors = [[_anchors_of(mb) for mb in shards]]
             update = Abandoned(str(error), number, error.sequence, merge_values(steps) | measured, anchors)
             raise UpdateAbandoned(update) from error
     return merge_values(steps) | measured
 
 
+def _require_finite(measured: Values) -> None:
+    """Raise UpdateAbandoned where a log-prob of the old policy is not finite; takes the mark of it away."""
+    try:
+        raise_if_nonfinite(measured)
+    except NonFiniteError as error:
+        raise UpdateAbandoned(Abandoned(str(error), None, error.sequence, {}, [])) from error
+    measured.pop(NONFINITE, None)
+
+
 def _anchors_of(mb: MicroBatch) -> AnchorStreams:
     """What the ranks of the last pipeline stage have added to a shard, in host memory; nothing before that stage."""
     streams = {"anchor_logp": mb.tokens.anchor_logp, "reference_logp": mb.tokens.reference_logp}
     return {name: stream.cpu() for name, stream in streams.items() if stream is not None}
-
-
-def _anchored(
-    rank: TrainerRank, shards: list[MicroBatch], anchor: str, temperature: float, version: int, kept: KeptTokens | None
-) -> tuple[list[MicroBatch], list[Stats]]:
-    """One optimizer step's shards with the log-probs that ratios are taken against, and their distance from the engine's.
-
-    Only the last pipeline stage has log-probs. They stay on the device; the shards are there only while they are computed.
-    """
-    micro_batches = rank.on_device(shards)
-    old = rank.logp(micro_batches, temperature)
-    if not old:
-        return shards, []
-    if kept is not None:
-        kept.before([logp - mb.tokens.rollout_logp for mb, logp in zip(micro_batches, old, strict=True)])
-    gaps = [drift_stats(mb, logp, rank.scan, version) for mb, logp in zip(micro_batches, old, strict=True)]
-    anchors = [anchor_logp(mb, logp, anchor, version) for mb, logp in zip(micro_batches, old, strict=True)]
-    return [mb.with_streams(anchor_logp=each) for mb, each in zip(shards, anchors, strict=True)], gaps
 
 
 def _with_reference(rank: TrainerRank, shards: list[MicroBatch], temperature: float) -> list[MicroBatch]:
@@ -142,16 +143,6 @@ def likelihood_loss(logp: Tensor, mb: MicroBatch, scan: Scan) -> PolicyLoss:
     """This rank's share of the supervised loss of one micro-batch."""
     sequences = mb.sequences
     return nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=sequences.cu_seqlens, weights=sequences.weights, scan=scan)
-
-
-def anchor_logp(mb: MicroBatch, old_logp: Tensor, anchor: str, version: int) -> Tensor:
-    """Log-probs [T] that ratios are taken against; see `AlgorithmConfig.anchor`. `version` is the trainer's present one."""
-    tokens = mb.tokens
-    if anchor == "old":
-        return old_logp
-    if anchor == "rollout":
-        return tokens.rollout_logp
-    return torch.where(tokens.versions == version, old_logp, tokens.rollout_logp)
 
 
 def policy_share(
@@ -218,36 +209,3 @@ def _present(stream: Tensor | None, name: str) -> Tensor:
     if stream is None:
         raise ValueError(f"the micro-batch has no {name}")
     return stream
-
-
-def drift_stats(mb: MicroBatch, logp: Tensor, scan: Scan, version: int) -> Stats:
-    """Distance of trainer and engine on the tokens that `version` itself sampled, in all and by position."""
-    tokens, sequences = mb.tokens, mb.sequences
-    counted = tokens.mask & (tokens.versions == version)
-    gap = torch.where(counted, (logp - tokens.rollout_logp).abs(), 0.0)
-    (count,) = scan.run([Channel(tokens.mask)], sequences.cu_seqlens)
-    position = count.values.clamp(min=1)
-    bins = position_bin(position)
-    by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, gap)
-    count_by_bin = gap.new_zeros(POSITION_BINS).index_add_(0, bins, counted.to(gap.dtype))
-    stats = Stats(
-        means={
-            "drift/mean": Weighted(gap.sum(), counted.sum()),
-            "drift/from_token": Weighted(by_bin, count_by_bin),
-        },
-        maxima={"drift/max": gap.max()},
-    )
-    return stats | nonfinite_stats(~torch.isfinite(logp) & tokens.mask, position, sequences.ids, sequences.cu_seqlens, scan)
-
-
-def check_drift(measured: dict[str, Value], bound: DriftBounds, version: int) -> None:
-    """Raise MismatchError when a bound is passed; a NaN passes every bound."""
-    tokens = measured["drift/mean"].weight if isinstance(measured["drift/mean"], Mean) else 0.0
-    for kind, limit in {"max": bound.max, "mean": bound.mean if tokens >= bound.tokens else None}.items():
-        value = scalar(measured[f"drift/{kind}"])
-        if limit is not None and not value <= limit:
-            raise MismatchError(
-                f"trainer and inference engine disagree about the log-probs of policy version {version}: {kind} |difference| is "
-                f"{value:.3g}, drift.{kind} allows {limit:.3g} ({tokens:.0f} tokens). Either the weights did not "
-                f"arrive, or the two compute differently (dtype, kernels); raise drift.{kind} only if you know which."
-            )

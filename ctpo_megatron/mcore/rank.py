@@ -23,7 +23,7 @@ from ctpo_megatron.algorithms.statistics import NONFINITE
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.errors import ConfigError, NonFiniteError
+from ctpo_megatron.errors import ConfigError, MismatchError, NonFiniteError
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.recall import Read
     from ctpo_megatron.mcore.step import LossFn
 
+Check = Callable[[Values], None]
+"""Takes the reduced statistics of a pass, of which it may take away some. Raises MismatchError, on every rank alike."""
 TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up; `cluster.watch` finds that rank before
 CLOSE_TIMEOUT_S = 20.0  # for a save that was not waited for
 
@@ -191,12 +193,14 @@ class TrainerRank:
         """A context in which the model has these weights; afterwards its own again, bit for bit. Only for `logp`."""
         return weights.in_place_of(self.models)
 
-    def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> Values:
-        """One optimizer step on placed shards; see `step.LossFn`.
+    def train_step(
+        self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float, check: Check | None = None
+    ) -> Values:
+        """One optimizer step on placed shards; see `step.LossFn`. `check` is asked before anything is changed.
 
         Returns loss, grad_norm (before clipping; also as grad_norm_max), lr and the reduced statistics, the same on every rank.
-        Raises NonFiniteError on every rank when the loss or the gradient is not finite. Weights, moments and schedule are then as
-        they were, bit for bit, and so are random states: nothing here draws.
+        Raises NonFiniteError on every rank when the loss or the gradient is not finite, and what `check` raises. Weights, moments
+        and schedule are then as they were, bit for bit, and so are random states: nothing here draws.
         """
         if self.optimizer is None or self.schedule is None:
             raise ConfigError("train_step on a trainer rank that was built without an optimizer.")
@@ -204,17 +208,19 @@ class TrainerRank:
             values = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
             raise_if_nonfinite(values)
             values.pop(NONFINITE, None)
+            if check is not None:
+                check(values)
             _require_finite("loss", scalar(values["loss"]))
             return values | self._optimizer_step(self.optimizer, self.schedule)
 
     @contextlib.contextmanager
     def _unmoved_unless_applied(self) -> Iterator[None]:
-        """Inside it, a NonFiniteError leaves the routers' balancing biases as they were: the backward pass itself moves them."""
+        """Inside it, an error of the step leaves the routers' balancing biases as they were: the backward pass moves them."""
         biases = [buffer for model in self.models for name, buffer in model.named_buffers() if name.endswith(EXPERT_BIAS)]
         before = [bias.clone() for bias in biases]
         try:
             yield
-        except NonFiniteError:
+        except (NonFiniteError, MismatchError):
             for bias, value in zip(biases, before, strict=True):
                 bias.copy_(value)
             raise

@@ -54,6 +54,7 @@ class PackedInput:
     packed: PackedSeqParams
     counted: Tensor  # [T_local / tp] bool
     total: int
+    written: Tensor | None  # [W] int64, positions whose labels the policy wrote, at least one; None: all of them
 
 
 class Stepper:
@@ -79,8 +80,8 @@ class Stepper:
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         """Log-probs of the labels of each shard, [T_local] float32; an empty list before the last pipeline stage."""
 
-        def collect(shard: MicroBatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
-            return self._words(hidden, shard, temperature, labels_only=True).logp
+        def collect(described: PackedInput, hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return self._words(hidden, described.shard, temperature, labels_only=True).logp
 
         for model in self.models:
             model.eval()
@@ -92,11 +93,15 @@ class Stepper:
                 model.train()
 
     def forward_backward(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> Values:
-        """Gradients of the summed shares, reduced over ranks; returns `loss` and the reduced statistics, on every rank."""
+        """Gradients of the summed shares, reduced over ranks; returns `loss` and the reduced statistics, on every rank.
+
+        Log-probs of labels that the policy did not write are not found: they are 0.
+        """
         factor = len(micro_batches) * self.dp_size
 
-        def loss(shard: MicroBatch, hidden: Tensor) -> tuple[Tensor, Stats]:
-            found = self._words(hidden, shard, temperature)
+        def loss(described: PackedInput, hidden: Tensor) -> tuple[Tensor, Stats]:
+            shard = described.shard
+            found = self._words(hidden, shard, temperature, written=described.written)
             share, stats = loss_fn(found.logp, shard.with_streams(policy_top_k_logp=found.top_k_logp), self.scan)
             return share * factor, Stats(sums={"loss": share.detach()}) | word_stats(shard, found) | stats
 
@@ -107,10 +112,10 @@ class Stepper:
         reduced = self.reduce(per_micro_batch, self.routers.measure())
         return reduced | once({"loss": scalar(reduced["loss"])})
 
-    def _words(self, hidden: Tensor, shard: MicroBatch, temperature: float, *, labels_only: bool = False) -> WordLogp:
+    def _words(self, hidden: Tensor, shard: MicroBatch, temperature: float, **options: Any) -> WordLogp:
         if self.head is None:
             raise RuntimeError("log-probs are asked of a rank before the last pipeline stage")
-        return self.head(hidden, shard, temperature, labels_only=labels_only)
+        return self.head(hidden, shard, temperature, **options)
 
     def shard(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """This rank's shards of whole micro-batches, where these are; of a replay only what its routers see."""
@@ -148,7 +153,7 @@ class Stepper:
             packed = packed_params(cu_seqlens, self.device)
         # sequence parallelism gives each tensor-parallel rank an equal run
         counted = shard.counted(self.coords.cp_size).chunk(self.coords.tp_size)[self.coords.tp_rank]
-        return PackedInput(shard, packed, counted, int(shard.sequences.lengths.sum()))
+        return PackedInput(shard, packed, counted, int(shard.sequences.lengths.sum()), _written(shard.tokens.mask))
 
     def reduce(self, per_micro_batch: list[Stats], measured: Measured | None = None) -> Values:
         """Statistics over micro-batches, data- and context-parallel ranks, on every rank; see `reduction.reduce_stats`.
@@ -162,6 +167,14 @@ class Stepper:
             last = self.pp_group.size() - 1
             reduced = parse_values(broadcast_plain(dump_values(reduced), DumpedValues, self.pp_group, source=last))
         return reduced
+
+
+def _written(mask: Tensor) -> Tensor | None:
+    """Positions where `mask` [T] is True, the first one where it is nowhere; None where it is everywhere."""
+    index = mask.nonzero().squeeze(1)
+    if index.numel() == mask.numel():
+        return None
+    return index if index.numel() else index.new_zeros(1)
 
 
 def word_stats(shard: MicroBatch, found: WordLogp) -> Stats:
@@ -189,4 +202,4 @@ def _forward_step(
             packed_seq_params=described.packed,
             **in_model_precision(model),
         )
-    return output, partial(loss, shard)
+    return output, partial(loss, described)

@@ -129,6 +129,7 @@ TRAIN = (
         watched=True,
     ),
     Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
+    Metric("train/spared", "share", "Samples without a pass: of no advantage, and not needed to measure the drift."),
     Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote.", watched=True),
     Metric(
         "train/support_mass",

@@ -7,7 +7,8 @@ step_00000012.safetensors holds, of the samples of rollouts/step_00000012.jsonl 
     log_ratio    [tokens] float16, what the objective clipped or judged
     fate         [tokens] uint8, what became of the token's gradient: see `FATES`
 
-The streams of samples stand one behind the other. NaN: the token was in no optimizer step that was applied.
+The streams of samples stand one behind the other. NaN: the token was in no optimizer step that was applied, or its
+sample had no pass (`data.sparing`).
 """
 
 from __future__ import annotations

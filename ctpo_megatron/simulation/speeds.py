@@ -52,7 +52,7 @@ class TrainerSpeed:
     A sample of L tokens costs `token_s * (L + attention * L^2)`.
     """
 
-    token_s: float  # of one token on one data-parallel rank: forward, backward, and the old policy's forward
+    token_s: float  # of one token on one data-parallel rank: forward, backward, and the old policy's forward where one is made
     attention: float = 0.0  # `planning.flops.attention_weight`
     micro_batch_s: float = 0.0  # of each micro-batch besides
     optimizer_s: float = 0.0  # of each optimizer step besides

@@ -24,11 +24,13 @@ class CountedBatch(TrainBatch):
     lengths: tuple[int, ...] = ()
 
 
-def counted_batches(groups: list[TrajectoryGroup], config: RunConfig, _attention_weight: float = 0.0) -> list[TrainBatch]:
+def counted_batches(
+    groups: list[TrajectoryGroup], config: RunConfig, _attention_weight: float = 0.0, _spare: bool = False
+) -> list[TrainBatch]:
     """Returns the optimizer steps of `groups` as `loop.train.make_batches` cuts them, with lengths in the place of tokens."""
     per_batch = len(groups) // config.train.optimizer_steps
     cut = [groups[first : first + per_batch] for first in range(0, len(groups), per_batch)]
-    return [CountedBatch([], tuple(_length(each) for group in part for each in group.trajectories)) for part in cut]
+    return [CountedBatch([], lengths=tuple(_length(each) for group in part for each in group.trajectories)) for part in cut]
 
 
 def _length(trajectory: Trajectory) -> int:

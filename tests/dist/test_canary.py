@@ -21,7 +21,7 @@ from ctpo_megatron.config.record import DriftConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import MismatchError, WeightSyncError
-from ctpo_megatron.mcore.policy import check_drift
+from ctpo_megatron.mcore.old_policy import check_drift
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.record.values import Max, Mean

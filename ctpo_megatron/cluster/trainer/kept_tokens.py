@@ -11,7 +11,7 @@ from torch import Tensor
 from ctpo_megatron.batch import KeptShard, TrainBatch
 from ctpo_megatron.data.dumps import sequences_of
 from ctpo_megatron.parallel import RankCoords, zigzag_unshard
-from ctpo_megatron.record.token_files import STREAMS, TokenRecord
+from ctpo_megatron.record.token_files import NOT_TRAINED, STREAMS, TokenRecord
 
 Kept = list[list[KeptShard]]
 """Of one rank: [optimizer step][micro-batch]; empty where it has none, or another rank has the same."""
@@ -39,8 +39,16 @@ def join_tokens(parts: Sequence[Kept], coords: Sequence[RankCoords], batches: li
                 whole = {name: zigzag_unshard([getattr(each, name) for each in own], mb.sequences.cu_seqlens) for name in STREAMS}
                 for begin, length, sample in sequences_of(mb):
                     span = slice(begin, begin + length)
-                    wrote = mb.tokens.mask[span]
-                    samples[sample] = {name: stream[span][wrote] for name, stream in whole.items()}
+                    own_tokens = mb.tokens.mask[span]
+                    samples[sample] = {name: stream[span][own_tokens] for name, stream in whole.items()}
+        for sample, wrote in batch.spared.items():
+            samples[sample] = _spared(wrote)
     ordered = [samples[sample] for sample in sorted(samples)]
     streams = {name: torch.cat([each[name] for each in ordered]).numpy() for name in STREAMS}
     return TokenRecord(np.array([len(each["fate"]) for each in ordered], np.int64), **streams)
+
+
+def _spared(tokens: int) -> dict[str, Tensor]:
+    """The streams of a sample that had no pass."""
+    nothing = torch.full((tokens,), torch.nan, dtype=torch.float16)
+    return {"gap": nothing, "log_ratio": nothing, "fate": torch.full((tokens,), NOT_TRAINED, dtype=torch.uint8)}

@@ -55,23 +55,39 @@ class Head:
         ends = [unwrap(model) for model in models if unwrap(model).post_process]
         return cls(ends[0].head_weight(), vocab_size, group) if ends else None
 
-    def __call__(self, hidden: Tensor, shard: MicroBatch, temperature: float, *, labels_only: bool = False) -> WordLogp:
+    def __call__(
+        self, hidden: Tensor, shard: MicroBatch, temperature: float, *, labels_only: bool = False, written: Tensor | None = None
+    ) -> WordLogp:
         """What `vocab_parallel_logp` finds for hidden states [1, T_local, H] of `shard`.
 
         Besides the labels' log-probs the entropy, and the top-k tokens' log-probs where the shard has some, unless `labels_only`.
-        Where the shard has supports, log-probs are those of the distribution that is cut to them.
+        Where the shard has supports, log-probs are those of the distribution that is cut to them. `written` [W]: the positions
+        that are wanted, with zeros at all others; None: all.
         """
-        return vocab_parallel_logp(
-            hidden.squeeze(0),
+        tokens, hidden = shard.tokens, hidden.squeeze(0)
+        if written is not None:
+            tokens, hidden = tokens.at(written), hidden.index_select(0, written)
+        found = vocab_parallel_logp(
+            hidden,
             self.weight,
-            shard.tokens.labels,
+            tokens.labels,
             group=self.group,
             temperature=temperature,
             vocab_size=self.vocab_size,
             entropy=not labels_only,
-            top_k_ids=None if labels_only else shard.tokens.top_k_ids,
-            support_ids=shard.tokens.support_ids,
+            top_k_ids=None if labels_only else tokens.top_k_ids,
+            support_ids=tokens.support_ids,
         )
+        if written is None:
+            return found
+        whole = shard.tokens.labels.numel()
+        others = (None if each is None else _spread(each, written, whole) for each in found[1:])
+        return WordLogp(_spread(found.logp, written, whole), *others)
+
+
+def _spread(found: Tensor, places: Tensor, whole: int) -> Tensor:
+    """[whole, ...] with `found` [W, ...] at its places and zeros elsewhere."""
+    return found.new_zeros(whole, *found.shape[1:]).index_copy(0, places, found)
 
 
 def in_model_precision(model: torch.nn.Module) -> dict[str, bool]:

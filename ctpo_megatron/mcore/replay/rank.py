@@ -15,7 +15,8 @@ from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
-from ctpo_megatron.mcore.policy import anchor_logp, likelihood_loss, objective_loss
+from ctpo_megatron.mcore.old_policy import anchor_logp
+from ctpo_megatron.mcore.policy import likelihood_loss, objective_loss
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.mcore.replay.findings import RankFindings
 from ctpo_megatron.models.shape import ModelShape

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from ctpo_megatron.algorithms import Seen
@@ -37,8 +40,10 @@ def kept_by(coords: RankCoords, batches: list[TrainBatch], applied: int) -> Kept
     """What the rank at `coords` keeps whose gaps and log-ratios are the sampled log-probs and twice those."""
     kept = KeptTokens()
     shards = [[mb.shard(coords.cp_rank, coords.cp_size) for mb in batch.micro_batches[coords.dp_rank]] for batch in batches]
-    for row in shards:
-        kept.before([mb.tokens.rollout_logp for mb in row])
+    for number, row in reversed([*enumerate(shards)]):  # the first optimizer step's come last
+        note = kept.before(number, row)
+        for mb in reversed(row):
+            note(mb, mb.tokens.rollout_logp)
     for number, row in enumerate(shards[:applied]):
         see = kept.seen(number, row)
         for mb in reversed(row):  # whatever the schedule's order is
@@ -68,6 +73,21 @@ def test_each_token_is_at_its_place_at_every_layout() -> None:
         assert found.gap.tolist() == torch.tensor(written()).half().tolist()
         assert found.log_ratio.tolist() == (2 * torch.tensor(written())).half().tolist()
         assert found.fate.tolist() == (torch.tensor(written()) * 64 % 3).to(torch.uint8).tolist()
+
+
+def test_a_sample_without_a_pass_has_its_place() -> None:
+    made = [sample(number, length) for number, length in enumerate(LENGTHS)]
+    made[1:3] = [replace(each, advantages=[0.0] * len(each)) for each in made[1:3]]
+    made[0] = replace(made[0], advantages=[1.0 * wrote for wrote in made[0].mask])
+    options = {"aggregation": TokenMean(), "parallel": ParallelConfig(), "max_tokens": 16, "spare_beyond": 0}
+    batches = [build_train_batch(made[:3], **options)]
+    found = join_tokens([kept_by(RankCoords(), batches, 1).take()], [RankCoords()], batches)
+    assert found is not None
+    wrote = [sum(each.mask) for each in made[:3]]
+    assert found.lengths.tolist() == wrote
+    assert not np.isnan(found.gap[: wrote[0]]).any()
+    assert np.isnan(found.gap[wrote[0] :]).all()
+    assert set(found.fate[wrote[0] :]) == {NOT_TRAINED}
 
 
 def test_a_step_that_was_not_applied_says_so() -> None:

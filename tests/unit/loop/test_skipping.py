@@ -111,7 +111,7 @@ def test_the_run_goes_on_and_what_was_left_out_is_counted(tmp_path: Path) -> Non
     assert (second.step, second.applied, second.in_a_row) == (3, 0, 1), "step 2 was done"
     assert f"ctpo replay {tmp_path / 'dumps' / 'step_00000003.2'}" in second.sentence
     dump = read_dump(tmp_path / "dumps" / "step_00000003.2")
-    assert dump.first_id == 3
+    assert dump.ids[0] == 3
     assert dump.about.sequence == 4
 
 

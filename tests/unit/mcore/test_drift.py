@@ -15,7 +15,7 @@ from ctpo_megatron.config.record import DriftBounds, DriftConfig
 from ctpo_megatron.data.packing import pack
 from ctpo_megatron.errors import MismatchError, NonFiniteError
 from ctpo_megatron.loop.statistics import train_metrics
-from ctpo_megatron.mcore.policy import anchor_logp, check_drift, drift_stats
+from ctpo_megatron.mcore.old_policy import anchor_logp, check_drift, drift_stats
 from ctpo_megatron.record.values import Max, Mean, Min, Sum, merge_values
 from ctpo_megatron.types import TrainSample
 from tests.support.numbers import on_host

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ctpo_megatron.algorithms import Stats
-from ctpo_megatron.mcore import policy
+from ctpo_megatron.algorithms.statistics import NONFINITE
+from ctpo_megatron.config.record import DriftBounds
+from ctpo_megatron.errors import MismatchError
+from ctpo_megatron.mcore import old_policy, policy
+from ctpo_megatron.mcore.old_policy import DRIFT
+from ctpo_megatron.record.values import Max, Min, Sum
 
 
 class Shard:
@@ -24,7 +30,7 @@ class Shard:
 class Rank:
     """Says what it is asked, and that all of it is on its device."""
 
-    scan = None
+    scan, drift = None, 0.5
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -41,31 +47,54 @@ class Rank:
         return [f"old {each.name}" for each in placed]
 
     def reduce(self, _gaps: Any) -> dict[str, Any]:
-        return {policy.NONFINITE: 0}
+        return dict.fromkeys(DRIFT, Max(0.0)) | {NONFINITE: Min(math.inf)}
 
-    def train_step(self, placed: list[Shard], _loss: Any, _temperature: float) -> str:
+    def train_step(self, placed: list[Shard], _loss: Any, _temperature: float, check: Any = None) -> dict[str, Any]:
         assert {each.device for each in placed} == {"device"}
-        self.said.append(f"step {placed[0].name} against {placed[0].streams['anchor_logp']}")
-        return placed[0].name
+        self.said.append(f"step {placed[0].name} against {placed[0].streams.get('anchor_logp', 'its own')}")
+        values: dict[str, Any] = {"loss": Sum(1.0)}
+        if check is not None:
+            values |= dict.fromkeys(DRIFT, Max(self.drift))
+            check(values)
+            self.said.append("checked")
+        return values
 
 
-def test_the_device_holds_one_optimizer_step_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept from the old policy's pass to the step are shards in the host's memory; all log-probs come before a step."""
-    monkeypatch.setattr(policy, "drift_stats", lambda *_: Stats())
-    monkeypatch.setattr(policy, "anchor_logp", lambda _mb, old, *_: old)
-    for name in ("raise_if_nonfinite", "check_drift", "algorithm_recipe"):
-        monkeypatch.setattr(policy, name, lambda *_, **__: None)
-    monkeypatch.setattr(policy, "merge_values", lambda steps: dict.fromkeys(steps))
-    trained: list[list[Shard]] = []
+def updated(rank: Any, monkeypatch: pytest.MonkeyPatch, drift: DriftBounds, batches: str) -> Any:
+    monkeypatch.setattr(old_policy, "drift_stats", lambda *_: Stats())
+    monkeypatch.setattr(old_policy, "anchor_logp", lambda _mb, old, *_: old)
+    monkeypatch.setattr(policy, "algorithm_recipe", lambda *_, **__: None)
+    algorithm: Any = SimpleNamespace(anchor="old", reference=None, objective=None, aggregation=None, correction=None)
+    made: Any = [[Shard(name)] for name in batches]
+    return policy.update_policy(rank, made, algorithm=algorithm, temperature=1.0, drift=drift, version=1)
+
+
+def test_the_first_optimizer_step_is_its_own_old_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' log-probs come before any step is applied, and the device holds one optimizer step's shards at a time."""
+    moved: list[list[Shard]] = []
 
     class Watched(Rank):
         def on_device(self, shards: list[Shard]) -> list[Shard]:
-            trained.append(shards)
+            moved.append(shards)
             return super().on_device(shards)
 
-    rank: Any = Watched()
-    algorithm: Any = SimpleNamespace(anchor="old", reference=None, objective=None, aggregation=None, correction=None)
-    batches: Any = [[Shard("a")], [Shard("b")]]
-    policy.update_policy(rank, batches, algorithm=algorithm, temperature=1.0, drift=Any, version=1)
-    assert rank.said == ["logp a", "logp b", "step a against old a", "step b against old b"]
-    assert [[each.device for each in shards] for shards in trained] == [["host"]] * 4
+    rank = Watched()
+    found = updated(rank, monkeypatch, DriftBounds(), "abc")
+    first = ["logp b", "logp c", "step a against its own", "checked"]
+    assert rank.said == [*first, "step b against old b", "step c against old c"]
+    assert [[each.device for each in shards] for shards in moved] == [["host"]] * 5
+    assert found["drift/max"] == Max(0.5), "the first step's drift counts with that of the others"
+    assert found["loss"] == Sum(3.0)
+
+
+def test_one_optimizer_step_needs_no_pass_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank()
+    updated(rank, monkeypatch, DriftBounds(), "a")
+    assert rank.said == ["step a against its own", "checked"]
+
+
+def test_drift_beyond_its_bound_ends_the_update_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = Rank()
+    with pytest.raises(MismatchError, match="max"):
+        updated(rank, monkeypatch, DriftBounds(max=0.1), "ab")
+    assert rank.said == ["logp b", "step a against its own"]
