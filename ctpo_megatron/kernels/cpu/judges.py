@@ -1,0 +1,183 @@
+"""The objectives as functions of one token, for `cpu.tokens`: each the scalar form of `algorithms/objectives/NAME.py`.
+
+A judge returns (loss, derivative by logp, judged log-ratio, fate). What it is given: `d`, the token's log-ratio, and `own`, the
+derivative of that by logp (0 where it was held to +-20); `a`, the advantage; `o`, the objective's options in the order of
+`algorithms.fused`, an absent bound as infinity. All floats have the number format of the streams, in which the reference computes,
+so there are no literals: `one` is 1. Ties are decided as torch decides them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+
+CTPO, GRPO, GSPO, SEQUENCE, SAPO, CISPO, GMPO, MINPRO, DPPO, CPPO, TRM = range(11)
+K2, K3, BINARY_TV, BINARY_KL = range(4)
+UNTOUCHED, HIGH, LOW, DUAL = 0, 1, 2, 4
+"""What became of a token, as bits: `high`, `low` and `dual` of `algorithms.tokens.TokenLoss`."""
+
+compiled: Any = {"cache": True, "nogil": True, "error_model": "numpy"}
+
+
+@numba.njit(**compiled)
+def divergence(kind, logp, anchor, d, one, tiny, most):
+    """`algorithms.divergence` of one token, over the sampled token and all others; `most` is 1 - `tiny`."""
+    half, zero = one / (one + one), one - one
+    if kind == K2:
+        return half * (d * d)
+    if kind == K3:
+        return np.expm1(d) - d
+    mu, pi = math.exp(anchor), math.exp(logp)
+    rest_mu, rest_pi = max(one - mu, zero), max(one - pi, zero)
+    if kind == BINARY_TV:
+        return half * (abs(mu - pi) + abs(rest_mu - rest_pi))
+    mu, pi = min(max(mu, tiny), most), min(max(pi, tiny), most)
+    rest_mu, rest_pi = min(max(rest_mu, tiny), most), min(max(rest_pi, tiny), most)
+    return mu * (math.log(mu) - math.log(pi)) + rest_mu * (math.log(rest_mu) - math.log(rest_pi))
+
+
+@numba.njit(**compiled)
+def scale_of(position, power, one):
+    """position ** power, by the roots that torch takes."""
+    half = one / (one + one)
+    if power == half:
+        return math.sqrt(position)
+    if power == one - one:
+        return one
+    if power == one:
+        return position
+    if power == -half:
+        return one / math.sqrt(position)
+    return position**power
+
+
+@numba.njit(**compiled)
+def ctpo(prefix, position, a, o, one, top):
+    """`o`: geomean, low, high, dual, power."""
+    zero = one - one
+    held = prefix / position if o[0] != zero else prefix
+    slope = zero if held > top else one
+    held = min(held, top)
+    scale = scale_of(position, o[4], one)
+    low, high, ceiling = -o[1] * scale, o[2] * scale, o[3] * scale
+    bounded, fate = held, UNTOUCHED
+    if a < zero:
+        if held < low:
+            bounded, slope, fate = low, zero, LOW
+        if held > ceiling:
+            bounded, slope, fate = ceiling, zero, fate | DUAL
+    elif held > high:
+        bounded, slope = high, zero
+        if a > zero:
+            fate = HIGH
+    loss = -a * math.exp(bounded)
+    return loss, loss * slope, held, fate
+
+
+@numba.njit(**compiled)
+def clipped(ratio, slope, a, low, high, dual, one):
+    """PPO's surrogate; `slope` is the derivative of the log-ratio. Returns loss, derivative, fate."""
+    zero = one - one
+    loss, fate = -a * ratio, UNTOUCHED
+    grad = loss * slope
+    if a > zero and ratio > high:
+        loss, grad, fate = -a * high, zero, HIGH
+    elif a < zero:
+        if ratio < low:
+            loss, grad, fate = -a * low, zero, LOW
+        ceiling = -a * dual
+        if loss > ceiling:
+            loss, grad, fate = ceiling, zero, fate | DUAL
+        elif loss == ceiling:  # the smaller of two equals has half the gradient
+            grad = grad / (one + one)
+    return loss, grad, fate
+
+
+@numba.njit(**compiled)
+def weighted(held, logp, a, low, high, one):
+    """The clipped ratio as a weight. Returns loss, derivative, fate."""
+    zero = one - one
+    ratio, fate = math.exp(held), UNTOUCHED
+    if a > zero and ratio > high:
+        fate = HIGH
+    elif a < zero and ratio < low:
+        fate = LOW
+    grad = -min(max(ratio, low), high) * a
+    return grad * logp, grad, fate
+
+
+@numba.njit(**compiled)
+def mean_held(d, a, low, high, one):
+    """What `gmpo` adds up, and its derivative by the log-ratio."""
+    zero = one - one
+    if a == zero:
+        return zero, zero
+    if a > zero:
+        return (high, zero) if d > high else (d, one)
+    return (low, zero) if d < low else (d, one)
+
+
+@numba.njit(**compiled)
+def gmpo(mean, d, own, a, o, one):
+    """-A R of a sequence whose mean is `mean`, with the gradient of the token's own part. `o`: low, high."""
+    zero, fate = one - one, UNTOUCHED
+    if a > zero and d > o[1]:
+        fate = HIGH
+    elif a < zero and d < -o[0]:
+        fate = LOW
+    loss = -a * math.exp(mean)
+    return loss, loss * mean_held(d, a, -o[0], o[1], one)[1] * own, fate
+
+
+@numba.njit(**compiled)
+def sapo(d, own, a, o, one):
+    """`o`: tau where the advantage is positive, and elsewhere."""
+    tau = o[0] if a > one - one else o[1]
+    four = one + one + one + one
+    ratio = math.exp(d)
+    gate = one / (one + math.exp(-(tau * (ratio - one))))
+    rising = gate * (one - gate) * tau * (four / tau)
+    return -a * (gate * (four / tau)), -a * rising * ratio * own, d, UNTOUCHED
+
+
+@numba.njit(**compiled)
+def dppo(d, found, logp, a, o, one):
+    """`o`: delta, ratio_cap. `found` is the divergence."""
+    zero = one - one
+    away = (a > zero and d > zero) or (a < zero and d < zero)
+    if away and found > o[0]:
+        return zero, zero, d, dropped(a, zero)
+    grad = -a * min(math.exp(d), o[1])
+    return grad * logp, grad, d, UNTOUCHED
+
+
+@numba.njit(**compiled)
+def within(d, own, keep, a, one):
+    """-A r of the tokens that are kept."""
+    zero = one - one
+    if not keep:
+        return zero, zero, d, dropped(a, zero)
+    loss = -a * math.exp(d)
+    return loss, loss * own, d, UNTOUCHED
+
+
+@numba.njit(**compiled)
+def dropped(a, zero):
+    """The fate of a token that is left out."""
+    return HIGH if a > zero else LOW
+
+
+@numba.njit(**compiled)
+def in_budget(d, found, spent, ramp, position, length, a, o, one):
+    """Whether `cppo` keeps a token. `o`: delta, budget, weight_min."""
+    zero = one - one
+    before, slope = position - one, zero
+    if length > one:
+        slope = (one - o[2]) / max(length - one, one)
+    weight = one - slope * before
+    weights_before = before - slope * before * (before - one) / (one + one)
+    limit = min(o[0] + o[1] * weights_before - (spent - slope * ramp), o[0])
+    return a * (math.exp(d) - one) <= zero or weight * found <= limit
