@@ -1,6 +1,6 @@
 """Where `policy_loss` is computed in one compiled pass instead of by torch, and that pass's results as torch's are.
 
-The pass (`kernels/cpu`) takes whole sequences on a CPU whose numbers are all float32, or all float64, from `FEWEST` tokens on: below
+The pass (`kernels/cpu`) takes whole sequences on a CPU whose numbers are all float32, from `FEWEST` tokens on: below
 that the import and the start of the compiled code, once in a process, take longer than they save. It knows the objectives in
 `JUDGES`. Everything else goes to torch: another device, context parallelism, sums that are not exact, top-k divergences, `cppo`
 with an adaptive budget (an order statistic), an objective without a judge.
@@ -72,7 +72,7 @@ def applies(recipe: Recipe, streams: Streams, scan: Scan) -> bool:
         and not recipe.options.get("adaptive_budget", False)
         and all(isinstance(each, torch.Tensor) and each.device.type == "cpu" and each.dtype == logp.dtype for each in floats)
         and type(logp) in (torch.Tensor, torch.nn.Parameter)
-        and logp.dtype in (torch.float32, torch.float64)
+        and logp.dtype == torch.float32
         and importlib.util.find_spec("numba") is not None
     )
 
@@ -84,7 +84,7 @@ def fused_loss(
 
     What `prepare`, `per_token_loss` and `input_stats` find, for what `applies` lets through.
     """
-    from ctpo_megatron.kernels.cpu import launch  # noqa: PLC0415 - compiles, or reads what was compiled before
+    from ctpo_megatron.kernels.cpu import launch
 
     check_length(streams.logp.numel())
     if recipe.correction is not None and streams.rollout_logp is None:
@@ -106,7 +106,7 @@ def fused_loss(
 
 
 def _how(recipe: Recipe) -> Any:
-    from ctpo_megatron.kernels.cpu.launch import How  # noqa: PLC0415 - as above
+    from ctpo_megatron.kernels.cpu.launch import How
 
     kind, options, correction = JUDGES[recipe.method], recipe.options, recipe.correction
     numbers = list(_NUMBERS.values())[kind](options)
@@ -119,13 +119,18 @@ def _how(recipe: Recipe) -> Any:
 
 def _stats(found: Any, corrected: bool, sequence_ids: Tensor | None) -> Stats:
     """The pass's sums under the names that `statistics`, `health`, `density` and `per_token` give them."""
-    from ctpo_megatron.kernels.cpu import tokens as k  # noqa: PLC0415 - as above
+    from ctpo_megatron.kernels.cpu import tokens as k
 
     sums, counts = found.sums, found.counts.double()
     number = counts[k.TOKENS]
     rows = {"clip_high": k.CLIP_HIGH, "clip_low": k.CLIP_LOW, "clip_dual": k.CLIP_DUAL, "clip_fraction": k.CLIPPED}
     totals = {name: counts[row] for name, row in rows.items()}
-    totals |= {"ratio": sums[k.RATIO], "ratio_sq": sums[k.RATIO_SQ], "kl_old": sums[k.KL_OLD], "log_ratio_sq": sums[k.LOG_RATIO_SQ]}
+    totals |= {
+        "ratio": sums[k.RATIO],
+        "ratio_sq": sums[k.RATIO_SQ],
+        "kl_old": sums[k.KL_OLD],
+        "log_ratio_sq": sums[k.LOG_RATIO_SQ],
+    }
     maxima = {"ratio_max": sums[k.RATIO_MAX]}
     if corrected:
         totals |= {"correction": sums[k.WEIGHT], "correction_sq": sums[k.WEIGHT_SQ], "correction_zero": counts[k.WEIGHT_ZERO]}

@@ -6,8 +6,8 @@ the first four bits of its mantissa; a cell then holds at most one border, and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numba
 import numpy as np
@@ -17,14 +17,28 @@ from ctpo_megatron.kernels.cpu.judges import compiled
 OCTAVES, CELLS = 24, 16  # |x| / finest + 1 up to 2**24, each octave in so many cells
 
 
+Lookup = tuple[np.ndarray, ...]
+"""1 / finest [2]; cells [2, OCTAVES * CELLS]; borders [2, buckets]; a number, and the same memory as int64, to look at its bits."""
+
+
+def lookup(edges: Sequence[tuple[tuple[float, ...], float]]) -> Lookup:
+    """Returns what `bucket_of` looks at, for distributions with these borders of buckets and widths of the finest one."""
+    cells, borders = zip(*(tables(of, finest) for of, finest in edges), strict=True)
+    floats = np.zeros(1)
+    per_nat = np.asarray([1 / finest for _, finest in edges])
+    return per_nat, np.stack(cells), np.stack(borders), floats, floats.view(np.int64)
+
+
 @lru_cache
-def tables(edges: tuple[float, ...], finest: float) -> Any:
-    """Returns for each cell [OCTAVES * CELLS] the bucket of its smallest |x| among those of positive numbers, and the borders.
+def tables(edges: tuple[float, ...], finest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns for each cell [OCTAVES * CELLS] the bucket of its smallest |x|, 0 the middle one, and the borders to the right.
 
     `edges` [buckets + 1] are symmetric about 0, in units of nats; the middle bucket is half positive. Raises ValueError where
     a cell would hold two borders.
     """
-    borders = np.append(np.asarray(edges[len(edges) // 2 :]), np.inf)  # the right ends of the positive buckets, from the middle on
+    borders = np.append(
+        np.asarray(edges[len(edges) // 2 :]), np.inf
+    )  # the right ends of the positive buckets, from the middle on
     borders[-2] = np.inf  # what lies beyond the last one is in it
     begins = np.array([(1 + cell / CELLS) * 2.0**octave for octave in range(OCTAVES) for cell in range(CELLS)])
     ends = np.append(begins[1:], begins[-1])
@@ -36,13 +50,13 @@ def tables(edges: tuple[float, ...], finest: float) -> Any:
 
 
 @numba.njit(**compiled)
-def bucket_of(x, finest, first, borders, middle, scratch):
-    """The bucket of `x`; `scratch` [1] float64 is room to look at its bits."""
+def bucket_of(x, which, lookup):
+    """The bucket of `x` in the distribution `which`, of those that `lookup` was made for."""
+    per_nat, cells, borders, floats, bits = lookup
     size = abs(x)
-    scratch[0] = size / finest + 1.0
-    place = (scratch.view(np.int64)[0] >> 48) - (1023 << 4)
-    cell = min(max(place, 0), len(first) - 1)
-    bucket = first[cell]
-    if size >= borders[bucket]:
+    floats[0] = size * per_nat[which] + 1.0
+    cell = min(max((bits[0] >> 48) - (1023 << 4), 0), OCTAVES * CELLS - 1)
+    bucket = cells[which, cell]
+    if size >= borders[which, bucket]:
         bucket += 1
-    return middle + bucket if x > 0 else middle - bucket
+    return bucket if x > 0 else -bucket

@@ -1,6 +1,6 @@
 """The objectives as functions of one token, for `cpu.tokens`: each the scalar form of `algorithms/objectives/NAME.py`.
 
-A judge returns (loss, derivative by logp, judged log-ratio, fate). What it is given: `d`, the token's log-ratio, and `own`, the
+A judge returns (loss, derivative by logp, fate). What it is given: `ratio`, of what is judged; `d`, the token's log-ratio, and `own`, the
 derivative of that by logp (0 where it was held to +-20); `a`, the advantage; `o`, the objective's options in the order of
 `algorithms.fused`, an absent bound as infinity. All floats have the number format of the streams, in which the reference computes,
 so there are no literals: `one` is 1. Ties are decided as torch decides them.
@@ -55,26 +55,20 @@ def scale_of(position, power, one):
 
 
 @numba.njit(**compiled)
-def ctpo(prefix, position, a, o, one, top):
-    """`o`: geomean, low, high, dual, power."""
+def ctpo(held, ratio, position, a, o, one, beyond):
+    """`held`: the log-ratio; `beyond`: whether it was more before. `o`: geomean, low, high, dual, power."""
     zero = one - one
-    held = prefix / position if o[0] != zero else prefix
-    slope = zero if held > top else one
-    held = min(held, top)
     scale = scale_of(position, o[4], one)
     low, high, ceiling = -o[1] * scale, o[2] * scale, o[3] * scale
-    bounded, fate = held, UNTOUCHED
     if a < zero:
         if held < low:
-            bounded, slope, fate = low, zero, LOW
+            return -a * math.exp(low), zero, LOW
         if held > ceiling:
-            bounded, slope, fate = ceiling, zero, fate | DUAL
+            return -a * math.exp(ceiling), zero, DUAL
     elif held > high:
-        bounded, slope = high, zero
-        if a > zero:
-            fate = HIGH
-    loss = -a * math.exp(bounded)
-    return loss, loss * slope, held, fate
+        return -a * math.exp(high), zero, HIGH if a > zero else UNTOUCHED
+    loss = -a * ratio
+    return loss, zero if beyond else loss, UNTOUCHED
 
 
 @numba.njit(**compiled)
@@ -97,10 +91,9 @@ def clipped(ratio, slope, a, low, high, dual, one):
 
 
 @numba.njit(**compiled)
-def weighted(held, logp, a, low, high, one):
+def weighted(ratio, logp, a, low, high, one):
     """The clipped ratio as a weight. Returns loss, derivative, fate."""
-    zero = one - one
-    ratio, fate = math.exp(held), UNTOUCHED
+    zero, fate = one - one, UNTOUCHED
     if a > zero and ratio > high:
         fate = HIGH
     elif a < zero and ratio < low:
@@ -121,47 +114,46 @@ def mean_held(d, a, low, high, one):
 
 
 @numba.njit(**compiled)
-def gmpo(mean, d, own, a, o, one):
-    """-A R of a sequence whose mean is `mean`, with the gradient of the token's own part. `o`: low, high."""
+def gmpo(ratio, d, own, a, o, one):
+    """-A R of a sequence whose geometric mean is `ratio`, with the gradient of the token's own part. `o`: low, high."""
     zero, fate = one - one, UNTOUCHED
     if a > zero and d > o[1]:
         fate = HIGH
     elif a < zero and d < -o[0]:
         fate = LOW
-    loss = -a * math.exp(mean)
+    loss = -a * ratio
     return loss, loss * mean_held(d, a, -o[0], o[1], one)[1] * own, fate
 
 
 @numba.njit(**compiled)
-def sapo(d, own, a, o, one):
-    """`o`: tau where the advantage is positive, and elsewhere."""
+def sapo(ratio, own, a, o, one):
+    """Loss and derivative. `o`: tau where the advantage is positive, and elsewhere."""
     tau = o[0] if a > one - one else o[1]
     four = one + one + one + one
-    ratio = math.exp(d)
     gate = one / (one + math.exp(-(tau * (ratio - one))))
     rising = gate * (one - gate) * tau * (four / tau)
-    return -a * (gate * (four / tau)), -a * rising * ratio * own, d, UNTOUCHED
+    return -a * (gate * (four / tau)), -a * rising * ratio * own
 
 
 @numba.njit(**compiled)
-def dppo(d, found, logp, a, o, one):
+def dppo(d, ratio, found, logp, a, o, one):
     """`o`: delta, ratio_cap. `found` is the divergence."""
     zero = one - one
     away = (a > zero and d > zero) or (a < zero and d < zero)
     if away and found > o[0]:
-        return zero, zero, d, dropped(a, zero)
-    grad = -a * min(math.exp(d), o[1])
-    return grad * logp, grad, d, UNTOUCHED
+        return zero, zero, dropped(a, zero)
+    grad = -a * min(ratio, o[1])
+    return grad * logp, grad, UNTOUCHED
 
 
 @numba.njit(**compiled)
-def within(d, own, keep, a, one):
+def within(ratio, own, keep, a, one):
     """-A r of the tokens that are kept."""
     zero = one - one
     if not keep:
-        return zero, zero, d, dropped(a, zero)
-    loss = -a * math.exp(d)
-    return loss, loss * own, d, UNTOUCHED
+        return zero, zero, dropped(a, zero)
+    loss = -a * ratio
+    return loss, loss * own, UNTOUCHED
 
 
 @numba.njit(**compiled)
@@ -171,7 +163,7 @@ def dropped(a, zero):
 
 
 @numba.njit(**compiled)
-def in_budget(d, found, spent, ramp, position, length, a, o, one):
+def in_budget(ratio, found, spent, ramp, position, length, a, o, one):
     """Whether `cppo` keeps a token. `o`: delta, budget, weight_min."""
     zero = one - one
     before, slope = position - one, zero
@@ -180,4 +172,4 @@ def in_budget(d, found, spent, ramp, position, length, a, o, one):
     weight = one - slope * before
     weights_before = before - slope * before * (before - one) / (one + one)
     limit = min(o[0] + o[1] * weights_before - (spent - slope * ramp), o[0])
-    return a * (math.exp(d) - one) <= zero or weight * found <= limit
+    return a * (ratio - one) <= zero or weight * found <= limit

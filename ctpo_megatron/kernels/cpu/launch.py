@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.kernels.cpu import tokens as k
-from ctpo_megatron.kernels.cpu.buckets import tables
+from ctpo_megatron.kernels.cpu.buckets import lookup
 from ctpo_megatron.kernels.numbers import DECILES, MAX_ABS, MAX_LOG_RATIO, TINY
 
 SHARE = 2**16  # tokens that one thread takes at a time, or a whole sequence
@@ -81,20 +81,18 @@ def judge(
     bounds = cu_seqlens.numpy().astype(np.int64)
     told = (how.kind, np.asarray(how.options, dtype), how.measure, how.level, how.manner)
     consts = np.asarray([1, MAX_ABS, MAX_LOG_RATIO, TINY, 1 - TINY, how.low, how.high, DECILES, np.inf], dtype)
-    both = [tables(borders, finest) for borders, finest in edges]
-    finest = np.asarray([finest for _, finest in edges])
     seen = size if record else 0
     out = (np.empty(size, dtype), np.empty(size, dtype), np.zeros(seen, dtype), np.zeros(seen, np.uint8))
     lengths, signs = np.zeros(len(bounds) - 1), np.zeros(len(bounds) - 1)
     parts = shares(bounds)
     sums, counts = np.zeros((len(parts), k.SUMS)), np.zeros((len(parts), k.COUNTS), np.int64)
     begun = np.empty(0, np.bool_) if restarts is None else restarts.contiguous().numpy()
-    looked_up = (finest, np.stack([cells for cells, _ in both]), np.stack([ends for _, ends in both]))
+    counted = mask.contiguous().numpy()
 
     def take(part: int) -> None:
         first, last = parts[part]
         k.judge(
-            told, consts, bounds, first, last, arrays, mask.contiguous().numpy(), begun, looked_up, out, lengths, signs,
+            told, consts, bounds, first, last, arrays, counted, begun, lookup(edges), out, lengths, signs,
             sums[part], counts[part],
         )  # fmt: skip
 

@@ -90,7 +90,7 @@ def _whole(kind, o, measure, level, begin, end, streams, mask, consts):
 
 @numba.njit(**j.compiled)
 def _judged(kind, measure, o, consts, token, before, shared, keep, length):
-    """Loss, derivative, judged log-ratio and fate of a token, and its divergence where the objective has one.
+    """Loss, derivative, judged log-ratio, fate and ratio of a token, and its divergence where the objective needs it later.
 
     `token`: logp, anchor, advantage, log-ratio, that one's derivative, prefix sum and position; `before`: the smallest log-ratio,
     the divergence and its weighted sum over the tokens before.
@@ -98,37 +98,44 @@ def _judged(kind, measure, o, consts, token, before, shared, keep, length):
     logp, anchor, a, d, own, prefix, n = token
     one, top, tiny, nearly = consts[0], consts[2], consts[3], consts[4]
     zero = one - one
-    found, fate, held = zero, j.UNTOUCHED, d
-    if kind == j.CTPO:
-        loss, grad, held, fate = j.ctpo(prefix, n, a, o, one, top)
-    elif kind == j.GRPO:
-        loss, grad, fate = j.clipped(math.exp(held), own, a, o[0], o[1], o[2], one)
-    elif kind in (j.GSPO, j.SEQUENCE):
+    found, fate, held, beyond = zero, j.UNTOUCHED, d, False
+    if kind in (j.GSPO, j.SEQUENCE):
         held = min(shared, top)
-        loss, grad, fate = j.clipped(math.exp(held), zero if shared > top else one, a, o[0], o[1], o[2], one)
-    elif kind == j.SAPO:
-        loss, grad, held, fate = j.sapo(d, own, a, o, one)
-    elif kind == j.CISPO:
-        loss, grad, fate = j.weighted(held, logp, a, o[0], o[1], one)
     elif kind == j.GMPO:
         held = shared
-        loss, grad, fate = j.gmpo(shared, d, own, a, o, one)
+    elif kind == j.CTPO:
+        raw = prefix / n if o[0] != zero else prefix
+        held, beyond = min(raw, top), raw > top
+    elif kind == j.MINPRO and not math.isinf(before[0]):
+        held = before[0] + d
+    ratio = math.exp(held)
+    if kind == j.CTPO:
+        loss, grad, fate = j.ctpo(held, ratio, n, a, o, one, beyond)
+    elif kind == j.GRPO:
+        loss, grad, fate = j.clipped(ratio, own, a, o[0], o[1], o[2], one)
+    elif kind in (j.GSPO, j.SEQUENCE):
+        loss, grad, fate = j.clipped(ratio, zero if shared > top else one, a, o[0], o[1], o[2], one)
+    elif kind == j.SAPO:
+        loss, grad = j.sapo(ratio, own, a, o, one)
+    elif kind == j.CISPO:
+        loss, grad, fate = j.weighted(ratio, logp, a, o[0], o[1], one)
+    elif kind == j.GMPO:
+        loss, grad, fate = j.gmpo(ratio, d, own, a, o, one)
     elif kind == j.MINPRO:
-        held = d if math.isinf(before[0]) else before[0] + d
         if o[3] != zero:
-            loss, grad, fate = j.clipped(math.exp(held), own, a, o[0], o[1], o[2], one)
+            loss, grad, fate = j.clipped(ratio, own, a, o[0], o[1], o[2], one)
         else:
-            loss, grad, fate = j.weighted(held, logp, a, o[0], o[1], one)
+            loss, grad, fate = j.weighted(ratio, logp, a, o[0], o[1], one)
     elif kind == j.DPPO:
         found = j.divergence(measure, logp, anchor, d, one, tiny, nearly)
-        loss, grad, held, fate = j.dppo(d, found, logp, a, o, one)
+        loss, grad, fate = j.dppo(d, ratio, found, logp, a, o, one)
     elif kind == j.CPPO:
         found = j.divergence(measure, logp, anchor, d, one, tiny, nearly)
-        kept = j.in_budget(d, found, before[1], before[2], n, length, a, o, one)
-        loss, grad, held, fate = j.within(d, own, kept, a, one)
+        kept = j.in_budget(ratio, found, before[1], before[2], n, length, a, o, one)
+        loss, grad, fate = j.within(ratio, own, kept, a, one)
     else:
-        loss, grad, held, fate = j.within(d, own, keep, a, one)
-    return loss, grad, held, fate, found
+        loss, grad, fate = j.within(ratio, own, keep, a, one)
+    return loss, grad, held, fate, ratio, found
 
 
 @numba.njit(**j.compiled)
@@ -158,14 +165,13 @@ def _correct(level, manner, consts, e, prefix, total, length, sums, counts):
 
 
 @numba.njit(**j.compiled)
-def _note(sums, counts, d, held, fate, one):
+def _note(sums, counts, d, held, fate, ratio):
     """What `algorithms.statistics` counts of a token."""
     counts[TOKENS] += 1
     counts[CLIP_HIGH] += fate & j.HIGH != 0
     counts[CLIP_LOW] += fate & j.LOW != 0
     counts[CLIP_DUAL] += fate & j.DUAL != 0
     counts[CLIPPED] += fate != j.UNTOUCHED
-    ratio = math.exp(held)
     sums[RATIO] += ratio
     sums[RATIO_SQ] += ratio * ratio
     sums[KL_OLD] -= d
@@ -175,14 +181,14 @@ def _note(sums, counts, d, held, fate, one):
 
 
 @numba.njit(**j.compiled)
-def _note_place(sums, counts, at, prefix, n, tenth, fate, a, tables, scratch):
+def _note_place(sums, counts, at, prefix, n, tenth, fate, a, lookup):
     """What `algorithms.health` and `algorithms.density` count of a token."""
     sums[BY_TENTH + (DECILES if fate != j.UNTOUCHED else 0) + tenth] += 1.0
-    wide, finest, cells, borders = np.float64(prefix), tables[0], tables[1], tables[2]
-    row = BY_BUCKET + ((np.int64(a > 0) - np.int64(a < 0) + 1) * POSITION_BINS + at) * BUCKETS
-    counts[row + bucket_of(wide, finest[0], cells[0], borders[0], _MIDDLE, scratch)] += 1
+    wide = np.float64(prefix)
+    row = BY_BUCKET + _MIDDLE + ((np.int64(a > 0) - np.int64(a < 0) + 1) * POSITION_BINS + at) * BUCKETS
+    counts[row + bucket_of(wide, 0, lookup)] += 1
     grown = wide / math.sqrt(np.float64(n))
-    counts[row + DENSITY + bucket_of(grown, finest[1], cells[1], borders[1], _MIDDLE, scratch)] += 1
+    counts[row + DENSITY + bucket_of(grown, 1, lookup)] += 1
     by = BY_POSITION + at
     sums[by] += 1.0
     sums[by + POSITION_BINS] += n
@@ -192,7 +198,7 @@ def _note_place(sums, counts, at, prefix, n, tenth, fate, a, tables, scratch):
 
 
 @numba.njit(**j.compiled)
-def _sequence(how, consts, sequence, begin, end, streams, mask, restarts, tables, whole, out, sums, counts, scratch):
+def _sequence(how, consts, sequence, begin, end, streams, mask, restarts, lookup, whole, out, sums, counts):
     """One sequence from `begin` to `end`; `whole` is what `_whole` found of it."""
     kind, o, measure, level, manner = how
     logp, anchor, old, rollout, advantages = streams
@@ -217,14 +223,14 @@ def _sequence(how, consts, sequence, begin, end, streams, mask, restarts, tables
         log_sum, n, a = consts.dtype.type(prefix / _UNIT), consts.dtype.type(position), advantages[t]
         before = (smallest, consts.dtype.type(spent / _UNIT), consts.dtype.type(ramp))
         token = (logp[t], anchor[t], a, d, own, log_sum, n)
-        loss, grad, held, fate, found = _judged(kind, measure, o, consts, token, before, total, keep, length)
+        loss, grad, held, fate, ratio, found = _judged(kind, measure, o, consts, token, before, total, keep, length)
         smallest = min(smallest, d)
         if kind == j.CPPO:
             ramp += (position - 1) * np.float64(found)
             spent += _fixed(min(found, most))
-        _note(sums, counts, d, held, fate, one)
+        _note(sums, counts, d, held, fate, ratio)
         tenth = min(np.int64(consts.dtype.type(place - 1) * tenths / length), DECILES - 1)
-        _note_place(sums, counts, at, log_sum, n, tenth, fate, a, tables, scratch)
+        _note_place(sums, counts, at, log_sum, n, tenth, fate, a, lookup)
         if level != LEVEL_NONE:
             e, _own = _apart(old[t], rollout[t], one, most)
             gap_prefix += _fixed(e)
@@ -240,7 +246,7 @@ def _sequence(how, consts, sequence, begin, end, streams, mask, restarts, tables
 
 
 @numba.njit(**j.compiled)
-def judge(how, consts, bounds, first, last, streams, mask, restarts, tables, out, lengths, signs, sums, counts):
+def judge(how, consts, bounds, first, last, streams, mask, restarts, lookup, out, lengths, signs, sums, counts):
     """Sequences `first` to `last` - 1 of those with borders `bounds`; writes `out`, `lengths`, `signs`, `sums` and `counts`.
 
     `how`: the objective, its options, its divergence, the correction's level and manner. `consts`: 1, 20, 10, 1e-8, 1 - 1e-8, the
@@ -249,7 +255,6 @@ def judge(how, consts, bounds, first, last, streams, mask, restarts, tables, out
     fate, are [T] or empty, like `restarts`. `lengths` and `signs` are [N] float64, `sums` [SUMS], `counts` [COUNTS].
     """
     kind, o, measure, level = how[0], how[1], how[2], how[3]
-    scratch = np.zeros(1)
     sums[RATIO_MAX] = sums[WEIGHT_MAX] = sums[WEIGHT_BEFORE_MAX] = -np.inf
     sums[RATIO_MIN] = np.inf
     counts[BAD] = -1
@@ -264,4 +269,4 @@ def judge(how, consts, bounds, first, last, streams, mask, restarts, tables, out
         elif kind in (j.GSPO, j.GMPO):
             shared = shared / length
         whole = (shared, keep, consts.dtype.type(gaps), length)
-        _sequence(how, consts, sequence, begin, end, streams, mask, restarts, tables, whole, out, sums, counts, scratch)
+        _sequence(how, consts, sequence, begin, end, streams, mask, restarts, lookup, whole, out, sums, counts)
