@@ -207,7 +207,7 @@ def by_torch() -> Iterator[None]:
 def speed_report(rounds: int, repeats: int) -> list[Check]:
     """Print the table of times of part (b)."""
     checks = []
-    print("| pack | padded / packed tokens | threads | packed, s | by torch, s | padded, s | without statistics, s | times the packed |")
+    print("| pack | padded / packed | threads | packed, s | by torch, s | padded, s | without statistics, s | times the packed |")
     print("|---|---|---|---|---|---|---|---|")
     for name, lengths in PACKS.items():
         pack = make_pack(lengths)

@@ -18,7 +18,7 @@ OCTAVES, CELLS = 24, 16  # |x| / finest + 1 up to 2**24, each octave in so many 
 
 
 Lookup = tuple[np.ndarray, ...]
-"""1 / finest [2]; cells [2, OCTAVES * CELLS]; borders [2, buckets]; a number, and the same memory as int64, to look at its bits."""
+"""1 / finest [2]; cells [2, OCTAVES * CELLS]; borders [2, buckets]; a number, and its bits as int64."""
 
 
 def lookup(edges: Sequence[tuple[tuple[float, ...], float]]) -> Lookup:
@@ -58,5 +58,5 @@ def bucket_of(x, which, lookup):
     cell = min(max((bits[0] >> 48) - (1023 << 4), 0), OCTAVES * CELLS - 1)
     bucket = cells[which, cell]
     if size >= borders[which, bucket]:
-        bucket += 1
+        bucket = min(bucket + 1, borders.shape[1] - 2)  # infinity is not below any border
     return bucket if x > 0 else -bucket

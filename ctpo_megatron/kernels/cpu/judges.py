@@ -1,9 +1,9 @@
 """The objectives as functions of one token, for `cpu.tokens`: each the scalar form of `algorithms/objectives/NAME.py`.
 
-A judge returns (loss, derivative by logp, fate). What it is given: `ratio`, of what is judged; `d`, the token's log-ratio, and `own`, the
-derivative of that by logp (0 where it was held to +-20); `a`, the advantage; `o`, the objective's options in the order of
-`algorithms.fused`, an absent bound as infinity. All floats have the number format of the streams, in which the reference computes,
-so there are no literals: `one` is 1. Ties are decided as torch decides them.
+A judge returns (loss, derivative by logp, fate). It is given `ratio`, of what is judged; `d`, the token's log-ratio, and `own`,
+the derivative of that by logp (0 where it was held to +-20); `a`, the advantage; `o`, the objective's options in the order of
+`algorithms.fused`, an absent bound as infinity. All floats have the number format of the streams, in which the reference
+computes, so there are no literals: `one` is 1. Ties are decided as torch decides them.
 """
 
 from __future__ import annotations
