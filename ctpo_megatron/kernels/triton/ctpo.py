@@ -1,6 +1,6 @@
-"""CTPO's loss and its derivative at each token, from prefix sums and positions: `algorithms.objectives.ctpo`, forward and backward.
+"""CTPO's loss and its derivative at each token, from prefix sums and positions: `algorithms.objectives.ctpo` in one pass.
 
-What autograd finds in a dozen passes is one: the derivative of a token's loss by its own log-prob is the loss, or 0 where clipped.
+Forward and backward are one: the derivative of a token's loss by its own log-prob is the loss, or 0 where clipped.
 """
 
 from __future__ import annotations

@@ -20,13 +20,17 @@ _LEAST = torch.finfo(torch.float32).min
 
 
 @triton.jit
-def _logits(hidden, weight, t, w, tokens, words, width, TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr):
+def _logits(
+    hidden, weight, t, w, tokens, words, width, TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
+):
     """hidden[t] @ weight[w].T [TOKENS, WORDS] float32."""
     found = tl.zeros([TOKENS, WORDS], tl.float32)
     for at in range(0, width, WIDTH):
         c = at + tl.arange(0, WIDTH)
         rows = tl.load(hidden + t[:, None] * width + c[None, :], mask=(t[:, None] < tokens) & (c[None, :] < width), other=0.0)
         columns = tl.load(weight + w[None, :] * width + c[:, None], mask=(w[None, :] < words) & (c[:, None] < width), other=0.0)
+        if WIDE:
+            rows, columns = rows.to(tl.float32), columns.to(tl.float32)
         found += tl.dot(rows, columns, input_precision="ieee")
     return found
 
@@ -34,7 +38,7 @@ def _logits(hidden, weight, t, w, tokens, words, width, TOKENS: tl.constexpr, WO
 @triton.jit
 def _forward(
     hidden, weight, labels, logp, entropy, log_sum, tokens, words, width, scale, least,
-    TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     label = tl.load(labels + t, mask=t < tokens, other=-1)
@@ -44,7 +48,7 @@ def _forward(
     picked = tl.zeros([TOKENS], tl.float32)
     for first in range(0, words, WORDS):
         w = (first + tl.arange(0, WORDS)).to(tl.int64)
-        logit = _logits(hidden, weight, t, w, tokens, words, width, TOKENS, WORDS, WIDTH) * scale
+        logit = _logits(hidden, weight, t, w, tokens, words, width, TOKENS, WORDS, WIDTH, WIDE) * scale
         inside = (w < words)[None, :]
         picked += tl.sum(tl.where(inside & (w[None, :] == label[:, None]), logit, 0.0), 1)
         now = tl.maximum(top, tl.max(tl.where(inside, logit, least), 1))
@@ -64,16 +68,21 @@ def _forward(
 @triton.jit
 def _difference(
     hidden, weight, labels, log_sum, out, tokens, words, width, scale, first,
-    TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
+    TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     w = (tl.program_id(1) * WORDS + tl.arange(0, WORDS)).to(tl.int64)
-    logit = _logits(hidden, weight, t, w, tokens, words, width, TOKENS, WORDS, WIDTH) * scale
+    logit = _logits(hidden, weight, t, w, tokens, words, width, TOKENS, WORDS, WIDTH, WIDE) * scale
     label = tl.load(labels + t, mask=t < tokens, other=-1) - first
     softmax = tl.exp(logit - tl.load(log_sum + t, mask=t < tokens, other=0.0)[:, None])
     found = softmax - tl.where(w[None, :] == label[:, None], 1.0, 0.0)
     at = out + t[:, None] * words + w[None, :]
     tl.store(at, found.to(out.dtype.element_ty), mask=(t[:, None] < tokens) & (w[None, :] < words))
+
+
+def _interpreted() -> bool:
+    """Whether factors are to be made float32 first: the interpreter of Triton 3.8 multiplies the bits of bfloat16 as integers."""
+    return bool(triton.knobs.runtime.interpret)
 
 
 class LinearLogp(torch.autograd.Function):
@@ -89,7 +98,7 @@ class LinearLogp(torch.autograd.Function):
         if tokens:
             _forward[(triton.cdiv(tokens, TOKENS),)](
                 hidden, weight, labels, logp, entropy, log_sum, tokens, words, width, scale, _LEAST,
-                TOKENS=TOKENS, WORDS=WORDS, WIDTH=WIDTH,
+                TOKENS=TOKENS, WORDS=WORDS, WIDTH=WIDTH, WIDE=_interpreted(),
             )  # fmt: skip
         ctx.save_for_backward(hidden, weight, labels, log_sum)
         ctx.scale = scale
@@ -109,7 +118,7 @@ class LinearLogp(torch.autograd.Function):
             difference = torch.empty(tokens, len(part), dtype=weight.dtype, device=weight.device)
             _difference[(triton.cdiv(tokens, TOKENS), triton.cdiv(len(part), WORDS))](
                 hidden, part, labels, log_sum, difference, tokens, len(part), width, ctx.scale, first,
-                TOKENS=TOKENS, WORDS=WORDS, WIDTH=WIDTH,
+                TOKENS=TOKENS, WORDS=WORDS, WIDTH=WIDTH, WIDE=_interpreted(),
             )  # fmt: skip
             torch.mm(difference.t(), scaled, out=grad_weight[first : first + step])
             grad_hidden += torch.mm(difference, part)

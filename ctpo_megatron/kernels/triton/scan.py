@@ -1,7 +1,7 @@
 """A scan's local part: running sums, minima or maxima of contiguous pieces, anew at restarts. One program a piece.
 
-A program carries its result from block to block, so a piece of any length takes one pass over memory. Sums are of int64 fixed point,
-hence the bits of the reference (`algorithms.operators`); minima and maxima do not round.
+A program carries its result from block to block, so a piece of any length takes one pass over memory. Sums are of int64 fixed
+point, hence the bits of the reference (`algorithms.operators`); minima and maxima do not round.
 """
 
 from __future__ import annotations
