@@ -109,7 +109,7 @@ class MicroBatchScans:
         self.groups, self.exact = groups, exact
 
     def of(self, cp_size: int, layout: Layout = "zigzag") -> Scan:
-        """The scan of a micro-batch that `cp_size` ranks hold as `layout` says. Raises ValueError where there is no such group."""
+        """The scan of a micro-batch that `cp_size` ranks hold as `layout` says. Raises ValueError where no such group is."""
         if cp_size == 1 and isinstance(layout, str):
             return LocalScan(self.exact)
         if cp_size not in self.groups:

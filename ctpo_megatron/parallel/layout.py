@@ -4,7 +4,8 @@
                 rank then has the same work; it is the layout of Megatron's attention, and the default.
     contiguous  cp equal pieces; rank r holds piece r.
 
-Any other order is given as the pieces of each rank (`Pieces`). A shard is the rank's pieces of the first sequence, then those of the second, and so on.
+Any other order is given as the pieces of each rank (`Pieces`). A shard is the rank's pieces of the first sequence, then those of
+the second, and so on.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def shard_indices(cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Layout
     per_rank = len(places[0])
     pieces = per_rank * cp_size
     if bool((lengths % pieces).any()):
-        bad = int((lengths % pieces).nonzero()[0])
+        bad, name = int((lengths % pieces).nonzero()[0]), layout if isinstance(layout, str) else "this order"
         raise ValueError(
-            f"sequence {bad} has length {int(lengths[bad])}; {layout if isinstance(layout, str) else 'this order'} over {cp_size} ranks needs multiples of {pieces}"
+            f"sequence {bad} has length {int(lengths[bad])}; {name} over {cp_size} ranks needs multiples of {pieces}"
         )
     piece_lengths = lengths // pieces
     begins = torch.stack([starts + place * piece_lengths for place in places[cp_rank]], dim=1).reshape(-1)  # in local order
