@@ -46,6 +46,7 @@ setup(
         "safetensors>=0.5",
         "numba>=0.60",
         "llvmlite>=0.43",
+        "triton>=3.5; platform_system == 'Linux'",
         "nvidia-ml-py>=12",
         "pyarrow>=18",
         "jinja2>=3.1",

@@ -112,6 +112,7 @@ def recipe_loss(
     if anchor is None:
         raise ValueError("the objective takes its ratio against the rollout policy; it needs rollout_logp")
     streams = Streams(logp, old_logp, rollout_logp, anchor, advantages, mask, cu_seqlens, restarts, support)
+    signs: Tensor | None
     if applies(recipe, streams, scan):
         token_loss, stats, lengths, signs = fused_loss(recipe, streams, sequence_ids, seen)
     else:

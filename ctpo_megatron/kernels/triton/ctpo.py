@@ -84,14 +84,14 @@ def judge(
 
     `prefix`, `position` [T]: sums of log-ratios, and 1-based positions, up to and with each token. Options as in the config.
     """
-    floats = [torch.empty(prefix.shape, dtype=torch.float32, device=prefix.device) for _ in range(3)]
+    value, slope, held = (torch.empty(prefix.shape, dtype=torch.float32, device=prefix.device) for _ in range(3))
     fate = torch.empty(prefix.shape, dtype=torch.uint8, device=prefix.device)
     count = prefix.numel()
     if count:
         kind = {0.5: 1, 0.0: 2, 1.0: 3}.get(power, 0)
         _judge[(triton.cdiv(count, BLOCK),)](
             prefix.contiguous(), position.contiguous(), advantages.contiguous(), mask.contiguous().view(torch.uint8),
-            *floats, fate, count, clip_low, clip_high, math.inf if dual_clip is None else dual_clip, power, MAX_LOG_RATIO,
+            value, slope, held, fate, count, clip_low, clip_high, math.inf if dual_clip is None else dual_clip, power, MAX_LOG_RATIO,
             GEOMEAN=ratio == "geomean", POWER=kind, BLOCK=BLOCK,
         )  # fmt: skip
-    return Judged(*floats, fate)
+    return Judged(value, slope, held, fate)
