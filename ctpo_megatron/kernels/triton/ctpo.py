@@ -88,10 +88,10 @@ def judge(
     fate = torch.empty(prefix.shape, dtype=torch.uint8, device=prefix.device)
     count = prefix.numel()
     if count:
-        kind = {0.5: 1, 0.0: 2, 1.0: 3}.get(power, 0)
+        kind, most = {0.5: 1, 0.0: 2, 1.0: 3}.get(power, 0), math.inf if dual_clip is None else dual_clip
         _judge[(triton.cdiv(count, BLOCK),)](
             prefix.contiguous(), position.contiguous(), advantages.contiguous(), mask.contiguous().view(torch.uint8),
-            value, slope, held, fate, count, clip_low, clip_high, math.inf if dual_clip is None else dual_clip, power, MAX_LOG_RATIO,
+            value, slope, held, fate, count, clip_low, clip_high, most, power, MAX_LOG_RATIO,
             GEOMEAN=ratio == "geomean", POWER=kind, BLOCK=BLOCK,
         )  # fmt: skip
     return Judged(value, slope, held, fate)
