@@ -19,7 +19,7 @@ K2, K3, BINARY_TV, BINARY_KL = range(4)
 UNTOUCHED, HIGH, LOW, DUAL = 0, 1, 2, 4
 """What became of a token, as bits: `high`, `low` and `dual` of `algorithms.tokens.TokenLoss`."""
 
-compiled: Any = {"nogil": True, "error_model": "numpy"}
+compiled: Any = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
 @numba.njit(**compiled)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctpo_megatron.kernels.cpu import entry
 from ctpo_megatron.kernels.cpu import tokens as k
 from ctpo_megatron.kernels.cpu.buckets import lookup
 from ctpo_megatron.kernels.numbers import DECILES, MAX_ABS, MAX_LOG_RATIO, TINY
@@ -92,7 +91,7 @@ def judge(
 
     def take(part: int) -> None:
         first, last = parts[part]
-        entry.judge(
+        k.judge(
             told, consts, bounds, first, last, arrays, counted, begun, lookup(edges), out, lengths, signs,
             sums[part], counts[part],
         )  # fmt: skip

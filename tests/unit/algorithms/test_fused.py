@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -23,7 +21,7 @@ from torch import Tensor
 from ctpo_megatron.algorithms import LocalScan, PolicyLoss, Seen, fused, make_recipe, policy_loss, raise_if_nonfinite, recipe_loss
 from ctpo_megatron.algorithms.density import BUCKETS, FINEST, edges
 from ctpo_megatron.errors import NonFiniteError
-from ctpo_megatron.kernels.cpu import buckets, entry, judges, launch
+from ctpo_megatron.kernels.cpu import buckets, launch
 from tests.support.oracles import Row
 from tests.support.oracles_batch import Options, expected_loss
 from tests.support.oracles_cases import draw_row, draw_shapes, packed
@@ -255,21 +253,3 @@ def test_buckets_are_those_of_the_logarithm() -> None:
         expected = np.nan_to_num(place).clip(0, BUCKETS - 1).astype(int)
         found = [buckets.bucket_of(value, which, look) + (BUCKETS - 1) // 2 for value in values]
         assert found == expected.tolist()
-
-
-def test_what_was_compiled_from_other_sources_is_not_used(tmp_path: Path) -> None:
-    """numba itself would: a judge lives in another file than what is kept."""
-    here = Path(judges.__file__).parent
-    for file in here.glob("*.py"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entry, "__file__", str(tmp_path / "entry.py"))
-        same = entry.sources()
-        (tmp_path / "judges.py").write_text((tmp_path / "judges.py").read_text() + "\n")
-        changed = entry.sources()
-    assert same == entry.sources() != changed
-    keys = [
-        entry.kept(checksum)._cache._index_key((), numba.core.registry.cpu_target.target_context.codegen())
-        for checksum in (same, changed)
-    ]
-    assert keys[0] != keys[1]
