@@ -47,6 +47,7 @@ setup(
         "setproctitle>=1.3",
         "numba>=0.60",
         "llvmlite>=0.43",
+        "triton>=3.5; platform_system == 'Linux'",
         "nvidia-ml-py>=12",
         "pyarrow>=18",
         "jinja2>=3.1",

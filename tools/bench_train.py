@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -28,11 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ctpo_megatron.data.balance import plan_micro_batches, round_up
-from ctpo_megatron.parallel import vocab_parallel_logp
+from ctpo_megatron.parallel import vocab_parallel_logp, words
 
 WORDS = 151_936
 MAX_HEAD_MEMORY = 1 / 8  # of all logits in float32
-MAX_HEAD_TIME = 1.1  # of the naive way
+MAX_KEPT_MEMORY = 1.1  # where the logits fit and are kept
+MAX_HEAD_TIME = {"bfloat16": 1.1, "float32": 1.0, "float32, frugal": 4 / 3}  # of the naive way; 4/3: a fourth product
 MIN_LONG_TAIL = 1.5  # times the tokens per second of transformers with padding
 MIN_EQUAL = 0.9
 MAX_IMBALANCE, MAX_PADDING, MAX_PLANNING_S = 0.02, 0.03, 1.0
@@ -45,9 +47,15 @@ def naive_logp(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
     return torch.log_softmax((hidden @ weight.t()).float(), dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def blocked_logp(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def kept_logp(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The package's head, with the entropy that training records."""
     return vocab_parallel_logp(hidden, weight, labels).logp
+
+
+def frugal_logp(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The same as for a micro-batch whose logits do not fit."""
+    with patch.object(words, "KEPT_ON_CPU", 0):
+        return kept_logp(hidden, weight, labels)
 
 
 def head_step(way: Callable, dtype: torch.dtype, tokens: int, width: int) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -68,7 +76,9 @@ def head_step(way: Callable, dtype: torch.dtype, tokens: int, width: int) -> Cal
 def head_rows(repeats: int) -> tuple[list[Row], list[Check]]:
     """The head at the vocabulary of Qwen3. Extra memory is the peak without the two gradients, which both ways return."""
     rows, checks = [], []
-    for dtype, tokens, width in ((torch.bfloat16, 4096, 1024), (torch.float32, 1024, 1024)):
+    for name, tokens, width in (("bfloat16", 4096, 1024), ("float32", 1024, 1024), ("float32, frugal", 1024, 1024)):
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        blocked_logp = frugal_logp if "frugal" in name else kept_logp
         steps = {"naive": head_step(naive_logp, dtype, tokens, width), "blocks": head_step(blocked_logp, dtype, tokens, width)}
         found = {name: step() for name, step in steps.items()}
         error = max(
@@ -80,7 +90,6 @@ def head_rows(repeats: int) -> tuple[list[Row], list[Check]]:
         whole = 4 * tokens * WORDS
         extra = {name: (peak_bytes(step) - gradients) / whole for name, step in steps.items()}
         ratio = median_ratio(steps["blocks"], steps["naive"], repeats)
-        name = str(dtype).removeprefix("torch.")
         rows.append(
             {
                 "dtype": name,
@@ -92,9 +101,10 @@ def head_rows(repeats: int) -> tuple[list[Row], list[Check]]:
                 "largest relative error": error,
             }
         )
+        most, longest = MAX_KEPT_MEMORY if name == "float32" else MAX_HEAD_MEMORY, MAX_HEAD_TIME[name]
         checks += [
-            Check(f"head, {name}: {extra['blocks']:.3f} of float32 logits (at most 1/8)", extra["blocks"] <= MAX_HEAD_MEMORY),
-            Check(f"head, {name}: {ratio:.2f} times the naive time (at most {MAX_HEAD_TIME})", ratio <= MAX_HEAD_TIME),
+            Check(f"head, {name}: {extra['blocks']:.3f} of float32 logits (at most {most})", extra["blocks"] <= most),
+            Check(f"head, {name}: {ratio:.2f} times the naive time (at most {longest:.2f})", ratio <= longest),
         ]
     return rows, checks
 

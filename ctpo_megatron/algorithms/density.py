@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms.health import POSITION_BINS, position_bin
 from ctpo_megatron.algorithms.tokens import Tokens
+from ctpo_megatron.kernels.numbers import BUCKETS as BUCKETS
+from ctpo_megatron.kernels.numbers import SIGNS as SIGNS
 
-BUCKETS = 63  # odd: 0 is in the middle of one, so rounding does not move what has not moved
-SIGNS = 3  # of the advantage: negative, zero, positive
 # of S_t and of S_t / sqrt(t): about 0 buckets are a fifth of it wide, from there on they grow with the value
 FINEST = (0.02, 0.005)
 REACH = 7.0  # asinh of the largest value over FINEST; what is beyond is in the first or last bucket

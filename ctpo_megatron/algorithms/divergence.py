@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms.tokens import Given
-
-TINY = 1e-8
+from ctpo_megatron.kernels.numbers import TINY
 
 
 def divergence_from_rollout(kind: str, given: Given) -> Tensor:

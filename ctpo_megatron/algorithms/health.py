@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms.tokens import TokenLoss, Tokens
-
-POSITION_BINS = 16  # bin b holds positions 2**b .. 2**(b+1)-1 among a trajectory's policy tokens, the last one all from 2**15 on
-DECILES = 10  # decile k holds the tokens with k/10 to (k+1)/10 of their trajectory's policy tokens before them
+from ctpo_megatron.kernels.numbers import DECILES as DECILES
+from ctpo_megatron.kernels.numbers import POSITION_BINS as POSITION_BINS
 
 
 def position_bin(position: Tensor) -> Tensor:

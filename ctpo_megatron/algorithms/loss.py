@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ctpo_megatron.algorithms.aggregation import sequence_weights
+from ctpo_megatron.algorithms.fused import applies, fused_loss
 from ctpo_megatron.algorithms.per_token import per_token_loss
 from ctpo_megatron.algorithms.prepare import Streams, prepare
 from ctpo_megatron.algorithms.recipe import Recipe, make_recipe
@@ -113,12 +114,23 @@ def recipe_loss(
     if anchor is None:
         raise ValueError("the objective takes its ratio against the rollout policy; it needs rollout_logp")
     streams = Streams(logp, old_logp, rollout_logp, anchor, advantages, mask, cu_seqlens, restarts, support)
-    ready = prepare(recipe, streams, scan)
-    token_loss, stats = per_token_loss(recipe, ready, seen)
-    stats |= input_stats(streams, ready, sequence_ids, scan)
+    signs: Tensor | None
+    if applies(recipe, streams, scan):
+        token_loss, stats, lengths, signs = fused_loss(recipe, streams, sequence_ids, seen)
+    else:
+        token_loss, stats, lengths, signs = _by_torch(recipe, streams, scan, sequence_ids, seen)
     if weights is None:
         weights = sequence_weights(
-            recipe.aggregation, ready.lengths, normalizer=normalizer, constant=recipe.constant, groups=groups, signs=ready.signs
+            recipe.aggregation, lengths, normalizer=normalizer, constant=recipe.constant, groups=groups, signs=signs
         )
     per_token = scan.per_token(weights.to(token_loss), cu_seqlens, token_loss.numel())
     return PolicyLoss((token_loss * per_token).sum(), token_loss, stats)
+
+
+def _by_torch(
+    recipe: Recipe, streams: Streams, scan: Scan, sequence_ids: Tensor | None, seen: list[Seen] | None
+) -> tuple[Tensor, Stats, Tensor, Tensor | None]:
+    """The reference: what `fused_loss` finds, on every device and in every layout. Signs are there for balanced aggregation."""
+    ready = prepare(recipe, streams, scan)
+    token_loss, stats = per_token_loss(recipe, ready, seen)
+    return token_loss, stats | input_stats(streams, ready, sequence_ids, scan), ready.lengths, ready.signs

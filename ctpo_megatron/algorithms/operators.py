@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FRACTION_BITS = 38
-MAX_ABS = 20.0
+from ctpo_megatron.kernels.numbers import FRACTION_BITS as FRACTION_BITS
+from ctpo_megatron.kernels.numbers import MAX_ABS as MAX_ABS
+
 BLOCK = 2**15  # elements that a scan by rounds works on at once
 MAX_TOKENS = int(2**63 / (MAX_ABS * 2**FRACTION_BITS))
 

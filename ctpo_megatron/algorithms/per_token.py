@@ -53,12 +53,13 @@ def per_token_loss(recipe: Recipe, ready: Prepared, seen: list[Seen] | None = No
         if recipe.correction is not None:
             stats |= _correct(recipe.correction, ready, part, value, slope)
         found.append(stats)
-    return _linearised(tokens.logp, value, slope), merge(found)
+    return linearised(tokens.logp, value, slope), merge(found)
 
 
-def _linearised(logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    linearised: Tensor = _Linearised.apply(logp, value, slope)
-    return linearised
+def linearised(logp: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """`value` [T] with grad: its derivative by `logp` is `slope`, [T] each."""
+    found: Tensor = _Linearised.apply(logp, value, slope)
+    return found
 
 
 def _part(recipe: Recipe, tokens: Tokens, place: Tensor, seen: list[Seen] | None) -> tuple[Tensor, Tensor, Stats]:

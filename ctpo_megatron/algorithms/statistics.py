@@ -20,7 +20,7 @@ from ctpo_megatron.errors import NonFiniteError
 from ctpo_megatron.record.values import Value, scalar
 
 NONFINITE = "nonfinite"  # the smallest place of a token without a finite log-prob
-_POSITIONS = 2**30  # a non-finite token's place is coded as sequence * 2**30 + position, exact in float64
+POSITIONS = 2**30  # a non-finite token's place is coded as sequence * 2**30 + position, exact in float64
 
 
 class Weighted(NamedTuple):
@@ -101,7 +101,7 @@ def nonfinite_stats(bad: Tensor, position: Tensor, sequence_ids: Tensor, cu_seql
         return Stats(minima={NONFINITE: position.new_full((), torch.inf, dtype=torch.float64)})
     first = bad.to(torch.uint8).argmax().unsqueeze(0)
     sequence = scan.per_token(sequence_ids.to(torch.int32), cu_seqlens, bad.numel())
-    place = sequence[first].double() * _POSITIONS + position[first]
+    place = sequence[first].double() * POSITIONS + position[first]
     return Stats(minima={NONFINITE: torch.where(bad[first], place, torch.inf).squeeze(0)})
 
 
@@ -116,7 +116,7 @@ def raise_if_nonfinite(stats: Stats | Mapping[str, Value]) -> None:
     else:
         place = scalar(stats[NONFINITE]) if NONFINITE in stats else torch.inf
     if place < torch.inf:
-        sequence, position = divmod(int(place), _POSITIONS)
+        sequence, position = divmod(int(place), POSITIONS)
         raise NonFiniteError(
             f"the log-prob of a token that the policy wrote is NaN or infinite: sequence {sequence}, policy token {position} "
             "(sequences of a rollout batch count from 0, tokens from 1). Nothing was updated. Usual causes: a learning rate that "

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms.operators import MAX_ABS
 from ctpo_megatron.algorithms.scan import Channel
-
-MAX_LOG_RATIO = 10.0  # of the reference implementation: exp(10) is far outside every clip window
+from ctpo_megatron.kernels.numbers import MAX_LOG_RATIO as MAX_LOG_RATIO
 
 
 class Support(NamedTuple):
@@ -114,11 +113,15 @@ class Seen(NamedTuple):
     @classmethod
     def of(cls, out: TokenLoss) -> Seen:
         """Returns it of a method's result."""
-        fate = out.high.to(torch.uint8) + 2 * (out.low & ~out.high)
-        if out.dual is not None:
-            fate = torch.where(out.dual, 3, fate)
+        fate = out.high.to(torch.uint8) + 2 * out.low.to(torch.uint8)
+        return cls.of_bits(out.log_ratio.detach(), fate if out.dual is None else fate + 4 * out.dual.to(torch.uint8))
+
+    @classmethod
+    def of_bits(cls, log_ratio: Tensor, bits: Tensor) -> Seen:
+        """Returns it of judged log-ratios [T] and of fates as bits [T] uint8: 1 `high`, 2 `low`, 4 `dual`."""
+        fate = torch.where(bits >= 4, 3, torch.where(bits == 3, 1, bits))
         largest = torch.finfo(torch.float16).max
-        return cls(out.log_ratio.detach().clamp(-largest, largest).half(), fate.to(torch.uint8))
+        return cls(log_ratio.clamp(-largest, largest).half(), fate.to(torch.uint8))
 
 
 class Method(NamedTuple):

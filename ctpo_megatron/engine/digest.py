@@ -102,7 +102,7 @@ def _compiled() -> Callable[..., int] | None:
     try:
         import numba
 
-        from ctpo_megatron.engine.compiled import compiled
+        from ctpo_megatron.kernels.compiled import compiled
     except ImportError:
         return None
     words, keys = numba.uint32[::1], numba.uint64[::1]

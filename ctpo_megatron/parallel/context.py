@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ctpo_megatron.algorithms.operators import Operator, check_length, segment_scan
-from ctpo_megatron.algorithms.scan import Channel, Joined, PieceTotals, Scanned, scan_pieces, segment_quantile
+from ctpo_megatron.algorithms.scan import (
+    Channel,
+    Joined,
+    LocalScan,
+    PieceTotals,
+    Scan,
+    Scanned,
+    scan_pieces,
+    segment_quantile,
+)
 from ctpo_megatron.parallel.gather import all_gather_single
 from ctpo_megatron.parallel.layout import Layout, piece_places
 
@@ -87,6 +96,26 @@ class ContextParallelScan:
             before = before.flip(-1)
         mine = torch.stack([before[..., place] for place in self._mine], dim=-1)
         return Joined(mine.reshape(state.shape[0], -1), inclusive[..., -1])
+
+
+class MicroBatchScans:
+    """The scan of each micro-batch, where its context-parallel size and the order of its pieces are its own.
+
+    `groups`: for each size the group of that size that this rank is in; 1 needs none. The ranks of a group ask for the same
+    micro-batches in the same order; ranks of other groups may do anything meanwhile.
+    """
+
+    def __init__(self, groups: Mapping[int, dist.ProcessGroup], exact: bool = True) -> None:
+        self.groups, self.exact = groups, exact
+
+    def of(self, cp_size: int, layout: Layout = "zigzag") -> Scan:
+        """The scan of a micro-batch that `cp_size` ranks hold as `layout` says. Raises ValueError where no such group is."""
+        if cp_size == 1 and isinstance(layout, str):
+            return LocalScan(self.exact)
+        if cp_size not in self.groups:
+            known = ", ".join(str(size) for size in sorted({1, *self.groups}))
+            raise ValueError(f"a micro-batch over {cp_size} context-parallel ranks; this rank has groups of {known}")
+        return ContextParallelScan(self.groups[cp_size], layout, self.exact)
 
 
 def _as_int64(state: Tensor) -> Tensor:

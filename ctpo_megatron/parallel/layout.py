@@ -4,11 +4,13 @@
                 rank then has the same work; it is the layout of Megatron's attention, and the default.
     contiguous  cp equal pieces; rank r holds piece r.
 
-A shard is the rank's pieces of the first sequence, then those of the second, and so on.
+Any other order is given as the pieces of each rank (`Pieces`). A shard is the rank's pieces of the first sequence, then those of
+the second, and so on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -16,11 +18,25 @@ from torch import Tensor
 
 from ctpo_megatron.models.coords import RankCoords
 
-Layout = Literal["zigzag", "contiguous"]
+Pieces = Sequence[Sequence[int]]
+"""Of each rank the pieces that it holds, in its local order; numbered in token order, as many on every rank."""
+Layout = Literal["zigzag", "contiguous"] | Pieces
 
 
 def piece_places(layout: Layout, cp_size: int) -> list[list[int]]:
-    """Pieces of each rank, in its local order: [cp][pieces per rank]; numbered in token order. One rank's are not cut."""
+    """Pieces of each rank, in its local order: [cp][pieces per rank]; numbered in token order. One rank's are not cut by name.
+
+    Raises ValueError for an unknown name, and for pieces that are not each on exactly one of `cp_size` ranks, as many on each.
+    """
+    if not isinstance(layout, str):
+        places = [list(held) for held in layout]
+        named = sorted(place for held in places for place in held)
+        if len(places) != cp_size or len({len(held) for held in places}) != 1 or not named or named != list(range(len(named))):
+            raise ValueError(
+                f"pieces {places} for {cp_size} context-parallel ranks; allowed: one list for each rank, equally long, that "
+                f"together hold 0, 1, 2 ... once each"
+            )
+        return places
     if layout == "zigzag" and cp_size > 1:
         return [[rank, 2 * cp_size - 1 - rank] for rank in range(cp_size)]
     if layout in ("zigzag", "contiguous"):
@@ -36,15 +52,15 @@ def shard_indices(cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Layout
     starts = cu_seqlens[:-1].to(torch.int64)
     lengths = cu_seqlens[1:].to(torch.int64) - starts
     total = int(cu_seqlens[-1])
-    if cp_size == 1:
+    if cp_size == 1 and isinstance(layout, str):
         return torch.arange(total, device=cu_seqlens.device)
     places = piece_places(layout, cp_size)
     per_rank = len(places[0])
     pieces = per_rank * cp_size
     if bool((lengths % pieces).any()):
-        bad = int((lengths % pieces).nonzero()[0])
+        bad, name = int((lengths % pieces).nonzero()[0]), layout if isinstance(layout, str) else "this order"
         raise ValueError(
-            f"sequence {bad} has length {int(lengths[bad])}; {layout} over {cp_size} ranks needs multiples of {pieces}"
+            f"sequence {bad} has length {int(lengths[bad])}; {name} over {cp_size} ranks needs multiples of {pieces}"
         )
     piece_lengths = lengths // pieces
     begins = torch.stack([starts + place * piece_lengths for place in places[cp_rank]], dim=1).reshape(-1)  # in local order
@@ -56,7 +72,7 @@ def shard_indices(cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Layout
 
 def shard(x: Tensor, cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Layout = "zigzag") -> Tensor:
     """The part of `x` [T, ...] that `cp_rank` holds: [T / cp_size, ...]. See `shard_indices` for errors."""
-    if cp_size == 1:
+    if cp_size == 1 and isinstance(layout, str):
         return x
     return x.index_select(0, shard_indices(cu_seqlens.to(x.device), cp_rank, cp_size, layout))
 
@@ -64,7 +80,7 @@ def shard(x: Tensor, cu_seqlens: Tensor, cp_rank: int, cp_size: int, layout: Lay
 def unshard(shards: list[Tensor], cu_seqlens: Tensor, layout: Layout = "zigzag") -> Tensor:
     """The whole micro-batch [T, ...] from the shards of all ranks, in rank order; the inverse of `shard`."""
     cp_size = len(shards)
-    if cp_size == 1:
+    if cp_size == 1 and isinstance(layout, str):
         return shards[0]
     cu = cu_seqlens.to(shards[0].device)
     order = torch.cat([shard_indices(cu, rank, cp_size, layout) for rank in range(cp_size)])

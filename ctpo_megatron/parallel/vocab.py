@@ -44,7 +44,7 @@ class _VocabParallelLogp(torch.autograd.Function):
         scale: float,
         entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        found, kept = summarise(hidden, weight[:rows], ids, scale, entropy)
+        found, kept = summarise(hidden, weight[:rows], ids, scale, entropy, keep=any(ctx.needs_input_grad))
         if group is not None:
             found = join(found, group)
         log_total = found.total.log()
@@ -52,15 +52,16 @@ class _VocabParallelLogp(torch.autograd.Function):
         # by way of the largest logit, which is closer to the label's than the sum's logarithm: one rounding less
         logp[:, 0] = found.picked[:, 0] - found.top - log_total
         log_sum = found.top + log_total
-        ctx.save_for_backward(hidden, weight, ids[:, 0].clone(), log_sum, kept.shifted, kept.top - log_sum)
-        ctx.scale, ctx.rows, ctx.first_kept = scale, rows, kept.first
+        blocks_kept = (each for block in kept for each in (block.shifted, block.top - log_sum))
+        ctx.save_for_backward(hidden, weight, ids[:, 0].clone(), log_sum, *blocks_kept)
+        ctx.scale, ctx.rows, ctx.kept_from = scale, rows, [block.first for block in kept]
         label_logp, others = logp[:, 0].clone(), torch.cat([(log_total - found.weighted / found.total)[:, None], logp[:, 1:]], 1)
         ctx.mark_non_differentiable(others)
         return label_logp, others
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _grad_others: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_sum, kept, kept_shift = ctx.saved_tensors
+        hidden, weight, labels, log_sum, *kept = ctx.saved_tensors
         # grad * scale factors out of softmax - onehot, so only [T, H] tensors are multiplied by it
         factor = (-ctx.scale * grad.float()).unsqueeze(-1)
         scaled_hidden = hidden * factor.to(hidden.dtype)
@@ -78,11 +79,12 @@ class _VocabParallelLogp(torch.autograd.Function):
             torch.mm(difference.t(), scaled_hidden, out=grad_weight[words])
             grad_hidden.add_(torch.mm(difference, weight[words], out=part))
 
-        if kept.numel():
-            softmax = kept.add_(kept_shift.unsqueeze(-1)).exp_()  # in place: torch refuses a second backward
+        for first, shifted, shift in zip(ctx.kept_from, kept[::2], kept[1::2], strict=True):  # also of no tokens: zeros
+            softmax = shifted.add_(shift.unsqueeze(-1)).exp_()  # in place: torch refuses a second backward
             room = softmax if weight.dtype == torch.float32 else torch.empty_like(softmax, dtype=weight.dtype)
-            add(slice(ctx.first_kept, ctx.rows), softmax, room)
-        for words, logits, buffer in blocks(hidden, weight[: ctx.first_kept]):
+            add(slice(first, first + shifted.shape[1]), softmax, room)
+        first_kept = ctx.kept_from[0] if ctx.kept_from else ctx.rows
+        for words, logits, buffer in blocks(hidden, weight[:first_kept]):
             shifted = torch.add(-log_sum.unsqueeze(-1), in_float(logits, buffer), alpha=ctx.scale, out=buffer)
             add(words, shifted.exp_(), logits)
         return grad_hidden.mul_(factor).to(hidden.dtype), grad_weight, None, None, None, None, None

@@ -17,6 +17,7 @@ from ctpo_megatron.parallel.gather import all_gather_single
 
 BLOCK = 2**23  # logits held at once: 32 MiB in float32; larger blocks are not faster
 FEWEST_WORDS = 128  # of a block, however many tokens there are
+KEPT_ON_CPU = 2**28  # logits in float32 that the forward keeps for the backward on a CPU, if they are all of them: 1 GiB
 
 
 class Summary(NamedTuple):
@@ -29,11 +30,11 @@ class Summary(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The last block of the forward, for the backward."""
+    """A block of the forward, for the backward."""
 
     first: int  # of its words, among this rank's
-    shifted: Tensor  # [T, words], l - top; no words where the entropy is not asked for
-    top: Tensor  # [T], of this rank's words
+    shifted: Tensor  # [T, words], l - top
+    top: Tensor  # [T], of the words up to and with the block's
 
 
 def blocks_of(tokens: int, words: int) -> Iterator[slice]:
@@ -43,15 +44,22 @@ def blocks_of(tokens: int, words: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, words))
 
 
-def blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def keeps_all(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the forward keeps every block: where a product costs more than memory does, and there is not too much of it."""
+    return hidden.device.type == "cpu" and weight.dtype == torch.float32 and len(hidden) * len(weight) <= KEPT_ON_CPU
+
+
+def blocks(hidden: Tensor, weight: Tensor, lasting: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some words at a time: which, their logits [T, words] as computed, and a float32 buffer of that shape.
 
-    In float32 the two are one tensor. The next block takes the same memory.
+    In float32 the two are one tensor. The next block takes the same memory, unless they are `lasting`.
     """
     tokens, parts = hidden.shape[0], list(blocks_of(hidden.shape[0], weight.shape[0]))
     memory = torch.empty(tokens * (parts[0].stop if parts else 0), dtype=weight.dtype, device=weight.device)
     floats = memory if weight.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
     for part in parts:
+        if lasting and part.start:
+            memory = floats = torch.empty_like(memory)
         shape = (tokens, part.stop - part.start)
         size = shape[0] * shape[1]
         logits = torch.mm(hidden, weight[part].t(), out=memory[:size].view(shape))
@@ -70,14 +78,20 @@ def places(ids: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     return place.masked_fill_(~mine, 0), mine
 
 
-def summarise(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entropy: bool) -> tuple[Summary, Kept]:
-    """What one rank's words `weight` say, with logits at `ids` [T, I], which count from its first word; and its last block."""
+def summarise(
+    hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entropy: bool, keep: bool = False
+) -> tuple[Summary, list[Kept]]:
+    """What one rank's words `weight` say, with logits at `ids` [T, I], which count from its first word; and its last blocks.
+
+    `keep`: whether a backward will come; with `entropy` the last block is kept for it, or all where `keeps_all` says so.
+    """
     top = torch.full((hidden.shape[0],), torch.finfo(torch.float32).min, device=hidden.device)
     total, weighted = torch.zeros_like(top), torch.zeros_like(top)
     picked = torch.zeros(ids.shape, device=hidden.device)
     products: Tensor | None = None
-    kept, first = top.new_empty(len(top), 0), len(weight)
-    for words, logits, buffer in blocks(hidden, weight):
+    kept: list[Kept] = []
+    every = keep and entropy and keeps_all(hidden, weight)
+    for words, logits, buffer in blocks(hidden, weight, every):
         place, mine = places(ids, words)
         picked = torch.where(mine, logits.gather(-1, place).float() * scale, picked)
         now = torch.maximum(top, logits.amax(-1).float() * scale)
@@ -90,10 +104,10 @@ def summarise(hidden: Tensor, weight: Tensor, ids: Tensor, scale: float, entropy
             weighted = (weighted + total * shift) * shrink
             total = total * shrink + weights.sum(-1)
             weighted += weights.mul_(shifted).sum(-1)
-            kept, first = shifted, words.start
+            kept = [*(kept if every else []), Kept(words.start, shifted, top)]
         else:
             total = total * shrink + shifted.exp_().sum(-1)
-    return Summary(top, total, weighted, picked), Kept(first, kept, top)
+    return Summary(top, total, weighted, picked), kept
 
 
 def join(mine: Summary, group: dist.ProcessGroup) -> Summary:

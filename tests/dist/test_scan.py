@@ -11,10 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Channel, LocalScan, policy_loss
+from ctpo_megatron.algorithms import Channel, LocalScan, Scan, policy_loss
 from ctpo_megatron.algorithms.operators import MAX_TOKENS
 from ctpo_megatron.mcore.rank import RankInfo
-from ctpo_megatron.parallel import ContextParallelScan, shard, shard_indices, unshard, zigzag_shard, zigzag_unshard
+from ctpo_megatron.parallel import (
+    ContextParallelScan,
+    Layout,
+    MicroBatchScans,
+    shard,
+    shard_indices,
+    unshard,
+    zigzag_shard,
+    zigzag_unshard,
+)
 from ctpo_megatron.parallel.gather import all_gather_single
 from tests.support.faults import OF_SCANS
 from tests.support.naive_scan import borders, every_channel
@@ -43,6 +52,15 @@ OBJECTIVES = {
 # a measured band: its sum and total
 ROWS = {"ctpo": 2, "trm": 4, "measured ctpo": 4, "kpop": 3, "cppo": 6, "adaptive cppo": 6}
 Arrays = dict[str, Any]
+# micro-batches of one step: pack, context-parallel size, order of the pieces
+CHANGING: list[tuple[str, int, Layout]] = [
+    ("long", 4, "zigzag"),
+    ("odd", 1, "zigzag"),
+    ("mixed", 2, "contiguous"),
+    ("mixed", 4, [[5, 0], [1, 4], [7, 2], [3, 6]]),
+    ("short", 2, [[3, 1], [0, 2]]),
+    ("mixed", 2, "zigzag"),
+]
 
 
 def streams(pack: str) -> dict[str, Tensor]:
@@ -83,8 +101,37 @@ def on_ranks(info: RankInfo) -> Arrays:
                 found[size, layout, name] = scanned(ContextParallelScan(ranks.group[size], layout), layout, "mixed")
         for pack, name in product(("short", "long"), OBJECTIVES):
             found[size, layout, pack, name] = traffic_of_loss(scan, layout, pack, name)
+    scans = MicroBatchScans({size: ranks.group[size] for size in SIZES})
+    found |= {("changing", number): shared_loss(scans, number, ranks.rank) for number in range(len(CHANGING))}
     dist.destroy_process_group()
     return found
+
+
+def shared_loss(scans: MicroBatchScans, number: int, rank: int) -> Arrays:
+    """A rank's part of one micro-batch of a step whose context parallelism changes from micro-batch to micro-batch."""
+    pack, size, layout = CHANGING[number]
+    return loss_of(pack, scans.of(size, layout), rank % size, size, layout)
+
+
+def loss_of(pack: str, scan: Scan, rank: int, size: int, layout: Layout) -> Arrays:
+    """Loss, token losses and gradient of minpro, which carries a sum and a minimum, with a correction and restarts."""
+    cu = borders(LENGTHS[pack])
+    mine = {name: shard(stream, cu, rank, size, layout) for name, stream in streams(pack).items()}
+    logp = (-mine["x"].abs() / 40).requires_grad_()
+    out = policy_loss(
+        {"type": "minpro"},
+        logp=logp,
+        old_logp=-mine["other"] / 4,
+        rollout_logp=-mine["other"] / 5,
+        advantages=mine["x"].sign(),
+        mask=mine["mask"],
+        cu_seqlens=cu,
+        restarts=mine["restarts"],
+        correction={"type": "truncate", "level": "sequence"},
+        scan=scan,
+    )
+    out.loss.backward()
+    return {"loss": out.loss.item(), "token_loss": out.token_loss.detach().numpy(), "gradient": logp.grad.numpy()}
 
 
 def scanned(scan: ContextParallelScan, layout: str, pack: str) -> Arrays:
@@ -202,6 +249,28 @@ def test_scans_of_shards_are_scans_of_whole_sequences(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_rank_takes_sequences_of_any_length(per_rank: list[Arrays], layout: str) -> None:
     assert_scans_are_local(replicas_of(per_rank, 1, layout), layout, True, "odd")
+
+
+@pytest.mark.parametrize("number", range(len(CHANGING)))
+def test_context_parallelism_may_change_from_micro_batch_to_micro_batch(per_rank: list[Arrays], number: int) -> None:
+    pack, size, layout = CHANGING[number]
+    whole, cu = loss_of(pack, LocalScan(), 0, 1, "zigzag"), borders(LENGTHS[pack])
+    for ranks in [[rank["changing", number] for rank in per_rank[first : first + size]] for first in range(0, RANKS, size)]:
+        for name in ("token_loss", "gradient"):
+            joined = unshard([torch.from_numpy(rank[name]) for rank in ranks], cu, layout)
+            assert torch.equal(joined, torch.from_numpy(whole[name])), name
+        assert sum(rank["loss"] for rank in ranks) == pytest.approx(whole["loss"], rel=1e-12)
+
+
+def test_a_group_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="over 3 context-parallel ranks; this rank has groups of 1"):
+        MicroBatchScans({}).of(3)
+
+
+@pytest.mark.parametrize("pieces", [[[0, 1]], [[0], [1, 2]], [[0, 1], [1, 2]], [[], []], [[1, 2], [3, 4]]])
+def test_pieces_that_are_no_order_are_refused(pieces: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="once each"):
+        shard_indices(torch.tensor([0, 8]), 0, 2, pieces)
 
 
 @pytest.mark.parametrize("fault", OF_SCANS)

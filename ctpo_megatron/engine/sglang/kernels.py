@@ -14,11 +14,11 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from ctpo_megatron.engine.compiled import compiled
 from ctpo_megatron.engine.sglang import addresses
 from ctpo_megatron.engine.sglang import lanes as simd
 from ctpo_megatron.engine.sglang.addresses import floats, integers, table
 from ctpo_megatron.engine.sglang.lanes import LANES, lanes
+from ctpo_megatron.kernels.compiled import compiled
 
 _floats, _address, _count = types.float32[::1], types.int64, types.intp
 _LOWEST = np.float32(-np.inf)

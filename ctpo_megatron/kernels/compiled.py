@@ -20,7 +20,7 @@ import numba
 def compiled(signature: Any, sources: Sequence[str], **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A decorator as `numba.njit`, which keeps what it has compiled where that can be written.
 
-    `sources`: the files whose text the function is made of, its own first.
+    `signature`: None where the first call is to tell it. `sources`: the files whose text the function is made of, its own first.
     """
     place = None if sys.dont_write_bytecode else _place(sources)
 

@@ -13,7 +13,7 @@ TEXT = """
 from numba import types
 import numba
 from {other} import step
-from ctpo_megatron.engine.compiled import compiled
+from ctpo_megatron.kernels.compiled import compiled
 import {other}
 
 @compiled(types.int64(types.int64), (__file__, {other}.__file__))
