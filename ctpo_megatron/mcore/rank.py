@@ -21,6 +21,7 @@ from torch import Tensor
 from ctpo_megatron.algorithms import Scan, Stats, raise_if_nonfinite
 from ctpo_megatron.algorithms.statistics import NONFINITE
 from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
@@ -28,7 +29,9 @@ from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.reduction import once
+from ctpo_megatron.mcore.reference import BaseModel, Reference
 from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
+from ctpo_megatron.models.adapters import check_adapter
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
@@ -80,13 +83,16 @@ class TrainerRank:
         total_steps: int | None = None,
         moe: MoeConfig | None = None,
         shape: ModelShape | None = None,
+        adapter: LoraConfig | None = None,
     ) -> None:
         self.shape = shape or read_hf_config(model_path)
         check_layout(self.shape, parallel)
+        if adapter is not None:
+            check_adapter(self.shape, adapter, moe or MoeConfig())
         if parallel.world_size != rank.world_size:
             raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")
         self.device = prepare_host(device, rank.local_rank)
-        self.model_path, self.rank, self.parallel = model_path, rank, parallel
+        self.model_path, self.rank, self.parallel, self.adapter = model_path, rank, parallel, adapter
         self._join(rank)
         with megatron_region(self.device):
             self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps, moe)
@@ -110,9 +116,17 @@ class TrainerRank:
             check_optimizer(optimizer, self.device, dtype)
         groups.init_parallel_groups(self.parallel, seed, TIMEOUT_MINUTES)
         self.models = build_model(
-            self.shape, self.parallel, dtype, self.device, moe=moe, recompute=recompute, trainable=optimizer is not None
+            self.shape,
+            self.parallel,
+            dtype,
+            self.device,
+            moe=moe,
+            recompute=recompute,
+            trainable=optimizer is not None,
+            adapter=self.adapter,
         )
         self._load_weights()
+        self._begin_adapters(seed)
         self.optimizer = self.schedule = self._saver = None
         if optimizer is not None:
             self.optimizer = build_optimizer(self.models, optimizer, dtype)
@@ -130,6 +144,17 @@ class TrainerRank:
         from ctpo_megatron.mcore.hf.load import load_hf
 
         load_hf(self.models, self.shape, self.model_path)
+
+    def _begin_adapters(self, seed: int) -> None:
+        from ctpo_megatron.mcore.hf.adapters import draw_adapters
+        from ctpo_megatron.mcore.hf.peft import load_peft
+
+        if self.adapter is None:
+            return
+        if self.adapter.path is None:
+            draw_adapters(self.models, seed)
+        else:
+            load_peft(self.models, self.shape, self.adapter, self.adapter.path)
 
     @property
     def coords(self) -> RankCoords:
@@ -171,6 +196,15 @@ class TrainerRank:
         with megatron_region(self.device):
             return self._stepper.logp(micro_batches, temperature)
 
+    def reference(self, model_path: str | None = None) -> Reference:
+        """The policy of the model in `model_path` for `using`; None: the one that training began with.
+
+        With adapters that is the model without them, which takes no memory.
+        """
+        if self.adapter is None:
+            return self.host_weights(model_path)
+        return BaseModel(None if model_path in (None, self.model_path) else self.host_weights(model_path))
+
     def host_weights(self, model_path: str | None = None) -> HostWeights:
         """This rank's weights as they are, or those of another directory, copied to host memory for `using`.
 
@@ -187,9 +221,9 @@ class TrainerRank:
                 taken.exchange(self.models)
         return taken
 
-    def using(self, weights: HostWeights) -> AbstractContextManager[None]:
-        """A context in which the model has these weights; afterwards its own again, bit for bit. Only for `logp`."""
-        return weights.in_place_of(self.models)
+    def using(self, reference: Reference) -> AbstractContextManager[None]:
+        """A context in which the model is that policy; afterwards it is its own again, bit for bit. Only for `logp`."""
+        return reference.in_place_of(self.models)
 
     def train_step(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> Values:
         """One optimizer step on placed shards; see `step.LossFn`.
@@ -261,6 +295,15 @@ class TrainerRank:
 
         with megatron_region(self.device):
             save_hf(self.models, self.shape, self.model_path, directory)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapters in peft's format. Raises ConfigError where there are none."""
+        from ctpo_megatron.mcore.hf.peft import save_peft
+
+        if self.adapter is None:
+            raise ConfigError("save_adapter on a trainer rank that trains all weights.")
+        with megatron_region(self.device):
+            save_peft(self.models, self.shape, self.adapter, self.model_path, directory)
 
     def save(self, directory: str | Path, *, background: bool = False) -> None:
         """Save weights, optimizer and schedule as they are now, once the save before is settled.

@@ -13,10 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.mcore.groups import current_coords
+from ctpo_megatron.mcore.hf.adapters import Merging
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.hf.cuts import unpack
 from ctpo_megatron.mcore.hf.load import keyed_tensors, layer_numbers, unwrap
+from ctpo_megatron.mcore.model.lora import adapter_pairs
+from ctpo_megatron.models.adapters import adapter_tensors
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
@@ -49,6 +53,8 @@ def export_stream(
 ) -> Iterator[NamedTensors]:
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
+    Adapters are merged into the tensors that have them.
+
     `per_stage`: who sends, see `models.owners`. `to`: a rank that gets them all, instead of each tensor's sender.
     Every rank has to iterate to the end: a rank that receives
     gets its own buckets, and every rank an empty list for a bucket that only takes pieces away. All ranks get one for the first
@@ -61,13 +67,24 @@ def export_stream(
     parameters = {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, coords)}
     like = next(unwrap(models[0]).parameters())
     holders, rank = find_holders(models, shape), dist.get_rank()
-    gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device))
+    gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device), Merging(models))
     tensors, first = hf_tensors(shape), True
     for sender, share in (holders.shares(tensors, per_stage=per_stage) if to is None else {to: tensors}).items():
         for bucket in make_buckets(share, like.element_size(), bucket_bytes):
             if first or rank == sender or any(rank in holders.of(tensor) for tensor in bucket):
                 yield gathering.run(bucket, sender)
             first = False
+
+
+@torch.no_grad()
+def gather_adapters(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig) -> NamedTensors:
+    """A and B of every pair, whole, on rank 0, under the names of `models.adapters`; nothing on other ranks. Collective."""
+    kept = [each for pair in adapter_pairs(models) for each in ((pair.adapted.a, pair.a), (pair.adapted.b, pair.b))]
+    parameters = {tensor.key: parameter.detach() for tensor, parameter in kept}
+    like = next(unwrap(models[0]).parameters())
+    memory = BucketMemory(like.device)
+    gathering = _Gathering(find_holders(models, shape), parameters, shape, like.dtype, memory, Merging(models))
+    return gathering.run(adapter_tensors(shape, adapter), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +96,7 @@ class _Gathering:
     shape: ModelShape
     dtype: torch.dtype
     memory: BucketMemory
+    merging: Merging
 
     def run(self, bucket: list[HfTensor], sender: int) -> NamedTensors:
         """`sender` receives the pieces in their places, and copies its own meanwhile; the others get an empty list."""
@@ -115,7 +133,7 @@ class _Gathering:
 
     def _piece(self, tensor: HfTensor, length: int) -> Tensor:
         """A view of what this rank holds of it, `length` rows or columns without the vocabulary's padding."""
-        piece = unpack(tensor.cut, self.parameters[tensor.key], self.shape)[tensor.part]
+        piece = self.merging.merged(tensor, unpack(tensor.cut, self.parameters[tensor.key], self.shape)[tensor.part])
         return piece[:length] if tensor.key in _PADDED else piece
 
     def _allocate(self, bucket: list[HfTensor]) -> dict[str, Tensor]:
