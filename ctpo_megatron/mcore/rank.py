@@ -146,11 +146,14 @@ class TrainerRank:
         load_hf(self.models, self.shape, self.model_path)
 
     def _begin_adapters(self, seed: int) -> None:
+        from ctpo_megatron.mcore.checkpoint.trainables import adapter_words
         from ctpo_megatron.mcore.hf.adapters import draw_adapters
         from ctpo_megatron.mcore.hf.peft import load_peft
 
+        self._words: dict[str, Any] | None = None
         if self.adapter is None:
             return
+        self._words = adapter_words(self.adapter, self.model_path)
         if self.adapter.path is None:
             draw_adapters(self.models, seed)
         else:
@@ -368,7 +371,7 @@ class TrainerRank:
     def _trained(self) -> Trained:
         from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
 
-        return Trained(self.models, self.optimizer, self.schedule, self.model_path)
+        return Trained(self.models, self.optimizer, self.schedule, self.model_path, self._words)
 
     def close(self) -> None:
         """Leave the process groups, after the save in flight."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -169,7 +170,7 @@ def log_probs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     packs, pieces = micro_batches(), []
     for pack in packs:
         bounds = pack.sequences.cu_seqlens.tolist()
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             logits = model(input_ids=pack.tokens.input_ids[None, start:end]).logits[0]
             pieces.append(logits.log_softmax(-1).gather(-1, pack.tokens.labels[start:end, None]).squeeze(-1))
     mask, logp = torch.cat([pack.tokens.mask for pack in packs]), torch.cat(pieces)

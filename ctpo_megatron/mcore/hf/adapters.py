@@ -1,4 +1,4 @@
-"""Values of adapters: drawn, read from peft's files, joined to whole tensors, merged into the model's, written in peft's format."""
+"""Values of adapters: drawn by name, cut for a rank, merged into the model's tensors."""
 
 from __future__ import annotations
 

@@ -36,14 +36,18 @@ def load_peft(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig, d
                 for tensor, parameter in ((pair.adapted.a, pair.a), (pair.adapted.b, pair.b)):
                     whole = stored.get_tensor(PREFIX + tensor.name)
                     if tuple(whole.shape) != tensor.shape:
-                        raise ModelError(f"{file}: {tensor.name} is {list(whole.shape)}; the model asks for {list(tensor.shape)}.")
+                        raise ModelError(
+                            f"{file}: {tensor.name} is {list(whole.shape)}; the model asks for {list(tensor.shape)}."
+                        )
                     parameter.copy_(own_piece(whole, tensor))
     except SafetensorError as error:
         raise ModelError(f"{file}: not a readable safetensors file: {error}.") from error
 
 
 def save_peft(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig, base: str, directory: str | Path) -> None:
-    """Write A and B as peft does, for the model at `base`. Collective. Raises CheckpointError, on every rank, where rank 0 cannot.
+    """Write A and B as peft does, for the model at `base`. Collective.
+
+    Raises CheckpointError, on every rank, where rank 0 cannot.
 
     It is written under a temporary name and renamed, so half of an adapter never appears.
     """

@@ -3,7 +3,7 @@
 Only [T, rank] travels between tensor-parallel ranks. With sequence parallelism, which always comes with them here:
 
     rows of W are cut      x [T / tp, in] --A--> [T / tp, r] --gather--> [T, r] --own rows of B--> [T, out / tp]
-    columns of W are cut   x [T, in / tp] --own columns of A--> a part of [T, r] --reduce-scatter--> [T / tp, r] --B--> [T / tp, out]
+    columns of W are cut   x [T, in / tp] --own part of A--> part of [T, r] --reduce-scatter--> [T / tp, r] --B--> [T / tp, out]
 
 What of a pair is whole on every rank has seen a part of the tokens, and so has a part of its gradient: megatron adds these up for
 parameters that are marked `sequence_parallel`, norms among them.
