@@ -6,11 +6,10 @@ Every method is collective: all ranks of the trainer call it in the same order.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,9 @@ from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, NonFiniteError
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
-from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
+from ctpo_megatron.mcore.host import megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
+from ctpo_megatron.mcore.meeting import TIMEOUT_MINUTES, RankInfo, meet
 from ctpo_megatron.mcore.reduction import once
 from ctpo_megatron.mcore.reference import BaseModel, Reference
 from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
@@ -38,7 +38,6 @@ from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EXPERT_BIAS, hf_tensors
 from ctpo_megatron.record.values import Max, Values, scalar
-from ctpo_megatron.rendezvous.store import join_store, serve_store
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
@@ -46,21 +45,7 @@ if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.recall import Read
     from ctpo_megatron.mcore.step import LossFn
 
-TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up; `cluster.watch` finds that rank before
 CLOSE_TIMEOUT_S = 20.0  # for a save that was not waited for
-
-
-@dataclass(frozen=True, slots=True)
-class RankInfo:
-    """Who this process is among the trainer's ranks, and where rank 0 listens."""
-
-    rank: int
-    world_size: int
-    master_addr: str
-    master_port: int
-    local_rank: int = 0
-    prefix: str = field(default="", repr=False)
-    """Of the run's keys in that store: ranks of another run that come to this port by mistake meet nobody."""
 
 
 class TrainerRank:
@@ -383,25 +368,6 @@ class TrainerRank:
             groups.destroy_parallel_groups()
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def meet(rank: RankInfo, device: torch.device) -> None:
-    """Make the default group, at a store that rank 0 serves. The group is bound to no device.
-
-    A group that is bound starts its communicator at once, and torch then makes every later group of the process by splitting it.
-    A split is a collective call of all trainer ranks, which a group with the servers' ranks can never be.
-    """
-    timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
-    # not by `init_method`: that joins what this process already has at the port, where this refuses a port that is taken
-    reach = serve_store if rank.rank == 0 else join_store
-    store = reach(rank.master_addr, rank.master_port, world_size=rank.world_size, wait_for_workers=True, timeout=timeout)
-    dist.init_process_group(
-        backend_for(device),
-        store=dist.PrefixStore(rank.prefix, store),
-        rank=rank.rank,
-        world_size=rank.world_size,
-        timeout=timeout,
-    )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -21,6 +23,8 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
+from tests.dist.test_checkpoint_faults import flip
+from tests.support.checkpoints import begin_together
 from tests.support.families import MODELS
 from tests.support.numbers import flat
 from tests.support.parity import Case, draw_samples, packs_of
@@ -155,6 +159,38 @@ def test_an_adapter_of_peft_is_taken(models: dict[str, Path], tmp_path: Path) ->
     np.testing.assert_allclose(found["logp"], log_probs(model)[0].detach().numpy(), atol=2e-5)
     assert "model.adapter.alpha is 4" in found["other alpha"]
     assert "model.adapter.targets is" in found["other targets"]
+
+
+def test_checkpoints_hold_adapters_alone_and_any_layout_goes_on(models: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    ranks = run_ranks(2, save_and_resume, models, tmp_path, [free_port() for _ in range(9)])
+    first = ranks[0]
+    manifest = json.loads((tmp_path / "step_00000002" / "checkpoint.json").read_text())
+    assert manifest["adapter"]["rank"] == 3
+    stored = json.loads((tmp_path / "step_00000002" / "shards.json").read_text())
+    tensors = {name for shards in stored.values() for name, _, shape, *_ in shards if shape}
+    assert tensors
+    assert all(".adapter." in name for name in tensors)
+    for name in ("TP2", "PP2", "DP2"):
+        for key, value in first["saved"].items():
+            np.testing.assert_array_equal(first[name]["loaded"][key], value, err_msg=f"{name} {key}")
+        for ours, theirs in zip(first[name]["steps"], first["uninterrupted"], strict=True):
+            for key in ("loss", "grad_norm"):
+                assert ours[key] == pytest.approx(theirs[key], rel=TOLERANCE, abs=TOLERANCE), (name, key)
+    assert first["TP2"]["steps"] == first["uninterrupted"]
+    for rank in ranks:
+        assert "alpha 12.0" in rank["other alpha"]
+        assert "model.adapter is null" in rank["all weights"]
+        assert "are not the same; set model.path" in rank["other base"]
+    merged = load_file(tmp_path / "hf" / "model.safetensors")
+    assert first["hf"] == len(first["merged"]) == len(merged)
+    for key, value in first["merged"].items():
+        np.testing.assert_allclose(merged[key].numpy(), value, atol=1e-7, err_msg=key)
+    written = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert first["peft"] == len(written) == len(first["saved"])
+    for key, value in first["saved"].items():
+        np.testing.assert_array_equal(written[f"base_model.model.{key}"].numpy(), value)
 
 
 def of_peft(base: Path, directory: Path) -> Any:
@@ -306,6 +342,55 @@ def likelihood(engine: TrainerRank) -> Found:
         gradients[pair.adapted.a.name] = pair.a.main_grad.numpy().copy()
         gradients[pair.adapted.b.name] = pair.b.main_grad.numpy().copy()
     return {"loss": scalar(values["loss"]), "gradients": gradients}
+
+
+def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: list[int]) -> Found:
+    from ctpo_megatron.errors import CheckpointError
+    from ctpo_megatron.mcore.checkpoint import convert
+    from ctpo_megatron.mcore.policy import supervise
+
+    ports, adapter, path, at = list(ports), ADAPTERS["qwen3"], models["qwen3"], root / "step_00000002"
+
+    def begin(layout: dict[str, int], adapter: LoraConfig | None = adapter, path: Path = path) -> TrainerRank:
+        return start(replace(rank, master_port=ports.pop()), path, ParallelConfig(**layout), adapter)
+
+    def steps(engine: TrainerRank, count: int) -> list[dict[str, float]]:
+        packs = packs_of(Case("grpo", True, 4), draw_samples(), engine.parallel)[engine.coords.dp_rank :: engine.parallel.dp]
+        return [flat(supervise(engine, packs)) for _ in range(count)]
+
+    engine = begin({"tp": 2})
+    steps(engine, 2)
+    begin_together(at)
+    engine.save(at)
+    found: Found = {"saved": adapters_of(engine), "merged": merged_of(engine), "uninterrupted": steps(engine, 2)}
+    engine.close()
+    for name, layout in (("TP2", {"tp": 2}), ("PP2", {"pp": 2}), ("DP2", {"dp": 2})):
+        engine = begin(layout)
+        engine.load(at)
+        found[name] = {"loaded": adapters_of(engine), "steps": steps(engine, 2)}
+        engine.close()
+    others = {"other alpha": (adapter.model_copy(update={"alpha": 3.0}), path), "all weights": (None, path)}
+    if rank.rank == 0:
+        moved = root / "moved"
+        shutil.copytree(path, moved)
+        flip(moved / "model.safetensors", 0.9)
+    others["other base"] = (adapter, root / "moved")
+    for name, (other, where) in others.items():
+        engine = begin({"dp": 2}, other, path)
+        if where != path:
+            import torch.distributed as dist
+
+            dist.barrier()
+            engine.model_path = str(where)
+            engine._begin_adapters(1)
+        with pytest.raises(CheckpointError) as refused:
+            engine.load(at)
+        found[name] = str(refused.value)
+        engine.close()
+    for name, function in (("hf", convert.weights_to_hf), ("peft", convert.adapters_to_peft)):
+        own = replace(rank, master_port=ports.pop())
+        found[name] = function(own, str(at), str(root / name), ParallelConfig(tp=2)).tensors
+    return found
 
 
 def with_peft(rank: RankInfo, path: Path, adapter: LoraConfig) -> Found:

@@ -12,13 +12,14 @@ from torch import nn
 
 from ctpo_megatron.checkpoints.directories import TEMPORARY_SUFFIX, complete_directory, temporary_directory
 from ctpo_megatron.config.adapter import LoraConfig
-from ctpo_megatron.errors import ModelError
-from ctpo_megatron.mcore.collective import on_first_rank
+from ctpo_megatron.errors import CheckpointError, ModelError
+from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.adapters import own_piece
 from ctpo_megatron.mcore.hf.stream import gather_adapters
 from ctpo_megatron.mcore.model.lora import adapter_pairs
 from ctpo_megatron.models.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_peft_config, check_peft_names, peft_config
 from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.parallel.plain import all_gather_plain
 
 
 @torch.no_grad()
@@ -42,6 +43,24 @@ def load_peft(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig, d
                     parameter.copy_(own_piece(whole, tensor))
     except SafetensorError as error:
         raise ModelError(f"{file}: not a readable safetensors file: {error}.") from error
+
+
+def compare_peft(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig, directory: str | Path) -> tuple[int, int]:
+    """Returns tensors and bytes in a directory of peft's, equal to A and B here; the same on every rank. Collective.
+
+    Raises CheckpointError, on every rank, where one differs.
+    """
+    found = gather_adapters(models, shape, adapter)
+    file, complaint = Path(directory) / WEIGHTS_FILE, None
+    if found:
+        with safe_open(file, framework="pt") as stored:
+            for name, tensor in found:
+                if not torch.equal(stored.get_tensor(PREFIX + name), tensor.cpu()):
+                    complaint = complaint or f"{file}: {name} is not what the checkpoint holds"
+    if complaint := first_complaint(complaint):
+        raise CheckpointError(complaint)
+    mine = (len(found), sum(tensor.nbytes for _, tensor in found))
+    return max(all_gather_plain(mine, tuple[int, int]))
 
 
 def save_peft(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig, base: str, directory: str | Path) -> None:
