@@ -41,7 +41,7 @@ async def eval_job(config: RunConfig, *, anew: bool = False) -> None:
         raise ConfigError("neither data.eval nor eval.benchmarks is set; give at least one file to evaluate on")
     if config.model.adapter is not None and config.model.adapter.path is not None:
         raise ConfigError(
-            "model.adapter.path: `ctpo eval` asks the model in model.path as it is; evaluate RUN_DIR/model, which has its adapters "
+            "model.adapter.path: `ctpo eval` asks the model in model.path as it is; evaluate RUN_DIR/model, which has them "
             "merged, or merge a checkpoint's by `ctpo convert to-hf`."
         )
     model = open_model(config, "eval")
