@@ -70,12 +70,12 @@ def alone(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def two(models: dict[str, Path]) -> list[dict[tuple[str, str], Found]]:
-    return run_ranks(2, layouts, TWO_RANKS, models, [free_port() for _ in range(9)])
+    return run_ranks(2, layouts, TWO_RANKS, models, [free_port() for _ in range(12)])
 
 
 @pytest.fixture(scope="module")
 def four(models: dict[str, Path]) -> list[dict[tuple[str, str], Found]]:
-    return run_ranks(4, layouts, FOUR_RANKS, models, [free_port() for _ in range(9)])
+    return run_ranks(4, layouts, FOUR_RANKS, models, [free_port() for _ in range(12)])
 
 
 @pytest.mark.parametrize(("name", "family"), [(name, family) for name, (_, some) in TWO_RANKS.items() for family in some])
@@ -167,7 +167,7 @@ def test_an_adapter_of_peft_is_taken(models: dict[str, Path], tmp_path: Path) ->
 def test_checkpoints_hold_adapters_alone_and_any_layout_goes_on(models: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    ranks = run_ranks(2, save_and_resume, models, tmp_path, [free_port() for _ in range(9)])
+    ranks = run_ranks(2, save_and_resume, models, tmp_path, [free_port() for _ in range(12)])
     first = ranks[0]
     manifest = json.loads((tmp_path / "step_00000002" / "checkpoint.json").read_text())
     assert manifest["adapter"]["rank"] == 3
