@@ -44,9 +44,7 @@ ADAPTERS = {
 }
 LAYERS = 4
 TWO_RANKS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
-    "DP2": ({"dp": 2}, ("qwen3",)),
-    "TP2": ({"tp": 2}, ("qwen3", "qwen2", "qwen3_moe")),
-    "PP2": ({"pp": 2}, ("qwen3",)),
+    "TP2": ({"tp": 2}, ("qwen3",)),
     "VPP": ({"pp": 2, "vpp": 2}, ("qwen2",)),
     "CP2": ({"cp": 2}, ("qwen2",)),
     "EP2": ({"dp": 2, "ep": 2}, ("qwen3_moe",)),
@@ -55,6 +53,10 @@ FOUR_RANKS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "TP2 CP2": ({"tp": 2, "cp": 2}, ("qwen3",)),
     "TP2 PP2": ({"tp": 2, "pp": 2}, ("qwen3_moe",)),
 }
+FAULTS = [
+    ("TP2", "qwen3", "parts of a gradient are not added up"),
+    ("CP2", "qwen2", "queries not grouped with their keys"),
+]
 Found = dict[str, Any]
 
 
@@ -101,13 +103,11 @@ def assert_same(ranks: list[dict], alone: dict[str, Found], name: str, family: s
             np.testing.assert_allclose(found[kind][key], value, atol=TOLERANCE, err_msg=key)
 
 
-@pytest.mark.parametrize(
-    ("name", "fault"), [("TP2", "parts of a gradient are not added up"), ("DP2", "queries not grouped with their keys")]
-)
-def test_a_planted_fault_is_found(two: list[dict], alone: dict[str, Found], name: str, fault: str) -> None:
-    planted = [{(name, "qwen3"): rank[name, fault]} for rank in two]
+@pytest.mark.parametrize(("name", "family", "fault"), FAULTS)
+def test_a_planted_fault_is_found(two: list[dict], alone: dict[str, Found], name: str, family: str, fault: str) -> None:
+    planted = [{(name, family): rank[name, fault]} for rank in two]
     with pytest.raises(AssertionError):
-        assert_same(planted, alone, name, "qwen3")
+        assert_same(planted, alone, name, family)
 
 
 @pytest.mark.parametrize("family", ADAPTERS)
@@ -175,7 +175,7 @@ def test_checkpoints_hold_adapters_alone_and_any_layout_goes_on(models: dict[str
     tensors = {name for shards in stored.values() for name, _, shape, *_ in shards if shape}
     assert tensors
     assert all(".adapter." in name for name in tensors)
-    for name in ("TP2", "PP2", "DP2"):
+    for name in ("TP2", "PP2"):
         for key, value in first["saved"].items():
             np.testing.assert_array_equal(first[name]["loaded"][key], value, err_msg=f"{name} {key}")
         for ours, theirs in zip(first[name]["steps"], first["uninterrupted"], strict=True):
@@ -274,9 +274,9 @@ def layouts(
     for name, (_, families) in some.items():
         for family in families:
             run(name, family, family)
-    if "TP2" in some:
-        run("TP2", "qwen3", "parts of a gradient are not added up", unmark)
-        run("DP2", "qwen3", "queries not grouped with their keys", ungroup)
+    for (name, family, fault), plant in zip(FAULTS, (unmark, ungroup), strict=True):
+        if name in some:
+            run(name, family, fault, plant)
     return found
 
 
@@ -367,7 +367,7 @@ def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: 
     engine.save(at)
     found: Found = {"saved": adapters_of(engine), "merged": merged_of(engine), "uninterrupted": steps(engine, 2)}
     engine.close()
-    for name, layout in (("TP2", {"tp": 2}), ("PP2", {"pp": 2}), ("DP2", {"dp": 2})):
+    for name, layout in (("TP2", {"tp": 2}), ("PP2", {"pp": 2})):
         engine = begin(layout)
         engine.load(at)
         found[name] = {"loaded": adapters_of(engine), "steps": steps(engine, 2)}
