@@ -78,6 +78,7 @@ setup(
             "tensorboard-data-server>=0.7",
             "tiktoken>=0.7",
             "scipy>=1.14",
+            "peft>=0.21,<1",
             "annotated-types>=0.7",
             "ruff>=0.9",
             "mypy>=2.4",

@@ -42,10 +42,22 @@ def to_hf(
     out: Annotated[Path, typer.Argument(help="Hugging Face directory to write", show_default=False, callback=at_home)],
     overrides: Annotated[list[str] | None, typer.Argument(help="the layout that reads: parallel.tp=2 ...")] = None,
 ) -> None:
-    """A Hugging Face model directory of the weights in a checkpoint."""
+    """A Hugging Face model directory of the weights in a checkpoint; adapters are merged into the model they belong to."""
     from ctpo_megatron.jobs.convert import convert_to_hf
 
     convert_to_hf(checkpoint, out, overrides or [])
+
+
+@convert_app.command("to-peft")
+def to_peft(
+    checkpoint: Annotated[Path, typer.Argument(help="of a run with model.adapter", show_default=False, callback=at_home)],
+    out: Annotated[Path, typer.Argument(help="directory in peft's format to write", show_default=False, callback=at_home)],
+    overrides: Annotated[list[str] | None, typer.Argument(help="the layout that reads: parallel.tp=2 ...")] = None,
+) -> None:
+    """The adapters in a checkpoint, in the format of the package peft."""
+    from ctpo_megatron.jobs.convert import convert_to_peft
+
+    convert_to_peft(checkpoint, out, overrides or [])
 
 
 @checkpoint_app.command("verify")

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.base import FilePath, Section
 
 
@@ -32,6 +33,8 @@ class ModelConfig(ChatConfig):
     """Directory with config.json, *.safetensors and the tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of training and generation. auto: bfloat16 on GPUs, float32 on a CPU."""
+    adapter: LoraConfig | None = None
+    """Train adapters of the model, which itself stays as it is; docs/adapters.md. null: train all weights."""
 
     def dtype_on(self, device: str) -> str:
         """`dtype` on a cpu or cuda device: never auto."""

@@ -40,6 +40,15 @@ def convert_to_hf(checkpoint: Path, out: Path, overrides: list[str]) -> None:
     _convert(weights_to_hf, checkpoint, out, parallel)
 
 
+def convert_to_peft(checkpoint: Path, out: Path, overrides: list[str]) -> None:
+    """A directory in peft's format of the adapters in a checkpoint."""
+    from ctpo_megatron.mcore.checkpoint.convert import adapters_to_peft, checkpoint_shape
+
+    parallel = _parallel(overrides)
+    check_layout(checkpoint_shape(checkpoint), parallel)
+    _convert(adapters_to_peft, checkpoint, out, parallel)
+
+
 def _convert(function: Callable, source: Path, out: Path, parallel: ParallelConfig) -> None:
     """Run `function` on all ranks; `out` gets its name when all of it is verified, and nothing is left otherwise."""
     from ctpo_megatron.cluster.local_ranks import run_local_ranks

@@ -43,6 +43,11 @@ async def eval_job(config: RunConfig, *, anew: bool = False, nursery: Nursery | 
     """
     if config.data.eval is None and not config.eval.benchmarks:
         raise ConfigError("neither data.eval nor eval.benchmarks is set; give at least one file to evaluate on")
+    if config.model.adapter is not None and config.model.adapter.path is not None:
+        raise ConfigError(
+            "model.adapter.path: `ctpo eval` asks the model in model.path as it is; evaluate RUN_DIR/model, which has them "
+            "merged, or merge a checkpoint's by `ctpo convert to-hf`."
+        )
     model = open_model(config, "eval")
     benchmarks = load_benchmarks(config, model, print_sentence)
     tool = checked_tool(config.rollout)

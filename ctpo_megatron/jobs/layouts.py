@@ -6,6 +6,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.elastic import as_written, layout_key
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.jobs.topology import planned_run
+from ctpo_megatron.models.adapters import check_adapter
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.memory import GIB
@@ -13,7 +14,10 @@ from ctpo_megatron.planning.plan import Hardware, Plan, make_plan
 
 
 def check_layouts(shape: ModelShape, config: RunConfig) -> None:
-    """Raise ConfigError, which names the key, where a layout that the trainer may have cannot divide the model."""
+    """Raise ConfigError, which names the key, where a layout that the trainer may have cannot divide the model, or the model
+    cannot have the adapters that are asked for."""
+    if config.model.adapter is not None:
+        check_adapter(shape, config.model.adapter, config.moe)
     preferred, *smaller = config.layouts
     check_layout(shape, preferred)
     for index, (changes, layout) in enumerate(zip(config.elastic.layouts, smaller, strict=True)):

@@ -58,6 +58,8 @@ def rehearsal_of(config: RunConfig, shape: ModelShape, rank: int | None) -> tupl
     """What to rehearse of `config`, and the plan of the same: as many micro-batches, on the same pipeline stage."""
     run, parallel = planned_run(config), config.parallel
     check_layout(shape, parallel)
+    if run.model.adapter is not None:
+        raise ConfigError("model.adapter: a rehearsal knows no adapters; without --rehearse the plan counts them.")
     micro_batches = rehearsed_micro_batches(run, plan_batches(run).packings[0].micro_batches)
     stages = plan_stages(run, shape, micro_batches)
     each = parallel.world_size // parallel.pp

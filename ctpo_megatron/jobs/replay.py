@@ -140,6 +140,8 @@ def prepare_replay(directory: Path, overrides: list[str]) -> PreparedReplay:
     options = _options(overrides)
     dump = read_dump(directory)
     config = load_config(directory / CONFIG)
+    if config.model.adapter is not None:
+        raise InputError(f"{directory}: it is of a run with model.adapter, and a replay knows no adapters.")
     shape, dtype = _model(dump)
     check_layout(shape, options.parallel)
     supervised = dump.about.kind == "supervised"

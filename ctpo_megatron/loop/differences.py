@@ -48,6 +48,8 @@ _WHY: dict[str, tuple[Effect, str]] = {
         "applies",
         "tokenizer and templates are read there, and the reference policy if it has no path; weights are not",
     ),
+    "model.adapter": ("refused", "the checkpoint is of other adapters"),
+    "model.adapter.path": ("none", "adapters are the checkpoint's"),
     "data.mixture": ("applies", "weights count from now on; other sources or prompts are another matter"),
     "data.pools": ("applies", "weights count from now on, and so do borders between pools that are measured"),
     "data.curriculum": ("applies", "it is asked after the next step"),

@@ -48,7 +48,7 @@ class Trainer(Protocol):
         ...
 
     async def save_hf(self, directory: Path) -> None:
-        """Write the model in Hugging Face format."""
+        """Write the model in Hugging Face format, adapters merged, and these besides to `adapter` beside it, in peft's."""
         ...
 
 

@@ -27,10 +27,10 @@ from ctpo_megatron.batch import Abandoned, AnchorStreams, MicroBatch, UpdateAban
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.errors import NonFiniteError
-from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.kept_tokens import KeptTokens, SeenBy
 from ctpo_megatron.mcore.old_policy import DRIFT, OldPolicy, check_drift
 from ctpo_megatron.mcore.rank import TrainerRank
+from ctpo_megatron.mcore.reference import Reference
 from ctpo_megatron.record.values import Values, merge_values
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
@@ -45,7 +45,7 @@ def update_policy(
     temperature: float,
     drift: DriftBounds,
     version: int,
-    reference: HostWeights | None = None,
+    reference: Reference | None = None,
     kept: KeptTokens | None = None,
 ) -> Values:
     """One optimizer step per batch; the old policy is the one that stands before the first: see `old_policy`.
@@ -53,7 +53,7 @@ def update_policy(
     `batches` hold this rank's micro-batches of each optimizer step; the device holds those of one step at a time. Returns the
     statistics of all steps as one, the same on all ranks. Raises MismatchError, before anything is changed, when trainer and
     engine disagree more than `drift` allows, and UpdateAbandoned, on every rank and before the step that would use it, for a
-    log-prob, loss or gradient that is not finite. `reference`: weights of the policy that `algorithm.reference` asks for. `kept`:
+    log-prob, loss or gradient that is not finite. `reference`: the policy that `algorithm.reference` asks for. `kept`:
     gets what becomes of each token.
     """
     old = OldPolicy(rank.scan, algorithm.anchor, version, kept)

@@ -6,11 +6,10 @@ Every method is collective: all ranks of the trainer call it in the same order.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +20,24 @@ from torch import Tensor
 from ctpo_megatron.algorithms import Scan, Stats, raise_if_nonfinite
 from ctpo_megatron.algorithms.statistics import NONFINITE
 from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, MismatchError, NonFiniteError
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
-from ctpo_megatron.mcore.host import backend_for, megatron_region, prepare_host
+from ctpo_megatron.mcore.host import megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
+from ctpo_megatron.mcore.meeting import TIMEOUT_MINUTES, RankInfo, meet
 from ctpo_megatron.mcore.reduction import once
+from ctpo_megatron.mcore.reference import BaseModel, Reference
 from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
+from ctpo_megatron.models.adapters import check_adapter
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EXPERT_BIAS, hf_tensors
 from ctpo_megatron.record.values import Max, Values, scalar
-from ctpo_megatron.rendezvous.store import join_store, serve_store
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
@@ -45,21 +47,7 @@ if TYPE_CHECKING:  # megatron may be imported only after prepare_host
 
 Check = Callable[[Values], None]
 """Takes the reduced statistics of a pass, of which it may take away some. Raises MismatchError, on every rank alike."""
-TIMEOUT_MINUTES = 30  # after which a collective that a rank does not join is given up; `cluster.watch` finds that rank before
 CLOSE_TIMEOUT_S = 20.0  # for a save that was not waited for
-
-
-@dataclass(frozen=True, slots=True)
-class RankInfo:
-    """Who this process is among the trainer's ranks, and where rank 0 listens."""
-
-    rank: int
-    world_size: int
-    master_addr: str
-    master_port: int
-    local_rank: int = 0
-    prefix: str = field(default="", repr=False)
-    """Of the run's keys in that store: ranks of another run that come to this port by mistake meet nobody."""
 
 
 class TrainerRank:
@@ -82,13 +70,16 @@ class TrainerRank:
         total_steps: int | None = None,
         moe: MoeConfig | None = None,
         shape: ModelShape | None = None,
+        adapter: LoraConfig | None = None,
     ) -> None:
         self.shape = shape or read_hf_config(model_path)
         check_layout(self.shape, parallel)
+        if adapter is not None:
+            check_adapter(self.shape, adapter, moe or MoeConfig())
         if parallel.world_size != rank.world_size:
             raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")
         self.device = prepare_host(device, rank.local_rank)
-        self.model_path, self.rank, self.parallel = model_path, rank, parallel
+        self.model_path, self.rank, self.parallel, self.adapter = model_path, rank, parallel, adapter
         self._join(rank)
         with megatron_region(self.device):
             self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps, moe)
@@ -112,9 +103,17 @@ class TrainerRank:
             check_optimizer(optimizer, self.device, dtype)
         groups.init_parallel_groups(self.parallel, seed, TIMEOUT_MINUTES)
         self.models = build_model(
-            self.shape, self.parallel, dtype, self.device, moe=moe, recompute=recompute, trainable=optimizer is not None
+            self.shape,
+            self.parallel,
+            dtype,
+            self.device,
+            moe=moe,
+            recompute=recompute,
+            trainable=optimizer is not None,
+            adapter=self.adapter,
         )
         self._load_weights()
+        self._begin_adapters(seed)
         self.optimizer = self.schedule = self._saver = None
         if optimizer is not None:
             self.optimizer = build_optimizer(self.models, optimizer, dtype)
@@ -132,6 +131,20 @@ class TrainerRank:
         from ctpo_megatron.mcore.hf.load import load_hf
 
         load_hf(self.models, self.shape, self.model_path)
+
+    def _begin_adapters(self, seed: int) -> None:
+        from ctpo_megatron.mcore.checkpoint.trainables import adapter_words
+        from ctpo_megatron.mcore.hf.adapters import draw_adapters
+        from ctpo_megatron.mcore.hf.peft import load_peft
+
+        self._words: dict[str, Any] | None = None
+        if self.adapter is None:
+            return
+        self._words = adapter_words(self.adapter, self.model_path)
+        if self.adapter.path is None:
+            draw_adapters(self.models, seed)
+        else:
+            load_peft(self.models, self.shape, self.adapter, self.adapter.path)
 
     @property
     def coords(self) -> RankCoords:
@@ -173,6 +186,15 @@ class TrainerRank:
         with megatron_region(self.device):
             return self._stepper.logp(micro_batches, temperature)
 
+    def reference(self, model_path: str | None = None) -> Reference:
+        """The policy of the model in `model_path` for `using`; None: the one that training began with.
+
+        With adapters that is the model without them, which takes no memory.
+        """
+        if self.adapter is None:
+            return self.host_weights(model_path)
+        return BaseModel(None if model_path in (None, self.model_path) else self.host_weights(model_path))
+
     def host_weights(self, model_path: str | None = None) -> HostWeights:
         """This rank's weights as they are, or those of another directory, copied to host memory for `using`.
 
@@ -189,9 +211,9 @@ class TrainerRank:
                 taken.exchange(self.models)
         return taken
 
-    def using(self, weights: HostWeights) -> AbstractContextManager[None]:
-        """A context in which the model has these weights; afterwards its own again, bit for bit. Only for `logp`."""
-        return weights.in_place_of(self.models)
+    def using(self, reference: Reference) -> AbstractContextManager[None]:
+        """A context in which the model is that policy; afterwards it is its own again, bit for bit. Only for `logp`."""
+        return reference.in_place_of(self.models)
 
     def train_step(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float, check: Check | None = None
@@ -268,10 +290,10 @@ class TrainerRank:
             yield bucket
 
     def pieces(self) -> dict[str, Tensor]:
-        """This rank's parts of the parameters, by the keys that `stream` knows them by."""
-        from ctpo_megatron.mcore.hf.stream import pieces_of
+        """This rank's parts of what `stream` exports, by the keys that it knows them by: see `sources_of`."""
+        from ctpo_megatron.mcore.hf.stream import sources_of
 
-        return pieces_of(self.models, self.shape)
+        return sources_of(self.models, self.shape)
 
     def save_hf(self, directory: str | Path) -> None:
         """Write the weights as a Hugging Face model directory."""
@@ -279,6 +301,15 @@ class TrainerRank:
 
         with megatron_region(self.device):
             save_hf(self.models, self.shape, self.model_path, directory)
+
+    def save_adapter(self, directory: str | Path) -> None:
+        """Write the adapters in peft's format. Raises ConfigError where there are none."""
+        from ctpo_megatron.mcore.hf.peft import save_peft
+
+        if self.adapter is None:
+            raise ConfigError("save_adapter on a trainer rank that trains all weights.")
+        with megatron_region(self.device):
+            save_peft(self.models, self.shape, self.adapter, self.model_path, directory)
 
     def save(self, directory: str | Path, *, background: bool = False) -> None:
         """Save weights, optimizer and schedule as they are now, once the save before is settled.
@@ -343,7 +374,7 @@ class TrainerRank:
     def _trained(self) -> Trained:
         from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
 
-        return Trained(self.models, self.optimizer, self.schedule, self.model_path)
+        return Trained(self.models, self.optimizer, self.schedule, self.model_path, self._words)
 
     def close(self) -> None:
         """Leave the process groups, after the save in flight."""
@@ -355,25 +386,6 @@ class TrainerRank:
             groups.destroy_parallel_groups()
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def meet(rank: RankInfo, device: torch.device) -> None:
-    """Make the default group, at a store that rank 0 serves. The group is bound to no device.
-
-    A group that is bound starts its communicator at once, and torch then makes every later group of the process by splitting it.
-    A split is a collective call of all trainer ranks, which a group with the servers' ranks can never be.
-    """
-    timeout = datetime.timedelta(minutes=TIMEOUT_MINUTES)
-    # not by `init_method`: that joins what this process already has at the port, where this refuses a port that is taken
-    reach = serve_store if rank.rank == 0 else join_store
-    store = reach(rank.master_addr, rank.master_port, world_size=rank.world_size, wait_for_workers=True, timeout=timeout)
-    dist.init_process_group(
-        backend_for(device),
-        store=dist.PrefixStore(rank.prefix, store),
-        rank=rank.rank,
-        world_size=rank.world_size,
-        timeout=timeout,
-    )
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -9,7 +9,7 @@ from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes
-from ctpo_megatron.planning.parameters import Parameters, stage_parameters
+from ctpo_megatron.planning.parameters import Parameters, stage_adapters, stage_parameters
 from ctpo_megatron.planning.run import FORMAT_BYTES, PlannedRun
 from ctpo_megatron.planning.saving import Saving, plan_saving, rank_share
 
@@ -66,7 +66,10 @@ def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[
     parallel, element = run.parallel, run.element_bytes
     work = Work(run.train.max_tokens_per_micro_batch, element, run.train.recompute)
     found = []
-    parameters = stage_parameters(shape, parallel)
+    held_parameters = stage_parameters(shape, parallel)
+    adapter = run.model.adapter
+    # gradients, optimizer and checkpoints are of what is trained
+    parameters = held_parameters if adapter is None else stage_adapters(shape, parallel, adapter)
     for number, chunks in enumerate(stage_layers(shape, parallel)):
         held = [[layer_kept(shape, layer, parallel, work) for layer in chunk] for chunk in chunks]
         flying = in_flight(number, parallel.pp, parallel.vpp, micro_batches)
@@ -74,7 +77,7 @@ def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[
         state = optimizer_bytes(parameters[number], parallel, run.optimizer, element)
         offloaded = round(state * run.optimizer.cpu_offload)
         memory = StageMemory(
-            weights=parameters[number].total * element,
+            weights=(held_parameters[number].total + (parameters[number].total if adapter else 0)) * element,
             gradients=parameters[number].total * 4,
             optimizer=state - offloaded,
             activations=_activations(held, work.recompute, flying),
@@ -87,7 +90,7 @@ def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[
             reserve=0 if run.on_cpu else RESERVE + (ASLEEP if run.weights.servers_sleep else 0),
         )
         saving = plan_saving(parameters[number], parallel, element)
-        found.append(Stage(sum(map(len, chunks)), parameters[number], flying, memory, offloaded, saving))
+        found.append(Stage(sum(map(len, chunks)), held_parameters[number], flying, memory, offloaded, saving))
     return found
 
 

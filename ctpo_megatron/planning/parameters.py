@@ -6,9 +6,12 @@ optimizer states are shared out differently: those of experts over the expert-da
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.model import ParallelConfig
+from ctpo_megatron.models.adapters import adapter_tensors
 from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
 
@@ -42,6 +45,16 @@ def stage_parameters(shape: ModelShape, parallel: ParallelConfig) -> list[Parame
         matrices = is_first + (is_last and not (shape.tie_embeddings and is_first))
         found.append(held + Parameters(vocabulary * matrices + (shape.hidden_size if is_last else 0)))
     return found
+
+
+def stage_adapters(shape: ModelShape, parallel: ParallelConfig, adapter: LoraConfig) -> list[Parameters]:
+    """What one rank of each pipeline stage holds of A and B."""
+    by_layer: dict[int | None, int] = {}
+    for tensor in adapter_tensors(shape, adapter):
+        numbers = math.prod(tensor.shape) // (1 if tensor.cut.dim is None else parallel.tp)
+        by_layer[tensor.layer] = by_layer.get(tensor.layer, 0) + numbers
+    stages = stage_layers(shape, parallel)
+    return [Parameters(sum(by_layer.get(number, 0) for chunk in chunks for number in chunk)) for chunks in stages]
 
 
 def layer_parameters(shape: ModelShape, layer: int, tp: int = 1, ep: int = 1, etp: int = 1) -> Parameters:

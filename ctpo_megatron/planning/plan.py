@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ctpo_megatron.models.adapters import check_adapter
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.batches import Batches, plan_batches
@@ -48,6 +49,8 @@ def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Ca
     `advise`: changes of the configuration that would lower the trainer's memory, asked for where that does not fit.
     """
     check_layout(shape, run.parallel)
+    if run.model.adapter is not None:
+        check_adapter(shape, run.model.adapter, run.moe)
     batches, topology = plan_batches(run), run.topology
     stages = plan_stages(run, shape, batches.packings[0].micro_batches)
     shared = topology.shares_gpus

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ctpo_megatron.engine.digest import Part, tensor_digests
+from ctpo_megatron.models.adapters import key_of
 from ctpo_megatron.parallel.plain import all_gather_plain
 
 
@@ -23,10 +24,13 @@ class Tracked:
         self._seen: dict[str, int] = {}
 
     def look(self, pieces: Mapping[str, Tensor]) -> set[str] | None:
-        """The keys of the parameters that differ on any rank; None: all may, as some rank does not know. All ranks call it."""
+        """The keys of the parameters that differ on any rank; None: all may, as some rank does not know. All ranks call it.
+
+        An adapter's part differs as the parameter that it belongs to.
+        """
         self._seen = dict(zip(pieces, tensor_digests(Part(piece) for piece in pieces.values()), strict=True))
         held = self._held
-        mine = None if held is None else [key for key, digest in self._seen.items() if held.get(key) != digest]
+        mine = None if held is None else [key_of(part) for part, digest in self._seen.items() if held.get(part) != digest]
         differ: set[str] = set()
         known = True
         for each in all_gather_plain(mine, list[str] | None):

@@ -59,9 +59,9 @@ class Case:
 
 
 CASES = {
-    "weight tp2": Case("weight", "qwen3", {"tp": 2}, {"cp": 2}, "forward", None),
-    "weight pp2": Case("weight", "qwen3", {"pp": 2}, {"tp": 2}, "forward", None),
-    "expert dp2": Case("expert", "deepseek_v3", {"dp": 2, "ep": 2}, {"tp": 2}, "forward", None),
+    "weight tp2": Case("weight", "qwen3", {"tp": 2}, {"cp": 2}, "forward", 0),
+    "weight pp2": Case("weight", "qwen3", {"pp": 2}, {"tp": 2}, "forward", 0),
+    "expert dp2": Case("expert", "deepseek_v3", {"dp": 2, "ep": 2}, {"tp": 2}, "forward", 0),
     "advantage cp2": Case("advantage", "qwen3", {"cp": 2}, {"pp": 2}, "batch", 1),
     "log-ratio dp2": Case("log-ratio", "deepseek_v3", {"dp": 2}, {"cp": 2, "ep": 2}, "batch", 1),
     "too large pp2": Case("too large", "qwen3", {"pp": 2}, {"dp": 2}, "norm", 1),

@@ -36,9 +36,9 @@ from ctpo_megatron.weights.protocol import Sent, Server
 
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
     from ctpo_megatron.mcore.checkpoint.part import Part
-    from ctpo_megatron.mcore.host_weights import HostWeights
     from ctpo_megatron.mcore.kept_tokens import KeptTokens
     from ctpo_megatron.mcore.rank import TrainerRank
+    from ctpo_megatron.mcore.reference import Reference
     from ctpo_megatron.weights.source import RankWeights
 
 
@@ -51,7 +51,7 @@ class _Built:
 
     rank: TrainerRank
     weights: RankWeights
-    reference: HostWeights | None  # of the reference policy
+    reference: Reference | None
 
 
 class TrainerActor:
@@ -133,12 +133,13 @@ class TrainerActor:
             total_steps=total_steps,
             moe=config.moe,
             shape=self.shape,
+            adapter=config.model.adapter,
         )
         reference = config.algorithm.reference
-        host_weights = None if reference is None else rank.host_weights(reference.path)
+        policy = None if reference is None else rank.reference(reference.path)
         weights = RankWeights(rank, config.weights, tp=config.rollout.engine.tp, address=node_address(config))
         self._signs.attach(rank.models)
-        self._result = _Built(rank, weights, host_weights)
+        self._result = _Built(rank, weights, policy)
         self._free_memory()
         # megatron collects garbage at every copy of the optimizer's state, and would look at all that was imported: 0.3 s
         gc.collect()
@@ -266,7 +267,10 @@ class TrainerActor:
     @stage("export")
     def save_hf(self, directory: str) -> None:
         """Write this rank's part of a Hugging Face model directory: `loop.protocols.Trainer.save_hf`."""
-        self._built.rank.save_hf(Path(directory))
+        rank, target = self._built.rank, Path(directory)
+        rank.save_hf(target)
+        if rank.adapter is not None:
+            rank.save_adapter(target.with_name("adapter"))
 
     def clock(self) -> tuple[int, str]:
         """This rank's clock: `tracing.read_clock`. In a thread of its own."""

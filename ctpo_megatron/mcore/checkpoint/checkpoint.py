@@ -44,6 +44,7 @@ from ctpo_megatron.mcore.checkpoint.commit import commit
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
 from ctpo_megatron.mcore.checkpoint.rank_report import RankReport
 from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
+from ctpo_megatron.mcore.checkpoint.trainables import check_words, take_state
 from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.export import copy_companions
@@ -59,6 +60,7 @@ class Trained:
     optimizer: MegatronOptimizer | None
     schedule: OptimizerParamScheduler | None
     model_path: str  # whose config.json and tokenizer are copied into it
+    words: dict[str, Any] | None = None  # of adapters, where these are trained: `trainables.adapter_words`
 
     def header(self) -> dict[str, Any]:
         """Returns the manifest's beginning."""
@@ -68,6 +70,7 @@ class Trained:
             "world_size": dist.get_world_size(),
             "dtype": str(dtype).removeprefix("torch."),
             "scheduler_steps": None if self.schedule is None else self.schedule.num_steps,
+            **(self.words or {}),
         }
 
 
@@ -104,6 +107,7 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> None:
     """
     source = Path(directory)
     manifest = _verified_together(source)
+    check_words(source, manifest, trained.words)
     if trained.optimizer is not None and manifest["dtype"] != (dtype := trained.header()["dtype"]):
         raise CheckpointError(
             f"{source}: its weights are {manifest['dtype']}, the trainer's {dtype}, and torch would convert them silently; set "
@@ -115,7 +119,7 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> None:
         strict = "raise_unexpected" if trained.optimizer is None else "raise_all"
         loaded = dist_checkpointing.load(sharded, str(source), strict=strict)
         for number, model in enumerate(trained.models):
-            unwrap(model).load_state_dict(loaded[f"model{number}"])
+            take_state(model, loaded[f"model{number}"])
         if trained.optimizer is not None:
             load_optimizer(trained.optimizer, loaded["optimizer"])
     dist.barrier()

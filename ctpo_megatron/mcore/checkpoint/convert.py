@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ctpo_megatron.checkpoints.files import MODEL, begin_checkpoint, read_manifest
 from ctpo_megatron.checkpoints.hashes import tensor_hash
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import CheckpointError, ModelError
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
-from ctpo_megatron.mcore.rank import TIMEOUT_MINUTES, RankInfo, meet
+from ctpo_megatron.mcore.meeting import TIMEOUT_MINUTES, RankInfo, meet
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import read_json
 from ctpo_megatron.models.shape import ModelShape
@@ -70,20 +71,60 @@ def weights_to_megatron(rank: RankInfo, source: str, target: str, parallel: Para
 
 
 def weights_to_hf(rank: RankInfo, source: str, target: str, parallel: ParallelConfig) -> Verified:
-    """Write the weights of the checkpoint `source` as a model directory at `target`; returns what was compared."""
-    shape, dtype = checkpoint_shape(Path(source)), read_manifest(source)["dtype"]
-    companions = str(Path(source) / MODEL)
-    with _model(rank, shape, parallel, dtype, companions) as trained:
+    """Write the weights of the checkpoint `source` as a model directory at `target`; returns what was compared.
+
+    Of a checkpoint of adapters these are the weights of the model that it names, with the adapters merged into them.
+    """
+    shape, manifest = checkpoint_shape(Path(source)), read_manifest(source)
+    companions, adapter = str(Path(source) / MODEL), adapter_in(manifest)
+    with _model(rank, shape, parallel, manifest["dtype"], companions, adapter) as trained:
         from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint
         from ctpo_megatron.mcore.hf.export import save_hf
 
+        if adapter is not None:
+            trained = _with_base(trained, shape, adapter, manifest["base"]["path"])
         load_checkpoint(source, trained)
         save_hf(trained.models, shape, companions, target)
         return _compare(trained.models, shape, Path(target))
 
 
+def adapters_to_peft(rank: RankInfo, source: str, target: str, parallel: ParallelConfig) -> Verified:
+    """Write the adapters in the checkpoint `source` in peft's format at `target`; returns what was compared.
+
+    Raises CheckpointError where it holds none.
+    """
+    shape, manifest = checkpoint_shape(Path(source)), read_manifest(source)
+    adapter = adapter_in(manifest)
+    if adapter is None:
+        raise CheckpointError(f"{source} holds all weights and no adapters; `ctpo convert to-hf` writes these.")
+    with _model(rank, shape, parallel, manifest["dtype"], str(Path(source) / MODEL), adapter) as trained:
+        from ctpo_megatron.mcore.checkpoint.checkpoint import load_checkpoint
+        from ctpo_megatron.mcore.hf.peft import compare_peft, save_peft
+
+        base = manifest["base"]["path"]
+        load_checkpoint(source, _with_base(trained, shape, adapter, base))
+        save_peft(trained.models, shape, adapter, base, target)
+        return Verified(*compare_peft(trained.models, shape, adapter, target))
+
+
+def adapter_in(manifest: dict[str, Any]) -> LoraConfig | None:
+    """Returns the adapters of a checkpoint; None where it holds all weights."""
+    return None if manifest.get("adapter") is None else LoraConfig.model_validate(manifest["adapter"])
+
+
+def _with_base(trained: Trained, shape: ModelShape, adapter: LoraConfig, base: str) -> Trained:
+    """Load the model that adapters belong to. Raises ModelError where it is not where it was."""
+    from ctpo_megatron.mcore.checkpoint.trainables import adapter_words
+    from ctpo_megatron.mcore.hf.load import load_hf
+
+    load_hf(trained.models, shape, base)
+    return replace(trained, words=adapter_words(adapter, base))
+
+
 @contextlib.contextmanager
-def _model(rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: str, path: str) -> Iterator[Trained]:
+def _model(
+    rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: str, path: str, adapter: LoraConfig | None = None
+) -> Iterator[Trained]:
     """Yields this rank's part of the model, with weights not yet loaded."""
     if dtype not in DTYPES:
         raise ModelError(f"{path}: its weights are {dtype}; what can be converted is {' or '.join(DTYPES)}.")
@@ -97,7 +138,8 @@ def _model(rank: RankInfo, shape: ModelShape, parallel: ParallelConfig, dtype: s
 
             groups.init_parallel_groups(parallel, seed=0, timeout_minutes=TIMEOUT_MINUTES)
             try:
-                yield Trained(build_model(shape, parallel, DTYPES[dtype], device, trainable=False), None, None, path)
+                models = build_model(shape, parallel, DTYPES[dtype], device, trainable=False, adapter=adapter)
+                yield Trained(models, None, None, path)
             finally:
                 groups.destroy_parallel_groups()
     finally:

@@ -24,8 +24,8 @@ from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
 from ctpo_megatron.mcore.checkpoint.part import COMMON, RANDOM, Bytes, Contents, Layout, Shard
 from ctpo_megatron.mcore.checkpoint.snapshot import Place, sharded_state
+from ctpo_megatron.mcore.checkpoint.trainables import take_state
 from ctpo_megatron.mcore.collective import first_complaint
-from ctpo_megatron.mcore.hf.load import unwrap
 from ctpo_megatron.parallel.plain import all_gather_plain
 
 Read = Callable[[int, int, int], Bytes]  # of the part of a rank, the bytes from a place in its row to another
@@ -69,7 +69,7 @@ def recall(trained: Trained, layout: Layout, contents: Callable[[], Contents], r
 
 def _apply(trained: Trained, state: dict[str, Any], mine: Contents, random: dict[str, Any]) -> None:
     for number, model in enumerate(trained.models):
-        unwrap(model).load_state_dict(state[f"model{number}"])
+        take_state(model, state[f"model{number}"])
     if trained.optimizer is not None and trained.schedule is not None:
         load_optimizer(trained.optimizer, state["optimizer"])
         trained.schedule.num_steps = 0

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ctpo_megatron.mcore.checkpoint import random_state
 from ctpo_megatron.mcore.checkpoint.optimizer_state import optimizer_shards
-from ctpo_megatron.mcore.hf.load import unwrap
+from ctpo_megatron.mcore.checkpoint.trainables import model_shards
 
 Place = tuple[str, tuple[int, ...] | None]  # name of a stored tensor or object, and where in the whole the shard begins
 
@@ -45,8 +45,7 @@ class Snapshot:
 def sharded_state(models: list[torch.nn.Module], optimizer: MegatronOptimizer | None, *, loading: bool) -> dict[str, Any]:
     """Returns megatron's description of this rank's shards. Names and offsets in it are global: no layout shows in them."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    unwrapped: list[Any] = [unwrap(model) for model in models]  # megatron's own modules, which torch's types know nothing of
-    sharded = {f"model{number}": model.sharded_state_dict(metadata=metadata) for number, model in enumerate(unwrapped)}
+    sharded = {f"model{number}": model_shards(model, metadata) for number, model in enumerate(models)}
     if optimizer is not None:
         sharded["optimizer"] = optimizer_shards(optimizer, sharded, metadata, loading=loading)
     return sharded

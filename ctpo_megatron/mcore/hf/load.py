@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ctpo_megatron.errors import ModelError
 from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.hf.cuts import pack
+from ctpo_megatron.models.adapters import ADAPTER
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.files import weight_files
 from ctpo_megatron.models.shape import ModelShape
@@ -34,12 +35,13 @@ def layer_numbers(model: nn.Module) -> list[int]:
 
 
 def keyed_tensors(model: nn.Module, shape: ModelShape, coords: RankCoords) -> Iterator[tuple[str, Tensor]]:
-    """The rank's parameters, and its routers' biases, under their keys (see `models.tensors`)."""
+    """The rank's parameters, and its routers' biases, under their keys (see `models.tensors`). Adapters are not among them."""
     layers, inner = layer_numbers(model), unwrap(model)
     first_expert = coords.ep_rank * (shape.num_experts // coords.ep_size)
     biases = ((name, buffer) for name, buffer in inner.named_buffers() if name.endswith(EXPERT_BIAS))
     for name, tensor in (*inner.named_parameters(), *biases):
-        yield parameter_key(name, layers, first_expert), tensor
+        if f".{ADAPTER}." not in name:
+            yield parameter_key(name, layers, first_expert), tensor
 
 
 @torch.no_grad()

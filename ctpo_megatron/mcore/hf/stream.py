@@ -13,10 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.mcore.groups import current_coords
+from ctpo_megatron.mcore.hf.adapters import Merging
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.hf.cuts import unpack
 from ctpo_megatron.mcore.hf.load import keyed_tensors, layer_numbers, unwrap
+from ctpo_megatron.mcore.model.lora import adapter_pairs
+from ctpo_megatron.models.adapters import adapter_tensors, part_name
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets, unit_of
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.models.tensors import EMBEDDING_KEY, OUTPUT_KEY, HfTensor, hf_tensors
@@ -43,6 +47,14 @@ def pieces_of(models: list[nn.Module], shape: ModelShape) -> dict[str, Tensor]:
     return {key: parameter.detach() for model in models for key, parameter in keyed_tensors(model, shape, coords)}
 
 
+def sources_of(models: list[nn.Module], shape: ModelShape) -> dict[str, Tensor]:
+    """All that this rank's parts of exported tensors are made of: `pieces_of`, and adapters, by `models.adapters.part_name`."""
+    pairs = list(adapter_pairs(models))
+    a = {part_name(pair.adapted.base.key, pair.adapted.a.name): pair.a.detach() for pair in pairs}
+    b = {part_name(pair.adapted.base.key, pair.adapted.b.name): pair.b.detach() for pair in pairs}
+    return pieces_of(models, shape) | a | b
+
+
 @torch.no_grad()
 def export_stream(
     models: list[nn.Module],
@@ -56,6 +68,8 @@ def export_stream(
 ) -> Iterator[NamedTensors]:
     """Buckets of full tensors, in the model's number format (routers' biases in float32), in a fixed order.
 
+    Adapters are merged into the tensors that have them.
+
     `per_stage`: who sends, see `models.owners`. `to`: a rank that gets them all, instead of each tensor's sender.
     Every rank has to iterate to the end: a rank that receives
     gets its own buckets, and every rank an empty list for a bucket that only takes pieces away. All ranks get one for the first
@@ -68,7 +82,7 @@ def export_stream(
     parameters = pieces_of(models, shape)
     like = next(unwrap(models[0]).parameters())
     holders, rank = find_holders(models, shape), dist.get_rank()
-    gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device))
+    gathering = _Gathering(holders, parameters, shape, like.dtype, memory or BucketMemory(like.device), Merging(models))
     tensors, first = hf_tensors(shape), True
     if only is not None:
         units = {unit_of(tensor.name) for tensor in tensors if tensor.key in only}
@@ -80,6 +94,17 @@ def export_stream(
             first = False
 
 
+@torch.no_grad()
+def gather_adapters(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig) -> NamedTensors:
+    """A and B of every pair, whole, on rank 0, under the names of `models.adapters`; nothing on other ranks. Collective."""
+    kept = [each for pair in adapter_pairs(models) for each in ((pair.adapted.a, pair.a), (pair.adapted.b, pair.b))]
+    parameters = {tensor.key: parameter.detach() for tensor, parameter in kept}
+    like = next(unwrap(models[0]).parameters())
+    memory = BucketMemory(like.device)
+    gathering = _Gathering(find_holders(models, shape), parameters, shape, like.dtype, memory, Merging(models))
+    return gathering.run(adapter_tensors(shape, adapter), 0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Gathering:
     """Joins the pieces of tensors at their senders. `parameters`: this rank's, by key."""
@@ -89,6 +114,7 @@ class _Gathering:
     shape: ModelShape
     dtype: torch.dtype
     memory: BucketMemory
+    merging: Merging
 
     def run(self, bucket: list[HfTensor], sender: int) -> NamedTensors:
         """`sender` receives the pieces in their places, and copies its own meanwhile; the others get an empty list."""
@@ -125,7 +151,7 @@ class _Gathering:
 
     def _piece(self, tensor: HfTensor, length: int) -> Tensor:
         """A view of what this rank holds of it, `length` rows or columns without the vocabulary's padding."""
-        piece = unpack(tensor.cut, self.parameters[tensor.key], self.shape)[tensor.part]
+        piece = self.merging.merged(tensor, unpack(tensor.cut, self.parameters[tensor.key], self.shape)[tensor.part])
         return piece[:length] if tensor.key in _PADDED else piece
 
     def _allocate(self, bucket: list[HfTensor]) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.mcore.model.head import HiddenGPTModel
+from ctpo_megatron.mcore.model.lora import add_adapters
 from ctpo_megatron.mcore.model.parts import keep_biases_precise, rope_options, scale_llama3
 from ctpo_megatron.mcore.model.routing import with_replay
 from ctpo_megatron.mcore.model.spec import layer_spec
@@ -30,15 +32,16 @@ def build_model(
     moe: MoeConfig | None = None,
     recompute: str = "none",
     trainable: bool = True,
+    adapter: LoraConfig | None = None,
 ) -> list[torch.nn.Module]:
     """This rank's part of the model, with weights not yet loaded, as the list of chunks that megatron's functions take.
 
     There is one chunk, or `parallel.vpp` of them where the pipeline is interleaved. `trainable` wraps each in megatron's
-    DistributedDataParallel, which owns the gradients.
+    DistributedDataParallel, which owns the gradients. With `adapter` only adapters have some.
     """
     config = transformer_config(shape, parallel, moe or MoeConfig(), dtype, device, recompute)
     stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
-    chunks = [_chunk(shape, parallel, config, device, vp_stage) for vp_stage in stages]
+    chunks = [_chunk(shape, parallel, config, device, vp_stage, adapter) for vp_stage in stages]
     if not trainable:
         return chunks
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
@@ -50,7 +53,12 @@ def build_model(
 
 
 def _chunk(
-    shape: ModelShape, parallel: ParallelConfig, config: TransformerConfig, device: torch.device, vp_stage: int | None
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    device: torch.device,
+    vp_stage: int | None,
+    adapter: LoraConfig | None,
 ) -> torch.nn.Module:
     """This pipeline stage's layers, or those of its chunk `vp_stage`, with what stands before the first and after the last."""
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -71,6 +79,8 @@ def _chunk(
             # Experts are spread over ranks by ep and etp, not by tp: their gradients are to be summed over the
             # expert-data-parallel group. megatron's layers ask for that only where ep > 1.
             parameter.allreduce = False  # type: ignore[attr-defined]  # megatron's own mark
+    if adapter is not None:
+        add_adapters(model, shape, adapter, config.params_dtype, parallel_state.get_tensor_model_parallel_group())
     model.to(device)
     if config.bf16:
         model = Float16Module(config, model)

@@ -253,7 +253,16 @@ def test_a_mistake_in_a_list_of_sections_is_named_as_it_was_written(tmp_path: Pa
     assert "rollout.reward.terms[0].reward.budget_calls: missing" in message
 
 
-PATHS = {"run_dir", "model.path", "data.train", "data.eval", "sft.output", "algorithm.reference.path", "weights.directory"}
+PATHS = {
+    "run_dir",
+    "model.path",
+    "model.adapter.path",
+    "data.train",
+    "data.eval",
+    "sft.output",
+    "algorithm.reference.path",
+    "weights.directory",
+}
 IN_LISTS = {"data.mixture.path"}
 NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's
 IMPORTED = {"rollout.environment.path", "rollout.agent.path"}  # of modules, not of files

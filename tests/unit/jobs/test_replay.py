@@ -43,7 +43,7 @@ def term(place: Place, **terms: float) -> TokenTerms:
 def report_of(merged: Merged, **sample: Any) -> ReplayReport:
     streams = {"input_ids": [1, 2], "labels": [2, 3], "mask": [False, True], "rollout_logp": [0.0, -1.0], "versions": [-1, 0]}
     samples = [TrainSample(**(streams | {"advantages": [0.0, 1.0]} | sample))]
-    dump = StepDump(Path("run/dumps/step_00000007.2"), ABOUT_IT, samples, [1.0], 3, [])
+    dump = StepDump(Path("run/dumps/step_00000007.2"), ABOUT_IT, samples, [1.0], [3], [])
     return ReplayReport(dump, ParallelConfig(tp=2), "float32", batch_faults(dump), merged, None)
 
 

@@ -82,7 +82,7 @@ def test_ctpo(kernels: Any, options: dict[str, Any], tokens: int, dtype: torch.d
     prefix[:10] = 12.0  # beyond what is held
     logp = torch.zeros(tokens, requires_grad=True)
     given = Tokens(logp, logp.detach(), torch.where(mask, advantages, 0.0).float(), mask, prefix, position, position, {})
-    out = ctpo_loss(given, **options)
+    out = ctpo_loss(given, band="position", band_unit=None, **options)
     out.loss.sum().backward()
     hidden = torch.where(mask, advantages, torch.nan)
     found = kernels.judge(*(each.to(DEVICE) for each in (prefix, position, hidden, mask)), **options)

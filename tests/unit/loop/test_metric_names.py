@@ -184,7 +184,7 @@ def one_by_one() -> set[str]:
 def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
     made |= accounted() | used(tmp_path) | one_by_one()
-    made |= {"time/checkpoint", "time/rollout_tail", SAMPLES}  # by RunRecord and TrainLoop
+    made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES}  # by RunRecord and TrainLoop
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
 

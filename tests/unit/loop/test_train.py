@@ -361,7 +361,8 @@ def test_what_is_copied_is_the_state_after_each_step_with_its_evaluation(tmp_pat
         (2, 6, [4, 5], [0, 2]),
         (3, 6, [], [0, 2, 3]),
     ]
-    assert copies.states[-1] == newest(tmp_path / "checkpoints", 9, discard).state
+    kept = newest(tmp_path / "checkpoints", 9, discard).state
+    assert replace(copies.states[-1], alarms=None) == replace(kept, alarms=None)  # they have heard of more events meanwhile
 
 
 def test_a_run_that_began_at_a_copy_and_is_stopped_at_once_saves_what_it_began_with(tmp_path: Path) -> None:

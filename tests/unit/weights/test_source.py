@@ -19,11 +19,13 @@ from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.checksums import EngineDigests
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.models.adapters import part_name
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.tensors import hf_tensors
 from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Bucket, Server
 from ctpo_megatron.weights.source import RankWeights
+from ctpo_megatron.weights.tracking import Tracked
 from tests.support.willing_server import willing_server
 
 MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -203,3 +205,12 @@ def test_canary(pp: int, vpp: int, calls: int) -> None:
     assert end.replays == [None] * calls
     last.canary_logp([1, 2, 3], np.zeros((3, 1, 2), np.int8))
     assert [replay.routed_experts.tolist() for replay in end.replays[calls:]] == [[[[0, 0]]] * 3 + [[[-1, -1]]]] * calls
+
+
+def test_an_adapter_that_moves_brings_the_tensor_that_it_belongs_to(_one_rank: None) -> None:
+    tracked, base, other = Tracked(), torch.ones(4), torch.ones(2)
+    parts = {"fc1.weight": base, "fc2.weight": other, part_name("fc1.weight", "gate.lora_B"): torch.zeros(3)}
+    assert tracked.look(parts) is None, "what the servers hold is not known at first"
+    tracked.commit()
+    assert tracked.look(parts) == set()
+    assert tracked.look(parts | {part_name("fc1.weight", "gate.lora_B"): torch.ones(3)}) == {"fc1.weight"}
