@@ -207,7 +207,8 @@ def test_canary(pp: int, vpp: int, calls: int) -> None:
     assert [replay.routed_experts.tolist() for replay in end.replays[calls:]] == [[[[0, 0]]] * 3 + [[[-1, -1]]]] * calls
 
 
-def test_an_adapter_that_moves_brings_the_tensor_that_it_belongs_to(_one_rank: None) -> None:
+@pytest.mark.usefixtures("_one_rank")
+def test_an_adapter_that_moves_brings_the_tensor_that_it_belongs_to() -> None:
     tracked, base, other = Tracked(), torch.ones(4), torch.ones(2)
     parts = {"fc1.weight": base, "fc2.weight": other, part_name("fc1.weight", "gate.lora_B"): torch.zeros(3)}
     assert tracked.look(parts) is None, "what the servers hold is not known at first"
