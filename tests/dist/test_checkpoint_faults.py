@@ -48,6 +48,7 @@ def test_faults_leave_the_checkpoint_before_in_use(model: Path, tmp_path: Path) 
             assert all(name in message for message in (flipped, cut, missing)), name
         assert "tensor " in found["damaged"]["__1_0.distcp"][0]
         assert found["damaged"].keys() == set(FILES)
+    assert not (tmp_path / GONE).exists(), "something was made in its place"
 
 
 def test_a_rank_that_dies_leaves_the_checkpoint_before_in_use(model: Path, tmp_path: Path) -> None:
@@ -57,11 +58,13 @@ def test_a_rank_that_dies_leaves_the_checkpoint_before_in_use(model: Path, tmp_p
     assert newest_name(tmp_path) == "step_00000001"
 
 
+GONE = "gone.tmp"
 EXPECTED = {
     "stale": "stale: its weights are those of step_00000002",
     "no space for shards": "rank 1: ",
     "no space for the rest": "rank 1: OSError: [Errno 28]",
     "the disk lies": "rank 1: ",
+    "the directory is gone": "gone.tmp: no such file or directory",
 }
 
 # ---- what runs in the ranks
@@ -124,13 +127,14 @@ def write_faults(rank: RankInfo, root: Path) -> dict[str, Any]:
         flip(step(root, 3).with_name("step_00000003.tmp") / "__1_0.distcp", 0.5)
         return metadata
 
-    written = writer.torch_checkpoint.save
+    written, made = writer.torch_checkpoint.save, writer._writer
     if rank.rank == 0:
         return {name: nullcontext() for name in EXPECTED if name != "stale"}
     return {
         "no space for shards": patch.object(writer.torch_checkpoint.FileSystemWriter, "write_data", full),
         "no space for the rest": patch.object(writer, "write_small_file", full),
         "the disk lies": patch.object(writer.torch_checkpoint, "save", flipped),
+        "the directory is gone": patch.object(writer, "_writer", lambda work: made(work.with_name(GONE))),
     }
 
 

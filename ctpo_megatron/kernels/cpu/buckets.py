@@ -46,6 +46,9 @@ def tables(edges: tuple[float, ...], finest: float) -> tuple[np.ndarray, np.ndar
     last = np.searchsorted(borders, (ends - 1) * finest * (1 + 1e-12), side="right")
     if (last - first).max() > 1:
         raise ValueError("the buckets are too narrow for the table")
+    # Nothing is beyond NaN, infinity neither. A bound in `bucket_of` would say the same, but make it too large for numba to take
+    # it into the loop over tokens, which then takes three times as long.
+    borders[-2:] = np.nan
     return first.astype(np.int64), borders
 
 
@@ -58,5 +61,5 @@ def bucket_of(x, which, lookup):
     cell = min(max((bits[0] >> 48) - (1023 << 4), 0), OCTAVES * CELLS - 1)
     bucket = cells[which, cell]
     if size >= borders[which, bucket]:
-        bucket = min(bucket + 1, borders.shape[1] - 2)  # infinity is not below any border
+        bucket += 1
     return bucket if x > 0 else -bucket

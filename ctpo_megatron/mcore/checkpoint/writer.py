@@ -9,6 +9,7 @@ One thread writes them: torch's writer loses the errors of all threads but the f
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,12 +20,29 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from ctpo_megatron.checkpoints.hashes import bytes_hash, file_hash, new_hash, tensor_hash
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.mcore.checkpoint.random_state import random_file
 from ctpo_megatron.mcore.checkpoint.rank_report import RankReport
 from ctpo_megatron.mcore.checkpoint.snapshot import Place, Snapshot
+
+
+class _Existing(FileSystem):
+    """Files in a directory that is there. torch's own would make one in the place of a file system that is away."""
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """Raises FileNotFoundError where there is none."""
+        os.stat(path)
+
+
+def _writer(work: Path) -> FileSystemWriter:
+    # per_thread_copy_ahead: the shards are in host memory already
+    writer = FileSystemWriter(work, thread_count=1, per_thread_copy_ahead=0)
+    writer.fs = _Existing()
+    return writer
 
 
 def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -> RankReport:
@@ -37,8 +55,7 @@ def write_and_verify(snapshot: Snapshot, work: Path, group: dist.ProcessGroup) -
     held |= {place: bytes_hash(content) for place, content in snapshot.objects.items()}
     metadata = torch_checkpoint.save(
         snapshot.shards,
-        # per_thread_copy_ahead: the shards are in host memory already
-        storage_writer=torch_checkpoint.FileSystemWriter(work, thread_count=1, per_thread_copy_ahead=0),
+        storage_writer=_writer(work),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=group,
     )

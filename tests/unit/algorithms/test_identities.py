@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import fields, replace
-from typing import get_args
 
 import pytest
 import torch
 
-from ctpo_megatron.config.algorithm import AlgorithmConfig
-from ctpo_megatron.config.objectives import Objective
 from tests.support.oracles import Row
 from tests.support.oracles_cases import packed, run_policy_loss
 
-TYPES = [each.model_fields["type"].default for each in get_args(get_args(Objective)[0])]
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 NO_CLIP = {"clip_low": 60.0, "clip_high": 60.0, "dual_clip": None}
 PPO_TYPE = [
@@ -231,11 +227,3 @@ def test_the_gradient_of_ctpo_ends_at_the_bounds(bound: float, advantage: float,
         row = make_row([-1.0] * 4, [total, 0.0, 0.0, 0.0], advantage)
         slope = run_policy_loss(objective, [row], aggregation="sequence-sum")[2][3].item()
         assert slope == pytest.approx(-advantage * math.exp(total) if inside else 0.0, rel=1e-12)
-
-
-@pytest.mark.parametrize("options", [*({"type": kind} for kind in TYPES), {"type": "kpop", "penalty": 0.1}], ids=str)
-def test_without_an_advantage_there_is_no_gradient_unless_the_objective_says_so(options: dict) -> None:
-    rows = [replace(row, advantage=[0.0] * len(row.advantage)) for row in draw_rows([5, 1, 8], scale=0.4)]
-    gradient = run_policy_loss(options, rows)[2]
-    objective = AlgorithmConfig(objective=options).objective
-    assert bool(gradient.any()) is objective.acts_without_advantage

@@ -10,6 +10,7 @@ import torch
 
 from ctpo_megatron.algorithms import policy_loss
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
+from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import Balanced, SequenceMean, TokenMean
 from ctpo_megatron.data.packing import build_train_batch
@@ -64,9 +65,9 @@ def test_weights_and_numbers_are_those_of_the_whole_batch(aggregation: Any) -> N
     assert weights(less) == {number: weights(whole)[number] for number in (11, 12)}
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_no_objective_has_a_gradient_without_an_advantage(name: str) -> None:
-    """What `sparing` rests on. An objective with such a term has to ask for every sample in `loop.sparing`."""
+@pytest.mark.parametrize("objective", [*({"type": name} for name in OBJECTIVES), {"type": "kpop", "penalty": 0.1}], ids=str)
+def test_an_objective_that_has_a_gradient_without_an_advantage_says_so(objective: dict[str, Any]) -> None:
+    """What `sparing` rests on: `loop.sparing` asks for every sample then."""
     generator = torch.Generator().manual_seed(2)
     logp, old, rollout = (-torch.rand(12, generator=generator) * 3 for _ in range(3))
     advantages = torch.zeros(12)
@@ -75,7 +76,7 @@ def test_no_objective_has_a_gradient_without_an_advantage(name: str) -> None:
     for which, given in {"none": torch.zeros(12), "half": advantages}.items():
         leaf = logp.clone().requires_grad_()
         out = policy_loss(
-            {"type": name},
+            objective,
             logp=leaf,
             old_logp=old,
             advantages=given,
@@ -87,6 +88,7 @@ def test_no_objective_has_a_gradient_without_an_advantage(name: str) -> None:
         out.loss.backward()
         found[which] = (out.loss.item(), leaf.grad)
     loss, gradient = found["none"]
-    assert loss == 0.0
-    assert not gradient.any()
-    assert not found["half"][1][6:].any()
+    acts = AlgorithmConfig.model_validate({"objective": objective}).objective.acts_without_advantage
+    assert (loss != 0.0) is acts
+    assert bool(gradient.any()) is acts
+    assert bool(found["half"][1][6:].any()) is acts

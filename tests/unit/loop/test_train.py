@@ -362,7 +362,7 @@ def test_what_is_copied_is_the_state_after_each_step_with_its_evaluation(tmp_pat
         (3, 6, [], [0, 2, 3]),
     ]
     kept = newest(tmp_path / "checkpoints", 9, discard).state
-    assert replace(copies.states[-1], alarms=None) == replace(kept, alarms=None)  # they have heard of more events meanwhile
+    assert replace(copies.states[-1], alarms=None) == replace(kept, alarms=None)  # of which one has heard of a row more
 
 
 def test_a_run_that_began_at_a_copy_and_is_stopped_at_once_saves_what_it_began_with(tmp_path: Path) -> None:
