@@ -15,6 +15,7 @@ def topology_of(config: RunConfig, *, trainer: bool = True, engines: bool = True
 
 def planned_run(config: RunConfig) -> PlannedRun:
     """What a plan of `ctpo train` on `config` is made from."""
+    teaching = config.algorithm.distillation
     return PlannedRun(
         model=config.model,
         data=config.data,
@@ -26,5 +27,7 @@ def planned_run(config: RunConfig) -> PlannedRun:
         weights=config.weights,
         topology=topology_of(config),
         has_reference=config.algorithm.reference is not None,
+        has_teachers=teaching is not None,
+        copied_teachers=0 if teaching is None else len(teaching.copied),
         top_k=config.algorithm.top_k or config.rollout.top_k or 0,
     )
