@@ -173,8 +173,8 @@ TEACHING = (
     Metric(
         "teacher/kl",
         "nats",
-        "Estimate of KL(policy || teacher), the reverse KL divergence: the engine's log-prob less the teacher's, per token that is "
-        "taught; with `algorithm.distillation` only.",
+        "Estimate of KL(policy || teacher), the reverse KL divergence: the engine's log-prob less the teacher's, per token that "
+        "is taught; with `algorithm.distillation` only.",
         watched=True,
     ),
     Metric("teacher/kl/{teacher}", "nats", "The same, per token that this teacher teaches."),
