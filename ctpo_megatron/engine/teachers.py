@@ -171,7 +171,7 @@ def read_key(teacher: ServedTeacher) -> str:
 
 
 def _setting(teacher: ServedTeacher) -> str:
-    return f"algorithm.distillation.teachers: {teacher.name!r} key_file={teacher.key_file}"
+    return f"algorithm.distillation: teacher {teacher.name!r}: key_file={teacher.key_file}"
 
 
 def _read(answer: Any, wanted: Sequence[int], server: str) -> list[float]:
