@@ -147,7 +147,7 @@ def prepare_replay(directory: Path, overrides: list[str]) -> PreparedReplay:
     shape, dtype = _model(dump)
     check_layout(shape, options.parallel)
     supervised = dump.about.kind == "supervised"
-    algorithm, left_out = _known_terms(dump, config.algorithm)
+    algorithm, left_out = known_terms(dump, config.algorithm)
     weight = attention_weight(shape) if config.train.balance == "flops" and not supervised else 0.0
     what = Replayed(
         checkpoint=str(dump.checkpoint.resolve()),
@@ -196,7 +196,7 @@ def _model(dump: StepDump) -> tuple[ModelShape, str]:
     return parse_config(read_json(file), str(file)), manifest["dtype"]
 
 
-def _known_terms(dump: StepDump, algorithm: AlgorithmConfig) -> tuple[AlgorithmConfig, str | None]:
+def known_terms(dump: StepDump, algorithm: AlgorithmConfig) -> tuple[AlgorithmConfig, str | None]:
     """What of the loss can be computed again, and in words what cannot: policies that were not asked before the step was given
     up."""
     unknown = []

@@ -57,7 +57,10 @@ def test_an_address_ends_without_a_slash() -> None:
         ([teachers(copied("a"), copied("b"))], "teachers ['a', 'b'] name no sources"),
         ([teachers(copied("a", sources="[]"))], "sources=[], and so nobody to teach"),
         ([teachers(copied("a", sources="[train]"), copied("b", sources="[train]"))], "'train' has two teachers: 'a' and 'b'"),
-        ([MIX, teachers(copied("a", sources="[cod]"))], "teaches 'cod', which is no source of prompts; there are train, code, math"),
+        (
+            [MIX, teachers(copied("a", sources="[cod]"))],
+            "teaches 'cod', which is no source of prompts; there are train, code, math",
+        ),
         ([MIX, teachers(copied("a", sources="[code]"))], "nobody teaches train, math, and with objective_coeff=0 rewards do not"),
         ([teachers(served("a", urls="[]"))], "one address at least"),
         ([teachers(served("a", urls="['http://h:1', 'http://h:1']"))], "each once"),

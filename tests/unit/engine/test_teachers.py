@@ -123,7 +123,7 @@ def test_one_that_never_answers_is_told_by_name() -> None:
 
 def test_what_is_refused_is_not_asked_again() -> None:
     server = Server([lambda _: 400])
-    with pytest.raises(EngineRefused, match="teacher 'big' at .* refused what it was asked: .*400"):
+    with pytest.raises(EngineRefused, match=r"teacher 'big' at .* refused what it was asked: .*400"):
         play(server, then=lambda client: client.logp([1, 2], 1))
     assert len(server.asked) == 1
 
