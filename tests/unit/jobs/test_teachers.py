@@ -120,7 +120,7 @@ def test_a_key_that_cannot_be_used(model: Path, teacher: Path, content: bytes | 
 def test_a_server_that_is_not_there_is_an_input_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ctpo_megatron.engine.teachers.FIRST_PAUSE_S", 0.01)
     config = load_config(CONFIG, [f"model.path={model}", SERVED % (model, "")])
-    with pytest.raises(InputError, match=r"'big' was tried with 192 tokens.* at http://127.0.0.1:9 did not answer, tried 3 times"):
+    with pytest.raises(InputError, match=r"'big' was tried with 192 tokens.* at http://127.0.0.1:9 did not answer, tried 3"):
         asyncio.run(ask_teachers(config))
 
 
