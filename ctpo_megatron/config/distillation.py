@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.feeding import MAIN
+from ctpo_megatron.config.rollout import EngineConfig
 
 
 class BaseTeacher(Section):
@@ -30,7 +31,19 @@ class CopiedTeacher(BaseTeacher):
     type: Literal["copied"] = "copied"
 
 
-class ServedTeacher(BaseTeacher):
+class AskedTeacher(BaseTeacher):
+    """A model of any shape on SGLang servers, which are asked as soon as a group of attempts is finished."""
+
+    timeout_s: PositiveFloat = 300.0
+    """How long one request may take, waiting in the server's queue included."""
+    retries: NonNegativeInt = 8
+    """How often a request that was not answered is sent again, after pauses that grow to 30 s. Then the attempt has failed
+    (`rollout.failed_share`)."""
+    concurrency: PositiveInt = 32
+    """Requests in flight."""
+
+
+class ServedTeacher(AskedTeacher):
     """A model of any shape on SGLang servers that run already. It is asked as soon as a group of attempts is finished.
 
     `path` needs config.json and the tokenizer, no weights."""
@@ -40,13 +53,6 @@ class ServedTeacher(BaseTeacher):
     """Where its servers are: `http://host:30000`. Requests take turns among them; one that fails goes to the next."""
     key_file: FilePath | None = None
     """File that holds the servers' key, and nothing else. null: none is sent."""
-    timeout_s: PositiveFloat = 300.0
-    """How long one request may take, waiting in the server's queue included."""
-    retries: NonNegativeInt = 8
-    """How often a request that was not answered is sent again, after pauses that grow to 30 s. Then the attempt has failed
-    (`rollout.failed_share`)."""
-    concurrency: PositiveInt = 32
-    """Requests in flight."""
 
     @field_validator("urls")
     @classmethod
@@ -59,7 +65,44 @@ class ServedTeacher(BaseTeacher):
         return tuple(url.rstrip("/") for url in urls)
 
 
-Teacher = Annotated[CopiedTeacher | ServedTeacher, Field(discriminator="type")]
+class TeacherEngine(Section):
+    """SGLang servers of a teacher."""
+
+    servers: PositiveInt = 1
+    """Number of servers."""
+    tp: PositiveInt = 1
+    """Tensor parallel size of each server."""
+    nodes: PositiveInt = 1
+    """Nodes that each server spreads over, `tp / nodes` of its ranks on each."""
+    max_total_tokens: PositiveInt | None = None
+    """Size of the KV cache in tokens. null: SGLang decides (GPU) or 65,536 (CPU)."""
+    start_timeout_s: PositiveFloat = 1800.0
+    """How long a server may take to come up."""
+    restarts: NonNegativeInt = 3
+    """How often each server is started again in its place after it has died. The run ends when all are lost for good."""
+    extra_args: tuple[str, ...] = ()
+    """Further arguments for `sglang.launch_server`, passed as they are."""
+
+    @model_validator(mode="after")
+    def _can_be_servers(self) -> TeacherEngine:
+        self.as_engine()
+        return self
+
+    def as_engine(self) -> EngineConfig:
+        """Returns the same as settings of servers that sample."""
+        return EngineConfig.model_validate(self.model_dump())
+
+
+class StartedTeacher(AskedTeacher):
+    """A model of any shape on SGLang servers that the run starts beside those that sample. It is asked as soon as a group of
+    attempts is finished."""
+
+    type: Literal["started"] = "started"
+    engine: TeacherEngine = TeacherEngine()
+    """Its servers."""
+
+
+Teacher = Annotated[CopiedTeacher | ServedTeacher | StartedTeacher, Field(discriminator="type")]
 
 
 class DistillationConfig(Section):
@@ -99,9 +142,14 @@ class DistillationConfig(Section):
         return {place: each for place, each in enumerate(self.teachers) if isinstance(each, CopiedTeacher)}
 
     @property
-    def served(self) -> dict[int, ServedTeacher]:
+    def asked(self) -> dict[int, ServedTeacher | StartedTeacher]:
         """Returns the teachers on servers, by their place among all."""
-        return {place: each for place, each in enumerate(self.teachers) if isinstance(each, ServedTeacher)}
+        return {place: each for place, each in enumerate(self.teachers) if not isinstance(each, CopiedTeacher)}
+
+    @property
+    def started(self) -> dict[int, StartedTeacher]:
+        """Returns the teachers whose servers the run starts, by their place among all."""
+        return {place: each for place, each in enumerate(self.teachers) if isinstance(each, StartedTeacher)}
 
     def teacher_of(self, source: str) -> int | None:
         """Returns the place of the teacher of prompts from `source`, empty for data.train; None where nobody teaches them."""

@@ -107,7 +107,7 @@ class RunConfig(Section):
                 f"rollout.dynamic.max_refills={rollout.dynamic.max_refills} replaces groups whose rewards are all equal, but "
                 "with algorithm.distillation.objective_coeff=0 they teach as much as others; set max_refills=0"
             )
-        for teacher in distillation.served.values():
+        for teacher in distillation.asked.values():
             if rollout.temperature != 1 or rollout.truncation.cuts:
                 cut = "rollout.top_k" if rollout.truncation.cuts else f"rollout.temperature={rollout.temperature:g}"
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Teachers on SGLang servers that somebody else runs: token ids in, the log-probs of these very tokens out. No text.
+"""Teachers on SGLang servers, of this run or of others: token ids in, the log-probs of these very tokens out. No text.
 
 what happened                                        then
 no connection, no answer in time, 500 on, no JSON    sent again after a pause, to the next of the teacher's servers
@@ -13,28 +13,52 @@ import asyncio
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from ctpo_megatron.config.distillation import ServedTeacher
+from ctpo_megatron.config.distillation import AskedTeacher, ServedTeacher
+from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.engine.http import Answer, ask, open_session
 from ctpo_megatron.errors import ConfigError, EngineError, EngineRefused, TeacherFailed
 from ctpo_megatron.types import FailedAttempt, Trajectory, TrajectoryGroup, Turn
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+NextUrl = Callable[[], Awaitable[str]]
+"""Says which of a teacher's servers the next request goes to, as soon as there is one."""
+
+
+def in_turn(urls: Sequence[str]) -> NextUrl:
+    """Returns what names the `urls` one after the other."""
+    turns = itertools.cycle(urls)
+
+    async def following() -> str:
+        return next(turns)
+
+    return following
+
+
+def serving(fleet: Fleet) -> NextUrl:
+    """Returns what names the servers of `fleet` that serve, and waits where none does. It raises NoServerLeft as that does."""
+    turns = itertools.count()
+
+    async def following() -> str:
+        lease = await fleet.acquire(next(turns))
+        fleet.done(lease)
+        return lease.member.url
+
+    return following
 
 
 class TeacherClient:
     """The servers of one teacher; an async context manager. `key`: what they ask for; empty: nothing."""
 
-    def __init__(self, teacher: ServedTeacher, key: str = "") -> None:
-        self.teacher, self._key = teacher, key
+    def __init__(self, teacher: AskedTeacher, next_url: NextUrl, key: str = "") -> None:
+        self.teacher, self._next_url, self._key = teacher, next_url, key
         self._slots = asyncio.Semaphore(teacher.concurrency)
-        self._turns: Iterator[int] = itertools.count()
         self._session: aiohttp.ClientSession | None = None
         self.seconds: list[float] = []  # of each request since they were last taken
         self.retries = 0  # since then
@@ -60,46 +84,41 @@ class TeacherClient:
         }
         async with self._slots:
             begun = time.monotonic()
-            url, answer = await self._answer("POST", "/generate", body)
+            url, answer = await self._answer(body)
             self.seconds.append(time.monotonic() - begun)
         return _read(answer, token_ids[begin:], self._named(url))
-
-    async def info(self, path: str) -> dict[str, Any]:
-        """Returns what a server says of itself at `path`. Raises as `logp` does."""
-        _, answer = await self._answer("GET", path, None)
-        return answer if isinstance(answer, dict) else {}
 
     def _named(self, url: str) -> str:
         return f"teacher {self.teacher.name!r} at {url}"
 
-    async def _answer(self, method: Any, path: str, body: dict[str, Any] | None) -> tuple[str, Any]:
+    async def _answer(self, body: dict[str, Any]) -> tuple[str, Any]:
         """Returns which server has answered, and what."""
         if self._session is None:
             raise EngineError(f"teacher {self.teacher.name!r} cannot be asked: its client was not entered")
-        teacher, first, pause_s = self.teacher, next(self._turns), FIRST_PAUSE_S
-        for number in range(teacher.retries + 1):
-            url = teacher.urls[(first + number) % len(teacher.urls)]
-            answer = await ask(self._session, method, url + path, body, teacher.timeout_s)
+        teacher, pause_s = self.teacher, FIRST_PAUSE_S
+        for left in range(teacher.retries, -1, -1):
+            url = await self._next_url()
+            answer = await ask(self._session, "POST", f"{url}/generate", body, teacher.timeout_s)
             if isinstance(answer, Answer):
                 return url, answer.value
             if answer.kind == "refused":
                 raise EngineRefused(f"{self._named(url)} refused what it was asked: {answer.message}")
-            if number < teacher.retries:
-                self.retries += 1
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        raise TeacherFailed(f"{self._named(url)} did not answer, tried {teacher.retries + 1} times: {answer.message}")
+            if not left:
+                raise TeacherFailed(f"{self._named(url)} did not answer, tried {teacher.retries + 1} times: {answer.message}")
+            self.retries += 1
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        raise AssertionError("the last try returns or raises")
 
 
-class ServedTeachers:
+class AskedTeachers:
     """All teachers on servers, by their places; an async context manager. `teacher_of`: the place for a source of prompts."""
 
-    def __init__(self, teachers: dict[int, ServedTeacher], teacher_of: Callable[[str], int | None]) -> None:
-        self._clients = {place: TeacherClient(each, read_key(each)) for place, each in teachers.items()}
-        self._teacher_of = teacher_of
+    def __init__(self, clients: Mapping[int, TeacherClient], teacher_of: Callable[[str], int | None]) -> None:
+        self._clients, self._teacher_of = clients, teacher_of
         self._open = AsyncExitStack()
 
-    async def __aenter__(self) -> ServedTeachers:
+    async def __aenter__(self) -> AskedTeachers:
         for client in self._clients.values():
             await self._open.enter_async_context(client)
         return self
@@ -142,8 +161,8 @@ def _failed(made: Trajectory, error: BaseException | None) -> FailedAttempt:
 
 
 async def _teach_attempt(client: TeacherClient, made: Trajectory) -> None:
-    for sample in (made, *made.branches):
-        await _teach(client, sample.prompt_ids, sample.turns)
+    for prompt_ids, turns in ((made.prompt_ids, made.turns), *((each.prompt_ids, each.turns) for each in made.branches)):
+        await _teach(client, prompt_ids, turns)
 
 
 async def _teach(client: TeacherClient, prompt_ids: list[int], turns: list[Turn]) -> None:

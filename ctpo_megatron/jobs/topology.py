@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.planning.run import PlannedRun
-from ctpo_megatron.planning.topology import Topology, make_topology
+from ctpo_megatron.planning.topology import ServerSet, Topology, make_topology
 
 
 def topology_of(config: RunConfig, *, trainer: bool = True, engines: bool = True) -> Topology:
     """Where the processes of `config` are, when it runs with a trainer, with servers, or with both."""
     weights, device = config.weights, config.cluster.device
-    return make_topology(config.parallel, config.rollout.engine, weights, device, trainer=trainer, engines=engines)
+    engine, teachers = config.rollout.engine, teacher_servers(config)
+    return make_topology(config.parallel, engine, weights, device, trainer=trainer, engines=engines, teachers=teachers)
+
+
+def teacher_servers(config: RunConfig) -> tuple[ServerSet, ...]:
+    """The servers of the teachers that the run starts, in their order."""
+    distillation = config.algorithm.distillation
+    started = [] if distillation is None else distillation.started.values()
+    return tuple(ServerSet(each.engine.servers, each.engine.tp, each.engine.nodes) for each in started)
 
 
 def planned_run(config: RunConfig) -> PlannedRun:

@@ -15,7 +15,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.mixture import restored_sampler
 from ctpo_megatron.engine.nursery import Nursery
-from ctpo_megatron.engine.teachers import ServedTeachers
+from ctpo_megatron.engine.teachers import AskedTeachers
 from ctpo_megatron.errors import CheckpointError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.evaluations import bring_back, load_benchmarks, make_evaluations, recipes
 from ctpo_megatron.jobs.export import export
@@ -121,7 +121,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume, nurs
                 async with (
                     runtime,
                     open_rollouts(runtime, model.chat, tool, journal, storage.write) as rollouts,
-                    open_teachers(config) as teachers,
+                    open_teachers(runtime) as teachers,
                 ):
                     run = _Run(runtime, rollouts, teachers, inputs, journal, storage, events, begun, lead, hearing)
                     loop = await run.to_its_end(stop)
@@ -144,7 +144,7 @@ class _Run:
         self,
         runtime: Runtime,
         rollouts: OpenRollouts,
-        teachers: ServedTeachers | None,
+        teachers: AskedTeachers | None,
         inputs: _Inputs,
         journal: Journal | None,
         storage: Storage,

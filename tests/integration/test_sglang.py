@@ -15,7 +15,7 @@ import torch
 from ctpo_megatron.config.distillation import ServedTeacher
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.processes import group_members
-from ctpo_megatron.engine.teachers import TeacherClient
+from ctpo_megatron.engine.teachers import TeacherClient, in_turn
 from ctpo_megatron.errors import EngineRefused, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.context import READ, RESERVED
@@ -112,8 +112,8 @@ def test_a_teacher_tells_the_log_probs_of_the_tokens_that_it_is_given(server: Ru
         model, shared = load_reference(qwen3), [(7 * i) % 250 for i in range(120)]
         asked = [([(3 * i + n) % 250 for i in range(n)], begin) for n, begin in ((2, 1), (17, 1), (90, 40), (700, 699))]
         asked += [(shared + [n] * n, 100 + n) for n in (1, 5, 40)]
-        teacher = ServedTeacher(name="big", path=str(qwen3), urls=(server.url,), timeout_s=TIMEOUT_S)
-        async with publishing(server, model) as (_, publisher), TeacherClient(teacher, server.api_key) as client:
+        teacher, urls = ServedTeacher(name="big", path=str(qwen3), urls=(server.url,), timeout_s=TIMEOUT_S), in_turn([server.url])
+        async with publishing(server, model) as (_, publisher), TeacherClient(teacher, urls, server.api_key) as client:
             await publisher.publish(7)
             for _ in range(2):
                 told = await asyncio.gather(*(client.logp(tokens, begin) for tokens, begin in asked))

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from ctpo_megatron.config.distillation import DistillationConfig
+from ctpo_megatron.config.distillation import DistillationConfig, ServedTeacher
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.jobs.topology import topology_of
+from ctpo_megatron.planning.topology import ServerSet
 
 CONFIG = Path(__file__).parents[3] / "configs" / "quickstart_distill.yaml"
 MIX = "data.mixture=[{name: code, path: c.parquet}, {name: math, path: m.parquet}]"
@@ -33,7 +35,7 @@ def test_each_source_has_its_teacher() -> None:
     distillation = load_config(CONFIG, overrides).algorithm.distillation
     assert distillation is not None
     assert [distillation.teacher_of(source) for source in ("", "code", "math")] == [1, 0, 1]
-    assert (list(distillation.copied), list(distillation.served)) == ([0], [1])
+    assert (list(distillation.copied), list(distillation.asked), list(distillation.started)) == ([0], [1], [])
 
 
 def test_what_nobody_teaches_may_learn_from_rewards_alone() -> None:
@@ -46,7 +48,22 @@ def test_what_nobody_teaches_may_learn_from_rewards_alone() -> None:
 def test_an_address_ends_without_a_slash() -> None:
     distillation = load_config(CONFIG, [teachers(served("b", urls="['https://h:1/x/']"))]).algorithm.distillation
     assert distillation is not None
-    assert distillation.served[0].urls == ("https://h:1/x",)
+    (teacher,) = distillation.teachers
+    assert isinstance(teacher, ServedTeacher)
+    assert teacher.urls == ("https://h:1/x",)
+
+
+def test_servers_that_the_run_starts_have_places_and_settings_of_their_own() -> None:
+    started = copied("a", engine="{servers: 2, tp: 4, nodes: 2, extra_args: [--context-length, 4096]}").replace(
+        "copied", "started"
+    )
+    config = load_config(CONFIG, [teachers(started), "rollout.engine.tp=1"])
+    assert config.algorithm.distillation is not None
+    (teacher,) = config.algorithm.distillation.started.values()
+    engine = teacher.engine.as_engine()
+    assert (engine.servers, engine.tp, engine.extra_args) == (2, 4, ("--context-length", "4096"))
+    assert topology_of(config).teachers == (ServerSet(2, 4, 2),)
+    assert topology_of(config, trainer=False).teachers == ()
 
 
 @pytest.mark.parametrize(
@@ -68,6 +85,7 @@ def test_an_address_ends_without_a_slash() -> None:
         ([teachers(served("a", urls="['http://h:1/generate']"))], "without /generate"),
         ([teachers(served("a")), "rollout.temperature=0.7"], "teacher 'a' at temperature 1"),
         ([teachers(served("a")), "rollout.top_k=20"], "but rollout.top_k has other ones sampled"),
+        ([teachers(copied("a", engine="{tp: 3, nodes: 2}").replace("copied", "started"))], "does not divide"),
         (["rollout.dynamic.max_refills=2"], "max_refills=2 replaces groups whose rewards are all equal"),
         (["algorithm.distillation.gamma=-1"], "found -1; must be at least 0"),
     ],

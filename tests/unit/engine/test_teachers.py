@@ -13,7 +13,9 @@ import pytest
 from aiohttp import web
 
 from ctpo_megatron.config.distillation import ServedTeacher
-from ctpo_megatron.engine.teachers import ServedTeachers, TeacherClient
+from ctpo_megatron.engine.fleet import Fleet
+from ctpo_megatron.engine.teachers import AskedTeachers, TeacherClient, in_turn, read_key
+from ctpo_megatron.engine.teachers import serving as serving_in
 from ctpo_megatron.errors import EngineError, EngineRefused, TeacherFailed
 from ctpo_megatron.types import AttemptId, Branch, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
 
@@ -81,8 +83,10 @@ def teacher(*servers: Server, **options: Any) -> ServedTeacher:
 
 def play(*servers: Server, then: Callable[[TeacherClient], Any], **options: Any) -> Any:
     async def scenario() -> Any:
-        async with serving(*servers), TeacherClient(teacher(*servers, **options)) as client:
-            return await then(client)
+        async with serving(*servers):
+            asked = teacher(*servers, **options)
+            async with TeacherClient(asked, in_turn(asked.urls)) as client:
+                return await then(client)
 
     return asyncio.run(asyncio.wait_for(scenario(), 20))
 
@@ -126,6 +130,31 @@ def test_what_is_refused_is_not_asked_again() -> None:
     with pytest.raises(EngineRefused, match=r"teacher 'big' at .* refused what it was asked: .*400"):
         play(server, then=lambda client: client.logp([1, 2], 1))
     assert len(server.asked) == 1
+
+
+def test_servers_of_the_run_are_asked_while_they_serve() -> None:
+    """One that is lost is not; where none serves the request waits for one that comes."""
+
+    async def scenario() -> None:
+        lost, other = Server(), Server()
+        fleet = Fleet(patience_s=5.0, restarts=1, fixed_version=0)
+        async with serving(lost, other), TeacherClient(teacher(lost), serving_in(fleet)) as client:
+            members = [fleet.join(name, each.url) for name, each in (("a", lost), ("b", other))]
+            for _ in range(4):
+                await client.logp([1, 2], 1)
+            assert (len(lost.asked), len(other.asked)) == (2, 2)
+            fleet.lose(members[0], "it died")
+            await client.logp([1, 2], 1)
+            assert len(other.asked) == 3
+            fleet.lose(members[1], "it died")
+            waiting = asyncio.ensure_future(client.logp([1, 2], 1))
+            await asyncio.sleep(0.02)
+            assert not waiting.done()
+            fleet.lose(fleet.join("a", lost.url), "again")
+            fleet.join("b", other.url)
+            assert await waiting == [said(2, 1)]
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 def other_tokens(body: dict[str, Any]) -> Any:
@@ -186,8 +215,9 @@ def group(source: str = "") -> TrajectoryGroup:
 def teach(server: Server, given: TrajectoryGroup, **options: Any) -> tuple[TrajectoryGroup, dict[str, float]]:
     async def scenario() -> tuple[TrajectoryGroup, dict[str, float]]:
         async with serving(server):
-            of_code = {1: teacher(server, **options)}
-            async with ServedTeachers(of_code, lambda source: 1 if source == "code" else 0) as teachers:
+            of_code = teacher(server, **options)
+            clients = {1: TeacherClient(of_code, in_turn(of_code.urls), read_key(of_code))}
+            async with AskedTeachers(clients, lambda source: 1 if source == "code" else 0) as teachers:
                 return await teachers.teach(given), teachers.metrics()
 
     return asyncio.run(asyncio.wait_for(scenario(), 20))

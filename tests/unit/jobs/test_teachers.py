@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,11 +125,11 @@ def test_a_server_that_is_not_there_is_an_input_error(model: Path, monkeypatch: 
         asyncio.run(ask_teachers(config))
 
 
-def test_a_run_without_served_teachers_opens_and_asks_none(model: Path) -> None:
+def test_a_run_without_teachers_on_servers_opens_and_asks_none(model: Path) -> None:
     async def scenario() -> object:
         config = load_config(CONFIG, [f"model.path={model}"])
         await ask_teachers(config)
-        async with open_teachers(config) as teachers:
+        async with open_teachers(SimpleNamespace(config=config)) as teachers:
             return teachers
 
     assert asyncio.run(scenario()) is None

@@ -22,7 +22,7 @@ from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.load import Load, LoadsSeen
-from ctpo_megatron.engine.teachers import ServedTeachers
+from ctpo_megatron.engine.teachers import AskedTeachers
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.composition import StepRules
@@ -167,7 +167,7 @@ def accounted() -> set[str]:
     async def scenario() -> set[str]:
         config = load_config(ROOT / "configs" / "quickstart.yaml", [])
         buffer = GroupBuffer(StepRules(2, 0), first_step=0, last_step=1)
-        admission, teachers = Admission(PromptSampler([group().prompt], 1)), ServedTeachers({}, lambda _source: None)
+        admission, teachers = Admission(PromptSampler([group().prompt], 1)), AskedTeachers({}, lambda _source: None)
         pipeline = Pipeline(admission, buffer, Ledger(), Sampled(), config.rollout, discard, teachers)
         taken, _ = await asyncio.gather(pipeline.take(0), pipeline.feed())
         return set(taken.metrics)
@@ -194,7 +194,7 @@ def one_by_one() -> set[str]:
 def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
     made |= accounted() | used(tmp_path) | one_by_one()
-    made |= {"teacher/seconds"}  # by ServedTeachers, of an answer
+    made |= {"teacher/seconds"}  # by AskedTeachers, of an answer
     made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES}  # by RunRecord and TrainLoop
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
