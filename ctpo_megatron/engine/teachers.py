@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,16 @@ class AskedTeachers:
         place = self._teacher_of(group.prompt.source)
         if place is None or place not in self._clients:
             return group
-        teaching = [_teach_attempt(self._clients[place], made) for made in group.trajectories]
-        ends = await asyncio.gather(*teaching, return_exceptions=True)
+        asked = [_taught(self._clients[place], made) for made in group.trajectories]
+        ends = await asyncio.gather(*asked, return_exceptions=True)
+        taught = [end for end in ends if isinstance(end, Trajectory)]
+        if len(taught) == len(ends):
+            return replace(group, trajectories=taught)
         for end in ends:
-            if end is not None and not isinstance(end, TeacherFailed):
+            if isinstance(end, BaseException) and not isinstance(end, TeacherFailed):
                 raise end
-        if not any(ends):
-            return group
         failed = [_failed(made, end) for made, end in zip(group.trajectories, ends, strict=True)]
-        return TrajectoryGroup(group.prompt, [], id=group.id, failed=failed)
+        return replace(group, trajectories=[], failed=failed)
 
     def metrics(self) -> dict[str, float]:
         """Returns scalars about the requests since it was last asked."""
@@ -154,26 +156,28 @@ class AskedTeachers:
         return {"teacher/retries": float(retries)} | ({"teacher/seconds": sum(seconds) / len(seconds)} if seconds else {})
 
 
-def _failed(made: Trajectory, error: BaseException | None) -> FailedAttempt:
-    """An attempt of a group that failed, because of `error` or of another one's."""
-    reason = "another attempt of its group failed" if error is None else str(error)
-    return FailedAttempt(made.id, reason, error is None, made.response_length, made.reward)
+def _failed(made: Trajectory, end: Trajectory | BaseException) -> FailedAttempt:
+    """An attempt of a group that failed, because it ended in an error or another one did."""
+    aborted = isinstance(end, Trajectory)
+    reason = "another attempt of its group failed" if aborted else str(end)
+    return FailedAttempt(made.id, reason, aborted, made.response_length, made.reward)
 
 
-async def _teach_attempt(client: TeacherClient, made: Trajectory) -> None:
-    for prompt_ids, turns in ((made.prompt_ids, made.turns), *((each.prompt_ids, each.turns) for each in made.branches)):
-        await _teach(client, prompt_ids, turns)
+async def _taught(client: TeacherClient, made: Trajectory) -> Trajectory:
+    """A copy of an attempt with what the teacher says of it, and of its branches."""
+    turns = await _told(client, made.prompt_ids, made.turns)
+    branches = [replace(each, turns=await _told(client, each.prompt_ids, each.turns)) for each in made.branches]
+    return replace(made, turns=turns, branches=branches)
 
 
-async def _teach(client: TeacherClient, prompt_ids: list[int], turns: list[Turn]) -> None:
-    """Fill in `teacher_logp` of a sample's turns: one request for all of them."""
-    tokens = [*prompt_ids, *(token for turn in turns for token in turn.token_ids)]
+async def _told(client: TeacherClient, prompt_ids: list[int], turns: list[Turn]) -> list[Turn]:
+    """Copies of a sample's turns with `teacher_logp`: one request for all of them."""
     if not any(turn.role == "assistant" and turn.token_ids for turn in turns):
-        return
+        return turns
+    tokens = [*prompt_ids, *(token for turn in turns for token in turn.token_ids)]
     logp = iter(await client.logp(tokens, len(prompt_ids)))
-    for turn in turns:
-        said = list(itertools.islice(logp, len(turn.token_ids)))
-        turn.teacher_logp = said if turn.role == "assistant" else None
+    said = [list(itertools.islice(logp, len(turn.token_ids))) for turn in turns]
+    return [replace(turn, teacher_logp=own) if turn.role == "assistant" else turn for turn, own in zip(turns, said, strict=True)]
 
 
 def read_key(teacher: ServedTeacher) -> str:

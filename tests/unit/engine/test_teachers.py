@@ -224,8 +224,9 @@ def teach(server: Server, given: TrajectoryGroup, **options: Any) -> tuple[Traje
 
 
 def test_every_own_turn_of_a_group_is_told_and_no_tool_turn() -> None:
-    server = Server()
-    made, metrics = teach(server, group("code"))
+    server, given = Server(), group("code")
+    made, metrics = teach(server, given)
+    assert given == group("code"), "what the journal has is not changed"
     told = [[turn.teacher_logp for turn in each.all_turns] for each in made.trajectories]
     first = [[said(5, 2), said(6, 3)], None, [said(8, 5)]]
     assert told == [first, [[said(9, 2)], [said(4, 3)]]]
