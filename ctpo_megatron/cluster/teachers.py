@@ -23,10 +23,12 @@ def started_teachers(config: RunConfig) -> dict[int, StartedTeacher]:
 
 def teacher_fleets(config: RunConfig, emit: Emit) -> dict[int, Fleet]:
     """Returns an empty fleet for each of them: its servers serve as soon as they answer."""
-    return {
-        place: Fleet(patience_s=teacher.engine.start_timeout_s, restarts=teacher.engine.restarts, fixed_version=0, emit=emit)
-        for place, teacher in started_teachers(config).items()
-    }
+    found = {}
+    for place, teacher in started_teachers(config).items():
+        engine, setting = teacher.engine, f"engine.restarts of teacher {teacher.name}"
+        patience = engine.start_timeout_s
+        found[place] = Fleet(patience_s=patience, restarts=engine.restarts, fixed_version=0, emit=emit, setting=setting)
+    return found
 
 
 class TeacherServers:
