@@ -110,8 +110,8 @@ class Fleet:
 
     `patience_s`: how long a request may wait for a server. `restarts`: how often each one is started again. `fixed_version`: the
     version of weights that never change, where there is no trainer: a server that joins serves at once, and one that fails is
-    started again. `emit` receives an event whenever a server is lost, suspended, back, or serves again. `setting`: what `restarts`
-    is called.
+    started again. `emit` receives an event whenever a server is lost, suspended, back, or serves again. `setting`: what
+    `restarts` is called.
     """
 
     def __init__(
