@@ -91,7 +91,8 @@ def teacher_of_tokens(mb: MicroBatch, scan: Scan) -> Tensor | None:
 
 def _kl_by_teacher(distillation: DistillationConfig, signal: Signal, mb: MicroBatch, scan: Scan) -> dict[str, Weighted]:
     """The distance to each teacher over the tokens that it teaches."""
-    teacher, found = teacher_of_tokens(mb, scan), {}
+    teacher = teacher_of_tokens(mb, scan)
+    found: dict[str, Weighted] = {}
     for place, each in enumerate(distillation.teachers):
         own = signal.mask if teacher is None else signal.mask & (teacher == place)
         total = torch.where(own, -signal.gap, 0.0).sum(dtype=torch.float64)
