@@ -48,12 +48,10 @@ def flat(nested) -> list[float]:
 
 
 REWARDS = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=2, max_size=16)
-TOKENS = st.lists(st.integers(0, 2), max_size=5)
-TRAJECTORIES = st.builds(
-    lambda reward, turns: trajectory(reward, *turns),
-    st.sampled_from([0.0, 0.5, 1.0]),
-    st.lists(TOKENS, min_size=1, max_size=3),
-)
+# tokens 0 to 2 and turns of them, drawn as text: one choice for each response, not one for each token
+TOKENS = st.text("012", max_size=5).map(lambda text: [int(token) for token in text])
+TURNS = st.text("012|", max_size=14).map(lambda text: [[int(token) for token in turn] for turn in text.split("|")[:3]])
+TRAJECTORIES = st.builds(lambda reward, turns: trajectory(reward, *turns), st.sampled_from([0.0, 0.5, 1.0]), TURNS)
 GROUPS = st.lists(st.lists(TRAJECTORIES, min_size=1, max_size=6).map(lambda members: group_of(*members)), min_size=1, max_size=4)
 
 
