@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,7 @@ def run_config(algorithm: dict, **train: int) -> RunConfig:
             "data": {"train": "d"},
             "train": {"prompts_per_step": 2, "optimizer_steps": 1, **train},
             "algorithm": algorithm,
+            "cluster": {"device": "cpu"},
         }
     )
 
@@ -330,6 +332,13 @@ def test_sequences_are_numbered_over_the_rollout_batch():
     batches = make_batches(groups, run_config({}, optimizer_steps=2))
     found = [micro.sequences.ids.tolist() for batch in batches for rank in batch.micro_batches for micro in rank]
     assert found == [[0, 1], [2, 3]]
+
+
+def test_a_run_that_shares_prompts_reads_each_once():
+    groups = [group_of(*(replace(trajectory(reward, [1, 2]), prompt_ids=[9] * 5) for reward in (1.0, 0.0))) for _ in range(2)]
+    for share, positions in ((None, 2 * 2 * 6), (4, 2 * (4 + 2 * 2)), (5, 2 * 2 * 6)):
+        ((micro,),) = make_batches(groups, run_config({}, share_prompts=share))[0].micro_batches
+        assert micro.positions == positions
 
 
 def test_whitening_is_over_the_rollout_batch_not_over_an_optimizer_step():
