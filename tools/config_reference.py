@@ -43,7 +43,8 @@ def render() -> str:
 def _below(section: type[Section], prefix: str, seen: dict[type[Section], str]) -> typing.Iterator[str]:
     """The sections in a section, each before those that are in it. `seen`: where a section has stood; it is not told twice."""
     for name, field in section.model_fields.items():
-        new, again = [], []
+        new: list[type[Section]] = []
+        again: list[type[Section]] = []
         for option in sections_in(field.annotation):
             (again if option in seen else new).append(option)
             seen.setdefault(option, f"{prefix}{name}")
