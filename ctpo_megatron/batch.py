@@ -24,7 +24,7 @@ class TokenStreams:
 
     input_ids: Tensor  # [T] int64
     labels: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    position_ids: Tensor  # [T] int64, from 0 in each sequence, or from the tokens on that it shares
     mask: Tensor  # [T] bool, True where the policy wrote the label
     advantages: Tensor  # [T] float32
     rollout_logp: Tensor  # [T] float32, 0 where masked
@@ -51,8 +51,21 @@ class Sequences:
     lengths: Tensor  # [N] int64, without padding
     groups: Tensor  # [N] int64, the prompt's group of each sequence
     weights: Tensor  # [N] float64, of each token of a sequence in the loss; all ranks' and micro-batches' make up the mean
-    ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding
+    ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding and what is shared
+    # [N] int64, of each sequence that sequence of the micro-batch whose tokens, without padding, come before its own; -1: none.
+    # None: nothing is shared
+    prefixes: Tensor | None = None
     teachers: Tensor | None = None  # [N] int64, place of each one's teacher among the run's; -1: nobody. None: there are none
+
+    def to(self, device: torch.device) -> Sequences:
+        """A copy on `device`."""
+        return _mapped(self, lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"))
+
+    def shared_lengths(self) -> Tensor:
+        """[N] int64: how many tokens come before each sequence's own, in the sequence that it shares with others."""
+        if self.prefixes is None:
+            return torch.zeros_like(self.lengths)
+        return torch.where(self.prefixes < 0, 0, self.lengths[self.prefixes.clamp(min=0)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +107,8 @@ class MicroBatch:
     def counted(self, cp_size: int) -> Tensor:
         """[T / cp_size] bool, of a shard: False on padding."""
         each, position_ids = self.sequences.cu_seqlens.diff() // cp_size, self.tokens.position_ids
-        return position_ids < self.sequences.lengths.repeat_interleave(each, output_size=position_ids.numel())
+        ends = self.sequences.lengths + self.sequences.shared_lengths()
+        return position_ids < ends.repeat_interleave(each, output_size=position_ids.numel())
 
     def shard(self, cp_rank: int, cp_size: int) -> MicroBatch:
         """This rank's zigzag part of every stream."""

@@ -1,4 +1,5 @@
-"""The first part of tools/bench_train.py: one trainer rank against the same model of transformers with padding."""
+"""Two parts of tools/bench_train.py: one trainer rank against the same model of transformers with padding, and against itself
+where groups read their prompts once."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ from ctpo_megatron.types import TrainSample
 
 BUDGET = 2048  # positions of a micro-batch, padding included, on both sides
 TOKENS = 4096  # of a step
+GROUP = 8
 VOCAB = 4096  # a quarter of all parameters, as in Qwen3-0.6B; what the head computes twice weighs accordingly
 SHAPE: dict[str, Any] = {
     "model_type": "qwen3",
@@ -75,9 +77,10 @@ def make_samples(lengths: list[int]) -> list[TrainSample]:
     return samples
 
 
-def rank_step(trainer: TrainerRank, samples: list[TrainSample]) -> Callable[[], float]:
+def rank_step(trainer: TrainerRank, samples: list[TrainSample], share_from: int | None = None) -> Callable[[], float]:
     """Mean negative log-likelihood and its gradients by the trainer rank, without the optimizer's step."""
-    packs = pack(samples, dp=1, max_tokens=BUDGET, weights=[1 / sum(len(s) for s in samples)] * len(samples))[0]
+    weights = [1 / sum(len(s) for s in samples)] * len(samples)
+    (packs,) = pack(samples, dp=1, max_tokens=BUDGET, weights=weights, share_from=share_from)
     placed = trainer.place(packs)
 
     def share(logp: Tensor, mb: MicroBatch, scan: Scan) -> tuple[Tensor, Stats]:
@@ -143,5 +146,41 @@ def engine_rows(
             rows.append({"lengths": name, "sequences": len(lengths), "tokens/s over transformers": ratio, "losses differ": gap})
             checks.append(Check(f"{name}: {ratio:.2f} times the tokens/s of transformers (at least {least})", ratio >= least))
             checks.append(Check(f"{name}: losses differ by {gap:.1e}", gap < 1e-5))
+        trainer.close()
+    return rows, checks
+
+
+def in_groups(prompt: int, response: int) -> list[TrainSample]:
+    """Samples of groups of GROUP whose prompts and responses have these lengths, of 2 * TOKENS in all."""
+    generator, samples = torch.Generator().manual_seed(7), []
+    for group in range(2 * TOKENS // (GROUP * (prompt + response))):
+        common = torch.randint(0, VOCAB, (prompt,), generator=generator).tolist()
+        for _ in range(GROUP):
+            ids = common + torch.randint(0, VOCAB, (response,), generator=generator).tolist()
+            mask, nothing = [False] * (prompt - 1) + [True] * response, [0.0] * (len(ids) - 1)
+            samples.append(TrainSample(ids[:-1], ids[1:], mask, nothing, [0] * len(mask), nothing, group=group))
+    return samples
+
+
+def prompt_rows(repeats: int, median_ratio: Callable[..., float], least_equal: float) -> tuple[list[dict[str, Any]], list[Check]]:
+    """Tokens per second of groups that read their prompts once over those of samples that read their own."""
+    rows, checks = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        rank = RankInfo(0, 1, "127.0.0.1", free_port("127.0.0.1"))
+        path = write_model(Path(folder))
+        trainer = TrainerRank(str(path), ParallelConfig(), OptimizerConfig(), rank, device="cpu", seed=1)
+        for prompt, response in ((200, 200), (50, 200), (400, 100)):
+            samples = in_groups(prompt, response)
+            shared, apart = rank_step(trainer, samples, share_from=16), rank_step(trainer, samples)
+            gap = abs(shared() - apart())
+            ratio = 1 / median_ratio(shared, apart, repeats)
+            rows.append(
+                {"prompt": prompt, "response": response, "group": GROUP, "tokens/s over unshared": ratio, "losses differ": gap}
+            )
+            if prompt == response:
+                checks.append(
+                    Check(f"prompts as long as responses: {ratio:.2f} times (at least {least_equal})", ratio >= least_equal)
+                )
+            checks.append(Check(f"{prompt} and {response} tokens: losses differ by {gap:.1e}", gap < 1e-5))
         trainer.close()
     return rows, checks

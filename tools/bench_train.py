@@ -1,7 +1,8 @@
-"""What the trainer's parts cost: the engine against transformers with padding, the head against all logits, and balancing.
+"""What the trainer's parts cost: the engine against transformers with padding, groups that read their prompt once, the head
+against all logits, and balancing.
 
     python tools/bench_train.py                       all parts; about fifteen minutes on a quiet core, 12 GB of memory
-    python tools/bench_train.py --part engine         one of engine, head, balance
+    python tools/bench_train.py --part engine         one of engine, prompts, head, balance
     python tools/bench_train.py --json found.json     the numbers as a file too
 
 Ends with exit code 1, and says which, when a bound is missed. What is compared runs in turn in one process with one thread; a
@@ -23,7 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import typer
-from bench_engine import engine_rows
+from bench_engine import engine_rows, prompt_rows
 from bench_loss import Check, peak_bytes
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +38,7 @@ MAX_KEPT_MEMORY = 1.1  # where the logits fit and are kept
 MAX_HEAD_TIME = {"bfloat16": 1.1, "float32": 1.0, "float32, frugal": 4 / 3}  # of the naive way; 4/3: a fourth product
 MIN_LONG_TAIL = 1.5  # times the tokens per second of transformers with padding
 MIN_EQUAL = 0.9
+MIN_SHARED = 1.5  # times the tokens per second of samples that read their own prompts, which are as long as their responses
 MAX_IMBALANCE, MAX_PADDING, MAX_PLANNING_S = 0.02, 0.03, 1.0
 
 Row = dict[str, Any]
@@ -161,7 +163,7 @@ def show(console: Console, title: str, rows: list[Row]) -> None:
 
 
 def main(
-    part: Annotated[str, typer.Option(help="engine, head, balance or all")] = "all",
+    part: Annotated[str, typer.Option(help="engine, prompts, head, balance or all")] = "all",
     repeats: Annotated[int, typer.Option(help="of which the median counts")] = 5,
     to: Annotated[Path | None, typer.Option("--json", help="where to write the numbers")] = None,
 ) -> None:
@@ -171,6 +173,7 @@ def main(
     console.print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread, load {os.getloadavg()[0]:.1f}")
     parts: dict[str, Callable[[], tuple[list[Row], list[Check]]]] = {
         "engine": lambda: engine_rows(repeats, median_ratio, MIN_LONG_TAIL, MIN_EQUAL),
+        "prompts": lambda: prompt_rows(repeats, median_ratio, MIN_SHARED),
         "head": lambda: head_rows(repeats),
         "balance": balance_rows,
     }

@@ -36,18 +36,33 @@ Every key of a run's YAML file, written by `tools/config_reference.py` from the 
 def render() -> str:
     """The whole page."""
     parts = [HEAD, _section("Top level", "", RunConfig)]
-    parts += list(_below(RunConfig, ""))
+    parts += list(_below(RunConfig, "", {}))
     return "\n".join(parts)
 
 
-def _below(section: type[Section], prefix: str) -> typing.Iterator[str]:
+def _below(section: type[Section], prefix: str, seen: dict[type[Section], str]) -> typing.Iterator[str]:
+    """The sections in a section, each before those that are in it. `seen`: where a section has stood; it is not told twice."""
     for name, field in section.model_fields.items():
-        options = sections_in(field.annotation)
-        for option in options:
-            dotted = f"{prefix}{name}"
-            title = f"`{dotted}`" if len(options) == 1 else f"`{dotted}`, `type: {type_name(option)}`"
-            yield _section(title, dotted, option)
-            yield from _below(option, f"{dotted}.")
+        new: list[type[Section]] = []
+        again: list[type[Section]] = []
+        for option in sections_in(field.annotation):
+            (again if option in seen else new).append(option)
+            seen.setdefault(option, f"{prefix}{name}")
+        several = len(new) + len(again) > 1
+        for option in new:
+            kind = f", `type: {type_name(option)}`" if several else ""
+            yield _section(f"`{prefix}{name}`{kind}", f"{prefix}{name}", option)
+        if again:
+            yield _told(f"{prefix}{name}", again, seen)
+        for option in new:
+            yield from _below(option, f"{prefix}{name}.", seen)
+
+
+def _told(dotted: str, options: list[type[Section]], seen: dict[type[Section], str]) -> str:
+    """What stands for sections that are told elsewhere."""
+    kinds = [f"`type: {type_name(option)}`" for option in options if type_name(option)]
+    places = " and ".join(sorted({f"`{seen[option]}`" for option in options}))
+    return "\n".join([f"## `{dotted}`, {', '.join(kinds)}" if kinds else f"## `{dotted}`", "", f"As {places} above.", ""])
 
 
 def _section(title: str, dotted: str, section: type[Section]) -> str:

@@ -135,6 +135,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _attention_shares_prompts(self) -> RunConfig:
+        if self.train.share_prompts is not None and self.cluster.device != "cpu":
+            raise ValueError(
+                f"train.share_prompts={self.train.share_prompts} needs cluster.device=cpu, and it is {self.cluster.device}: "
+                "TransformerEngine's attention reads no prompt for several sequences; set train.share_prompts=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _traced_ranks_are_there(self) -> RunConfig:
         self.trace.check(self.parallel.world_size, self.cluster.device)
         return self

@@ -95,6 +95,9 @@ class TrainConfig(Section):
     spare: bool = True
     """Samples whose advantage is zero at every token, as in groups of equal rewards, get no forward and backward pass, unless
     another term of the loss wants one (docs/passes.md). They count in the loss's means, not in the statistics of training."""
+    share_prompts: PositiveInt | None = None
+    """Samples of a group read the tokens that all of them begin with once, where these are at least so many (docs/passes.md). On
+    CPUs, for dense models with heads. null: each reads its own."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass. selective: inside attention, and where it pays inside experts; full: of
     whole layers."""

@@ -110,18 +110,24 @@ class StepDump:
         places = {number: place for place, number in enumerate(self.ids)}
         for name in self.anchors[0]:
             stream = torch.zeros(mb.positions)
-            for begin, length, number in sequences_of(mb):
-                stream[begin : begin + length] = self.anchors[places[number]][name]
+            for _, rows, number in sequences_of(mb):
+                stream[rows] = self.anchors[places[number]][name]
             streams[name] = stream
         return mb.with_streams(**streams)
 
 
-def sequences_of(mb: MicroBatch) -> Iterator[tuple[int, int, int]]:
-    """Yields where each sequence of a whole micro-batch begins, its length without padding, and its number; no fillers."""
+def sequences_of(mb: MicroBatch) -> Iterator[tuple[int, Tensor, int]]:
+    """Yields the place of each sample in a whole micro-batch, the positions [L] of its tokens, and its number; no fillers.
+
+    What it shares with others comes before its own tokens; padding is left out.
+    """
     part = mb.sequences
-    for begin, length, number in zip(part.cu_seqlens.tolist(), part.lengths.tolist(), part.ids.tolist(), strict=False):
+    begins, lengths = part.cu_seqlens.tolist(), part.lengths.tolist()
+    prefixes = [-1] * len(mb) if part.prefixes is None else part.prefixes.tolist()
+    for place, number in enumerate(part.ids.tolist()):
         if number >= 0:
-            yield begin, length, number
+            before = [prefixes[place]] if prefixes[place] >= 0 else []
+            yield place, torch.cat([torch.arange(begins[i], begins[i] + lengths[i]) for i in (*before, place)]), number
 
 
 def write_batch(directory: Path, batch: TrainBatch, anchors: Sequence[Sequence[AnchorStreams]]) -> None:
@@ -130,8 +136,8 @@ def write_batch(directory: Path, batch: TrainBatch, anchors: Sequence[Sequence[A
     for row_number, row in enumerate(batch.micro_batches):
         for mb_number, mb in enumerate(row):
             extra = anchors[row_number][mb_number] if anchors else {}
-            for place, (begin, length, number) in enumerate(sequences_of(mb)):
-                parts[number] = _sequence(mb, extra, slice(begin, begin + length), place)
+            for place, rows, number in sequences_of(mb):
+                parts[number] = _sequence(mb, extra, rows, place)
     numbers = sorted(parts)
     tensors = {name: torch.cat([parts[number][name] for number in numbers]) for name in parts[numbers[0]]}
     tensors["ids"] = torch.tensor(numbers)
@@ -143,17 +149,17 @@ def write_batch(directory: Path, batch: TrainBatch, anchors: Sequence[Sequence[A
             raise OSError(str(error)) from error
 
 
-def _sequence(mb: MicroBatch, extra: AnchorStreams, span: slice, place: int) -> dict[str, Tensor]:
+def _sequence(mb: MicroBatch, extra: AnchorStreams, rows: Tensor, place: int) -> dict[str, Tensor]:
     """One sequence: its streams, and its own numbers as rows of length 1."""
     tokens, sequences = mb.tokens, mb.sequences
     streams: dict[str, Tensor | None] = {name: getattr(tokens, name) for name in TOKEN_STREAMS}
     streams |= {"top_k_ids": tokens.top_k_ids, "top_k_logp": tokens.top_k_logp, "teacher_logp": tokens.teacher_logp, **extra}
     streams["support_ids"] = tokens.support_ids
     streams["routed_experts"] = None if mb.replay is None else mb.replay.routed_experts
-    found = {name: stream[span] for name, stream in streams.items() if stream is not None}
+    found = {name: stream[rows] for name, stream in streams.items() if stream is not None}
     own = slice(place, place + 1)
     found |= {} if sequences.teachers is None else {"teachers": sequences.teachers[own]}
-    return found | {name: getattr(sequences, name)[own] for name in ("lengths", "groups", "weights")}
+    return found | {"lengths": torch.tensor([len(rows)]), "groups": sequences.groups[own], "weights": sequences.weights[own]}
 
 
 def write_about(directory: Path, about: About) -> None:

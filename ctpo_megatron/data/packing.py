@@ -5,7 +5,8 @@ Invariants, for dp ranks, cp context-parallel and tp tensor-parallel ranks:
 - every sample is in exactly one micro-batch, whole; which one is `balance`'s business;
 - each sequence's length is a multiple of 2 * cp (of 1 without context parallelism), so that zigzag can cut it;
 - a micro-batch's length T is at most max_tokens, and T / cp is a multiple of tp, so that sequence parallelism can cut it;
-- padding follows the sequence it belongs to, continues its positions, and is masked out.
+- padding follows the sequence it belongs to, continues its positions, and is masked out;
+- where prompts are shared (see `sharing`), a prompt is a sequence of its own before the samples that it begins.
 
 Padding is the share of positions, over all micro-batches, that hold no sample's token: what the multiples above ask for, and the
 micro-batches of one position that ranks without samples get.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from ctpo_megatron.batch import MicroBatch, Replay, Sequences, TokenStreams, Tra
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import Aggregation, Constant
 from ctpo_megatron.data.balance import plan_micro_batches, round_up
+from ctpo_megatron.data.sharing import Family, alone, families, part
 from ctpo_megatron.data.sparing import spared
 from ctpo_megatron.types import Supports, TopK, TrainSample
 
@@ -44,13 +46,15 @@ def pack(
     ids: Sequence[int] | None = None,
     multiple: int = 1,
     attention_weight: float = 0.0,
+    share_from: int | None = None,
 ) -> list[list[MicroBatch]]:
     """Micro-batches [dp][n] that hold all `samples`; see the module's invariants.
 
     `weights` are those of the samples in the loss, 1 by default; `ids` are their numbers, by default from `first_id` on. The
     number n is a multiple of `multiple`, and `attention_weight` says what is balanced; see `balance`. `max_tokens` bounds the
-    whole micro-batch that one data-parallel rank's cp ranks share. Raises ValueError where a single sample, padded, is longer
-    than that.
+    whole micro-batch that one data-parallel rank's cp ranks share. `share_from`: neighbours of a group read a common beginning of
+    at least so many tokens once, where they fit into one micro-batch; None: each reads its own. Raises ValueError where a single
+    sample, padded, is longer than `max_tokens`.
     """
     step, unit = length_steps(cp, tp)
     capacity = max_tokens // unit * unit
@@ -65,15 +69,19 @@ def pack(
             )
     weighted = [1.0] * len(samples) if weights is None else weights
     numbers = range(first_id, first_id + len(samples)) if ids is None else ids
-    bins = plan_micro_batches(lengths, capacity=capacity, dp=dp, multiple=multiple, attention_weight=attention_weight)
+    together = alone(samples) if share_from is None else families(samples, fewest=share_from, capacity=capacity, step=step)
+    sizes = [family.positions(samples, step) for family in together]
+    bins = plan_micro_batches(sizes, capacity=capacity, dp=dp, multiple=multiple, attention_weight=attention_weight)
     samples, filler = _alike(samples)
     width = max((sample.supports.width for sample in samples if sample.supports is not None), default=1)
 
-    def micro_batch(members: Sequence[int]) -> MicroBatch:
-        chosen = [(samples[i], weighted[i], numbers[i]) for i in members]
-        return _micro_batch(chosen or [(filler, 0.0, -1)], step, unit, width)
+    def micro_batch(chosen: Sequence[int]) -> MicroBatch:
+        pieces: list[_Piece] = []
+        for family in (together[number] for number in chosen):
+            pieces += _pieces(family, samples, weighted, numbers, len(pieces))
+        return _micro_batch(pieces or [_Piece(filler, counts=False)], step, unit, width)
 
-    return [[micro_batch(members) for members in bins[rank]] for rank in range(dp)]
+    return [[micro_batch(chosen) for chosen in bins[rank]] for rank in range(dp)]
 
 
 def build_train_batch(
@@ -85,14 +93,15 @@ def build_train_batch(
     first_id: int = 0,
     attention_weight: float = 0.0,
     spare_beyond: int | None = None,
+    share_from: int | None = None,
 ) -> TrainBatch:
     """One optimizer step over `samples`: packed, with each sequence's weight in the loss under `aggregation`.
 
     `max_tokens` is per rank, so a micro-batch that cp ranks share holds cp times as many. `first_id` is the number of the first
-    sample, for error messages. `attention_weight` says what is balanced, as in `pack`. `spare_beyond`: samples without an
-    advantage are left out as soon as so many tokens have a pass, see `sparing.spared`; None: they are not. Under interleaving the
-    number of micro-batches is a multiple of pp, as megatron's schedule asks. Raises ValueError for samples without any token of
-    the policy, and as `pack` does.
+    sample, for error messages. `attention_weight` says what is balanced, and `share_from` from how many common tokens on prompts
+    are read once, as in `pack`. `spare_beyond`: samples without an advantage are left out as soon as so many tokens have a pass,
+    see `sparing.spared`; None: they are not. Under interleaving the number of micro-batches is a multiple of pp, as megatron's
+    schedule asks. Raises ValueError for samples without any token of the policy, and as `pack` does.
     """
     weights = _weights(samples, aggregation)
     left_out = [] if spare_beyond is None else spared(samples, spare_beyond)
@@ -107,6 +116,7 @@ def build_train_batch(
         ids=[first_id + place for place in places],
         multiple=parallel.pp if parallel.vpp > 1 else 1,
         attention_weight=attention_weight,
+        share_from=share_from,
     )
     return TrainBatch(micro_batches, {first_id + place: sum(samples[place].mask) for place in left_out})
 
@@ -170,12 +180,40 @@ def _untold(sample: TrainSample) -> list[float]:
     return [0.0 if sample.teacher is None or not wrote else math.nan for wrote in sample.mask]
 
 
-def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, unit: int, width: int) -> MicroBatch:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A sequence of a micro-batch: a sample with its weight and number, or what a family shares, or the rest of one of them."""
+
+    sample: TrainSample
+    weight: float = 0.0
+    number: int = -1
+    prefix: int = -1  # the sequence before it in the micro-batch that holds its beginning
+    shared: int = 0  # tokens of that
+    counts: bool = True  # False: a filler
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return len(self.sample) if self.counts else 0
+
+
+def _pieces(
+    family: Family, samples: Sequence[TrainSample], weights: Sequence[float], numbers: Sequence[int], place: int
+) -> list[_Piece]:
+    """The sequences of a family whose first one is number `place` of its micro-batch."""
+    shared, first = family.shared, samples[family.members[0]]
+    if not shared:
+        return [_Piece(samples[i], weights[i], numbers[i]) for i in family.members]
+    branches = [_Piece(part(samples[i], shared), weights[i], numbers[i], place, shared) for i in family.members]
+    return [_Piece(part(first, 0, shared)), *branches]
+
+
+def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> MicroBatch:
     """One micro-batch; each sequence padded to `step`, the last one further until the total is a multiple of `unit`.
 
-    `chosen` holds samples with their weights and numbers; `width`: columns for their supports.
+    `width`: columns for the samples' supports.
     """
-    samples, weights, ids = zip(*chosen, strict=True)
+    samples: list[TrainSample] = [piece.sample for piece in pieces]
     lengths = [round_up(max(len(sample), 1), step) for sample in samples]
     lengths[-1] += round_up(sum(lengths), unit) - sum(lengths)
 
@@ -204,23 +242,24 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
         TokenStreams(
             input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
             labels=stream([s.labels for s in samples], 0, torch.int64),
-            position_ids=torch.cat([torch.arange(length) for length in lengths]),
+            position_ids=torch.cat([torch.arange(p.shared, p.shared + n) for p, n in zip(pieces, lengths, strict=True)]),
             mask=stream([s.mask for s in samples], False, torch.bool),
             advantages=stream([s.advantages for s in samples], 0.0, torch.float32),
             rollout_logp=stream([s.rollout_logp for s in samples], 0.0, torch.float32),
             teacher_logp=stream(teacher_logp, 0.0, torch.float32) if teacher_logp else None,
             versions=stream([s.versions for s in samples], -1, torch.int32),
             restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
-            top_k_ids=rows([s.top_k and s.top_k.ids for s in samples], 0),
-            top_k_logp=rows([s.top_k and s.top_k.logp for s in samples], -math.inf),
-            support_ids=rows([s.supports and s.supports.rows(width) for s in samples], -1),
+            top_k_ids=rows([None if s.top_k is None else s.top_k.ids for s in samples], 0),
+            top_k_logp=rows([None if s.top_k is None else s.top_k.logp for s in samples], -math.inf),
+            support_ids=rows([None if s.supports is None else s.supports.rows(width) for s in samples], -1),
         ),
         Sequences(
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-            lengths=torch.tensor([len(sample) if number >= 0 else 0 for sample, number in zip(samples, ids, strict=True)]),
+            lengths=torch.tensor([piece.length for piece in pieces]),
             groups=torch.tensor([sample.group for sample in samples]),
-            weights=torch.tensor(weights, dtype=torch.float64),
-            ids=torch.tensor(ids),
+            weights=torch.tensor([piece.weight for piece in pieces], dtype=torch.float64),
+            ids=torch.tensor([piece.number for piece in pieces]),
+            prefixes=torch.tensor([p.prefix for p in pieces]) if any(p.shared for p in pieces) else None,
             teachers=torch.tensor(teachers) if teachers else None,
         ),
         None if routed_experts is None else Replay(routed_experts),

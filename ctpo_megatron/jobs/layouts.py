@@ -7,7 +7,7 @@ from ctpo_megatron.config.elastic import as_written, layout_key
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.jobs.topology import planned_run
 from ctpo_megatron.models.adapters import check_adapter
-from ctpo_megatron.models.rules import check_layout
+from ctpo_megatron.models.rules import check_layout, check_shared_prompts
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.memory import GIB
 from ctpo_megatron.planning.plan import Hardware, Plan, make_plan
@@ -15,9 +15,11 @@ from ctpo_megatron.planning.plan import Hardware, Plan, make_plan
 
 def check_layouts(shape: ModelShape, config: RunConfig) -> None:
     """Raise ConfigError, which names the key, where a layout that the trainer may have cannot divide the model, or the model
-    cannot have the adapters that are asked for."""
+    cannot have the adapters that are asked for, or share prompts."""
     if config.model.adapter is not None:
         check_adapter(shape, config.model.adapter, config.moe)
+    if config.train.share_prompts is not None:
+        check_shared_prompts(shape)
     preferred, *smaller = config.layouts
     check_layout(shape, preferred)
     for index, (changes, layout) in enumerate(zip(config.elastic.layouts, smaller, strict=True)):

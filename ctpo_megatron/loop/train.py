@@ -366,6 +366,7 @@ def make_batches(
             first_id=sum(len(group) for group in samples[:first]),
             attention_weight=attention_weight,
             spare_beyond=-(-FEWEST_TOKENS // train.optimizer_steps) if spare else None,
+            share_from=train.share_prompts,
         )
         for first in range(0, len(groups), per_batch)
     ]

@@ -33,6 +33,7 @@ from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.host import forward_region
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
 from ctpo_megatron.mcore.model.head import Head, in_model_precision
+from ctpo_megatron.mcore.model.rotary import rotary_positions
 from ctpo_megatron.mcore.model.routing import Routers
 from ctpo_megatron.mcore.reduction import Measured, once, reduce_stats
 from ctpo_megatron.parallel import ContextParallelScan, WordLogp
@@ -146,11 +147,13 @@ class Stepper:
         )
 
     def _describe(self, shard: MicroBatch) -> PackedInput:
-        cu_seqlens = shard.sequences.cu_seqlens.cpu()
+        sequences = shard.sequences.to(torch.device("cpu"))
         if self.portable:
-            packed = packed_layout(cu_seqlens, self.device, self.cp_group.rank(), self.cp_group.size())
+            packed = packed_layout(sequences, self.device, self.cp_group.rank(), self.cp_group.size())
+        elif sequences.prefixes is not None:
+            raise ValueError("TransformerEngine's attention reads no prompt for several sequences; loop/sharing.py refuses it")
         else:
-            packed = packed_params(cu_seqlens, self.device)
+            packed = packed_params(sequences.cu_seqlens, self.device)
         # sequence parallelism gives each tensor-parallel rank an equal run
         counted = shard.counted(self.coords.cp_size).chunk(self.coords.tp_size)[self.coords.tp_rank]
         return PackedInput(shard, packed, counted, int(shard.sequences.lengths.sum()), _written(shard.tokens.mask))
@@ -194,7 +197,7 @@ def _forward_step(
     shard = described.shard
     followed = None if shard.replay is None else shard.replay.routed_experts
     routers.set_micro_batch(model, described.counted, described.total, routed_experts=followed)
-    with forward_region(shard.tokens.input_ids.device):
+    with forward_region(shard.tokens.input_ids.device), rotary_positions(model, described.packed):
         output = model(
             shard.tokens.input_ids.unsqueeze(0),
             shard.tokens.position_ids.unsqueeze(0),

@@ -27,6 +27,20 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     _check_stages_of_mixture(shape, parallel)
 
 
+def check_shared_prompts(shape: ModelShape) -> None:
+    """Raise ConfigError for a model whose samples cannot read a common prompt once."""
+    if shape.experts is not None:
+        raise ConfigError(
+            f"train.share_prompts: {shape.family} is a mixture of experts, whose load, auxiliary losses and recorded routing "
+            "count every token of every sample; set train.share_prompts=null."
+        )
+    if not isinstance(shape.attention, HeadAttention):
+        raise ConfigError(
+            f"train.share_prompts: {shape.family} has latent attention, which finds the positions of its tokens itself; set "
+            "train.share_prompts=null."
+        )
+
+
 def layers_per_stage(num_layers: int, parallel: ParallelConfig) -> list[int]:
     """Layers of each pipeline stage, all its chunks together. Meaningful for layouts that `check_layout` passes."""
     ends = (parallel.first_stage_layers, parallel.last_stage_layers)

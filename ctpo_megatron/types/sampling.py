@@ -69,6 +69,12 @@ class Supports:
         used = rows >= 0
         return cls(rows[used].astype(np.int32), used.sum(1).astype(np.int32))
 
+    def part(self, own: slice) -> Supports:
+        """Returns those of the places `own`, a run of the stream."""
+        begin, end, _ = own.indices(len(self.counts))
+        first = int(self.counts[:begin].sum())
+        return Supports(self.ids[first : first + int(self.counts[begin:end].sum())], self.counts[begin:end])
+
     @property
     def width(self) -> int:
         """Returns the largest count, at least 1."""

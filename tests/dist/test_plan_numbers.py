@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ctpo_megatron.batch import Sequences
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.rank import RankInfo
@@ -235,8 +236,9 @@ def kept_by_layers(shape: ModelShape, parallel: ParallelConfig) -> list[int]:
 
     models = build(shape, parallel, torch.float32)
     model = models[0].module
-    bounds = torch.arange(SEQUENCES + 1, dtype=torch.int32) * LENGTH
-    layout = packed_layout(bounds, torch.device("cpu"), 0, 1)
+    nothing, lengths = torch.zeros(SEQUENCES), torch.full((SEQUENCES,), LENGTH)
+    sequences = Sequences(torch.arange(SEQUENCES + 1, dtype=torch.int32) * LENGTH, lengths, nothing, nothing, nothing)
+    layout = packed_layout(sequences, torch.device("cpu"), 0, 1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     counts = [Saved(layer, weights) for layer in model.decoder.layers]
     ids = torch.arange(SEQUENCES * LENGTH) % 299

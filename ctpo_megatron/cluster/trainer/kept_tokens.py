@@ -37,10 +37,9 @@ def join_tokens(parts: Sequence[Kept], coords: Sequence[RankCoords], batches: li
             for n, mb in enumerate(row):
                 own = [shards[number, dp, n, cp] for cp in range(cp_size)]
                 whole = {name: zigzag_unshard([getattr(each, name) for each in own], mb.sequences.cu_seqlens) for name in STREAMS}
-                for begin, length, sample in sequences_of(mb):
-                    span = slice(begin, begin + length)
-                    own_tokens = mb.tokens.mask[span]
-                    samples[sample] = {name: stream[span][own_tokens] for name, stream in whole.items()}
+                for _, rows, sample in sequences_of(mb):
+                    own_tokens = rows[mb.tokens.mask[rows]]
+                    samples[sample] = {name: stream[own_tokens] for name, stream in whole.items()}
         for sample, wrote in batch.spared.items():
             samples[sample] = _spared(wrote)
     ordered = [samples[sample] for sample in sorted(samples)]

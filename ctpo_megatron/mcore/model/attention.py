@@ -3,7 +3,8 @@
 A micro-batch is laid out once: sequences of similar length are padded to a common one and go through torch's
 scaled-dot-product attention together, so time grows as the sum of squared lengths, not as the square of the micro-batch. Under
 context parallelism each rank keeps its queries and gathers all keys and values; the mask follows the positions in the whole
-sequence (zigzag layout: rank r holds pieces r and 2*cp-1-r of each sequence).
+sequence (zigzag layout: rank r holds pieces r and 2*cp-1-r of each sequence). A sequence that shares its beginning with others
+has the keys of that before its own; what reaches these from all of them is added up on the way back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
+
+from ctpo_megatron.batch import Sequences
 
 BUCKET_RATIO = math.sqrt(2.0)  # sequences in one bucket differ in length by at most this factor
 
@@ -35,7 +38,7 @@ class Padding:
 
     rows: Tensor  # [P] int64: packed row of each padded row; 0 where there is none
     empty: Tensor  # [P, 1] bool: padded rows without a token
-    home: Tensor  # [R] int64: padded row of each packed row
+    home: Tensor | None  # [R] int64: padded row of each packed row; None: some have several, or none
 
 
 @dataclass
@@ -43,6 +46,7 @@ class PackedLayout(PackedSeqParams):
     """megatron's description of packed sequences, with what `PackedAttention` needs; every layer of a micro-batch shares it."""
 
     buckets: list[Bucket] = field(default_factory=list)
+    positions: Tensor | None = None  # [T] int64, of the whole micro-batch, where some sequences do not begin at 0
     queries: Padding | None = None
     keys: Padding | None = None
 
@@ -52,29 +56,49 @@ def packed_params(cu_seqlens: Tensor, device: torch.device) -> PackedSeqParams:
     return PackedSeqParams(**_thd(cu_seqlens, device))
 
 
-def packed_layout(cu_seqlens: Tensor, device: torch.device, cp_rank: int = 0, cp_size: int = 1) -> PackedLayout:
-    """`packed_params` plus the padding of this rank's queries and of all keys. Lengths are multiples of 2 * cp_size."""
+def packed_layout(sequences: Sequences, device: torch.device, cp_rank: int = 0, cp_size: int = 1) -> PackedLayout:
+    """`packed_params` plus the padding of this rank's queries and of all keys, of `sequences` on the CPU.
+
+    Lengths are multiples of 2 * cp_size.
+    """
+    cu_seqlens, prefixes = sequences.cu_seqlens, sequences.prefixes
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).to(torch.int64)
     starts = cu_seqlens[:-1].to(torch.int64) // cp_size
+    before = sequences.shared_lengths()
+    of_prefix = torch.arange(len(lengths)) if prefixes is None else prefixes.clamp(min=0)
     local_tokens = int(cu_seqlens[-1]) // cp_size
-    bucket_of = torch.ceil(torch.log(lengths.clamp(min=1).double()) / math.log(BUCKET_RATIO)).to(torch.int64)
+    bucket_of = _buckets(lengths) * (1 << 20) + _buckets(before)  # of similar length, after beginnings of similar length
     buckets, query_rows, key_rows = [], [], []
     for bucket in torch.unique(bucket_of[lengths > 0]).tolist():
         chosen = (bucket_of == bucket) & (lengths > 0)
-        length, start = lengths[chosen, None], starts[chosen, None]  # [n, 1]
-        key_at = torch.arange(int(length.max()))  # position in the whole sequence
+        length, start, shared, prefix = lengths[chosen, None], starts[chosen, None], before[chosen, None], of_prefix[chosen]
+        key_at = torch.arange(int((shared + length).max()))  # position in the whole sequence, what it shares included
         query_at = torch.arange(int(length.max()) // cp_size)  # place among this rank's tokens of the sequence
         query_rows.append(torch.where(query_at < length // cp_size, start + query_at, -1))
-        key_row = _gathered_row(key_at, length, start, cp_size, local_tokens)
-        key_rows.append(torch.where(key_at < length, key_row, -1))
+        key_row = _gathered_row(key_at - shared, length, start, cp_size, local_tokens)
+        if shared.any():
+            row = _gathered_row(key_at, lengths[prefix, None], starts[prefix, None], cp_size, local_tokens)
+            key_row = torch.where(key_at < shared, row, key_row)
+        key_rows.append(torch.where(key_at < shared + length, key_row, -1))
         mask = None
-        if cp_size > 1:
-            position = _position(query_at, length, cp_rank, cp_size)  # [n, q]
+        if cp_size > 1 or shared.any():
+            position = shared + _position(query_at, length, cp_rank, cp_size)  # [n, q]
             mask = (key_at <= position[..., None]).unsqueeze(1).to(device)
         buckets.append(Bucket((length.numel(), query_at.numel(), key_at.numel()), mask))
     queries = _padding(query_rows, local_tokens, device)
-    keys = queries if cp_size == 1 else _padding(key_rows, local_tokens * cp_size, device)
-    return PackedLayout(**_thd(cu_seqlens, device), buckets=buckets, queries=queries, keys=keys)
+    keys = queries
+    if cp_size > 1 or prefixes is not None:
+        keys = _padding(key_rows, local_tokens * cp_size, device, several=prefixes is not None)
+    layout = PackedLayout(**_thd(cu_seqlens, device), buckets=buckets, queries=queries, keys=keys)
+    if prefixes is not None:
+        layout.positions = torch.cat([torch.arange(b, b + n) for b, n in zip(before.tolist(), lengths.tolist(), strict=True)])
+        layout.max_seqlen_kv = int((before + lengths).max())  # so far megatron makes rotary embeddings
+    return layout
+
+
+def _buckets(lengths: Tensor) -> Tensor:
+    """The number of each length's bucket; 0 of lengths 0 and 1."""
+    return torch.ceil(torch.log(lengths.clamp(min=1).double()) / math.log(BUCKET_RATIO)).to(torch.int64)
 
 
 def _thd(cu_seqlens: Tensor, device: torch.device) -> dict[str, Any]:
@@ -96,30 +120,40 @@ def _gathered_row(position: Tensor, length: Tensor, start: Tensor, cp_size: int,
 
 def _position(place: Tensor, length: Tensor, cp_rank: int, cp_size: int) -> Tensor:
     """Position in the whole sequence of this rank's tokens; padded places count on, so no query is left without a key."""
+    if cp_size == 1:
+        return place
     piece_length = length // (2 * cp_size)
     piece = torch.where(place < piece_length, cp_rank, 2 * cp_size - 1 - cp_rank)
     return piece * piece_length + place - torch.where(place < piece_length, 0, piece_length)
 
 
-def _padding(bucket_rows: list[Tensor], packed_rows: int, device: torch.device) -> Padding:
+def _padding(bucket_rows: list[Tensor], packed_rows: int, device: torch.device, *, several: bool = False) -> Padding:
+    """`several`: packed rows may have several padded ones, or none."""
     rows = torch.cat([r.reshape(-1) for r in bucket_rows])
     empty = rows < 0
-    home = torch.empty(packed_rows, dtype=torch.int64)
-    home[rows[~empty]] = torch.arange(rows.numel())[~empty]
-    return Padding(rows.clamp(min=0).to(device), empty.unsqueeze(1).to(device), home.to(device))
+    home = None
+    if not several:
+        home = torch.empty(packed_rows, dtype=torch.int64)
+        home[rows[~empty]] = torch.arange(rows.numel())[~empty]
+        home = home.to(device)
+    return Padding(rows.clamp(min=0).to(device), empty.unsqueeze(1).to(device), home)
 
 
 class _Pad(torch.autograd.Function):
-    """[R, C] packed rows to [P, C] padded rows. Both directions are plain gathers, which a scatter-add would not be."""
+    """[R, C] packed rows to [P, C] padded rows. Where each has one, both directions are gathers, which a scatter-add is not."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, padding: Padding) -> Tensor:
-        ctx.padding = padding
+        ctx.padding, ctx.packed_rows = padding, packed.shape[0]
         return packed.index_select(0, padding.rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.padding.home), None  # what padded rows hold never reaches a token
+        padding = ctx.padding
+        if padding.home is not None:
+            return grad.index_select(0, padding.home), None  # what padded rows hold never reaches a token
+        total = grad.new_zeros(ctx.packed_rows, grad.shape[1])
+        return total.index_add_(0, padding.rows, grad.masked_fill(padding.empty, 0.0)), None
 
 
 class _Unpad(torch.autograd.Function):
@@ -128,6 +162,8 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, padded: Tensor, padding: Padding) -> Tensor:
         ctx.padding = padding
+        if padding.home is None:
+            raise ValueError("rows that went to several places do not come back from one")
         return padded.index_select(0, padding.home)
 
     @staticmethod

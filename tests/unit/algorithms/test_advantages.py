@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,10 @@ def flat(nested) -> list[float]:
 
 
 REWARDS = st.lists(st.floats(-10, 10, allow_subnormal=False), min_size=2, max_size=16)
-TOKENS = st.lists(st.integers(0, 2), max_size=5)
-TRAJECTORIES = st.builds(
-    lambda reward, turns: trajectory(reward, *turns),
-    st.sampled_from([0.0, 0.5, 1.0]),
-    st.lists(TOKENS, min_size=1, max_size=3),
-)
+# tokens 0 to 2 and turns of them, drawn as text: one choice for each response, not one for each token
+TOKENS = st.text("012", max_size=5).map(lambda text: [int(token) for token in text])
+TURNS = st.text("012|", max_size=14).map(lambda text: [[int(token) for token in turn] for turn in text.split("|")[:3]])
+TRAJECTORIES = st.builds(lambda reward, turns: trajectory(reward, *turns), st.sampled_from([0.0, 0.5, 1.0]), TURNS)
 GROUPS = st.lists(st.lists(TRAJECTORIES, min_size=1, max_size=6).map(lambda members: group_of(*members)), min_size=1, max_size=4)
 
 
@@ -311,6 +310,7 @@ def run_config(algorithm: dict, **train: int) -> RunConfig:
             "data": {"train": "d"},
             "train": {"prompts_per_step": 2, "optimizer_steps": 1, **train},
             "algorithm": algorithm,
+            "cluster": {"device": "cpu"},
         }
     )
 
@@ -332,6 +332,13 @@ def test_sequences_are_numbered_over_the_rollout_batch():
     batches = make_batches(groups, run_config({}, optimizer_steps=2))
     found = [micro.sequences.ids.tolist() for batch in batches for rank in batch.micro_batches for micro in rank]
     assert found == [[0, 1], [2, 3]]
+
+
+def test_a_run_that_shares_prompts_reads_each_once():
+    groups = [group_of(*(replace(trajectory(reward, [1, 2]), prompt_ids=[9] * 5) for reward in (1.0, 0.0))) for _ in range(2)]
+    for share, positions in ((None, 2 * 2 * 6), (4, 2 * (4 + 2 * 2)), (5, 2 * 2 * 6)):
+        ((micro,),) = make_batches(groups, run_config({}, share_prompts=share))[0].micro_batches
+        assert micro.positions == positions
 
 
 def test_whitening_is_over_the_rollout_batch_not_over_an_optimizer_step():

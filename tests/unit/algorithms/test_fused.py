@@ -110,6 +110,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[launch.How]:
     return calls
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", FUSED, ids=name_of)
 def test_an_objective_is_its_definition(variant: Options, taken: list[launch.How]) -> None:
     rng = random.Random(name_of(variant))

@@ -246,6 +246,7 @@ def test_reads_no_value(case: tuple[dict[str, Any], str]) -> None:
     assert grad.any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.usefixtures("gathered_alone", "fake_device")
 def test_stays_on_the_device(case: tuple[dict[str, Any], str]) -> None:
@@ -280,6 +281,7 @@ def test_critic_and_teacher_read_no_value(device: str, alone: bool) -> None:
         assert given["logp"].grad.device.type == torch.device(device).type
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("fake_device")
 def test_a_million_tokens_stay_on_the_device() -> None:
     run = step((CALLS[0], "local"), FAKE_DEVICE, [1000] * 1000)

@@ -120,6 +120,13 @@ def test_the_oracle_itself_agrees_with_the_authors() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_an_objective_is_its_definition_at_a_glance(variant: Options) -> None:
+    for case in cases_of(variant, 2):
+        assert_as_expected(case)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_an_objective_is_its_definition(variant: Options) -> None:
     cases = cases_of(variant, 30)
     for case in cases:
@@ -145,6 +152,7 @@ def test_a_divergence_has_its_value(kind: str) -> None:
                 assert (run_policy_loss(objective, case.rows)[1] != 0).item() == kept, (value, case)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_budget_that_binds_over_long_prefixes(divergence: str, adaptive: bool) -> None:
@@ -158,6 +166,7 @@ def test_a_budget_that_binds_over_long_prefixes(divergence: str, adaptive: bool)
         assert_as_expected(case, exact=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", [{"type": "ctpo"}, {"type": "grpo"}], ids=name_of)
 def test_every_aggregation_with_every_correction(variant: Options) -> None:
     rng = generator(variant)

@@ -87,6 +87,7 @@ def test_bounds_at_scale():
     assert filled > 0.9
 
 
+@pytest.mark.thorough
 def test_padding_at_scale():
     """Of all positions under CP 2 and TP 4, those without a sample's token."""
     lengths = lognormal(1024)

@@ -20,6 +20,7 @@ def micro_batch() -> MicroBatch:
     samples = [replace(s, supports=Supports.none(len(s)), teacher=1, teacher_logp=[-1.0] * len(s)) for s in samples]
     ((whole,),) = pack(samples, dp=1, max_tokens=64, cp=2)
     positions = torch.arange(whole.positions)
+    whole = replace(whole, sequences=replace(whole.sequences, prefixes=torch.tensor([-1, 0])))
     return whole.with_streams(anchor_logp=positions, reference_logp=positions, policy_top_k_logp=whole.tokens.top_k_logp)
 
 

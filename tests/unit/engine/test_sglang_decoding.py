@@ -36,6 +36,7 @@ def expected(query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, scale: 
     return torch.einsum("hk,khd->hd", weights, v).float()
 
 
+@pytest.mark.thorough
 @given(lens=LENGTHS, heads=HEADS, dim=st.sampled_from([16, 48]), spread=st.sampled_from([1, 60]))
 @settings(max_examples=20, deadline=None)
 def test_attention_is_that_of_float64(lens: list[int], heads: tuple[int, int], dim: int, spread: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from ctpo_megatron.jobs.layouts import check_layouts
 from ctpo_megatron.jobs.plan import plan_job
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import read_json
+from ctpo_megatron.models.rules import check_shared_prompts
 from ctpo_megatron.planning.plan import Hardware
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -55,3 +57,29 @@ def test_a_layout_that_does_not_divide_the_model_is_refused_by_its_name() -> Non
     run = load_config(WHERE, ["parallel.dp=4", "elastic.layouts=[{dp: 2}, {tp: 3, dp: 1}]"])
     with pytest.raises(ConfigError, match=r"^elastic.layouts\[1\].tp = 3 does not divide the model's 32 attention heads"):
         check_layouts(shape, run)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("qwen3-30b-a3b", "train.share_prompts: qwen3_moe is a mixture of experts"),
+        ("deepseek-v3", "train.share_prompts: deepseek_v3 is a mixture of experts"),
+    ],
+)
+def test_a_model_that_cannot_share_prompts_is_refused(name: str, reason: str) -> None:
+    published = CONFIGS / "models" / name / "config.json"
+    shape = parse_config(read_json(published), str(published))
+    run = load_config(WHERE, ["train.share_prompts=64", "cluster.device=cpu"])
+    with pytest.raises(ConfigError, match=reason):
+        check_layouts(shape, run)
+
+
+def test_latent_attention_cannot_share_prompts() -> None:
+    published = CONFIGS / "models" / "deepseek-v3" / "config.json"
+    with pytest.raises(ConfigError, match="deepseek_v3 has latent attention"):
+        check_shared_prompts(replace(parse_config(read_json(published), str(published)), experts=None))
+
+
+def test_prompts_are_shared_on_cpus_only() -> None:
+    with pytest.raises(ConfigError, match=r"train\.share_prompts=64 needs cluster.device=cpu, and it is cuda"):
+        load_config(WHERE, ["train.share_prompts=64", "cluster.device=cuda"])

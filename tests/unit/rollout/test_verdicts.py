@@ -52,6 +52,7 @@ def test_the_pairs_are_many_of_every_kind_and_half_of_them_equal():
         assert 0.4 < sum(of_kind) / len(of_kind) < 0.6
 
 
+@pytest.mark.thorough
 def test_500_pairs_in_both_orders():
     found = wrong("verdicts.jsonl")
     assert found == KNOWN_WRONG

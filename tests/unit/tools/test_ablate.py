@@ -183,6 +183,7 @@ def test_an_unknown_method_is_refused(ablate: ModuleType, tmp_path: Path, capsys
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_tables_and_plot_of_everything_that_can_happen(
     ablate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

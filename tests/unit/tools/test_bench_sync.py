@@ -22,6 +22,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("bench_sync")
 
 
+@pytest.mark.thorough
 def test_ratios_are_taken_within_each_repeat(bench: ModuleType) -> None:
     """Medians of the times themselves would give 4 s / 10 s = 0.4."""
     rows = []

@@ -152,6 +152,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.thorough
 @given(value=st.dictionaries(st.text(), JSON, max_size=4))
 def test_arguments_are_the_same_in_each_way_of_writing_them(value):
     written = json.dumps(value)
