@@ -264,8 +264,8 @@ def _condition(condition: Condition | None) -> str:
         return f"is blocked in the kernel, as by a disk or network that does not answer{where}"
     if condition.waited is not None and condition.waited >= STARVED:
         return (
-            f"starves: it waits for a processor {condition.waited:.0%} of the time, and uses {condition.cpus:.1f} of one, as others "
-            "have those of its host; whether it would spin is not known"
+            f"starves: it waits for a processor {condition.waited:.0%} of the time, and uses {condition.cpus:.1f} of one, as "
+            "others have those of its host; whether it would spin is not known"
         )
     if condition.cpus >= BUSY:
         return f"computes on {condition.cpus:.1f} processors: it spins"
