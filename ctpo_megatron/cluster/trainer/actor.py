@@ -172,6 +172,7 @@ class TrainerActor:
                 version=version,
                 reference=self._built.reference,
                 kept=self._kept,
+                density=config.log.counts_ratios(version + 1),
             )
         except UpdateAbandoned as error:  # as a value: every rank has its own part of it
             found = error.update
