@@ -301,6 +301,7 @@ class _Run:
             storage=self._storage,
             memory=self._memory,
             resources=runtime.resources,
+            busy=runtime.fleet.busy,
             tracing=Traces(runtime, self._rollouts.client, config, emit),
             unsaved=chosen.state if chosen is not None and chosen.in_memory else None,
         )
