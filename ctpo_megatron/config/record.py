@@ -60,6 +60,10 @@ class LogConfig(Section):
     sinks: tuple[AnySink, ...] = ()
     """Where numbers go besides, one of each type at most; see docs/sinks.md."""
 
+    def counts_ratios(self, step: int) -> bool:
+        """Returns whether training step `step`, from 1, is one of those whose log-ratios are counted and written down."""
+        return self.ratios_every > 0 and step % self.ratios_every == 0
+
     @field_validator("sinks")
     @classmethod
     def _one_of_each_type(cls, sinks: tuple[AnySink, ...]) -> tuple[AnySink, ...]:

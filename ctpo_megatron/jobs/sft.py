@@ -11,12 +11,13 @@ from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.jobs.export import export
 from ctpo_megatron.jobs.inputs import check_output, load_demonstrations, open_model, prepare_run_dir
-from ctpo_megatron.jobs.recording import close_sinks, make_sinks, shown
+from ctpo_megatron.jobs.recording import closing_sinks, make_sinks, shown
 from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.sft import run_sft
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.record.events import print_sentence
+from ctpo_megatron.record.events import Event, print_sentence
+from ctpo_megatron.record.sink_feed import SinkFeed
 from ctpo_megatron.record.sink_process import check_sinks
 from ctpo_megatron.record.storage import Storage
 
@@ -29,28 +30,33 @@ async def sft_job(config: RunConfig) -> None:
     model = open_model(config, "sft")
     if config.sft.output:
         check_output("sft.output", Path(config.sft.output))
-    samples = load_demonstrations(config, model, print_sentence)
+    feed = SinkFeed()
+
+    def emit(event: Event) -> None:
+        print_sentence(event)
+        feed(event)
+
+    samples = load_demonstrations(config, model, emit)
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
     topology = topology_of(config, engines=False)
     one = config.in_layout(config.parallel)  # nothing of it is started again
     runtime = Runtime(one, model.shape, topology, run_dir, total_steps=config.sft.steps)
     storage = Storage(run_dir, config.checkpoint.storage_wait_s)
-    async with storage.outlasting(print_sentence, runtime.stages):
-        async with AsyncExitStack() as ends, runtime:
-            sinks = make_sinks(config, run_dir, resumed=False)
-            ends.push_async_callback(close_sinks, sinks, print_sentence)
+    async with storage.outlasting(emit, runtime.stages):
+        async with closing_sinks(feed, print_sentence), AsyncExitStack() as ends, runtime:
+            feed.begin(make_sinks(config, run_dir, resumed=False))
             recorder = Recorder(
                 run_dir,
                 config.log,
                 settings=shown(config),
-                sinks=sinks,
-                emit=print_sentence,
+                sinks=feed.sinks,
+                emit=emit,
                 through=storage.write,
                 aside=storage.attempt,
             )
             ends.callback(recorder.close)
-            skipping = make_skipping(runtime.trainer, config, run_dir, print_sentence)
+            skipping = make_skipping(runtime.trainer, config, run_dir, emit)
             result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder, skipping, storage))
             await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, output)))
         wall = time.monotonic() - begun

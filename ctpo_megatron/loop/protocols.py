@@ -120,6 +120,18 @@ class Publisher(Protocol):
         ...
 
 
+class Busy(Protocol):
+    """How long servers have something to do."""
+
+    def begin(self) -> None:
+        """Count from now on."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Returns each server's share of the time since then, under the record's names."""
+        ...
+
+
 class Rollouts(Protocol):
     """Makes judged trajectories."""
 

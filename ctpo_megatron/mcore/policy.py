@@ -47,6 +47,7 @@ def update_policy(
     version: int,
     reference: Reference | None = None,
     kept: KeptTokens | None = None,
+    density: bool = False,
 ) -> Values:
     """One optimizer step per batch; the old policy is the one that stands before the first: see `old_policy`.
 
@@ -54,7 +55,7 @@ def update_policy(
     statistics of all steps as one, the same on all ranks. Raises MismatchError, before anything is changed, when trainer and
     engine disagree more than `drift` allows, and UpdateAbandoned, on every rank and before the step that would use it, for a
     log-prob, loss or gradient that is not finite. `reference`: the policy that `algorithm.reference` asks for. `kept`:
-    gets what becomes of each token.
+    gets what becomes of each token. `density`: whether log-ratios are counted, see `Recipe`.
     """
     old = OldPolicy(rank.scan, algorithm.anchor, version, kept)
     first, *later = [rank.shard(batch) for batch in batches]
@@ -68,7 +69,7 @@ def update_policy(
     if reference is not None:
         with rank.using(reference):
             sharded = [_with_reference(rank, shards, temperature) for shards in sharded]
-    recipe = algorithm_recipe(algorithm)
+    recipe = algorithm_recipe(algorithm, density=density)
     loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
 
     def check(values: Values) -> None:

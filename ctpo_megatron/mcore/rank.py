@@ -25,7 +25,7 @@ from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError, MismatchError, NonFiniteError
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
-from ctpo_megatron.mcore.host import megatron_region, prepare_host
+from ctpo_megatron.mcore.host import dtype_on, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.meeting import TIMEOUT_MINUTES, RankInfo, meet
 from ctpo_megatron.mcore.reduction import once
@@ -82,7 +82,7 @@ class TrainerRank:
         self.model_path, self.rank, self.parallel, self.adapter = model_path, rank, parallel, adapter
         self._join(rank)
         with megatron_region(self.device):
-            self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps, moe)
+            self._build(optimizer, dtype_on(self.device, dtype), seed, recompute, total_steps, moe)
 
     def _build(
         self,
@@ -180,6 +180,10 @@ class TrainerRank:
         `stats` counts only where it comes from: the last pipeline stage.
         """
         return self._stepper.reduce(stats)
+
+    def waited_s(self) -> float:
+        """Seconds since it was asked last for which this rank waited for others in passes: see `mcore.waits`."""
+        return self._stepper.waits.taken()
 
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         """Log-probs of the labels of each placed shard, [T / cp] float32; an empty list before the last pipeline stage."""
@@ -386,12 +390,6 @@ class TrainerRank:
             groups.destroy_parallel_groups()
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _require_finite(name: str, value: float) -> None:

@@ -25,6 +25,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from ctpo_megatron.algorithms import LocalScan, Scan, Stats, Weighted
@@ -36,6 +37,7 @@ from ctpo_megatron.mcore.model.head import Head, in_model_precision
 from ctpo_megatron.mcore.model.rotary import rotary_positions
 from ctpo_megatron.mcore.model.routing import Routers
 from ctpo_megatron.mcore.reduction import Measured, once, reduce_stats
+from ctpo_megatron.mcore.waits import Waits
 from ctpo_megatron.parallel import ContextParallelScan, WordLogp
 from ctpo_megatron.parallel.plain import broadcast_plain
 from ctpo_megatron.record.values import DumpedValues, Values, dump_values, parse_values, scalar
@@ -77,6 +79,8 @@ class Stepper:
         self.coords = current_coords(routers.expert_layers)
         self.head = Head.of(models, vocab_size, self.tp_group)
         self.scan: Scan = ContextParallelScan(self.cp_group) if self.cp_group.size() > 1 else LocalScan()
+        self.waits = Waits(device)
+        get_model_config(models[0]).timers = self.waits  # the chunks of a model have one config
 
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         """Log-probs of the labels of each shard, [T_local] float32; an empty list before the last pipeline stage."""

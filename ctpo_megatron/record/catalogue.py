@@ -129,6 +129,12 @@ TRAIN = (
         watched=True,
     ),
     Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
+    Metric(
+        "train/waits/rank_{n}",
+        "share",
+        "Of an update, the time in which one of the first 64 ranks exchanged data with pipeline neighbours or summed gradients "
+        "with its replicas: the transfer, and waiting for whoever is behind.",
+    ),
     Metric("train/spared", "share", "Samples without a pass: of no advantage, and not needed to measure the drift."),
     Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote.", watched=True),
     Metric(
@@ -238,6 +244,11 @@ SERVERS = (
     Metric("servers/limit", "requests", "What all servers may be sent at a time, where that is bounded.", LAST),
     Metric("servers/moved", "requests", "Requests that left a slow server for another, since the command began.", LAST),
     Metric("servers/rejoined", "servers", "Returns of servers that were lost, since the command began.", LAST),
+    Metric(
+        "servers/busy/server_{n}",
+        "share",
+        "Of a step up to its publication, the time in which one of the first 64 servers had a generation to work on.",
+    ),
     Metric("servers/throughput/server_{n}", "tokens/s", "What a server said that it samples, in the mean of all looks at it."),
     Metric(
         "servers/queue/server_{n}", "requests", "The longest queue of a server that was seen since the last publication.", MAX

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+from ctpo_megatron.sinks.worker import Happened
+
 AT_A_TIME = 1000  # metrics of a batch that MLflow takes; of parameters 100
 LONGEST = 500  # characters of a parameter
+STATUS = {"done": "FINISHED", "stopped": "FINISHED", "failed": "FAILED"}  # all else is KILLED
 
 
 class Sink:
-    """A run of the experiment, whose settings are its parameters. MLflow names runs itself."""
+    """A run of the experiment, whose settings are its parameters. MLflow names runs itself.
+
+    Events are a text among its artifacts, a line for each, which is written anew when some have come: MLflow has no other place
+    for them. Each process of a run begins a text of its own.
+    """
 
     def __init__(self, settings: dict[str, Any], run: dict[str, Any], name: str, *, resumed: bool, metrics: Any) -> None:
         uri = settings["uri"] or (Path(run["dir"]) / "mlruns").as_uri()
         if uri.startswith("file:"):
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3.7 and newer refuse files without it
         self._entities: Any = importlib.import_module("mlflow.entities")
+        self._events, self._text, self._written = time.strftime("events/%Y-%m-%dT%H-%M-%SZ.txt", time.gmtime()), "", 0
         self._client: Any = importlib.import_module("mlflow.tracking").MlflowClient(uri)
         if resumed:
             self.id = name
@@ -40,6 +49,16 @@ class Sink:
     def phase(self, name: str, step: int, began: float, seconds: float) -> None:
         """See `worker.Sink`."""
 
-    def close(self, *, ended: bool) -> None:
+    def event(self, happened: Happened) -> None:
         """See `worker.Sink`."""
-        self._client.set_terminated(self.id, "FINISHED" if ended else "KILLED")
+        self._text += f"{happened.when}  {happened.name}: {happened.sentence}\n"
+
+    def flush(self) -> None:
+        """See `worker.Sink`."""
+        if len(self._text) > self._written:
+            self._client.log_text(self.id, self._text, self._events)
+            self._written = len(self._text)
+
+    def close(self, *, how: str) -> None:
+        """See `worker.Sink`."""
+        self._client.set_terminated(self.id, STATUS.get(how, "KILLED"))

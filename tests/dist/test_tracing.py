@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from ctpo_megatron.algorithms import Stats
 from ctpo_megatron.cluster.trainer.tracing import RankTracer
-from ctpo_megatron.mcore.rank import RankInfo
+from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.record.spans import MAIN, Span
 from ctpo_megatron.record.traces import Traced, lanes, trace_events
-from tests.dist.test_checkpoint import engine_for, train
+from tests.dist.test_checkpoint import engine_for, micro_batches, train
 from tests.support.ranks import run_ranks
 from tests.support.tiny import write_model
 
 pytestmark = pytest.mark.dist
 
 TOGETHER = ("allreduce", "allgather")  # none of the ranks is done before all have come
+BEHIND_S = 1.0
 STEP = ("optimizer step", "forward and backward", "forward", "backward", "optimizer")
 
 
 def test_a_step_of_two_ranks(tmp_path: Path) -> None:
     ranks = run_ranks(2, traced_step, write_model(tmp_path / "model", "qwen3"), tmp_path)
-    for spans, untouched, lost in ranks:
+    waited = [seconds for *_, seconds in ranks]
+    assert waited[0] > waited[1] + BEHIND_S / 4, "rank 0 waits for rank 1, and not the other way round"
+    assert waited[0] > BEHIND_S / 2
+    for spans, untouched, lost, _ in ranks:
         assert untouched, "what was put round methods is taken off"
         assert len(lost) == 1, "a snapshot of a GPU's memory, where there is none"
         assert "this rank has none" in lost[0]
@@ -33,7 +40,7 @@ def test_a_step_of_two_ranks(tmp_path: Path) -> None:
         names = {each.name for each in spans if each.track == MAIN}
         assert names >= {"update", *STEP}
         check_nesting(spans)
-    first, second = (together(spans) for spans, _, _ in ranks)
+    first, second = (together(spans) for spans, *_ in ranks)
     assert first.keys() == second.keys()
     assert first
     for number, one in first.items():
@@ -41,7 +48,7 @@ def test_a_step_of_two_ranks(tmp_path: Path) -> None:
         assert (one.name, one.details["bytes"]) == (other.name, other.details["bytes"])
         assert one.begin < other.end, number
         assert other.begin < one.end, number
-    events = list(trace_events(0, [Traced(f"rank {rank}", spans) for rank, (spans, _, _) in enumerate(ranks)]))
+    events = list(trace_events(0, [Traced(f"rank {rank}", spans) for rank, (spans, *_) in enumerate(ranks)]))
     assert {each["pid"] for each in events if each["ph"] == "X"} == {1, 2}
     assert list(tmp_path.glob("profile_*"))
 
@@ -66,7 +73,7 @@ def together(spans: list[Span]) -> dict[tuple[Any, Any], Span]:
     return {(each.details["group"], each.details["number"]): each for each in found}
 
 
-def traced_step(rank: RankInfo, model: Path, directory: Path) -> tuple[list[Span], bool, list[str]]:
+def traced_step(rank: RankInfo, model: Path, directory: Path) -> tuple[list[Span], bool, list[str], float]:
     engine = engine_for(rank, model, {"dp": 2})
     train(engine, 1)  # what is done once is done
     methods = {name: getattr(dist.ProcessGroup, name) for name in ("allreduce", "broadcast")} | {"wait": dist.Work.wait}
@@ -79,5 +86,22 @@ def traced_step(rank: RankInfo, model: Path, directory: Path) -> tuple[list[Span
     trace = tracer.end()
     now = {name: getattr(dist.ProcessGroup, name) for name in ("allreduce", "broadcast")} | {"wait": dist.Work.wait}
     untouched = now == methods and "train_step" not in vars(engine) and "enter" not in vars(stages)
+    waited_s = waited_for_a_slow_rank(engine)
     engine.close()
-    return trace.spans, untouched, trace.lost
+    return trace.spans, untouched, trace.lost, waited_s
+
+
+def waited_for_a_slow_rank(engine: TrainerRank) -> float:
+    """The seconds for which this rank waits in a step in which rank 1 takes BEHIND_S longer."""
+    mine = engine.place(micro_batches()[2 * engine.coords.dp_rank :][:2])
+
+    def share(logp: Any, pack: Any, _scan: Any) -> Any:
+        time.sleep(BEHIND_S / len(mine) if engine.rank.rank == 1 else 0.0)
+        return -torch.where(pack.tokens.mask, logp, 0.0).sum() / 80, Stats()
+
+    dist.barrier()
+    engine.waited_s()
+    engine.train_step(mine, share, 1.0)
+    found = engine.waited_s()
+    assert engine.waited_s() == 0.0
+    return found

@@ -276,6 +276,8 @@ def check_what_is_shown(run: Finished, steps: int) -> None:
     for row in rows:
         for name in ("servers/memory/server_0", "host/memory", "host/driver_memory", "host/trainer_memory", "host/disk_free"):
             assert row[name] > 0, name
+        assert 0 < row["servers/busy/server_0"] <= 1
+        assert all(0 <= row[f"train/waits/rank_{rank}"] < 1 for rank in range(2))
     samples = [int(row["progress/samples"]) for row in rows]
     assert samples == [len(run.trajectories(f"step_{step:08d}.jsonl")) * step for step in range(1, steps + 1)]
     board = EventAccumulator(str(run.run_dir / "tb"), size_guidance={"scalars": 0, "images": 0}).Reload()

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.record.heartbeat import Pulse, Stages, stage
 from ctpo_megatron.record.stalls import Evidence
-from ctpo_megatron.record.values import Values, without_vectors
+from ctpo_megatron.record.values import Mean, Values, without_vectors
 from ctpo_megatron.weights.protocol import Sent, Server
 
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # imported by `build`, after the variables that torch and meg
     from ctpo_megatron.mcore.reference import Reference
     from ctpo_megatron.weights.source import RankWeights
 
+
+WAITS = "train/waits/rank_"  # values that each rank has of its own, by its number
 
 _log = logging.getLogger(__name__)
 
@@ -162,9 +165,11 @@ class TrainerActor:
             for micro_batches, own in zip(batches, replays, strict=True)
         ]
         found: Values | Abandoned
+        rank, begun = self._built.rank, time.perf_counter()
+        rank.waited_s()  # of what came before
         try:
             found = update_policy(
-                self._built.rank,
+                rank,
                 with_own,
                 algorithm=config.algorithm,
                 temperature=config.rollout.temperature,
@@ -172,11 +177,15 @@ class TrainerActor:
                 version=version,
                 reference=self._built.reference,
                 kept=self._kept,
+                density=config.log.counts_ratios(version + 1),
             )
         except UpdateAbandoned as error:  # as a value: every rank has its own part of it
             found = error.update
         self._free_memory()
-        return found if self.rank == 0 or isinstance(found, Abandoned) else without_vectors(found)
+        if isinstance(found, Abandoned):
+            return found
+        waits = Mean(rank.waited_s(), time.perf_counter() - begun)
+        return (found if self.rank == 0 else without_vectors(found)) | {f"{WAITS}{self.rank}": waits}
 
     @stage("tokens")
     def tokens(self) -> list[list[KeptShard]]:

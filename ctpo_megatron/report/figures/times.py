@@ -25,8 +25,8 @@ class Span:
     step: int
 
 
-def timeline(spans: Sequence[Span]) -> Figure | None:
-    """Returns what each kind of process does over some steps; bubbles are grey."""
+def timeline(spans: Sequence[Span], processes: Sequence[str]) -> Figure | None:
+    """Returns what `processes` do over some steps, each in a row; bubbles are grey."""
     if not spans:
         return None
     kinds = [*dict.fromkeys(each.doing for each in spans if each.doing != BUBBLE), BUBBLE]
@@ -37,11 +37,11 @@ def timeline(spans: Sequence[Span]) -> Figure | None:
     seconds = [alt.Tooltip("begin:Q", format=",.2f"), alt.Tooltip("end:Q", format=",.2f")]
     chart = (
         alt.Chart(data)
-        .mark_bar(height=26)
+        .mark_bar(height=alt.RelativeBandSize(0.8))
         .encode(
             x=alt.X("begin:Q", title="seconds"),
             x2="end:Q",
-            y=alt.Y("process:N", title=None, sort=None),
+            y=alt.Y("process:N", title=None, sort=list(processes)),
             color=alt.Color("doing:N", scale=order, sort=None),
             opacity=alt.condition(alt.datum.doing == BUBBLE, alt.value(0.35), alt.value(1.0)),
             tooltip=["process:N", "doing:N", "step:Q", *seconds],
@@ -49,8 +49,33 @@ def timeline(spans: Sequence[Span]) -> Figure | None:
     )
     first, last = spans[0].step, spans[-1].step
     words = f"steps {first} to {last}, {max(each.end for each in spans):.1f} seconds"
-    note = "From the phases that the driver measures; grey is waiting. A trace (`trace.steps`) has every process by itself."
-    return Figure("timeline", "What the processes do, and their bubbles", words, height(chart, 130), note)
+    note = (
+        "From the phases that the driver measures; grey is waiting. How long a rank or a server waited within a phase is known, "
+        "and drawn at the phase's end; when that was, a trace tells (`trace.steps`)."
+    )
+    return Figure("timeline", "What the processes do, and their bubbles", words, height(chart, 34 * len(processes) + 30), note)
+
+
+def waits(shares: Mapping[str, float]) -> Figure | None:
+    """Returns for what share of their time processes wait, each in a row; None where no process has a measure of its own."""
+    if not shares:
+        return None
+    values = rows({"process": name, "waits": share} for name, share in shares.items())
+    chart = (
+        alt.Chart(values)
+        .mark_bar()
+        .encode(
+            x=alt.X("waits:Q", title="share of the steps' time", axis=alt.Axis(format=".0%"), scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("process:N", title=None, sort=list(shares)),
+            tooltip=["process:N", alt.Tooltip("waits:Q", format=".1%")],
+        )
+    )
+    most, least = max(shares, key=lambda name: shares[name]), min(shares, key=lambda name: shares[name])
+    words = f"{most} waits most, {shares[most]:.1%}, and {least} least, {shares[least]:.1%}"
+    note = (
+        "A rank waits while it has no part in a phase, and for others in its updates; a server while it has nothing to generate."
+    )
+    return Figure("waits", "How long each process waits", words, height(chart, 20 * len(shares) + 30), note)
 
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C9A400", "#56B4E9", "#8c5fbf", "#b5651d")
