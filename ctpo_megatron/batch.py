@@ -32,6 +32,7 @@ class TokenStreams:
     restarts: Tensor  # [T] bool, True on the first token of each policy version in a sequence
     anchor_logp: Tensor | None = None  # [T] float32, of the policy that ratios are taken against
     reference_logp: Tensor | None = None  # [T] float32, of the reference policy
+    teacher_logp: Tensor | None = None  # [T] float32, of the sequence's teacher; NaN before it was asked, 0 where there is none
     top_k_ids: Tensor | None = None  # [T, K] int32, the top-k tokens of the policy that sampled
     top_k_logp: Tensor | None = None  # [T, K] float32, their log-probs under it; -inf: an unused place
     support_ids: Tensor | None = None  # [T, K] int32, what truncated sampling could have drawn; -1: an unused column
@@ -51,6 +52,7 @@ class Sequences:
     groups: Tensor  # [N] int64, the prompt's group of each sequence
     weights: Tensor  # [N] float64, of each token of a sequence in the loss; all ranks' and micro-batches' make up the mean
     ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding and what is shared
+    teachers: Tensor | None = None  # [N] int64, place of each one's teacher among the run's; -1: nobody. None: there are none
     # [N] int64, of each sequence that sequence of the micro-batch whose tokens, without padding, come before its own; -1: none.
     # None: nothing is shared
     prefixes: Tensor | None = None
@@ -147,8 +149,8 @@ class TrainBatch:
 
 
 AnchorStreams = dict[str, Tensor]
-"""`anchor_logp` and `reference_logp` of a micro-batch, [T] or a shard of it: what the trainer adds to it before the first
-optimizer step of an update."""
+"""`anchor_logp`, `reference_logp` and, by teachers in its ranks, `teacher_logp` of a micro-batch, [T] or a shard of it: what the
+trainer adds to it before the first optimizer step of an update."""
 
 
 @dataclass(frozen=True, slots=True)

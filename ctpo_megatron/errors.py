@@ -101,6 +101,10 @@ class AsideLost(EngineError):
     """The servers that kept the weights of an evaluation are gone, or hold others."""
 
 
+class TeacherFailed(EngineError):
+    """No server of a teacher answered a request, however often it was sent again: the attempt that it was for has failed."""
+
+
 class WeightSyncError(CtpoError, RuntimeError):
     """Publishing weights to the inference servers failed or could not be proven right.
 

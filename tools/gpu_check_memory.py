@@ -86,6 +86,8 @@ def _run(path: str, tokens: int, device: str) -> PlannedRun:
         weights=weights,
         topology=make_topology(parallel, rollout.engine, weights, device),
         has_reference=False,
+        has_teachers=False,
+        copied_teachers=0,
         top_k=0,
     )
 

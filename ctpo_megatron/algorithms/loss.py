@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from ctpo_megatron.algorithms.fused import applies, fused_loss
 from ctpo_megatron.algorithms.per_token import per_token_loss
 from ctpo_megatron.algorithms.prepare import Streams, prepare
 from ctpo_megatron.algorithms.recipe import Recipe, make_recipe
-from ctpo_megatron.algorithms.scan import LocalScan, Scan
+from ctpo_megatron.algorithms.scan import Channel, LocalScan, Scan, Scanned
 from ctpo_megatron.algorithms.statistics import Stats, input_stats
 from ctpo_megatron.algorithms.tokens import Seen, Support
 from ctpo_megatron.config.objectives import Aggregation, Correction, DelightConfig, Objective
@@ -24,6 +24,7 @@ class PolicyLoss(NamedTuple):
     loss: Tensor  # scalar with grad; under context parallelism this rank's share, to be summed over the group
     token_loss: Tensor  # [T] with grad, before aggregation; zero where masked
     stats: Stats  # on the device
+    also: Sequence[Scanned] = ()  # of the channels that the caller asked for besides
 
 
 def policy_loss(
@@ -104,10 +105,11 @@ def recipe_loss(
     sequence_ids: Tensor | None = None,
     scan: Scan | None = None,
     seen: list[Seen] | None = None,
+    also: Sequence[Channel] = (),
 ) -> PolicyLoss:
     """`policy_loss` of a recipe that was made before, for callers with many micro-batches; arguments and errors as there.
 
-    `seen`: gets what became of the tokens, in parts that follow one another.
+    `seen`: gets what became of the tokens, in parts that follow one another. `also`: what else to scan, in the same collective.
     """
     scan = scan or LocalScan()
     anchor = rollout_logp if recipe.anchor == "rollout" else old_logp
@@ -117,20 +119,15 @@ def recipe_loss(
     signs: Tensor | None
     if applies(recipe, streams, scan):
         token_loss, stats, lengths, signs = fused_loss(recipe, streams, sequence_ids, seen)
+        scanned = scan.run(also, cu_seqlens) if also else []
     else:
-        token_loss, stats, lengths, signs = _by_torch(recipe, streams, scan, sequence_ids, seen)
+        ready = prepare(recipe, streams, scan, also)
+        token_loss, stats = per_token_loss(recipe, ready, seen)
+        stats |= input_stats(streams, ready, sequence_ids, scan)
+        lengths, signs, scanned = ready.lengths, ready.signs, ready.also
     if weights is None:
         weights = sequence_weights(
             recipe.aggregation, lengths, normalizer=normalizer, constant=recipe.constant, groups=groups, signs=signs
         )
     per_token = scan.per_token(weights.to(token_loss), cu_seqlens, token_loss.numel())
-    return PolicyLoss((token_loss * per_token).sum(), token_loss, stats)
-
-
-def _by_torch(
-    recipe: Recipe, streams: Streams, scan: Scan, sequence_ids: Tensor | None, seen: list[Seen] | None
-) -> tuple[Tensor, Stats, Tensor, Tensor | None]:
-    """The reference: what `fused_loss` finds, on every device and in every layout. Signs are there for balanced aggregation."""
-    ready = prepare(recipe, streams, scan)
-    token_loss, stats = per_token_loss(recipe, ready, seen)
-    return token_loss, stats | input_stats(streams, ready, sequence_ids, scan), ready.lengths, ready.signs
+    return PolicyLoss((token_loss * per_token).sum(), token_loss, stats, scanned)

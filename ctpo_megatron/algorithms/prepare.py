@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ctpo_megatron.algorithms.correction import correction_channel, mismatch
 from ctpo_megatron.algorithms.operators import MAX_ABS
 from ctpo_megatron.algorithms.recipe import Recipe
-from ctpo_megatron.algorithms.scan import Channel, Scan
+from ctpo_megatron.algorithms.scan import Channel, Scan, Scanned
 from ctpo_megatron.algorithms.tokens import Given, Quantile, Statistic, Support, Tokens
 
 
@@ -38,10 +38,12 @@ class Prepared(NamedTuple):
     signs: Tensor | None  # [N], sum of the signs of a sequence's advantages, for balanced aggregation
     mismatch: Tensor | None  # [T], of a correction
     scanned_mismatch: Tensor | None  # [T], of a correction above token level
+    also: list[Scanned]  # of channels that the objective knows nothing of
 
 
-def prepare(recipe: Recipe, streams: Streams, scan: Scan) -> Prepared:
-    """Scan everything that the recipe needs at once: one collective under context parallelism, one more for quantiles."""
+def prepare(recipe: Recipe, streams: Streams, scan: Scan, also: Sequence[Channel] = ()) -> Prepared:
+    """Scan everything that the recipe needs, and `also`, at once: one collective under context parallelism, one more for
+    quantiles."""
     logp, anchor = streams.logp.detach(), streams.anchor.detach().to(streams.logp.dtype)
     log_ratio = torch.where(streams.mask, logp - anchor, 0.0).clamp_(-MAX_ABS, MAX_ABS)
     given = Given(logp, anchor, streams.advantages, streams.mask, log_ratio, streams.support)
@@ -55,6 +57,7 @@ def prepare(recipe: Recipe, streams: Streams, scan: Scan) -> Prepared:
     asked = channels(given, statistics if correcting is None else {**statistics, "/mismatch": correcting}, streams.restarts)
     if recipe.aggregation == "balanced":
         asked["/signs"] = Channel(torch.sign(given.advantages), reach="sequence")
+    asked |= {f"/also/{number}": channel for number, channel in enumerate(also)}
     asked = dict(sorted(asked.items(), key=lambda item: item[1].reach != "sequence"))  # these keep nothing while others run
     scanned = dict(zip(asked, scan.run(list(asked.values()), streams.cu_seqlens), strict=True))
     place = scanned.get("/place", scanned["/position"])
@@ -84,7 +87,9 @@ def prepare(recipe: Recipe, streams: Streams, scan: Scan) -> Prepared:
         statistics={name: value(name, statistic) for name, statistic in statistics.items()},
     )
     signs = scanned["/signs"].totals if "/signs" in scanned else None
-    return Prepared(tokens, place.values, place.totals, signs, gap, of_token("/mismatch") if "/mismatch" in asked else None)
+    others = [scanned[f"/also/{number}"] for number in range(len(also))]
+    correcting_with = of_token("/mismatch") if "/mismatch" in asked else None
+    return Prepared(tokens, place.values, place.totals, signs, gap, correcting_with, others)
 
 
 def channels(given: Given, statistics: Mapping[str, Statistic], restarts: Tensor | None) -> dict[str, Channel]:

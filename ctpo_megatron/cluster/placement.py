@@ -41,12 +41,16 @@ class Placement:
     ranks: list[RayOptions] = field(default_factory=list)
     ranks_here: list[int] = field(default_factory=list)
     servers: list[tuple[RayOptions, ...]] = field(default_factory=list)
+    teachers: list[list[ServerPlacement]] = field(default_factory=list)  # of each that the run starts: its servers
 
 
-def place(topology: Topology, group: PlacementGroup, servers: PlacementGroup | None = None) -> Placement:
+def place(
+    topology: Topology, group: PlacementGroup, servers: PlacementGroup | None = None, teachers: PlacementGroup | None = None
+) -> Placement:
     """Ray's options for every actor of the run: the trainer's in `group`, the servers' in the group `servers`.
 
-    `servers` was reserved for `topology.server_bundles`; without it `group` was reserved for all `topology.bundles`. Ranks are
+    `servers` was reserved for `topology.server_bundles`; without it `group` was reserved for all `topology.bundles`. `teachers`
+    was for `topology.teacher_bundles`. Ranks are
     numbered in the order of their nodes, so that neighbours, tensor parallel first, share one. Raises InputError when a run
     that needs one node has several.
     """
@@ -66,7 +70,17 @@ def place(topology: Topology, group: PlacementGroup, servers: PlacementGroup | N
     else:
         parts = _server_places(topology, group if servers is None else servers, topology.ranks if servers is None else 0)
     on_node = Counter(node_of[bundle] for bundle in order)
-    return Placement(ranks, [on_node[node_of[bundle]] for bundle in order], parts)
+    of_teachers = [] if teachers is None else _teacher_places(topology, teachers)
+    return Placement(ranks, [on_node[node_of[bundle]] for bundle in order], parts, of_teachers)
+
+
+def _teacher_places(topology: Topology, group: PlacementGroup) -> list[list[ServerPlacement]]:
+    """Ray's options for the servers of each teacher, whose bundles are those of `group`."""
+    options = iter([_options(group, at, 1.0, bundle.get("GPU", 0.0)) for at, bundle in enumerate(topology.teacher_bundles)])
+    return [
+        [ServerPlacement(tuple(next(options) for _ in range(each.nodes))) for _ in range(each.servers)]
+        for each in topology.teachers
+    ]
 
 
 def _server_places(topology: Topology, group: PlacementGroup, first: int) -> list[tuple[RayOptions, ...]]:

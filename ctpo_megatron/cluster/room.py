@@ -37,15 +37,18 @@ class Room:
         self._timeout_s, self._emit = config.cluster.start_timeout_s, emit
         self._trainer: PlacementGroup | None = None
         self._servers: PlacementGroup | None = None  # of their own; None: in the trainer's, or there are none
+        self._teachers: PlacementGroup | None = None  # None: the run starts no teacher's servers
         self._nodes: dict[str, tuple[str, int]] = {}  # of the trainer, by Ray's id: address and port of the raylet
         self.layout, self.topology, self.placement = config.parallel, topology, Placement()
 
     async def take(self) -> None:
-        """Reserve places for all processes: servers, which need whole parts of nodes, then the trainer.
+        """Reserve places for all processes: servers, teachers' too, which need whole parts of nodes, then the trainer.
 
         Raises NoRoom where there is none within cluster.start_timeout_s, InputError where it is not where it must be.
         """
         topology = self.topology
+        if topology.teacher_bundles:
+            self._teachers = await reserve(topology.teacher_bundles, self._timeout_s)
         if topology.needs_one_node or not topology.ranks:
             self._trainer = await reserve(topology.bundles, self._timeout_s)
             self._settle(self.layout)
@@ -105,7 +108,7 @@ class Room:
         self.layout = layout
         if self.topology.ranks:
             self.topology = self.topology.with_layout(layout)
-        self.placement = place(self.topology, self._trainer, self._servers)
+        self.placement = place(self.topology, self._trainer, self._servers, self._teachers)
         where = placement_group_table(self._trainer)["bundles_to_node_id"]
         used = {where[bundle] for bundle in range(self.topology.ranks)}
         self._nodes = {each["NodeID"]: _raylet(each) for each in ray.nodes() if each["NodeID"] in used}

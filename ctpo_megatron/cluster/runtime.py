@@ -1,7 +1,7 @@
 """The processes of a run: all are started at once, watched while the run goes on, and ended with it.
 
 driver (loop) --+-- TrainerActor x world_size   (Megatron ranks)
-                +-- EngineActor x servers  --- SGLang server process group
+                +-- EngineActor x servers  --- SGLang server process group; those of teachers, if there are any, too
 
 Servers that share the trainer's GPUs start when the trainer is built: SGLang sizes its KV cache by the memory that it finds free.
 A server that is lost is started again (`engines`); losing all for good ends the run. A trainer that has lost a rank is started
@@ -29,6 +29,7 @@ from ctpo_megatron.cluster.ray_cluster import connect, resolve_device
 from ctpo_megatron.cluster.ray_watch import Part, alive, ended, ray_processes
 from ctpo_megatron.cluster.resources import Resources
 from ctpo_megatron.cluster.room import Room
+from ctpo_megatron.cluster.teachers import TeacherServers, teacher_fleets
 from ctpo_megatron.cluster.trainer.actor import TrainerActor
 from ctpo_megatron.cluster.trainer.group import TrainerGroup
 from ctpo_megatron.cluster.watch.loop_watch import LoopWatch
@@ -79,6 +80,7 @@ class Runtime:
         self.shape = shape
         self.topology = topology
         self.fleet = make_fleet(config, trained=topology.ranks > 0, emit=emit)
+        self.teachers = teacher_fleets(config, emit) if topology.teachers else {}
         self.api_key = new_api_key()
         self._run_dir = run_dir
         self._trainer: TrainerGroup | None = None
@@ -86,6 +88,7 @@ class Runtime:
         self._nursery = nursery
         self._environment: dict[Reader, dict[str, str]] = {"trainer": {}, "server": {}}
         self._engines: EngineGroup | None = None
+        self._teacher_servers: TeacherServers | None = None
         self._ranks: list[Process] = []
         self._room: Room | None = None
         self._ray: dict[Part, psutil.Process] = {}
@@ -131,7 +134,8 @@ class Runtime:
     async def _start(self) -> None:
         self._loop_watch.start()
         await self._kept_now.enter_async_context(kept_now(self._run_dir / NOW, self.now))
-        connect(self.config, round(sum(bundle["CPU"] for bundle in self.topology.bundles)))
+        bundles = self.topology.bundles + self.topology.teacher_bundles
+        connect(self.config, round(sum(bundle["CPU"] for bundle in bundles)))
         self._ray = ray_processes()
         self.config = config = resolve_device(self.config)
         topology = self.topology.on(config.cluster.device)
@@ -145,7 +149,9 @@ class Runtime:
         servers = room.placement.servers
         if servers and not topology.shares_gpus:
             self._engines = self._engine_group([ServerPlacement(parts) for parts in servers])
-        await self.guard(self._come_up_sharing(room.placement) if topology.shares_gpus else self._come_up(room.placement))
+        if room.placement.teachers:
+            self._teacher_servers = self._launch_teachers(room.placement)
+        await self.guard(self._come_up(room.placement))
 
     def _launch_trainer(self, room: Room, watchdog: Watchdog) -> None:
         self.config, self.topology = self.config.in_layout(room.layout), room.topology
@@ -190,7 +196,11 @@ class Runtime:
 
     async def _come_up(self, placement: Placement) -> None:
         starts = [] if self._engines is None else [self._engines.start()]
-        if self._trainer is not None:
+        if self._teacher_servers is not None:
+            starts.append(self._teacher_servers.start())
+        if self.topology.shares_gpus:
+            starts.append(self._come_up_sharing(placement))
+        elif self._trainer is not None:
             starts.append(self._build_trainer(placement))
         await asyncio.gather(*starts)
 
@@ -217,10 +227,21 @@ class Runtime:
             self.fleet,
             routed_experts=self.routing is not None,
             shared_expert=self.shape.has_shared_expert,
-            nursery="" if self._nursery is None or self.config.cluster.device != "cpu" else str(self._nursery.place),
-            environment=ray_environment("server", self.config.cluster.device, self._environment["server"]),
-            watchdog=self._watchdog,
+            **self._of_servers(),
         )
+
+    def _launch_teachers(self, placement: Placement) -> TeacherServers:
+        places = placement.teachers
+        return TeacherServers(self.config, self._run_dir, self.api_key, places, self.teachers, **self._of_servers())
+
+    def _of_servers(self) -> dict[str, Any]:
+        """What is the same for all servers of the run."""
+        device = self.config.cluster.device
+        return {
+            "nursery": "" if self._nursery is None or device != "cpu" else str(self._nursery.place),
+            "environment": ray_environment("server", device, self._environment["server"]),
+            "watchdog": self._watchdog,
+        }
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
@@ -256,6 +277,7 @@ class Runtime:
 
     async def _watch(self) -> None:
         watches: list[Coroutine[Any, Any, Any]] = [] if self._engines is None else [self._engines.watch()]
+        watches += [] if self._teacher_servers is None else self._teacher_servers.watches
         watches.append(self._watch_raylet())
         if self._ranks:
             calls = [(rank, rank.actor.watch.options(concurrency_group="watch").remote()) for rank in self._ranks]
@@ -295,7 +317,7 @@ class Runtime:
             return
         if all(alive(process) for process in self._ray.values()):
             await self._end_actors()
-        self._engines, self._ranks = None, []
+        self._engines, self._teacher_servers, self._ranks = None, None, []
         with contextlib.suppress(TimeoutError):  # without its GCS Ray may wait for it; whoever started the command ends the rest
             await asyncio.wait_for(asyncio.to_thread(ray.shutdown), CLOSE_TIMEOUT_S)
 
@@ -303,6 +325,8 @@ class Runtime:
         ends: list[asyncio.Future] = [asyncio.wrap_future(rank.actor.close.remote().future()) for rank in self._ranks]
         if self._engines is not None:
             ends.append(asyncio.ensure_future(self._engines.close()))
+        if self._teacher_servers is not None:
+            ends.append(asyncio.ensure_future(self._teacher_servers.close()))
         if ends:
             await asyncio.wait(ends, timeout=CLOSE_TIMEOUT_S)
             for end in ends:

@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, model_validator
 from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingConfig
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.correction_alarm import CorrectionAlarm
+from ctpo_megatron.config.distillation import DistillationConfig
 from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, DelightConfig, Objective, SequenceMean
 
 TOP_K = 20  # of the top-k divergences, as DPPO's and CPPO's papers have it, and of CTPO's top-k bands
@@ -46,6 +47,8 @@ class AlgorithmConfig(Section):
     """Begin prefix statistics and positions anew where a newer policy version went on writing a trajectory."""
     reference: ReferenceConfig | None = None
     """Keep the policy near a reference policy, whose weights wait in each rank's host memory. null: do not."""
+    distillation: DistillationConfig | None = None
+    """Follow one or several teachers beside the rewards, or in their place. null: do not."""
     correction: Correction | None = None
     """Importance weights for the distance between the anchor and the engine's log-probs; `type` picks the kind. null: none."""
     delight: DelightConfig | None = None

@@ -10,6 +10,7 @@ from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.cluster import ClusterConfig
 from ctpo_megatron.config.elastic import ElasticConfig, as_written, changed_layouts, layout_key
 from ctpo_megatron.config.evaluation import EvalConfig
+from ctpo_megatron.config.feeding import MAIN
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
@@ -93,6 +94,27 @@ class RunConfig(Section):
                 f"algorithm.objective.{key}={value} looks at whole distributions, but rollout.top_k, top_p or min_p truncate "
                 f"what is sampled; use {other}, or leave these out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_can_teach(self) -> RunConfig:
+        distillation, rollout = self.algorithm.distillation, self.rollout
+        if distillation is None:
+            return self
+        distillation.check_sources([MAIN, *(source.name for source in self.data.mixture)])
+        if rollout.dynamic.max_refills and not distillation.objective_coeff:
+            raise ValueError(
+                f"rollout.dynamic.max_refills={rollout.dynamic.max_refills} replaces groups whose rewards are all equal, but "
+                "with algorithm.distillation.objective_coeff=0 they teach as much as others; set max_refills=0"
+            )
+        for teacher in distillation.asked.values():
+            if rollout.temperature != 1 or rollout.truncation.cuts:
+                cut = "rollout.top_k" if rollout.truncation.cuts else f"rollout.temperature={rollout.temperature:g}"
+                raise ValueError(
+                    f"algorithm.distillation: SGLang gives the log-probs of teacher {teacher.name!r} at temperature 1 and of "
+                    f"whole distributions, but {cut} has other ones sampled; use temperature 1 without top_k, top_p and min_p, "
+                    "or a teacher of type copied"
+                )
         return self
 
     @model_validator(mode="after")

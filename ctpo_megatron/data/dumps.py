@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -35,6 +35,7 @@ from ctpo_megatron.types import Supports, TopK, TrainSample
 ABOUT, BATCH, CONFIG, WEIGHTS = "dump.json", "batch.safetensors", "config.yaml", "weights"
 VERSION = 1
 TOKEN_STREAMS = ("input_ids", "labels", "mask", "advantages", "rollout_logp", "versions")
+OF_SEQUENCES = ("lengths", "groups", "weights", "ids", "teachers")
 ANCHOR_STREAMS = ("anchor_logp", "reference_logp")
 Count = Annotated[int, Field(ge=0)]
 
@@ -152,11 +153,12 @@ def _sequence(mb: MicroBatch, extra: AnchorStreams, rows: Tensor, place: int) ->
     """One sequence: its streams, and its own numbers as rows of length 1."""
     tokens, sequences = mb.tokens, mb.sequences
     streams: dict[str, Tensor | None] = {name: getattr(tokens, name) for name in TOKEN_STREAMS}
-    streams |= {"top_k_ids": tokens.top_k_ids, "top_k_logp": tokens.top_k_logp, **extra}
+    streams |= {"top_k_ids": tokens.top_k_ids, "top_k_logp": tokens.top_k_logp, "teacher_logp": tokens.teacher_logp, **extra}
     streams["support_ids"] = tokens.support_ids
     streams["routed_experts"] = None if mb.replay is None else mb.replay.routed_experts
     found = {name: stream[rows] for name, stream in streams.items() if stream is not None}
     own = slice(place, place + 1)
+    found |= {} if sequences.teachers is None else {"teachers": sequences.teachers[own]}
     return found | {"lengths": torch.tensor([len(rows)]), "groups": sequences.groups[own], "weights": sequences.weights[own]}
 
 
@@ -210,7 +212,7 @@ def _samples(tensors: dict[str, Tensor]) -> tuple[list[TrainSample], list[Anchor
     lengths, ids = tensors["lengths"].tolist(), tensors["ids"].tolist()
     if not ids or ids != sorted(set(ids)) or ids[0] < 0:
         raise ValueError("the numbers of its sequences do not ascend")
-    cut = {name: tensors[name].split(lengths) for name in tensors if name not in ("lengths", "groups", "weights", "ids")}
+    cut = {name: tensors[name].split(lengths) for name in tensors if name not in OF_SEQUENCES}
     samples = []
     for index in range(len(lengths)):
         streams = {name: cut[name][index].tolist() for name in TOKEN_STREAMS}
@@ -218,6 +220,10 @@ def _samples(tensors: dict[str, Tensor]) -> tuple[list[TrainSample], list[Anchor
         supports = Supports.of_rows(cut["support_ids"][index].numpy()) if "support_ids" in cut else None
         routed = cut["routed_experts"][index].numpy() if "routed_experts" in cut else None
         group = int(tensors["groups"][index])
-        samples.append(TrainSample(**streams, group=group, routed_experts=routed, top_k=top_k, supports=supports))
+        sample = TrainSample(**streams, group=group, routed_experts=routed, top_k=top_k, supports=supports)
+        if "teachers" in tensors:
+            told = cut["teacher_logp"][index].tolist() if "teacher_logp" in cut else None
+            sample = replace(sample, teacher=int(tensors["teachers"][index]), teacher_logp=told)
+        samples.append(sample)
     names = [name for name in ANCHOR_STREAMS if name in cut]
     return samples, [{name: cut[name][index] for name in names} for index in range(len(lengths))] if names else []

@@ -30,6 +30,7 @@ from ctpo_megatron.data.sharing import Family, alone, families, part
 from ctpo_megatron.data.sparing import spared
 from ctpo_megatron.types import Supports, TopK, TrainSample
 
+NOBODY = -1  # the teacher of a sequence that has none
 FILLER = TrainSample([0], [0], [False], [0.0], [-1], [0.0], group=-1)  # for ranks with fewer samples than micro-batches
 
 
@@ -160,13 +161,17 @@ def length_steps(cp: int, tp: int) -> tuple[int, int]:
 
 
 def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:
-    """The samples and a filler, all with top-k streams or supports where one has them: all micro-batches are of one kind."""
+    """The samples and a filler, all with whatever streams one of them has: all micro-batches are of one kind."""
     filled = [*samples, FILLER]
     k = next((sample.top_k.ids.shape[1] for sample in samples if sample.top_k is not None), None)
     if k is not None:
         filled = [s if s.top_k is not None else replace(s, top_k=TopK.unused(len(s), k)) for s in filled]
     if any(sample.supports is not None for sample in samples):
         filled = [s if s.supports is not None else replace(s, supports=Supports.none(len(s))) for s in filled]
+    if any(sample.teacher_logp is not None for sample in samples):
+        filled = [s if s.teacher_logp is not None else replace(s, teacher_logp=_untold(s)) for s in filled]
+    if any(sample.teacher is not None for sample in samples):
+        filled = [s if s.teacher is not None else replace(s, teacher=NOBODY) for s in filled]
     return filled[:-1], filled[-1]
 
 
@@ -198,6 +203,11 @@ def _pieces(
     return [_Piece(part(first, 0, shared)), *branches]
 
 
+def _untold(sample: TrainSample) -> list[float]:
+    """NaN at the tokens of a sample whose teacher is still to be asked, in the trainer's ranks; zeros of one that has none."""
+    return [0.0 if sample.teacher is None or not wrote else math.nan for wrote in sample.mask]
+
+
 def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> MicroBatch:
     """One micro-batch; each sequence padded to `step`, the last one further until the total is a multiple of `unit`.
 
@@ -226,6 +236,8 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
         return torch.from_numpy(whole)
 
     routed_experts = rows([s.routed_experts for s in samples], -1)
+    teachers = [s.teacher for s in samples if s.teacher is not None]
+    teacher_logp = [s.teacher_logp for s in samples if s.teacher_logp is not None]
     return MicroBatch(
         TokenStreams(
             input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
@@ -234,6 +246,7 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
             mask=stream([s.mask for s in samples], False, torch.bool),
             advantages=stream([s.advantages for s in samples], 0.0, torch.float32),
             rollout_logp=stream([s.rollout_logp for s in samples], 0.0, torch.float32),
+            teacher_logp=stream(teacher_logp, 0.0, torch.float32) if teacher_logp else None,
             versions=stream([s.versions for s in samples], -1, torch.int32),
             restarts=stream([_version_starts(sample) for sample in samples], False, torch.bool),
             top_k_ids=rows([None if s.top_k is None else s.top_k.ids for s in samples], 0),
@@ -246,6 +259,7 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
             groups=torch.tensor([sample.group for sample in samples]),
             weights=torch.tensor([piece.weight for piece in pieces], dtype=torch.float64),
             ids=torch.tensor([piece.number for piece in pieces]),
+            teachers=torch.tensor(teachers) if teachers else None,
             prefixes=torch.tensor([p.prefix for p in pieces]) if any(p.shared for p in pieces) else None,
         ),
         None if routed_experts is None else Replay(routed_experts),

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from ctpo_megatron.types import Supports, TopK, TrainSample, TrajectoryGroup, Turn
 
 
-def build_samples(group: TrajectoryGroup, advantages: Sequence[float | Sequence[float]], group_id: int) -> list[TrainSample]:
+def build_samples(
+    group: TrajectoryGroup, advantages: Sequence[float | Sequence[float]], group_id: int, teacher: int | None = None
+) -> list[TrainSample]:
     """One sample per trajectory of `group`, in order, each with those of its branches behind it.
 
     `advantages[i]` is that of trajectory i, see `build_sample`: a number for each token that the policy wrote, those in branches
-    last, or one for all of them.
+    last, or one for all of them. `teacher`: that of the group, see `TrainSample`.
     """
     samples: list[TrainSample] = []
     for number, (trajectory, advantage) in enumerate(zip(group.trajectories, advantages, strict=True)):
@@ -25,6 +27,7 @@ def build_samples(group: TrajectoryGroup, advantages: Sequence[float | Sequence[
         made = [sample]
         for branch, value in zip(trajectory.branches, others, strict=True):
             made.append(build_sample(branch.prompt_ids, branch.turns, value, group_id, branch.routed_experts))
+        made = [replace(each, teacher=teacher) for each in made]
         samples += [replace(each, attempt=number) for each in made] if others else made
     return samples
 
@@ -81,6 +84,7 @@ def build_sample(
         routed_experts=routed_experts,
         top_k=_top_k(prompt_labels, turns),
         supports=_supports(prompt_labels, turns),
+        teacher_logp=_teacher_logp(prompt_labels, turns),
     )
 
 
@@ -91,6 +95,13 @@ def _top_k(prompt_labels: int, turns: Sequence[Turn]) -> TopK | None:
         return None
     parts = [turn.top_k or TopK.unused(len(turn.token_ids), k) for turn in turns]
     return TopK.joined([TopK.unused(prompt_labels, k), *parts])
+
+
+def _teacher_logp(prompt_labels: int, turns: Sequence[Turn]) -> list[float] | None:
+    """The teacher's log-prob of each label, 0 where masked; None where no server was asked."""
+    if all(turn.teacher_logp is None for turn in turns):
+        return None
+    return [0.0] * prompt_labels + [x for turn in turns for x in turn.teacher_logp or [0.0] * len(turn.token_ids)]
 
 
 def _supports(prompt_labels: int, turns: Sequence[Turn]) -> Supports | None:

@@ -111,11 +111,20 @@ class Fleet:
 
     `patience_s`: how long a request may wait for a server. `restarts`: how often each one is started again. `fixed_version`: the
     version of weights that never change, where there is no trainer: a server that joins serves at once, and one that fails is
-    started again. `emit` receives an event whenever a server is lost, suspended, back, or serves again.
+    started again. `emit` receives an event whenever a server is lost, suspended, back, or serves again. `setting`: what
+    `restarts` is called.
     """
 
-    def __init__(self, *, patience_s: float, restarts: int = 0, fixed_version: int | None = None, emit: Emit = discard) -> None:
-        self._patience_s = patience_s
+    def __init__(
+        self,
+        *,
+        patience_s: float,
+        restarts: int = 0,
+        fixed_version: int | None = None,
+        emit: Emit = discard,
+        setting: str = "rollout.engine.restarts",
+    ) -> None:
+        self._patience_s, self._setting = patience_s, setting
         self._restarts = restarts
         self._fixed_version = fixed_version
         self._emit = emit
@@ -231,7 +240,7 @@ class Fleet:
         member.state, member.version = State.STARTING if again else State.GONE, None
         member.aside = False
         member.fail()
-        ending = f"starting it again, {deaths} of {self._restarts}" if again else f"rollout.engine.restarts = {self._restarts}"
+        ending = f"starting it again, {deaths} of {self._restarts}" if again else f"{self._setting} = {self._restarts}"
         member.reason = f"{reason}\n({ending})"
         self._emit(ServerLost(member.name, member.reason, again))
         self._notify()

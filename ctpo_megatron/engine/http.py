@@ -62,13 +62,14 @@ class Answer:
 
 
 def open_session(api_key: str, *, reuse: bool) -> aiohttp.ClientSession:
-    """Returns connections that carry the run's key, as many at once as the caller asks for. Call it inside the event loop.
+    """Returns connections that carry a key, none if it is empty, as many as the caller asks for. Call it inside the event loop.
 
     `reuse`: a connection serves one request after the other. A server may close an idle one in the moment of the next request,
     which then fails: where nothing is tried again each request needs a connection of its own.
     """
     connector = aiohttp.TCPConnector(limit=0, force_close=not reuse)
-    return aiohttp.ClientSession(headers={"Authorization": f"Bearer {api_key}"}, connector=connector)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return aiohttp.ClientSession(headers=headers, connector=connector)
 
 
 async def ask(

@@ -25,6 +25,7 @@ from ctpo_megatron.jobs.agreement import (
     check_training,
 )
 from ctpo_megatron.jobs.layouts import check_layouts
+from ctpo_megatron.jobs.teachers import check_teachers
 from ctpo_megatron.jobs.worlds import worlds_of
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.shape import ModelShape
@@ -58,6 +59,7 @@ def open_model(config: RunConfig, use: Use) -> OpenModel:
     shape, directory = read_model(config), Path(config.model.path)
     if use == "train":
         check_training(config, shape, directory)
+        check_teachers(config, shape)
     elif use == "eval":
         check_rollouts(config, shape, directory)
     chat = ChatTokenizer(config.model.path, config.model)

@@ -20,7 +20,7 @@ from ctpo_megatron.jobs.agreement import check_training
 from ctpo_megatron.jobs.knobs import helpful_changes
 from ctpo_megatron.jobs.layouts import check_layouts, layouts_that_do_not_fit, smaller_plans
 from ctpo_megatron.jobs.plan_agents import Row, agent_rows
-from ctpo_megatron.jobs.topology import planned_run
+from ctpo_megatron.jobs.topology import planned_run, teacher_servers
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import check_what_is_there, read_json
 from ctpo_megatron.models.shape import ModelShape
@@ -119,10 +119,13 @@ def _gpus(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     shared = "" if plan.server_gpus else ", on the trainer's GPUs"
     spread = f", each on {servers.nodes_each} nodes" if servers.nodes_each > 1 else ""
     table.add_row("servers", str(plan.server_gpus), f"{servers.servers} of tp {servers.gpus_each}{spread}{shared}")
+    if plan.teacher_gpus:
+        sets = [f"{each.servers} of tp {each.tp}" for each in teacher_servers(config)]
+        table.add_row("teachers", str(plan.teacher_gpus), ", ".join(sets) + "; their memory is not planned")
     if unit == "GPUs":
         table.add_row(
             "together",
-            str(plan.trainer_gpus + plan.server_gpus),
+            str(plan.trainer_gpus + plan.server_gpus + plan.teacher_gpus),
             f"{plan.nodes} node{'s' if plan.nodes > 1 else ''} of {hardware.gpus_per_node}",
         )
     return table

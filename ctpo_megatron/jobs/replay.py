@@ -13,13 +13,14 @@ from pydantic import ValidationError
 
 from ctpo_megatron.checkpoints.files import MODEL, read_manifest
 from ctpo_megatron.cluster.local_ranks import run_local_ranks
-from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.explain import explain
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.sources import COMMAND_LINE, read_overrides
 from ctpo_megatron.data.dumps import CONFIG, StepDump, read_dump
+from ctpo_megatron.data.packing import NOBODY
 from ctpo_megatron.errors import CheckpointError, InputError
 from ctpo_megatron.jobs.replay_page import page
 from ctpo_megatron.mcore.replay.findings import Merged, RankFindings, merge_findings
@@ -30,6 +31,7 @@ from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.record.files import jsonable
+from ctpo_megatron.types import TrainSample
 
 TOLD = 8  # tokens in the report
 _STREAMS = ("advantages", "rollout_logp")
@@ -145,6 +147,7 @@ def prepare_replay(directory: Path, overrides: list[str]) -> PreparedReplay:
     shape, dtype = _model(dump)
     check_layout(shape, options.parallel)
     supervised = dump.about.kind == "supervised"
+    algorithm, left_out = known_terms(dump, config.algorithm)
     weight = attention_weight(shape) if config.train.balance == "flops" and not supervised else 0.0
     what = Replayed(
         checkpoint=str(dump.checkpoint.resolve()),
@@ -153,13 +156,13 @@ def prepare_replay(directory: Path, overrides: list[str]) -> PreparedReplay:
         device=options.cluster.device,
         parallel=options.parallel,
         moe=config.moe,
-        algorithm=config.algorithm,
+        algorithm=algorithm,
         temperature=dump.about.temperature,
         policy_version=dump.about.policy_version,
         supervised=supervised,
         micro_batches=dump.packed(options.parallel, config.train.max_tokens_per_micro_batch, weight),
     )
-    return PreparedReplay(dump, what, _left_out(dump, config))
+    return PreparedReplay(dump, what, None if supervised else left_out)
 
 
 def batch_faults(dump: StepDump) -> list[BatchFault]:
@@ -193,8 +196,21 @@ def _model(dump: StepDump) -> tuple[ModelShape, str]:
     return parse_config(read_json(file), str(file)), manifest["dtype"]
 
 
-def _left_out(dump: StepDump, config: RunConfig) -> str | None:
-    known = bool(dump.anchors) and "reference_logp" in dump.anchors[0]
-    if dump.about.kind == "supervised" or config.algorithm.reference is None or known:
-        return None
-    return "the penalty of algorithm.reference: the step was given up before the reference policy was asked"
+def known_terms(dump: StepDump, algorithm: AlgorithmConfig) -> tuple[AlgorithmConfig, str | None]:
+    """What of the loss can be computed again, and in words what cannot: policies that were not asked before the step was given
+    up."""
+    unknown = []
+    if algorithm.reference is not None and not (dump.anchors and "reference_logp" in dump.anchors[0]):
+        unknown.append(("reference", "the penalty of algorithm.reference: the step was given up before the reference policy"))
+    if algorithm.distillation is not None and not all(_told(sample) for sample in dump.samples):
+        unknown.append(("distillation", "the loss of algorithm.distillation: the step was given up before a teacher"))
+    left = algorithm.model_copy(update={name: None for name, _ in unknown})
+    return left, "; ".join(f"{words} was asked" for _, words in unknown) or None
+
+
+def _told(sample: TrainSample) -> bool:
+    """Whether it is known what the sample's teacher says, if it has one."""
+    if sample.teacher is None or sample.teacher == NOBODY:
+        return True
+    told = sample.teacher_logp
+    return told is not None and not any(math.isnan(x) and wrote for x, wrote in zip(told, sample.mask, strict=True))

@@ -15,6 +15,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.data.mixture import restored_sampler
 from ctpo_megatron.engine.nursery import Nursery
+from ctpo_megatron.engine.teachers import AskedTeachers
 from ctpo_megatron.errors import CheckpointError, LeftCourse, NoRoom, RayLost, StartLost, StoppedInOrder, TrainerLost
 from ctpo_megatron.jobs.evaluations import bring_back, load_benchmarks, make_evaluations, recipes
 from ctpo_megatron.jobs.export import export
@@ -30,6 +31,7 @@ from ctpo_megatron.jobs.rollouts import OpenRollouts, checked_tool, open_rollout
 from ctpo_megatron.jobs.skipping import make_skipping
 from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.summary import summary_of, write_whole_summary
+from ctpo_megatron.jobs.teachers import ask_teachers, open_teachers
 from ctpo_megatron.jobs.time_limit import Lead
 from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.jobs.tracing import Traces
@@ -89,6 +91,7 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume, nurs
         return
     check_sinks(config.log.sinks)
     model = open_model(config, "train")
+    await ask_teachers(config)
     hearing = open_hearing(config)
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = checked_tool(config.rollout)
@@ -119,8 +122,12 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume, nurs
                 files.callback(journal.close)
             run: _Run | None = None
             try:
-                async with runtime, open_rollouts(runtime, model.chat, tool, journal, storage.write) as rollouts:
-                    run = _Run(runtime, rollouts, inputs, journal, storage, events, begun, lead, hearing)
+                async with (
+                    runtime,
+                    open_rollouts(runtime, model.chat, tool, journal, storage.write) as rollouts,
+                    open_teachers(runtime) as teachers,
+                ):
+                    run = _Run(runtime, rollouts, teachers, inputs, journal, storage, events, begun, lead, hearing)
                     loop = await run.to_its_end(stop)
                     if config.checkpoint.export:
                         await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, run_dir / "model")))
@@ -141,6 +148,7 @@ class _Run:
         self,
         runtime: Runtime,
         rollouts: OpenRollouts,
+        teachers: AskedTeachers | None,
         inputs: _Inputs,
         journal: Journal | None,
         storage: Storage,
@@ -150,6 +158,7 @@ class _Run:
         hearing: Hearing,
     ) -> None:
         self._runtime, self._rollouts, self._inputs, self._hearing = runtime, rollouts, inputs, hearing
+        self._teachers = teachers
         self._journal, self._storage, self._emit, self._begun, self._lead = journal, storage, emit, begun, lead
         self._totals, self._returns = RunTotals(), inputs.config.train.spikes.returns
         self._memory = make_memory(runtime, inputs.config, inputs.run_dir, emit)
@@ -285,6 +294,7 @@ class _Run:
             tokens_of=runtime.trainer.tokens if config.log.save_rollouts and config.log.save_tokens else None,
             bring_back=partial(bring_back, runtime.trainer, publisher, run_dir / "checkpoints", self._published),
             checkpoints=checkpoints,
+            teachers=self._teachers,
             ledger=await self._storage.patiently(partial(self._ledger, start, passed_over)),
             decisions=self._journal,
             first_step=start.step,

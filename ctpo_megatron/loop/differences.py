@@ -72,6 +72,7 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "rollout.reward": ("applies", "what was sampled and not trained on yet is used again only where its verdict stays the same"),
     "rollout.environment": ("applies", "attempts that were begun in the other one begin anew"),
     "algorithm.reference": ("applies", "the reference policy is read anew"),
+    "algorithm.distillation": ("applies", "its teachers are read, or asked, anew"),
     "sft": ("none", "it belongs to `ctpo sft`"),
     "alarms": ("applies", "the steps before are judged by it too, so some alarms may be raised or cleared at once"),
     "alarms.webhook": ("applies", ""),

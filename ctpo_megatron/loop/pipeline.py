@@ -1,7 +1,7 @@
 """Rollouts as tasks: one feeds prompts in, one for each open group collects it, and a step takes what they have made.
 
     feed       waits for room in the buffer, admits the next group, and starts its collector
-    collect    samples a group to its end, whatever weights are published meanwhile, and puts it into the buffer
+    collect    samples a group to its end, whatever weights are published meanwhile, has it taught, and puts it into the buffer
     take       waits until a step can be made, and enters it in the ledger
 
 An attempt that fails is data: its group ends as failed and another one takes its place. It is not trained on with fewer attempts:
@@ -20,7 +20,7 @@ from ctpo_megatron.loop.admission import Admission, Admitted, Position
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.failures import FailureShare, UndecidedShare
 from ctpo_megatron.loop.ledger import Ledger
-from ctpo_megatron.loop.protocols import Rollouts
+from ctpo_megatron.loop.protocols import Rollouts, Teachers
 from ctpo_megatron.record.events import Emit
 from ctpo_megatron.record.rollout_events import GroupFailed
 from ctpo_megatron.rollout.protocols import Sampling
@@ -37,12 +37,19 @@ class Taken:
 
 
 class Pipeline:
-    """Everything between the prompts and the groups of a step. `buffer` decides what these are."""
+    """Everything between the prompts and the groups of a step. `buffer` decides what these are; `teachers` are asked of each."""
 
     def __init__(
-        self, admission: Admission, buffer: GroupBuffer, ledger: Ledger, rollouts: Rollouts, config: RolloutConfig, emit: Emit
+        self,
+        admission: Admission,
+        buffer: GroupBuffer,
+        ledger: Ledger,
+        rollouts: Rollouts,
+        config: RolloutConfig,
+        emit: Emit,
+        teachers: Teachers | None = None,
     ) -> None:
-        self.buffer, self._ledger = buffer, ledger
+        self.buffer, self._ledger, self._teachers = buffer, ledger, teachers
         self._admission, self._rollouts, self._config, self._emit = admission, rollouts, config, emit
         self._failures = FailureShare(config.failed_share, config.failed_window)
         self._undecided = UndecidedShare(config.undecided_share, config.failed_window)
@@ -80,6 +87,8 @@ class Pipeline:
         made = await self._rollouts.group(
             group.prompt, group.id, size=self._config.group_size, sampling=self._sampling, keep_failed=True
         )
+        if self._teachers is not None and made.trajectories:
+            made = await self._teachers.teach(made)
         for attempt in made.failed:
             if not attempt.aborted:
                 self._emit(GroupFailed(str(group.id), str(attempt.id), attempt.reason))
@@ -91,6 +100,7 @@ class Pipeline:
         """Returns the groups of `step`, from 0, once it can be made."""
         made = await self.buffer.take(step)
         metrics = self._ledger.settle(step + 1, made) | {"ledger/carried": float(self.buffer.rules.carried(made.groups, step))}
+        metrics |= {} if self._teachers is None else self._teachers.metrics()
         judged = (each.made for each in made.ended if each.made is not None and each.made.trajectories)
         self._admission.observe([*made.groups, *judged])
         return Taken(made.groups, metrics, self._admission.position(self._ledger.open))

@@ -150,6 +150,18 @@ class Rollouts(Protocol):
         ...
 
 
+class Teachers(Protocol):
+    """What says of finished attempts how likely others would have written them."""
+
+    async def teach(self, group: TrajectoryGroup) -> TrajectoryGroup:
+        """Returns the group with `Turn.teacher_logp`; as a failed group where no teacher answered."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Returns scalars of the time since they were last taken, under the record's names."""
+        ...
+
+
 class Decisions(Protocol):
     """What a run had decided before, of which only time knew; it is followed as long as its weights are the same."""
 

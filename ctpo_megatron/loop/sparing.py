@@ -12,6 +12,7 @@ def wants_every_sample(config: RunConfig, shape: ModelShape) -> str | None:
     reasons = {
         "train.spare is false": not config.train.spare,
         "algorithm.reference": config.algorithm.reference is not None,
+        "algorithm.distillation": config.algorithm.distillation is not None,
         "algorithm.objective": config.algorithm.objective.acts_without_advantage,
     }
     if experts is not None:

@@ -37,7 +37,7 @@ from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.pipeline import Pipeline, Taken
-from ctpo_megatron.loop.protocols import Busy, Decisions, Publisher, Rollouts, Trainer
+from ctpo_megatron.loop.protocols import Busy, Decisions, Publisher, Rollouts, Teachers, Trainer
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.shrinking import ShrinkingAlarm
@@ -76,6 +76,7 @@ class TrainLoop:
     checkpoints: Checkpoints | None = None
     ledger: Ledger = field(default_factory=Ledger)  # what became of each group
     decisions: Decisions | None = None  # how steps were made before, by this run or by one whose journal it was given
+    teachers: Teachers | None = None  # None: none is on a server
     first_step: int = 0
     samples: int | None = 0  # trained on in the steps that are done; None: not known
     attention_weight: float = 0.0  # see `make_batches`
@@ -128,7 +129,8 @@ class TrainLoop:
             admitted=self.admission.groups,
             decisions=self.decisions,
         )
-        self._pipeline = Pipeline(self.admission, buffer, self.ledger, self.rollouts, self.config.rollout, self.emit)
+        rollout = self.config.rollout
+        self._pipeline = Pipeline(self.admission, buffer, self.ledger, self.rollouts, rollout, self.emit, self.teachers)
         stopped = None
         try:
             try:
@@ -354,7 +356,9 @@ def make_batches(
     """
     algorithm, parallel, train = config.algorithm, config.parallel, config.train
     advantages = compute_advantages(groups, algorithm.advantage, algorithm.shaping)
-    samples = [build_samples(group, advantages[index], index) for index, group in enumerate(groups)]
+    teaching = algorithm.distillation
+    teachers = [None if teaching is None else teaching.teacher_of(group.prompt.source) for group in groups]
+    samples = [build_samples(group, advantages[index], index, teachers[index]) for index, group in enumerate(groups)]
     per_batch = len(groups) // train.optimizer_steps
     return [
         build_train_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,25 +11,19 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.algorithms import (
-    Recipe,
     Scan,
-    Seen,
     Stats,
-    Support,
     algorithm_recipe,
-    nll_loss,
     raise_if_nonfinite,
-    recipe_loss,
-    reference_penalty,
 )
-from ctpo_megatron.algorithms.loss import PolicyLoss
 from ctpo_megatron.algorithms.statistics import NONFINITE
 from ctpo_megatron.batch import Abandoned, AnchorStreams, MicroBatch, UpdateAbandoned
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.errors import NonFiniteError
-from ctpo_megatron.mcore.kept_tokens import KeptTokens, SeenBy
+from ctpo_megatron.mcore.kept_tokens import KeptTokens
 from ctpo_megatron.mcore.old_policy import DRIFT, OldPolicy, check_drift
+from ctpo_megatron.mcore.policy_terms import likelihood_loss, policy_share, teacher_of_tokens
 from ctpo_megatron.mcore.rank import TrainerRank
 from ctpo_megatron.mcore.reference import Reference
 from ctpo_megatron.record.values import Values, merge_values
@@ -46,6 +41,7 @@ def update_policy(
     drift: DriftBounds,
     version: int,
     reference: Reference | None = None,
+    teachers: Mapping[int, Reference] | None = None,
     kept: KeptTokens | None = None,
     density: bool = False,
 ) -> Values:
@@ -54,8 +50,9 @@ def update_policy(
     `batches` hold this rank's micro-batches of each optimizer step; the device holds those of one step at a time. Returns the
     statistics of all steps as one, the same on all ranks. Raises MismatchError, before anything is changed, when trainer and
     engine disagree more than `drift` allows, and UpdateAbandoned, on every rank and before the step that would use it, for a
-    log-prob, loss or gradient that is not finite. `reference`: the policy that `algorithm.reference` asks for. `kept`:
-    gets what becomes of each token. `density`: whether log-ratios are counted, see `Recipe`.
+    log-prob, loss or gradient that is not finite. `reference`: the policy that `algorithm.reference` asks for. `teachers`: those
+    of `algorithm.distillation` that are copied, by their places. `kept`: gets what becomes of each token. `density`: whether
+    log-ratios are counted, see `Recipe`.
     """
     old = OldPolicy(rank.scan, algorithm.anchor, version, kept)
     first, *later = [rank.shard(batch) for batch in batches]
@@ -69,6 +66,9 @@ def update_policy(
     if reference is not None:
         with rank.using(reference):
             sharded = [_with_reference(rank, shards, temperature) for shards in sharded]
+    for place, teacher in (teachers or {}).items():
+        with rank.using(teacher):
+            sharded = [_with_teacher(rank, shards, temperature, place) for shards in sharded]
     recipe = algorithm_recipe(algorithm, density=density)
     loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
 
@@ -109,19 +109,34 @@ def _require_finite(measured: Values) -> None:
 
 def _anchors_of(mb: MicroBatch) -> AnchorStreams:
     """What the ranks of the last pipeline stage have added to a shard, in host memory; nothing before that stage."""
-    streams = {"anchor_logp": mb.tokens.anchor_logp, "reference_logp": mb.tokens.reference_logp}
+    streams = {name: getattr(mb.tokens, name) for name in ("anchor_logp", "reference_logp", "teacher_logp")}
     return {name: stream.cpu() for name, stream in streams.items() if stream is not None}
 
 
 def _with_reference(rank: TrainerRank, shards: list[MicroBatch], temperature: float) -> list[MicroBatch]:
-    """One optimizer step's shards with the reference policy's log-probs, which only the last pipeline stage has.
+    """One optimizer step's shards with the reference policy's log-probs, which only the last pipeline stage has."""
+    logp = _other_logp(rank, shards, temperature)
+    return [mb.with_streams(reference_logp=reference) for mb, reference in zip(shards, logp, strict=True)] if logp else shards
 
-    The reference policy chooses its experts itself.
-    """
-    logp = rank.logp(rank.on_device([replace(mb, replay=None) for mb in shards]), temperature)
-    if not logp:
-        return shards
-    return [mb.with_streams(reference_logp=reference) for mb, reference in zip(shards, logp, strict=True)]
+
+def _with_teacher(rank: TrainerRank, shards: list[MicroBatch], temperature: float, place: int) -> list[MicroBatch]:
+    """The shards with the log-probs of the teacher at `place` at the tokens that it teaches."""
+    logp = _other_logp(rank, shards, temperature)
+    return [_told(mb, said, rank.scan, place) for mb, said in zip(shards, logp, strict=True)] if logp else shards
+
+
+def _told(mb: MicroBatch, said: Tensor, scan: Scan, place: int) -> MicroBatch:
+    """A shard with what the teacher at `place` `said` of all its tokens [T] at those that it teaches."""
+    teacher, known = teacher_of_tokens(mb, scan), mb.tokens.teacher_logp
+    if teacher is None:
+        return mb
+    known = torch.zeros_like(said) if known is None else known.to(said.device)
+    return mb.with_streams(teacher_logp=torch.where(teacher.to(said.device) == place, said, known))
+
+
+def _other_logp(rank: TrainerRank, shards: list[MicroBatch], temperature: float) -> list[Tensor]:
+    """Log-probs of shards by the weights that are in the model's place, which choose their experts themselves."""
+    return rank.logp(rank.on_device([replace(mb, replay=None) for mb in shards]), temperature)
 
 
 def supervise(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
@@ -138,75 +153,3 @@ def supervise(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
         return rank.train_step(rank.place(batch), share, 1.0)
     except NonFiniteError as error:
         raise UpdateAbandoned(Abandoned(str(error), 0, error.sequence, {}, [])) from error
-
-
-def likelihood_loss(logp: Tensor, mb: MicroBatch, scan: Scan) -> PolicyLoss:
-    """This rank's share of the supervised loss of one micro-batch."""
-    sequences = mb.sequences
-    return nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=sequences.cu_seqlens, weights=sequences.weights, scan=scan)
-
-
-def policy_share(
-    logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig, seen: SeenBy | None = None
-) -> tuple[Tensor, Stats]:
-    """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: objective, correction, penalty."""
-    tokens, sequences = mb.tokens, mb.sequences
-    noted = None if seen is None else seen(mb)
-    out = objective_loss(logp, mb, scan, recipe=recipe, algorithm=algorithm, seen=noted)
-    if algorithm.reference is None:
-        return out.loss, out.stats
-    penalty = reference_penalty(
-        algorithm.reference.estimator,
-        logp=logp,
-        reference_logp=_present(tokens.reference_logp, "reference_logp"),
-        mask=tokens.mask,
-        cu_seqlens=sequences.cu_seqlens,
-        weights=sequences.weights,
-        scan=scan,
-    )
-    return out.loss + algorithm.reference.coeff * penalty.loss, out.stats | penalty.stats
-
-
-def objective_loss(
-    logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig, seen: list[Seen] | None = None
-) -> PolicyLoss:
-    """The same without the penalty, and token by token."""
-    tokens, sequences = mb.tokens, mb.sequences
-    return recipe_loss(
-        recipe,
-        logp=logp,
-        old_logp=_present(tokens.anchor_logp, "anchor_logp"),
-        advantages=tokens.advantages,
-        mask=tokens.mask,
-        cu_seqlens=sequences.cu_seqlens,
-        rollout_logp=tokens.rollout_logp,
-        weights=sequences.weights,
-        restarts=tokens.restarts if algorithm.restart_at_version else None,
-        sequence_ids=sequences.ids,
-        support=support_of(mb, logp),
-        scan=scan,
-        seen=seen,
-    )
-
-
-def support_of(mb: MicroBatch, logp: Tensor) -> Support | None:
-    """Both policies at the sampling policy's top-k tokens and, where it is none of them, the sampled one: [T, K + 1].
-
-    None where the run does not collect top-k tokens.
-    """
-    tokens = mb.tokens
-    if tokens.top_k_ids is None:
-        return None
-    rollout = _present(tokens.top_k_logp, "top_k_logp")
-    unused = rollout == -torch.inf
-    among = ((tokens.top_k_ids == tokens.labels.unsqueeze(-1)) & ~unused).any(-1)
-    sampled = [torch.where(among, -torch.inf, of.detach()).unsqueeze(-1) for of in (logp, tokens.rollout_logp)]
-    policy = torch.where(unused, -torch.inf, _present(tokens.policy_top_k_logp, "policy_top_k_logp"))
-    return Support(torch.cat([policy, sampled[0]], -1), torch.cat([rollout, sampled[1]], -1))
-
-
-def _present(stream: Tensor | None, name: str) -> Tensor:
-    """A stream that the step needs. Raises ValueError where an earlier part of it did not add the stream."""
-    if stream is None:
-        raise ValueError(f"the micro-batch has no {name}")
-    return stream

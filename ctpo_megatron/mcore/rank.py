@@ -207,7 +207,7 @@ class TrainerRank:
         from ctpo_megatron.mcore.hf.load import load_hf
 
         if model_path is not None and replace(read_hf_config(model_path), dtype=self.shape.dtype) != self.shape:
-            raise ConfigError(f"{model_path} has another shape than {self.model_path}; a reference policy needs the same.")
+            raise ConfigError(f"{model_path} has another shape than {self.model_path}; what takes its place needs the same.")
         with megatron_region(self.device):
             taken = HostWeights.take(self.models)
             if model_path is not None:  # loaded in the model's place, then exchanged

@@ -11,6 +11,7 @@ from ctpo_megatron.models.shape import ModelShape
 # SGLang 0.5.23 with context C takes at most C - 7 tokens of a prompt (`TpModelWorker.get_worker_info`, `validate_input_length`)
 # and ends a generation at C - 2 tokens. A turn, or a generation that goes on after an update, may begin one token before its end.
 RESERVED = 6
+READ = 7  # tokens of its context that SGLang keeps free where it only reads a prompt
 CONTEXT_FLAG, CACHE_FLAG = "--context-length", "--max-total-tokens"
 
 

@@ -40,6 +40,46 @@ def check_ordinary(beyond: list[Token], directory: Path, rows: int) -> None:
         )
 
 
+def check_same_tokens(one: Path, other: Path, what: str) -> None:
+    """Raise ModelError where a token id means something else in `other`, which is called `what`, than in `one`.
+
+    Compared are the files that are read here, and else those of sentencepiece and tiktoken, byte by byte.
+    """
+    mine, theirs = ({token.id: token.text for token in _tokens(directory)} for directory in (one, other))
+    if not mine or not theirs:
+        if not _same_files(one, other):
+            raise ModelError(
+                f"{other}, {what}, and {one} have tokenizers that cannot be compared: both need tokenizer.json or vocab.json, or "
+                f"the same file, one of {', '.join(_WHOLE)}."
+            )
+        return
+    differing = sorted(id_ for id_ in mine.keys() | theirs.keys() if mine.get(id_) != theirs.get(id_))
+    if differing:
+        shown = ", ".join(f"{id_} is {_text(theirs, id_)} instead of {_text(mine, id_)}" for id_ in differing[:3])
+        raise ModelError(
+            f"{other}, {what}, has another vocabulary than {one}: {len(differing)} of {len(mine)} token ids differ, {shown}. "
+            "Token ids are all that a teacher is given, so both need the same tokenizer."
+        )
+
+
+_WHOLE = ("tokenizer.model", "tiktoken.model")
+
+
+def _same_files(one: Path, other: Path) -> bool:
+    """Whether both directories have a tokenizer in one file, of the same bytes."""
+    found = [name for name in _WHOLE if (one / name).is_file() and (other / name).is_file()]
+    return bool(found) and all((one / name).read_bytes() == (other / name).read_bytes() for name in found)
+
+
+def _text(vocabulary: Mapping[int, str], id_: int) -> str:
+    return repr(vocabulary[id_]) if id_ in vocabulary else "no token"
+
+
+def largest_id(directory: Path) -> int:
+    """The largest id of the tokenizer's tokens; 0 where its files are not of a kind that is read here."""
+    return max((token.id for token in _tokens(directory)), default=0)
+
+
 def _named(tokens: list[Token]) -> str:
     named = ", ".join(f"{token.text!r} with id {token.id}" for token in tokens[:3])
     return named if len(tokens) <= 3 else f"{named} and {len(tokens) - 3} more"

@@ -34,6 +34,7 @@ class Plan:
     servers: Servers
     trainer_gpus: int
     server_gpus: int
+    teacher_gpus: int
     nodes: int
     problems: list[str]  # why it cannot run; empty: it fits
 
@@ -73,6 +74,7 @@ def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Ca
         servers=servers,
         trainer_gpus=topology.ranks,
         server_gpus=topology.server_gpus,
+        teacher_gpus=topology.teacher_gpus,
         nodes=topology.nodes(hardware.gpus_per_node),
         problems=problems,
     )

@@ -31,6 +31,8 @@ class PlannedRun:
     weights: Transport
     topology: Topology
     has_reference: bool  # log-probs of a reference policy are computed
+    has_teachers: bool  # so are those of teachers
+    copied_teachers: int  # how many of these are in the trainer's ranks
     top_k: int  # tokens at each place whose log-probs are recorded, or that could have been drawn
 
     @property
@@ -41,7 +43,7 @@ class PlannedRun:
     @property
     def kept_token_bytes(self) -> int:
         """Bytes of one token that stay on the device from the old policy's pass to the token's optimizer step: log-probs."""
-        return LOGP_BYTES * (2 if self.has_reference else 1)
+        return LOGP_BYTES * (1 + self.has_reference + self.has_teachers)
 
     @property
     def on_cpu(self) -> bool:

@@ -22,11 +22,30 @@ class NodeCount:
     trainer: int
     servers: int
     both: int
+    teachers: int = 0  # that hold nothing but servers of teachers
 
     @property
     def all(self) -> int:
         """Returns how many nodes there are together."""
-        return self.trainer + self.servers - self.both
+        return self.trainer + self.servers - self.both + self.teachers
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSet:
+    """Servers of one model that are none of the trained one's."""
+
+    servers: int
+    tp: int  # ranks of each
+    nodes: int  # that each spreads over
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all; on CPUs their ranks."""
+        return self.servers * self.tp
+
+    def bundles(self, device: str) -> list[Bundle]:
+        """What is reserved for them: a bundle for each part of a server on one of its nodes."""
+        return [_bundle(1.0, float(self.tp // self.nodes) if device == "cuda" else 0.0)] * (self.servers * self.nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +59,7 @@ class Topology:
     server_nodes: int = 1  # that each server spreads over
     colocated: bool = False  # the transport puts the servers on the trainer's devices
     within_node: bool = False  # the transport does not leave a node
+    teachers: tuple[ServerSet, ...] = ()  # those whose servers the run starts
 
     @property
     def server_tp_per_node(self) -> int:
@@ -68,18 +88,28 @@ class Topology:
 
     @property
     def gpus(self) -> int:
-        """GPUs of the run: one per trainer rank, `server_tp` per server, unless servers use the trainer's."""
-        return self.ranks + self.server_gpus
+        """GPUs of the run: one per trainer rank, `server_tp` per server, unless servers use the trainer's, and the teachers'."""
+        return self.ranks + self.server_gpus + self.teacher_gpus
+
+    @property
+    def teacher_gpus(self) -> int:
+        """GPUs of teachers' servers; of a run on CPUs: their ranks."""
+        return sum(each.gpus for each in self.teachers)
 
     def nodes(self, gpus_per_node: int) -> int:
         """The fewest nodes that hold all GPUs."""
         return self.node_count(gpus_per_node).all
 
     def node_count(self, gpus_per_node: int) -> NodeCount:
-        """Which the fewest nodes are: a server's part stays on one node, and ranks fill what servers leave free.
+        """Which the fewest nodes are: a server's part stays on one node, ranks fill what servers leave free, teachers the rest.
 
         A part that is larger than a node is counted as if it could spread; `ctpo plan` and `ctpo slurm` refuse it.
         """
+        without = self._without_teachers(gpus_per_node)
+        free = without.all * gpus_per_node - self.ranks - self.server_gpus
+        return replace(without, teachers=max(0, -(-(self.teacher_gpus - free) // gpus_per_node)))
+
+    def _without_teachers(self, gpus_per_node: int) -> NodeCount:
         if self.shares_gpus or not self.servers:
             both = -(-self.ranks // gpus_per_node)
             return NodeCount(trainer=both, servers=both if self.servers else 0, both=both if self.servers else 0)
@@ -92,8 +122,13 @@ class Topology:
 
     @property
     def bundles(self) -> list[Bundle]:
-        """What is reserved in Ray: those of the trainer first, then those of the servers."""
+        """What is reserved in Ray for trainer and servers: those of the trainer first, then those of the servers."""
         return self.rank_bundles + self.server_bundles
+
+    @property
+    def teacher_bundles(self) -> list[Bundle]:
+        """What is reserved besides, for teachers: those of the first one's servers first."""
+        return [bundle for each in self.teachers for bundle in each.bundles(self.device)]
 
     @property
     def rank_bundles(self) -> list[Bundle]:
@@ -145,8 +180,9 @@ def make_topology(
     *,
     trainer: bool = True,
     engines: bool = True,
+    teachers: tuple[ServerSet, ...] = (),
 ) -> Topology:
-    """The topology of a run with a trainer, with servers, or with both."""
+    """The topology of a run with a trainer, with servers, or with both; `teachers` belong to one with both."""
     return Topology(
         device=device,
         ranks=parallel.world_size if trainer else 0,
@@ -155,6 +191,7 @@ def make_topology(
         server_nodes=engine.nodes,
         colocated=weights.shares_devices,
         within_node=weights.within_node,
+        teachers=teachers if trainer and engines else (),
     )
 
 

@@ -24,12 +24,13 @@ class Reduction(enum.StrEnum):
     LAST = "last"
 
 
-_PLACEHOLDERS = {"{benchmark}": "[A-Za-z0-9_-]+", "{term}": "[A-Za-z0-9_-]+"}  # that do not stand for a whole number
+_PLACEHOLDERS = dict.fromkeys(("{benchmark}", "{term}", "{teacher}"), "[A-Za-z0-9_-]+")  # that stand for no whole number
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number; `{benchmark}`, `{term}`: a name."""
+    """One metric, or a family of them whose `name` has a `{placeholder}` for a whole number; `{benchmark}`, `{term}`,
+    `{teacher}`: a name."""
 
     name: str
     unit: str  # `share`: of 1; `ratio`: no unit, around 1; `nats`: of log-probs
@@ -174,6 +175,19 @@ TRAIN = (
     Metric("sft/loss", "nats", "Supervised loss of an optimizer step, per token."),
     Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
 )
+TEACHING = (
+    Metric(
+        "teacher/kl",
+        "nats",
+        "Estimate of KL(policy || teacher), the reverse KL divergence: the engine's log-prob less the teacher's, per token that "
+        "is taught; with `algorithm.distillation` only.",
+        watched=True,
+    ),
+    Metric("teacher/kl/{teacher}", "nats", "The same, per token that this teacher teaches."),
+    Metric("teacher/weight", "ratio", "How much a token counts by its place in the sequence: IW-OPD's weight, per token."),
+    Metric("teacher/seconds", "seconds", "From the request to the answer of a teacher on a server, per sequence."),
+    Metric("teacher/retries", "requests", "Requests to teachers on servers that were sent again.", SUM),
+)
 AGREEMENT = (
     Metric(
         "drift/mean",
@@ -317,6 +331,7 @@ CATALOGUE: tuple[Metric, ...] = (
     *ROLLOUT,
     *LEDGER,
     *TRAIN,
+    *TEACHING,
     *AGREEMENT,
     *HEALTH,
     *PROGRESS,

@@ -67,7 +67,7 @@ def _trainer(train: TrainConfig, run: PlannedRun, shape: ModelShape, peaks: Peak
     """Of one data-parallel replica: all of its GPUs work on each of its tokens."""
     gpus, passes = run.parallel.world_size / run.parallel.dp, 8 if train.recompute == "full" else 6
     forward = 2 * (1 - 1 / train.optimizer_steps)  # of the old policy: the first optimizer step needs none
-    work = passes + forward + (2 if run.has_reference else 0)
+    work = passes + forward + 2 * (run.has_reference + run.copied_teachers)
     each = work * active_parameters(shape) / (gpus * peaks.teraflops * 1e12 * peaks.trained)
     updated = model_parameters(shape).total / run.parallel.world_size * 28 / (peaks.decoded * peaks.terabytes_s * 1e12)
     return TrainerSpeed(token_s=each, attention=attention_weight(shape), optimizer_s=updated + 0.2)

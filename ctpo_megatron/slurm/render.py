@@ -114,12 +114,13 @@ def _nodes(job: Job, site: Site) -> tuple[int, str]:
             f"{per_node} GPUs; let each server spread over {-(-topology.server_tp // per_node)} nodes"
         )
     fewest = topology.node_count(per_node)
+    taught = f", teachers: {topology.teacher_gpus}" if topology.teachers else ""
     if job.nodes is not None and job.nodes < fewest.all:
         raise InputError(
             f"--nodes {job.nodes} with {per_node} GPUs each hold {job.nodes * per_node} GPUs; the run needs "
-            f"{topology.gpus} (parallel: {topology.ranks}, servers: {topology.server_gpus}), at least {fewest.all} nodes"
+            f"{topology.gpus} (parallel: {topology.ranks}, servers: {topology.server_gpus}{taught}), at least {fewest.all} nodes"
         )
-    words = f"{job.name}: {topology.gpus} GPUs. {_placement(topology, fewest)}{beside}"
+    words = f"{job.name}: {topology.gpus} GPUs{taught}. {_placement(topology, fewest)}{beside}"
     return (job.nodes or fewest.all) + spare, words
 
 
@@ -127,8 +128,9 @@ def _placement(topology: Topology, nodes: NodeCount) -> str:
     ranks, servers = f"{topology.ranks} trainer ranks", f"{topology.servers} servers of {topology.server_tp} GPUs"
     if not topology.servers or topology.shares_gpus:
         return f"{_count(nodes.all)}: {ranks}" + (f", and {servers} on the same GPUs" if topology.servers else "")
+    more = f", {_count(nodes.teachers)} for teachers alone" if nodes.teachers else ""
     parts = [f"{_count(nodes.trainer)} for {ranks}", f"{_count(nodes.servers)} for {servers}"]
-    return ", ".join(parts) + (f"; {nodes.both} of them for both" if nodes.both else "")
+    return ", ".join(parts) + more + (f"; {nodes.both} of them for both" if nodes.both else "")
 
 
 def _count(nodes: int) -> str:

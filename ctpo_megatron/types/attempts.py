@@ -89,6 +89,7 @@ class Turn:
     versions: list[int]
     top_k: TopK | None = None  # of an assistant's tokens, where the run collects it
     supports: Supports | None = None  # of an assistant's tokens, where sampling is truncated
+    teacher_logp: list[float] | None = None  # of an assistant's tokens, once a teacher on a server was asked
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.rollout_logp), len(self.versions)}
@@ -96,6 +97,8 @@ class Turn:
             lengths |= {len(self.top_k.ids), len(self.top_k.logp)}
         if self.supports is not None:
             lengths.add(len(self.supports.counts))
+        if self.teacher_logp is not None:
+            lengths.add(len(self.teacher_logp))
         if len(lengths) != 1:
             raise ValueError(f"streams of a {self.role} turn differ in length: {sorted(lengths)}")
 

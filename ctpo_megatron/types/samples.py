@@ -34,6 +34,8 @@ class TrainSample:
     routed_experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it
     top_k: TopK | None = None  # of each label, where the run collects it; unused where masked
     supports: Supports | None = None  # of each label, where sampling is truncated; none where masked
+    teacher: int | None = None  # its place in `algorithm.distillation.teachers`; None: nobody teaches it
+    teacher_logp: list[float] | None = None  # of the label by a teacher on a server; 0.0 where masked
 
     def __post_init__(self) -> None:
         streams: list[Any] = [self.input_ids, self.labels, self.mask, self.rollout_logp, self.versions]
@@ -41,6 +43,7 @@ class TrainSample:
         streams += [] if self.routed_experts is None else [self.routed_experts]
         streams += [] if self.top_k is None else [self.top_k.ids, self.top_k.logp]
         streams += [] if self.supports is None else [self.supports.counts]
+        streams += [] if self.teacher_logp is None else [self.teacher_logp]
         if len({len(stream) for stream in streams}) != 1:
             raise ValueError(f"streams of a sample differ in length: {[len(stream) for stream in streams]}")
 

@@ -1,4 +1,4 @@
-"""GAE and distillation on context-parallel shards against whole sequences, and what they send."""
+"""GAE and distillation on context-parallel shards against whole sequences, and what they send, alone and with an objective."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpo_megatron.algorithms import LocalScan, Scan
+from ctpo_megatron.algorithms import LocalScan, PolicyLoss, Scan, make_recipe, recipe_loss
 from ctpo_megatron.algorithms.critic import gae
-from ctpo_megatron.algorithms.distillation import distillation_loss
+from ctpo_megatron.algorithms.distillation import distillation_loss, teacher_signal, weighted_signal
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.parallel import ContextParallelScan, shard, unshard
 from tests.support.naive_scan import borders
@@ -28,6 +28,7 @@ RANKS = 4
 CUTS = list(product((2, 4), ("zigzag", "contiguous")))
 LENGTHS = (16, 40, 0, 8, 120)
 GAMMA, LAM = 0.99, 0.9
+BOUNDS = (("advantages", 1e-12), ("returns", 1e-12), ("token", 0.0), ("grad", 0.0), ("objective", 0.0), ("joined", 0.0))
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 0.25, 3.0], dtype=torch.float64)
 
 
@@ -51,9 +52,31 @@ def evaluate(given: dict[str, Tensor], scan: Scan) -> dict[str, Any]:
         out = distillation_loss(logp=logp, **common, weights=WEIGHTS)
     with Traffic() as backward:
         out.loss.backward()
-    tensors = {"advantages": estimated.advantages, "returns": estimated.returns, "token": out.token_loss, "grad": logp.grad}
-    calls = [len(traffic.calls) for traffic in (of_gae, forward, backward)]
+    alone = logp.grad.clone()
+    with Traffic() as together:
+        objective, joined = with_an_objective(logp, common)
+    (gradient,) = torch.autograd.grad(joined.loss, logp)
+    assert torch.equal(gradient, alone), "the same scan, whoever else takes part"
+    tensors = {
+        "objective": objective.token_loss,
+        "joined": joined.token_loss,
+        "advantages": estimated.advantages,
+        "returns": estimated.returns,
+        "token": out.token_loss,
+        "grad": logp.grad,
+    }
+    calls = [len(traffic.calls) for traffic in (of_gae, forward, backward, together)]
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()} | {"loss": out.loss.item(), "calls": calls}
+
+
+def with_an_objective(logp: Tensor, common: dict[str, Any]) -> tuple[PolicyLoss, PolicyLoss]:
+    """CTPO's loss, and the distillation's whose channels went through the same scan."""
+    recipe = make_recipe({"type": "ctpo"}, "sequence-mean", None, has_rollout=False)
+    signal = teacher_signal(logp=logp, **{name: common[name] for name in ("sampled_logp", "teacher_logp", "mask")})
+    at = {name: common[name] for name in ("cu_seqlens", "scan")} | {"weights": WEIGHTS}
+    given = {"logp": logp, "old_logp": common["sampled_logp"], "advantages": common["teacher_logp"], "mask": common["mask"]}
+    objective = recipe_loss(recipe, **given, **at, also=signal.channels)
+    return objective, weighted_signal(signal, objective.also, **at, gamma=0.5)
 
 
 def on_ranks(info: RankInfo) -> dict[Any, dict[str, Any]]:
@@ -77,11 +100,11 @@ def test_shards_are_the_whole(per_rank: list[dict[Any, dict[str, Any]]], size: i
     whole = evaluate(streams(), LocalScan())
     for first in range(0, RANKS, size):
         found = [rank[size, layout] for rank in per_rank[first : first + size]]
-        for name, bound in (("advantages", 1e-12), ("returns", 1e-12), ("token", 0.0), ("grad", 0.0)):
+        for name, bound in BOUNDS:
             joined = unshard([torch.from_numpy(each[name]) for each in found], borders(LENGTHS), layout)
             torch.testing.assert_close(joined, torch.from_numpy(whole[name]), rtol=bound, atol=bound, msg=name)
         assert math.fsum(each["loss"] for each in found) == pytest.approx(whole["loss"], rel=1e-12)
-        assert all(each["calls"] == [1, 1, 0] for each in found)
+        assert all(each["calls"] == [1, 1, 0, 1] for each in found)
 
 
 def test_the_whole_is_the_definition() -> None:

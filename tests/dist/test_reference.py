@@ -214,7 +214,7 @@ def top_k(engine: TrainerRank) -> dict[str, float]:
     """The largest top-k divergence that DPPO sees, under the trainer's own log-probs and under others."""
     from ctpo_megatron.algorithms.divergence import divergence_from_rollout
     from ctpo_megatron.algorithms.tokens import Given
-    from ctpo_megatron.mcore.policy import support_of
+    from ctpo_megatron.mcore.policy_terms import support_of
 
     pack = micro_batches()[0]
     ids = torch.stack([torch.randperm(VOCAB, generator=torch.Generator().manual_seed(t))[:TOP] for t in range(pack.positions)])

@@ -127,7 +127,7 @@ def with_a_pass(engine: TrainerRank, algorithm: AlgorithmConfig, batches: list[A
     """The same, the old policy's log-probs of every optimizer step found in a pass of their own."""
     from ctpo_megatron.algorithms import make_recipe
     from ctpo_megatron.mcore.old_policy import OldPolicy
-    from ctpo_megatron.mcore.policy import policy_share
+    from ctpo_megatron.mcore.policy_terms import policy_share
     from ctpo_megatron.record.values import merge_values
 
     old, sharded, gaps = OldPolicy(engine.scan, algorithm.anchor, 0, None), [], []

@@ -54,7 +54,8 @@ class EngineGroup:
 
     `routed_experts`: whether they return which experts they chose for each token. `shared_expert`: whether the model has one.
     `nursery`: the socket of the process that they are forked from; empty: there is none.
-    `environment`: Ray's, of their actors. `watchdog`: told of each server's processes from its start to its end.
+    `environment`: Ray's, of their actors. `watchdog`: told of each server's processes from its start to its end. `name`: what a
+    server is called, before its number. `log`: the beginning of its log's name.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class EngineGroup:
         nursery: str = "",
         environment: dict[str, Any] | None = None,
         watchdog: Watchdog | None = None,
+        name: str = "inference server",
+        log: str = "server",
     ) -> None:
-        self._watchdog = watchdog
+        self._watchdog, self._name, self._log = watchdog, name, log
         self._of_model = (routed_experts, shared_expert, nursery)
         self._environment = {"runtime_env": environment} if environment else {}
         self._config = config
@@ -95,7 +98,7 @@ class EngineGroup:
         await self._started.wait()
         if self._tending is not None:
             await asyncio.shield(self._tending)
-        raise ProcessDied(f"no inference server is left:\n{self._fleet.report()}")
+        raise ProcessDied(f"no {self._name} is left:\n{self._fleet.report()}")
 
     async def close(self) -> None:
         """End the watch and all servers; `Runtime.close` bounds it."""
@@ -167,11 +170,12 @@ class EngineGroup:
 
     def _launch(self, index: int, restarts: int) -> _Server:
         """New actors at place `index`. A server that is started again draws other random numbers than before."""
-        config, place, name = self._config, self._places[index], f"inference server {index}"
+        config, place, name = self._config, self._places[index], f"{self._name} {index}"
         seed = config.seed + index + restarts * len(self._places)
         remote, parts = ray.remote(concurrency_groups={"watch": 1, "pulse": 1})(EngineActor), []
         for rank, options in enumerate(place.parts):
-            log = self._run_dir / "logs" / (f"server_{index}.log" if rank == 0 else f"server_{index}_node_{rank}.log")
+            of_part = f"{self._log}_{index}.log" if rank == 0 else f"{self._log}_{index}_node_{rank}.log"
+            log = self._run_dir / "logs" / of_part
             remote_here = remote.options(**options, **self._environment)
             actor = remote_here.remote(config, seed, str(log), self._api_key, place.gpus, *self._of_model)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))

@@ -14,7 +14,7 @@ from ctpo_megatron.parallel import RankCoords, zigzag_unshard
 def join_abandoned(parts: Sequence[Abandoned], coords: Sequence[RankCoords], batches: list[TrainBatch]) -> Abandoned:
     """The update that the ranks at `coords` abandoned, with the streams of whole micro-batches: `Abandoned.anchors`, [dp][n].
 
-    `parts` are in the order of ranks; ranks before the last pipeline stage have no streams.
+    `parts` are in the order of ranks, pipeline stages last. Where several stages have a stream, that of the last is whole.
     """
     first = parts[0]
     if first.at is None or not any(part.anchors for part in parts):

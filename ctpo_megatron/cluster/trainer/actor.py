@@ -55,6 +55,7 @@ class _Built:
     rank: TrainerRank
     weights: RankWeights
     reference: Reference | None
+    teachers: dict[int, Reference]  # copied ones, by their places
 
 
 class TrainerActor:
@@ -140,9 +141,12 @@ class TrainerActor:
         )
         reference = config.algorithm.reference
         policy = None if reference is None else rank.reference(reference.path)
+        distillation = config.algorithm.distillation
+        copied = {} if distillation is None else distillation.copied
+        teachers = {place: rank.reference(teacher.path) for place, teacher in copied.items()}
         weights = RankWeights(rank, config.weights, tp=config.rollout.engine.tp, address=node_address(config))
         self._signs.attach(rank.models)
-        self._result = _Built(rank, weights, policy)
+        self._result = _Built(rank, weights, policy, teachers)
         self._free_memory()
         # megatron collects garbage at every copy of the optimizer's state, and would look at all that was imported: 0.3 s
         gc.collect()
@@ -176,6 +180,7 @@ class TrainerActor:
                 drift=config.drift.bounds(config.model.dtype_on(config.cluster.device), mixture=self.shape.num_experts > 0),
                 version=version,
                 reference=self._built.reference,
+                teachers=self._built.teachers,
                 kept=self._kept,
                 density=config.log.counts_ratios(version + 1),
             )

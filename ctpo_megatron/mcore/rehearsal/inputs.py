@@ -30,6 +30,7 @@ def full_micro_batch(tokens: int, shape: ModelShape, algorithm: AlgorithmConfig,
         restarts=torch.zeros(tokens, dtype=torch.bool),
         anchor_logp=zeros.clone(),
         reference_logp=zeros.clone() if algorithm.reference is not None else None,
+        teacher_logp=zeros.clone() if algorithm.distillation is not None else None,
         top_k_ids=torch.arange(k, dtype=torch.int32).repeat(tokens, 1) if k else None,
         top_k_logp=torch.zeros(tokens, k) if k else None,
     )
@@ -39,6 +40,7 @@ def full_micro_batch(tokens: int, shape: ModelShape, algorithm: AlgorithmConfig,
         groups=torch.zeros(1, dtype=torch.int64),
         weights=torch.ones(1, dtype=torch.float64),
         ids=torch.zeros(1, dtype=torch.int64),
+        teachers=torch.zeros(1, dtype=torch.int64) if algorithm.distillation is not None else None,
     )
     return MicroBatch(streams, sequences, Replay(even_routing(tokens, shape)) if replay and shape.routing else None)
 

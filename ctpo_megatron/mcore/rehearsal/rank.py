@@ -20,7 +20,7 @@ from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
-from ctpo_megatron.mcore.policy import policy_share
+from ctpo_megatron.mcore.policy_terms import policy_share
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.mcore.rehearsal.inputs import full_micro_batch
 from ctpo_megatron.mcore.rehearsal.ledger import Ledger, Traffic

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ctpo_megatron.algorithms import Scan, Stats, algorithm_recipe, reference_penalty
+from ctpo_megatron.algorithms import Scan, Stats, algorithm_recipe
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.checkpoints.files import MODEL
 from ctpo_megatron.config.algorithm import AlgorithmConfig
@@ -16,7 +16,7 @@ from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
 from ctpo_megatron.mcore.old_policy import anchor_logp
-from ctpo_megatron.mcore.policy import likelihood_loss, objective_loss
+from ctpo_megatron.mcore.policy_terms import likelihood_loss, policy_terms
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.mcore.replay.findings import RankFindings
 from ctpo_megatron.models.shape import ModelShape
@@ -33,7 +33,7 @@ class Replayed:
     device: str
     parallel: ParallelConfig
     moe: MoeConfig
-    algorithm: AlgorithmConfig
+    algorithm: AlgorithmConfig  # without what the dump has no log-probs for
     temperature: float
     policy_version: int
     supervised: bool
@@ -123,26 +123,14 @@ class DumpRank(TrainerRank):
         return [mb.with_streams(anchor_logp=each) for mb, each in zip(shards, found, strict=True)]
 
     def _loss(self, logp: Tensor, shard: MicroBatch, scan: Scan) -> tuple[Tensor, Tensor]:
-        """This rank's share of the loss, and the loss of each token before it is weighted, the penalty's part included."""
+        """This rank's share of the loss, and the loss of each token before it is weighted, what is added to the objective
+        included."""
         what = self._what
         if what.supervised:
             out = likelihood_loss(logp, shard, scan)
             return out.loss, out.token_loss
-        algorithm, tokens, sequences = what.algorithm, shard.tokens, shard.sequences
-        out = objective_loss(logp, shard, scan, recipe=algorithm_recipe(algorithm), algorithm=algorithm)
-        if algorithm.reference is None or tokens.reference_logp is None:
-            return out.loss, out.token_loss
-        penalty = reference_penalty(
-            algorithm.reference.estimator,
-            logp=logp,
-            reference_logp=tokens.reference_logp,
-            mask=tokens.mask,
-            cu_seqlens=sequences.cu_seqlens,
-            weights=sequences.weights,
-            scan=scan,
-        )
-        coeff = algorithm.reference.coeff
-        return out.loss + coeff * penalty.loss, out.token_loss + coeff * penalty.token_loss
+        out = policy_terms(logp, shard, scan, recipe=algorithm_recipe(what.algorithm), algorithm=what.algorithm)
+        return out.loss, out.token_loss
 
     def _grad_norm(self) -> float:
         if self.optimizer is None:

@@ -11,6 +11,7 @@ def training(run: Run, prefix: str) -> Part:
     """Returns the curves that are looked at when the reward does something unexpected."""
     get = run.metrics.series
     terms = {term: get(name) for name, term in run.metrics.names(r"reward/term/([A-Za-z0-9_-]+)")}
+    teachers = {teacher: get(name) for name, teacher in run.metrics.names(r"teacher/kl/([A-Za-z0-9_-]+)")}
     figures = [
         curves("entropy", "Entropy of the policy", "nats by token", {"entropy": get("train/entropy")}, zero=True),
         curves(
@@ -27,6 +28,7 @@ def training(run: Run, prefix: str) -> Part:
             "nats by token",
             {"KL": get("train/kl_old"), "KL to the reference": get("train/kl")},
         ),
+        curves("teachers", "Distance to the teachers", "nats by token", teachers, zero=True),
         curves("learning_rate", "Learning rate", "rate", {"rate": get("train/lr")}, zero=True),
         curves(
             "staleness",

@@ -62,6 +62,8 @@ def draw(seed: int, *, rows: bool) -> list[TrainSample]:
                 if rows
                 else None,
                 supports=Supports.of_rows(supports) if rows else None,
+                teacher=n % 3 - 1 if rows else None,
+                teacher_logp=[value if mine else 0.0 for value, mine in zip(as_float32, mask, strict=True)] if rows else None,
             )
         )
     return samples

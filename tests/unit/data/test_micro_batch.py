@@ -17,7 +17,7 @@ def micro_batch() -> MicroBatch:
         TrainSample(list(range(n)), list(range(n)), [True] * n, [-0.5] * n, [0] * n, [1.0] * n, top_k=TopK.unused(n, 3), group=n)
         for n in (8, 12)
     ]
-    samples = [replace(sample, supports=Supports.none(len(sample))) for sample in samples]
+    samples = [replace(s, supports=Supports.none(len(s)), teacher=1, teacher_logp=[-1.0] * len(s)) for s in samples]
     ((whole,),) = pack(samples, dp=1, max_tokens=64, cp=2)
     positions = torch.arange(whole.positions)
     whole = replace(whole, sequences=replace(whole.sequences, prefixes=torch.tensor([-1, 0])))

@@ -34,6 +34,21 @@ def test_the_example_of_the_docstring():
     assert sample.group == 11
 
 
+def test_what_a_teacher_said_is_at_the_labels_that_it_said_it_of():
+    turns = [
+        Turn("assistant", [5, 6], [-0.1, -0.2], [3, 4], teacher_logp=[-0.5, -0.6]),
+        Turn("tool", [9], [0.0], [-1]),
+        Turn("assistant", [4], [-0.3], [5], teacher_logp=[-0.4]),
+    ]
+    group = TrajectoryGroup(PROMPT, [Trajectory(0, [7, 8], turns, Status.FINISHED, id=ATTEMPT)], id=GROUP)
+    (sample,) = build_samples(group, [2.0], 11, teacher=3)
+    assert (sample.teacher, sample.teacher_logp) == (3, [0.0, -0.5, -0.6, 0.0, -0.4])
+    (sample,) = build_samples(TrajectoryGroup(PROMPT, [trajectory(1.0, [5])], id=GROUP), [2.0], 11)
+    assert (sample.teacher, sample.teacher_logp) == (None, None)
+    with pytest.raises(ValueError, match="differ in length"):
+        Turn("assistant", [5, 6], [-0.1, -0.2], [3, 4], teacher_logp=[-0.5])
+
+
 def turns_of(lengths: list[int]) -> list[Turn]:
     """Assistant and tool by turns, every token, log-prob and version distinct."""
     turns, token = [], 100

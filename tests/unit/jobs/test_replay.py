@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.data.dumps import StepDump
 from ctpo_megatron.errors import InputError
-from ctpo_megatron.jobs.replay import ReplayReport, batch_faults, prepare_replay
+from ctpo_megatron.jobs.replay import ReplayReport, batch_faults, known_terms, prepare_replay
 from ctpo_megatron.jobs.replay_page import page
 from ctpo_megatron.mcore.replay.findings import (
     Merged,
@@ -91,6 +93,27 @@ def test_many_layers_are_shown_around_the_first_fault() -> None:
     assert "     37 " in shown
     assert "     15 " not in shown
     assert "(40 layers; --json has all)" in shown
+
+
+def test_what_was_not_known_when_the_step_was_given_up_is_left_out() -> None:
+    teachers = [{"name": "a", "type": "copied", "path": "t"}]
+    algorithm = AlgorithmConfig.model_validate({"reference": {}, "distillation": {"teachers": teachers}})
+    known = {"anchor_logp": torch.zeros(2), "reference_logp": torch.zeros(2)}
+
+    def left_of(anchors: list[dict[str, torch.Tensor]], **sample: Any) -> tuple[bool, bool, str | None]:
+        dump = replace(report_of(merge_findings([SOUND], LAYERS, 8), **sample).dump, anchors=anchors)
+        left, words = known_terms(dump, algorithm)
+        return left.reference is not None, left.distillation is not None, words
+
+    told = {"teacher": 0, "teacher_logp": [math.nan, -1.0]}
+    assert left_of([known], **told) == (True, True, None)
+    assert left_of([known], teacher=-1) == (True, True, None)
+    assert left_of([known], teacher=0)[1] is False
+    reference, distillation, words = left_of([], teacher=0, teacher_logp=[0.0, math.nan])
+    assert (reference, distillation) == (False, False)
+    assert words is not None
+    assert "before the reference policy was asked" in words
+    assert "before a teacher was asked" in words
 
 
 def test_what_cannot_be_replayed_is_refused_before_a_process_starts(tmp_path: Path) -> None:

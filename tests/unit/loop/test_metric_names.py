@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ctpo_megatron.algorithms import Stats, policy_loss
+from ctpo_megatron.algorithms.distillation import distillation_loss
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.cluster.resources import Resources
@@ -21,6 +22,7 @@ from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.load import Load, LoadsSeen
+from ctpo_megatron.engine.teachers import AskedTeachers
 from ctpo_megatron.loop.admission import Admission
 from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.composition import StepRules
@@ -63,6 +65,12 @@ def reference_stats() -> Values:
     return handed_on(reference_penalty("k3", logp=logp, reference_logp=logp.detach() - 1, **fixed).stats)
 
 
+def teacher_stats() -> Values:
+    logp = torch.full((4,), -1.0, dtype=torch.float64, requires_grad=True)
+    fixed = {"mask": torch.ones(4, dtype=torch.bool), "cu_seqlens": torch.tensor([0, 4]), "weights": torch.ones(1)}
+    return handed_on(distillation_loss(logp=logp, sampled_logp=logp, teacher_logp=logp - 1, **fixed).stats)
+
+
 def handed_on(stats: Stats) -> Values:
     """As the trainer hands statistics to the driver, without what it looks at itself."""
     return {name: value for name, value in on_host(stats).items() if name != "nonfinite"}
@@ -72,13 +80,14 @@ def trained() -> set[str]:
     """What comes of an update, with everything that a run can ask for."""
     measured = {"type": "ctpo", "band": "entropy"}
     found = loss_stats(objective=measured, correction={"type": "truncate", "level": "token"}, delight={})
-    found |= reference_stats()
+    found |= reference_stats() | teacher_stats()
     means = (
         "loss",
         "grad_norm",
         "lr",
         "entropy",
         "support_mass",
+        "teacher/kl/big",
         "moe/load_entropy/layer_1",
         "moe/load_max_over_mean/layer_1",
         "routing/changed",
@@ -158,7 +167,8 @@ def accounted() -> set[str]:
     async def scenario() -> set[str]:
         config = load_config(ROOT / "configs" / "quickstart.yaml", [])
         buffer = GroupBuffer(StepRules(2, 0), first_step=0, last_step=1)
-        pipeline = Pipeline(Admission(PromptSampler([group().prompt], 1)), buffer, Ledger(), Sampled(), config.rollout, discard)
+        admission, teachers = Admission(PromptSampler([group().prompt], 1)), AskedTeachers({}, lambda _source: None)
+        pipeline = Pipeline(admission, buffer, Ledger(), Sampled(), config.rollout, discard, teachers)
         taken, _ = await asyncio.gather(pipeline.take(0), pipeline.feed())
         return set(taken.metrics)
 
@@ -184,6 +194,7 @@ def one_by_one() -> set[str]:
 def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
     made |= accounted() | used(tmp_path) | one_by_one()
+    made |= {"teacher/seconds"}  # by AskedTeachers, of an answer
     made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES}  # by RunRecord and TrainLoop
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()

@@ -6,7 +6,7 @@ import asyncio
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,14 @@ from ctpo_megatron.loop.buffer import GroupBuffer
 from ctpo_megatron.loop.composition import StepRules
 from ctpo_megatron.loop.ledger import Ledger, read_tally
 from ctpo_megatron.loop.pipeline import Pipeline
+from ctpo_megatron.loop.protocols import Teachers
 from ctpo_megatron.loop.train import first_failure
 from ctpo_megatron.record.events import Event
 from ctpo_megatron.record.rollout_events import GroupFailed
 from ctpo_megatron.rollout.attempt import Attempt
 from ctpo_megatron.rollout.journal import Journal
 from ctpo_megatron.rollout.rollouter import Rollouter
-from ctpo_megatron.types import AttemptId, Generation, Prompt, Status, Trajectory
+from ctpo_megatron.types import AttemptId, FailedAttempt, Generation, Prompt, Status, Trajectory, TrajectoryGroup
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(13)]
 SIZE = 3
@@ -72,10 +73,42 @@ class Played:
     positions: list[Position] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    told: list[list[list[float] | None]] = field(default_factory=list)  # what teachers said of the turns of a step
+
+
+class Strict:
+    """Says -2 of every token, and fails for the second attempt of some groups."""
+
+    def __init__(self, fails: set[int]) -> None:
+        self.fails, self.seen = fails, 0
+
+    async def teach(self, group: TrajectoryGroup) -> TrajectoryGroup:
+        await asyncio.sleep(0.001)
+        self.seen += 1
+        if group.id.number in self.fails:
+            reasons = ["another attempt of its group failed", "teacher 'big' did not answer"]
+            failed = [FailedAttempt(each.id, reasons[each.id.number == 1], each.id.number != 1) for each in group.trajectories]
+            return replace(group, trajectories=[], failed=failed)
+        taught = [
+            replace(each, turns=[replace(turn, teacher_logp=[-2.0] * len(turn.token_ids)) for turn in each.turns])
+            for each in group.trajectories
+        ]
+        return replace(group, trajectories=taught)
+
+    def metrics(self) -> dict[str, float]:
+        seen, self.seen = self.seen, 0
+        return {"teacher/retries": float(seen)}
 
 
 async def play(
-    run_dir: Path, environment: Timely, *, until: int = STEPS, step: int = 0, position: Position | None = None, **settings: float
+    run_dir: Path,
+    environment: Timely,
+    *,
+    until: int = STEPS,
+    step: int = 0,
+    position: Position | None = None,
+    teachers: Teachers | None = None,
+    **settings: float,
 ) -> Played:
     """Make the steps from `step` on; a run that ends before STEPS is killed while its rollouts go on."""
     run_dir.mkdir(exist_ok=True)
@@ -84,7 +117,8 @@ async def play(
     sampler = PromptSampler(PROMPTS, 1) if position is None else PromptSampler.restore(PROMPTS, position.cursor)
     admission = Admission(sampler) if position is None else Admission(sampler, position.groups, position.open)
     buffer = GroupBuffer(RULES, first_step=step, last_step=STEPS, admitted=admission.groups, decisions=journal)
-    pipeline = Pipeline(admission, buffer, ledger, Rollouter(environment, config, journal), config, played.events.append)
+    rollouter = Rollouter(environment, config, journal)
+    pipeline = Pipeline(admission, buffer, ledger, rollouter, config, played.events.append, teachers)
     environment.version = step
     journal.published(step, f"weights {step}")
 
@@ -93,6 +127,7 @@ async def play(
             taken = await pipeline.take(each)
             played.steps.append([group.id.number for group in taken.groups])
             turns = [[turn for t in group.trajectories for turn in t.turns] for group in taken.groups]
+            played.told.append([turn.teacher_logp for of_group in turns for turn in of_group])
             played.versions.append([min(version for turn in of_group for version in turn.versions) for of_group in turns])
             played.positions.append(taken.position)
             played.metrics.append(taken.metrics)
@@ -147,6 +182,27 @@ def test_stragglers_go_on_with_the_weights_of_the_next_steps(tmp_path: Path) -> 
     assert sum(each["ledger/carried"] for each in played.metrics) >= 1
     trained = [number for step in played.steps for number in step]
     assert len(trained) == len(set(trained)) == STEPS * RULES.groups
+
+
+def test_every_turn_that_is_trained_on_is_taught_and_a_teacher_that_fails_fails_the_group(tmp_path: Path) -> None:
+    """A run that is killed asks again, about what was sampled and not trained on."""
+    first = asyncio.run(play(tmp_path, Timely(1), until=3, teachers=Strict({2, 5})))
+    assert {turn is not None and set(turn) == {-2.0} for step in first.told for turn in step} == {True}
+    failures = [event for event in first.events if isinstance(event, GroupFailed)]
+    assert {(event.group, event.reason) for event in failures} == {
+        (f"g{number:08d}", "teacher 'big' did not answer") for number in (2, 5)
+    }
+    assert sum(each["teacher/retries"] for each in first.metrics) >= 3 * RULES.groups
+    assert sum(each["ledger/failed"] for each in first.metrics) == 2
+    environment, again = Timely(2), Strict(set())
+    second = asyncio.run(play(tmp_path, environment, step=2, position=first.positions[1], teachers=again))
+    assert second.steps[0] == first.steps[2]
+    assert {turn is not None and set(turn) == {-2.0} for step in second.told for turn in step} == {True}
+
+
+def test_teachers_that_fail_too_often_end_the_run_with_their_reason(tmp_path: Path) -> None:
+    with pytest.raises(RolloutError, match=r"rollout.failed_share = 0.5 of 20.*: teacher 'big' did not answer"):
+        asyncio.run(play(tmp_path, Timely(1), teachers=Strict(set(range(100)))))
 
 
 def test_failures_beyond_the_share_end_the_run_and_name_the_reason(tmp_path: Path) -> None:

@@ -84,18 +84,24 @@ def test_routing_is_even_in_every_run_of_tokens() -> None:
     assert (chosen[..., 0] != chosen[..., 1]).all()
 
 
+TAUGHT = {"distillation": {"teachers": [{"name": "a", "type": "copied", "path": "t"}]}}
+
+
 def test_a_micro_batch_has_what_the_objective_asks_for() -> None:
     plain = full_micro_batch(32, MIXTURE, AlgorithmConfig(), replay=True)
     assert plain.positions == 32
     assert plain.replay is not None
     assert plain.tokens.top_k_ids is None
     assert plain.tokens.reference_logp is None
-    rich = AlgorithmConfig.model_validate({"objective": {"type": "dppo", "divergence": "topk_kl"}, "reference": {}})
+    assert plain.tokens.teacher_logp is None
+    rich = AlgorithmConfig.model_validate({"objective": {"type": "dppo", "divergence": "topk_kl"}, "reference": {}} | TAUGHT)
     batch = full_micro_batch(32, MIXTURE, rich, replay=False)
     assert batch.replay is None
     assert batch.tokens.top_k_ids is not None
     assert batch.tokens.top_k_ids.shape == (32, rich.top_k)
     assert batch.tokens.reference_logp is not None
+    assert batch.tokens.teacher_logp is not None
+    assert batch.sequences.teachers is not None
 
 
 def test_fakes_keep_the_borders_of_sequences() -> None:

@@ -8,7 +8,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.rollout import EngineConfig
 from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.planning.topology import Topology, make_topology
+from ctpo_megatron.planning.topology import ServerSet, Topology, make_topology
 
 FOUR = ParallelConfig(dp=4)
 BROADCAST, COLOCATED = BroadcastTransport(), ColocatedTransport()
@@ -41,6 +41,19 @@ def test_gpus_and_nodes() -> None:
     assert (topology(two, COLOCATED).gpus, topology(two, COLOCATED).server_gpus) == (4, 0)
     assert (topology(two, engines=False).gpus, topology(two, trainer=False).gpus) == (4, 4)
     assert [topology(two).nodes(per_node) for per_node in (8, 4, 3)] == [1, 2, 3]
+
+
+def test_teachers_have_places_of_their_own() -> None:
+    two, sets = EngineConfig(servers=2, tp=2), (ServerSet(1, 2, 1), ServerSet(2, 4, 2))
+    run = make_topology(FOUR, two, BROADCAST, "cuda", teachers=sets)
+    assert run.bundles == topology(two).bundles
+    assert run.teacher_bundles == [{"CPU": 1.0, "GPU": 2.0}] * 5
+    assert run.on("cpu").teacher_bundles == [{"CPU": 1.0}] * 5
+    assert (run.teacher_gpus, run.gpus) == (10, 18)
+    assert [run.nodes(per_node) for per_node in (18, 10, 8, 4)] == [1, 2, 3, 5]
+    assert run.node_count(8).teachers == 2
+    alone = make_topology(FOUR, two, BROADCAST, "cuda", trainer=False, teachers=sets)
+    assert (alone.teachers, alone.gpus) == ((), 4), "`ctpo eval` asks no teacher"
 
 
 def test_one_node_is_needed_where_weights_do_not_leave_it() -> None:
