@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.memory import MemoryConfig
 from ctpo_megatron.config.spikes import SpikeConfig
 from ctpo_megatron.errors import ConfigError
@@ -104,19 +104,6 @@ class TrainConfig(Section):
     nonfinite_dumps: NonNegativeInt = 4
     """How many dumps of such steps are kept in RUN_DIR/dumps, the newest; each holds the weights too. 0: none is written."""
     spikes: SpikeConfig = SpikeConfig()
-
-
-class SftConfig(Section):
-    """Supervised teaching of a format before reinforcement learning."""
-
-    steps: PositiveInt = 1000
-    """Largest number of optimizer steps."""
-    batch_size: PositiveInt = 32
-    """Examples per optimizer step."""
-    stop_loss: PositiveFloat | None = None
-    """Stop when the smoothed loss per token falls below this. null: run all steps."""
-    output: FilePath | None = None
-    """Where the model is written in Hugging Face format. null: RUN_DIR/model."""
 
 
 class CheckpointConfig(Section):

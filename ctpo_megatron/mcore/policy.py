@@ -139,6 +139,14 @@ def supervise(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
         raise UpdateAbandoned(Abandoned(str(error), 0, error.sequence, {}, [])) from error
 
 
+def assess(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
+    """The statistics of `supervise`'s loss with the weights as they are, the same on every rank."""
+    placed = rank.place(batch)
+    logp = rank.logp(placed, 1.0)  # of the last pipeline stage, from where the statistics come
+    measured = [likelihood_loss(own, mb, rank.scan).stats for own, mb in zip(logp, placed, strict=True)] if logp else []
+    return rank.reduce(measured)
+
+
 def likelihood_loss(logp: Tensor, mb: MicroBatch, scan: Scan) -> PolicyLoss:
     """This rank's share of the supervised loss of one micro-batch."""
     sequences = mb.sequences
