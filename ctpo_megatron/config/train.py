@@ -11,7 +11,6 @@ from ctpo_megatron.config.memory import MemoryConfig
 from ctpo_megatron.config.spikes import SpikeConfig
 from ctpo_megatron.errors import ConfigError
 
-
 NO_MUON = (
     "muon is not available: megatron-core 0.16.1 takes it from the package emerging_optimizers, whose release 0.3.0 asks for "
     "Python 3.12 or newer, and refuses it together with the distributed optimizer, which this trainer uses; allowed: adamw"
