@@ -14,8 +14,9 @@ from ctpo_megatron.config.feeding import MAIN
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
+from ctpo_megatron.config.sft import SftConfig
 from ctpo_megatron.config.trace import TraceConfig
-from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
+from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
 
 

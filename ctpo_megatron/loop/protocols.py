@@ -25,6 +25,10 @@ class Trainer(Protocol):
         """One optimizer step of supervised training. Raises as `update` does."""
         ...
 
+    async def assess(self, batch: TrainBatch) -> Values:
+        """Returns the supervised loss of a batch, as `supervise` has it, with the weights as they are. Nothing is trained."""
+        ...
+
     async def save(self, directory: Path, *, background: bool) -> None:
         """Save all ranks' state as the checkpoint `directory`, which `checkpoints.files.begin_checkpoint` began.
 

@@ -153,3 +153,11 @@ def supervise(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
         return rank.train_step(rank.place(batch), share, 1.0)
     except NonFiniteError as error:
         raise UpdateAbandoned(Abandoned(str(error), 0, error.sequence, {}, [])) from error
+
+
+def assess(rank: TrainerRank, batch: list[MicroBatch]) -> Values:
+    """The statistics of `supervise`'s loss with the weights as they are, the same on every rank."""
+    placed = rank.place(batch)
+    logp = rank.logp(placed, 1.0)  # of the last pipeline stage, from where the statistics come
+    measured = [likelihood_loss(own, mb, rank.scan).stats for own, mb in zip(logp, placed, strict=True)] if logp else []
+    return rank.reduce(measured)

@@ -173,6 +173,8 @@ TRAIN = (
     ),
     Metric("train/delight", "ratio", "Weight of what is surprising and good, per token; with `algorithm.delight` only."),
     Metric("sft/loss", "nats", "Supervised loss of an optimizer step, per token."),
+    Metric("sft/epoch", "epochs", "Examples that were trained on, over the number of demonstrations.", LAST),
+    Metric("sft/eval_loss", "nats", "Supervised loss of the held-out demonstrations, per token.", watched=True),
     Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
 )
 TEACHING = (

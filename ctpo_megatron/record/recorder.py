@@ -33,6 +33,7 @@ CONSOLE_KEYS = (
     "eval/accuracy",
     "train/loss",
     "sft/loss_smoothed",
+    "sft/eval_loss",
     "train/grad_norm",
     "rollout/response_tokens",
     "drift/mean",

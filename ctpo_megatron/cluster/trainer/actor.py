@@ -208,6 +208,13 @@ class TrainerActor:
         except UpdateAbandoned as error:
             return error.update
 
+    @stage("assess")
+    def assess(self, batch: list[MicroBatch]) -> Values:
+        """Statistics of `loop.protocols.Trainer.assess`."""
+        from ctpo_megatron.mcore.policy import assess
+
+        return assess(self._built.rank, batch)
+
     @stage("canary")
     def canary_logp(self, token_ids: list[int], experts: Experts | None) -> list[float]:
         """Log-probs of this rank's part of the padded prompt: `RankWeights.canary_logp`."""

@@ -69,6 +69,12 @@ class TrainerGroup:
         found = await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)])
         return self._values(found, [batch])
 
+    async def assess(self, batch: TrainBatch) -> Values:
+        """The reduced statistics of one batch (`loop.protocols.Trainer.assess`)."""
+        shares = self._shares(batch.micro_batches.__getitem__)
+        found = await self._calls([rank.actor.assess.remote(s) for rank, s in zip(self.ranks, shares, strict=True)])
+        return found[0]
+
     async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
         """Log-probs of tokens 1, 2, ... of the prompt at temperature 1, with the weights as they are.
 

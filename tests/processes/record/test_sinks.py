@@ -306,7 +306,7 @@ def test_the_parts_of_a_run_reach_tensorboard_and_the_sink(run_dir: Path) -> Non
 def test_a_command_is_refused_before_it_reads_anything(run_dir: Path, command: str) -> None:
     sinks = "log.sinks=[{type: wandb, python: /usr/bin/false}]"
     config = load_config(ROOT / "configs" / "quickstart.yaml", [sinks, f"run_dir={run_dir}/run", "model.path=/nowhere"])
-    job = train_job(config, StopSignal(), resume="no") if command == "train" else sft_job(config)
+    job = train_job(config, StopSignal(), resume="no") if command == "train" else sft_job(config, StopSignal())
     with pytest.raises(ConfigError, match="has no package wandb"):
         asyncio.run(job)
     assert not (run_dir / "run").exists()

@@ -19,6 +19,7 @@ from ctpo_megatron.cluster.resources import Resources
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.traffic import TrafficConfig
+from ctpo_megatron.data.demonstrations import Demonstrations
 from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.load import Load, LoadsSeen
@@ -30,7 +31,7 @@ from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.pipeline import Pipeline
 from ctpo_megatron.loop.report import StepCost
-from ctpo_megatron.loop.sft import run_sft
+from ctpo_megatron.loop.sft import SftLoop
 from ctpo_megatron.loop.skipping import SKIPPED
 from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
 from ctpo_megatron.models.config import parse_config
@@ -128,13 +129,16 @@ def supervised() -> set[str]:
         async def supervise(self, batch: Any) -> Values:
             return {"nll": Mean(1.0, 2.0), "tokens": Sum(2.0), "grad_norm": Mean(1.0)}
 
+        assess = supervise
+
     class Notes:
         def step(self, step: int, metrics: dict[str, float]) -> None:
             names.update(metrics)
 
     sample = TrainSample([1, 2], [2, 3], [True, True], [0.0, 0.0], [-1, -1], [0.0, 0.0])
-    config = load_config(ROOT / "configs" / "quickstart_sft.yaml", ["sft.steps=1"])
-    asyncio.run(run_sft(config, [sample], Ranks(), Notes()))
+    config = load_config(ROOT / "configs" / "quickstart_sft.yaml", ["sft.steps=1", "sft.eval=held_out.jsonl"])
+    demonstrations = Demonstrations({"": [sample]}, config.data, 1)
+    asyncio.run(SftLoop(config, demonstrations, Ranks(), Notes(), held_out=[sample]).run())
     return names
 
 
