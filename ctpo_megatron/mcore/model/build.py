@@ -22,6 +22,8 @@ from ctpo_megatron.mcore.model.spec import layer_spec
 from ctpo_megatron.mcore.model.transformer import transformer_config
 from ctpo_megatron.models.shape import ModelShape
 
+OVERLAPPED_BUCKET: int | None = None  # parameters whose gradients are reduced together beside the backward pass; None: megatron's
+
 
 def build_model(
     shape: ModelShape,
@@ -44,7 +46,12 @@ def build_model(
     chunks = [_chunk(shape, parallel, config, device, vp_stage, adapter) for vp_stage in stages]
     if not trainable:
         return chunks
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        bucket_size=OVERLAPPED_BUCKET if parallel.overlap_grad_reduce else None,
+    )
     chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
     config.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in chunks]
