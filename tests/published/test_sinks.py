@@ -127,7 +127,7 @@ def test_wandb_keeps_one_run_offline(tmp_path: Path) -> None:
     assert {line["id"] for line in lines if "id" in line} == {names[0]}
     assert {line["name"] for line in lines if "id" in line} == {"toy"}
     logged = [{key: json.loads(value) for key, value in line["row"].items()} for line in lines if "row" in line]
-    rows = [row for row in logged if "step" in row]
+    rows = [row for row in logged if "train/loss" in row]
     assert [(row["step"], row["samples"], row["train/loss"]) for row in rows] == [
         (step, 8.0 * step, pytest.approx(1.0 / step)) for step in range(1, 6)
     ]
