@@ -20,8 +20,8 @@ class Sink:
     """A run of the experiment, whose settings are its parameters. MLflow names runs itself.
 
     Events are a text among its artifacts, a line for each, which is written anew when some have come: MLflow has no other place
-    for them. Each process of a run begins a text of its own. Where the store of artifacts is out of reach, numbers still get through;
-    events are then told no more.
+    for them. Each process of a run begins a text of its own. Where the store of artifacts is out of reach, events are told no more,
+    and numbers still get through.
     """
 
     def __init__(self, settings: dict[str, Any], run: dict[str, Any], name: str, *, resumed: bool, metrics: Any) -> None:
