@@ -20,7 +20,7 @@ class Sink:
     """A run of the experiment, whose settings are its parameters. MLflow names runs itself.
 
     Events are a text among its artifacts, a line for each, which is written anew when some have come: MLflow has no other place
-    for them. Each process of a run begins a text of its own. Where the store of artifacts is out of reach, events are told no more,
+    for them. Each process of a run begins a text of its own. Where the store of artifacts is out of reach, events are left out,
     and numbers still get through.
     """
 
