@@ -100,15 +100,17 @@ _DOING = {
 
 
 def phases(seconds: Mapping[str, Sequence[Point]]) -> Figure | None:
-    """Returns each step's seconds by phase, one on the other."""
+    """Returns each step's seconds by phase, one on the other; a phase that a step did not have took it no time."""
+    there = [phase for phase, points in seconds.items() if points]
+    if not there:
+        return None
+    steps = sorted({step for points in seconds.values() for step, _ in points})
+    of_phase = {phase: dict(seconds[phase]) for phase in there}
     values = [
         {"step": each.step, "seconds": each.mean, "phase": phase}
-        for phase, points in seconds.items()
-        for each in thinned(list(points), 200)
+        for phase, known in of_phase.items()
+        for each in thinned([(step, known.get(step, 0.0)) for step in steps], 200)
     ]
-    if not values:
-        return None
-    there = [phase for phase, points in seconds.items() if points]
     chart = (
         alt.Chart(rows(values))
         .mark_area(interpolate="step-after")
