@@ -21,7 +21,8 @@ PHONE = (390, 844)
 # of charts the words that are cut off at the right, as a legend's that has too many in a row; and the last cells of long rows
 CUT_OFF = """
 const beyond = (each, edge) => each.getBoundingClientRect().right > edge + 8;
-const words = (place) => [...place.querySelectorAll('svg text')].filter((each) => beyond(each, place.getBoundingClientRect().right));
+const edge = (place) => place.getBoundingClientRect().right;
+const words = (place) => [...place.querySelectorAll('svg text')].filter((each) => beyond(each, edge(place)));
 const cells = [...document.querySelectorAll('table.rows td:last-child')].filter((each) => beyond(each, innerWidth));
 return [...[...document.querySelectorAll('[data-chart]')].flatMap(words), ...cells].map((each) => each.textContent);
 """
