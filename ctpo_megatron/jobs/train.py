@@ -264,8 +264,7 @@ class _Run:
         if chosen is not None:
             restored = await _restored(runtime, inputs, start, chosen, emit)
             start = replace(restored, admission=start.admission, position=start.position) if passed_over else restored
-        # a new run's weights too: it proves that trainer and servers agree from the start
-        published = await publisher.publish(start.step)
+        published = await publisher.publish(start.step)  # of a new run too: it proves that trainer and servers agree
         self._published(start.step, publisher.digest)
         emit(weights_published(start.step, published))
         opening = partial(open_record, inputs.config, run_dir, start, inputs.sinks, self._hearing, emit, self._storage)

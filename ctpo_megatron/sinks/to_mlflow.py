@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ class Sink:
     """A run of the experiment, whose settings are its parameters. MLflow names runs itself.
 
     Events are a text among its artifacts, a line for each, which is written anew when some have come: MLflow has no other place
-    for them. Each process of a run begins a text of its own.
+    for them. Each process of a run begins a text of its own. Where the store of artifacts is out of reach, events are left out,
+    and numbers still get through.
     """
 
     def __init__(self, settings: dict[str, Any], run: dict[str, Any], name: str, *, resumed: bool, metrics: Any) -> None:
@@ -28,6 +30,7 @@ class Sink:
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3.7 and newer refuse files without it
         self._entities: Any = importlib.import_module("mlflow.entities")
         self._events, self._text, self._written = time.strftime("events/%Y-%m-%dT%H-%M-%SZ.txt", time.gmtime()), "", 0
+        self._out_of_reach = False
         self._client: Any = importlib.import_module("mlflow.tracking").MlflowClient(uri)
         if resumed:
             self.id = name
@@ -55,9 +58,14 @@ class Sink:
 
     def flush(self) -> None:
         """See `worker.Sink`."""
-        if len(self._text) > self._written:
+        if len(self._text) <= self._written or self._out_of_reach:
+            return
+        try:
             self._client.log_text(self.id, self._text, self._events)
-            self._written = len(self._text)
+        except Exception as error:  # noqa: BLE001 - as many kinds as there are stores
+            self._out_of_reach = True
+            print(f"events are not told, as the run's artifacts cannot be written: {error!r}", file=sys.stderr, flush=True)
+        self._written = len(self._text)
 
     def close(self, *, how: str) -> None:
         """See `worker.Sink`."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from ctpo_megatron.algorithms import Stats
-from ctpo_megatron.cluster.trainer.tracing import RankTracer
+from ctpo_megatron.cluster.trainer.tracing import MEMORY_ENTRIES, RankTracer
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.record.heartbeat import Stages
 from ctpo_megatron.record.spans import MAIN, Span
@@ -50,7 +53,33 @@ def test_a_step_of_two_ranks(tmp_path: Path) -> None:
         assert other.begin < one.end, number
     events = list(trace_events(0, [Traced(f"rank {rank}", spans) for rank, (spans, *_) in enumerate(ranks)]))
     assert {each["pid"] for each in events if each["ph"] == "X"} == {1, 2}
-    assert list(tmp_path.glob("profile_*"))
+    check_profile(tmp_path / "profile_0.json.gz")
+
+
+def check_profile(path: Path) -> None:
+    """It has the operators of a training step, forward and backward, and what they allocate."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    names = {each.get("name") for each in events}
+    assert {"aten::mm", "aten::_softmax", "aten::embedding_dense_backward", "gloo:all_reduce"} <= names
+    assert any(str(name).startswith("autograd::engine::evaluate_function") for name in names)
+    allocated = [each["args"]["Bytes"] for each in events if each.get("name") == "[memory]"]
+    assert any(size > 0 for size in allocated)
+    assert any(size < 0 for size in allocated), "what is freed"
+
+
+def record_memory(engine: TrainerRank, path: Path) -> None:
+    """torch's recorder of a GPU's memory is begun, written and ended, with arguments that it has. There is no GPU to record."""
+    memory = torch.cuda.memory
+    with (
+        patch.object(torch.cuda, "is_available", return_value=True),
+        patch.object(memory, "_record_memory_history", autospec=True) as record,
+        patch.object(memory, "_dump_snapshot", autospec=True) as dump,
+    ):
+        trace = RankTracer(engine, Stages(), None, path).end()
+    assert trace.lost == []
+    assert [each.kwargs for each in record.call_args_list] == [{"max_entries": MEMORY_ENTRIES}, {"enabled": None}]
+    dump.assert_called_once_with(str(path))
 
 
 def check_nesting(spans: list[Span]) -> None:
@@ -78,7 +107,7 @@ def traced_step(rank: RankInfo, model: Path, directory: Path) -> tuple[list[Span
     train(engine, 1)  # what is done once is done
     methods = {name: getattr(dist.ProcessGroup, name) for name in ("allreduce", "broadcast")} | {"wait": dist.Work.wait}
     stages = Stages()
-    profile = directory / "profile_0.json" if rank.rank == 0 else None
+    profile = directory / "profile_0.json.gz" if rank.rank == 0 else None
     dist.barrier()
     tracer = RankTracer(engine, stages, profile, directory / "memory.pickle")
     with stages("update", step=2):
@@ -86,6 +115,7 @@ def traced_step(rank: RankInfo, model: Path, directory: Path) -> tuple[list[Span
     trace = tracer.end()
     now = {name: getattr(dist.ProcessGroup, name) for name in ("allreduce", "broadcast")} | {"wait": dist.Work.wait}
     untouched = now == methods and "train_step" not in vars(engine) and "enter" not in vars(stages)
+    record_memory(engine, directory / "of_a_gpu.pickle")
     waited_s = waited_for_a_slow_rank(engine)
     engine.close()
     return trace.spans, untouched, trace.lost, waited_s

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 import subprocess
 import threading
 import time
@@ -78,7 +79,11 @@ def test_mlflow_keeps_one_run_in_files(tmp_path: Path) -> None:
     assert len(lines) == 5 + 2 + 2
     assert lines[0] == "1970-01-01 00:16:41 UTC  server lost: inference server 3 is lost: it died"
     assert f"1970-01-01 00:33:20 UTC  alarm raised: {RAISED.sentence}" in lines
+    shutil.rmtree(run / "artifacts")
+    (run / "artifacts").write_text("not a directory")
     feed(sink, tmp_path, resumed=True, steps=range(6, 7), how="failed")
+    assert (run / "metrics" / "train" / "loss").read_text().splitlines()[-1].endswith(" 6"), "numbers get through"
+    assert "events are not told" in (tmp_path / "logs" / "sink_mlflow.log").read_text()
     assert "status: 4" in (run / "meta.yaml").read_text(), "a run that failed is not finished"
 
 
@@ -127,7 +132,7 @@ def test_wandb_keeps_one_run_offline(tmp_path: Path) -> None:
     assert {line["id"] for line in lines if "id" in line} == {names[0]}
     assert {line["name"] for line in lines if "id" in line} == {"toy"}
     logged = [{key: json.loads(value) for key, value in line["row"].items()} for line in lines if "row" in line]
-    rows = [row for row in logged if "step" in row]
+    rows = [row for row in logged if "train/loss" in row]
     assert [(row["step"], row["samples"], row["train/loss"]) for row in rows] == [
         (step, 8.0 * step, pytest.approx(1.0 / step)) for step in range(1, 6)
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import altair as alt
@@ -33,13 +33,13 @@ def timeline(spans: Sequence[Span], processes: Sequence[str]) -> Figure | None:
     data = rows(
         {"process": each.process, "doing": each.doing, "begin": each.begin, "end": each.end, "step": each.step} for each in spans
     )
-    order = alt.Scale(domain=kinds, range=[*_COLOURS[: len(kinds) - 1], "#9aa0a8"])
+    order = alt.Scale(domain=kinds, range=_colours(kinds))
     seconds = [alt.Tooltip("begin:Q", format=",.2f"), alt.Tooltip("end:Q", format=",.2f")]
     chart = (
         alt.Chart(data)
         .mark_bar(height=alt.RelativeBandSize(0.8))
         .encode(
-            x=alt.X("begin:Q", title="seconds"),
+            x=alt.X("begin:Q", title="seconds", scale=alt.Scale(nice=False)),
             x2="end:Q",
             y=alt.Y("process:N", title=None, sort=list(processes)),
             color=alt.Color("doing:N", scale=order, sort=None),
@@ -63,7 +63,7 @@ def waits(shares: Mapping[str, float]) -> Figure | None:
     values = rows({"process": name, "waits": share} for name, share in shares.items())
     chart = (
         alt.Chart(values)
-        .mark_bar()
+        .mark_bar(color=_DOING[BUBBLE])
         .encode(
             x=alt.X("waits:Q", title="share of the steps' time", axis=alt.Axis(format=".0%"), scale=alt.Scale(domain=[0, 1])),
             y=alt.Y("process:N", title=None, sort=list(shares)),
@@ -78,25 +78,46 @@ def waits(shares: Mapping[str, float]) -> Figure | None:
     return Figure("waits", "How long each process waits", words, height(chart, 20 * len(shares) + 30), note)
 
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C9A400", "#56B4E9", "#8c5fbf", "#b5651d")
+def _colours(kinds: Iterable[str]) -> list[str]:
+    """Each kind's colour, the same in all charts; what is none of these is brown."""
+    return [_DOING.get(each, "#b5651d") for each in kinds]
+
+
+_DOING = {
+    "rollout": "#0072B2",
+    "rollout tail": "#56B4E9",
+    "train": "#009E73",
+    "publish": "#8c5fbf",
+    "evaluate": "#CC79A7",
+    "checkpoint": "#7fb069",
+    "batch": "#D55E00",
+    "sleep": "#C9A400",
+    "give memory back": "#C9A400",
+    "storage": "#7a1f1f",
+    "other": "#6b7280",
+    BUBBLE: "#9aa0a8",
+}
 
 
 def phases(seconds: Mapping[str, Sequence[Point]]) -> Figure | None:
-    """Returns each step's seconds by phase, one on the other."""
+    """Returns each step's seconds by phase, one on the other; a phase that a step did not have took it no time."""
+    there = [phase for phase, points in seconds.items() if points]
+    if not there:
+        return None
+    steps = sorted({step for points in seconds.values() for step, _ in points})
+    of_phase = {phase: dict(seconds[phase]) for phase in there}
     values = [
         {"step": each.step, "seconds": each.mean, "phase": phase}
-        for phase, points in seconds.items()
-        for each in thinned(list(points), 200)
+        for phase, known in of_phase.items()
+        for each in thinned([(step, known.get(step, 0.0)) for step in steps], 200)
     ]
-    if not values:
-        return None
     chart = (
         alt.Chart(rows(values))
         .mark_area(interpolate="step-after")
         .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",.0f")),
+            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",.0f", labelSeparation=8)),
             y=alt.Y("seconds:Q", title="seconds of a step", stack="zero"),
-            color=alt.Color("phase:N", sort=None),
+            color=alt.Color("phase:N", sort=None, scale=alt.Scale(domain=there, range=_colours(there))),
             tooltip=[alt.Tooltip("step:Q", format=",.0f"), "phase:N", alt.Tooltip("seconds:Q", format=",.3~f")],
         )
     )

@@ -16,11 +16,13 @@ from ctpo_megatron.algorithms.distillation import distillation_loss
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.cluster.resources import Resources
+from ctpo_megatron.cluster.trainer.actor import WAITS
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.data.demonstrations import Demonstrations
 from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.engine.busy import BusyTimes
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.load import Load, LoadsSeen
 from ctpo_megatron.engine.teachers import AskedTeachers
@@ -192,14 +194,23 @@ def used(run_dir: Path) -> set[str]:
 def one_by_one() -> set[str]:
     seen = LoadsSeen()
     seen.saw("inference server 0", Load(1, 1, 0, 0.5))
-    return set(seen.metrics())
+    return set(seen.metrics()) | asyncio.run(worked())
+
+
+async def worked() -> set[str]:
+    """By a server that has something to do while a step goes on."""
+    busy = BusyTimes()
+    busy.begin()
+    busy.asked("inference server 0")
+    await asyncio.sleep(0.01)
+    return set(busy.metrics())
 
 
 def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
     made |= accounted() | used(tmp_path) | one_by_one()
     made |= {"teacher/seconds"}  # by AskedTeachers, of an answer
-    made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES}  # by RunRecord and TrainLoop
+    made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES, f"{WAITS}0"}  # by RunRecord, TrainLoop, TrainerActor
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
 

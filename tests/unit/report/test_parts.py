@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ctpo_megatron.record.story import Happened
+from ctpo_megatron.report.figures import times
 from ctpo_megatron.report.figures.times import BUBBLE
 from ctpo_megatron.report.parts import health, phases, processes
 from ctpo_megatron.report.parts.events import events
@@ -106,6 +107,29 @@ def test_what_one_server_did(busy: float, ahead: bool, expected: list[tuple[str,
     assert own[0].begin == 90.0
     assert all(one.end == other.begin for one, other in pairwise(own))
     assert own[-1].end == 100.0
+
+
+def test_a_phase_that_a_step_did_not_have_takes_no_room_in_its_stack() -> None:
+    figure = times.phases({"train": [(1, 3.0), (2, 3.0), (3, 4.0)], "evaluate": [(0, 5.0), (3, 6.0)], "sleep": []})
+    assert figure is not None
+    drawn = {(each["phase"], each["step"]): each["seconds"] for each in figure.spec()["data"]["values"]}
+    assert drawn == {
+        **{("train", 0): 0.0, ("train", 1): 3.0, ("train", 2): 3.0, ("train", 3): 4.0},
+        **{("evaluate", 0): 5.0, ("evaluate", 1): 0.0, ("evaluate", 2): 0.0, ("evaluate", 3): 6.0},
+    }
+
+
+def test_every_phase_has_a_colour_of_its_own() -> None:
+    """In a step that has all of them, none has that of waiting."""
+    everything = {phase: 1.0 for phase in phases.WORK if phase != phases.TAIL}
+    spans = phases.spans_of(
+        Happened(100.0, "step", {"step": 1, "seconds": 20.0, "phases": everything, "rollout_tail": 0.5}), ahead=False
+    )
+    figure = times.timeline(spans, phases.PROCESSES)
+    assert figure is not None
+    scale = figure.spec()["encoding"]["color"]["scale"]
+    assert len(scale["domain"]) == len(scale["range"]) == len(set(scale["range"]))
+    assert set(scale["domain"]) >= {"rollout", "rollout tail", "batch", "train", "publish", "evaluate", "checkpoint", BUBBLE}
 
 
 def test_of_many_processes_those_are_drawn_that_wait_most_and_least() -> None:
