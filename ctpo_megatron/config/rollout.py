@@ -30,8 +30,8 @@ class DataConfig(Section):
     weight: PositiveFloat = 1.0
     """How often a prompt of `train` comes, relative to the weights of the mixture's sources."""
     mixture: tuple[SourceConfig, ...] = ()
-    """Further files of prompts, or for `ctpo sft` of demonstrations, to train on. Each draw picks a source by the weights; each source comes in
-    epochs of its own."""
+    """Further files of prompts, or for `ctpo sft` of demonstrations, to train on. Each draw picks a source by the weights; each
+    source comes in epochs of its own."""
     pools: PoolsConfig | None = None
     """Pools of one difficulty in each source; `ctpo sft` has none. null: none."""
     curriculum: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
