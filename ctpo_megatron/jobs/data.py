@@ -118,14 +118,24 @@ def _look_at_prompts(
 
 
 def _look_at_demonstrations(config: RunConfig, model: OpenModel, found: Findings, samples: int) -> None:
-    trained = 0
+    trained, asked = 0, dict[tuple[int, ...], str]()
     weights = config.model_copy(update={"data": config.data.model_copy(update={"curriculum": None})})
     for source, path in training_files(config):
-        trained += len(_look_at_file(path, "sft", config, model, found, samples))
+        of_file = _look_at_file(path, "sft", config, model, found, samples)
         found.files[-1].share = source_share(weights, source)
+        trained += len(of_file)
+        for sample in of_file:
+            asked.setdefault(_prompt_of(sample), f"{source}:{sample.group}" if source else str(sample.group))
     found.steps, found.rows_per_step = config.sft.total_steps(trained), config.sft.per_step(trained)
     if config.sft.eval is not None:
-        _look_at_file(config.sft.eval, "eval", config, model, found, samples=0)
+        held_out = _look_at_file(config.sft.eval, "eval", config, model, found, samples=0)
+        of_rows = {sample.group: asked[_prompt_of(sample)] for sample in held_out if _prompt_of(sample) in asked}
+        found.files[-1].shared = list(of_rows.items())
+
+
+def _prompt_of(sample: TrainSample) -> tuple[int, ...]:
+    """The tokens before the first that is taught."""
+    return tuple(sample.input_ids[: sample.mask.index(True) + 1])
 
 
 def _look_at_file(path: str, use: str, config: RunConfig, model: OpenModel, found: Findings, samples: int) -> list[TrainSample]:

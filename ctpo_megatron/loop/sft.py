@@ -8,6 +8,7 @@ end        steps or epochs are done, the loss is low enough, the held-out loss f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -160,7 +161,7 @@ class SftLoop:
             tokens += scalar(stats["tokens"])
         loss, best = total / tokens, self.state.best
         self.recorder.step(self._step, {"sft/eval_loss": loss})
-        if best is not None and not loss < best:
+        if not (math.isfinite(loss) and (best is None or loss < best)):
             self.state = replace(self.state, waited=self.state.waited + 1)
             return
         self.state = replace(self.state, best=loss, best_step=self._step, waited=0)

@@ -20,7 +20,12 @@ def training(run: Run, prefix: str) -> Part:
         curves(
             "grad_norm", "Norm of the gradient", "norm", {"mean": get("train/grad_norm"), "largest": get("train/grad_norm_max")}
         ),
-        curves("sft_loss", "Supervised loss", "nats by token", {"loss": get("sft/loss"), "smoothed": get("sft/loss_smoothed")}),
+        curves(
+            "sft_loss",
+            "Supervised loss",
+            "nats by token",
+            {"loss": get("sft/loss"), "smoothed": get("sft/loss_smoothed"), "held out": get("sft/eval_loss")},
+        ),
         curves("loss", "Loss", "loss", {"loss": get("train/loss")}),
         curves(
             "kl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,14 @@ def test_patience_ends_it_and_the_best_weights_come_back(tmp_path: Path) -> None
     assert [state.step for state in saves.states] == [3, 6]
     assert made.needed() == (6,)
     assert ranks.loaded == ["step_00000006"]
+
+
+def test_a_loss_that_is_not_finite_is_no_better_than_none(tmp_path: Path) -> None:
+    ranks, saves = Ranks(math.nan, math.inf, 2.0, math.nan, 3.0, 3.0), Saves(tmp_path)
+    given = config("sft.steps=90", HELD_OUT, "sft.eval_every=1", "sft.patience=3", "checkpoint.every=1")
+    result = run(loop(given, ranks, saves=saves, held_out=[sample(1)]))
+    assert (result.end, result.steps, result.eval_loss, result.eval_step) == ("patience", 6, 2.0, 3)
+    assert saves.states[1].supervised == Supervised(tokens=24.0, smoothed=0.95, waited=2)
 
 
 def test_the_best_weights_are_there_already_where_the_last_are_the_best(tmp_path: Path) -> None:
