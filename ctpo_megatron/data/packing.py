@@ -150,11 +150,13 @@ def length_steps(cp: int, tp: int) -> tuple[int, int]:
 
 
 def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:
-    """The samples and a filler, all with top-k streams or supports where one has them: all micro-batches are of one kind."""
+    """The samples and a filler, all with top-k streams, supports or rewards where one has them: micro-batches are of one kind."""
     filled = [*samples, FILLER]
     k = next((sample.top_k.ids.shape[1] for sample in samples if sample.top_k is not None), None)
     if k is not None:
         filled = [s if s.top_k is not None else replace(s, top_k=TopK.unused(len(s), k)) for s in filled]
+    if any(sample.rewards is not None for sample in samples):
+        filled = [s if s.rewards is not None else replace(s, rewards=[0.0] * len(s)) for s in filled]
     if any(sample.supports is not None for sample in samples):
         filled = [s if s.supports is not None else replace(s, supports=Supports.none(len(s))) for s in filled]
     return filled[:-1], filled[-1]
@@ -188,6 +190,7 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
         return torch.from_numpy(whole)
 
     routed_experts = rows([s.routed_experts for s in samples], -1)
+    rewards = [s.rewards for s in samples if s.rewards is not None]  # of all of them or of none, see `_alike`
     return MicroBatch(
         TokenStreams(
             input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
@@ -201,6 +204,7 @@ def _micro_batch(chosen: Sequence[tuple[TrainSample, float, int]], step: int, un
             top_k_ids=rows([s.top_k and s.top_k.ids for s in samples], 0),
             top_k_logp=rows([s.top_k and s.top_k.logp for s in samples], -math.inf),
             support_ids=rows([s.supports and s.supports.rows(width) for s in samples], -1),
+            rewards=stream(rewards, 0.0, torch.float32) if rewards else None,
         ),
         Sequences(
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),

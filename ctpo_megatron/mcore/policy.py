@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from ctpo_megatron.batch import Abandoned, AnchorStreams, MicroBatch, UpdateAban
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.errors import NonFiniteError
+from ctpo_megatron.mcore.critic import critic_share, estimated, explained, present, whitened
 from ctpo_megatron.mcore.kept_tokens import KeptTokens, SeenBy
 from ctpo_megatron.mcore.old_policy import DRIFT, OldPolicy, check_drift
 from ctpo_megatron.mcore.rank import TrainerRank
@@ -57,35 +58,34 @@ def update_policy(
     gets what becomes of each token.
     """
     old = OldPolicy(rank.scan, algorithm.anchor, version, kept)
-    first, *later = [rank.shard(batch) for batch in batches]
-    sharded, gaps = [old.known(first)], []
-    for number, shards in enumerate(later, start=1):
-        placed = rank.on_device(shards)
-        with_anchors, differences = old.anchored(number, placed, shards, rank.logp(placed, temperature))
-        sharded.append(with_anchors)
-        gaps += differences
-    measured = rank.reduce(gaps) if later else {}
-    if reference is not None:
-        with rank.using(reference):
-            sharded = [_with_reference(rank, shards, temperature) for shards in sharded]
-    recipe = algorithm_recipe(algorithm)
-    loss = partial(policy_share, recipe=recipe, algorithm=algorithm)
+    before = _before(rank, old, batches, algorithm, temperature)
+    sharded, measured = before.sharded, before.measured
+
+    def judge() -> None:
+        _require_finite(measured)
+        check_drift(measured, drift, version)
 
     def check(values: Values) -> None:
         """Before the first optimizer step is applied: its pass completes what is known of the drift."""
         measured.update(merge_values([measured, {name: values.pop(name) for name in DRIFT}]))
-        _require_finite(measured)
-        check_drift(measured, drift, version)
+        judge()
 
+    if before.complete:
+        judge()
+    if reference is not None:
+        with rank.using(reference):
+            sharded = [_with_reference(rank, shards, temperature) for shards in sharded]
+    loss = partial(policy_share, recipe=algorithm_recipe(algorithm), algorithm=algorithm)
+    warming_up = algorithm.critic is not None and version < algorithm.critic.warmup_steps
     steps: list[Values] = []
     for number, shards in enumerate(sharded):
         try:
             placed = rank.on_device(shards)
             noted: LossFn = loss if kept is None else partial(loss, seen=kept.seen(number, placed))
-            if number == 0:
+            if number == 0 and not before.complete:
                 steps.append(rank.train_step(placed, partial(old.share, noted, placed), temperature, check))
             else:
-                steps.append(rank.train_step(placed, noted, temperature))
+                steps.append(rank.train_step(placed, noted, temperature, warming_up=warming_up))
         except NonFiniteError as error:
             if kept is not None:
                 kept.forget(number)
@@ -95,6 +95,50 @@ def update_policy(
             update = Abandoned(str(error), number, error.sequence, merge_values(steps) | measured, anchors)
             raise UpdateAbandoned(update) from error
     return merge_values(steps) | measured
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What passes before the first optimizer step have found."""
+
+    sharded: list[list[MicroBatch]]  # this rank's shards of each optimizer step, with what was found
+    measured: Values  # statistics of it
+    complete: bool  # whether the first optimizer step's shards had such a pass as well
+
+
+def _before(
+    rank: TrainerRank, old: OldPolicy, batches: list[list[MicroBatch]], algorithm: AlgorithmConfig, temperature: float
+) -> _Before:
+    """The old policy's log-probs and, where a critic learns, values and advantages of the batches.
+
+    Advantages come from values, so with a critic all batches have a pass; else the first optimizer step's own is that of its
+    old policy.
+    """
+    first, *later = [rank.shard(batch) for batch in batches]
+    critic = algorithm.gae
+    if critic is None:
+        sharded, ahead = [old.known(first)], list(enumerate(later, start=1))
+    else:
+        sharded, ahead = [], list(enumerate([first, *later]))
+    stats: list[Stats] = []
+    for number, shards in ahead:
+        placed = rank.on_device(shards)
+        if critic is None:
+            logp, values = rank.logp(placed, temperature), []
+        else:
+            passed = rank.logp_and_values(placed, temperature)
+            logp, values = [of[0] for of in passed], [present(of[1], "values") for of in passed]
+        with_anchors, found = old.anchored(number, placed, shards, logp)
+        if critic is not None:
+            with_anchors, estimates = estimated(placed, with_anchors, values, rank.scan, critic)
+            found = [gap | estimate for gap, estimate in zip(found, estimates, strict=True)]
+        sharded.append(with_anchors)
+        stats += found
+    measured = rank.reduce(stats) if ahead else {}
+    if critic is not None:
+        sharded = whitened(sharded, measured) if critic.whiten else sharded
+        measured = explained(measured)
+    return _Before(sharded, measured, complete=critic is not None)
 
 
 def _require_finite(measured: Values) -> None:
@@ -152,18 +196,22 @@ def policy_share(
     tokens, sequences = mb.tokens, mb.sequences
     noted = None if seen is None else seen(mb)
     out = objective_loss(logp, mb, scan, recipe=recipe, algorithm=algorithm, seen=noted)
+    loss, stats = out.loss, out.stats
+    if algorithm.critic is not None:
+        of_values, measured = critic_share(mb, scan, algorithm.critic)
+        loss, stats = loss + of_values, stats | measured
     if algorithm.reference is None:
-        return out.loss, out.stats
+        return loss, stats
     penalty = reference_penalty(
         algorithm.reference.estimator,
         logp=logp,
-        reference_logp=_present(tokens.reference_logp, "reference_logp"),
+        reference_logp=present(tokens.reference_logp, "reference_logp"),
         mask=tokens.mask,
         cu_seqlens=sequences.cu_seqlens,
         weights=sequences.weights,
         scan=scan,
     )
-    return out.loss + algorithm.reference.coeff * penalty.loss, out.stats | penalty.stats
+    return loss + algorithm.reference.coeff * penalty.loss, stats | penalty.stats
 
 
 def objective_loss(
@@ -174,7 +222,7 @@ def objective_loss(
     return recipe_loss(
         recipe,
         logp=logp,
-        old_logp=_present(tokens.anchor_logp, "anchor_logp"),
+        old_logp=present(tokens.anchor_logp, "anchor_logp"),
         advantages=tokens.advantages,
         mask=tokens.mask,
         cu_seqlens=sequences.cu_seqlens,
@@ -196,16 +244,9 @@ def support_of(mb: MicroBatch, logp: Tensor) -> Support | None:
     tokens = mb.tokens
     if tokens.top_k_ids is None:
         return None
-    rollout = _present(tokens.top_k_logp, "top_k_logp")
+    rollout = present(tokens.top_k_logp, "top_k_logp")
     unused = rollout == -torch.inf
     among = ((tokens.top_k_ids == tokens.labels.unsqueeze(-1)) & ~unused).any(-1)
     sampled = [torch.where(among, -torch.inf, of.detach()).unsqueeze(-1) for of in (logp, tokens.rollout_logp)]
-    policy = torch.where(unused, -torch.inf, _present(tokens.policy_top_k_logp, "policy_top_k_logp"))
+    policy = torch.where(unused, -torch.inf, present(tokens.policy_top_k_logp, "policy_top_k_logp"))
     return Support(torch.cat([policy, sampled[0]], -1), torch.cat([rollout, sampled[1]], -1))
-
-
-def _present(stream: Tensor | None, name: str) -> Tensor:
-    """A stream that the step needs. Raises ValueError where an earlier part of it did not add the stream."""
-    if stream is None:
-        raise ValueError(f"the micro-batch has no {name}")
-    return stream

@@ -28,12 +28,13 @@ class TrainSample:
     mask: list[bool]  # True where the policy wrote the label
     rollout_logp: list[float]  # engine's log-prob of the label; 0.0 where masked
     versions: list[int]  # version that sampled the label; -1 where masked
-    advantages: list[float]  # 0.0 where masked
+    advantages: list[float]  # 0.0 where masked, and everywhere until a critic has made them of rewards
     group: int = 0  # samples of one prompt share it
     attempt: int | None = None  # of its group; samples of one attempt weigh as one sequence. None: it is one by itself
     routed_experts: NDArray[np.signedinteger] | None = None  # [L, expert layers, top_k] of each input; -1: the trainer routes it
     top_k: TopK | None = None  # of each label, where the run collects it; unused where masked
     supports: Supports | None = None  # of each label, where sampling is truncated; none where masked
+    rewards: list[float] | None = None  # of each label, where a critic learns; 0.0 where masked
 
     def __post_init__(self) -> None:
         streams: list[Any] = [self.input_ids, self.labels, self.mask, self.rollout_logp, self.versions]
@@ -41,6 +42,7 @@ class TrainSample:
         streams += [] if self.routed_experts is None else [self.routed_experts]
         streams += [] if self.top_k is None else [self.top_k.ids, self.top_k.logp]
         streams += [] if self.supports is None else [self.supports.counts]
+        streams += [] if self.rewards is None else [self.rewards]
         if len({len(stream) for stream in streams}) != 1:
             raise ValueError(f"streams of a sample differ in length: {[len(stream) for stream in streams]}")
 
