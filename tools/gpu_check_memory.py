@@ -86,6 +86,7 @@ def _run(path: str, tokens: int, device: str) -> PlannedRun:
         weights=weights,
         topology=make_topology(parallel, rollout.engine, weights, device),
         has_reference=False,
+        has_critic=False,
         top_k=0,
     )
 

@@ -26,5 +26,6 @@ def planned_run(config: RunConfig) -> PlannedRun:
         weights=config.weights,
         topology=topology_of(config),
         has_reference=config.algorithm.reference is not None,
+        has_critic=config.algorithm.critic is not None,
         top_k=config.algorithm.top_k or config.rollout.top_k or 0,
     )

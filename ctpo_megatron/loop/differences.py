@@ -64,6 +64,8 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "optimizer.warmup_steps": ("applies", f"{_SCHEDULE}; warm-up is counted from the run's first optimizer step"),
     "optimizer.wsd_decay_steps": ("applies", _SCHEDULE),
     "optimizer.wsd_decay": ("applies", _SCHEDULE),
+    "algorithm.advantage.critic.lr": ("applies", _SCHEDULE),
+    "algorithm.advantage.critic.warmup_steps": ("applies", "they are counted from the run's first step"),
     "train.steps": ("applies", "of the whole run, the steps that are done included; schedules that fall end there"),
     "train.prompts_per_step": ("applies", "prompts are counted one by one, so none is repeated or left out"),
     "train.staleness": ("applies", "groups that are open and too old for it are aborted when they are finished"),
@@ -96,6 +98,8 @@ def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[Di
             continue
         section, _, _ = key.rpartition(".")
         effect, why = next((_WHY[each] for each in (key, section, section.partition(".")[0]) if each in _WHY), ("applies", ""))
+        if key == "algorithm.advantage" and "gae" in (old["type"], new["type"]):  # sections of another `type` count as one
+            effect, why = "refused", "the model in the checkpoint has no value head" if new["type"] == "gae" else "it has one"
         found.append(Difference(key, old, new, effect, why))
     return found
 

@@ -35,7 +35,7 @@ from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.models.tensors import EXPERT_BIAS, hf_tensors
+from ctpo_megatron.models.tensors import EXPERT_BIAS, VALUE_HEAD, hf_tensors
 from ctpo_megatron.record.values import Values, scalar
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
@@ -139,7 +139,7 @@ class TrainerRank:
         from ctpo_megatron.mcore.hf.adapters import draw_adapters
         from ctpo_megatron.mcore.hf.peft import load_peft
 
-        self._words: dict[str, Any] | None = None
+        self._words: dict[str, Any] | None = None if self.critic is None else {VALUE_HEAD: True}
         if self.adapter is None:
             return
         self._words = adapter_words(self.adapter, self.model_path)
