@@ -98,8 +98,8 @@ def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[Di
             continue
         section, _, _ = key.rpartition(".")
         effect, why = next((_WHY[each] for each in (key, section, section.partition(".")[0]) if each in _WHY), ("applies", ""))
-        if key == "algorithm.advantage" and "gae" in (old["type"], new["type"]):  # sections of another `type` count as one
-            effect, why = "refused", "the model in the checkpoint has no value head" if new["type"] == "gae" else "it has one"
+        if key == "algorithm.advantage" and "gae" in (kinds := [_kind(old), _kind(new)]):
+            effect, why = "refused", f"the model in the checkpoint has {'no' if kinds[1] == 'gae' else 'a'} value head"
         found.append(Difference(key, old, new, effect, why))
     return found
 
@@ -148,6 +148,10 @@ def _walk(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
         return
     for name in dict.fromkeys((*now, *before)):
         yield from _walk(before.get(name, ABSENT), now.get(name, ABSENT), f"{key}.{name}" if key else name)
+
+
+def _kind(section: Any) -> str | None:
+    return section.get("type") if isinstance(section, dict) else None
 
 
 def _default(key: str) -> Any:

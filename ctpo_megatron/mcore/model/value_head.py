@@ -31,13 +31,13 @@ class ValueHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1, hidden_size, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype))
-        self._share = 1.0 / group.size() if trunk else 0.0
+        self.share = 1.0 / group.size() if trunk else 0.0
         for parameter in self.parameters():
             setattr(parameter, MARK, True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values [W] of hidden states [W, H], float32."""
-        seen = _Share.apply(hidden, self._share) if self._share else hidden.detach()
+        seen = _Share.apply(hidden, self.share) if self.share else hidden.detach()
         return F.linear(seen.float(), self.weight.float(), self.bias.float()).squeeze(-1)
 
 
