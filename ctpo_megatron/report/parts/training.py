@@ -27,6 +27,10 @@ def training(run: Run, prefix: str) -> Part:
             "nats by token",
             {"KL": get("train/kl_old"), "KL to the reference": get("train/kl")},
         ),
+        curves(
+            "explained", "Variance of the returns that the critic explains", "share", {"share": get("critic/explained_variance")}
+        ),
+        curves("values", "The critic's values", "reward", {"values": get("critic/value"), "returns": get("critic/return")}),
         curves("learning_rate", "Learning rate", "rate", {"rate": get("train/lr")}, zero=True),
         curves(
             "staleness",
