@@ -10,7 +10,7 @@ import random
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -53,13 +53,6 @@ FAULTS = {  # planted in the ranks of a layout
     "the trunk's gradient is whole on each rank": "TP2",
     "advantages end at a shard's border": "CP2",
 }
-
-
-class Trained(NamedTuple):
-    """Two updates of two optimizer steps each; between them the engine may have been given a checkpoint of one rank."""
-
-    found: Found  # steps of both updates; weights after the second
-    head: Head | None  # after the second, of the last pipeline stage
 
 
 def algorithm_of(**critic: Any) -> AlgorithmConfig:
@@ -147,17 +140,17 @@ def test_the_value_head_does_not_leave_the_trainer(alone: dict[str, Any]) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_finds_what_one_rank_finds(alone: dict[str, Any], spread: list[dict[str, Any]], layout: str) -> None:
     """From the model, and from the checkpoint that one rank wrote: weights, value head and the moments of both."""
-    expected: Trained = alone[LAYOUTS[layout][0]]
-    assert_same(spread[0][layout].found, expected.found, layout)
-    heads = [rank[layout].head for rank in spread if rank[layout].head is not None]
+    expected = alone[LAYOUTS[layout][0]]
+    assert_same(spread[0][layout]["found"], expected["found"], layout)
+    heads = [rank[layout]["head"] for rank in spread if rank[layout]["head"] is not None]
     assert heads
     for head in heads:
-        np.testing.assert_allclose(head, expected.head, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(head, expected["head"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(alone: dict[str, Any], spread: list[dict[str, Any]], fault: str) -> None:
-    worst = largest_deviations(spread[0][fault].found, alone["qwen3"].found)
+    worst = largest_deviations(spread[0][fault]["found"], alone["qwen3"]["found"])
     assert worst["weights"] > 1e-4, worst
 
 
@@ -260,7 +253,11 @@ def update(engine: TrainerRank, batches: list[Any], version: int = 0, **critic: 
     return update_policy(engine, batches, algorithm=algorithm_of(**critic), **options)
 
 
-def trained(engine: TrainerRank, directory: Path, *, save: bool = False) -> Trained:
+def trained(engine: TrainerRank, directory: Path, *, save: bool = False) -> dict[str, Any]:
+    """Two updates of two optimizer steps each; between them the engine writes a checkpoint, or takes that of one rank.
+
+    Weights and value head after the second; None for a head before the last pipeline stage.
+    """
     steps = [flat(update(engine, batches_of(engine)))]
     if save:
         begin_together(directory)
@@ -268,7 +265,7 @@ def trained(engine: TrainerRank, directory: Path, *, save: bool = False) -> Trai
     else:
         engine.load(directory)
     steps.append(flat(update(engine, batches_of(engine))))
-    return Trained(Found(steps, exported(engine)), head_of(engine))
+    return {"found": Found(steps, exported(engine)), "head": head_of(engine)}
 
 
 def head_of(engine: TrainerRank) -> Head | None:
