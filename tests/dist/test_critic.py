@@ -25,8 +25,10 @@ from ctpo_megatron.config.objectives import TokenMean
 from ctpo_megatron.config.record import DriftBounds
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.errors import CheckpointError
+from ctpo_megatron.loop.statistics import train_metrics
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.models.tensors import hf_tensors
+from ctpo_megatron.record.catalogue import CRITIC, require_known
 from ctpo_megatron.record.values import scalar
 from ctpo_megatron.types import TrainSample
 from tests.support.checkpoints import begin_together
@@ -103,6 +105,11 @@ def test_the_first_optimizer_step_is_the_definition(models: dict[str, Path], alo
     assert found["critic/lr"] == RATE
 
 
+def test_what_an_update_reports_is_in_the_catalogue(alone: dict[str, Any]) -> None:
+    require_known(alone["metrics"])
+    assert {metric.name for metric in CRITIC} <= set(alone["metrics"])
+
+
 def test_the_heads_gradient_moves_nothing_else_when_it_is_alone(models: dict[str, Path]) -> None:
     """What the comparison above would not tell if both modes had one gradient."""
     shared, head = (Oracle(models["qwen3"]).step(trunk=trunk) for trunk in (True, False))
@@ -172,6 +179,7 @@ def at_one_rank(rank: RankInfo, models: dict[str, Path], saved: Path) -> dict[st
         engine = start(rank, models["qwen3"], ParallelConfig(), weights=weights)
         values = update(engine, batches_of(engine)[:1], weights=weights)
         found["first step"][weights] = {name: scalar(value) for name, value in values.items() if np.ndim(value.result()) == 0}
+        found["metrics"] = list(train_metrics(values))
         engine.close()
     return found | {"warm-up": warmed_up(rank, models["deepseek_v3"])} | refusals(rank, models["qwen3"], saved)
 
