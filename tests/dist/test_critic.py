@@ -368,7 +368,7 @@ class Oracle:
             value = (hidden if trunk else hidden.detach()) @ self.weight + self.bias.squeeze()
             white = (advantage - mean) / (deviation + 1e-6)
             loss = loss - white * (logp - logp.detach()).exp() + COEFF * 0.5 * (value - target) ** 2
-            error += 2 * value_point(float(value), float(value), target, CLIP)[0]
+            error += 2 * value_point(float(value.detach()), float(value.detach()), target, CLIP)[0]
         parameters = list(self.model.parameters())
         gradients = torch.autograd.grad(loss / len(written), [*parameters, self.weight, self.bias])
         centre = math.fsum(returns) / len(returns)
