@@ -81,6 +81,23 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_critic_is_part_of_a_whole_model(self) -> RunConfig:
+        if self.algorithm.gae is None:
+            return self
+        if self.model.adapter is not None:
+            raise ValueError(
+                "algorithm.advantage.type=gae trains a value head beside all weights, and model.adapter trains adapters alone; "
+                "set model.adapter to null, or take another advantage: group, rloo, reinforce++ or tempo"
+            )
+        if self.rollout.dynamic.max_refills:
+            raise ValueError(
+                f"rollout.dynamic.max_refills={self.rollout.dynamic.max_refills} replaces groups whose rewards are all equal, "
+                "but with algorithm.advantage.type=gae these teach as well, and a critic that never sees them expects too "
+                "little or too much; set it to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _longest_sequence_fits(self) -> RunConfig:
         _check_length(self.parallel, self._longest, self.train.max_tokens_per_micro_batch)
         return self

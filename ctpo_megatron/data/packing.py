@@ -166,6 +166,8 @@ def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], Train
     k = next((sample.top_k.ids.shape[1] for sample in samples if sample.top_k is not None), None)
     if k is not None:
         filled = [s if s.top_k is not None else replace(s, top_k=TopK.unused(len(s), k)) for s in filled]
+    if any(sample.rewards is not None for sample in samples):
+        filled = [s if s.rewards is not None else replace(s, rewards=[0.0] * len(s)) for s in filled]
     if any(sample.supports is not None for sample in samples):
         filled = [s if s.supports is not None else replace(s, supports=Supports.none(len(s))) for s in filled]
     if any(sample.teacher_logp is not None for sample in samples):
@@ -238,6 +240,7 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
     routed_experts = rows([s.routed_experts for s in samples], -1)
     teachers = [s.teacher for s in samples if s.teacher is not None]
     teacher_logp = [s.teacher_logp for s in samples if s.teacher_logp is not None]
+    rewards = [s.rewards for s in samples if s.rewards is not None]  # of all of them or of none, see `_alike`
     return MicroBatch(
         TokenStreams(
             input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
@@ -252,6 +255,7 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
             top_k_ids=rows([None if s.top_k is None else s.top_k.ids for s in samples], 0),
             top_k_logp=rows([None if s.top_k is None else s.top_k.logp for s in samples], -math.inf),
             support_ids=rows([None if s.supports is None else s.supports.rows(width) for s in samples], -1),
+            rewards=stream(rewards, 0.0, torch.float32) if rewards else None,
         ),
         Sequences(
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),

@@ -101,6 +101,8 @@ def _read(config: RunConfig, resume: Resume, emit: Emit) -> _Inputs | None:
     if found is not None:
         for each in differences(found, config, model.shape, emit, supervised=True):
             emit(each.event)
+    if found is None and config.sft.steps is not None and config.sft.epochs is None:  # known before anything is read
+        config.optimizer.check_length(config.sft.steps)
     sources = load_all_demonstrations(config, model, emit)
     held_out = [] if config.sft.eval is None else load_demonstrations(config.sft.eval, config, model, emit)
     examples = sum(map(len, sources.values()))

@@ -269,9 +269,8 @@ class _Run:
         emit(weights_published(start.step, published))
         opening = partial(open_record, inputs.config, run_dir, start, inputs.sinks, self._hearing, emit, self._storage)
         record = await self._storage.patiently(opening)
-        evaluations = make_evaluations(
-            config, inputs.benchmarks, self._rollouts, runtime.fleet, start, inputs.run_dir, record, self._totals, emit
-        )
+        over = inputs.benchmarks, self._rollouts, runtime.fleet
+        evaluations = make_evaluations(config, *over, start, run_dir, record, self._totals, emit)
         checkpoints = Checkpoints(
             runtime.trainer,
             run_dir / "checkpoints",

@@ -64,6 +64,8 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "optimizer.warmup_steps": ("applies", f"{_SCHEDULE}; warm-up is counted from the run's first optimizer step"),
     "optimizer.wsd_decay_steps": ("applies", _SCHEDULE),
     "optimizer.wsd_decay": ("applies", _SCHEDULE),
+    "algorithm.advantage.critic.lr": ("applies", _SCHEDULE),
+    "algorithm.advantage.critic.warmup_steps": ("applies", "they are counted from the run's first step"),
     "train.steps": ("applies", "of the whole run, the steps that are done included; schedules that fall end there"),
     "train.prompts_per_step": ("applies", "prompts are counted one by one, so none is repeated or left out"),
     "train.staleness": ("applies", "groups that are open and too old for it are aborted when they are finished"),
@@ -106,6 +108,8 @@ def settings_that_differ(before: dict[str, Any], now: dict[str, Any], *, supervi
         section, _, _ = key.rpartition(".")
         words = _WHY | _WHY_SUPERVISED if supervised else _WHY
         effect, why = next((words[each] for each in (key, section, section.partition(".")[0]) if each in words), ("applies", ""))
+        if key == "algorithm.advantage" and "gae" in (kinds := [_kind(old), _kind(new)]):
+            effect, why = "refused", f"the model in the checkpoint has {'no' if kinds[1] == 'gae' else 'a'} value head"
         found.append(Difference(key, old, new, effect, why))
     return found
 
@@ -154,6 +158,10 @@ def _walk(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
         return
     for name in dict.fromkeys((*now, *before)):
         yield from _walk(before.get(name, ABSENT), now.get(name, ABSENT), f"{key}.{name}" if key else name)
+
+
+def _kind(section: Any) -> str | None:
+    return section.get("type") if isinstance(section, dict) else None
 
 
 def _default(key: str) -> Any:

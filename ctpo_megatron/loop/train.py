@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from ctpo_megatron.algorithms.advantages import compute_advantages
+from ctpo_megatron.algorithms.advantages import compute_advantages, shaped_rewards
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.record import FEWEST_TOKENS
 from ctpo_megatron.data.packing import build_train_batch
-from ctpo_megatron.data.samples import build_samples
+from ctpo_megatron.data.samples import build_samples, rewarded
 from ctpo_megatron.errors import LeftCourse
 from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.buffer import GroupBuffer
@@ -359,6 +359,9 @@ def make_batches(
     teaching = algorithm.distillation
     teachers = [None if teaching is None else teaching.teacher_of(group.prompt.source) for group in groups]
     samples = [build_samples(group, advantages[index], index, teachers[index]) for index, group in enumerate(groups)]
+    if algorithm.gae is not None:
+        rewards = shaped_rewards(groups, algorithm.shaping)
+        samples = [rewarded(made, group, each) for made, group, each in zip(samples, groups, rewards, strict=True)]
     per_batch = len(groups) // train.optimizer_steps
     return [
         build_train_batch(

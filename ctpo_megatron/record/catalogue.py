@@ -63,7 +63,9 @@ SUM, MEAN, MAX, MIN, LAST = Reduction.SUM, Reduction.MEAN, Reduction.MAX, Reduct
 REWARD = (
     Metric("reward/mean", "reward", "Mean reward of the trajectories that the step trained on.", watched=True),
     Metric("reward/std", "reward", "Standard deviation of these rewards.", watched=True),
-    Metric("reward/mixed_groups", "share", "Groups whose rewards differ; only these have advantages other than 0."),
+    Metric(
+        "reward/mixed_groups", "share", "Groups whose rewards differ; without a critic only these have advantages other than 0."
+    ),
     Metric(
         "reward/undecided",
         "answers",
@@ -118,7 +120,12 @@ LEDGER = (
     ),
 )
 TRAIN = (
-    Metric("train/loss", "loss", "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens.", watched=True),
+    Metric(
+        "train/loss",
+        "loss",
+        "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens, penalty and value loss included.",
+        watched=True,
+    ),
     Metric("train/grad_norm", "norm", "Norm of the gradient before it is clipped."),
     Metric("train/grad_norm_max", "norm", "The largest such norm of the optimizer steps.", MAX, watched=True),
     Metric("train/lr", "rate", "Learning rate."),
@@ -189,6 +196,22 @@ TEACHING = (
     Metric("teacher/weight", "ratio", "How much a token counts by its place in the sequence: IW-OPD's weight, per token."),
     Metric("teacher/seconds", "seconds", "From the request to the answer of a teacher on a server, per sequence."),
     Metric("teacher/retries", "requests", "Requests to teachers on servers that were sent again.", SUM),
+)
+CRITIC = (
+    Metric("critic/loss", "loss", "Value loss per token before `coeff`; with a critic (`algorithm.advantage.type: gae`) only."),
+    Metric("critic/clip_fraction", "share", "Tokens whose value has moved so far that the clipped error counts."),
+    Metric(
+        "critic/explained_variance",
+        "share",
+        "1 − mean square of (return − value) over the variance of returns, with the values before the step; 1: they are known.",
+        watched=True,
+    ),
+    Metric("critic/value", "reward", "Value before the step, per token that the policy wrote."),
+    Metric("critic/return", "reward", "What values are to learn: the lambda-return, per such token."),
+    Metric("critic/advantage", "reward", "Their difference, per such token, before it is whitened."),
+    Metric("critic/advantage_std", "reward", "Standard deviation of that."),
+    Metric("critic/grad_norm", "norm", "Norm of the value head's gradient before it is clipped."),
+    Metric("critic/lr", "rate", "Learning rate of the value head."),
 )
 AGREEMENT = (
     Metric(
@@ -334,6 +357,7 @@ CATALOGUE: tuple[Metric, ...] = (
     *LEDGER,
     *TRAIN,
     *TEACHING,
+    *CRITIC,
     *AGREEMENT,
     *HEALTH,
     *PROGRESS,

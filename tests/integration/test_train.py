@@ -270,6 +270,31 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     check_what_is_shown(resumed, 3)
 
 
+@pytest.mark.long
+def test_a_critic_that_warms_up_and_resumes(toy, tmp_path):
+    """One attempt at each prompt, two context-parallel ranks; servers get the same weights once more while the head alone learns.
+
+    A second command goes on with head and moments, and the model that is left has no head.
+    """
+    sizes = ("train.prompts_per_step=16", "train.optimizer_steps=2", "eval.prompts=8", "parallel.cp=2", "checkpoint.every=1")
+    run = start(toy, "quickstart_critic.yaml", tmp_path, *sizes, "train.steps=2", "checkpoint.export=false").finish(RUN_S)
+    check_run(run, 2)
+    resumed = start(toy, "quickstart_critic.yaml", tmp_path, *sizes, "train.steps=3", "--resume").finish(RUN_S)
+    check_run(resumed, 3)
+    rows = [row for row in resumed.metrics if "train/loss" in row]
+    assert [row["train/lr"] > 0 for row in rows] == [False, True, True]
+    assert [row["publish/changed"] > 0 for row in rows] == [False, True, True]
+    for row in rows:
+        assert row["critic/lr"] > 0
+        assert row["critic/explained_variance"] <= 1
+        assert row["train/spared"] == 0
+    other = ("train.steps=4", "algorithm.advantage={type: group}", "rollout.group_size=2", "--resume")
+    refused = start(toy, "quickstart_critic.yaml", tmp_path, *sizes, *other).finish(RUN_S)
+    assert refused.code == 2
+    assert "the model in the checkpoint has a value head" in refused.output
+    check_synced_weights(resumed, 3, toy["qwen3"])
+
+
 def check_what_is_shown(run: Finished, steps: int) -> None:
     """TensorBoard and the sink have all steps of both commands, each once, and nothing was lost on the way."""
     rows = [row for row in run.metrics if "train/loss" in row]

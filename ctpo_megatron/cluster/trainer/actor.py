@@ -138,6 +138,7 @@ class TrainerActor:
             moe=config.moe,
             shape=self.shape,
             adapter=config.model.adapter,
+            critic=config.algorithm.critic,
         )
         reference = config.algorithm.reference
         policy = None if reference is None else rank.reference(reference.path)

@@ -49,7 +49,7 @@ def test_a_demonstration_shows_its_mask_its_ends_and_the_tool(chat):
         {"role": "assistant", "content": "\\boxed{7}"},
     ]
     (sample,) = as_samples("row 0", 0, talk, 1, chat)
-    found = demonstration_rendered(sample, "row 0", talk, None, chat)
+    found = demonstration_rendered(sample, "row 0", talk, None, chat, "last")
     ids = [*sample.input_ids[:1], *sample.labels]
     taught = [id_ for id_, trained in zip(ids[1:], sample.mask, strict=True) if trained]
     assert "".join(part.text for part in found.parts if part.trained) == chat.decode(taught, special=True)

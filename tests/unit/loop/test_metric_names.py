@@ -210,7 +210,7 @@ def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
     made |= accounted() | used(tmp_path) | one_by_one()
     made |= {"teacher/seconds"}  # by AskedTeachers, of an answer
-    made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES, f"{WAITS}0"}  # by RunRecord, TrainLoop, TrainerActor
+    made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES, f"{WAITS}0"}  # by record, loop, actor
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
 
