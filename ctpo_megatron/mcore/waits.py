@@ -8,10 +8,12 @@ within a layer, as tensor and expert parallelism make them, lies in the passes a
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import torch
 
+MOST = 10_000  # times that a GPU's events hold: where nobody asks, as in supervised training, the oldest go
 COUNTED = ("-recv", "-send", "-sync", "-all-reduce")  # ends of Megatron's names; none of these holds another
 
 
@@ -25,7 +27,7 @@ class Waits:
         self._on_gpu = device.type == "cuda"
         self._timers: dict[str, _Timer | _Nothing] = {}
         self._seconds = 0.0
-        self._events: list[tuple[Any, Any]] = []  # of a GPU's stream, not read yet
+        self._events: deque[tuple[Any, Any]] = deque(maxlen=MOST)  # of a GPU's stream, not read yet
 
     def __call__(self, name: str, log_level: int | None = None) -> _Timer | _Nothing:
         """Returns the timer of that name, as Megatron wants it."""
@@ -53,7 +55,8 @@ class Waits:
         for begun, ended in self._events:
             ended.synchronize()
             self._seconds += begun.elapsed_time(ended) / 1000
-        seconds, self._seconds, self._events = self._seconds, 0.0, []
+        self._events.clear()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 

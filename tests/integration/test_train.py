@@ -311,7 +311,10 @@ def check_what_is_shown(run: Finished, steps: int) -> None:
     by_samples = EventAccumulator(str(run.run_dir / "tb" / "by_samples")).Reload()
     assert [event.step for event in by_samples.Scalars("samples/train/loss")] == samples
     spans = [json.loads(line) for line in (run.run_dir / "spans.jsonl").read_text().splitlines()]
-    assert [span["name"] for span in spans if span["parent_id"] is None] == [f"step {n}" for n in range(1, steps + 1)]
+    whole = [span["name"] for span in spans if span["parent_id"] is None and span["name"] != "outside the steps"]
+    assert whole == [f"step {n}" for n in range(1, steps + 1)]
+    told = Counter(event["name"] for span in spans for event in span["events"])
+    assert told == Counter(event["event"] for event in run.events if event["event"] != "step"), "what happened, each once"
     assert {"rollout", "batch", "train", "publish", "checkpoint"} <= {span["name"] for span in spans}
     assert len({span["resource"]["attributes"]["ctpo.run_id"] for span in spans}) == 1
     assert run.happened("points lost") == []
