@@ -11,8 +11,8 @@ from ctpo_megatron.toy.model import make_toy_model
 from ctpo_megatron.toy.task import make_toy_task
 from tests.support.runs import Finished, Started
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-RUN_S = 240.0
+pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(1800)]
+RUN_S = 600.0
 
 
 def values(run: Finished, name: str) -> dict[int, float]:
@@ -20,7 +20,7 @@ def values(run: Finished, name: str) -> dict[int, float]:
 
 
 def test_a_run_is_gone_on_with_and_comes_back_to_its_best_weights(tmp_path: Path) -> None:
-    """Three commands: two steps; two more epochs' worth with a learning rate that spoils the model; and one that refuses."""
+    """Two epochs at once; the same in two commands; then a learning rate that spoils the model, and patience that undoes it."""
     task = make_toy_task(tmp_path / "data", seed=1, train_rows=8, eval_rows=4, sft_rows=20)
     held_out = make_toy_task(tmp_path / "held_out", seed=2, train_rows=8, eval_rows=4, sft_rows=6)
     model = make_toy_model(tmp_path / "model", "qwen3", seed=1, init_std=0.2)
