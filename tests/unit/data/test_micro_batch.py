@@ -17,10 +17,11 @@ def micro_batch() -> MicroBatch:
         TrainSample(list(range(n)), list(range(n)), [True] * n, [-0.5] * n, [0] * n, [1.0] * n, top_k=TopK.unused(n, 3), group=n)
         for n in (8, 12)
     ]
-    samples = [replace(sample, supports=Supports.none(len(sample))) for sample in samples]
+    samples = [replace(sample, supports=Supports.none(len(sample)), rewards=[0.0] * len(sample)) for sample in samples]
     ((whole,),) = pack(samples, dp=1, max_tokens=64, cp=2)
     positions = torch.arange(whole.positions)
-    return whole.with_streams(anchor_logp=positions, reference_logp=positions, policy_top_k_logp=whole.tokens.top_k_logp)
+    found = dict.fromkeys(("anchor_logp", "reference_logp", "old_values", "returns", "values"), positions)
+    return whole.with_streams(**found, policy_top_k_logp=whole.tokens.top_k_logp)
 
 
 def test_every_stream_is_cut_and_no_sequence_is() -> None:
