@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import Stats, policy_loss
+from ctpo_megatron.algorithms import LocalScan, Stats, policy_loss
 from ctpo_megatron.algorithms.distillation import distillation_loss
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.cluster.resources import Resources
 from ctpo_megatron.cluster.trainer.actor import WAITS
+from ctpo_megatron.config.advantages import GaeAdvantage
+from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.traffic import TrafficConfig
 from ctpo_megatron.data.demonstrations import Demonstrations
 from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.data.packing import pack
 from ctpo_megatron.engine.busy import BusyTimes
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.load import Load, LoadsSeen
@@ -36,6 +39,7 @@ from ctpo_megatron.loop.report import StepCost
 from ctpo_megatron.loop.sft import SftLoop
 from ctpo_megatron.loop.skipping import SKIPPED
 from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
+from ctpo_megatron.mcore.critic import critic_share, estimated, explained
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
 from ctpo_megatron.record.events import discard
@@ -74,6 +78,15 @@ def teacher_stats() -> Values:
     return handed_on(distillation_loss(logp=logp, sampled_logp=logp, teacher_logp=logp - 1, **fixed).stats)
 
 
+def critic_stats() -> Values:
+    """Those of a value head's estimates and of its loss, and what its optimizer step adds."""
+    sample = TrainSample([1, 2], [2, 3], [False, True], [0.0, -0.5], [-1, 0], [0.0, 0.0], rewards=[0.0, 1.0])
+    ((mb,),) = pack([sample], dp=1, max_tokens=64)
+    (estimate,), (before,) = estimated([mb], [mb], [torch.zeros(2)], LocalScan(), GaeAdvantage())
+    _, of_loss = critic_share(estimate.with_streams(values=torch.ones(2)), LocalScan(), CriticConfig())
+    return explained(on_host(before | of_loss)) | {f"critic/{name}": Mean(1.0) for name in ("grad_norm", "lr")}
+
+
 def handed_on(stats: Stats) -> Values:
     """As the trainer hands statistics to the driver, without what it looks at itself."""
     return {name: value for name, value in on_host(stats).items() if name != "nonfinite"}
@@ -83,7 +96,7 @@ def trained() -> set[str]:
     """What comes of an update, with everything that a run can ask for."""
     measured = {"type": "ctpo", "band": "entropy"}
     found = loss_stats(objective=measured, correction={"type": "truncate", "level": "token"}, delight={})
-    found |= reference_stats() | teacher_stats()
+    found |= reference_stats() | teacher_stats() | critic_stats()
     means = (
         "loss",
         "grad_norm",
