@@ -60,6 +60,7 @@ class Sequences:
     # [N] int64, of each sequence that sequence of the micro-batch whose tokens, without padding, come before its own; -1: none.
     # None: nothing is shared
     prefixes: Tensor | None = None
+    teachers: Tensor | None = None  # [N] int64, place of each one's teacher among the run's; -1: nobody. None: there are none
 
     def to(self, device: torch.device) -> Sequences:
         """A copy on `device`."""

@@ -60,7 +60,7 @@ def common_tokens(samples: Sequence[TrainSample]) -> int:
 def part(sample: TrainSample, begin: int, end: int | None = None) -> TrainSample:
     """Returns the positions from `begin` to `end` of a sample."""
     own = slice(begin, end)
-    supports, top_k, routed, teacher_logp = sample.supports, sample.top_k, sample.routed_experts, sample.teacher_logp
+    supports, top_k, routed = sample.supports, sample.top_k, sample.routed_experts
     return replace(
         sample,
         input_ids=sample.input_ids[own],
@@ -72,7 +72,7 @@ def part(sample: TrainSample, begin: int, end: int | None = None) -> TrainSample
         routed_experts=None if routed is None else routed[own],
         top_k=None if top_k is None else TopK(top_k.ids[own], top_k.logp[own]),
         supports=None if supports is None else supports.part(own),
-        teacher_logp=None if teacher_logp is None else teacher_logp[own],
+        teacher_logp=None if sample.teacher_logp is None else sample.teacher_logp[own],
         rewards=None if sample.rewards is None else sample.rewards[own],
     )
 

@@ -36,6 +36,8 @@ def sample(prompt: list[int], response: list[int], group: int = 0, *, rows: bool
         group=group,
         top_k=top_k if rows else None,
         supports=Supports.of_rows(supports) if rows else None,
+        teacher=group % 2 if rows else None,
+        teacher_logp=[2 * x for x in logp] if rows else None,
     )
 
 
@@ -110,6 +112,7 @@ def by_number(rows: list[list[MicroBatch]]) -> dict[int, list[object]]:
                 stream[at].tolist() for name, stream in streams.items() if stream is not None and name != "support_ids"
             ]
             said += [mb.sequences.weights[place].item(), mb.sequences.groups[place].item()]
+            said += [] if mb.sequences.teachers is None else [mb.sequences.teachers[place].item()]
             found[number] = said
     return found
 
