@@ -56,7 +56,6 @@ class Sequences:
     groups: Tensor  # [N] int64, the prompt's group of each sequence
     weights: Tensor  # [N] float64, of each token of a sequence in the loss; all ranks' and micro-batches' make up the mean
     ids: Tensor  # [N] int64, place of each sequence among the samples of the rollout batch; -1 for padding and what is shared
-    teachers: Tensor | None = None  # [N] int64, place of each one's teacher among the run's; -1: nobody. None: there are none
     # [N] int64, of each sequence that sequence of the micro-batch whose tokens, without padding, come before its own; -1: none.
     # None: nothing is shared
     prefixes: Tensor | None = None
