@@ -37,6 +37,10 @@ class TokenStreams:
     top_k_logp: Tensor | None = None  # [T, K] float32, their log-probs under it; -inf: an unused place
     support_ids: Tensor | None = None  # [T, K] int32, what truncated sampling could have drawn; -1: an unused column
     policy_top_k_logp: Tensor | None = None  # [T, K] float32, those of the policy in training, found in its forward pass
+    rewards: Tensor | None = None  # [T] float32, where a critic learns; 0 where masked
+    old_values: Tensor | None = None  # [T] float32, the critic's before the update
+    returns: Tensor | None = None  # [T] float32, what it is to learn of them
+    values: Tensor | None = None  # [T] float32, those of the critic in training, found in the forward pass
 
     def at(self, index: Tensor) -> TokenStreams:
         """The positions `index` of every stream."""

@@ -41,6 +41,16 @@ ERROR_FILE = "error.log"  # in RUN_DIR/logs: the traceback of what ended the run
 Config = Annotated[Path, typer.Argument(help="YAML file of the run", show_default=False, callback=at_home)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="dotted.key=value, applied in order", show_default=False)]
 
+Resuming = Annotated[
+    Literal["no", "newest", "auto"],
+    typer.Option(
+        RESUME,
+        metavar="[auto]",
+        help="go on from the newest checkpoint of the run directory; auto: from whatever is there, also where nothing is",
+        show_default=False,
+    ),
+]
+
 
 @app.callback()
 def options(
@@ -53,15 +63,7 @@ def options(
 def train(
     config: Config,
     overrides: Overrides = None,
-    resume: Annotated[
-        Literal["no", "newest", "auto"],
-        typer.Option(
-            RESUME,
-            metavar="[auto]",
-            help="go on from the newest checkpoint of the run directory; auto: from whatever is there, also where nothing is",
-            show_default=False,
-        ),
-    ] = "no",
+    resume: Resuming = "no",
 ) -> None:
     """Reinforcement learning: rollouts, CTPO, publication of weights, until train.steps."""
     loaded = _load(config, overrides)
@@ -73,13 +75,17 @@ def train(
 
 
 @app.command()
-def sft(config: Config, overrides: Overrides = None) -> None:
+def sft(
+    config: Config,
+    overrides: Overrides = None,
+    resume: Resuming = "no",
+) -> None:
     """Supervised training on demonstrations (data.train with a `messages` column); writes a Hugging Face model."""
     loaded = _load(config, overrides)
     with modules_stay():
         from ctpo_megatron.jobs.sft import sft_job
 
-    _run(loaded, lambda _stop: sft_job(loaded))
+    _run(loaded, lambda stop: sft_job(loaded, stop, resume=resume))
 
 
 @app.command("eval")

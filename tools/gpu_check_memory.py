@@ -88,6 +88,7 @@ def _run(path: str, tokens: int, device: str) -> PlannedRun:
         has_reference=False,
         has_teachers=False,
         copied_teachers=0,
+        has_critic=False,
         top_k=0,
     )
 

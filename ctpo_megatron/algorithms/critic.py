@@ -80,8 +80,7 @@ def value_loss(
             (PPO, arXiv 1707.06347). None: no clip.
         weights: [N], of a token of each sequence, as in the loss of the policy.
 
-    Statistics, means over tokens: `value_clipped` (share), `value_error` (squared), `return`, `return_sq`; the explained variance
-    is 1 - value_error / (return_sq - return^2).
+    Statistics, means over tokens: `clip_fraction`, the share whose error is the clipped one, and `loss`.
     """
     scan = scan or LocalScan()
     target, old = (torch.where(mask, of.detach(), 0.0).to(values.dtype) for of in (returns, old_values))
@@ -96,6 +95,26 @@ def value_loss(
     token = 0.5 * token
     per_token = scan.per_token(weights.to(token), cu_seqlens, token.numel())
     count = mask.sum().double()
-    totals = {"value_clipped": clipped, "value_error": error.detach(), "return": target, "return_sq": target.square()}
-    means = {name: Weighted(of.sum(dtype=torch.float64), count) for name, of in totals.items()}
-    return PolicyLoss((token * per_token).sum(), token, Stats(means=means))
+    totals = {"clip_fraction": clipped, "loss": token.detach()}
+    return PolicyLoss((token * per_token).sum(), token, Stats(means=_means(totals, count)))
+
+
+def value_stats(*, values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> Stats:
+    """Means over policy tokens of values, returns, advantages and squares, and of the squared error, `error_sq`.
+
+    The share of the returns' variance that the values explain is 1 - error_sq / (return_sq - return^2).
+    """
+    value, target, advantage = (torch.where(mask, of.detach(), 0.0).double() for of in (values, returns, advantages))
+    totals = {
+        "value": value,
+        "return": target,
+        "return_sq": target.square(),
+        "error_sq": (target - value).square(),
+        "advantage": advantage,
+        "advantage_sq": advantage.square(),
+    }
+    return Stats(means=_means(totals, mask.sum().double()))
+
+
+def _means(totals: dict[str, Tensor], count: Tensor) -> dict[str, Weighted]:
+    return {name: Weighted(of.sum(dtype=torch.float64), count) for name, of in totals.items()}

@@ -103,7 +103,7 @@ def fused_loss(
     )
     if seen is not None:
         seen.append(Seen.of_bits(found.held, found.fates))
-    stats = _stats(found, recipe.correction is not None, sequence_ids)
+    stats = _stats(found, recipe, sequence_ids)
     return linearised(streams.logp, found.value, found.slope), stats, found.lengths, found.signs
 
 
@@ -114,12 +114,12 @@ def _how(recipe: Recipe) -> Any:
     numbers = list(_NUMBERS.values())[kind](options)
     measure = MEASURES.index(options["divergence"]) if "divergence" in options else 0
     if correction is None:
-        return How(kind, numbers, measure)
+        return How(kind, numbers, measure, density=recipe.density)
     level, manner = LEVELS.index(correction.level), int(correction.type != "truncate")
-    return How(kind, numbers, measure, level, manner, correction.low, correction.high)
+    return How(kind, numbers, measure, level, manner, correction.low, correction.high, recipe.density)
 
 
-def _stats(found: Any, corrected: bool, sequence_ids: Tensor | None) -> Stats:
+def _stats(found: Any, recipe: Recipe, sequence_ids: Tensor | None) -> Stats:
     """The pass's sums under the names that `statistics`, `health`, `density` and `per_token` give them."""
     from ctpo_megatron.kernels.cpu import tokens as k
 
@@ -134,7 +134,7 @@ def _stats(found: Any, corrected: bool, sequence_ids: Tensor | None) -> Stats:
         "log_ratio_sq": sums[k.LOG_RATIO_SQ],
     }
     maxima = {"ratio_max": sums[k.RATIO_MAX]}
-    if corrected:
+    if recipe.correction is not None:
         totals |= {"correction": sums[k.WEIGHT], "correction_sq": sums[k.WEIGHT_SQ], "correction_zero": counts[k.WEIGHT_ZERO]}
         totals |= {"correction_before": sums[k.WEIGHT_BEFORE], "correction_log": sums[k.WEIGHT_LOG]}
         maxima |= {"correction_max": sums[k.WEIGHT_MAX], "correction_before_max": sums[k.WEIGHT_BEFORE_MAX]}
@@ -142,7 +142,8 @@ def _stats(found: Any, corrected: bool, sequence_ids: Tensor | None) -> Stats:
     unclipped, cut = sums[k.BY_TENTH :].view(2, DECILES)
     names = ("tokens", "position", "log_ratio", "log_ratio_sq", "clipped")
     vectors = {f"health/{name}": row for name, row in zip(names, bins, strict=True)}
-    vectors |= {"health/decile_tokens": unclipped + cut, "health/decile_clipped": cut, "health/density": counts[k.BY_BUCKET :]}
+    vectors |= {"health/decile_tokens": unclipped + cut, "health/decile_clipped": cut}
+    vectors |= {"health/density": counts[k.BY_BUCKET :]} if recipe.density else {}
     sequence, place = counts[k.BAD], counts[k.BAD_PLACE]
     if sequence_ids is not None and len(sequence_ids):
         sequence = sequence_ids[found.counts[k.BAD].clamp(min=0)].double()

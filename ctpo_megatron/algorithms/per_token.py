@@ -70,7 +70,7 @@ def _part(recipe: Recipe, tokens: Tokens, place: Tensor, seen: list[Seen] | None
     if seen is not None:
         seen.append(Seen.of(out))
     # masked tokens have advantage 0, so their loss and slope are 0
-    sums = health_sums(tokens, out, place) | density_counts(tokens)
+    sums = health_sums(tokens, out, place) | (density_counts(tokens) if recipe.density else {})
     stats, value = token_stats(tokens, out) | Stats(sums=sums), out.loss.detach()
     if recipe.delight is not None:
         weight, of_weight = delight(recipe.delight, tokens)

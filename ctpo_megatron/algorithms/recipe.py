@@ -25,6 +25,7 @@ class Recipe(NamedTuple):
     constant: float  # tokens that the aggregation `constant` divides by
     correction: Correction | None
     delight: DelightConfig | None = None
+    density: bool = True  # whether log-ratios are counted by their size and position: `algorithms.density`
 
 
 def make_recipe(
@@ -54,11 +55,12 @@ def make_recipe(
     return Recipe(OBJECTIVES[config.type], options, config.anchor, form.type, constant, factors, weight)
 
 
-def algorithm_recipe(algorithm: AlgorithmConfig) -> Recipe:
-    """The recipe of a training run, which has the engine's log-probs.
+def algorithm_recipe(algorithm: AlgorithmConfig, *, density: bool = False) -> Recipe:
+    """The recipe of a training run, which has the engine's log-probs. `density`: see `Recipe`.
 
     Its sequences have their weights from the batch as a whole, so the aggregation is never asked.
     """
-    return make_recipe(
+    recipe = make_recipe(
         algorithm.objective, algorithm.aggregation, algorithm.correction, has_rollout=True, delight=algorithm.delight
     )
+    return recipe._replace(density=density)

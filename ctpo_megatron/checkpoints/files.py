@@ -86,7 +86,8 @@ def read_manifest(checkpoint: str | Path) -> dict[str, Any]:
     """Returns the content of checkpoint.json, after comparing the sizes of all files.
 
     Keys: version, world_size, dtype, scheduler_steps, weights (hash of the model's shards), files (name -> `size` and the hash,
-    `digest`); where adapters were trained also adapter (its settings) and base (path and digest of the model it belongs to).
+    `digest`); where adapters were trained also adapter (its settings) and base (path and digest of the model it belongs to);
+    where a critic was, value_head (true).
     Raises DamagedCheckpoint for what is not as it was written, CheckpointError for a checkpoint that is not there or has another
     version.
     """

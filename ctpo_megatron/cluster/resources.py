@@ -15,7 +15,7 @@ import psutil
 from ctpo_megatron.record.slope import Slope
 
 GIB = 2**30
-SHOWN = 64  # servers that are shown one by one
+SHOWN = 64  # servers, and trainer ranks, that are shown one by one
 _SERVER = re.compile(r"inference server (\d+)")
 _RANK = re.compile(r"trainer rank \d+")
 

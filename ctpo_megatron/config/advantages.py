@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.critic import CriticConfig
 
 
 class GroupAdvantage(Section):
@@ -41,8 +42,21 @@ class TempoAdvantage(Section):
     """Divide by the (unbiased) standard deviation of the group plus 1e-6."""
 
 
+class GaeAdvantage(Section):
+    """GAE of a value function that is learned beside the policy (PPO, arXiv 1506.02438 and 1707.06347); docs/critic.md."""
+
+    type: Literal["gae"] = "gae"
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount per policy token; tool tokens do not discount."""
+    lam: float = Field(1.0, ge=0, le=1)
+    """GAE's lambda. 1: the reward minus the value; below, later values stand for a part of the reward."""
+    whiten: bool = True
+    """Give the advantages of the rollout batch's policy tokens mean 0 and variance 1."""
+    critic: CriticConfig = CriticConfig()
+
+
 Advantage = Annotated[
-    GroupAdvantage | RlooAdvantage | ReinforceAdvantage | TempoAdvantage,
+    GroupAdvantage | RlooAdvantage | ReinforceAdvantage | TempoAdvantage | GaeAdvantage,
     Field(discriminator="type"),
 ]
 

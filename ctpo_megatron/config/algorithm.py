@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, model_validator
 
-from ctpo_megatron.config.advantages import Advantage, GroupAdvantage, ShapingConfig
+from ctpo_megatron.config.advantages import Advantage, GaeAdvantage, GroupAdvantage, ShapingConfig
 from ctpo_megatron.config.base import FilePath, Section
 from ctpo_megatron.config.correction_alarm import CorrectionAlarm
+from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.distillation import DistillationConfig
 from ctpo_megatron.config.objectives import Aggregation, Correction, CtpoObjective, DelightConfig, Objective, SequenceMean
 
@@ -60,6 +61,25 @@ class AlgorithmConfig(Section):
     def top_k(self) -> int:
         """How many of the sampling policy's top-k tokens the objective compares at each position; 0: none."""
         return TOP_K if self.objective.compares_top_k else 0
+
+    @property
+    def gae(self) -> GaeAdvantage | None:
+        """How a critic's values become advantages; None where no critic learns."""
+        return self.advantage if isinstance(self.advantage, GaeAdvantage) else None
+
+    @property
+    def critic(self) -> CriticConfig | None:
+        """The value function that is learned; None where there is none."""
+        return None if self.gae is None else self.gae.critic
+
+    @model_validator(mode="after")
+    def _weights_need_no_values(self) -> AlgorithmConfig:
+        if self.gae is not None and self.aggregation.type == "balanced":
+            raise ValueError(
+                "algorithm.aggregation 'balanced' weighs sequences by the signs of their advantages, which algorithm.advantage "
+                "'gae' finds only in the trainer; use sequence-mean, token-mean, sequence-sum or constant"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ratio_is_counted_once(self) -> AlgorithmConfig:

@@ -65,6 +65,9 @@ class ParallelConfig(Section):
     """Tensor parallel of the experts."""
     dp: PositiveInt = 1
     """Data parallel."""
+    overlap_grad_reduce: bool = False
+    """Add up the gradients of data- and context-parallel ranks while the last micro-batch's backward pass goes on. For dense
+    models."""
 
     @property
     def world_size(self) -> int:

@@ -58,7 +58,11 @@ class LogConfig(Section):
     """Steps between records of how log-ratios are distributed by position, in RUN_DIR/ratios.jsonl: about 10 kB each, for
     `ctpo report --paper`. 0: none."""
     sinks: tuple[AnySink, ...] = ()
-    """Where numbers go besides, one of each type at most; see docs/sinks.md."""
+    """Where numbers and events go besides, one of each type at most; see docs/sinks.md."""
+
+    def counts_ratios(self, step: int) -> bool:
+        """Returns whether training step `step`, from 1, is one of those whose log-ratios are counted and written down."""
+        return self.ratios_every > 0 and step % self.ratios_every == 0
 
     @field_validator("sinks")
     @classmethod

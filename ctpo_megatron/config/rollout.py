@@ -22,17 +22,18 @@ CPU_KV_TOKENS = 65_536  # of a server on CPUs whose configuration does not say h
 
 
 class DataConfig(Section):
-    """Prompts. Files are .parquet or .jsonl with the columns `prompt` and `reward_model.ground_truth` (verl's format)."""
+    """Prompts. Files are .parquet or .jsonl with the columns `prompt` and `reward_model.ground_truth` (verl's format), those of
+    `ctpo sft` with the column `messages`."""
 
     train: FilePath
     """Prompts to train on."""
     weight: PositiveFloat = 1.0
     """How often a prompt of `train` comes, relative to the weights of the mixture's sources."""
     mixture: tuple[SourceConfig, ...] = ()
-    """Further files of prompts to train on, for `ctpo train`. Each draw picks a source by the weights; each source comes in
-    epochs of its own."""
+    """Further files of prompts, or for `ctpo sft` of demonstrations, to train on. Each draw picks a source by the weights; each
+    source comes in epochs of its own."""
     pools: PoolsConfig | None = None
-    """Pools of one difficulty in each source. null: none."""
+    """Pools of one difficulty in each source; `ctpo sft` has none. null: none."""
     curriculum: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
     """`package.module:function` that gives the weights of sources and pools, asked after every step (docs/rollouts.md). null: the
     weights stay."""

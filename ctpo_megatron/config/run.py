@@ -14,8 +14,9 @@ from ctpo_megatron.config.feeding import MAIN
 from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
+from ctpo_megatron.config.sft import SftConfig
 from ctpo_megatron.config.trace import TraceConfig
-from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, SftConfig, TrainConfig
+from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
 
 
@@ -76,6 +77,23 @@ class RunConfig(Section):
             raise ValueError(
                 "rollout.dynamic.max_refills replaces groups whose rewards are all equal, which every group of "
                 "rollout.group_size=1 is; set one of them otherwise"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_critic_is_part_of_a_whole_model(self) -> RunConfig:
+        if self.algorithm.gae is None:
+            return self
+        if self.model.adapter is not None:
+            raise ValueError(
+                "algorithm.advantage.type=gae trains a value head beside all weights, and model.adapter trains adapters alone; "
+                "set model.adapter to null, or take another advantage: group, rloo, reinforce++ or tempo"
+            )
+        if self.rollout.dynamic.max_refills:
+            raise ValueError(
+                f"rollout.dynamic.max_refills={self.rollout.dynamic.max_refills} replaces groups whose rewards are all equal, "
+                "but with algorithm.advantage.type=gae these teach as well, and a critic that never sees them expects too "
+                "little or too much; set it to 0"
             )
         return self
 

@@ -26,7 +26,7 @@ class SinkSection(Section):
 
 
 class WandbSink(SinkSection):
-    """Weights & Biases. Its key comes from WANDB_API_KEY, from ~/.netrc or from `key_file`."""
+    """Weights & Biases, alarms as alerts. Its key comes from WANDB_API_KEY, from ~/.netrc or from `key_file`."""
 
     package: ClassVar[str] = "wandb"
     install: ClassVar[str] = "wandb"
@@ -63,7 +63,7 @@ class MlflowSink(SinkSection):
 
 
 class PrometheusSink(SinkSection):
-    """An endpoint that a Prometheus server scrapes: the last value of every metric, at /metrics."""
+    """An endpoint that a Prometheus server scrapes: the last value of every metric, and counts of events, at /metrics."""
 
     package: ClassVar[str] = "prometheus_client"
     install: ClassVar[str] = "prometheus-client"
@@ -76,7 +76,7 @@ class PrometheusSink(SinkSection):
 
 
 class OtelSink(SinkSection):
-    """OpenTelemetry: a span for each training step, and for each of its phases below it."""
+    """OpenTelemetry: a span for each training step with the events in it, and below it one for each of its phases."""
 
     package: ClassVar[str] = "opentelemetry.sdk"
     install: ClassVar[str] = "opentelemetry-sdk"

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ctpo_megatron.config.base import FilePath, Section
+from ctpo_megatron.config.base import Section
 from ctpo_megatron.config.memory import MemoryConfig
 from ctpo_megatron.config.spikes import SpikeConfig
 from ctpo_megatron.errors import ConfigError
+
+NO_MUON = (
+    "muon is not available: megatron-core 0.16.1 takes it from the package emerging_optimizers, whose release 0.3.0 asks for "
+    "Python 3.12 or newer, and refuses it together with the distributed optimizer, which this trainer uses; allowed: adamw"
+)
 
 
 class OptimizerConfig(Section):
     """AdamW with a linear warm-up of the learning rate and a schedule after it."""
 
+    type: Literal["adamw"] = "adamw"
+    """Which optimizer. Muon is refused by name with the reason (docs/choosing.md)."""
     lr: NonNegativeFloat = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear", "inverse-square-root", "wsd"] = "constant"
@@ -45,6 +52,13 @@ class OptimizerConfig(Section):
     """Number format of the second moment; other than float32 needs precision_aware."""
     cpu_offload: float = Field(0.0, ge=0, le=1)
     """Fraction of the optimizer's state that is kept and updated in the host's memory. More than 0 needs a GPU."""
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _muon_is_refused_by_name(cls, value: object) -> object:
+        if isinstance(value, str) and "muon" in value.lower():
+            raise ValueError(NO_MUON)
+        return value
 
     @model_validator(mode="after")
     def _rates_and_formats_agree(self) -> OptimizerConfig:
@@ -107,19 +121,6 @@ class TrainConfig(Section):
     nonfinite_dumps: NonNegativeInt = 4
     """How many dumps of such steps are kept in RUN_DIR/dumps, the newest; each holds the weights too. 0: none is written."""
     spikes: SpikeConfig = SpikeConfig()
-
-
-class SftConfig(Section):
-    """Supervised teaching of a format before reinforcement learning."""
-
-    steps: PositiveInt = 1000
-    """Largest number of optimizer steps."""
-    batch_size: PositiveInt = 32
-    """Examples per optimizer step."""
-    stop_loss: PositiveFloat | None = None
-    """Stop when the smoothed loss per token falls below this. null: run all steps."""
-    output: FilePath | None = None
-    """Where the model is written in Hugging Face format. null: RUN_DIR/model."""
 
 
 class CheckpointConfig(Section):

@@ -55,7 +55,7 @@ class About:
     sequence: int | None  # number in the rollout batch of the first bad sequence, where the trainer knew it
     policy_version: Count  # of the trainer when the step began
     temperature: float
-    parallel: dict[str, int | None]  # the layout that it happened at
+    parallel: dict[str, int | bool | None]  # the layout that it happened at
     written: float  # seconds since 1970
     release: str  # of this package
     weights_from: str  # where weights/ comes from, for a person

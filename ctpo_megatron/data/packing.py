@@ -166,6 +166,8 @@ def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], Train
     k = next((sample.top_k.ids.shape[1] for sample in samples if sample.top_k is not None), None)
     if k is not None:
         filled = [s if s.top_k is not None else replace(s, top_k=TopK.unused(len(s), k)) for s in filled]
+    if any(sample.rewards is not None for sample in samples):
+        filled = [s if s.rewards is not None else replace(s, rewards=[0.0] * len(s)) for s in filled]
     if any(sample.supports is not None for sample in samples):
         filled = [s if s.supports is not None else replace(s, supports=Supports.none(len(s))) for s in filled]
     if any(sample.teacher_logp is not None for sample in samples):
@@ -173,11 +175,6 @@ def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], Train
     if any(sample.teacher is not None for sample in samples):
         filled = [s if s.teacher is not None else replace(s, teacher=NOBODY) for s in filled]
     return filled[:-1], filled[-1]
-
-
-def _untold(sample: TrainSample) -> list[float]:
-    """NaN at the tokens of a sample whose teacher is still to be asked, in the trainer's ranks; zeros of one that has none."""
-    return [0.0 if sample.teacher is None or not wrote else math.nan for wrote in sample.mask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +203,11 @@ def _pieces(
         return [_Piece(samples[i], weights[i], numbers[i]) for i in family.members]
     branches = [_Piece(part(samples[i], shared), weights[i], numbers[i], place, shared) for i in family.members]
     return [_Piece(part(first, 0, shared)), *branches]
+
+
+def _untold(sample: TrainSample) -> list[float]:
+    """NaN at the tokens of a sample whose teacher is still to be asked, in the trainer's ranks; zeros of one that has none."""
+    return [0.0 if sample.teacher is None or not wrote else math.nan for wrote in sample.mask]
 
 
 def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> MicroBatch:
@@ -238,6 +240,7 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
     routed_experts = rows([s.routed_experts for s in samples], -1)
     teachers = [s.teacher for s in samples if s.teacher is not None]
     teacher_logp = [s.teacher_logp for s in samples if s.teacher_logp is not None]
+    rewards = [s.rewards for s in samples if s.rewards is not None]  # of all of them or of none, see `_alike`
     return MicroBatch(
         TokenStreams(
             input_ids=stream([s.input_ids for s in samples], 0, torch.int64),
@@ -252,6 +255,7 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
             top_k_ids=rows([None if s.top_k is None else s.top_k.ids for s in samples], 0),
             top_k_logp=rows([None if s.top_k is None else s.top_k.logp for s in samples], -math.inf),
             support_ids=rows([None if s.supports is None else s.supports.rows(width) for s in samples], -1),
+            rewards=stream(rewards, 0.0, torch.float32) if rewards else None,
         ),
         Sequences(
             cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
@@ -259,8 +263,8 @@ def _micro_batch(pieces: Sequence[_Piece], step: int, unit: int, width: int) -> 
             groups=torch.tensor([sample.group for sample in samples]),
             weights=torch.tensor([piece.weight for piece in pieces], dtype=torch.float64),
             ids=torch.tensor([piece.number for piece in pieces]),
-            prefixes=torch.tensor([p.prefix for p in pieces]) if any(p.shared for p in pieces) else None,
             teachers=torch.tensor(teachers) if teachers else None,
+            prefixes=torch.tensor([p.prefix for p in pieces]) if any(p.shared for p in pieces) else None,
         ),
         None if routed_experts is None else Replay(routed_experts),
     )

@@ -32,6 +32,21 @@ def build_samples(
     return samples
 
 
+def rewarded(samples: Sequence[TrainSample], group: TrajectoryGroup, rewards: Sequence[float]) -> list[TrainSample]:
+    """What `build_samples` made of `group`, with the reward of its trajectory at the last token that the policy wrote in each.
+
+    `rewards[i]` is that of trajectory i. Nothing is rewarded in a sample without such a token.
+    """
+    owners = [number for number, trajectory in enumerate(group.trajectories) for _ in trajectory.sampled_lengths]
+    return [replace(each, rewards=_at_the_end(each.mask, rewards[of])) for each, of in zip(samples, owners, strict=True)]
+
+
+def _at_the_end(mask: Sequence[bool], reward: float) -> list[float]:
+    """A stream with `reward` where `mask` is True for the last time, and zeros elsewhere."""
+    last = max((place for place, wrote in enumerate(mask) if wrote), default=-1)
+    return [reward if place == last else 0.0 for place in range(len(mask))]
+
+
 def _cut(advantage: float | Sequence[float], lengths: Sequence[int]) -> list[float | Sequence[float]]:
     """The advantages of an attempt's tokens, sample by sample."""
     if isinstance(advantage, int | float) or len(lengths) == 1:

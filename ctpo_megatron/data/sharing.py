@@ -73,6 +73,7 @@ def part(sample: TrainSample, begin: int, end: int | None = None) -> TrainSample
         top_k=None if top_k is None else TopK(top_k.ids[own], top_k.logp[own]),
         supports=None if supports is None else supports.part(own),
         teacher_logp=None if sample.teacher_logp is None else sample.teacher_logp[own],
+        rewards=None if sample.rewards is None else sample.rewards[own],
     )
 
 

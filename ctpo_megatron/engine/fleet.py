@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ctpo_megatron.engine.busy import BusyTimes
 from ctpo_megatron.engine.choice import Place, choose
 from ctpo_megatron.engine.load import Load
 from ctpo_megatron.errors import AsideLost, EngineError, NoServerLeft
@@ -133,6 +134,7 @@ class Fleet:
         self._offloaded = False
         self._held = False
         self.traffic: Callable[[], dict[str, float]] | None = None  # what is measured of the requests
+        self.busy = BusyTimes()
         self._changed = asyncio.Event()
         self._freed = asyncio.Event()
 
@@ -283,11 +285,13 @@ class Fleet:
         if member.version is None:  # `serve` sets both
             raise EngineError(f"{member.name} serves, but no version of the weights was proven on it")
         member.in_flight += 1
+        self.busy.asked(member.name)
         return Lease(member, member.version, member.failures, member.returns)
 
     def done(self, lease: Lease) -> None:
         """Note that the request is over."""
         lease.member.in_flight -= 1
+        self.busy.answered(lease.member.name)
         self.freed()
 
     async def _served(self, aside: bool) -> None:

@@ -75,8 +75,8 @@ def _print(found: Findings, console: Console) -> None:
 def begin(config: RunConfig, where: Path, use: Kind) -> Findings:
     """Returns findings with nothing found yet."""
     per_step, steps = config.train.prompts_per_step, config.train.steps
-    if use == "sft":
-        per_step, steps = config.sft.batch_size, config.sft.steps
+    if use == "sft":  # both are known when the demonstrations are
+        per_step, steps = config.sft.batch_size, config.sft.total_steps(config.sft.batch_size)
     return Findings(config.name, use, str(where), config.data.system_prompt, per_step, steps)
 
 
@@ -118,14 +118,35 @@ def _look_at_prompts(
 
 
 def _look_at_demonstrations(config: RunConfig, model: OpenModel, found: Findings, samples: int) -> None:
+    trained, asked = 0, dict[tuple[int, ...], str]()
+    weights = config.model_copy(update={"data": config.data.model_copy(update={"curriculum": None})})
+    for source, path in training_files(config):
+        of_file = _look_at_file(path, "sft", config, model, found, samples)
+        found.files[-1].share = source_share(weights, source)
+        trained += len(of_file)
+        for sample in of_file:
+            asked.setdefault(_prompt_of(sample), f"{source}:{sample.group}" if source else str(sample.group))
+    found.steps, found.rows_per_step = config.sft.total_steps(trained), config.sft.per_step(trained)
+    if config.sft.eval is not None:
+        held_out = _look_at_file(config.sft.eval, "eval", config, model, found, samples=0)
+        of_rows = {sample.group: asked[_prompt_of(sample)] for sample in held_out if _prompt_of(sample) in asked}
+        found.files[-1].shared = list(of_rows.items())
+
+
+def _prompt_of(sample: TrainSample) -> tuple[int, ...]:
+    """The tokens before the first that is taught."""
+    return tuple(sample.input_ids[: sample.mask.index(True) + 1])
+
+
+def _look_at_file(path: str, use: str, config: RunConfig, model: OpenModel, found: Findings, samples: int) -> list[TrainSample]:
     events: list[Event] = []
     seen: list[TrainSample] = []
     try:
-        load_demonstrations(config, model, events.append, seen.append)
+        return load_demonstrations(path, config, model, events.append, seen.append)
     finally:
         if events:
             limit = demonstration_limit(config)
-            found.files.append(demonstrations_found(seen, limit, _read(events), config, model.chat, samples))
+            found.files.append(demonstrations_found(seen, use, limit, _read(events), config, model.chat, samples))
 
 
 def _read(events: list[Event]) -> DataRead:

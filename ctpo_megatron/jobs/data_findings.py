@@ -13,7 +13,7 @@ from ctpo_megatron.data.kind import Kind
 from ctpo_megatron.data.messages import Message
 from ctpo_megatron.data.prompts import COLUMNS as PROMPT_COLUMNS
 from ctpo_megatron.data.sft import COLUMNS as SFT_COLUMNS
-from ctpo_megatron.data.sft import LengthLimit, as_conversation, as_sample
+from ctpo_megatron.data.sft import LengthLimit, Taught, as_conversation, as_samples
 from ctpo_megatron.data.survey import Lengths, Repeats, find_repeats
 from ctpo_megatron.data.tables import read_rows
 from ctpo_megatron.jobs.gold_answers import GoldAnswers, judge_answers
@@ -131,10 +131,16 @@ def prompts_found(file: PromptFile, use: str, read: DataRead, config: RunConfig,
 
 
 def demonstrations_found(
-    samples: Sequence[TrainSample], limit: LengthLimit, read: DataRead, config: RunConfig, chat: ChatTokenizer, shown: int
+    samples: Sequence[TrainSample],
+    use: str,
+    limit: LengthLimit,
+    read: DataRead,
+    config: RunConfig,
+    chat: ChatTokenizer,
+    shown: int,
 ) -> FileFound:
     """Returns what a file of demonstrations holds, of which `samples` can be written; the first `shown` rows rendered."""
-    found = FileFound(read.file, "sft", read.rows, read.different, SFT_COLUMNS, read.ignored)
+    found = FileFound(read.file, use, read.rows, read.different, SFT_COLUMNS, read.ignored)
     if samples:
         too_long = tuple((sample.group, len(sample)) for sample in samples if len(sample) > limit.tokens)
         whole = Lengths.of([len(sample) for sample in samples])
@@ -145,7 +151,7 @@ def demonstrations_found(
         whole_rows = {sample.group: sample for sample in samples}
         first = enumerate(islice(read_rows(read.file, SFT_COLUMNS), shown))
         rows = [(whole_rows[row], place, held["messages"]) for row, (place, held) in first if row in whole_rows]
-        found.samples = [demonstration_rendered(*row, config.data.system_prompt, chat) for row in rows]
+        found.samples = [demonstration_rendered(*row, config.data.system_prompt, chat, config.sft.turns) for row in rows]
     return found
 
 
@@ -169,13 +175,17 @@ def prompt_rendered(prompt: Prompt, chat: ChatTokenizer) -> Rendered:
 
 
 def demonstration_rendered(
-    sample: TrainSample, place: str, messages: object, system_prompt: str | None, chat: ChatTokenizer
+    sample: TrainSample, place: str, messages: object, system_prompt: str | None, chat: ChatTokenizer, turns: Taught
 ) -> Rendered:
-    """Returns a demonstration as the model sees it. `messages` are what its row, found at `place`, holds."""
+    """Returns a demonstration, the last sample of its row, as the model sees it.
+
+    `messages` are what the row, found at `place`, holds.
+    """
     talk, start = as_conversation(place, messages, system_prompt)
 
     def render(changed: Sequence[Message]) -> str:
-        return "".join(run.text for run in _runs(as_sample(place, sample.group, changed, start, chat), chat))
+        last = as_samples(place, sample.group, changed, start, chat, turns)[-1]
+        return "".join(run.text for run in _runs(last, chat))
 
     parts = parts_of(_runs(sample, chat), talk, render)
     return Rendered(sample.group, len(sample), sum(sample.mask), tuple(parts))

@@ -158,15 +158,25 @@ def check_rendering(prompts: list[Prompt], chat: ChatTokenizer, path: str, *, tu
 
 
 def load_demonstrations(
-    config: RunConfig, model: OpenModel, emit: Emit = discard, hear: Callable[[TrainSample], None] | None = None
+    path: str, config: RunConfig, model: OpenModel, emit: Emit = discard, hear: Callable[[TrainSample], None] | None = None
 ) -> list[TrainSample]:
-    """The demonstrations of data.train, all of which a run can use. `emit` hears what was read, `hear` of each, however long."""
-    path = config.data.train
+    """The demonstrations of a file, all of which a run can use. `emit` hears what was read, `hear` of each, however long."""
     samples = read_demonstrations(
-        path, model.chat, system_prompt=config.data.system_prompt, limit=demonstration_limit(config), emit=emit, hear=hear
+        path,
+        model.chat,
+        system_prompt=config.data.system_prompt,
+        limit=demonstration_limit(config),
+        turns=config.sft.turns,
+        emit=emit,
+        hear=hear,
     )
     check_demonstrations(samples, path, model.chat, model.shape)
     return samples
+
+
+def load_all_demonstrations(config: RunConfig, model: OpenModel, emit: Emit = discard) -> dict[str, list[TrainSample]]:
+    """The demonstrations of data.train, under an empty name, and of the mixture's sources under theirs."""
+    return {name: load_demonstrations(path, config, model, emit) for name, path in training_files(config)}
 
 
 def demonstration_limit(config: RunConfig) -> LengthLimit:

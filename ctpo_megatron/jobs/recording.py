@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,24 @@ from ctpo_megatron.record.events import Emit
 from ctpo_megatron.record.hparams import settings_shown
 from ctpo_megatron.record.recorder import Sink
 from ctpo_megatron.record.sink_events import PointsLost
+from ctpo_megatron.record.sink_feed import SinkFeed
 from ctpo_megatron.record.sink_process import RunWords, SinkProcess
 from ctpo_megatron.record.storage import Storage
 
 
 def make_sinks(config: RunConfig, run_dir: Path, *, resumed: bool) -> tuple[SinkProcess, ...]:
-    """The sinks that a run asks for; each starts its process with the first that it is given. Close them with `close_sinks`."""
+    """The sinks that a run asks for; each starts its process with the first that it is given. Close them: `closing_sinks`."""
     about = RunWords(config.name, run_dir, shown(config), resumed)
     return tuple(SinkProcess(each, about) for each in config.log.sinks)
+
+
+@contextlib.asynccontextmanager
+async def closing_sinks(feed: SinkFeed, emit: Emit) -> AsyncIterator[None]:
+    """A context in which `feed` may get sinks; they end behind it, and so hear of how the run ended."""
+    try:
+        yield
+    finally:
+        await close_sinks(feed.sinks, emit)
 
 
 async def close_sinks(sinks: Sequence[Sink], emit: Emit) -> None:

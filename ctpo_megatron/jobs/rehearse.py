@@ -60,6 +60,8 @@ def rehearsal_of(config: RunConfig, shape: ModelShape, rank: int | None) -> tupl
     check_layout(shape, parallel)
     if run.model.adapter is not None:
         raise ConfigError("model.adapter: a rehearsal knows no adapters; without --rehearse the plan counts them.")
+    if config.algorithm.critic is not None:
+        raise ConfigError("algorithm.advantage.type=gae: a rehearsal knows no critic; without --rehearse the plan counts it.")
     micro_batches = rehearsed_micro_batches(run, plan_batches(run).packings[0].micro_batches)
     stages = plan_stages(run, shape, micro_batches)
     each = parallel.world_size // parallel.pp

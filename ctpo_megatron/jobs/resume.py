@@ -66,9 +66,11 @@ def checkpoint_to_resume(config: RunConfig, resume: Resume, emit: Emit) -> Resum
         refuse_earlier(run_dir)
         return None
     try:
-        if resume == "auto":
-            return newest_or_none(run_dir / "checkpoints", emit)
-        return newest(run_dir / "checkpoints", config.train.steps, emit)
+        root = run_dir / "checkpoints"
+        found = newest_or_none(root, emit) if resume == "auto" else newest(root, config.train.steps, emit)
+        if found is not None and found.state.supervised is not None:
+            raise InputError(f"--resume: {found.checkpoint} is of `ctpo sft`; go on with that command, or choose another run_dir")
+        return found
     except CheckpointError as error:  # nothing was started, and another release, or a look at the directory, mends it
         raise InputError(f"--resume: {error}") from error
 
@@ -79,16 +81,18 @@ def is_done(config: RunConfig) -> bool:
     return summary.is_file() and read_json(summary).get("steps", 0) >= config.train.steps
 
 
-def differences(found: Resumable, config: RunConfig, shape: ModelShape, emit: Emit) -> list[Difference]:
+def differences(
+    found: Resumable, config: RunConfig, shape: ModelShape, emit: Emit, *, supervised: bool = False
+) -> list[Difference]:
     """Returns what differs between a checkpoint and the present settings, but for the prompts, which `start_of` compares.
 
-    Where a resume cannot change some of it, all is told and InputError raised, which names that.
+    `supervised`: of `ctpo sft`. Where a resume cannot change some of it, all is told and InputError raised, which names that.
     """
     if found.in_memory:
         return []  # it is of this very process
     now = yaml.safe_load(dump_config(config))
     known = found.config
-    changed = [] if known is None else settings_that_differ(known, now)
+    changed = [] if known is None else settings_that_differ(known, now, supervised=supervised)
     if known is None and (seed := last_seed(found.state.cursor)) != config.seed:
         changed += settings_that_differ({"seed": seed}, {"seed": config.seed})
     changed += dtype_that_differs(found.manifest["dtype"], None if known is None else known["model"]["dtype"], config)

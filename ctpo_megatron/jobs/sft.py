@@ -3,56 +3,170 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.load import dump_config
+from ctpo_megatron.errors import StoppedInOrder
 from ctpo_megatron.jobs.export import export
-from ctpo_megatron.jobs.inputs import check_output, load_demonstrations, open_model, prepare_run_dir
-from ctpo_megatron.jobs.recording import close_sinks, make_sinks, shown
+from ctpo_megatron.jobs.inputs import (
+    OpenModel,
+    check_output,
+    load_all_demonstrations,
+    load_demonstrations,
+    open_model,
+    prepare_run_dir,
+)
+from ctpo_megatron.jobs.orders import obey
+from ctpo_megatron.jobs.recording import closing_sinks, make_sinks, shown
+from ctpo_megatron.jobs.resume import Resume, differences
+from ctpo_megatron.jobs.sft_start import SftStart, Sources, checkpoint_of_sft, is_done, sft_start
 from ctpo_megatron.jobs.skipping import make_skipping
+from ctpo_megatron.jobs.stop import StopSignal
+from ctpo_megatron.jobs.time_limit import Lead
 from ctpo_megatron.jobs.topology import topology_of
-from ctpo_megatron.loop.sft import run_sft
+from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, restore
+from ctpo_megatron.loop.orders import Orders
+from ctpo_megatron.loop.sft import SftLoop, SftResult
 from ctpo_megatron.record import Recorder, write_summary
-from ctpo_megatron.record.events import print_sentence
+from ctpo_megatron.record.events import Emit, Event, print_sentence
+from ctpo_megatron.record.recorder import Sink
+from ctpo_megatron.record.sink_feed import SinkFeed
 from ctpo_megatron.record.sink_process import check_sinks
 from ctpo_megatron.record.storage import Storage
+from ctpo_megatron.types import TrainSample
 
 
-async def sft_job(config: RunConfig) -> None:
-    """Train on data.train until sft.steps or sft.stop_loss, then write sft.output."""
+@dataclass(frozen=True)
+class _Inputs:
+    """What the run works on and where it begins, all of it checked."""
+
+    config: RunConfig
+    model: OpenModel
+    sources: Sources
+    held_out: list[TrainSample]
+    found: Resumable | None
+    start: SftStart
+
+
+async def sft_job(config: RunConfig, stop: StopSignal, *, resume: Resume = "no") -> None:
+    """Train on data.train and data.mixture until one of the ends of docs/sft.md, then write sft.output.
+
+    `resume`: from the newest checkpoint in the run directory. Raises StoppedInOrder where the run was asked to stop and all is
+    saved.
+    """
     begun = time.monotonic()
-    config.optimizer.check_length(config.sft.steps)
     check_sinks(config.log.sinks)
+    feed = SinkFeed()
+
+    def emit(event: Event) -> None:
+        print_sentence(event)
+        feed(event)
+
+    inputs = _read(config, resume, emit)
+    if inputs is None:
+        print(f"{config.run_dir}: this run has come to its end")
+        return
+    run_dir = prepare_run_dir(config)
+    output = Path(config.sft.output) if config.sft.output else run_dir / "model"
+    one = config.in_layout(config.parallel)  # nothing of it is started again
+    topology = topology_of(config, engines=False)
+    runtime = Runtime(one, inputs.model.shape, topology, run_dir, total_steps=inputs.start.schedule)
+    storage = Storage(run_dir, config.checkpoint.storage_wait_s)
+    async with storage.outlasting(emit, runtime.stages):
+        async with closing_sinks(feed, print_sentence), AsyncExitStack() as ends, runtime:
+            feed.begin(make_sinks(config, run_dir, resumed=inputs.found is not None))
+            async with obey(stop, config, run_dir, storage, emit, Lead()) as orders:
+                result = await runtime.guard(_train(runtime, inputs, run_dir, feed.sinks, storage, orders, ends, emit))
+            if result.asked is not None:
+                raise StoppedInOrder(
+                    f"stopped in order after step {result.steps} of {inputs.start.total_steps}: {result.asked.reason}. What was "
+                    f"learned is saved in {run_dir}; the same command with --resume auto goes on"
+                )
+            await runtime.guard(storage.patiently(partial(export, runtime.trainer, inputs.model.chat, output)))
+        _sum_up(result, run_dir, output, time.monotonic() - begun)
+
+
+def _read(config: RunConfig, resume: Resume, emit: Emit) -> _Inputs | None:
+    """Returns all that the run reads, checked before anything starts; None where it has come to its end. Raises InputError."""
     model = open_model(config, "sft")
     if config.sft.output:
         check_output("sft.output", Path(config.sft.output))
-    samples = load_demonstrations(config, model, print_sentence)
-    run_dir = prepare_run_dir(config)
-    output = Path(config.sft.output) if config.sft.output else run_dir / "model"
-    topology = topology_of(config, engines=False)
-    one = config.in_layout(config.parallel)  # nothing of it is started again
-    runtime = Runtime(one, model.shape, topology, run_dir, total_steps=config.sft.steps)
-    storage = Storage(run_dir, config.checkpoint.storage_wait_s)
-    async with storage.outlasting(print_sentence, runtime.stages):
-        async with AsyncExitStack() as ends, runtime:
-            sinks = make_sinks(config, run_dir, resumed=False)
-            ends.push_async_callback(close_sinks, sinks, print_sentence)
-            recorder = Recorder(
-                run_dir,
-                config.log,
-                settings=shown(config),
-                sinks=sinks,
-                emit=print_sentence,
-                through=storage.write,
-                aside=storage.attempt,
-            )
-            ends.callback(recorder.close)
-            skipping = make_skipping(runtime.trainer, config, run_dir, print_sentence)
-            result = await runtime.guard(run_sft(config, samples, runtime.trainer, recorder, skipping, storage))
-            await runtime.guard(storage.patiently(partial(export, runtime.trainer, model.chat, output)))
-        wall = time.monotonic() - begun
-        write_summary(run_dir, {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "wall_s": wall})
-    print(f"sft: {result.steps} steps, loss {result.loss:.3f} per token, {wall:.0f} s; model written to {output}")
+    found = checkpoint_of_sft(config, resume, emit)
+    if found is not None:
+        for each in differences(found, config, model.shape, emit, supervised=True):
+            emit(each.event)
+    if found is None and config.sft.steps is not None and config.sft.epochs is None:  # known before anything is read
+        config.optimizer.check_length(config.sft.steps)
+    sources = load_all_demonstrations(config, model, emit)
+    held_out = [] if config.sft.eval is None else load_demonstrations(config.sft.eval, config, model, emit)
+    examples = sum(map(len, sources.values()))
+    if resume == "auto" and is_done(config, config.sft.total_steps(examples)):
+        return None
+    return _Inputs(config, model, sources, held_out, found, sft_start(config, sources, found))
+
+
+async def _train(
+    runtime: Runtime,
+    inputs: _Inputs,
+    run_dir: Path,
+    sinks: Sequence[Sink],
+    storage: Storage,
+    orders: Orders,
+    ends: AsyncExitStack,
+    emit: Emit,
+) -> SftResult:
+    """Returns how it ended; the trainer holds what is to be exported. `ends`: closes the record."""
+    config, start = inputs.config, inputs.start
+    if inputs.found is not None:
+        taken = await restore(runtime.trainer, inputs.found, emit)
+        start = start if taken is inputs.found else sft_start(config, inputs.sources, taken)
+    recorder = Recorder(
+        run_dir,
+        config.log,
+        first_step=start.step,
+        settings=shown(config),
+        sinks=sinks,
+        emit=emit,
+        through=storage.write,
+        aside=storage.attempt,
+    )
+    ends.callback(recorder.close)
+    loop = SftLoop(
+        config,
+        start.demonstrations,
+        runtime.trainer,
+        recorder,
+        held_out=inputs.held_out,
+        storage=storage,
+        orders=orders,
+        first_step=start.step,
+        drawn=start.drawn,
+        state=start.state,
+    )
+    loop.checkpoints = Checkpoints(
+        runtime.trainer,
+        run_dir / "checkpoints",
+        config.checkpoint,
+        emit,
+        resolved=dump_config(config),
+        needed=loop.needed,
+        storage=storage,
+    )
+    loop.skipping = make_skipping(runtime.trainer, config, run_dir, emit, loop.checkpoints)
+    return await loop.run()
+
+
+def _sum_up(result: SftResult, run_dir: Path, output: Path, wall_s: float) -> None:
+    summary = {"steps": result.steps, "loss": result.loss, "tokens": result.tokens, "end": result.end, "wall_s": wall_s}
+    measured = ""
+    if result.eval_loss is not None:
+        summary |= {"eval_loss": result.eval_loss, "eval_step": result.eval_step}
+        measured = f", held out {result.eval_loss:.3f} after step {result.eval_step}"
+    write_summary(run_dir, summary)
+    print(f"sft: {result.steps} steps, loss {result.loss:.3f} per token{measured}, {wall_s:.0f} s; model written to {output}")

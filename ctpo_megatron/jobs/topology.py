@@ -37,5 +37,6 @@ def planned_run(config: RunConfig) -> PlannedRun:
         has_reference=config.algorithm.reference is not None,
         has_teachers=teaching is not None,
         copied_teachers=0 if teaching is None else len(teaching.copied),
+        has_critic=config.algorithm.critic is not None,
         top_k=config.algorithm.top_k or config.rollout.top_k or 0,
     )

@@ -24,7 +24,7 @@ from ctpo_megatron.jobs.journal import open_journal
 from ctpo_megatron.jobs.memory import make_memory
 from ctpo_megatron.jobs.orders import obey
 from ctpo_megatron.jobs.publication import canary_texts, make_publisher
-from ctpo_megatron.jobs.recording import close_sinks, make_sinks, open_record
+from ctpo_megatron.jobs.recording import closing_sinks, make_sinks, open_record
 from ctpo_megatron.jobs.restarts import Restarts, begin_again
 from ctpo_megatron.jobs.resume import Resume, Start, checkpoint_to_resume, differences, is_done, start_of
 from ctpo_megatron.jobs.rollouts import OpenRollouts, checked_tool, open_rollouts
@@ -55,6 +55,7 @@ from ctpo_megatron.record.incarnation import IncarnationLog
 from ctpo_megatron.record.nonfinite_events import WentBack
 from ctpo_megatron.record.recorder import Sink
 from ctpo_megatron.record.run_events import RunStopped, TrainerRestarted
+from ctpo_megatron.record.sink_feed import SinkFeed
 from ctpo_megatron.record.sink_process import check_sinks
 from ctpo_megatron.record.storage import Storage
 from ctpo_megatron.rollout.journal import Journal
@@ -94,9 +95,12 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume, nurs
     hearing = open_hearing(config)
     read: list[Event] = []  # told when there is a run directory to write them down in
     tool = checked_tool(config.rollout)
-    lead = Lead()
+    lead, feed = Lead(), SinkFeed()
     storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s, STORAGE_SHARE * config.cluster.stop_grace_s)
-    with IncarnationLog(Path(config.run_dir), [print_sentence, lead, hearing], storage.write) as events:
+    events = IncarnationLog(Path(config.run_dir), [print_sentence, lead, hearing, feed], storage.write)
+    async with AsyncExitStack() as ends:
+        await ends.enter_async_context(closing_sinks(feed, events))
+        ends.enter_context(events)
         resumable = checkpoint_to_resume(config, resume, events)
         changed = [] if resumable is None else differences(resumable, config, model.shape, events)
         prompts = load_training_prompts(config, model.chat, read.append, model.shape)
@@ -106,12 +110,12 @@ async def train_job(config: RunConfig, stop: StopSignal, *, resume: Resume, nurs
         events.begin(checkpoint=None if resumable is None else resumable.checkpoint, step=start.step)
         for event in read:
             events(event)
-        texts, sinks = canary_texts(prompts, model.chat), make_sinks(config, run_dir, resumed=resumable is not None)
-        inputs = _Inputs(config, prompts, benchmarks, texts, run_dir, start, resumable, sinks)
+        feed.begin(make_sinks(config, run_dir, resumed=resumable is not None))
+        texts = canary_texts(prompts, model.chat)
+        inputs = _Inputs(config, prompts, benchmarks, texts, run_dir, start, resumable, feed.sinks)
         topology, steps = topology_of(config), start.total_steps
         runtime = Runtime(config, model.shape, topology, run_dir, total_steps=steps, emit=events, nursery=nursery)
         async with storage.outlasting(events, runtime.stages), hearing.sending(), AsyncExitStack() as files:
-            files.push_async_callback(close_sinks, sinks, events)
             of_evaluations = recipes(config, benchmarks)
             journal = open_journal(config, run_dir, start.step, events, storage, keep=resume != "no", recipes=of_evaluations)
             if journal is not None:
@@ -260,15 +264,13 @@ class _Run:
         if chosen is not None:
             restored = await _restored(runtime, inputs, start, chosen, emit)
             start = replace(restored, admission=start.admission, position=start.position) if passed_over else restored
-        # a new run's weights too: it proves that trainer and servers agree from the start
-        published = await publisher.publish(start.step)
+        published = await publisher.publish(start.step)  # of a new run too: it proves that trainer and servers agree
         self._published(start.step, publisher.digest)
         emit(weights_published(start.step, published))
         opening = partial(open_record, inputs.config, run_dir, start, inputs.sinks, self._hearing, emit, self._storage)
         record = await self._storage.patiently(opening)
-        evaluations = make_evaluations(
-            config, inputs.benchmarks, self._rollouts, runtime.fleet, start, inputs.run_dir, record, self._totals, emit
-        )
+        over = inputs.benchmarks, self._rollouts, runtime.fleet
+        evaluations = make_evaluations(config, *over, start, run_dir, record, self._totals, emit)
         checkpoints = Checkpoints(
             runtime.trainer,
             run_dir / "checkpoints",
@@ -307,6 +309,7 @@ class _Run:
             storage=self._storage,
             memory=self._memory,
             resources=runtime.resources,
+            busy=runtime.fleet.busy,
             tracing=Traces(runtime, self._rollouts.client, config, emit),
             unsaved=chosen.state if chosen is not None and chosen.in_memory else None,
         )

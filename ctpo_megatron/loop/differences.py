@@ -64,6 +64,8 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "optimizer.warmup_steps": ("applies", f"{_SCHEDULE}; warm-up is counted from the run's first optimizer step"),
     "optimizer.wsd_decay_steps": ("applies", _SCHEDULE),
     "optimizer.wsd_decay": ("applies", _SCHEDULE),
+    "algorithm.advantage.critic.lr": ("applies", _SCHEDULE),
+    "algorithm.advantage.critic.warmup_steps": ("applies", "they are counted from the run's first step"),
     "train.steps": ("applies", "of the whole run, the steps that are done included; schedules that fall end there"),
     "train.prompts_per_step": ("applies", "prompts are counted one by one, so none is repeated or left out"),
     "train.staleness": ("applies", "groups that are open and too old for it are aborted when they are finished"),
@@ -77,6 +79,14 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "alarms": ("applies", "the steps before are judged by it too, so some alarms may be raised or cleared at once"),
     "alarms.webhook": ("applies", ""),
 }
+_OF_TRAIN: tuple[Effect, str] = ("none", "it belongs to `ctpo train`")
+_WHY_SUPERVISED: dict[str, tuple[Effect, str]] = {
+    "sft": ("applies", ""),
+    "sft.steps": ("applies", "of the whole run, the steps that are done included; schedules that fall end there"),
+    "sft.epochs": ("applies", "of the whole run, the examples that were trained on included; schedules that fall end there"),
+    "sft.eval": ("applies", "losses from now on are not of the same demonstrations"),
+    **dict.fromkeys(("algorithm", "eval", "rollout", "train.steps", "train.prompts_per_step", "train.staleness"), _OF_TRAIN),
+}
 # fields of a model's shape that change no tensor and no result, or that training alone reads
 _SHAPE_APPLIES = ("max_positions", "experts.aux_loss_coeff")
 _SHAPE_SKIPPED = (
@@ -85,18 +95,21 @@ _SHAPE_SKIPPED = (
 )  # a checkpoint's config.json names the format of its weights, and leaves those layers out
 
 
-def settings_that_differ(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
+def settings_that_differ(before: dict[str, Any], now: dict[str, Any], *, supervised: bool = False) -> list[Difference]:
     """Returns all settings of two configurations, as nested sections, that differ. A section of another `type` counts as one.
 
-    Left out are `PROMPT_KEYS` and model.dtype, whose meaning depends on more than the configuration, and settings that the
-    checkpoint's release did not know and that have their default.
+    `supervised`: what they mean to a run of `ctpo sft`. Left out are `PROMPT_KEYS` and model.dtype, whose meaning depends on more
+    than the configuration, and settings that the checkpoint's release did not know and that have their default.
     """
     found = []
     for key, old, new in _walk(before, now, ""):
         if key in (*PROMPT_KEYS, "model.dtype") or (old == ABSENT and new == _default(key)):
             continue
         section, _, _ = key.rpartition(".")
-        effect, why = next((_WHY[each] for each in (key, section, section.partition(".")[0]) if each in _WHY), ("applies", ""))
+        words = _WHY | _WHY_SUPERVISED if supervised else _WHY
+        effect, why = next((words[each] for each in (key, section, section.partition(".")[0]) if each in words), ("applies", ""))
+        if key == "algorithm.advantage" and "gae" in (kinds := [_kind(old), _kind(new)]):
+            effect, why = "refused", f"the model in the checkpoint has {'no' if kinds[1] == 'gae' else 'a'} value head"
         found.append(Difference(key, old, new, effect, why))
     return found
 
@@ -145,6 +158,10 @@ def _walk(before: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
         return
     for name in dict.fromkeys((*now, *before)):
         yield from _walk(before.get(name, ABSENT), now.get(name, ABSENT), f"{key}.{name}" if key else name)
+
+
+def _kind(section: Any) -> str | None:
+    return section.get("type") if isinstance(section, dict) else None
 
 
 def _default(key: str) -> Any:

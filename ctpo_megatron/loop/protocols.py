@@ -25,6 +25,10 @@ class Trainer(Protocol):
         """One optimizer step of supervised training. Raises as `update` does."""
         ...
 
+    async def assess(self, batch: TrainBatch) -> Values:
+        """Returns the supervised loss of a batch, as `supervise` has it, with the weights as they are. Nothing is trained."""
+        ...
+
     async def save(self, directory: Path, *, background: bool) -> None:
         """Save all ranks' state as the checkpoint `directory`, which `checkpoints.files.begin_checkpoint` began.
 
@@ -117,6 +121,18 @@ class Publisher(Protocol):
 
     async def heal(self) -> None:
         """Bring servers that came late or failed to the current version, which the trainer must still hold."""
+        ...
+
+
+class Busy(Protocol):
+    """How long servers have something to do."""
+
+    def begin(self) -> None:
+        """Count from now on."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Returns each server's share of the time since then, under the record's names."""
         ...
 
 

@@ -24,16 +24,15 @@ NAME = "ratios.jsonl"
 
 
 class RatioFile:
-    """The file of a run, to which every `every`-th step is added. Lines of `first_step` or later are dropped."""
+    """The file of a run, to which steps are added whose log-ratios were counted. Lines of `first_step` or later are dropped."""
 
-    def __init__(self, run_dir: Path, every: int, first_step: int = 0, through: Through = at_once) -> None:
-        self._every = every
+    def __init__(self, run_dir: Path, first_step: int = 0, through: Through = at_once) -> None:
         drop_steps(run_dir / NAME, first_step)
         self._file = GrowingFile(run_dir / NAME, through)
 
     def write(self, step: int, stats: Mapping[str, Value]) -> None:
-        """Add training step `step`, where it is due and something was counted. Raises StorageError."""
-        line = ratio_line(step, stats) if step % self._every == 0 else None
+        """Add training step `step`, where something was counted. Raises StorageError."""
+        line = ratio_line(step, stats)
         if line is not None:
             self._file.append_line(json.dumps(line))
 

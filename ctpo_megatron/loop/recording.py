@@ -47,8 +47,8 @@ class RunRecord:
         self._files = TrajectoryFiles(run_dir, recorder.stale, through) if config.save_rollouts else None
         self._tokens = TokenFiles(run_dir, recorder.stale, through)
         self._results = ResultFiles(run_dir, recorder.stale, through)
-        every = config.ratios_every
-        self._ratios = RatioFile(run_dir, every, recorder.stale, through) if every else None
+        self._counts_ratios = config.counts_ratios
+        self._ratios = RatioFile(run_dir, recorder.stale, through)
 
     def tokens(self, step: int, made: TokenRecord) -> None:
         """Write down what training step `step` made of each token that the policy wrote."""
@@ -77,7 +77,7 @@ class RunRecord:
 
     def ratios(self, step: int, stats: Mapping[str, Value]) -> None:
         """Write down how log-ratios were distributed in training step `step`, where that is due."""
-        if self._ratios is not None:
+        if self._counts_ratios(step):
             self._ratios.write(step, stats)
 
     def evaluation(self, step: int, made: Evaluation, *, late: bool = False) -> None:
@@ -114,6 +114,5 @@ class RunRecord:
 
     def close(self) -> None:
         """Flush what is not yet on disk. Safe to call twice."""
-        if self._ratios is not None:
-            self._ratios.close()
+        self._ratios.close()
         self._recorder.close()

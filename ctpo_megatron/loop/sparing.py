@@ -11,6 +11,7 @@ def wants_every_sample(config: RunConfig, shape: ModelShape) -> str | None:
     moe, experts = config.moe, shape.experts
     reasons = {
         "train.spare is false": not config.train.spare,
+        "algorithm.advantage": config.algorithm.gae is not None,
         "algorithm.reference": config.algorithm.reference is not None,
         "algorithm.distillation": config.algorithm.distillation is not None,
         "algorithm.objective": config.algorithm.objective.acts_without_advantage,

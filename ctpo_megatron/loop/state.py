@@ -24,6 +24,19 @@ class OpenGroup:
     version: Count
 
 
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """What a run of `ctpo sft` knows besides. Losses are in nats per token; None: not measured yet."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    tokens: float = 0.0  # trained on
+    smoothed: float | None = None  # loss of training
+    best: float | None = None  # lowest held-out loss
+    best_step: Count = 0  # after which it was measured
+    waited: Count = 0  # measurements since
+
+
 @dataclass(frozen=True)
 class RunState:
     """A run after `step` training steps. All of it was counted as it happened; nothing follows from present settings."""
@@ -38,6 +51,7 @@ class RunState:
     samples: Count | None = None  # attempts that these steps were trained on; None: the release that began the run did not count
     open: tuple[OpenGroup, ...] = ()  # of these groups, in the order of their numbers; they go on
     alarms: dict[str, Any] | None = None  # what these remember (`record.alarms`); None: they are to read all rows of the run
+    supervised: Supervised | None = None  # of a run of `ctpo sft`, whose steps, groups and cursor are about demonstrations
 
     @property
     def oldest_group(self) -> int:

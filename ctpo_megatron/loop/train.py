@@ -21,12 +21,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from ctpo_megatron.algorithms.advantages import compute_advantages
+from ctpo_megatron.algorithms.advantages import compute_advantages, shaped_rewards
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.record import FEWEST_TOKENS
 from ctpo_megatron.data.packing import build_train_batch
-from ctpo_megatron.data.samples import build_samples
+from ctpo_megatron.data.samples import build_samples, rewarded
 from ctpo_megatron.errors import LeftCourse
 from ctpo_megatron.loop.admission import Admission, Position
 from ctpo_megatron.loop.buffer import GroupBuffer
@@ -37,7 +37,7 @@ from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.memory import MemoryCopies
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.pipeline import Pipeline, Taken
-from ctpo_megatron.loop.protocols import Decisions, Publisher, Rollouts, Teachers, Trainer
+from ctpo_megatron.loop.protocols import Busy, Decisions, Publisher, Rollouts, Teachers, Trainer
 from ctpo_megatron.loop.recording import RunRecord
 from ctpo_megatron.loop.report import RunTotals, StepCost
 from ctpo_megatron.loop.shrinking import ShrinkingAlarm
@@ -83,6 +83,7 @@ class TrainLoop:
     spare: bool = False  # the same
     published: Callable[[int, str], None] = lambda _version, _digest: None  # hears which weights each version is
     resources: Callable[[], dict[str, float]] = dict  # what the run's processes use, under the record's names
+    busy: Busy | None = None  # for how long its servers have something to do
     tokens_of: Callable[[list[TrainBatch]], Awaitable[TokenRecord | None]] | None = None  # what an update made of its tokens
     bring_back: Callable[[int], Awaitable[None]] | None = None  # lets trainer and servers hold the checkpoint of a step
     skipping: Skipping | None = None  # None: a loss or gradient that is not finite ends the run
@@ -176,6 +177,8 @@ class TrainLoop:
         clock = asyncio.get_running_loop().time  # of the run: a simulation's is virtual
         timer = PhaseTimer(stages=self.stages, step=step + 1, clock=clock, ended=partial(self.record.phase, step + 1))
         begun = clock()
+        if self.busy is not None:
+            self.busy.begin()
         tail = TailTimer(self.config.train.prompts_per_step, clock)
         with timer("rollout") as stage:
             taken = await self._take(step, tail, stage)
@@ -195,7 +198,7 @@ class TrainLoop:
         with timer("publish"):
             published = await self._publish(step + 1)
         metrics = rollout_metrics(groups, step) | taken.metrics | spared_share(batches, groups) | train_metrics(stats) | published
-        metrics["time/rollout_tail"] = tail.seconds
+        metrics |= {"time/rollout_tail": tail.seconds} | ({} if self.busy is None else self.busy.metrics())
         cost = StepCost.of(groups, timer.seconds, clock() - begun)
         self.record.step(step + 1, groups, metrics | cost.metrics() | self._state_of_host(), expert_load(stats))
         self.record.ratios(step + 1, stats)
@@ -356,6 +359,9 @@ def make_batches(
     teaching = algorithm.distillation
     teachers = [None if teaching is None else teaching.teacher_of(group.prompt.source) for group in groups]
     samples = [build_samples(group, advantages[index], index, teachers[index]) for index, group in enumerate(groups)]
+    if algorithm.gae is not None:
+        rewards = shaped_rewards(groups, algorithm.shaping)
+        samples = [rewarded(made, group, each) for made, group, each in zip(samples, groups, rewards, strict=True)]
     per_batch = len(groups) // train.optimizer_steps
     return [
         build_train_batch(

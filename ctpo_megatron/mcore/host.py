@@ -49,6 +49,13 @@ def prepare_host(device: str = "auto", local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def dtype_on(device: torch.device, name: str) -> torch.dtype:
+    """The number format `name`, float32, bfloat16 or auto, of weights on `device`."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
 def silence_deprecated_collectives() -> None:
     """Ignore torch's warnings of `all_gather_into_tensor` and `reduce_scatter_tensor`, in this process.
 

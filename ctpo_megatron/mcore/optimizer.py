@@ -6,13 +6,16 @@ import importlib.util
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.mcore.model.value_head import MARK
 
 ENDLESS = 2**62  # steps; a schedule without an end of its own never gets there
 
@@ -43,14 +46,29 @@ def check_optimizer(config: OptimizerConfig, device: torch.device, dtype: torch.
         raise ConfigError(f"optimizer.precision_aware is for bfloat16 weights, but the trainer's are {dtype}; set model.dtype.")
 
 
-def build_optimizer(models: list[torch.nn.Module], config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizer:
+def build_optimizer(
+    models: list[torch.nn.Module], config: OptimizerConfig, dtype: torch.dtype, critic: CriticConfig | None = None
+) -> MegatronOptimizer:
     """AdamW whose state is sharded over the data-parallel ranks. Call it after the weights were loaded: it copies bf16 ones.
 
-    All of its state is there when this returns, so that what shares the device finds the memory that is left for good.
+    All of its state is there when this returns, so that what shares the device finds the memory that is left for good. `critic`:
+    whose value head the model has; it has a learning rate of its own and no weight decay.
     """
-    optimizer = get_megatron_optimizer(optimizer_settings(config, dtype), models, use_gloo_process_groups=False)
+    settings = optimizer_settings(config, dtype)
+    groups = get_standard_config_overrides(settings)
+    if critic is not None:
+        rate = config.lr if critic.lr is None else critic.lr
+        lowest = config.min_lr * rate / config.lr if config.lr else 0.0
+        # the third is one of the four by which a checkpoint tells parameter groups apart
+        groups[ParamKey(attr=MARK)] = {"max_lr": rate, "min_lr": lowest, "is_decoupled_lr": True, "wd_mult": 0.0}
+    optimizer = get_megatron_optimizer(settings, models, config_overrides=groups, use_gloo_process_groups=False)
     begin_state(optimizer)
     return optimizer
+
+
+def of_value_head(group: dict[str, Any]) -> bool:
+    """Whether a parameter group is that of a value head."""
+    return bool(group["is_decoupled_lr"])
 
 
 def begin_state(optimizer: MegatronOptimizer) -> None:

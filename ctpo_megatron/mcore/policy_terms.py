@@ -14,6 +14,7 @@ from ctpo_megatron.algorithms.statistics import Weighted
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.algorithm import AlgorithmConfig, ReferenceConfig
 from ctpo_megatron.config.distillation import DistillationConfig
+from ctpo_megatron.mcore.critic import critic_share, present
 from ctpo_megatron.mcore.kept_tokens import SeenBy
 
 Term = tuple[float, PolicyLoss]  # a coefficient, and what it multiplies
@@ -22,9 +23,13 @@ Term = tuple[float, PolicyLoss]  # a coefficient, and what it multiplies
 def policy_share(
     logp: Tensor, mb: MicroBatch, scan: Scan, *, recipe: Recipe, algorithm: AlgorithmConfig, seen: SeenBy | None = None
 ) -> tuple[Tensor, Stats]:
-    """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: that of `policy_terms`."""
+    """This rank's share of the loss of one micro-batch, as `step.LossFn` wants it: that of `policy_terms`, and the
+    critic's."""
     out = policy_terms(logp, mb, scan, recipe=recipe, algorithm=algorithm, seen=None if seen is None else seen(mb))
-    return out.loss, out.stats
+    if algorithm.critic is None:
+        return out.loss, out.stats
+    of_values, measured = critic_share(mb, scan, algorithm.critic)
+    return out.loss + of_values, out.stats | measured
 
 
 def policy_terms(
@@ -61,7 +66,7 @@ def _penalty(reference: ReferenceConfig, logp: Tensor, mb: MicroBatch, scan: Sca
     return reference_penalty(
         reference.estimator,
         logp=logp,
-        reference_logp=_present(tokens.reference_logp, "reference_logp"),
+        reference_logp=present(tokens.reference_logp, "reference_logp"),
         mask=tokens.mask,
         cu_seqlens=sequences.cu_seqlens,
         weights=sequences.weights,
@@ -78,7 +83,7 @@ def _signal(logp: Tensor, mb: MicroBatch, scan: Scan) -> Signal:
     return teacher_signal(
         logp=logp,
         sampled_logp=tokens.rollout_logp,
-        teacher_logp=_present(tokens.teacher_logp, "teacher_logp"),
+        teacher_logp=present(tokens.teacher_logp, "teacher_logp"),
         mask=tokens.mask & (teacher >= 0),
     )
 
@@ -115,7 +120,7 @@ def objective_loss(
     return recipe_loss(
         recipe,
         logp=logp,
-        old_logp=_present(tokens.anchor_logp, "anchor_logp"),
+        old_logp=present(tokens.anchor_logp, "anchor_logp"),
         advantages=tokens.advantages,
         mask=tokens.mask,
         cu_seqlens=sequences.cu_seqlens,
@@ -138,11 +143,11 @@ def support_of(mb: MicroBatch, logp: Tensor) -> Support | None:
     tokens = mb.tokens
     if tokens.top_k_ids is None:
         return None
-    rollout = _present(tokens.top_k_logp, "top_k_logp")
+    rollout = present(tokens.top_k_logp, "top_k_logp")
     unused = rollout == -torch.inf
     among = ((tokens.top_k_ids == tokens.labels.unsqueeze(-1)) & ~unused).any(-1)
     sampled = [torch.where(among, -torch.inf, of.detach()).unsqueeze(-1) for of in (logp, tokens.rollout_logp)]
-    policy = torch.where(unused, -torch.inf, _present(tokens.policy_top_k_logp, "policy_top_k_logp"))
+    policy = torch.where(unused, -torch.inf, present(tokens.policy_top_k_logp, "policy_top_k_logp"))
     return Support(torch.cat([policy, sampled[0]], -1), torch.cat([rollout, sampled[1]], -1))
 
 
@@ -150,10 +155,3 @@ def likelihood_loss(logp: Tensor, mb: MicroBatch, scan: Scan) -> PolicyLoss:
     """This rank's share of the supervised loss of one micro-batch."""
     sequences = mb.sequences
     return nll_loss(logp=logp, mask=mb.tokens.mask, cu_seqlens=sequences.cu_seqlens, weights=sequences.weights, scan=scan)
-
-
-def _present(stream: Tensor | None, name: str) -> Tensor:
-    """A stream that the step needs. Raises ValueError where an earlier part of it did not add the stream."""
-    if stream is None:
-        raise ValueError(f"the micro-batch has no {name}")
-    return stream

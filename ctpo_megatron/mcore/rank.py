@@ -6,7 +6,6 @@ Every method is collective: all ranks of the trainer call it in the same order.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,14 +20,14 @@ from ctpo_megatron.algorithms import Scan, Stats, raise_if_nonfinite
 from ctpo_megatron.algorithms.statistics import NONFINITE
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.adapter import LoraConfig
+from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
-from ctpo_megatron.errors import ConfigError, MismatchError, NonFiniteError
+from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
-from ctpo_megatron.mcore.host import megatron_region, prepare_host
+from ctpo_megatron.mcore.host import dtype_on, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
 from ctpo_megatron.mcore.meeting import TIMEOUT_MINUTES, RankInfo, meet
-from ctpo_megatron.mcore.reduction import once
 from ctpo_megatron.mcore.reference import BaseModel, Reference
 from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
 from ctpo_megatron.models.adapters import check_adapter
@@ -36,8 +35,8 @@ from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.models.tensors import EXPERT_BIAS, hf_tensors
-from ctpo_megatron.record.values import Max, Values, scalar
+from ctpo_megatron.models.tensors import EXPERT_BIAS, VALUE_HEAD, hf_tensors
+from ctpo_megatron.record.values import Values, scalar
 
 if TYPE_CHECKING:  # megatron may be imported only after prepare_host
     from ctpo_megatron.mcore.checkpoint.checkpoint import Trained
@@ -71,6 +70,7 @@ class TrainerRank:
         moe: MoeConfig | None = None,
         shape: ModelShape | None = None,
         adapter: LoraConfig | None = None,
+        critic: CriticConfig | None = None,
     ) -> None:
         self.shape = shape or read_hf_config(model_path)
         check_layout(self.shape, parallel)
@@ -79,10 +79,11 @@ class TrainerRank:
         if parallel.world_size != rank.world_size:
             raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")
         self.device = prepare_host(device, rank.local_rank)
-        self.model_path, self.rank, self.parallel, self.adapter = model_path, rank, parallel, adapter
+        self.model_path, self.rank, self.parallel = model_path, rank, parallel
+        self.adapter, self.critic = adapter, critic
         self._join(rank)
         with megatron_region(self.device):
-            self._build(optimizer, _dtype(dtype, self.device), seed, recompute, total_steps, moe)
+            self._build(optimizer, dtype_on(self.device, dtype), seed, recompute, total_steps, moe)
 
     def _build(
         self,
@@ -111,12 +112,13 @@ class TrainerRank:
             recompute=recompute,
             trainable=optimizer is not None,
             adapter=self.adapter,
+            critic=self.critic,
         )
         self._load_weights()
         self._begin_adapters(seed)
         self.optimizer = self.schedule = self._saver = None
         if optimizer is not None:
-            self.optimizer = build_optimizer(self.models, optimizer, dtype)
+            self.optimizer = build_optimizer(self.models, optimizer, dtype, self.critic)
             self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
             self._saver, self._moved = BackgroundSave(TIMEOUT_MINUTES), False
         portable = not use_transformer_engine(self.device)
@@ -137,7 +139,7 @@ class TrainerRank:
         from ctpo_megatron.mcore.hf.adapters import draw_adapters
         from ctpo_megatron.mcore.hf.peft import load_peft
 
-        self._words: dict[str, Any] | None = None
+        self._words: dict[str, Any] | None = None if self.critic is None else {VALUE_HEAD: True}
         if self.adapter is None:
             return
         self._words = adapter_words(self.adapter, self.model_path)
@@ -181,10 +183,19 @@ class TrainerRank:
         """
         return self._stepper.reduce(stats)
 
+    def waited_s(self) -> float:
+        """Seconds since it was asked last for which this rank waited for others in passes: see `mcore.waits`."""
+        return self._stepper.waits.taken()
+
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         """Log-probs of the labels of each placed shard, [T / cp] float32; an empty list before the last pipeline stage."""
         with megatron_region(self.device):
             return self._stepper.logp(micro_batches, temperature)
+
+    def logp_and_values(self, micro_batches: list[MicroBatch], temperature: float) -> list[tuple[Tensor, Tensor | None]]:
+        """The same with the values that a rank built with a critic finds; None without one."""
+        with megatron_region(self.device):
+            return self._stepper.logp_and_values(micro_batches, temperature)
 
     def reference(self, model_path: str | None = None) -> Reference:
         """The policy of the model in `model_path` for `using`; None: the one that training began with.
@@ -216,58 +227,57 @@ class TrainerRank:
         return reference.in_place_of(self.models)
 
     def train_step(
-        self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float, check: Check | None = None
+        self,
+        micro_batches: list[MicroBatch],
+        loss_fn: LossFn,
+        temperature: float,
+        check: Check | None = None,
+        *,
+        warming_up: bool = False,
     ) -> Values:
         """One optimizer step on placed shards; see `step.LossFn`. `check` is asked before anything is changed.
 
-        Returns loss, grad_norm (before clipping; also as grad_norm_max), lr and the reduced statistics, the same on every rank.
+        Returns loss, grad_norm (before clipping; also as grad_norm_max), lr and the reduced statistics, the same on every rank;
+        of a value head critic/grad_norm and critic/lr besides. `warming_up`: no weight but its own moves.
         Raises NonFiniteError on every rank when the loss or the gradient is not finite, and what `check` raises. Weights, moments
         and schedule are then as they were, bit for bit, and so are random states: nothing here draws.
         """
         if self.optimizer is None or self.schedule is None:
             raise ConfigError("train_step on a trainer rank that was built without an optimizer.")
-        with megatron_region(self.device), self._unmoved_unless_applied():
+        from ctpo_megatron.mcore.optimizer_step import require_finite
+
+        with megatron_region(self.device), self._unmoved_unless_applied(warming_up):
             values = self._stepper.forward_backward(micro_batches, loss_fn, temperature)
             raise_if_nonfinite(values)
             values.pop(NONFINITE, None)
             if check is not None:
                 check(values)
-            _require_finite("loss", scalar(values["loss"]))
-            return values | self._optimizer_step(self.optimizer, self.schedule)
+            require_finite("loss", scalar(values["loss"]))
+            return values | self._optimizer_step(self.optimizer, self.schedule, warming_up)
 
     @contextlib.contextmanager
-    def _unmoved_unless_applied(self) -> Iterator[None]:
-        """Inside it, an error of the step leaves the routers' balancing biases as they were: the backward pass moves them."""
+    def _unmoved_unless_applied(self, warming_up: bool) -> Iterator[None]:
+        """Inside it, an error of the step leaves the routers' balancing biases as they were: the backward pass moves them.
+
+        So does a step in which the value head alone learns.
+        """
         biases = [buffer for model in self.models for name, buffer in model.named_buffers() if name.endswith(EXPERT_BIAS)]
         before = [bias.clone() for bias in biases]
+        applied = False
         try:
             yield
-        except (NonFiniteError, MismatchError):
-            for bias, value in zip(biases, before, strict=True):
+            applied = not warming_up
+        finally:
+            for bias, value in [] if applied else zip(biases, before, strict=True):
                 bias.copy_(value)
-            raise
 
-    def _optimizer_step(self, optimizer: Any, schedule: Any) -> Values:
-        """What ChainedOptimizer.step does, with the check between norm and update."""
-        from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+    def _optimizer_step(self, optimizer: Any, schedule: Any, warming_up: bool) -> Values:
+        from ctpo_megatron.mcore.optimizer_step import optimizer_step
 
-        optimizer.prepare_grads()
-        norm = optimizer.get_grad_norm()
-        _require_finite("grad_norm", norm)
-        schedule.step(1)
-        for part in optimizer.chained_optimizers:
-            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-            if parameters:
-                clip_grad_by_total_norm_fp32(
-                    parameters,
-                    max_norm=part.config.clip_grad,
-                    total_norm=norm,
-                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-                )
-        optimizer.step_with_ready_grads()
-        norm, lr = float(norm), float(optimizer.param_groups[0]["lr"])
-        self._moved |= norm > 0 and lr > 0
-        return {**once({"grad_norm": norm, "lr": lr}), "grad_norm_max": Max(norm)}
+        values = optimizer_step(optimizer, schedule, has_value_head=self.critic is not None, warming_up=warming_up)
+        kinds = ("", "critic/") if self.critic is not None else ("",)
+        self._moved |= any(scalar(values[f"{kind}grad_norm"]) > 0 and scalar(values[f"{kind}lr"]) > 0 for kind in kinds)
+        return values
 
     def stream(
         self,
@@ -386,14 +396,3 @@ class TrainerRank:
             groups.destroy_parallel_groups()
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def _require_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise NonFiniteError(f"{name} is {value}; the weights were left as they were before this step.")

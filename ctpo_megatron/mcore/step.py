@@ -25,6 +25,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from ctpo_megatron.algorithms import LocalScan, Scan, Stats, Weighted
@@ -32,10 +33,12 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.host import forward_region
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
-from ctpo_megatron.mcore.model.head import Head, in_model_precision
+from ctpo_megatron.mcore.model.head import Head, in_model_precision, spread
 from ctpo_megatron.mcore.model.rotary import rotary_positions
 from ctpo_megatron.mcore.model.routing import Routers
+from ctpo_megatron.mcore.model.value_head import value_head
 from ctpo_megatron.mcore.reduction import Measured, once, reduce_stats
+from ctpo_megatron.mcore.waits import Waits
 from ctpo_megatron.parallel import ContextParallelScan, WordLogp
 from ctpo_megatron.parallel.plain import broadcast_plain
 from ctpo_megatron.record.values import DumpedValues, Values, dump_values, parse_values, scalar
@@ -76,7 +79,10 @@ class Stepper:
         self.is_last_stage = parallel_state.is_pipeline_last_stage()
         self.coords = current_coords(routers.expert_layers)
         self.head = Head.of(models, vocab_size, self.tp_group)
+        self.value_head = value_head(models)
         self.scan: Scan = ContextParallelScan(self.cp_group) if self.cp_group.size() > 1 else LocalScan()
+        self.waits = Waits(device)
+        get_model_config(models[0]).timers = self.waits  # the chunks of a model have one config
 
     def logp(self, micro_batches: list[MicroBatch], temperature: float) -> list[Tensor]:
         """Log-probs of the labels of each shard, [T_local] float32; an empty list before the last pipeline stage."""
@@ -84,6 +90,18 @@ class Stepper:
         def collect(described: PackedInput, hidden: Tensor, non_loss_data: bool) -> Tensor:
             return self._words(hidden, described.shard, temperature, labels_only=True).logp
 
+        return self._forward(micro_batches, collect)
+
+    def logp_and_values(self, micro_batches: list[MicroBatch], temperature: float) -> list[tuple[Tensor, Tensor | None]]:
+        """The same with the values [T_local] of a model with a value head."""
+
+        def collect(described: PackedInput, hidden: Tensor, non_loss_data: bool) -> tuple[Tensor, Tensor | None]:
+            found = self._words(hidden, described.shard, temperature, labels_only=True)
+            return found.logp, self._values(hidden, described)
+
+        return self._forward(micro_batches, collect)
+
+    def _forward(self, micro_batches: list[MicroBatch], collect: Callable[..., Any]) -> list[Any]:
         for model in self.models:
             model.eval()
         try:
@@ -96,14 +114,15 @@ class Stepper:
     def forward_backward(self, micro_batches: list[MicroBatch], loss_fn: LossFn, temperature: float) -> Values:
         """Gradients of the summed shares, reduced over ranks; returns `loss` and the reduced statistics, on every rank.
 
-        Log-probs of labels that the policy did not write are not found: they are 0.
+        Log-probs of labels that the policy did not write are not found, nor values before these: they are 0.
         """
         factor = len(micro_batches) * self.dp_size
 
         def loss(described: PackedInput, hidden: Tensor) -> tuple[Tensor, Stats]:
             shard = described.shard
             found = self._words(hidden, shard, temperature, written=described.written)
-            share, stats = loss_fn(found.logp, shard.with_streams(policy_top_k_logp=found.top_k_logp), self.scan)
+            streams = {"policy_top_k_logp": found.top_k_logp, "values": self._values(hidden, described)}
+            share, stats = loss_fn(found.logp, shard.with_streams(**streams), self.scan)
             return share * factor, Stats(sums={"loss": share.detach()}) | word_stats(shard, found) | stats
 
         for model in self.models:
@@ -117,6 +136,15 @@ class Stepper:
         if self.head is None:
             raise RuntimeError("log-probs are asked of a rank before the last pipeline stage")
         return self.head(hidden, shard, temperature, **options)
+
+    def _values(self, hidden: Tensor, described: PackedInput) -> Tensor | None:
+        """Values [T_local] float32 where the policy wrote; None without a value head."""
+        if self.value_head is None:
+            return None
+        hidden, written = hidden.squeeze(0), described.written
+        if written is None:
+            return self.value_head(hidden)
+        return spread(self.value_head(hidden.index_select(0, written)), written, hidden.shape[0])
 
     def shard(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """This rank's shards of whole micro-batches, where these are; of a replay only what its routers see."""

@@ -48,6 +48,7 @@ def trace_rank(rank: TrainerRank, spans: Spans) -> Callable[[], None]:
     ends = [
         around(rank, "shard", spans, "shard"),
         around(rank, "logp", spans, "log-probs"),
+        around(rank, "logp_and_values", spans, "log-probs and values"),
         around(rank, "train_step", spans, "optimizer step"),
         around(rank, "_optimizer_step", spans, "optimizer"),
         around(rank._stepper, "forward_backward", spans, "forward and backward"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from ctpo_megatron.errors import ModelError, near_miss
 from ctpo_megatron.models.families import FAMILIES
+from ctpo_megatron.models.families.refused import REFUSED
 from ctpo_megatron.models.files import check_safetensors, check_tokenizer, read_json
 from ctpo_megatron.models.keys import Keys
 from ctpo_megatron.models.shape import ModelShape
@@ -36,6 +37,9 @@ def parse_config(config: Mapping[str, Any], where: str = "config.json") -> Model
     Keys are those of transformers' configuration classes, version 4 and 5; absent ones have the defaults of version 5.19.
     """
     family = Keys(config, where).get("model_type", str)
+    if family in REFUSED:
+        known = ", ".join(FAMILIES)
+        raise ModelError(f"{where}: model_type {family!r} is not supported: {REFUSED[family]}. Supported are {known}.")
     if family not in FAMILIES:
         hint = near_miss(family, FAMILIES)
         raise ModelError(f"{where}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}.{hint}")

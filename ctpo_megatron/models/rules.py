@@ -12,6 +12,11 @@ from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape
 
 def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
     """Raise ConfigError when `parallel` cannot divide the model; the message names both numbers and the sizes that can."""
+    if parallel.overlap_grad_reduce and shape.experts is not None:
+        raise ConfigError(
+            f"parallel.overlap_grad_reduce: {shape.family} is a mixture, and an expert that no token went to has no gradient, "
+            "for which megatron's overlapped reduction would wait; set it to false."
+        )
     tp = parallel.tp
     _divides("parallel.tp", tp, "attention heads", shape.num_heads)
     if isinstance(shape.attention, HeadAttention):

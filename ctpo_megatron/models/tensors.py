@@ -16,6 +16,7 @@ from ctpo_megatron.models.shape import HeadAttention, LatentAttention, ModelShap
 
 EMBEDDING_KEY = "embedding.word_embeddings.weight"
 OUTPUT_KEY = "output_layer.weight"
+VALUE_HEAD = "value_head"  # of a critic: under this name a model has parameters that no Hugging Face model has
 EXPERT_BIAS = "router.expert_bias"  # a buffer of megatron's router; all other keys are parameters
 DENSE_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

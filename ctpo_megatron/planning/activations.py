@@ -67,6 +67,11 @@ def head_working(shape: ModelShape, tp: int, work: Work) -> int:
     return norm + streams + words * shape.hidden_size * work.element + 2 * block * (work.element + FLOAT)
 
 
+def value_working(shape: ModelShape, work: Work) -> int:
+    """What a value head keeps, hidden states in float32, and their gradient, which is made the model's number format."""
+    return work.tokens * shape.hidden_size * (2 * FLOAT + work.element)
+
+
 def replay_bytes(shape: ModelShape, layers: int, tp: int, work: Work) -> int:
     """Routing replay: the engine's choices for one micro-batch that the routers of `layers` layers on this rank see."""
     routing = shape.routing

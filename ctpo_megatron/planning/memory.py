@@ -8,7 +8,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes
+from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes, value_working
 from ctpo_megatron.planning.parameters import Parameters, stage_adapters, stage_parameters
 from ctpo_megatron.planning.run import FORMAT_BYTES, PlannedRun
 from ctpo_megatron.planning.saving import Saving, plan_saving, rank_share
@@ -66,7 +66,7 @@ def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[
     parallel, element = run.parallel, run.element_bytes
     work = Work(run.train.max_tokens_per_micro_batch, element, run.train.recompute)
     found = []
-    held_parameters = stage_parameters(shape, parallel)
+    held_parameters = stage_parameters(shape, parallel, value_head=run.has_critic)
     adapter = run.model.adapter
     # gradients, optimizer and checkpoints are of what is trained
     parameters = held_parameters if adapter is None else stage_adapters(shape, parallel, adapter)
@@ -82,7 +82,7 @@ def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[
             optimizer=state - offloaded,
             activations=_activations(held, work.recompute, flying),
             working=_working(held, work.recompute),
-            head=head_working(shape, parallel.tp, work) if number == parallel.pp - 1 else 0,
+            head=_head(run, shape, work) if number == parallel.pp - 1 else 0,
             micro_batches=_streams(run, micro_batches),
             replay=replay_bytes(shape, mixtures, parallel.tp, work) * micro_batches if run.moe.routing_replay else 0,
             contexts=run.topology.ranks_beside * CONTEXT,
@@ -112,6 +112,10 @@ def in_flight(stage: int, pp: int, vpp: int, micro_batches: int) -> int:
     """
     warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
     return min(warm_up + 1, micro_batches * vpp)
+
+
+def _head(run: PlannedRun, shape: ModelShape, work: Work) -> int:
+    return head_working(shape, run.parallel.tp, work) + (value_working(shape, work) if run.has_critic else 0)
 
 
 def _streams(run: PlannedRun, micro_batches: int) -> int:

@@ -32,8 +32,8 @@ class Parameters:
         return Parameters(self.dense + other.dense, self.experts + other.experts)
 
 
-def stage_parameters(shape: ModelShape, parallel: ParallelConfig) -> list[Parameters]:
-    """What one rank of each pipeline stage holds; tensor-parallel padding of the vocabulary included."""
+def stage_parameters(shape: ModelShape, parallel: ParallelConfig, *, value_head: bool = False) -> list[Parameters]:
+    """What one rank of each pipeline stage holds; tensor-parallel padding of the vocabulary included, and a value head."""
     vocabulary = shape.padded_vocab_size(parallel.tp) // parallel.tp * shape.hidden_size
     found = []
     for stage, chunks in enumerate(stage_layers(shape, parallel)):
@@ -43,7 +43,8 @@ def stage_parameters(shape: ModelShape, parallel: ParallelConfig) -> list[Parame
         is_first, is_last = stage == 0, stage == parallel.pp - 1
         # a tied output layer is the embedding itself on one stage, and a copy of it, kept equal, on the last of several
         matrices = is_first + (is_last and not (shape.tie_embeddings and is_first))
-        found.append(held + Parameters(vocabulary * matrices + (shape.hidden_size if is_last else 0)))
+        norm_and_values = shape.hidden_size + (shape.hidden_size + 1 if value_head else 0)
+        found.append(held + Parameters(vocabulary * matrices + (norm_and_values if is_last else 0)))
     return found
 
 

@@ -14,6 +14,8 @@ from ctpo_megatron.planning.topology import Topology
 STREAM_BYTES = 3 * 8 + 2 * 1 + 3 * 4  # ids, labels, positions; mask, restarts; advantages, log-probs, versions
 TOP_K_BYTES = 4 + 4 + 4  # a token's id, and its log-prob under either policy
 LOGP_BYTES = 4
+REWARD_BYTES = 4
+VALUE_BYTES = 3 * 4
 FORMAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -33,17 +35,19 @@ class PlannedRun:
     has_reference: bool  # log-probs of a reference policy are computed
     has_teachers: bool  # so are those of teachers
     copied_teachers: int  # how many of these are in the trainer's ranks
+    has_critic: bool  # a value head learns
     top_k: int  # tokens at each place whose log-probs are recorded, or that could have been drawn
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token of a micro-batch on a rank, without the record of routing: `batch.TokenStreams`, as it is packed."""
-        return STREAM_BYTES + self.top_k * TOP_K_BYTES
+        return STREAM_BYTES + self.top_k * TOP_K_BYTES + (REWARD_BYTES if self.has_critic else 0)
 
     @property
     def kept_token_bytes(self) -> int:
-        """Bytes of one token that stay on the device from the old policy's pass to the token's optimizer step: log-probs."""
-        return LOGP_BYTES * (1 + self.has_reference + self.has_teachers)
+        """Bytes of one token that stay on the device from the old policy's pass to the token's optimizer step: log-probs, and
+        with a critic the old value, the return and the advantage."""
+        return LOGP_BYTES * (1 + self.has_reference + self.has_teachers) + (VALUE_BYTES if self.has_critic else 0)
 
     @property
     def on_cpu(self) -> bool:

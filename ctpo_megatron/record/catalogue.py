@@ -63,7 +63,9 @@ SUM, MEAN, MAX, MIN, LAST = Reduction.SUM, Reduction.MEAN, Reduction.MAX, Reduct
 REWARD = (
     Metric("reward/mean", "reward", "Mean reward of the trajectories that the step trained on.", watched=True),
     Metric("reward/std", "reward", "Standard deviation of these rewards.", watched=True),
-    Metric("reward/mixed_groups", "share", "Groups whose rewards differ; only these have advantages other than 0."),
+    Metric(
+        "reward/mixed_groups", "share", "Groups whose rewards differ; without a critic only these have advantages other than 0."
+    ),
     Metric(
         "reward/undecided",
         "answers",
@@ -118,7 +120,12 @@ LEDGER = (
     ),
 )
 TRAIN = (
-    Metric("train/loss", "loss", "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens.", watched=True),
+    Metric(
+        "train/loss",
+        "loss",
+        "Loss of an optimizer step, as `algorithm.aggregation` weighs tokens, penalty and value loss included.",
+        watched=True,
+    ),
     Metric("train/grad_norm", "norm", "Norm of the gradient before it is clipped."),
     Metric("train/grad_norm_max", "norm", "The largest such norm of the optimizer steps.", MAX, watched=True),
     Metric("train/lr", "rate", "Learning rate."),
@@ -130,6 +137,12 @@ TRAIN = (
         watched=True,
     ),
     Metric("train/tokens", "tokens", "Tokens of the policy that were trained on, each optimizer step counting its own.", SUM),
+    Metric(
+        "train/waits/rank_{n}",
+        "share",
+        "Of an update, the time in which one of the first 64 ranks exchanged data with pipeline neighbours or summed gradients "
+        "with its replicas: the transfer, and waiting for whoever is behind.",
+    ),
     Metric("train/spared", "share", "Samples without a pass: of no advantage, and not needed to measure the drift."),
     Metric("train/entropy", "nats", "Entropy of the policy's distribution, per token that it wrote.", watched=True),
     Metric(
@@ -167,6 +180,8 @@ TRAIN = (
     ),
     Metric("train/delight", "ratio", "Weight of what is surprising and good, per token; with `algorithm.delight` only."),
     Metric("sft/loss", "nats", "Supervised loss of an optimizer step, per token."),
+    Metric("sft/epoch", "epochs", "Examples that were trained on, over the number of demonstrations.", LAST),
+    Metric("sft/eval_loss", "nats", "Supervised loss of the held-out demonstrations, per token.", watched=True),
     Metric("sft/loss_smoothed", "nats", "Moving average of that loss, which `sft.stop_loss` looks at.", LAST),
 )
 TEACHING = (
@@ -181,6 +196,22 @@ TEACHING = (
     Metric("teacher/weight", "ratio", "How much a token counts by its place in the sequence: IW-OPD's weight, per token."),
     Metric("teacher/seconds", "seconds", "From the request to the answer of a teacher on a server, per sequence."),
     Metric("teacher/retries", "requests", "Requests to teachers on servers that were sent again.", SUM),
+)
+CRITIC = (
+    Metric("critic/loss", "loss", "Value loss per token before `coeff`; with a critic (`algorithm.advantage.type: gae`) only."),
+    Metric("critic/clip_fraction", "share", "Tokens whose value has moved so far that the clipped error counts."),
+    Metric(
+        "critic/explained_variance",
+        "share",
+        "1 − mean square of (return − value) over the variance of returns, with the values before the step; 1: they are known.",
+        watched=True,
+    ),
+    Metric("critic/value", "reward", "Value before the step, per token that the policy wrote."),
+    Metric("critic/return", "reward", "What values are to learn: the lambda-return, per such token."),
+    Metric("critic/advantage", "reward", "Their difference, per such token, before it is whitened."),
+    Metric("critic/advantage_std", "reward", "Standard deviation of that."),
+    Metric("critic/grad_norm", "norm", "Norm of the value head's gradient before it is clipped."),
+    Metric("critic/lr", "rate", "Learning rate of the value head."),
 )
 AGREEMENT = (
     Metric(
@@ -252,6 +283,11 @@ SERVERS = (
     Metric("servers/limit", "requests", "What all servers may be sent at a time, where that is bounded.", LAST),
     Metric("servers/moved", "requests", "Requests that left a slow server for another, since the command began.", LAST),
     Metric("servers/rejoined", "servers", "Returns of servers that were lost, since the command began.", LAST),
+    Metric(
+        "servers/busy/server_{n}",
+        "share",
+        "Of a step up to its publication, the time in which one of the first 64 servers had a generation to work on.",
+    ),
     Metric("servers/throughput/server_{n}", "tokens/s", "What a server said that it samples, in the mean of all looks at it."),
     Metric(
         "servers/queue/server_{n}", "requests", "The longest queue of a server that was seen since the last publication.", MAX
@@ -321,6 +357,7 @@ CATALOGUE: tuple[Metric, ...] = (
     *LEDGER,
     *TRAIN,
     *TEACHING,
+    *CRITIC,
     *AGREEMENT,
     *HEALTH,
     *PROGRESS,

@@ -29,7 +29,7 @@ class LayoutTaken(Event):
     """The trainer has places for a layout: a smaller one, or places that are not those it had."""
 
     name: ClassVar[str] = "layout"
-    layout: dict[str, int | None]  # keys of `parallel` and their values
+    layout: dict[str, int | bool | None]  # keys of `parallel` and their values
     ranks: int
     preferred: bool  # it is `parallel`, as the configuration has it
     nodes: tuple[str, ...]  # addresses of those that its ranks are on

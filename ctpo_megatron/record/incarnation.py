@@ -45,6 +45,7 @@ class IncarnationLog:
         self._held: list[tuple[float, Event]] = []
         self._number: int | None = None  # None: not begun
         self._asked, self._stopped = "a signal", ""
+        self._over = False
 
     def __call__(self, event: Event) -> None:
         """Tell the readers of `event` and write it down. Raises StorageError where the disk does not take it."""
@@ -58,6 +59,8 @@ class IncarnationLog:
             self._held.append((time.time(), event))
         else:
             self._log(event)
+            if self._over:  # it is of what ends later, and stands behind the end
+                self._log.close()
 
     def begin(self, *, checkpoint: Path | None, step: int) -> None:
         """The input was checked, and the run begins anew, or goes on from `checkpoint` after `step` training steps.
@@ -105,6 +108,7 @@ class IncarnationLog:
                 self(IncarnationEnded(self._number, how, reason, time.time()))
                 self(self.goodput().event())
         self._log.close()
+        self._over = True
 
     def _end(self, error: BaseException | None) -> tuple[How, str]:
         if self._stopped:

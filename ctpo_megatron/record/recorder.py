@@ -19,7 +19,7 @@ from rich.console import Console, RenderableType
 from ctpo_megatron.config.record import LogConfig
 from ctpo_megatron.errors import StorageError
 from ctpo_megatron.record.catalogue import require_known
-from ctpo_megatron.record.events import Emit, discard
+from ctpo_megatron.record.events import Emit, Event, discard
 from ctpo_megatron.record.files import MetricsFile, Through, at_once, steps_from
 from ctpo_megatron.record.hparams import Setting
 from ctpo_megatron.record.run_board import RunBoard
@@ -33,6 +33,7 @@ CONSOLE_KEYS = (
     "eval/accuracy",
     "train/loss",
     "sft/loss_smoothed",
+    "sft/eval_loss",
     "train/grad_norm",
     "rollout/response_tokens",
     "drift/mean",
@@ -66,6 +67,10 @@ class Sink(Outlet, Protocol):
 
     def phase(self, name: str, step: int, began: float, seconds: float) -> None:
         """Take a phase of a step, which `began` at so many seconds since 1970."""
+        ...
+
+    def event(self, event: Event, at: float) -> None:
+        """Take what happened at so many seconds since 1970."""
         ...
 
 

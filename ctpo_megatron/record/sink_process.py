@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,8 @@ from ctpo_megatron.config.sinks import AnySink, OtelSink, PrometheusSink, WandbS
 from ctpo_megatron.errors import ConfigError, CtpoError
 from ctpo_megatron.record.aside import Aside
 from ctpo_megatron.record.catalogue import CATALOGUE
+from ctpo_megatron.record.events import Event
+from ctpo_megatron.record.files import jsonable
 from ctpo_megatron.record.hparams import Setting
 
 MODULE = "ctpo_megatron.sinks.worker"
@@ -114,6 +116,11 @@ class SinkProcess:
         """Take a phase of a step, which `began` at so many seconds since 1970."""
         if isinstance(self._settings, OtelSink):
             self._put({"phase": name, "step": step, "began": began, "seconds": seconds})
+
+    def event(self, event: Event, at: float) -> None:
+        """Take what happened at so many seconds since 1970."""
+        fields = jsonable(asdict(event))
+        self._put({"event": event.name, "at": at, "sentence": event.sentence, "fields": fields})
 
     def lost(self) -> tuple[int, str]:
         """Returns how many pieces were lost since it was asked last, and why."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ctpo_megatron.errors import storing
 from ctpo_megatron.record.heartbeat import Patience, Stage
-from ctpo_megatron.record.stalls import SILENT_S, Evidence, Seen, Verdict
+from ctpo_megatron.record.stalls import SILENT_S, STARVED, Evidence, Seen, Verdict
 
 DIRECTORY = "stalls"
 
@@ -71,6 +71,8 @@ def _processes(scene: Scene) -> str:
 def _row(each: Seen, scene: Scene) -> str:
     condition = each.condition
     says = "?" if condition is None else f"{condition.state} for {condition.since_s:.0f} s, {condition.cpus:.1f} processors"
+    if condition is not None and condition.waited is not None and condition.waited >= STARVED:
+        says += f", {condition.waited:.0%} waiting for one"
     if condition is not None and condition.place:
         says += f", in {condition.place}"
     deadlines = [scene.patience.deadline_s(stage.usual_s) for stage in each.stages]

@@ -3,7 +3,7 @@
     stopped       a process of the run is stopped (SIGSTOP): found whatever it was doing
     deadlock      processes wait for one another in a circle
     collective    all members have entered a collective call, and none comes back
-    hung          a process is silent past its deadline, and waits for nobody: it spins, is blocked, or does not answer
+    hung          a process is silent past its deadline, and waits for nobody: it spins, starves, is blocked, or does not answer
     slow          a process is silent past its deadline because another one, which is not late, has not come yet
 
 Who waits for whom is read from the collectives that each rank entered last: in a group whose members have entered `n` calls,
@@ -23,6 +23,7 @@ STOPPED = ("stopped", "tracing-stop")
 RUNNING = "running"
 SILENT_S = 4.0  # since the last answer to a question that is asked every two seconds: the process does not answer
 BUSY = 0.5  # processors: a process that uses more is computing
+STARVED = 0.5  # of the time: a thread that waits longer than that for a processor has less than half of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Condition:
     looks: int
     cpus: float  # processors that it used since the look before
     place: str = ""  # what its working thread waits for in the kernel; empty: not known
+    waited: float | None = None  # share of the time since then that its working thread waited for a processor; None: not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,10 +262,16 @@ def _condition(condition: Condition | None) -> str:
     where = f" ({condition.place})" if condition.place else ""
     if condition.state == "disk-sleep":
         return f"is blocked in the kernel, as by a disk or network that does not answer{where}"
+    if condition.waited is not None and condition.waited >= STARVED:
+        return (
+            f"starves: it waits for a processor {condition.waited:.0%} of the time, and uses {condition.cpus:.1f} of one, as "
+            "others have those of its host; whether it would spin is not known"
+        )
     if condition.cpus >= BUSY:
         return f"computes on {condition.cpus:.1f} processors: it spins"
-    if condition.state == RUNNING:  # others have the processors of a busy host
-        return f"wants a processor and gets {condition.cpus:.1f} of one: it spins"
+    if condition.state == RUNNING:
+        others = ", or others have the processors, which this system does not tell" if condition.waited is None else ""
+        return f"wants a processor and gets {condition.cpus:.1f} of one: it spins{others}"
     return f"uses no processor: it waits{where}"
 
 

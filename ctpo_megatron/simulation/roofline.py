@@ -66,7 +66,8 @@ def _server(run: PlannedRun, shape: ModelShape, plan: Plan, peaks: Peaks) -> Ser
 def _trainer(train: TrainConfig, run: PlannedRun, shape: ModelShape, peaks: Peaks) -> TrainerSpeed:
     """Of one data-parallel replica: all of its GPUs work on each of its tokens."""
     gpus, passes = run.parallel.world_size / run.parallel.dp, 8 if train.recompute == "full" else 6
-    forward = 2 * (1 - 1 / train.optimizer_steps)  # of the old policy: the first optimizer step needs none
+    # of the old policy: the first optimizer step needs none, unless a critic's values make its advantages
+    forward = 2 * (1.0 if run.has_critic else 1 - 1 / train.optimizer_steps)
     work = passes + forward + 2 * (run.has_reference + run.copied_teachers)
     each = work * active_parameters(shape) / (gpus * peaks.teraflops * 1e12 * peaks.trained)
     updated = model_parameters(shape).total / run.parallel.world_size * 28 / (peaks.decoded * peaks.terabytes_s * 1e12)

@@ -82,6 +82,10 @@ class SimulatedTrainer:
         """Raise: there is no supervised training here."""
         raise NotImplementedError
 
+    async def assess(self, batch: TrainBatch) -> Values:
+        """Raise: there is no supervised training here."""
+        raise NotImplementedError
+
     async def save(self, directory: Path, *, background: bool) -> None:
         """Raise: checkpoints are not simulated."""
         raise NotImplementedError

@@ -270,12 +270,39 @@ def test_moe_ep2_and_resume(toy, tmp_path):
     check_what_is_shown(resumed, 3)
 
 
+@pytest.mark.long
+def test_a_critic_that_warms_up_and_resumes(toy, tmp_path):
+    """One attempt at each prompt, two context-parallel ranks; servers get the same weights once more while the head alone learns.
+
+    A second command goes on with head and moments, and the model that is left has no head.
+    """
+    sizes = ("train.prompts_per_step=16", "train.optimizer_steps=2", "eval.prompts=8", "parallel.cp=2", "checkpoint.every=1")
+    run = start(toy, "quickstart_critic.yaml", tmp_path, *sizes, "train.steps=2", "checkpoint.export=false").finish(RUN_S)
+    check_run(run, 2)
+    resumed = start(toy, "quickstart_critic.yaml", tmp_path, *sizes, "train.steps=3", "--resume").finish(RUN_S)
+    check_run(resumed, 3)
+    rows = [row for row in resumed.metrics if "train/loss" in row]
+    assert [row["train/lr"] > 0 for row in rows] == [False, True, True]
+    assert [row["publish/changed"] > 0 for row in rows] == [False, True, True]
+    for row in rows:
+        assert row["critic/lr"] > 0
+        assert row["critic/explained_variance"] <= 1
+        assert row["train/spared"] == 0
+    other = ("train.steps=4", "algorithm.advantage={type: group}", "rollout.group_size=2", "--resume")
+    refused = start(toy, "quickstart_critic.yaml", tmp_path, *sizes, *other).finish(RUN_S)
+    assert refused.code == 2
+    assert "the model in the checkpoint has a value head" in refused.output
+    check_synced_weights(resumed, 3, toy["qwen3"])
+
+
 def check_what_is_shown(run: Finished, steps: int) -> None:
     """TensorBoard and the sink have all steps of both commands, each once, and nothing was lost on the way."""
     rows = [row for row in run.metrics if "train/loss" in row]
     for row in rows:
         for name in ("servers/memory/server_0", "host/memory", "host/driver_memory", "host/trainer_memory", "host/disk_free"):
             assert row[name] > 0, name
+        assert 0 < row["servers/busy/server_0"] <= 1
+        assert all(0 <= row[f"train/waits/rank_{rank}"] < 1 for rank in range(2))
     samples = [int(row["progress/samples"]) for row in rows]
     assert samples == [len(run.trajectories(f"step_{step:08d}.jsonl")) * step for step in range(1, steps + 1)]
     board = EventAccumulator(str(run.run_dir / "tb"), size_guidance={"scalars": 0, "images": 0}).Reload()
@@ -284,7 +311,10 @@ def check_what_is_shown(run: Finished, steps: int) -> None:
     by_samples = EventAccumulator(str(run.run_dir / "tb" / "by_samples")).Reload()
     assert [event.step for event in by_samples.Scalars("samples/train/loss")] == samples
     spans = [json.loads(line) for line in (run.run_dir / "spans.jsonl").read_text().splitlines()]
-    assert [span["name"] for span in spans if span["parent_id"] is None] == [f"step {n}" for n in range(1, steps + 1)]
+    whole = [span["name"] for span in spans if span["parent_id"] is None and span["name"] != "outside the steps"]
+    assert whole == [f"step {n}" for n in range(1, steps + 1)]
+    told = Counter(event["name"] for span in spans for event in span["events"])
+    assert told == Counter(event["event"] for event in run.events if event["event"] != "step"), "what happened, each once"
     assert {"rollout", "batch", "train", "publish", "checkpoint"} <= {span["name"] for span in spans}
     assert len({span["resource"]["attributes"]["ctpo.run_id"] for span in spans}) == 1
     assert run.happened("points lost") == []

@@ -50,6 +50,16 @@ _GLM = {
     "routed_scaling_factor": 1.5,
     "tie_word_embeddings": False,
 }
+_GLM_LITE = {
+    **_DEEPSEEK,
+    "model_type": "glm4_moe_lite",
+    "q_lora_rank": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.8,
+    "rms_norm_eps": 1e-6,  # transformers has that in the norms of the latents, whatever is said here
+}
 # bands, so low that all three kinds of frequency occur
 _YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 2.0}
 
@@ -61,6 +71,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek_v3": _DEEPSEEK
     | {"q_lora_rank": 24, "rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}, "max_position_embeddings": 64},
     "deepseek_v3_no_q_rank": _DEEPSEEK | {"q_lora_rank": None},
+    # Kimi K2, by the name that it is trained under: no groups of experts, and bands as narrow as they can be
+    "deepseek_v3_kimi": _DEEPSEEK
+    | {"q_lora_rank": 24, "n_group": 1, "topk_group": 1, "max_position_embeddings": 64}
+    | {"rope_parameters": _YARN | {"beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "glm4_moe_lite": _GLM_LITE,
+    "mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": None, "tie_word_embeddings": False},
     "glm4_moe": _GLM | {"use_qk_norm": True},
     "glm4_moe_no_qk_norm": _GLM | {"use_qk_norm": False},
 }

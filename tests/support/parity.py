@@ -218,7 +218,7 @@ def train(engine: TrainerRank, case: Case, samples: list[TrainSample]) -> Found:
     packs = packs_of(case, samples, engine.parallel)[engine.coords.dp_rank :: engine.parallel.dp]
     # rollout log-probs are near the whole distribution's, so among few words the policy is compared with itself
     algorithm = AlgorithmConfig(objective=OBJECTIVES[case.objective], anchor="old" if case.truncated else "rollout")
-    options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftBounds(), "version": 0}
+    options = {"algorithm": algorithm, "temperature": TEMPERATURE, "drift": DriftBounds(), "version": 0, "density": True}
     steps = [flat(update_policy(engine, [packs], **options)) for _ in range(2)]
     return Found(steps, exported(engine))
 

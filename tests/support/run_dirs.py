@@ -35,11 +35,15 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def metrics(step: int, **changes: Any) -> dict[str, Any]:
-    """Returns a line of metrics.jsonl: reward step/20, a spread of 0.1 √t, clipping flat at 5 %. `changes` by dotted name."""
+    """Returns a line of metrics.jsonl: reward step/20, a spread of 0.1 √t, clipping flat at 5 %, two ranks and two servers.
+
+    `changes` by dotted name.
+    """
     line: dict[str, Any] = {"step": step, "time": T0 + 20 + STEP_S * step, "reward/mean": step / 20, "train/entropy": 1.0}
     line |= {"rollout/response_tokens": 40.0, "rollout/sampled_tokens": 30.0, "train/loss": -0.01, "time/rollout": 6.0}
     line |= {"time/train": 3.0, "time/publish": 1.0, "time/step": STEP_S, "publish/attest": 0.1, "publish/canary_gap_max": 1e-6}
     line |= {"health/log_ratio_sigma": 0.1, "health/log_ratio_growth": 0.5, "health/effective_sample_size": 0.9}
+    line |= {"train/waits/rank_0": 0.1, "train/waits/rank_1": 0.3, "servers/busy/server_0": 0.6, "servers/busy/server_1": 0.3}
     for b in range(5):
         line[f"health/log_ratio_std/from_token_{2**b}"] = 0.1 * (1.5 * 2**b) ** 0.5
         line[f"health/log_ratio_fit/from_token_{2**b}"] = 0.1 * (1.5 * 2**b) ** 0.5

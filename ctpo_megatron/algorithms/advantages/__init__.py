@@ -2,5 +2,6 @@
 
 from ctpo_megatron.algorithms.advantages.compute import compute_advantages
 from ctpo_megatron.algorithms.advantages.group import group_advantages
+from ctpo_megatron.algorithms.advantages.shaping import shaped_rewards
 
-__all__ = ["compute_advantages", "group_advantages"]
+__all__ = ["compute_advantages", "group_advantages", "shaped_rewards"]

@@ -10,6 +10,7 @@ from ctpo_megatron.algorithms.advantages.shaping import shaped_rewards
 from ctpo_megatron.algorithms.advantages.tempo import tempo_advantages
 from ctpo_megatron.config.advantages import (
     Advantage,
+    GaeAdvantage,
     GroupAdvantage,
     ReinforceAdvantage,
     RlooAdvantage,
@@ -29,7 +30,7 @@ def compute_advantages(
     """Advantages [group][trajectory][policy token], in order, of a WHOLE rollout batch: shaping and whitening look across groups.
 
     Tool tokens have no entry, tokens of branches come last; a trajectory in which the policy wrote nothing has an empty list.
-    `groups` are not changed.
+    `groups` are not changed. Those of `gae` are zero here: the trainer makes them, of rewards and of its critic's values.
     """
     rewards = shaped_rewards(groups, shaping)
     match advantage:
@@ -42,6 +43,8 @@ def compute_advantages(
             return _reinforce(groups, rewards, advantage)
         case TempoAdvantage(normalize_std=normalize):
             return [_tempo(group, of_group, normalize) for group, of_group in zip(groups, rewards, strict=True)]
+        case GaeAdvantage():
+            return _to_tokens(groups, [[0.0] * len(of_group) for of_group in rewards])
     raise TypeError(f"advantage is a {type(advantage).__name__}; allowed: the sections of config.advantages.Advantage")
 
 

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,7 @@ from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.record.heartbeat import Pulse, Stages, stage
 from ctpo_megatron.record.stalls import Evidence
-from ctpo_megatron.record.values import Values, without_vectors
+from ctpo_megatron.record.values import Mean, Values, without_vectors
 from ctpo_megatron.weights.protocol import Sent, Server
 
 if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # imported by `build`, after the variables that torch and meg
     from ctpo_megatron.mcore.reference import Reference
     from ctpo_megatron.weights.source import RankWeights
 
+
+WAITS = "train/waits/rank_"  # values that each rank has of its own, by its number
 
 _log = logging.getLogger(__name__)
 
@@ -135,6 +138,7 @@ class TrainerActor:
             moe=config.moe,
             shape=self.shape,
             adapter=config.model.adapter,
+            critic=config.algorithm.critic,
         )
         reference = config.algorithm.reference
         policy = None if reference is None else rank.reference(reference.path)
@@ -166,9 +170,11 @@ class TrainerActor:
             for micro_batches, own in zip(batches, replays, strict=True)
         ]
         found: Values | Abandoned
+        rank, begun = self._built.rank, time.perf_counter()
+        rank.waited_s()  # of what came before
         try:
             found = update_policy(
-                self._built.rank,
+                rank,
                 with_own,
                 algorithm=config.algorithm,
                 temperature=config.rollout.temperature,
@@ -177,11 +183,15 @@ class TrainerActor:
                 reference=self._built.reference,
                 teachers=self._built.teachers,
                 kept=self._kept,
+                density=config.log.counts_ratios(version + 1),
             )
         except UpdateAbandoned as error:  # as a value: every rank has its own part of it
             found = error.update
         self._free_memory()
-        return found if self.rank == 0 or isinstance(found, Abandoned) else without_vectors(found)
+        if isinstance(found, Abandoned):
+            return found
+        waits = Mean(rank.waited_s(), time.perf_counter() - begun)
+        return (found if self.rank == 0 else without_vectors(found)) | {f"{WAITS}{self.rank}": waits}
 
     @stage("tokens")
     def tokens(self) -> list[list[KeptShard]]:
@@ -198,6 +208,13 @@ class TrainerActor:
             return supervise(self._built.rank, batch)
         except UpdateAbandoned as error:
             return error.update
+
+    @stage("assess")
+    def assess(self, batch: list[MicroBatch]) -> Values:
+        """Statistics of `loop.protocols.Trainer.assess`."""
+        from ctpo_megatron.mcore.policy import assess
+
+        return assess(self._built.rank, batch)
 
     @stage("canary")
     def canary_logp(self, token_ids: list[int], experts: Experts | None) -> list[float]:

@@ -14,7 +14,9 @@ import ray
 from ctpo_megatron.batch import Abandoned, MicroBatch, Replay, TrainBatch, UpdateAbandoned
 from ctpo_megatron.cluster.calls import Process, call_all
 from ctpo_megatron.cluster.keepers.calls import Handed
+from ctpo_megatron.cluster.resources import SHOWN
 from ctpo_megatron.cluster.trainer.abandoned import join_abandoned
+from ctpo_megatron.cluster.trainer.actor import WAITS
 from ctpo_megatron.cluster.trainer.kept_tokens import join_tokens
 from ctpo_megatron.cluster.trainer.tracing import RankTrace
 from ctpo_megatron.engine.answers import Experts
@@ -66,6 +68,12 @@ class TrainerGroup:
         shares = self._shares(batch.micro_batches.__getitem__)
         found = await self._calls([rank.actor.supervise.remote(s) for rank, s in zip(self.ranks, shares, strict=True)])
         return self._values(found, [batch])
+
+    async def assess(self, batch: TrainBatch) -> Values:
+        """The reduced statistics of one batch (`loop.protocols.Trainer.assess`)."""
+        shares = self._shares(batch.micro_batches.__getitem__)
+        found = await self._calls([rank.actor.assess.remote(s) for rank, s in zip(self.ranks, shares, strict=True)])
+        return found[0]
 
     async def canary_logp(self, token_ids: list[int], experts: Experts | None = None) -> list[float]:
         """Log-probs of tokens 1, 2, ... of the prompt at temperature 1, with the weights as they are.
@@ -143,7 +151,9 @@ class TrainerGroup:
         abandoned = [each for each in found if isinstance(each, Abandoned)]
         if abandoned:
             raise UpdateAbandoned(join_abandoned(abandoned, self._coords, batches))
-        return next(each for each in found if not isinstance(each, Abandoned))
+        known = [each for each in found if not isinstance(each, Abandoned)]
+        own = {name: each[name] for rank, each in enumerate(known[:SHOWN]) if (name := f"{WAITS}{rank}") in each}
+        return {name: value for name, value in known[0].items() if not name.startswith(WAITS)} | own
 
     def _shares(self, of_rank: Any) -> list[ray.ObjectRef]:
         """One object per data-parallel rank, shared by the ranks that work on the same data."""

@@ -78,7 +78,7 @@ class RankTracer:
             import torch
 
             self._profile.parent.mkdir(exist_ok=True)
-            profiler = torch.profiler.profile()  # of what there is here: CPU, and CUDA
+            profiler = torch.profiler.profile(profile_memory=True)  # of what there is here: CPU, and CUDA
             profiler.start()
             self._profiler = profiler
 

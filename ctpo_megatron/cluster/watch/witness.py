@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from ctpo_megatron.cluster.logs import STACK_SIGNAL
-from ctpo_megatron.record.stalls import Condition
+from ctpo_megatron.record.stalls import BUSY, Condition
 
 DUMP_S = 5.0  # for the stacks of one process
 DUMPS_AT_ONCE = 4
@@ -34,6 +34,16 @@ class _Known:
     looks: int
     cpu_s: float
     at: float
+    turns: Turns | None
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What the scheduler counts of a thread since it began."""
+
+    thread: int
+    ran_s: float
+    waited_s: float  # that it could have run and had no processor; a wait is counted when it ends
 
 
 class Witness:
@@ -63,8 +73,11 @@ class Witness:
         else:
             since, looks = known.since, known.looks + 1
         cpus = 0.0 if known is None or now <= known.at else (cpu_s - known.cpu_s) / (now - known.at)
-        self._known[pid] = _Known(process, state, since, looks, cpu_s, now)
-        return Condition(_of_thread(pid, thread) or state, now - since, looks, cpus, _place(pid, thread))
+        had, of_thread = turns(pid, thread or pid), _of_thread(pid, thread) or state
+        wants = of_thread == psutil.STATUS_RUNNING and cpus < BUSY  # without ticks a long turn is not counted at once
+        share = None if known is None else waited(known.turns, had, now - known.at, wants=wants)
+        self._known[pid] = _Known(process, state, since, looks, cpu_s, now, had)
+        return Condition(of_thread, now - since, looks, cpus, _place(pid, thread), share)
 
     def forget(self) -> None:
         """Begin anew: for a witness that was itself stopped meanwhile, and has seen nothing."""
@@ -132,6 +145,27 @@ def _of_thread(pid: int, thread: int) -> str:
     except (OSError, IndexError):
         return ""
     return {"D": psutil.STATUS_DISK_SLEEP, "R": psutil.STATUS_RUNNING}.get(state, "")
+
+
+def turns(pid: int, thread: int) -> Turns | None:
+    """What the scheduler counts of a thread; None where the system does not tell, as where a kernel was built without."""
+    try:
+        ran, waits, _count = map(int, Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split())
+    except (OSError, ValueError):
+        return None
+    return Turns(thread, ran / 1e9, waits / 1e9) if ran else None
+
+
+def waited(before: Turns | None, now: Turns | None, seconds: float, *, wants: bool) -> float | None:
+    """Returns the share of `seconds` that a thread waited for a processor. `wants`: it can run now.
+
+    A wait that has not ended is not counted yet: one that can run, and has not run since the look before, has waited throughout.
+    """
+    if before is None or now is None or before.thread != now.thread or seconds <= 0:
+        return None
+    if wants and now.ran_s == before.ran_s:
+        return 1.0
+    return min((now.waited_s - before.waited_s) / seconds, 1.0)
 
 
 def _place(pid: int, thread: int) -> str:

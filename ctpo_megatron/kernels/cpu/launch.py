@@ -32,6 +32,7 @@ class How:
     manner: int = k.TRUNCATE
     low: float = 0.0  # the correction's bounds
     high: float = 0.0
+    density: bool = True  # whether log-ratios are put into buckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def judge(
     arrays = tuple(stream.detach().contiguous().numpy() for stream in streams)
     dtype, size = arrays[0].dtype, arrays[0].size
     bounds = cu_seqlens.numpy().astype(np.int64)
-    told = (how.kind, np.asarray(how.options, dtype), how.measure, how.level, how.manner)
+    told = (how.kind, np.asarray(how.options, dtype), how.measure, how.level, how.manner, how.density)
     consts = np.asarray([1, MAX_ABS, MAX_LOG_RATIO, TINY, 1 - TINY, how.low, how.high, DECILES, np.inf], dtype)
     seen = size if record else 0
     out = (np.empty(size, dtype), np.empty(size, dtype), np.zeros(seen, dtype), np.zeros(seen, np.uint8))

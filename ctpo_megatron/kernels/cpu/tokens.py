@@ -185,14 +185,15 @@ def _note(sums, counts, d, held, fate, ratio):
 
 
 @numba.njit(**j.options)
-def _note_place(sums, counts, at, prefix, n, tenth, fate, a, lookup):
-    """What `algorithms.health` and `algorithms.density` count of a token."""
+def _note_place(sums, counts, at, prefix, n, tenth, fate, a, density, lookup):
+    """What `algorithms.health` and, where it is asked for, `algorithms.density` count of a token."""
     sums[BY_TENTH + (DECILES if fate != j.UNTOUCHED else 0) + tenth] += 1.0
     wide = np.float64(prefix)
-    row = BY_BUCKET + _MIDDLE + ((np.int64(a > 0) - np.int64(a < 0) + 1) * POSITION_BINS + at) * BUCKETS
-    counts[row + bucket_of(wide, 0, lookup)] += 1
-    grown = wide / math.sqrt(np.float64(n))
-    counts[row + DENSITY + bucket_of(grown, 1, lookup)] += 1
+    if density:
+        row = BY_BUCKET + _MIDDLE + ((np.int64(a > 0) - np.int64(a < 0) + 1) * POSITION_BINS + at) * BUCKETS
+        counts[row + bucket_of(wide, 0, lookup)] += 1
+        grown = wide / math.sqrt(np.float64(n))
+        counts[row + DENSITY + bucket_of(grown, 1, lookup)] += 1
     by = BY_POSITION + at
     sums[by] += 1.0
     sums[by + POSITION_BINS] += n
@@ -204,7 +205,7 @@ def _note_place(sums, counts, at, prefix, n, tenth, fate, a, lookup):
 @numba.njit(**j.options)
 def _sequence(how, consts, sequence, begin, end, streams, mask, restarts, lookup, whole, out, sums, counts):
     """One sequence from `begin` to `end`; `whole` is what `_whole` found of it."""
-    kind, o, measure, level, manner = how
+    kind, o, measure, level, manner, density = how
     logp, anchor, old, rollout, advantages = streams
     value, slope, seen, fates = out
     total, keep, gaps, length = whole
@@ -234,7 +235,7 @@ def _sequence(how, consts, sequence, begin, end, streams, mask, restarts, lookup
             spent += _fixed(min(found, most))
         _note(sums, counts, d, held, fate, ratio)
         tenth = min(np.int64(consts.dtype.type(place - 1) * tenths / length), DECILES - 1)
-        _note_place(sums, counts, at, log_sum, n, tenth, fate, a, lookup)
+        _note_place(sums, counts, at, log_sum, n, tenth, fate, a, density, lookup)
         if level != LEVEL_NONE:
             e, _own = _apart(old[t], rollout[t], one, most)
             gap_prefix += _fixed(e)
@@ -253,7 +254,8 @@ def _sequence(how, consts, sequence, begin, end, streams, mask, restarts, lookup
 def judge(how, consts, bounds, first, last, streams, mask, restarts, lookup, out, lengths, signs, sums, counts):
     """Sequences `first` to `last` - 1 of those with borders `bounds`; writes `out`, `lengths`, `signs`, `sums` and `counts`.
 
-    `how`: the objective, its options, its divergence, the correction's level and manner. `consts`: 1, 20, 10, 1e-8, 1 - 1e-8, the
+    `how`: the objective, its options, its divergence, the correction's level and manner, and whether log-ratios are put into
+    buckets. `consts`: 1, 20, 10, 1e-8, 1 - 1e-8, the
     correction's bounds, 10 and infinity. `streams`: logp, anchor, old_logp, rollout_logp, advantages, each [T], of one number
     format with the options, `consts` and the first two of `out`: loss and derivative [T]. The other two, judged log-ratio and
     fate, are [T] or empty, like `restarts`. `lengths` and `signs` are [N] float64, `sums` [SUMS], `counts` [COUNTS].

@@ -44,7 +44,7 @@ from ctpo_megatron.mcore.checkpoint.commit import commit
 from ctpo_megatron.mcore.checkpoint.optimizer_state import load_optimizer
 from ctpo_megatron.mcore.checkpoint.rank_report import RankReport
 from ctpo_megatron.mcore.checkpoint.snapshot import Snapshot, sharded_state, take_snapshot
-from ctpo_megatron.mcore.checkpoint.trainables import check_words, take_state
+from ctpo_megatron.mcore.checkpoint.trainables import check_value_head, check_words, take_state
 from ctpo_megatron.mcore.checkpoint.writer import write_and_verify
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.export import copy_companions
@@ -60,7 +60,7 @@ class Trained:
     optimizer: MegatronOptimizer | None
     schedule: OptimizerParamScheduler | None
     model_path: str  # whose config.json and tokenizer are copied into it
-    words: dict[str, Any] | None = None  # of adapters, where these are trained: `trainables.adapter_words`
+    words: dict[str, Any] | None = None  # of adapters (`trainables.adapter_words`) or a value head
 
     def header(self) -> dict[str, Any]:
         """Returns the manifest's beginning."""
@@ -108,6 +108,8 @@ def load_checkpoint(directory: str | Path, trained: Trained) -> None:
     source = Path(directory)
     manifest = _verified_together(source)
     check_words(source, manifest, trained.words)
+    if trained.optimizer is not None:
+        check_value_head(source, manifest, trained.words)
     if trained.optimizer is not None and manifest["dtype"] != (dtype := trained.header()["dtype"]):
         raise CheckpointError(
             f"{source}: its weights are {manifest['dtype']}, the trainer's {dtype}, and torch would convert them silently; set "

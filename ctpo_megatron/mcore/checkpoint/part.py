@@ -25,7 +25,7 @@ from ctpo_megatron.mcore.checkpoint.snapshot import Place, Snapshot
 COMMON: Place = ("common", None)  # settings of the optimizer, of every rank
 RANDOM: Place = ("random", None)
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-Layout = dict[str, int | None]  # of the ranks together, as the configuration writes it
+Layout = dict[str, int | bool | None]  # of the ranks together, as the configuration writes it
 
 
 @dataclass(frozen=True, slots=True)

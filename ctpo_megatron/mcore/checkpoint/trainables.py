@@ -22,7 +22,7 @@ from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.hf.load import unwrap
 from ctpo_megatron.mcore.model.lora import adapter_pairs
 from ctpo_megatron.models.files import weight_files
-from ctpo_megatron.models.tensors import HfTensor
+from ctpo_megatron.models.tensors import VALUE_HEAD, HfTensor
 from ctpo_megatron.parallel.plain import all_gather_plain
 
 
@@ -69,7 +69,7 @@ def adapter_words(adapter: LoraConfig, model_path: str) -> dict[str, Any]:
 def check_words(source: Path, manifest: dict[str, Any], words: dict[str, Any] | None) -> None:
     """Raise CheckpointError where a checkpoint is of other adapters than `words`, of another model, or of another kind."""
     stored = manifest.get("adapter")
-    if words is None:
+    if words is None or "adapter" not in words:
         if stored is not None:
             raise CheckpointError(f"{source} holds adapters only ({_said(stored)}), and model.adapter is null; set it to these.")
         return
@@ -82,6 +82,15 @@ def check_words(source: Path, manifest: dict[str, Any], words: dict[str, Any] | 
             f"{source} holds adapters of the model in {manifest['base']['path']}, and the weights in {words['base']['path']} "
             "are not the same; set model.path to that model."
         )
+
+
+def check_value_head(source: Path, manifest: dict[str, Any], words: dict[str, Any] | None) -> None:
+    """Raise CheckpointError where a checkpoint that a trainer is to go on from has a critic's value head and the trainer none,
+    or the other way round."""
+    stored, wanted = ((each or {}).get(VALUE_HEAD, False) for each in (manifest, words))
+    if stored != wanted:
+        having, setting = ("a value head", "gae again") if stored else ("no value head", "what it was")
+        raise CheckpointError(f"{source} holds {having}; set algorithm.advantage.type to {setting}, or begin a new run.")
 
 
 def _said(adapter: dict[str, Any]) -> str:

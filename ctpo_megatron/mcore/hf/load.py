@@ -18,7 +18,7 @@ from ctpo_megatron.models.adapters import ADAPTER
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.files import weight_files
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.models.tensors import EMBEDDING_KEY, EXPERT_BIAS, OUTPUT_KEY, HfTensor, hf_tensors, parameter_key
+from ctpo_megatron.models.tensors import EMBEDDING_KEY, EXPERT_BIAS, OUTPUT_KEY, VALUE_HEAD, HfTensor, hf_tensors, parameter_key
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -35,12 +35,15 @@ def layer_numbers(model: nn.Module) -> list[int]:
 
 
 def keyed_tensors(model: nn.Module, shape: ModelShape, coords: RankCoords) -> Iterator[tuple[str, Tensor]]:
-    """The rank's parameters, and its routers' biases, under their keys (see `models.tensors`). Adapters are not among them."""
+    """The rank's parameters, and its routers' biases, under their keys (see `models.tensors`).
+
+    Neither adapters nor a value head are among them.
+    """
     layers, inner = layer_numbers(model), unwrap(model)
     first_expert = coords.ep_rank * (shape.num_experts // coords.ep_size)
     biases = ((name, buffer) for name, buffer in inner.named_buffers() if name.endswith(EXPERT_BIAS))
     for name, tensor in (*inner.named_parameters(), *biases):
-        if f".{ADAPTER}." not in name:
+        if f".{ADAPTER}." not in name and not name.startswith(f"{VALUE_HEAD}."):
             yield parameter_key(name, layers, first_expert), tensor
 
 

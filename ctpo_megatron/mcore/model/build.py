@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ctpo_megatron.config.adapter import LoraConfig
+from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.mcore.model.head import HiddenGPTModel
 from ctpo_megatron.mcore.model.lora import add_adapters
@@ -20,7 +21,10 @@ from ctpo_megatron.mcore.model.parts import keep_biases_precise, rope_options, s
 from ctpo_megatron.mcore.model.routing import with_replay
 from ctpo_megatron.mcore.model.spec import layer_spec
 from ctpo_megatron.mcore.model.transformer import transformer_config
+from ctpo_megatron.mcore.model.value_head import add_value_head
 from ctpo_megatron.models.shape import ModelShape
+
+OVERLAPPED_BUCKET: int | None = None  # parameters whose gradients are reduced together beside the backward pass; None: megatron's
 
 
 def build_model(
@@ -33,18 +37,25 @@ def build_model(
     recompute: str = "none",
     trainable: bool = True,
     adapter: LoraConfig | None = None,
+    critic: CriticConfig | None = None,
 ) -> list[torch.nn.Module]:
     """This rank's part of the model, with weights not yet loaded, as the list of chunks that megatron's functions take.
 
     There is one chunk, or `parallel.vpp` of them where the pipeline is interleaved. `trainable` wraps each in megatron's
     DistributedDataParallel, which owns the gradients. With `adapter` only adapters have some.
+    With `critic` the last chunk has a value head.
     """
     config = transformer_config(shape, parallel, moe or MoeConfig(), dtype, device, recompute)
     stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
-    chunks = [_chunk(shape, parallel, config, device, vp_stage, adapter) for vp_stage in stages]
+    chunks = [_chunk(shape, parallel, config, device, vp_stage, adapter, critic) for vp_stage in stages]
     if not trainable:
         return chunks
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        bucket_size=OVERLAPPED_BUCKET if parallel.overlap_grad_reduce else None,
+    )
     chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
     config.finalize_model_grads_func = finalize_model_grads
     no_sync = [chunk.no_sync for chunk in chunks]
@@ -59,6 +70,7 @@ def _chunk(
     device: torch.device,
     vp_stage: int | None,
     adapter: LoraConfig | None,
+    critic: CriticConfig | None,
 ) -> torch.nn.Module:
     """This pipeline stage's layers, or those of its chunk `vp_stage`, with what stands before the first and after the last."""
     place = {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -81,6 +93,8 @@ def _chunk(
             parameter.allreduce = False  # type: ignore[attr-defined]  # megatron's own mark
     if adapter is not None:
         add_adapters(model, shape, adapter, config.params_dtype, parallel_state.get_tensor_model_parallel_group())
+    if critic is not None and model.post_process:
+        add_value_head(model, critic.weights, parallel_state.get_tensor_model_parallel_group())
     model.to(device)
     if config.bf16:
         model = Float16Module(config, model)

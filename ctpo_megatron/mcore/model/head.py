@@ -81,11 +81,11 @@ class Head:
         if written is None:
             return found
         whole = shard.tokens.labels.numel()
-        others = (None if each is None else _spread(each, written, whole) for each in found[1:])
-        return WordLogp(_spread(found.logp, written, whole), *others)
+        others = (None if each is None else spread(each, written, whole) for each in found[1:])
+        return WordLogp(spread(found.logp, written, whole), *others)
 
 
-def _spread(found: Tensor, places: Tensor, whole: int) -> Tensor:
+def spread(found: Tensor, places: Tensor, whole: int) -> Tensor:
     """[whole, ...] with `found` [W, ...] at its places and zeros elsewhere."""
     return found.new_zeros(whole, *found.shape[1:]).index_copy(0, places, found)
 

@@ -105,8 +105,8 @@ def rehearse(what: Rehearsal) -> Rehearsed:
 
 
 def loss_of(algorithm: AlgorithmConfig) -> LossFn:
-    """The loss of a training step, as `update_policy` has it."""
-    return partial(policy_share, recipe=algorithm_recipe(algorithm), algorithm=algorithm)
+    """The loss of a training step, as `update_policy` has it; of one that counts log-ratios, which takes most."""
+    return partial(policy_share, recipe=algorithm_recipe(algorithm, density=True), algorithm=algorithm)
 
 
 def _counted(rank: FakeRank, ledger: Ledger, what: Rehearsal, seconds: float) -> Rehearsed:

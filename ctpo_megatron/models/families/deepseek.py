@@ -1,7 +1,8 @@
 """DeepSeek-V3 and its kin with the same model_type (R1, Moonlight): latent attention, sigmoid gates, shared experts.
 
-Kimi-K2 has this architecture under the model_type kimi_k2, which is refused. Moonlight is published with a tokenizer that only
-its own Python code can read (tiktoken.model), which is never run here: docs/models.md says how to save it once as tokenizer.json.
+Kimi-K2 has this architecture under the model_type kimi_k2, which transformers does not know: refused.py says what to do.
+Moonlight and Kimi-K2 are published with a tokenizer that only their own Python code can read (tiktoken.model), which is never run
+here: docs/models.md says how to save it once as tokenizer.json.
 
 Layers of multi-token prediction are not trained: loading passes over their tensors, exports lack them. The norms of the latents
 use rms_norm_eps, as megatron and SGLang do; transformers has 1e-6 there, which is what V3 and R1 have for both. SGLang 0.5.23
@@ -18,19 +19,23 @@ from ctpo_megatron.models.shape import LatentAttention, ModelShape
 SERVED_BY = ("moe_layer_freq", "scoring_func", "topk_method")  # published, and no part of transformers' class
 
 
-def _shape(keys: Keys) -> ModelShape:
+def latent_attention(keys: Keys) -> LatentAttention:
+    """Attention with one latent per token for all keys and values, as DeepSeek-V3 and its kin name its sizes."""
     keys.must_be("attention_bias", False)
     keys.must_be("rope_interleave", True)
-    attention = LatentAttention(
+    return LatentAttention(
         q_rank=None if keys.values.get("q_lora_rank", 0) is None else keys.size("q_lora_rank"),
         kv_rank=keys.size("kv_lora_rank"),
         nope_dim=keys.size("qk_nope_head_dim"),
         rope_dim=keys.size("qk_rope_head_dim"),
         value_dim=keys.size("v_head_dim"),
     )
+
+
+def _shape(keys: Keys) -> ModelShape:
     return model_shape(
         keys,
-        attention=attention,
+        attention=latent_attention(keys),
         rope=read_rope(keys, types=("default", "yarn"), latent=True),
         experts=sigmoid_experts(keys),
         mtp_layers=mtp_layers(keys),

@@ -126,7 +126,9 @@ class MixedGroups:
         self._enough, self._mixed, self._rewards = enough, Recent(smooth), Recent(smooth)
 
     def __call__(self, row: Row) -> Seen | None:
-        """Returns the share."""
+        """Returns the share; None where a critic learns, which equal groups teach as well."""
+        if "critic/loss" in row:
+            return None
         mixed, reward = row.get("reward/mixed_groups", math.nan), row.get("reward/mean", math.nan)
         if not (math.isfinite(mixed) and math.isfinite(reward)):
             return None

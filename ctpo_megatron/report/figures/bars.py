@@ -37,4 +37,4 @@ def shares(id: str, title: str, axis: str, table: Mapping[str, Mapping[str, int]
     words = "; ".join(
         f"{name}: {counts.get('trained', 0):,} of {sum(counts.values()):,} trained on" for name, counts in table.items()
     )
-    return Figure(id, title, words, height(chart, 24 * len(table) + 10))
+    return Figure(id, title, words, height(chart, max(24 * len(table) + 10, 90)))

@@ -37,9 +37,12 @@ def spread(places: Sequence[Place]) -> Figure | None:
     base = alt.Chart(data).encode(x=_T, color=alt.Color("window:N", sort=None))
     y = alt.Scale(type="log")
     tips = ["window:N", alt.Tooltip("t:Q", format=",.1f"), alt.Tooltip("std:Q", format=".4f"), alt.Tooltip("fit:Q", format=".4f")]
-    line = base.mark_line(strokeDash=[5, 3], strokeWidth=1.5).encode(y=alt.Y("fit:Q", title="std of S_t, nats", scale=y))
+    axis = alt.Axis(format="~g", tickCount=5)
+    line = base.mark_line(strokeDash=[5, 3], strokeWidth=1.5).encode(
+        y=alt.Y("fit:Q", title="std of S_t, nats", scale=y, axis=axis)
+    )
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
-        y=alt.Y("std:Q", title="std of S_t, nats", scale=y), tooltip=tips
+        y=alt.Y("std:Q", title="std of S_t, nats", scale=y, axis=axis), tooltip=tips
     )
     last = [each for each in moved if each.window == moved[-1].window]
     words = f"{last[-1].window}: from {last[0].value:.3g} at t = {last[0].t:.0f} to {last[-1].value:.3g} at t = {last[-1].t:.0f}"

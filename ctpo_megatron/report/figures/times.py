@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import altair as alt
@@ -25,23 +25,23 @@ class Span:
     step: int
 
 
-def timeline(spans: Sequence[Span]) -> Figure | None:
-    """Returns what each kind of process does over some steps; bubbles are grey."""
+def timeline(spans: Sequence[Span], processes: Sequence[str]) -> Figure | None:
+    """Returns what `processes` do over some steps, each in a row; bubbles are grey."""
     if not spans:
         return None
     kinds = [*dict.fromkeys(each.doing for each in spans if each.doing != BUBBLE), BUBBLE]
     data = rows(
         {"process": each.process, "doing": each.doing, "begin": each.begin, "end": each.end, "step": each.step} for each in spans
     )
-    order = alt.Scale(domain=kinds, range=[*_COLOURS[: len(kinds) - 1], "#9aa0a8"])
+    order = alt.Scale(domain=kinds, range=_colours(kinds))
     seconds = [alt.Tooltip("begin:Q", format=",.2f"), alt.Tooltip("end:Q", format=",.2f")]
     chart = (
         alt.Chart(data)
-        .mark_bar(height=26)
+        .mark_bar(height=alt.RelativeBandSize(0.8))
         .encode(
-            x=alt.X("begin:Q", title="seconds"),
+            x=alt.X("begin:Q", title="seconds", scale=alt.Scale(nice=False)),
             x2="end:Q",
-            y=alt.Y("process:N", title=None, sort=None),
+            y=alt.Y("process:N", title=None, sort=list(processes)),
             color=alt.Color("doing:N", scale=order, sort=None),
             opacity=alt.condition(alt.datum.doing == BUBBLE, alt.value(0.35), alt.value(1.0)),
             tooltip=["process:N", "doing:N", "step:Q", *seconds],
@@ -49,29 +49,75 @@ def timeline(spans: Sequence[Span]) -> Figure | None:
     )
     first, last = spans[0].step, spans[-1].step
     words = f"steps {first} to {last}, {max(each.end for each in spans):.1f} seconds"
-    note = "From the phases that the driver measures; grey is waiting. A trace (`trace.steps`) has every process by itself."
-    return Figure("timeline", "What the processes do, and their bubbles", words, height(chart, 130), note)
+    note = (
+        "From the phases that the driver measures; grey is waiting. How long a rank or a server waited within a phase is known, "
+        "and drawn at the phase's end; when that was, a trace tells (`trace.steps`)."
+    )
+    return Figure("timeline", "What the processes do, and their bubbles", words, height(chart, 34 * len(processes) + 30), note)
 
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C9A400", "#56B4E9", "#8c5fbf", "#b5651d")
+def waits(shares: Mapping[str, float]) -> Figure | None:
+    """Returns for what share of their time processes wait, each in a row; None where no process has a measure of its own."""
+    if not shares:
+        return None
+    values = rows({"process": name, "waits": share} for name, share in shares.items())
+    chart = (
+        alt.Chart(values)
+        .mark_bar(color=_DOING[BUBBLE])
+        .encode(
+            x=alt.X("waits:Q", title="share of the steps' time", axis=alt.Axis(format=".0%"), scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("process:N", title=None, sort=list(shares)),
+            tooltip=["process:N", alt.Tooltip("waits:Q", format=".1%")],
+        )
+    )
+    most, least = max(shares, key=lambda name: shares[name]), min(shares, key=lambda name: shares[name])
+    words = f"{most} waits most, {shares[most]:.1%}, and {least} least, {shares[least]:.1%}"
+    note = (
+        "A rank waits while it has no part in a phase, and for others in its updates; a server while it has nothing to generate."
+    )
+    return Figure("waits", "How long each process waits", words, height(chart, 20 * len(shares) + 30), note)
+
+
+def _colours(kinds: Iterable[str]) -> list[str]:
+    """Each kind's colour, the same in all charts; what is none of these is brown."""
+    return [_DOING.get(each, "#b5651d") for each in kinds]
+
+
+_DOING = {
+    "rollout": "#0072B2",
+    "rollout tail": "#56B4E9",
+    "train": "#009E73",
+    "publish": "#8c5fbf",
+    "evaluate": "#CC79A7",
+    "checkpoint": "#7fb069",
+    "batch": "#D55E00",
+    "sleep": "#C9A400",
+    "give memory back": "#C9A400",
+    "storage": "#7a1f1f",
+    "other": "#6b7280",
+    BUBBLE: "#9aa0a8",
+}
 
 
 def phases(seconds: Mapping[str, Sequence[Point]]) -> Figure | None:
-    """Returns each step's seconds by phase, one on the other."""
+    """Returns each step's seconds by phase, one on the other; a phase that a step did not have took it no time."""
+    there = [phase for phase, points in seconds.items() if points]
+    if not there:
+        return None
+    steps = sorted({step for points in seconds.values() for step, _ in points})
+    of_phase = {phase: dict(seconds[phase]) for phase in there}
     values = [
         {"step": each.step, "seconds": each.mean, "phase": phase}
-        for phase, points in seconds.items()
-        for each in thinned(list(points), 200)
+        for phase, known in of_phase.items()
+        for each in thinned([(step, known.get(step, 0.0)) for step in steps], 200)
     ]
-    if not values:
-        return None
     chart = (
         alt.Chart(rows(values))
         .mark_area(interpolate="step-after")
         .encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",.0f")),
+            x=alt.X("step:Q", title="step", axis=alt.Axis(tickMinStep=1, format=",.0f", labelSeparation=8)),
             y=alt.Y("seconds:Q", title="seconds of a step", stack="zero"),
-            color=alt.Color("phase:N", sort=None),
+            color=alt.Color("phase:N", sort=None, scale=alt.Scale(domain=there, range=_colours(there))),
             tooltip=[alt.Tooltip("step:Q", format=",.0f"), "phase:N", alt.Tooltip("seconds:Q", format=",.3~f")],
         )
     )

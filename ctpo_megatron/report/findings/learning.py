@@ -87,7 +87,9 @@ def entropy(run: Run) -> Iterator[Finding]:
 
 
 def groups(run: Run) -> Iterator[Finding]:
-    """Yields steps whose groups mostly have equal rewards: they carry no signal."""
+    """Yields steps whose groups mostly have equal rewards: they carry no signal, unless a critic learns."""
+    if late(run.metrics, "critic/loss") is not None:
+        return
     mixed = late(run.metrics, "reward/mixed_groups")
     if mixed is not None and mixed < 0.3:
         solved = (late(run.metrics, "reward/mean") or 0.0) > 0.9

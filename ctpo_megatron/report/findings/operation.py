@@ -47,18 +47,21 @@ def losses(run: Run) -> Iterator[Finding]:
     """Yields what died, hung or was damaged."""
     counts = Counter(each.name for each in run.events)
     told = (
-        (StallFound.name, "stalls", 70.0),
-        (NodesLost.name, "times nodes were lost", 60.0),
-        (TrainerRestarting.name, "restarts of the trainer", 55.0),
-        (ServerLost.name, "losses of servers", 40.0),
-        (StorageFault.name, "faults of the disk", 55.0),
-        (CheckpointLost.name, "lost checkpoints", 75.0),
-        (CheckpointDamaged.name, "damaged checkpoints", 85.0),
+        (StallFound.name, "A stall", "stalls", 70.0),
+        (NodesLost.name, "Nodes were lost", "times nodes were lost", 60.0),
+        (TrainerRestarting.name, "A restart of the trainer", "restarts of the trainer", 55.0),
+        (ServerLost.name, "A server was lost", "losses of servers", 40.0),
+        (StorageFault.name, "A fault of the disk", "faults of the disk", 55.0),
+        (CheckpointLost.name, "A lost checkpoint", "lost checkpoints", 75.0),
+        (CheckpointDamaged.name, "A damaged checkpoint", "damaged checkpoints", 85.0),
     )
-    for name, words, weight in told:
+    for name, one, several, weight in told:
         if counts[name]:
-            first = run.happened(name)[0]
-            yield Finding(weight, f"{counts[name]} {words}", f"The first: {sentence(first)}", "events")
+            first = sentence(run.happened(name)[0])
+            if counts[name] == 1:
+                yield Finding(weight, one, f"{first[0].upper()}{first[1:]}", "events")
+            else:
+                yield Finding(weight, f"{counts[name]} {several}", f"The first: {first}", "events")
 
 
 def skipped(run: Run) -> Iterator[Finding]:

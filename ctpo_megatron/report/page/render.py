@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -20,8 +20,16 @@ def render(template: str, **values: Any) -> Markup:
 def _templates() -> Environment:
     loader = PackageLoader("ctpo_megatron.report.page")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"percent": percent, "short": short, "span": span, "moment": moment}
+    made.filters |= {"percent": percent, "short": short, "span": span, "moment": moment, "code": code}
     return made
+
+
+def code(text: str) -> Markup:
+    """Returns a text in which what stands between backticks is marked as code; one without an end is a backtick."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return Markup("").join(Markup("<code>{}</code>").format(each) if at % 2 else escape(each) for at, each in enumerate(parts))
 
 
 def percent(value: float | None, digits: int = 1) -> str:

@@ -8,8 +8,11 @@ async function draw(place, theme = isDark() ? "dark" : "light") {
   if (drawn.get(place) === theme) return;
   drawn.set(place, theme);
   root.dataset.drawn = theme;
+  // as many entries of a legend in a row as have room: what is beyond the edge would be cut off
+  const columns = Math.max(1, Math.min(10, Math.floor((place.clientWidth - 60) / 110)));
+  const config = { ...themes[theme], legend: { ...themes[theme].legend, columns } };
   // `ast`: expressions are interpreted, so that the page needs no eval
-  const options = { ast: true, actions: false, renderer: "svg", config: themes[theme], tooltip: { theme: "custom", disableDefaultStyle: false } };
+  const options = { ast: true, actions: false, renderer: "svg", config, tooltip: { theme: "custom", disableDefaultStyle: false } };
   await window.vegaEmbed(place, charts[place.dataset.chart], options);
   const picture = place.querySelector("svg");
   if (picture) picture.setAttribute("aria-hidden", "true"); // the place itself has the words

@@ -20,7 +20,7 @@ def ledger(run: Run, prefix: str) -> Part:
             "Groups whose rewards differ",
             "share of the groups",
             {"mixed": run.metrics.series("reward/mixed_groups")},
-            note="Only these have advantages other than 0.",
+            note="Without a critic only these have advantages other than 0.",
             zero=True,
         ),
         curves(

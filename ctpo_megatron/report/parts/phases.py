@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from ctpo_megatron.record.events import StepTrained
@@ -10,12 +11,13 @@ from ctpo_megatron.record.story import Happened
 from ctpo_megatron.report.figures import times
 from ctpo_megatron.report.figures.times import BUBBLE, Span
 from ctpo_megatron.report.parts.part import Part, part
+from ctpo_megatron.report.parts.processes import OF_KIND, RECENT, SERVERS, TRAINER, chosen, of_each, shares
 from ctpo_megatron.report.reading.lines import number
 from ctpo_megatron.report.reading.metrics import Point
 from ctpo_megatron.report.reading.run import Run
 
 SHOWN = 8  # steps of the timeline, the last ones
-DRIVER, TRAINER, SERVERS = "driver", "trainer ranks", "servers"
+DRIVER = "driver"
 PROCESSES = (DRIVER, TRAINER, SERVERS)
 TAIL = "rollout tail"
 # what each kind of process does in a phase; who is not named waits
@@ -39,18 +41,27 @@ def phases(run: Run, prefix: str) -> Part:
     ahead = bool(number(run.setting("train.staleness")))
     spans = [span for each in steps for span in spans_of(each, ahead=ahead)]
     shown = {number(each.fields.get("step")) for each in steps[-SHOWN:]}
-    first = min((span.begin for span in spans if span.step in shown), default=0.0)
-    last = [
-        Span(each.process, each.doing, each.begin - first, each.end - first, each.step) for each in spans if each.step in shown
-    ]
     bubbles = {process: _waits([each for each in spans if each.process == process]) for process in PROCESSES}
+    recent = {number(each.fields.get("step")) for each in steps[-RECENT:]}
+    own = of_each(run.metrics, [each for each in spans if each.step in recent])
+    waits = shares(own)
+    extremes = chosen(waits)
+    drawn = [DRIVER]
+    for kind, (word, _) in OF_KIND.items():
+        drawn += [name for name in extremes if name.startswith(f"{word} ")] or [kind]
+    last = [each for each in chain(spans, *own.values()) if each.process in drawn and each.step in shown]
     seconds = _seconds(run)
     numbers = {
         "bubbles": bubbles,
+        "bubbles_by_process": waits,
         "rollouts_run_ahead": ahead,
         "seconds": {phase: sum(value for _, value in points) for phase, points in seconds.items()},
     }
-    figures = [times.timeline(_within_one_incarnation(last)), times.phases(seconds)]
+    figures = [
+        times.timeline(_within_one_incarnation(last, drawn), drawn),
+        times.waits({name: waits[name] for name in extremes}),
+        times.phases(seconds),
+    ]
     return part("phases", "Phases and bubbles", prefix=prefix, figures=figures, numbers=numbers)
 
 
@@ -85,13 +96,14 @@ def _parts(fields: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield TAIL, tail
 
 
-def _within_one_incarnation(spans: list[Span]) -> list[Span]:
+def _within_one_incarnation(spans: list[Span], processes: list[str]) -> list[Span]:
     """Returns the last of `spans` between which the run did not stand still: a gap of a minute would hide all else."""
-    spans = sorted(spans, key=lambda each: (each.begin, PROCESSES.index(each.process)))
-    begin = 0
-    for place in range(1, len(spans)):
-        if spans[place].begin - max(each.end for each in spans[max(0, place - 3) : place]) > 60.0:
+    spans = sorted(spans, key=lambda each: (each.begin, processes.index(each.process)))
+    begin, end = 0, spans[0].end if spans else 0.0
+    for place, span in enumerate(spans):
+        if span.begin - end > 60.0:
             begin = place
+        end = max(end, span.end)
     start = spans[begin].begin if spans else 0.0
     return [Span(each.process, each.doing, each.begin - start, each.end - start, each.step) for each in spans[begin:]]
 

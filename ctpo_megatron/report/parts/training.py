@@ -20,7 +20,12 @@ def training(run: Run, prefix: str) -> Part:
         curves(
             "grad_norm", "Norm of the gradient", "norm", {"mean": get("train/grad_norm"), "largest": get("train/grad_norm_max")}
         ),
-        curves("sft_loss", "Supervised loss", "nats by token", {"loss": get("sft/loss"), "smoothed": get("sft/loss_smoothed")}),
+        curves(
+            "sft_loss",
+            "Supervised loss",
+            "nats by token",
+            {"loss": get("sft/loss"), "smoothed": get("sft/loss_smoothed"), "held out": get("sft/eval_loss")},
+        ),
         curves("loss", "Loss", "loss", {"loss": get("train/loss")}),
         curves(
             "kl",
@@ -29,6 +34,10 @@ def training(run: Run, prefix: str) -> Part:
             {"KL": get("train/kl_old"), "KL to the reference": get("train/kl")},
         ),
         curves("teachers", "Distance to the teachers", "nats by token", teachers, zero=True),
+        curves(
+            "explained", "Variance of the returns that the critic explains", "share", {"share": get("critic/explained_variance")}
+        ),
+        curves("values", "The critic's values", "reward", {"values": get("critic/value"), "returns": get("critic/return")}),
         curves("learning_rate", "Learning rate", "rate", {"rate": get("train/lr")}, zero=True),
         curves(
             "staleness",

@@ -31,6 +31,7 @@ PHASE_STYLES = {
 IDLE = "idle"
 STALENESS = "rollout/staleness_mean"
 LABEL_WIDTH = 12
+WHOLE_ALARMS = 2  # that are shown with all their words
 ENDS = {"done": "bold green", "stopped": "bold yellow"}  # others: red
 
 
@@ -239,11 +240,11 @@ def ledger(view: View) -> RenderableType:
 
 
 def alarms(view: View) -> RenderableType:
-    """Returns the alarms that are up, the newest first."""
+    """Returns the alarms that are up, the newest first; of the newest ones all that they say, as that ends with what to do."""
     if not view.happenings.alarms:
         return Text("")
     up = sorted(view.happenings.alarms.values(), key=lambda each: -each.time)
-    return _told(view, up, "bold red", "alarms")
+    return _told(view, up, "bold red", "alarms", whole=WHOLE_ALARMS)
 
 
 def events(view: View, most: int) -> RenderableType:
@@ -252,13 +253,15 @@ def events(view: View, most: int) -> RenderableType:
     return _told(view, recent, "", "events") if recent else Text("")
 
 
-def _told(view: View, what: Sequence[Told], style: str, title: str) -> RenderableType:
+def _told(view: View, what: Sequence[Told], style: str, title: str, whole: int = 0) -> RenderableType:
+    """A line for each of `what`; the first `whole` take as many as they need."""
     table = Table.grid(padding=(0, 1), expand=True)
     table.add_column(width=LABEL_WIDTH, no_wrap=True, style="dim")
     table.add_column(ratio=1, no_wrap=True, overflow="ellipsis", style=style)
     table.title, table.title_justify, table.title_style = title, "left", "dim"
-    for each in what:
-        table.add_row(clock(each.time, view.clock()), Text(plain(each.sentence)))
+    for place, each in enumerate(what):
+        wraps = Text(plain(each.sentence), no_wrap=False, overflow="fold") if place < whole else Text(plain(each.sentence))
+        table.add_row(clock(each.time, view.clock()), wraps)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ import psutil
 import pytest
 
 from ctpo_megatron.cluster.watch import witness
-from ctpo_megatron.cluster.watch.witness import Witness, dump
-from ctpo_megatron.record.stalls import Condition
+from ctpo_megatron.cluster.watch.witness import Turns, Witness, dump, turns, waited
+from ctpo_megatron.record.stalls import STARVED, Condition
 
 SPIN = "def spin():\n print('up', flush=True)\n while True: pass\nspin()"
 WAIT = "import sys\ndef wait_for_input(): sys.stdin.read()\nprint('up', flush=True)\nwait_for_input()"
@@ -76,6 +77,45 @@ def test_one_that_spins_is_told_from_one_that_waits(child: Child) -> None:
     waiting = until(child(WAIT), lambda each: each.looks > 1)
     assert waiting.state == psutil.STATUS_SLEEPING
     assert waiting.cpus < 0.05
+
+
+def test_one_that_starves_is_told_from_one_that_spins_and_from_one_that_waits(child: Child) -> None:
+    """On one processor, where one of them has priority; both would compute all the time."""
+    (core, *_) = os.sched_getaffinity(0)
+    starving, greedy, waiting = child(SPIN), child(SPIN), child(WAIT)
+    for process in (starving, greedy):
+        process.cpu_affinity([core])
+    starving.nice(19)
+    seen = until(starving, lambda each: each.waited is not None and each.waited >= STARVED)
+    assert seen.state == psutil.STATUS_RUNNING
+    assert seen.cpus < 0.5
+    asleep = until(waiting, lambda each: each.waited is not None)
+    assert asleep.waited < 0.2
+    starving.kill()
+    freed = until(greedy, lambda each: each.waited is not None and each.cpus > 0.05)
+    assert freed.waited < 1.0
+
+
+def test_a_thread_that_has_had_no_turn_has_waited_throughout() -> None:
+    """Its wait is counted only when it ends, which may be after many looks."""
+    before = Turns(7, 1.0, 2.0)
+    assert waited(before, before, 1.0, wants=True) == 1.0
+    assert waited(before, before, 1.0, wants=False) == 0.0
+    assert waited(before, Turns(7, 1.5, 2.25), 1.0, wants=True) == 0.25
+    assert waited(before, Turns(7, 1.0, 9.0), 1.0, wants=False) == 1.0  # the one that has ended
+    assert waited(before, Turns(8, 1.5, 2.5), 1.0, wants=True) is None  # another thread works now
+    assert waited(None, before, 1.0, wants=True) is None
+
+
+@pytest.mark.parametrize("said", ["0 0 0\n", "not this\n", None])
+def test_a_system_that_does_not_count_turns_is_believed(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_path: Path) -> str:
+        if said is None:
+            raise FileNotFoundError
+        return said
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert turns(1, 1) is None
 
 
 def test_one_that_is_gone_is_left_out(child: Child) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -29,7 +31,9 @@ from ctpo_megatron.jobs.stop import StopSignal
 from ctpo_megatron.jobs.train import train_job
 from ctpo_megatron.loop.alarms import Hearing
 from ctpo_megatron.record import sink_process
-from ctpo_megatron.record.events import Event
+from ctpo_megatron.record.alarm_events import AlarmRaised
+from ctpo_megatron.record.events import Event, RunReady, ServerLost
+from ctpo_megatron.record.nonfinite_events import StepSkipped
 from ctpo_megatron.record.sink_events import PointsLost
 from ctpo_megatron.record.sink_process import RunWords, SinkProcess, check_sinks
 from ctpo_megatron.record.storage import Storage
@@ -123,6 +127,66 @@ def test_spans_are_the_phases_of_steps_and_a_resume_goes_on_in_the_same_run(run_
     ids = [span["resource"]["attributes"]["ctpo.run_id"] for span in found]
     assert len(set(ids[:9])) == 1, "the run went on in another one of the sink"
     assert ids[9] not in ids[:9], "a run that begins anew is another one"
+
+
+LOST = ServerLost("inference server 3", "it died", again=True)
+READY = RunReady(12.0)
+RAISED = AlarmRaised("entropy", "train/entropy", 2, 1, 0.1, 0.2, "entropy fell", "look", "tell")
+SKIPPED = StepSkipped(1, 1, 4, 0, "loss is nan", 1, 3, None, 0)
+
+
+def test_prometheus_counts_events(run_dir: Path) -> None:
+    sink = opened(settings := PrometheusSink(port=free_port()), run_dir)
+    for each in (LOST, READY, LOST):
+        sink.event(each, 1000.0)
+    try:
+
+        def page() -> str | None:
+            with contextlib.suppress(OSError):
+                text = urlopen(f"http://127.0.0.1:{settings.port}/metrics", timeout=5).read().decode()
+                return text if "} 2.0" in text else None
+            return None
+
+        lines = until(page).splitlines()
+    finally:
+        sink.close()
+    assert "# TYPE ctpo_events_total counter" in lines
+    counted = {line for line in lines if line.startswith("ctpo_events_total{")}
+    assert counted == {f'ctpo_events_total{{event="{name}",run="toy"}} {n}' for name, n in (("ready", 1.0), ("server lost", 2.0))}
+    assert sink.lost() == (0, "")
+
+
+def test_events_are_told_in_the_span_of_their_step_or_in_one_of_their_own(run_dir: Path) -> None:
+    """Of a step nothing is heard before its first phase is over, so events come before the span that they lie in."""
+    sink = opened(OtelSink(), run_dir)
+    sink.event(READY, 90.0)
+    sink.event(LOST, 101.0)  # while the rollout of step 1 goes on
+    sink.phase("rollout", 1, 100.0, 2.0)
+    sink.event(SKIPPED, 103.5)
+    sink.phase("train", 1, 103.0, 1.5)
+    sink.event(RAISED, 150.0)  # between both
+    sink.phase("rollout", 2, 200.0, 2.0)
+    sink.event(LOST, 300.0)  # behind the last
+    sink.close()
+    assert sink.lost() == (0, "")
+    found = [(span, each) for span in spans(run_dir) for each in span["events"]]
+    assert [(span["name"], seconds(span["start_time"]), seconds(span["end_time"]), each["name"]) for span, each in found] == [
+        ("outside the steps", 90, 100, "ready"),
+        ("step 1", 100, 104.5, "server lost"),
+        ("step 1", 100, 104.5, "step skipped"),
+        ("outside the steps", 150, 200, "alarm raised"),
+        ("outside the steps", 300, 300, "server lost"),
+    ]
+    assert [seconds(each["timestamp"]) for _, each in found] == [90, 101, 103.5, 150, 300]
+    assert found[2][1]["attributes"] == {
+        "sentence": SKIPPED.sentence,
+        **{name: value for name, value in asdict(SKIPPED).items() if value is not None},
+    }
+
+
+def seconds(time: str) -> float:
+    """Since 1970, of a time in a span."""
+    return datetime.fromisoformat(time).timestamp()
 
 
 def test_a_process_that_is_killed_is_told_and_begun_again(run_dir: Path) -> None:
@@ -242,7 +306,7 @@ def test_the_parts_of_a_run_reach_tensorboard_and_the_sink(run_dir: Path) -> Non
 def test_a_command_is_refused_before_it_reads_anything(run_dir: Path, command: str) -> None:
     sinks = "log.sinks=[{type: wandb, python: /usr/bin/false}]"
     config = load_config(ROOT / "configs" / "quickstart.yaml", [sinks, f"run_dir={run_dir}/run", "model.path=/nowhere"])
-    job = train_job(config, StopSignal(), resume="no") if command == "train" else sft_job(config)
+    job = train_job(config, StopSignal(), resume="no") if command == "train" else sft_job(config, StopSignal())
     with pytest.raises(ConfigError, match="has no package wandb"):
         asyncio.run(job)
     assert not (run_dir / "run").exists()

@@ -18,6 +18,14 @@ from tests.support import chromium, run_dirs
 from tests.support.run_dirs import HOSTILE
 
 PHONE = (390, 844)
+# of charts the words that are cut off at the right, as a legend's that has too many in a row; and the last cells of long rows
+CUT_OFF = """
+const beyond = (each, edge) => each.getBoundingClientRect().right > edge + 8;
+const edge = (place) => place.getBoundingClientRect().right;
+const words = (place) => [...place.querySelectorAll('svg text')].filter((each) => beyond(each, edge(place)));
+const cells = [...document.querySelectorAll('table.rows td:last-child')].filter((each) => beyond(each, innerWidth));
+return [...[...document.querySelectorAll('[data-chart]')].flatMap(words), ...cells].map((each) => each.textContent);
+"""
 PICTURES = ("svg",)  # they are hidden from readers of the page: their places have the words
 
 
@@ -137,6 +145,7 @@ def test_a_phone_needs_no_sideways_scrolling(opened: webdriver.Chrome, page: Pat
         load(opened, page)
         assert opened.execute_script("return document.documentElement.scrollWidth") <= PHONE[0]
         assert opened.find_element(By.CSS_SELECTOR, ".finding a").is_displayed()
+        assert opened.execute_script(CUT_OFF) == [], "words of charts, or of what happened, are beyond the edge"
     finally:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 

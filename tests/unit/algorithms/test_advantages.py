@@ -370,7 +370,7 @@ def test_configuration_of_each_part(tmp_path: Path):
     [
         (
             "algorithm.advantage.type=rlo",
-            "algorithm.advantage: type: found 'rlo'; allowed: 'group', 'rloo', 'reinforce++', 'tempo'",
+            "algorithm.advantage: type: found 'rlo'; allowed: 'group', 'rloo', 'reinforce++', 'tempo', 'gae'",
         ),
         ("algorithm.advantage={type: rloo, gamma: 1}", "unknown key. It is an option of another type than 'rloo'."),
         ("algorithm.advantage={type: reinforce++, gamma: 1.5}", "algorithm.advantage.gamma: found 1.5; must be at most 1."),

@@ -93,5 +93,5 @@ def test_the_value_loss_is_its_definition(clip: float | None) -> None:
     assert out.token_loss.tolist() == pytest.approx(losses, rel=1e-12, abs=1e-15)
     assert values.grad.tolist() == pytest.approx(slopes, rel=1e-12, abs=1e-15)
     assert out.loss.item() == pytest.approx(math.fsum(w * x for w, x in zip(of_token, losses, strict=True)), rel=1e-12)
-    assert out.stats.means["value_clipped"].total.item() == cut
+    assert out.stats.means["clip_fraction"].total.item() == cut
     assert (cut > 0) == (clip is not None)

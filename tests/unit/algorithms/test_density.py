@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import per_token, policy_loss
+from ctpo_megatron.algorithms import algorithm_recipe, per_token, policy_loss, recipe_loss
 from ctpo_megatron.algorithms.density import BUCKETS, FINEST, SIGNS, edges
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.statistics import Stats
+from ctpo_megatron.config.algorithm import AlgorithmConfig
 
 SHAPE = (2, SIGNS, POSITION_BINS, BUCKETS)
 
@@ -53,6 +54,27 @@ def test_what_has_not_moved_is_in_the_middle_and_what_is_far_out_at_the_ends() -
     stats = stats_of([1e-17, -1e-17, 20.0, -20.0, -20.0], [1.0] * 5, [1] * 5)
     counts = stats.sums["health/density"].reshape(SHAPE)[0].sum((0, 1))
     assert (counts[BUCKETS // 2], counts[0], counts[-1]) == (3, 1, 1)
+
+
+def test_nothing_is_counted_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch; `test_fused` has the pass. The loss is the same."""
+    asked = list[int]()
+    count = per_token.density_counts
+    monkeypatch.setattr(per_token, "density_counts", lambda tokens: asked.append(1) or count(tokens))
+    given = {
+        "logp": torch.tensor([0.1, -0.2], dtype=torch.float64, requires_grad=True),
+        "old_logp": torch.zeros(2, dtype=torch.float64),
+        "advantages": torch.ones(2, dtype=torch.float64),
+        "mask": torch.ones(2, dtype=torch.bool),
+        "cu_seqlens": torch.tensor([0, 2]),
+    }
+    found = {
+        density: recipe_loss(algorithm_recipe(AlgorithmConfig(), density=density), rollout_logp=given["old_logp"], **given)
+        for density in (False, True)
+    }
+    assert len(asked) == 1
+    assert found[True].stats.sums.keys() - found[False].stats.sums.keys() == {"health/density"}
+    assert found[True].loss == found[False].loss
 
 
 def test_parts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

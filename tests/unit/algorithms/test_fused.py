@@ -184,6 +184,25 @@ def test_it_says_what_torch_says(variant: Options, taken: list[launch.How]) -> N
     assert taken
 
 
+def test_it_puts_nothing_into_buckets_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "FEWEST", 0)
+    counts = list[Tensor]()
+    judge = launch.judge
+
+    def noted(*args: Any, **more: Any) -> launch.Found:
+        found = judge(*args, **more)
+        counts.append(found.counts[launch.k.BY_BUCKET :])
+        return found
+
+    monkeypatch.setattr(launch, "judge", noted)
+    recipe, given = make_recipe({"type": "ctpo"}, "token-mean", None, has_rollout=True), batch()
+    asked, not_asked = (recipe_loss(recipe._replace(density=each), **given) for each in (True, False))
+    assert torch.equal(asked.token_loss, not_asked.token_loss)
+    assert asked.stats.sums.keys() - not_asked.stats.sums.keys() == {"health/density"}
+    assert counts[0].sum() == 2 * given["mask"].sum()
+    assert counts[1].sum() == 0
+
+
 def test_threads_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "shares", lambda bounds: [(0, 3), (3, 5), (5, 7)])
     threads, found = torch.get_num_threads(), []

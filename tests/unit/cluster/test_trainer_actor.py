@@ -32,6 +32,6 @@ def test_a_step_is_judged_by_the_bounds_of_the_model(
     run = config().model_dump() | {"cluster": {"device": device}, "drift": drift}
     actor = object.__new__(TrainerActor)  # its __init__ takes this process's output
     actor.config, actor.shape, actor.rank = type(config()).model_validate(run), shape, 0
-    actor._result = SimpleNamespace(rank=None, weights=None, reference=None)
+    actor._result = SimpleNamespace(rank=SimpleNamespace(waited_s=lambda: 0.0), weights=None, reference=None, teachers={})
     actor.update([], [], 1)
     assert asked == [bounds]

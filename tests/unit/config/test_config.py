@@ -263,7 +263,7 @@ PATHS = {
     "algorithm.reference.path",
     "weights.directory",
 }
-IN_LISTS = {"data.mixture.path"}
+IN_LISTS = {"data.mixture.path", "algorithm.distillation.teachers.path"}
 NAMED = {"eval.benchmarks.file"}  # that stand below a name of the user's
 IMPORTED = {"rollout.environment.path", "rollout.agent.path"}  # of modules, not of files
 

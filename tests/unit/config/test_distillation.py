@@ -54,7 +54,7 @@ def test_an_address_ends_without_a_slash() -> None:
 
 
 def test_servers_that_the_run_starts_have_places_and_settings_of_their_own() -> None:
-    started = copied("a", engine="{servers: 2, tp: 4, nodes: 2, extra_args: [--context-length, 4096]}").replace(
+    started = copied("a", engine="{servers: 2, tp: 4, nodes: 2, extra_args: [--context-length, '4096']}").replace(
         "copied", "started"
     )
     config = load_config(CONFIG, [teachers(started), "rollout.engine.tp=1"])

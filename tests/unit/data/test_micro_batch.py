@@ -17,11 +17,13 @@ def micro_batch() -> MicroBatch:
         TrainSample(list(range(n)), list(range(n)), [True] * n, [-0.5] * n, [0] * n, [1.0] * n, top_k=TopK.unused(n, 3), group=n)
         for n in (8, 12)
     ]
-    samples = [replace(s, supports=Supports.none(len(s)), teacher=1, teacher_logp=[-1.0] * len(s)) for s in samples]
+    added = {"supports": Supports.none, "rewards": lambda length: [0.0] * length, "teacher_logp": lambda length: [-1.0] * length}
+    samples = [replace(s, teacher=1, **{name: made(len(s)) for name, made in added.items()}) for s in samples]
     ((whole,),) = pack(samples, dp=1, max_tokens=64, cp=2)
     positions = torch.arange(whole.positions)
     whole = replace(whole, sequences=replace(whole.sequences, prefixes=torch.tensor([-1, 0])))
-    return whole.with_streams(anchor_logp=positions, reference_logp=positions, policy_top_k_logp=whole.tokens.top_k_logp)
+    found = dict.fromkeys(("anchor_logp", "reference_logp", "old_values", "returns", "values"), positions)
+    return whole.with_streams(**found, policy_top_k_logp=whole.tokens.top_k_logp)
 
 
 def test_every_stream_is_cut_and_no_sequence_is() -> None:

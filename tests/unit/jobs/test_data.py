@@ -135,6 +135,36 @@ def test_demonstrations_are_shown_with_what_is_trained_on(command, good):
         assert tokens == sample["trained"]  # bytes are tokens here
 
 
+def test_sources_of_demonstrations_and_held_out_ones_are_looked_at(command, rows):
+    one = rows(shown(("user", "1+1?"), ("assistant", "2")), shown(("user", "2+2?"), ("assistant", "4")), name="one.jsonl")
+    two = rows(shown(("user", "3+3?"), ("assistant", "6"), ("user", "4+4?"), ("assistant", "8")), name="two.jsonl")
+    held = rows(shown(("user", "5+5?"), ("assistant", "10")), shown(("user", "3+3?"), ("assistant", "six")), name="held.jsonl")
+    mixture = f"data.mixture=[{{name: two, path: {two}, weight: 3}}]"
+    words = (
+        f"data.train={one}",
+        "data.eval=null",
+        mixture,
+        f"sft.eval={held}",
+        "sft.epochs=4",
+        "sft.batch_size=2",
+        "sft.turns=all",
+    )
+    code, out, _ = command(*words, options=("--json", "--samples", "1"))
+    assert code == 0
+    files = json.loads(out)["files"]
+    assert [(file["use"], file["rows"], file["share"]) for file in files] == [
+        ("sft", 2, 0.25),
+        ("sft", 1, 0.75),
+        ("eval", 2, 1.0),
+    ]
+    assert files[2]["shared"] == [[1, "two:0"]]
+    trained = ["".join(part["text"] for part in file["samples"][0]["parts"] if part["trained"]) for file in files[:2]]
+    assert trained == ["2<|im_end|>", "6<|im_end|>8<|im_end|>"]
+    out = command(*words)[1]
+    assert "6 steps of 2 rows" in out
+    assert "ask what a row asks (in brackets) that is trained on: 1 (two:0)" in " ".join(out.split())
+
+
 def test_the_command_can_be_chosen(command, rows):
     both = rows(shown(("user", "1+1?"), ("assistant", "2")) | asked("1+1?"))
     overrides = (f"data.train={both}", "data.eval=null")

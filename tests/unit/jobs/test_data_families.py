@@ -7,7 +7,7 @@ from datetime import date
 import pytest
 
 from ctpo_megatron.config.model import ChatConfig
-from ctpo_megatron.data.sft import as_sample
+from ctpo_megatron.data.sft import as_samples
 from ctpo_megatron.jobs.data_findings import demonstration_rendered, prompt_rendered, tool_turn
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.types import Prompt
@@ -48,8 +48,8 @@ def test_a_demonstration_shows_its_mask_its_ends_and_the_tool(chat):
         {"role": "tool", "content": "seven"},
         {"role": "assistant", "content": "\\boxed{7}"},
     ]
-    sample = as_sample("row 0", 0, talk, 1, chat)
-    found = demonstration_rendered(sample, "row 0", talk, None, chat)
+    (sample,) = as_samples("row 0", 0, talk, 1, chat)
+    found = demonstration_rendered(sample, "row 0", talk, None, chat, "last")
     ids = [*sample.input_ids[:1], *sample.labels]
     taught = [id_ for id_, trained in zip(ids[1:], sample.mask, strict=True) if trained]
     assert "".join(part.text for part in found.parts if part.trained) == chat.decode(taught, special=True)

@@ -52,7 +52,7 @@ def test_a_trainer_without_a_place_ends_the_run_so_that_a_job_is_requeued(tmp_pa
     told: list[Event] = []
 
     async def scenario() -> None:
-        run = _Run(Gone(), rollouts, inputs, None, Nothing(), told.append, 0.0, None, Hearing(None))  # type: ignore[arg-type]
+        run = _Run(Gone(), rollouts, None, inputs, None, Nothing(), told.append, 0.0, None, Hearing(None))  # type: ignore[arg-type]
         await run._supervised(loop, Orders())  # type: ignore[arg-type]
 
     with pytest.raises(

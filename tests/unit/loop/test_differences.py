@@ -26,6 +26,18 @@ def differences(*overrides: str) -> dict[str, Difference]:
     return {each.key: each for each in found}
 
 
+def test_a_critic_stays_what_it_is() -> None:
+    gae = "algorithm.advantage={type: gae}"
+    (lost,) = settings_that_differ(resolved(gae), resolved())
+    assert (lost.effect, lost.why) == ("refused", "the model in the checkpoint has a value head")
+    changed = settings_that_differ(resolved(gae), resolved("algorithm.advantage={type: gae, lam: 0.9, critic: {lr: 1}}"))
+    assert [(each.key, each.effect) for each in changed] == [
+        ("algorithm.advantage.lam", "applies"),
+        ("algorithm.advantage.critic.lr", "applies"),
+    ]
+    assert "the schedule is the present one" in changed[1].event.sentence
+
+
 @pytest.mark.parametrize(
     ("override", "effect", "words"),
     [
@@ -45,6 +57,7 @@ def differences(*overrides: str) -> dict[str, Difference]:
         ("rollout.engine.extra_args=[--x, b]", "applies", 'rollout.engine.extra_args: [] in the checkpoint, ["--x", "b"] now'),
         ("sft.steps=3", "none", "has no effect on a resume: it belongs to `ctpo sft`"),
         ("eval.prompts=5", "applies", "not of the same evaluation"),
+        ("algorithm.advantage={type: gae}", "refused", "refused: the model in the checkpoint has no value head"),
         ("model.path=elsewhere", "applies", "model.path: runs/quickstart/sft/model in the checkpoint, elsewhere now"),
     ],
 )

@@ -11,15 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from ctpo_megatron.algorithms import Stats, policy_loss
+from ctpo_megatron.algorithms import LocalScan, Stats, policy_loss
 from ctpo_megatron.algorithms.distillation import distillation_loss
 from ctpo_megatron.algorithms.health import POSITION_BINS
 from ctpo_megatron.algorithms.reference import reference_penalty
 from ctpo_megatron.cluster.resources import Resources
+from ctpo_megatron.cluster.trainer.actor import WAITS
+from ctpo_megatron.config.advantages import GaeAdvantage
+from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.evaluation import benchmarks_of
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.config.traffic import TrafficConfig
+from ctpo_megatron.data.demonstrations import Demonstrations
 from ctpo_megatron.data.order import PromptSampler
+from ctpo_megatron.data.packing import pack
+from ctpo_megatron.engine.busy import BusyTimes
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.engine.load import Load, LoadsSeen
 from ctpo_megatron.engine.teachers import AskedTeachers
@@ -30,9 +36,10 @@ from ctpo_megatron.loop.evaluation.evaluate import Benchmark, Evaluator
 from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.loop.pipeline import Pipeline
 from ctpo_megatron.loop.report import StepCost
-from ctpo_megatron.loop.sft import run_sft
+from ctpo_megatron.loop.sft import SftLoop
 from ctpo_megatron.loop.skipping import SKIPPED
 from ctpo_megatron.loop.statistics import expert_load, rollout_metrics, train_metrics
+from ctpo_megatron.mcore.critic import critic_share, estimated, explained
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.record.catalogue import CATALOGUE, find, require_known
 from ctpo_megatron.record.events import discard
@@ -71,6 +78,15 @@ def teacher_stats() -> Values:
     return handed_on(distillation_loss(logp=logp, sampled_logp=logp, teacher_logp=logp - 1, **fixed).stats)
 
 
+def critic_stats() -> Values:
+    """Those of a value head's estimates and of its loss, and what its optimizer step adds."""
+    sample = TrainSample([1, 2], [2, 3], [False, True], [0.0, -0.5], [-1, 0], [0.0, 0.0], rewards=[0.0, 1.0])
+    ((mb,),) = pack([sample], dp=1, max_tokens=64)
+    (estimate,), (before,) = estimated([mb], [mb], [torch.zeros(2)], LocalScan(), GaeAdvantage())
+    _, of_loss = critic_share(estimate.with_streams(values=torch.ones(2)), LocalScan(), CriticConfig())
+    return explained(on_host(before | of_loss)) | {f"critic/{name}": Mean(1.0) for name in ("grad_norm", "lr")}
+
+
 def handed_on(stats: Stats) -> Values:
     """As the trainer hands statistics to the driver, without what it looks at itself."""
     return {name: value for name, value in on_host(stats).items() if name != "nonfinite"}
@@ -80,7 +96,7 @@ def trained() -> set[str]:
     """What comes of an update, with everything that a run can ask for."""
     measured = {"type": "ctpo", "band": "entropy"}
     found = loss_stats(objective=measured, correction={"type": "truncate", "level": "token"}, delight={})
-    found |= reference_stats() | teacher_stats()
+    found |= reference_stats() | teacher_stats() | critic_stats()
     means = (
         "loss",
         "grad_norm",
@@ -128,13 +144,16 @@ def supervised() -> set[str]:
         async def supervise(self, batch: Any) -> Values:
             return {"nll": Mean(1.0, 2.0), "tokens": Sum(2.0), "grad_norm": Mean(1.0)}
 
+        assess = supervise
+
     class Notes:
         def step(self, step: int, metrics: dict[str, float]) -> None:
             names.update(metrics)
 
     sample = TrainSample([1, 2], [2, 3], [True, True], [0.0, 0.0], [-1, -1], [0.0, 0.0])
-    config = load_config(ROOT / "configs" / "quickstart_sft.yaml", ["sft.steps=1"])
-    asyncio.run(run_sft(config, [sample], Ranks(), Notes()))
+    config = load_config(ROOT / "configs" / "quickstart_sft.yaml", ["sft.steps=1", "sft.eval=held_out.jsonl"])
+    demonstrations = Demonstrations({"": [sample]}, config.data, 1)
+    asyncio.run(SftLoop(config, demonstrations, Ranks(), Notes(), held_out=[sample]).run())
     return names
 
 
@@ -188,14 +207,23 @@ def used(run_dir: Path) -> set[str]:
 def one_by_one() -> set[str]:
     seen = LoadsSeen()
     seen.saw("inference server 0", Load(1, 1, 0, 0.5))
-    return set(seen.metrics())
+    return set(seen.metrics()) | asyncio.run(worked())
+
+
+async def worked() -> set[str]:
+    """By a server that has something to do while a step goes on."""
+    busy = BusyTimes()
+    busy.begin()
+    busy.asked("inference server 0")
+    await asyncio.sleep(0.01)
+    return set(busy.metrics())
 
 
 def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
     made |= accounted() | used(tmp_path) | one_by_one()
     made |= {"teacher/seconds"}  # by AskedTeachers, of an answer
-    made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES}  # by RunRecord and TrainLoop
+    made |= {"time/checkpoint", "time/rollout_tail", "train/spared", SAMPLES, f"{WAITS}0"}  # by record, loop, actor
     require_known(made)
     assert {metric.name for metric in CATALOGUE} - {find(name).name for name in made} == set()
 

@@ -24,6 +24,7 @@ EXPERTS = Experts(layers=(True,), count=4, top_k=2, ffn_hidden_size=8)
     [
         ([], None, None),
         (["moe.z_loss_coeff=0.1", "moe.aux_loss_coeff=0.1"], None, None),
+        (["algorithm.advantage={type: gae}"], None, "algorithm.advantage"),
         (["train.spare=false"], None, "train.spare is false"),
         (["algorithm.reference.coeff=0.1"], None, "algorithm.reference"),
         (["algorithm.distillation.teachers=[{name: a, type: copied, path: t}]"], None, "algorithm.distillation"),

@@ -49,7 +49,10 @@ class Rank:
     def reduce(self, _gaps: Any) -> dict[str, Any]:
         return dict.fromkeys(DRIFT, Max(0.0)) | {NONFINITE: Min(math.inf)}
 
-    def train_step(self, placed: list[Shard], _loss: Any, _temperature: float, check: Any = None) -> dict[str, Any]:
+    def train_step(
+        self, placed: list[Shard], _loss: Any, _temperature: float, check: Any = None, *, warming_up: bool = False
+    ) -> dict[str, Any]:
+        assert not warming_up
         assert {each.device for each in placed} == {"device"}
         self.said.append(f"step {placed[0].name} against {placed[0].streams.get('anchor_logp', 'its own')}")
         values: dict[str, Any] = {"loss": Sum(1.0)}
@@ -64,7 +67,9 @@ def updated(rank: Any, monkeypatch: pytest.MonkeyPatch, drift: DriftBounds, batc
     monkeypatch.setattr(old_policy, "drift_stats", lambda *_: Stats())
     monkeypatch.setattr(old_policy, "anchor_logp", lambda _mb, old, *_: old)
     monkeypatch.setattr(policy, "algorithm_recipe", lambda *_, **__: None)
-    algorithm: Any = SimpleNamespace(anchor="old", reference=None, objective=None, aggregation=None, correction=None)
+    algorithm: Any = SimpleNamespace(
+        anchor="old", reference=None, gae=None, critic=None, objective=None, aggregation=None, correction=None
+    )
     made: Any = [[Shard(name)] for name in batches]
     return policy.update_policy(rank, made, algorithm=algorithm, temperature=1.0, drift=drift, version=1)
 

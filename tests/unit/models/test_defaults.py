@@ -56,6 +56,10 @@ OF_FAMILY: dict[str, dict[str, Any]] = {
     "deepseek_v3": SIGMOID
     | {"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20}
     | {"rope_interleave": True},
+    "glm4_moe_lite": SIGMOID
+    | {"q_lora_rank": 48, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 20}
+    | {"rope_interleave": True, "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4, "head_dim": 8},
+    "mistral": {},
     "glm4_moe": SIGMOID | {"use_qk_norm": True, "attention_bias": True, "partial_rotary_factor": 0.25},
 }
 BASES = {family: PLAIN | {"model_type": family} | own for family, own in OF_FAMILY.items()}

@@ -45,6 +45,11 @@ SHARED = replace(MOE, experts=replace(EXPERTS, shared_ffn_hidden_size=33))
         (SHARED, {"tp": 2}, ["parallel.tp = 2", "33 feed-forward units of the shared expert"]),
         (DENSE, {"ep": 2, "dp": 2}, ["parallel.ep = 2", "dense", "allowed is 1"]),
         (DENSE, {"etp": 2, "tp": 2}, ["parallel.etp = 2", "dense", "allowed is 1"]),
+        (
+            MOE,
+            {"dp": 2, "overlap_grad_reduce": True},
+            ["parallel.overlap_grad_reduce: qwen3_moe is a mixture", "set it to false"],
+        ),
         (MOE, {"ep": 4, "dp": 4}, ["parallel.ep = 4", "6 experts", "1, 2, 3, 6"]),
         (MOE, {"etp": 5, "dp": 5}, ["parallel.etp = 5", "48 feed-forward units of each expert"]),
         (DENSE, {"pp": 2, "first_stage_layers": 6}, ["first_stage_layers = 6", "leave 0 layers for 1 other"]),

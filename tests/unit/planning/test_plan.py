@@ -243,6 +243,19 @@ def test_micro_batches_are_those_of_one_optimizer_step() -> None:
     assert guided.memory.micro_batches == tokens * packs * (38 + 8 * steps)
 
 
+def test_a_critic_is_planned() -> None:
+    """A value head on the last stage, a reward for each token of a step and three numbers that are kept, its hidden states."""
+    shape, staged = shape_of("qwen3-4b"), ["parallel.pp=2", "cluster.device=cpu"]
+    plain = plan_of(config_of("qwen3-4b", *staged), shape, Hardware()).stages
+    stages = plan_of(config_of("qwen3-4b", *staged, "algorithm.advantage={type: gae}"), shape, Hardware()).stages
+    more = [other.parameters.dense - stage.parameters.dense for other, stage in zip(stages, plain, strict=True)]
+    assert more == [0, shape.hidden_size + 1]
+    tokens = 12288
+    assert stages[1].memory.head - plain[1].memory.head == tokens * shape.hidden_size * (4 + 4 + 2)
+    packs, steps = plain[1].memory.micro_batches // (tokens * (38 + 4 * 16)), 16
+    assert stages[1].memory.micro_batches == tokens * packs * (38 + 4 + (4 + 12) * steps)
+
+
 def test_streams_of_a_token_are_those_of_a_micro_batch() -> None:
     sample = TrainSample([1, 2], [2, 3], [False, True], [0.0, -0.5], [-1, 0], [0.0, 1.0], 0)
     ((mb,),) = pack([sample], dp=1, max_tokens=64)

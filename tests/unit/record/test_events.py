@@ -27,7 +27,7 @@ def example(kind: type[Event]) -> Event:
     samples |= {
         dict[str, float]: {"train": 1.5},
         float | None: 1.5,
-        dict[str, int | None]: {"dp": 1},
+        dict[str, int | bool | None]: {"dp": 1},
         How: "failed",
         How | None: "killed",
     }

@@ -135,7 +135,17 @@ def test_a_pipeline_neighbour_is_waited_for() -> None:
         (Condition("disk-sleep", 50.0, 50, 0.0, "rpc_wait_bit_killable"), "is blocked in the kernel, as by a disk or network"),
         (Condition("sleeping", 50.0, 50, 0.0, "pipe_read"), r"uses no processor: it waits \(pipe_read\)"),
         (Condition("running", 50.0, 50, 1.0), "computes on 1.0 processors: it spins"),
-        (Condition("running", 50.0, 50, 0.2), "wants a processor and gets 0.2 of one: it spins"),
+        (Condition("running", 50.0, 50, 0.2), "wants a processor and gets 0.2 of one: it spins, or others have the processors"),
+        (Condition("running", 50.0, 50, 0.4, waited=0.3), "wants a processor and gets 0.4 of one: it spins$"),
+        (Condition("running", 50.0, 50, 1.0, waited=0.3), "computes on 1.0 processors: it spins"),
+        (
+            Condition("running", 50.0, 50, 0.0, waited=0.97),
+            "starves: it waits for a processor 97% of the time, and uses 0.0 of one",
+        ),
+        (
+            Condition("sleeping", 50.0, 50, 1.5, waited=0.6),
+            "starves: it waits for a processor 60% of the time, and uses 1.5 of one",
+        ),
         (None, "the system does not tell"),
     ],
 )
@@ -202,6 +212,10 @@ def test_the_report_says_everything_that_was_seen(tmp_path: Path) -> None:
         "12:00:00 gloo:all_reduce",
     ):
         assert words in text
+    starving = render(
+        judged(seen), replace(scene, seen=[replace(seen[0], condition=Condition("running", 9.0, 9, 0.1, waited=0.8))])
+    )
+    assert "running for 9 s, 0.1 processors, 80% waiting for one |" in starving
     assert text.index("thread b: spins") < text.index("thread a: reduces")  # whoever is to blame comes first
     assert next_report(tmp_path).name == "001.md"
     write_report(next_report(tmp_path), judged(seen), scene)

@@ -33,6 +33,10 @@ def test_a_run_that_is_well_is_told_so(tmp_path: Path) -> None:
     ]
 
 
+def test_equal_groups_teach_a_critic(tmp_path: Path) -> None:
+    assert found(tmp_path, lambda step: {"reward/mixed_groups": 0.0, "critic/loss": 0.1}) == []
+
+
 @pytest.mark.parametrize(
     ("change", "title", "evidence"),
     [

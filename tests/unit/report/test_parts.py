@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ctpo_megatron.record.story import Happened
+from ctpo_megatron.report.figures import times
 from ctpo_megatron.report.figures.times import BUBBLE
-from ctpo_megatron.report.parts import health, phases
+from ctpo_megatron.report.parts import health, phases, processes
 from ctpo_megatron.report.parts.events import events
 from ctpo_megatron.report.parts.proofs import proofs
 from ctpo_megatron.report.parts.settings import settings
@@ -79,6 +81,61 @@ def test_bubbles_by_process(numbers: dict[str, Any]) -> None:
     """Of 10 s: servers work in 6 of rollout and 1 of publication, the trainer in 3 and 1, the driver in none of these."""
     bubbles = numbers["phases"]["bubbles"]
     assert bubbles == {"driver": 1.0, "trainer ranks": pytest.approx(0.6), "servers": pytest.approx(0.3)}
+
+
+def test_bubbles_of_each_rank_and_server(numbers: dict[str, Any]) -> None:
+    """Rank 1 waits for 0.3 of 3 s of training, and 6 s in which it has no part; server 1 has work for 3 of 6 s of rollout."""
+    shares = {"trainer rank 0": 0.63, "trainer rank 1": 0.69, "server 0": 0.3, "server 1": 0.6}
+    assert numbers["phases"]["bubbles_by_process"] == pytest.approx(shares)
+
+
+@pytest.mark.parametrize(
+    ("busy", "ahead", "expected"),
+    [
+        (0.3, False, [("rollout", 3.0), (BUBBLE, 2.0), (BUBBLE, 1.0), (BUBBLE, 3.0), ("publish", 1.0)]),
+        (0.55, False, [("rollout", 5.0), ("rollout tail", 0.5), (BUBBLE, 0.5), (BUBBLE, 3.0), ("publish", 1.0)]),
+        (0.75, True, [("rollout", 5.0), ("rollout tail", 1.0), ("rollout", 1.5), (BUBBLE, 1.5), ("publish", 1.0)]),
+        (1.5, True, [("rollout", 5.0), ("rollout tail", 1.0), ("rollout", 3.0), ("publish", 1.0)]),
+    ],
+)
+def test_what_one_server_did(busy: float, ahead: bool, expected: list[tuple[str, float]]) -> None:
+    spans = phases.spans_of(Happened(100.0, "step", run_dirs.step_event(1, 100.0)), ahead=ahead)
+    known = read_rows([{"step": 1, "servers/busy/server_3": busy}])
+    (own,) = processes.of_each(known, spans).values()
+    assert {each.process for each in own} == {"server 3"}
+    assert [(each.doing, pytest.approx(each.end - each.begin)) for each in own] == expected
+    assert own[0].begin == 90.0
+    assert all(one.end == other.begin for one, other in pairwise(own))
+    assert own[-1].end == 100.0
+
+
+def test_a_phase_that_a_step_did_not_have_takes_no_room_in_its_stack() -> None:
+    figure = times.phases({"train": [(1, 3.0), (2, 3.0), (3, 4.0)], "evaluate": [(0, 5.0), (3, 6.0)], "sleep": []})
+    assert figure is not None
+    (drawn_rows,) = figure.spec()["datasets"].values()
+    drawn = {(each["phase"], each["step"]): each["seconds"] for each in drawn_rows}
+    assert drawn == {
+        **{("train", 0): 0.0, ("train", 1): 3.0, ("train", 2): 3.0, ("train", 3): 4.0},
+        **{("evaluate", 0): 5.0, ("evaluate", 1): 0.0, ("evaluate", 2): 0.0, ("evaluate", 3): 6.0},
+    }
+
+
+def test_every_phase_has_a_colour_of_its_own() -> None:
+    """In a step that has all of them, none has that of waiting."""
+    everything = {phase: 1.0 for phase in phases.WORK if phase != phases.TAIL}
+    spans = phases.spans_of(
+        Happened(100.0, "step", {"step": 1, "seconds": 20.0, "phases": everything, "rollout_tail": 0.5}), ahead=False
+    )
+    figure = times.timeline(spans, phases.PROCESSES)
+    assert figure is not None
+    scale = figure.spec()["encoding"]["color"]["scale"]
+    assert len(scale["domain"]) == len(scale["range"]) == len(set(scale["range"]))
+    assert set(scale["domain"]) >= {"rollout", "rollout tail", "batch", "train", "publish", "evaluate", "checkpoint", BUBBLE}
+
+
+def test_of_many_processes_those_are_drawn_that_wait_most_and_least() -> None:
+    waits = {f"server {n}": n / 100 for n in range(20)} | {"trainer rank 0": 0.5}
+    assert processes.chosen(waits) == ["trainer rank 0", *(f"server {n}" for n in (0, 1, 2, 3, 16, 17, 18, 19))]
 
 
 def test_servers_that_sample_ahead_do_not_wait_for_training() -> None:

@@ -155,6 +155,8 @@ def test_a_solved_task_excuses_equal_groups_entropy_and_a_plateau() -> None:
 
     assert told(rows(0.95)) == []
     assert {each.alarm for each in told(rows(0.5))} == {"equal_groups", "entropy", "plateau"}
+    with_critic = [row | {"critic/loss": 0.1} for row in rows(0.5)]
+    assert {each.alarm for each in told(with_critic)} == {"entropy", "plateau"}, "equal groups teach a critic"
 
 
 def test_length_that_grows_with_better_answers_is_no_alarm() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,26 @@ def test_alarms_are_up_until_they_are_cleared(run: Path) -> None:
     write(run / "events.jsonl", event("alarm cleared", BEGUN + 95, alarm="entropy", where="train/entropy", **cleared))
     view.look()
     assert [key[0] for key in view.happenings.alarms] == ["slow"]
+
+
+def test_the_newest_alarms_say_all_that_they_have_to_say(run: Path) -> None:
+    """Their advice comes last; in 80 columns one line has no room for it."""
+    words = {
+        "what": "the policy loses its choices, or comes apart",
+        "advice": "Lower optimizer.lr, or widen the upper bound.",
+        "then": "tell",
+    }
+    for number_of, name in enumerate(("entropy", "length", "drift")):
+        numbers = {"step": 4, "since": 4, "value": 0.1, "limit": 0.2}
+        write(
+            run / "events.jsonl",
+            event("alarm raised", BEGUN + 90 + number_of, alarm=name, where="train/entropy", **numbers, **words),
+        )
+    (up,) = re.findall(r"\nalarms *\n(.*)\nevents", "\n".join(drawn(looked(run), 80)), re.DOTALL)
+    shown = " ".join(up.split())
+    assert shown.count("Lower optimizer.lr, or widen the upper bound.") == 2
+    assert shown.index("ALARM drift") < shown.index("ALARM length") < shown.index("ALARM entropy")
+    assert shown.endswith("…")
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (80, 40), (140, 40), (60, 30)])

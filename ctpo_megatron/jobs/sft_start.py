@@ -1,0 +1,93 @@
+"""Where a run of `ctpo sft` begins: at its first step, or behind a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ctpo_megatron.checkpoints.files import all_checkpoints
+from ctpo_megatron.config import RunConfig
+from ctpo_megatron.data.demonstrations import Demonstrations
+from ctpo_megatron.errors import CheckpointError, DataError, InputError
+from ctpo_megatron.jobs.resume import Resume
+from ctpo_megatron.loop.checkpoints import Resumable, newest_or_none, refuse_earlier
+from ctpo_megatron.loop.state import Supervised
+from ctpo_megatron.models.files import read_json
+from ctpo_megatron.record.events import Emit
+from ctpo_megatron.types import TrainSample
+
+Sources = Mapping[str, Sequence[TrainSample]]
+
+
+@dataclass(frozen=True)
+class SftStart:
+    """What is done when a run begins, and what follows for the whole of it."""
+
+    demonstrations: Demonstrations
+    total_steps: int  # of the whole run
+    schedule: int  # optimizer steps that the learning rate's schedule is about
+    step: int = 0
+    drawn: int = 0
+    state: Supervised = field(default_factory=Supervised)
+
+
+def checkpoint_of_sft(config: RunConfig, resume: Resume, emit: Emit) -> Resumable | None:
+    """Returns the newest checkpoint, None for a run that begins. Raises InputError where it cannot be what was asked for."""
+    run_dir = Path(config.run_dir)
+    root = run_dir / "checkpoints"
+    if resume == "no":
+        if all_checkpoints(root):
+            refuse_earlier(run_dir)
+        return None
+    try:
+        found = newest_or_none(root, emit)
+    except CheckpointError as error:
+        raise InputError(f"--resume: {error}") from error
+    if found is None and resume == "newest":
+        raise InputError(f"--resume: no checkpoint in {root}; start without --resume, and set checkpoint.every to save some")
+    if found is not None and found.state.supervised is None:
+        raise InputError(f"--resume: {found.checkpoint} is of `ctpo train`; go on with that command, or choose another run_dir")
+    return found
+
+
+def sft_start(config: RunConfig, sources: Sources, found: Resumable | None) -> SftStart:
+    """Returns where a run begins.
+
+    Raises DataError where the demonstrations are others and data.allow_change is false, InputError where nothing is left to
+    train, ConfigError where the schedule does not fit.
+    """
+    sft, data, seed = config.sft, config.data, config.seed
+    if found is None:
+        demonstrations = Demonstrations(sources, data, seed)
+        total = sft.total_steps(len(demonstrations))
+        config.optimizer.check_length(total)
+        return SftStart(demonstrations, total, total)
+    state = found.state
+    assert state.supervised is not None, "checkpoint_of_sft has looked"
+    try:
+        demonstrations = Demonstrations(sources, data, seed, state.cursor)
+    except DataError as error:
+        if not data.allow_change:
+            raise DataError(
+                f"--resume: the demonstrations changed since {found.checkpoint}: {error} Or set data.allow_change=true to go on "
+                "with these, counted from their first on"
+            ) from error
+        demonstrations = Demonstrations(sources, data, seed)
+    total = sft.total_steps(len(demonstrations), done=state.step, drawn=state.groups)
+    if state.step >= total:
+        raise InputError(
+            f"--resume: {found.checkpoint} already has {state.step} of {total} steps; raise sft.steps or sft.epochs to go on"
+        )
+    schedule = found.manifest["scheduler_steps"] + total - state.step
+    config.optimizer.check_length(schedule)
+    return SftStart(demonstrations, total, schedule, state.step, state.groups, state.supervised)
+
+
+def is_done(config: RunConfig, total_steps: int) -> bool:
+    """Whether RUN_DIR holds the summary of a run that has come to its end: so many steps, or a stop before its time."""
+    summary = Path(config.run_dir) / "summary.json"
+    if not summary.is_file():
+        return False
+    content = read_json(summary)
+    return content.get("end") in ("stop_loss", "patience") or content.get("steps", 0) >= total_steps
