@@ -19,7 +19,7 @@ from ctpo_megatron.types import Generation
 from tests.support.engines import load_reference, reference_logprobs
 from tests.support.runs import Finished, Started
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(600)]
 
 RUN_S = 400.0
 AGREEMENT = 1e-4  # as of trainer and engine, float32 on CPUs
