@@ -79,8 +79,8 @@ def test_mlflow_keeps_one_run_in_files(tmp_path: Path) -> None:
     assert len(lines) == 5 + 2 + 2
     assert lines[0] == "1970-01-01 00:16:41 UTC  server lost: inference server 3 is lost: it died"
     assert f"1970-01-01 00:16:43 UTC  alarm raised: {RAISED.sentence}" in lines
-    shutil.rmtree(run / "artifacts")
-    (run / "artifacts").write_text("not a directory")
+    shutil.rmtree(run / "artifacts" / "events")
+    (run / "artifacts" / "events").write_text("not a directory")
     feed(sink, tmp_path, resumed=True, steps=range(6, 7), how="failed")
     assert (run / "metrics" / "train" / "loss").read_text().splitlines()[-1].endswith(" 6"), "numbers get through"
     assert "events are not told" in (tmp_path / "logs" / "sink_mlflow.log").read_text()
