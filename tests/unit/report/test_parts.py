@@ -112,7 +112,8 @@ def test_what_one_server_did(busy: float, ahead: bool, expected: list[tuple[str,
 def test_a_phase_that_a_step_did_not_have_takes_no_room_in_its_stack() -> None:
     figure = times.phases({"train": [(1, 3.0), (2, 3.0), (3, 4.0)], "evaluate": [(0, 5.0), (3, 6.0)], "sleep": []})
     assert figure is not None
-    drawn = {(each["phase"], each["step"]): each["seconds"] for each in figure.spec()["data"]["values"]}
+    (drawn_rows,) = figure.spec()["datasets"].values()
+    drawn = {(each["phase"], each["step"]): each["seconds"] for each in drawn_rows}
     assert drawn == {
         **{("train", 0): 0.0, ("train", 1): 3.0, ("train", 2): 3.0, ("train", 3): 4.0},
         **{("evaluate", 0): 5.0, ("evaluate", 1): 0.0, ("evaluate", 2): 0.0, ("evaluate", 3): 6.0},
