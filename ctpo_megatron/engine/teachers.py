@@ -3,6 +3,7 @@
 what happened                                        then
 no connection, no answer in time, 500 on, no JSON    sent again after a pause, to the next of the teacher's servers
 the last try too                                     TeacherFailed, with teacher, server and reason: the attempt has failed
+a token that the teacher has no row for              the same, and nothing is sent: SGLang 0.5.23 would answer with nonsense
 an answer of 400 to 499                              EngineRefused: such a request can never be served
 other tokens, or a log-prob that is not finite       EngineError: this is no answer to what was asked
 """
@@ -28,6 +29,7 @@ from ctpo_megatron.errors import ConfigError, EngineError, EngineRefused, Teache
 from ctpo_megatron.types import FailedAttempt, Trajectory, TrajectoryGroup, Turn
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+UNNAMED = 0  # what SGLang 0.5.23 calls the last token of a vocabulary in `input_token_logprobs`
 NextUrl = Callable[[], Awaitable[str]]
 """Says which of a teacher's servers the next request goes to, as soon as there is one."""
 
@@ -55,10 +57,13 @@ def serving(fleet: Fleet) -> NextUrl:
 
 
 class TeacherClient:
-    """The servers of one teacher; an async context manager. `key`: what they ask for; empty: nothing."""
+    """The servers of one teacher; an async context manager.
 
-    def __init__(self, teacher: AskedTeacher, next_url: NextUrl, key: str = "") -> None:
-        self.teacher, self._next_url, self._key = teacher, next_url, key
+    `key`: what they ask for; empty: nothing. `rows`: how many tokens the teacher has; None: it is not known.
+    """
+
+    def __init__(self, teacher: AskedTeacher, next_url: NextUrl, key: str = "", rows: int | None = None) -> None:
+        self.teacher, self._next_url, self._key, self._rows = teacher, next_url, key, rows
         self._slots = asyncio.Semaphore(teacher.concurrency)
         self._session: aiohttp.ClientSession | None = None
         self.seconds: list[float] = []  # of each request since they were last taken
@@ -77,6 +82,8 @@ class TeacherClient:
 
         Raises TeacherFailed, EngineRefused and EngineError as the module's table says.
         """
+        if self._rows is not None and max(token_ids) >= self._rows:
+            raise TeacherFailed(f"teacher {self.teacher.name!r} has {self._rows} tokens, and none with id {max(token_ids)}")
         body = {
             "input_ids": list(token_ids),
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
@@ -204,7 +211,7 @@ def _read(answer: Any, wanted: Sequence[int], server: str) -> list[float]:
         found = [(entry[0], entry[1]) for entry in entries]
     except (KeyError, TypeError, IndexError) as error:
         raise EngineError(f"{server} answered without input_token_logprobs; it has to be SGLang's /generate") from error
-    if [token for _, token in found] != list(wanted):
+    if len(found) != len(wanted) or any(said not in (token, UNNAMED) for (_, said), token in zip(found, wanted, strict=True)):
         raise EngineError(f"{server} gave log-probs of {len(found)} tokens, and not of the {len(wanted)} that it was asked for")
     for place, (value, token) in enumerate(found):
         if not isinstance(value, float | int) or not math.isfinite(value):

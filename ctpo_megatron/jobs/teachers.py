@@ -35,7 +35,7 @@ def check_teachers(config: RunConfig, shape: ModelShape) -> None:
         if isinstance(teacher, CopiedTeacher):
             _check_shape(teacher, config, shape)
         else:
-            _check_described(teacher, _longest(config))
+            _check_described(teacher, config)
         if isinstance(teacher, ServedTeacher):
             read_key(teacher)
 
@@ -51,17 +51,22 @@ def _check_shape(teacher: CopiedTeacher, config: RunConfig, shape: ModelShape) -
     _check_length(teacher, its.max_positions, _longest(config))
 
 
-def _check_described(teacher: AskedTeacher, longest: int) -> None:
-    """What config.json says of a teacher of any family."""
-    file = Path(teacher.path) / "config.json"
-    content = read_json(file)
-    described: dict[str, Any] = content.get("text_config") or content  # models of several modes
-    rows, context = described.get("vocab_size"), described.get("max_position_embeddings")
+def _check_described(teacher: AskedTeacher, config: RunConfig) -> None:
+    """Compare what config.json says of a teacher of any family."""
+    rows, context = _described(teacher, "vocab_size"), _described(teacher, "max_position_embeddings")
     needed = largest_id(Path(teacher.path)) + 1
-    if isinstance(rows, int) and rows < needed:
-        raise ConfigError(f"{_setting(teacher)}: {file} has vocab_size={rows}, but its tokenizer needs {needed}")
-    if isinstance(context, int):
-        _check_length(teacher, context - READ, longest)
+    if rows is not None and rows < needed:
+        raise ConfigError(f"{_setting(teacher)}: its config.json has vocab_size={rows}, but its tokenizer needs {needed}")
+    if context is not None:
+        _check_length(teacher, context - READ, _longest(config))
+
+
+def _described(teacher: AskedTeacher, key: str) -> int | None:
+    """A number of a teacher's config.json; None where it is not there."""
+    content = read_json(Path(teacher.path) / "config.json")
+    described: dict[str, Any] = content.get("text_config") or content  # models of several modes
+    value = described.get(key)
+    return value if isinstance(value, int) else None
 
 
 def _check_length(teacher: BaseTeacher, limit: int, longest: int) -> None:
@@ -114,11 +119,12 @@ async def open_teachers(runtime: Runtime) -> AsyncIterator[AskedTeachers | None]
         return
     clients = {}
     for place, teacher in distillation.asked.items():
+        rows = _described(teacher, "vocab_size")
         if isinstance(teacher, ServedTeacher):
-            clients[place] = TeacherClient(teacher, in_turn(teacher.urls), read_key(teacher))
+            clients[place] = TeacherClient(teacher, in_turn(teacher.urls), read_key(teacher), rows)
         else:
             next_url = serving(runtime.teachers[place])
             await _try(teacher, next_url, runtime.api_key, config)
-            clients[place] = TeacherClient(teacher, next_url, runtime.api_key)
+            clients[place] = TeacherClient(teacher, next_url, runtime.api_key, rows)
     async with AskedTeachers(clients, distillation.teacher_of) as teachers:
         yield teachers

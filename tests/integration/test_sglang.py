@@ -16,7 +16,7 @@ from ctpo_megatron.config.distillation import ServedTeacher
 from ctpo_megatron.engine.client import EngineClient
 from ctpo_megatron.engine.processes import group_members
 from ctpo_megatron.engine.teachers import TeacherClient, in_turn
-from ctpo_megatron.errors import EngineRefused, WeightSyncError
+from ctpo_megatron.errors import EngineRefused, TeacherFailed, WeightSyncError
 from ctpo_megatron.models.config import read_hf_config
 from ctpo_megatron.models.context import READ, RESERVED
 from ctpo_megatron.types import Generation
@@ -112,18 +112,21 @@ def test_a_teacher_tells_the_log_probs_of_the_tokens_that_it_is_given(server: Ru
         model, shared = load_reference(qwen3), [(7 * i) % 250 for i in range(120)]
         asked = [([(3 * i + n) % 250 for i in range(n)], begin) for n, begin in ((2, 1), (17, 1), (90, 40), (700, 699))]
         asked += [(shared + [n] * n, 100 + n) for n in (1, 5, 40)]
+        context, words = read_hf_config(qwen3).max_positions, read_hf_config(qwen3).vocab_size
+        asked.append(([1, words - 1, 2, words - 1], 1))
         teacher, urls = ServedTeacher(name="big", path=str(qwen3), urls=(server.url,), timeout_s=TIMEOUT_S), in_turn([server.url])
-        async with publishing(server, model) as (_, publisher), TeacherClient(teacher, urls, server.api_key) as client:
+        asking = TeacherClient(teacher, urls, server.api_key, words)
+        async with publishing(server, model) as (_, publisher), asking as client:
             await publisher.publish(7)
             for _ in range(2):
                 told = await asyncio.gather(*(client.logp(tokens, begin) for tokens, begin in asked))
                 for (tokens, begin), logp in zip(asked, told, strict=True):
                     expected = reference_logprobs(model, tokens[:begin], Generation(tokens[begin:]), 1.0)
                     assert logp == pytest.approx(expected, abs=AGREEMENT)
-            context, words = read_hf_config(qwen3).max_positions, read_hf_config(qwen3).vocab_size
-            for sequence in ([1] * context, [1, words]):
-                with pytest.raises(EngineRefused, match=r"teacher 'big' at .* refused"):
-                    await client.logp(sequence, 1)
+            with pytest.raises(EngineRefused, match=r"teacher 'big' at .* refused"):
+                await client.logp([1] * context, 1)
+            with pytest.raises(TeacherFailed, match=f"has {words} tokens, and none with id {words}"):
+                await client.logp([1, words], 1)
             longest = context - READ
             assert len(await client.logp([1] * longest, longest - 1)) == 1
 

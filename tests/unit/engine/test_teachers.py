@@ -187,6 +187,28 @@ def test_an_answer_to_something_else_ends_in_an_error(answer: Answer, message: s
     assert not isinstance(error.value, TeacherFailed | EngineRefused)
 
 
+def test_a_token_that_the_teacher_does_not_have_is_not_sent_and_its_last_one_has_no_name() -> None:
+    """As SGLang 0.5.23 answers: 0 in the place of the last id."""
+
+    def last_is_zero(body: dict[str, Any]) -> Any:
+        answer = honest(body)
+        for row in answer["meta_info"]["input_token_logprobs"]:
+            row[1] = 0 if row[1] == 9 else row[1]
+        return answer
+
+    async def scenario() -> None:
+        server = Server([last_is_zero])
+        async with serving(server):
+            asked = teacher(server)
+            async with TeacherClient(asked, in_turn(asked.urls), rows=10) as client:
+                assert await client.logp([1, 9, 2], 1) == [said(9, 1), said(2, 2)]
+                with pytest.raises(TeacherFailed, match="teacher 'big' has 10 tokens, and none with id 10"):
+                    await client.logp([1, 10], 1)
+        assert len(server.asked) == 1
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
 def test_requests_in_flight_are_bounded() -> None:
     server = Server()
 
