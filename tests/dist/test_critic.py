@@ -375,7 +375,7 @@ class Oracle:
         centre = math.fsum(returns) / len(returns)
         variance = math.fsum((each - centre) ** 2 for each in returns) / len(returns)
         return {
-            "loss": float(loss) / len(written),
+            "loss": float(loss.detach()) / len(written),
             "grad_norm": float(torch.nn.utils.get_total_norm(gradients[: len(parameters)])),
             "critic/grad_norm": float(torch.nn.utils.get_total_norm(gradients[len(parameters) :])),
             "critic/loss": 0.5 * error / len(written),
