@@ -206,9 +206,9 @@ FAULTS = [
     ),
     Fault(
         "cache",
-        "servers that keep their cache in bfloat16",
+        "servers that keep their cache in bfloat16, which the canary is told to let pass",
         ("drift",),
-        ("rollout.engine.extra_args=[--kv-cache-dtype, bfloat16]", "drift.mean=null"),
+        ("rollout.engine.extra_args=[--kv-cache-dtype, bfloat16]", "drift.mean=null", "attest.canary_tolerance=1"),
         "0.001 nats, where `drift.mean` ends a run in float32",
         beyond("drift/mean", 1e-3),
     ),

@@ -77,6 +77,8 @@ class DriftAlarm(Alarm):
     """Raised beyond so many times the drift of the first steps, if it is no noise either."""
     late: Factor = 3.0
     """Raised where the drift of the latest positions over that of the first has grown by such a factor."""
+    least: PositiveFloat = 1e-5
+    """Drift below this, in nats, is none, whatever the first steps had: float32's own rounding is some 1e-7."""
 
 
 class SampleSizeAlarm(Alarm):

@@ -175,7 +175,7 @@ def prompt_rendered(prompt: Prompt, chat: ChatTokenizer) -> Rendered:
 
 
 def demonstration_rendered(
-    sample: TrainSample, place: str, messages: object, system_prompt: str | None, chat: ChatTokenizer, turns: Taught
+    sample: TrainSample, place: str, messages: object, system_prompt: str | None, chat: ChatTokenizer, turns: Taught = "last"
 ) -> Rendered:
     """Returns a demonstration, the last sample of its row, as the model sees it.
 

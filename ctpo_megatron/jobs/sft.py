@@ -94,6 +94,8 @@ async def sft_job(config: RunConfig, stop: StopSignal, *, resume: Resume = "no")
 
 def _read(config: RunConfig, resume: Resume, emit: Emit) -> _Inputs | None:
     """Returns all that the run reads, checked before anything starts; None where it has come to its end. Raises InputError."""
+    if resume == "no" and config.sft.epochs is None:  # otherwise the steps are known when the demonstrations are
+        config.optimizer.check_length(config.sft.total_steps(1))
     model = open_model(config, "sft")
     if config.sft.output:
         check_output("sft.output", Path(config.sft.output))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ctpo_megatron.batch import TrainBatch
 from ctpo_megatron.loop.health import health_metrics
-from ctpo_megatron.record.values import Value
+from ctpo_megatron.record.values import Mean, Value
 from ctpo_megatron.types import Status, Trajectory, TrajectoryGroup
 
 
@@ -87,8 +87,11 @@ def expert_load(stats: Mapping[str, Value]) -> NDArray[np.float64] | None:
 def train_metrics(stats: Mapping[str, Value]) -> dict[str, float]:
     """Values of the optimizer steps under the names the record uses.
 
-    What has no room of its own in its name is the training step's: `train/...`. Vectors are shown as the health panel says.
+    What has no room of its own in its name is the training step's: `train/...`. Vectors are shown as the health panel says. A
+    step without a token of the newest version has no drift, where 0 would say that trainer and engine agree.
     """
-    scalars = {name: value.result() for name, value in stats.items()}
+    drift = stats.get("drift/mean")
+    unseen = {"drift/mean", "drift/max"} if isinstance(drift, Mean) and not drift.weight else set()
+    scalars = {name: value.result() for name, value in stats.items() if name not in unseen}
     named = {name if "/" in name else f"train/{name}": value for name, value in scalars.items() if isinstance(value, float)}
     return named | health_metrics(stats)

@@ -20,7 +20,7 @@ COUNTED = ("-recv", "-send", "-sync", "-all-reduce")  # ends of Megatron's names
 class Waits:
     """Megatron's `config.timers`: adds up what is COUNTED, by the host's clock, or by the GPU's, which works later.
 
-    It costs the host 1 us for each of Megatron's calls, and on a GPU two events.
+    It costs the host 2 us for each pair of Megatron's calls, and on a GPU two events.
     """
 
     def __init__(self, device: torch.device) -> None:

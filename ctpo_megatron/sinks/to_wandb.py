@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class Sink:
             settings=self._wandb.Settings(**options),
         )
         self._row, self._events = 0, self._wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
-        self._waits = False  # whether the table has rows that were not sent
+        self._waits: float | None = None  # when the newest row of the table happened that was not sent
         for axis in ("step", "samples"):
             self._run.define_metric(axis)
         self._run.define_metric("*", step_metric="step")
@@ -56,15 +55,15 @@ class Sink:
     def event(self, happened: Happened) -> None:
         """See `worker.Sink`."""
         self._events.add_data(happened.when, happened.name, happened.sentence)
-        self._waits = True
+        self._waits = happened.at
         if happened.name == ALARM:
             self._run.alert(f"alarm {happened.fields['alarm']}", happened.sentence, level="WARN")
 
     def flush(self) -> None:
         """See `worker.Sink`."""
-        if self._waits:
-            self._log({"events": self._events}, time.time())
-            self._waits = False
+        if self._waits is not None:
+            self._log({"events": self._events}, self._waits)
+            self._waits = None
 
     def close(self, *, how: str) -> None:
         """See `worker.Sink`."""

@@ -172,7 +172,8 @@ def at_one_rank(rank: RankInfo, models: dict[str, Path], saved: Path) -> dict[st
         engine = start(rank, models[family], ParallelConfig())
         if family == "qwen3":
             placed = engine.place([mb for batch in batches_of(engine) for mb in batch])
-            found["values"] = [row for mb, (_, values) in pairs(engine, placed) for row in by_sequence(mb, values)]
+            rows = dict(row for mb, (_, values) in pairs(engine, placed) for row in by_sequence(mb, values))
+            found["values"] = [rows[number] for number in sorted(rows)]
             found["left"], found["pieces"] = sorted(exported(engine)), list(engine.pieces())
             found["names"] = sorted(tensor.name for tensor in hf_tensors(engine.shape))
         found[family] = trained(engine, saved / family, save=True)
@@ -288,10 +289,10 @@ def pairs(engine: TrainerRank, placed: list[Any]) -> list[tuple[Any, Any]]:
 
 
 def by_sequence(mb: Any, stream: Any) -> list[Any]:
-    """A stream of a micro-batch in the order of its samples' numbers, without padding."""
+    """The samples' numbers of a micro-batch, each with its part of a stream, without padding."""
     begins = mb.sequences.cu_seqlens.tolist()
     spans = zip(mb.sequences.ids.tolist(), begins, mb.sequences.lengths.tolist(), strict=False)
-    return [stream[begin : begin + length].numpy() for _, begin, length in sorted(spans)]
+    return [(number, stream[begin : begin + length].numpy()) for number, begin, length in spans]
 
 
 def warmed_up(rank: RankInfo, path: Path) -> list[dict[str, Any]]:
@@ -374,7 +375,7 @@ class Oracle:
         centre = math.fsum(returns) / len(returns)
         variance = math.fsum((each - centre) ** 2 for each in returns) / len(returns)
         return {
-            "loss": float(loss) / len(written),
+            "loss": float(loss.detach()) / len(written),
             "grad_norm": float(torch.nn.utils.get_total_norm(gradients[: len(parameters)])),
             "critic/grad_norm": float(torch.nn.utils.get_total_norm(gradients[len(parameters) :])),
             "critic/loss": 0.5 * error / len(written),

@@ -55,8 +55,8 @@ def feed(sink: AnySink, run_dir: Path, *, resumed: bool, steps: range, how: How 
     for step in steps:
         fed.step(step, {"train/loss": 1.0 / step, "train/ratio": math.nan}, 8.0 * step, 1000.0 + step)
         fed.event(LOST, 1000.0 + step)
-    fed.event(RAISED, 2000.0)
-    fed.event(IncarnationEnded(1, how, "", 3000.0), 3000.0)
+    fed.event(RAISED, 1000.25 + steps[-1])
+    fed.event(IncarnationEnded(1, how, "", 1000.5 + steps[-1]), 1000.5 + steps[-1])
     fed.close()
     assert fed.lost() == (0, ""), (run_dir / "logs" / f"sink_{sink.type}.log").read_text()
     return json.loads((run_dir / "sinks" / f"{sink.type}.json").read_text())["id"]
@@ -78,9 +78,9 @@ def test_mlflow_keeps_one_run_in_files(tmp_path: Path) -> None:
     lines = [line for text in texts for line in text.read_text().splitlines()]
     assert len(lines) == 5 + 2 + 2
     assert lines[0] == "1970-01-01 00:16:41 UTC  server lost: inference server 3 is lost: it died"
-    assert f"1970-01-01 00:33:20 UTC  alarm raised: {RAISED.sentence}" in lines
-    shutil.rmtree(run / "artifacts")
-    (run / "artifacts").write_text("not a directory")
+    assert f"1970-01-01 00:16:43 UTC  alarm raised: {RAISED.sentence}" in lines
+    shutil.rmtree(run / "artifacts" / "events")
+    (run / "artifacts" / "events").write_text("not a directory")
     feed(sink, tmp_path, resumed=True, steps=range(6, 7), how="failed")
     assert (run / "metrics" / "train" / "loss").read_text().splitlines()[-1].endswith(" 6"), "numbers get through"
     assert "events are not told" in (tmp_path / "logs" / "sink_mlflow.log").read_text()

@@ -85,8 +85,8 @@ def _of_ratios(config: AlarmsConfig) -> Iterator[Found]:
         most = Level(ClippedDeciles(LONGER), clip.high, above=True, smooth=1)  # these two are smooth
         yield "clip", clip, Parts([most, Level(ClipTilt(LONGER), clip.tilt, above=True, smooth=1)])
     if (drift := config.drift) is not None:
-        whole = Growth(metric("drift/mean"), drift.factor, size=size, smooth=SMOOTH)
-        yield "drift", drift, Parts([whole, Growth(LateDrift(), drift.late, size=size, smooth=LONG)])
+        whole = Growth(metric("drift/mean"), drift.factor, size=size, smooth=SMOOTH, least=drift.least)
+        yield "drift", drift, Parts([whole, Growth(LateDrift(drift.least), drift.late, size=size, smooth=LONG)])
     if (sample := config.sample_size) is not None:
         signal = metric("health/effective_sample_size")
         yield "sample_size", sample, Growth(signal, sample.share, size=size, smooth=SMOOTH, least=sample.least)

@@ -87,7 +87,13 @@ class ClipTilt:
 
 
 class LateDrift:
-    """The drift of the latest positions over that of the first: of those in the row, the last over the first."""
+    """The drift of the latest positions over that of the first: of those in the row, the last over the first.
+
+    Nothing where the last have less than `least` nats.
+    """
+
+    def __init__(self, least: float) -> None:
+        self._least = least
 
     def __call__(self, row: Row) -> Seen | None:
         """Returns the ratio."""
@@ -95,6 +101,8 @@ class LateDrift:
         places = sorted(int(name.removeprefix(prefix)) for name in row if name.startswith(prefix))
         values = [row[f"{prefix}{place}"] for place in places]
         if len(values) < 2 or not (math.isfinite(values[0]) and math.isfinite(values[-1]) and values[0] > 0):
+            return None
+        if values[-1] < self._least:
             return None
         return Seen(values[-1] / values[0], f"{prefix}{places[-1]} over {prefix}{places[0]}")
 

@@ -10,7 +10,8 @@ async function draw(place, theme = isDark() ? "dark" : "light") {
   root.dataset.drawn = theme;
   // as many entries of a legend in a row as have room: what is beyond the edge would be cut off
   const columns = Math.max(1, Math.min(10, Math.floor((place.clientWidth - 60) / 110)));
-  const config = { ...themes[theme], legend: { ...themes[theme].legend, columns } };
+  const narrow = place.clientWidth < 480 ? { labelLimit: (place.clientWidth - 60) / columns - 28 } : {};
+  const config = { ...themes[theme], legend: { ...themes[theme].legend, columns, ...narrow } };
   // `ast`: expressions are interpreted, so that the page needs no eval
   const options = { ast: true, actions: false, renderer: "svg", config, tooltip: { theme: "custom", disableDefaultStyle: false } };
   await window.vegaEmbed(place, charts[place.dataset.chart], options);

@@ -219,6 +219,12 @@ async def worked() -> set[str]:
     return set(busy.metrics())
 
 
+def test_a_step_without_a_token_of_the_newest_version_has_no_drift() -> None:
+    gap = {"drift/max": Max(0.0), "drift/mean": Mean(0.0, 0.0)}
+    assert train_metrics(gap) == {}
+    assert train_metrics({**gap, "drift/mean": Mean(0.0, 3.0)}) == {"drift/mean": 0.0, "drift/max": 0.0}
+
+
 def test_what_is_made_is_what_is_listed(tmp_path: Path) -> None:
     made = trained() | set(rollout_metrics([group()], 0)) | evaluated() | supervised() | published() | timed()
     made |= accounted() | used(tmp_path) | one_by_one()

@@ -190,6 +190,18 @@ def test_a_change_that_is_within_the_noise_of_the_first_steps_is_none() -> None:
     assert {each.alarm for each in told(rows(0.09))} == {"drift"}
 
 
+def test_drift_that_is_rounding_is_none_however_it_grows() -> None:
+    """As in a run of float32 whose first steps had no token of the newest version."""
+
+    def rows(then: float) -> list[Row]:
+        late = {"drift/from_token_1": 1e-9, "drift/from_token_64": then}
+        first = [{"step": float(n), "time": 0.0, "drift/mean": 1e-9, "drift/from_token_64": 1e-9} for n in range(1, 36)]
+        return [*first, *({"step": float(n), "time": 0.0, "drift/mean": then, **late} for n in range(36, 66))]
+
+    assert told(rows(9e-6)) == []
+    assert {each.alarm for each in told(rows(2e-5))} == {"drift"}
+
+
 def test_goodput_counts_restarts_and_lost_work_and_no_waiting_for_an_allocation() -> None:
     """Steps of 10 s, all of it useful. A process works 30 steps, trains 5 more that are lost, and ends; another goes on."""
 

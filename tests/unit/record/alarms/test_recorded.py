@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from alarms_real import found_in
 from alarms_small import FAULTS, MEASURE, harm
 from alarms_table import raised_in
+from faulty_runs import BASE
+from faulty_runs import FAULTS as REAL
 
 from ctpo_megatron.config.alarms import AlarmsConfig
 from ctpo_megatron.record.alarms.kinds import Measure
@@ -38,3 +41,17 @@ def test_a_policy_that_goes_wrong_is_told_of_before_the_harm(setting, alarms: tu
     first = next(each.step for each in raised_in(rows, AlarmsConfig(), MEASURE) if each.alarm in alarms)
     assert at is not None or alarms == ("entropy",), "a learning rate that takes entropy away does no harm to so small a task"
     assert setting.begin < first < (at or len(rows))
+
+
+UNHEARD = ("paid", "bounds")  # docs/alarms.md says why
+
+
+@pytest.mark.parametrize("fault", REAL, ids=lambda fault: fault.name)
+def test_a_real_run_is_told_of_where_it_goes_wrong_and_not_before(fault) -> None:
+    raised, _ = found_in(fault)
+    assert all(each.step > BASE for each in raised), "the healthy run that it goes on from"
+    assert any(each.alarm in fault.alarms for each in raised) == bool(fault.alarms and fault.name not in UNHEARD)
+
+
+def test_a_real_run_that_goes_on_as_it_was_raises_none() -> None:
+    assert found_in(next(fault for fault in REAL if fault.name == "none"))[0] == []
