@@ -61,7 +61,8 @@ def check_run(run: Finished, steps: int, passed_over: range = range(0)) -> None:
     for row in rows:
         assert all(math.isfinite(value) for value in row.values()), row
         assert row["train/grad_norm"] >= 0
-        assert row["drift/max"] < AGREEMENT
+        assert row.get("drift/max", 0.0) < AGREEMENT  # a step that trains on older tokens alone has none
+    assert any("drift/max" in row for row in rows)
     for row in run.metrics:
         require_known(row.keys() - {"step", "time"})
     assert run.happened("done")[-1]["steps"] == steps
@@ -123,7 +124,7 @@ def check_tokens(run: Finished, rows: list[dict]) -> None:
         assert (whole.fate[passed] > 0).mean() == pytest.approx(row["train/clip_fraction"])
         assert np.exp(whole.log_ratio[passed].astype(float).max()) == pytest.approx(row["train/ratio_max"], rel=0.05)
         present = np.array([v for turns in wrote for turn in turns for v in turn["versions"]]) == row["step"] - 1
-        assert np.abs(whole.gap[present & passed]).max(initial=0) == pytest.approx(row["drift/max"], rel=0.01, abs=1e-7)
+        assert np.abs(whole.gap[present & passed]).max(initial=0) == pytest.approx(row.get("drift/max", 0.0), rel=0.01, abs=1e-7)
 
 
 def ends_of_groups(ledger: Path) -> dict[str, str]:
