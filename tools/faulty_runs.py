@@ -129,7 +129,7 @@ FAULTS = [
     Fault(
         "paid",
         "a reward that pays three times as much for length as for answers",
-        ("length", "format"),
+        ("length", "format", "accuracy"),
         (reward("pays_for_length", 3.0), "optimizer.lr=2e-4"),
         FIVE,
         five_points,

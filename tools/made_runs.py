@@ -22,6 +22,7 @@ Array = NDArray[np.float64]
 GROUPS, ANSWERS = 32, 256  # of a step
 POSITIONS = [1, 4, 16, 64, 256, 1024]
 LAYERS = 4
+HELD_OUT, EVERY = 512, 10  # prompts of an evaluation, and the steps between two
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Truth:
     tail: Array  # share of the rollout
     other_s: Array
     memory: Array
+    apart: Array  # accuracy on held-out prompts less that of the answers
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def _truth(rng: np.random.Generator, steps: int, *, solves: bool | None = None) 
         tail=rng.uniform(0.1, 0.3) * ones,
         other_s=rng.uniform(0.05, 0.15) * seconds * ones,
         memory=rng.uniform(0.2, 0.6) * ones,
+        apart=0.0 * ones,
     )
 
 
@@ -161,7 +164,11 @@ def _rows(truth: Truth, rng: np.random.Generator) -> list[dict[str, float]]:
     time = 1.7e9 + np.cumsum(columns["time/step"] + noisy(truth.other_s, 0.3))
     names = ["step", "time", *columns]
     table = np.stack([np.arange(1, steps + 1), time, *columns.values()], axis=1)
-    return [dict(zip(names, row, strict=True)) for row in table.tolist()]
+    rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
+    right = rng.binomial(HELD_OUT, np.clip(truth.quality + truth.apart, 0, 1)) / HELD_OUT
+    for row, accuracy in zip(rows[EVERY - 1 :: EVERY], right[EVERY - 1 :: EVERY].tolist(), strict=True):
+        row["eval/accuracy"] = accuracy
+    return rows
 
 
 def _around(share: Array, relative: float, rng: np.random.Generator) -> Array:
@@ -217,6 +224,11 @@ def _format(truth: Truth, begin: int, pace: float) -> None:
     truth.broken_off[:] = np.minimum(truth.broken_off + 0.004 * far, 0.9)
     truth.quality -= 0.0006 * np.maximum(far - 40, 0)
     truth.reward[:] = truth.quality
+
+
+def _accuracy(truth: Truth, begin: int, pace: float) -> None:
+    _hold(truth, begin)
+    truth.apart -= 0.0005 * since(truth, begin, pace)
 
 
 def _clip(truth: Truth, begin: int, pace: float) -> None:
@@ -294,6 +306,14 @@ FAULTS = [
     ),
     Fault("length", "responses grow by 0.8 % a step and the reward pays for it", FIVE, _length, _five_points),
     Fault("format", "0.4 % more of the responses break off at each step", FIVE, _format, _five_points),
+    Fault(
+        "accuracy",
+        "held-out prompts are answered 0.05 % worse at each step, and the reward stays",
+        "15 points are lost",
+        _accuracy,
+        lambda truth, begin: _first(truth.apart < -0.15, begin),
+        steps=800,
+    ),
     Fault(
         "clip",
         "the ends of trajectories are clipped 0.4 % more at each step",

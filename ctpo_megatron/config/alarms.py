@@ -61,6 +61,17 @@ class FormatAlarm(Alarm):
     """Raised where one of these shares is so much above what it was when answers were at their best."""
 
 
+class AccuracyAlarm(Alarm):
+    """Accuracy on held-out prompts falls behind its best: the reward pays for something else, or training comes apart."""
+
+    fall: Share = 0.05
+    """Raised where the median of three evaluations is so much below its best, and by more than evaluations vary."""
+    patience: PositiveInt = 2
+    """Readings in a row beyond the limit before it is raised; there is one after each evaluation."""
+    calm: PositiveInt = 2
+    """Readings in a row well within the limit before it clears."""
+
+
 class ClipAlarm(Alarm):
     """Clip fraction by position out of its band: too much is clipped, or the end of trajectories much more than the beginning."""
 
@@ -220,6 +231,7 @@ class AlarmsConfig(Section):
     plateau: PlateauAlarm | None = PlateauAlarm()
     length: LengthAlarm | None = LengthAlarm()
     format: FormatAlarm | None = FormatAlarm()
+    accuracy: AccuracyAlarm | None = AccuracyAlarm()
     clip: ClipAlarm | None = ClipAlarm()
     drift: DriftAlarm | None = DriftAlarm()
     sample_size: SampleSizeAlarm | None = SampleSizeAlarm()

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from ctpo_megatron.config.alarms import Alarm, AlarmsConfig, BoundAlarm
 from ctpo_megatron.errors import ConfigError, near_miss
 from ctpo_megatron.record.alarms.detectors import Detector, Growth, Level, Losses, Parts, Useful
-from ctpo_megatron.record.alarms.progress import REWARD, Entropy, Form, Length, Plateau, Progress
+from ctpo_megatron.record.alarms.progress import REWARD, Entropy, Fall, Form, Length, Plateau, Progress
 from ctpo_megatron.record.alarms.signals import (
     Aborted,
     ClippedDeciles,
@@ -71,6 +71,8 @@ def _of_answers(config: AlarmsConfig, measure: Measure, reward: Progress, qualit
         yield "length", length, Length(quality, length.factor)
     if (form := config.format) is not None:
         yield "format", form, Form(quality, form.rise)
+    if (accuracy := config.accuracy) is not None:
+        yield "accuracy", accuracy, Fall(accuracy.fall)
     if (equal := config.equal_groups) is not None:
         mixed = MixedGroups(LONG, config.solved)
         yield "equal_groups", equal, Level(mixed, equal.mixed, above=False, smooth=LONG, excused=mixed.solved)

@@ -12,8 +12,9 @@ from ctpo_megatron.record.alarms.detectors import CALM, Deaf, Reading, reading
 from ctpo_megatron.record.alarms.series import Best, Recent
 from ctpo_megatron.record.alarms.signals import Row
 
-REWARD, ENTROPY, LENGTH = "reward/mean", "train/entropy", "rollout/response_tokens"
+REWARD, ENTROPY, LENGTH, HELD_OUT = "reward/mean", "train/entropy", "rollout/response_tokens", "eval/accuracy"
 SMOOTH = 9  # values of a series that is there at every step
+EVALUATIONS = 3  # of one that is there now and then
 FORM = ("rollout/truncated", "rollout/unanswered", "tool/error_rate")  # shares of trajectories and calls that went wrong
 
 
@@ -161,3 +162,22 @@ class Plateau(Deaf):
         over = best.age >= self._steps and not self._progress.solved()
         calm = best.age < self._steps / 2 or self._progress.solved()
         return Reading(best.age, self._steps, "steps since the best reward/mean", over=over, calm=calm)
+
+
+class Fall(Deaf):
+    """Accuracy of evaluations, against the best it has been: below it by `fall`, and by twice what makes another best."""
+
+    def __init__(self, fall: float) -> None:
+        self._fall, self._best = fall, Best(EVALUATIONS)
+
+    def row(self, row: Row) -> Reading | None:
+        """Returns the judgement of a row with an evaluation, once there is a best."""
+        value = row.get(HELD_OUT, math.nan)
+        if not math.isfinite(value):
+            return None
+        best = self._best
+        best.add(value)
+        if best.value is None:
+            return None
+        limit = best.value - max(self._fall, 2 * best.margin())
+        return reading(best.now, limit, HELD_OUT, -1.0)

@@ -91,7 +91,7 @@ class Best:
         if not self._recent.full:
             return
         self.now, self.age = self._recent.median, self.age + 1
-        if self.value is None or self.now > self.value + self._margin():
+        if self.value is None or self.now > self.value + self.margin():
             self.value, self.age, self.better = self.now, 0, True
 
     @property
@@ -99,7 +99,8 @@ class Best:
         """Returns whether there is a best."""
         return self.value is not None
 
-    def _margin(self) -> float:
+    def margin(self) -> float:
+        """Returns by how much a value has to differ from the best to be another one."""
         # deviations of the difference of two medians of `smooth` values: a median's is 1.25 times a mean's
         smooth = self._recent.values.maxlen or 1
         return max(SURE * 1.25 * PAIR * jitter(self._noise.values) / math.sqrt(smooth), self._least)

@@ -30,6 +30,10 @@ WORDS = {
         "more responses break off or go wrong in form, and answers are no better",
         "Read rollouts that were truncated or whose calls failed; look at rollout.max_response_tokens and at the reward's terms.",
     ),
+    "accuracy": Words(
+        "accuracy on held-out prompts falls behind its best",
+        "Compare reward/mean: where it still rises, the reward pays for something else; else lower optimizer.lr, and go back.",
+    ),
     "clip": Words(
         "clipping by position is out of its band",
         "docs/health.md has the causes: fewer train.optimizer_steps, a lower optimizer.lr, or other bounds of the objective.",
