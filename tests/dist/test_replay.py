@@ -294,10 +294,10 @@ def watched(engine: TrainerRank) -> Iterator[dict[str, Any]]:
     before: dict[str, Any] = state(engine)
     original = engine.train_step
 
-    def step(*args: Any) -> Any:
+    def step(*args: Any, **options: Any) -> Any:
         before.clear()
         before.update(state(engine))
-        return original(*args)
+        return original(*args, **options)
 
     engine.train_step = step
     yield before

@@ -23,12 +23,12 @@ from tests.support.tiny import FAMILIES, write_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
 
-ANSWER_S = 16.0  # that a client waits for an answer
+ANSWER_S = 24.0  # that a client waits for an answer
 PAUSE_S = 6.0
 PROBE_S = 4.0  # that senders give a server to say what it is
 ALIVE_S = 5.0
 UPDATE_S = 10.0  # that senders wait for a server
-SHORT = 1000  # tokens; sampled in less than ANSWER_S, and not before the server is stopped
+SHORT = 600  # tokens; sampled in less than ANSWER_S, and not before the server is stopped
 BOTH = ["server 0", "server 1"]
 
 
