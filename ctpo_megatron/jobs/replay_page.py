@@ -48,7 +48,8 @@ def _head(report: ReplayReport) -> list[str]:
 
 def layout(parallel: ParallelConfig) -> str:
     """Returns a layout in words, without the axes that have one rank."""
-    sizes = {name: value for name, value in parallel.model_dump().items() if value not in (None, 1)}
+    usual = ParallelConfig().model_dump()
+    sizes = {name: value for name, value in parallel.model_dump().items() if value != usual[name]}
     return " ".join(f"{name}={value}" for name, value in sizes.items()) or "one rank"
 
 
