@@ -16,11 +16,11 @@ Changes = Mapping[str, int | None]  # keys of `parallel`, with other values
 
 
 def _known_keys(changes: dict[str, PositiveInt | None]) -> dict[str, PositiveInt | None]:
-    known = list(ParallelConfig.model_fields)
+    known = [name for name in ParallelConfig.model_fields if name != "overlap_grad_reduce"]  # which is no size
     for key in changes:
         if key not in known:
             guess = near_miss(key, known)
-            raise ValueError(f"unknown key {key!r}.{guess} Allowed are those of `parallel`: {', '.join(known)}")
+            raise ValueError(f"unknown key {key!r}.{guess} Allowed are the sizes of `parallel`: {', '.join(known)}")
     return changes
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ctpo_megatron.cluster.runtime import Runtime
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.advantages import GroupAdvantage
 from ctpo_megatron.config.load import dump_config
 from ctpo_megatron.errors import StoppedInOrder
 from ctpo_megatron.jobs.export import export
@@ -74,7 +75,7 @@ async def sft_job(config: RunConfig, stop: StopSignal, *, resume: Resume = "no")
         return
     run_dir = prepare_run_dir(config)
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
-    one = config.in_layout(config.parallel)  # nothing of it is started again
+    one = _supervised(config.in_layout(config.parallel))  # nothing of it is started again
     topology = topology_of(config, engines=False)
     runtime = Runtime(one, inputs.model.shape, topology, run_dir, total_steps=inputs.start.schedule)
     storage = Storage(run_dir, config.checkpoint.storage_wait_s)
@@ -92,6 +93,12 @@ async def sft_job(config: RunConfig, stop: StopSignal, *, resume: Resume = "no")
         _sum_up(result, run_dir, output, time.monotonic() - begun)
 
 
+def _supervised(config: RunConfig) -> RunConfig:
+    """The configuration without what only reinforcement learning has in the trainer's ranks: a critic, a reference, teachers."""
+    alone = {"advantage": GroupAdvantage(), "reference": None, "distillation": None}
+    return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=alone)})
+
+
 def _read(config: RunConfig, resume: Resume, emit: Emit) -> _Inputs | None:
     """Returns all that the run reads, checked before anything starts; None where it has come to its end. Raises InputError."""
     if resume == "no" and config.sft.epochs is None:  # otherwise the steps are known when the demonstrations are
@@ -103,14 +110,12 @@ def _read(config: RunConfig, resume: Resume, emit: Emit) -> _Inputs | None:
     if found is not None:
         for each in differences(found, config, model.shape, emit, supervised=True):
             emit(each.event)
-    if found is None and config.sft.steps is not None and config.sft.epochs is None:  # known before anything is read
-        config.optimizer.check_length(config.sft.steps)
     sources = load_all_demonstrations(config, model, emit)
     held_out = [] if config.sft.eval is None else load_demonstrations(config.sft.eval, config, model, emit)
     examples = sum(map(len, sources.values()))
-    if resume == "auto" and is_done(config, config.sft.total_steps(examples)):
+    if resume == "auto" and is_done(config, examples, found):
         return None
-    return _Inputs(config, model, sources, held_out, found, sft_start(config, sources, found))
+    return _Inputs(config, model, sources, held_out, found, sft_start(config, sources, found, resume))
 
 
 async def _train(

@@ -51,8 +51,8 @@ def checkpoint_of_sft(config: RunConfig, resume: Resume, emit: Emit) -> Resumabl
     return found
 
 
-def sft_start(config: RunConfig, sources: Sources, found: Resumable | None) -> SftStart:
-    """Returns where a run begins.
+def sft_start(config: RunConfig, sources: Sources, found: Resumable | None, resume: Resume = "newest") -> SftStart:
+    """Returns where a run begins; with `resume` auto that may be its end, of which only the export is missing.
 
     Raises DataError where the demonstrations are others and data.allow_change is false, InputError where nothing is left to
     train, ConfigError where the schedule does not fit.
@@ -75,19 +75,25 @@ def sft_start(config: RunConfig, sources: Sources, found: Resumable | None) -> S
             ) from error
         demonstrations = Demonstrations(sources, data, seed)
     total = sft.total_steps(len(demonstrations), done=state.step, drawn=state.groups)
-    if state.step >= total:
+    if state.step >= total and resume != "auto":
         raise InputError(
             f"--resume: {found.checkpoint} already has {state.step} of {total} steps; raise sft.steps or sft.epochs to go on"
         )
-    schedule = found.manifest["scheduler_steps"] + total - state.step
+    schedule = found.manifest["scheduler_steps"] + max(0, total - state.step)
     config.optimizer.check_length(schedule)
     return SftStart(demonstrations, total, schedule, state.step, state.groups, state.supervised)
 
 
-def is_done(config: RunConfig, total_steps: int) -> bool:
-    """Whether RUN_DIR holds the summary of a run that has come to its end: so many steps, or a stop before its time."""
+def is_done(config: RunConfig, examples: int, found: Resumable | None) -> bool:
+    """Whether RUN_DIR holds the summary of a run on so many `examples` that has come to its end, by its steps or before them.
+
+    A summary from before the newest checkpoint, `found`, is that of a run that has gone on since.
+    """
     summary = Path(config.run_dir) / "summary.json"
     if not summary.is_file():
         return False
     content = read_json(summary)
-    return content.get("end") in ("stop_loss", "patience") or content.get("steps", 0) >= total_steps
+    done, drawn = (0, 0) if found is None else (found.state.step, found.state.groups)
+    made = content.get("steps", 0)
+    total = config.sft.total_steps(examples, done=done, drawn=drawn)
+    return made >= done and (content.get("end") in ("stop_loss", "patience") or made >= total)

@@ -179,5 +179,6 @@ class Fall(Deaf):
         best.add(value)
         if best.value is None:
             return None
-        limit = best.value - max(self._fall, 2 * best.margin())
-        return reading(best.now, limit, HELD_OUT, -1.0)
+        allowed, fallen = max(self._fall, 2 * best.margin()), best.value - best.now
+        over, calm = fallen > allowed, fallen < (1 - CALM) * allowed
+        return Reading(best.now, best.value - allowed, HELD_OUT, over=over, calm=calm)

@@ -106,4 +106,26 @@ def test_going_on_needs_a_checkpoint(tmp_path: Path) -> None:
 def test_when_there_is_nothing_left_to_do(tmp_path: Path, summary: dict[str, object] | None, done: bool) -> None:
     if summary is not None:
         (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert is_done(config(tmp_path), 5) is done
+    assert is_done(config(tmp_path), 10, None) is done
+
+
+def test_a_run_that_went_on_behind_its_summary_is_not_done(tmp_path: Path) -> None:
+    """It had ended by patience, was given more of it, and was stopped."""
+    run = config(tmp_path)
+    write_checkpoint(tmp_path / "checkpoints", 3, state(run, 3), optimizer_steps=3)
+    found = checkpoint_of_sft(run, "auto", discard)
+    for steps, done in ((2, False), (3, True)):
+        (tmp_path / "summary.json").write_text(json.dumps({"steps": steps, "end": "patience"}))
+        assert is_done(run, 10, found) is done
+
+
+def test_a_run_that_lost_its_end_alone_goes_on_to_its_export(tmp_path: Path) -> None:
+    """All steps are in the checkpoint, and no summary was written."""
+    run = config(tmp_path)
+    write_checkpoint(tmp_path / "checkpoints", 5, replace(state(run, 5), groups=20), optimizer_steps=5)
+    found = checkpoint_of_sft(run, "auto", discard)
+    assert not is_done(run, 10, found)
+    start = sft_start(run, sources(), found, "auto")
+    assert (start.step, start.total_steps, start.schedule) == (5, 5, 5)
+    with pytest.raises(InputError, match="already has 5 of 5 steps"):
+        sft_start(run, sources(), found)

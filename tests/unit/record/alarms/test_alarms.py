@@ -190,6 +190,13 @@ def test_a_change_that_is_within_the_noise_of_the_first_steps_is_none() -> None:
     assert {each.alarm for each in told(rows(0.09))} == {"drift"}
 
 
+def test_accuracy_that_comes_back_clears_its_alarm_and_falls_again() -> None:
+    accuracies = [0.9] * 8 + [0.8] * 6 + [0.9] * 6 + [0.7] * 6
+    rows = [{"step": float(10 * n), "time": float(n), "eval/accuracy": value} for n, value in enumerate(accuracies, 2)]
+    found = told(rows, watch(**OFF | {"accuracy": {}}))
+    assert [type(each) for each in found] == [AlarmRaised, AlarmCleared, AlarmRaised]
+
+
 def test_drift_that_is_rounding_is_none_however_it_grows() -> None:
     """As in a run of float32 whose first steps had no token of the newest version."""
 
