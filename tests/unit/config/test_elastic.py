@@ -53,7 +53,7 @@ def test_a_run_in_a_smaller_layout_can_be_written_and_read(tmp_path: Path) -> No
     [
         (
             [{"dp": 1}, {"first_stage_layer": 1}],
-            "elastic.layouts[1]: unknown key 'first_stage_layer'. Did you mean 'first_stage_layers'? Allowed are those of",
+            "elastic.layouts[1]: unknown key 'first_stage_layer'. Did you mean 'first_stage_layers'? Allowed are the sizes of",
         ),
         ([{"dp": 0}], "elastic.layouts[0].dp: found 0; must be greater than 0"),
         ([{"dp": "two"}], "elastic.layouts[0].dp: found 'two'; must be a whole number"),
