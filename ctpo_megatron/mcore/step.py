@@ -179,7 +179,7 @@ class Stepper:
         if self.portable:
             packed = packed_layout(sequences, self.device, self.cp_group.rank(), self.cp_group.size())
         elif sequences.prefixes is not None:
-            raise ValueError("TransformerEngine's attention reads no prompt for several sequences; loop/sharing.py refuses it")
+            raise ValueError("TransformerEngine's attention reads no prompt for several sequences; set train.share_prompts=null")
         else:
             packed = packed_params(sequences.cu_seqlens, self.device)
         # sequence parallelism gives each tensor-parallel rank an equal run
