@@ -12,6 +12,7 @@ import torch
 from ctpo_megatron.toy.model import make_toy_model
 from tests.support.engines import RunningServer, endless, start_server
 from tests.support.forked_servers import forking
+from tests.support.whole_runs import make_toy
 
 torch.set_num_threads(1)  # models that are judges are small, and threads that wait for more would take the servers' cores
 
@@ -24,6 +25,12 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recommended = {"do_sample": True, "temperature": 0.6, "top_k": 1, "top_p": 0.5, "repetition_penalty": 1.5}
     file.write_text(json.dumps(json.loads(file.read_text()) | recommended))
     return model
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The toy task's files and a drawn model of each kind, for whole runs."""
+    return make_toy(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="session")

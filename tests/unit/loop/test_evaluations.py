@@ -21,7 +21,7 @@ from ctpo_megatron.record.evaluation_events import EvaluationAwaited, Evaluation
 from ctpo_megatron.record.events import EvaluationDone, Event, StepTrained, discard
 from ctpo_megatron.rollout.protocols import Sampling
 from ctpo_megatron.types import GroupId, Prompt, TrajectoryGroup, Turn
-from tests.unit.loop.test_train import Ranks, Sampled, config, train
+from tests.support.loops import Ranks, Sampled, config, train
 
 BESIDE = ("rollout.engine.servers=3", "eval.servers=1", "train.prompts_per_step=2", "train.steps=6", "log.tensorboard=false")
 

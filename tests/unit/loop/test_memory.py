@@ -17,7 +17,7 @@ from ctpo_megatron.loop.train import TrainLoop
 from ctpo_megatron.record.events import Event, discard
 from ctpo_megatron.record.memory_events import CopyGone, CopyKept, CopyLeftOut
 from tests.support.checkpoints import state_after, write_checkpoint
-from tests.unit.loop.test_train import Ranks, Straggling, config, train
+from tests.support.loops import Ranks, Straggling, config, train
 
 
 @dataclass(frozen=True)
