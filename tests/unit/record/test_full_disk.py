@@ -17,9 +17,8 @@ from ctpo_megatron.record.board import Board
 from ctpo_megatron.record.events import EventLog, RunReady
 from ctpo_megatron.record.files import GrowingFile, MetricsFile
 from ctpo_megatron.record.trajectories import TrajectoryFiles
-from ctpo_megatron.types import Prompt, Status, Trajectory, TrajectoryGroup
 from tests.support.disks import fill, small_disk
-from tests.support.trajectories import ATTEMPT, GROUP
+from tests.support.record_writers import group
 
 FULL = Path("/dev/full")
 
@@ -28,11 +27,6 @@ FULL = Path("/dev/full")
 def disk(tmp_path):
     with small_disk(tmp_path / "disk", 256) as disk:
         yield disk
-
-
-def group(text: str) -> TrajectoryGroup:
-    trajectory = Trajectory(0, [1], [], Status.FINISHED, text=text, id=ATTEMPT)
-    return TrajectoryGroup(Prompt(0, ({"role": "user", "content": "q"},), "1"), [trajectory], id=GROUP)
 
 
 def writers(run: Path):
