@@ -28,24 +28,32 @@ from typing import IO
 NUMBER = 8  # bytes
 ENDS_WITHIN_S = 5.0
 SOCKET = "forks"
+FORKS = "ctpo_megatron.engine.sglang.forks"
 # Beginnings of variables that are read when a process starts or loads a library: a fork keeps those of the nursery.
 READ_AT_START = ("MALLOC_", "GLIBC_", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "THP_", "ATEN_")
 
 
 class Nursery:
-    """The process that servers are forked from, until `close`. `env`: variables of a server, besides those here."""
+    """The process that servers are forked from, until `close`. `env`: variables of a server, besides those here.
 
-    def __init__(self, env: Mapping[str, str]) -> None:
+    `place` takes connections from now on, and whoever asks before SGLang is imported waits. `module`: what the process runs.
+    """
+
+    def __init__(self, env: Mapping[str, str], module: str = FORKS) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="ctpo_"))  # that nobody else may enter
         self.place = self._directory / SOCKET
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ctpo_megatron.engine.sglang.forks", str(self.place)],
-            stdin=subprocess.PIPE,  # as the sign that this process lives
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is the driver's to act on
-            env={**os.environ, **env},
-        )
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self.place))
+            listener.listen()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(self.place), str(listener.fileno())],
+                stdin=subprocess.PIPE,  # as the sign that this process lives
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C in a terminal is the driver's to act on
+                pass_fds=[listener.fileno()],
+                env={**os.environ, **env},
+            )
 
     def close(self) -> None:
         """End it; servers that it has forked stay. Safe to call twice."""

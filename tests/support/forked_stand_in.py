@@ -20,4 +20,4 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     forks.SERVER, forks._load = "tests.support.forked_stand_in", lambda: None
-    forks.main(sys.argv[1])
+    forks.main(sys.argv[1], int(sys.argv[2]))

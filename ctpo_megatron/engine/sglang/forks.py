@@ -1,7 +1,7 @@
-"""The process that servers on CPUs are forked from (`engine.nursery`): `python -m ctpo_megatron.engine.sglang.forks SOCKET`.
+"""What servers on CPUs are forked from (`engine.nursery`): `python -m ctpo_megatron.engine.sglang.forks SOCKET FD`.
 
-It listens before it imports SGLang, so that whoever asks early waits. It ends with its standard input. Nothing heavy is imported
-at the top: children that multiprocessing spawns import this module again.
+It inherits the socket as FD, which listens already: whoever asks before SGLang is imported waits. It ends with its standard input.
+Nothing heavy is imported at the top: children that multiprocessing spawns import this module again.
 """
 
 from __future__ import annotations
@@ -26,18 +26,16 @@ from ctpo_megatron.engine.processes import adopt_orphans, end_with_parent
 SERVER = "ctpo_megatron.engine.sglang.entry"  # what a server's command line says, however it was started
 
 
-def main(place: str) -> None:
+def main(place: str, descriptor: int) -> None:
     """Fork servers until standard input ends, then remove the socket's directory, which is of this process alone."""
     try:
-        _serve(place)
+        _serve(descriptor)
     finally:
         shutil.rmtree(os.path.dirname(place), ignore_errors=True)
 
 
-def _serve(place: str) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(place)
-        listener.listen()
+def _serve(descriptor: int) -> None:
+    with socket.socket(fileno=descriptor) as listener:
         setproctitle(getproctitle())  # finds its room in the variables as they were; servers get others
         end_with_parent(signal.SIGTERM)  # nobody looks at standard input meanwhile
         _load()
@@ -121,4 +119,4 @@ def _become_server(arguments: list[str], env: dict[str, str], stdin: int, output
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))

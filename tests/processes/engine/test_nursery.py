@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from ctpo_megatron.engine.nursery import ForkedProcess
+from ctpo_megatron.engine.nursery import ForkedProcess, Nursery
 from ctpo_megatron.engine.server import SGLangServer
-from tests.support.patience import eventually
 
 WITHIN_S = 30.0
 
 
 @pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """The process, and its socket in a directory of its own."""
-    place = tmp_path / "own" / "forks"
-    place.parent.mkdir()
-    with subprocess.Popen([sys.executable, "-m", "tests.support.forked_stand_in", str(place)], stdin=subprocess.PIPE) as process:
-        assert eventually(place.exists, WITHIN_S)
-        yield process, place
+def nursery() -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """The process, and its socket, which takes connections at once."""
+    with contextlib.closing(Nursery({}, "tests.support.forked_stand_in")) as nursery:
+        yield nursery._process, nursery.place
 
 
 def fork(place: Path, log: Path, *arguments: str, env: Mapping[str, str] = os.environ) -> ForkedProcess:
