@@ -1,6 +1,6 @@
 """What servers on CPUs are forked from (`engine.nursery`): `python -m ctpo_megatron.engine.sglang.forks SOCKET FD`.
 
-It inherits the socket as FD, which listens already: whoever asks before SGLang is imported waits. It ends with its standard input.
+It inherits the socket as FD, which listens already: who asks before SGLang is imported waits. It ends with its standard input.
 Nothing heavy is imported at the top: children that multiprocessing spawns import this module again.
 """
 
