@@ -41,7 +41,7 @@ LAYER, EXPERT = "model.layers.1.", "model.layers.1.mlp.experts.3."
 BEHIND = (1, 2, 4, 8, 16, 32)
 
 
-@pytest.fixture(scope="module", params=["dense", "mixture"])
+@pytest.fixture(scope="module", params=["dense", pytest.param("mixture", marks=pytest.mark.long)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     mixture = request.param == "mixture"
     directory = write_stand_in(tmp_path_factory.mktemp(request.param), mixture=mixture)

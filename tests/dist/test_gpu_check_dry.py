@@ -15,7 +15,7 @@ import pytest
 from tests.support.gpu_check import ROOT, import_from_tools, run_gpu_check
 from tests.support.layers import imports
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 NEEDS_GPU = {
     "loss, no wait for the device",

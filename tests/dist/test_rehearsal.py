@@ -49,7 +49,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, int]]] = {
     "ep": ("qwen3_moe", {"dp": 2, "ep": 2}),
     "tp and etp": ("qwen3_moe", {"tp": 2, "etp": 2}),
 }
-ALONE = [("qwen3", "float32"), ("qwen3", "bfloat16"), ("qwen3_moe", "bfloat16")]
+ALONE = [("qwen3", "float32"), ("qwen3", "bfloat16"), pytest.param("qwen3_moe", "bfloat16", marks=pytest.mark.long)]
 
 
 def shape_of(model: str) -> ModelShape:
@@ -82,6 +82,7 @@ def together() -> tuple[list[Any], list[Any]]:
     return real, [rehearsed[: len(places)], rehearsed[len(places) :]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_collectives_are_those_of_two_ranks(name: str) -> None:
     """Calls and bytes of each kind; the broadcast of Python objects over pipeline stages alone is left out."""

@@ -21,7 +21,7 @@ from tests.support.runs import Started
 RUN_S = 300.0
 ENOUGH = 12  # attempts that are done when it is killed, of 96
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def whole(run_dir: Path) -> list[str]:

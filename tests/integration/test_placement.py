@@ -102,6 +102,7 @@ def started_servers(count: int, before: set[psutil.Process]) -> dict[str, tuple[
     return found
 
 
+@pytest.mark.long
 def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: Path) -> None:
     """A rank for each GPU; each server beside the first of its ranks, seeing their GPUs first, and the others after them."""
 

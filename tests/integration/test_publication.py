@@ -97,6 +97,7 @@ async def killed(driver: Driver, found: dict[str, Any], root: Path) -> None:
     found["killed"]["next"] = driver.serving()
 
 
+@pytest.mark.long
 def test_faults_are_found_and_mended(forks: Path, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", "", options=FAMILIES["qwen3_moe"] | {"moe_intermediate_size": 64})
     found, _ = run_ranks(2, faults, model, tmp_path, forks, timeout_s=800)

@@ -21,7 +21,7 @@ from tests.support.publication_driver import LONG, SESSIONS, Driver, check_in_fl
 from tests.support.ranks import run_ranks
 from tests.support.tiny import FAMILIES, write_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(500)]
 
 ANSWER_S = 24.0  # that a client waits for an answer
 PAUSE_S = 6.0

@@ -39,6 +39,7 @@ def test_bad_model_is_explained(tmp_path: Path) -> None:
     assert "missing" in str(raised.value)
 
 
+@pytest.mark.long
 def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
     """Qwen3-MoE, tensor parallel, from disk and by broadcast, with a record of its routing and of the likeliest tokens.
 

@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "mixtral", "glm4_moe"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen2", *(pytest.param(name, marks=pytest.mark.long) for name in ("mistral", "mixtral", "glm4_moe"))]
+)
 def test_log_probs(name: str, forks: Path, tmp_path: Path) -> None:
     """Those of transformers, and those of other weights once these were published."""
     directory = servable(tmp_path, name)

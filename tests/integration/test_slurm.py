@@ -227,6 +227,7 @@ def test_a_wrong_configuration_ends_the_job_before_ray_starts(slurm: SlurmCluste
 # job's core use information due to job resizing"), and a job that wants whole nodes then waits for minutes.
 
 
+@pytest.mark.long
 def test_a_node_that_goes_down_requeues_the_job(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
     path, run_dir = stand_in(tmp_path, ["wait", "0"]), tmp_path / "run"
     job_id = submit(slurm, tmp_path, [*inputs, f"run_dir={run_dir}"], {"preflight": False}, nodes=2, path=path)
@@ -245,6 +246,7 @@ def test_a_node_that_goes_down_requeues_the_job(slurm: SlurmCluster, inputs: lis
     assert left_on_nodes(job_id) == []
 
 
+@pytest.mark.long
 def test_a_job_with_a_spare_node_outlives_a_lost_one(slurm: SlurmCluster, inputs: list[str], tmp_path: Path) -> None:
     """Neither the job nor its other steps end with the node, and a driver that is started again does without it."""
     path, run_dir = stand_in(tmp_path, ["wait", "0"]), tmp_path / "run"
@@ -265,6 +267,7 @@ def test_a_job_with_a_spare_node_outlives_a_lost_one(slurm: SlurmCluster, inputs
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "0"), output
 
 
+@pytest.mark.long
 def test_a_spare_node_has_the_job_requeued_when_the_first_one_is_lost(
     slurm: SlurmCluster, inputs: list[str], tmp_path: Path
 ) -> None:

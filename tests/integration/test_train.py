@@ -178,6 +178,7 @@ def check_what_is_shown(run: Finished, steps: int) -> None:
     assert run.happened("points lost") == []
 
 
+@pytest.mark.long
 def test_trainer_and_servers_take_turns_and_a_run_that_leaves_its_course_goes_back(toy, tmp_path):
     """Colocated servers give back their memory at every step, and take it again with the new weights. A Qwen2.
 

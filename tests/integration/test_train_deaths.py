@@ -62,7 +62,10 @@ def test_a_server_that_dies_is_started_again(toy, tmp_path):
 
 @pytest.mark.parametrize(
     ("victim", "name", "log"),
-    [(trainer, "trainer rank 0", "trainer_0.log"), (scheduler, "inference server 0", "server_0.log")],
+    [
+        (trainer, "trainer rank 0", "trainer_0.log"),
+        pytest.param(scheduler, "inference server 0", "server_0.log", marks=pytest.mark.long),
+    ],
 )
 def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
     """Of a trainer's rank, and of the last server, when they have been started again as often as they may."""

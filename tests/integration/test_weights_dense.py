@@ -10,7 +10,7 @@ from tests.support.tiny import write_model
 from tests.support.weight_ranks import Case
 from tests.support.weight_sites import check_publications, other_weights, serving, site_of, write_weights
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(600)]
 
 LAYERS = 4  # two chunks on each of two stages
 

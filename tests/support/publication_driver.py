@@ -127,4 +127,3 @@ def check_in_flight(generations: list[tuple[list[int], int, int]]) -> None:
         assert versions == sorted(versions)
         assert set(versions) <= {current - 1, current}
     assert any(len(set(versions)) == 2 for versions, _, _ in generations), "no generation was in flight during the update"
-    print("OLD", [[versions.count(c - 1) for versions, _, c in generations]])
