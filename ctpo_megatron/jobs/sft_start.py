@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ctpo_megatron.checkpoints.files import all_checkpoints
@@ -11,7 +11,7 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.data.demonstrations import Demonstrations
 from ctpo_megatron.errors import CheckpointError, DataError, InputError
 from ctpo_megatron.jobs.resume import Resume
-from ctpo_megatron.loop.checkpoints import Resumable, newest_or_none, refuse_earlier
+from ctpo_megatron.loop.checkpoints import Resumable, newest_or_none, refuse_earlier, steps_in
 from ctpo_megatron.loop.state import Supervised
 from ctpo_megatron.models.files import read_json
 from ctpo_megatron.record.events import Emit
@@ -81,7 +81,19 @@ def sft_start(config: RunConfig, sources: Sources, found: Resumable | None, resu
         )
     schedule = found.manifest["scheduler_steps"] + max(0, total - state.step)
     config.optimizer.check_length(schedule)
-    return SftStart(demonstrations, total, schedule, state.step, state.groups, state.supervised)
+    return SftStart(demonstrations, total, schedule, state.step, state.groups, _measured(found, state.supervised, config))
+
+
+def _measured(found: Resumable, state: Supervised, config: RunConfig) -> Supervised:
+    """Returns the state of a run that goes on; the lowest held-out loss only where later ones can be compared with it.
+
+    It cannot where other demonstrations are held out now, or patience would bring back weights that no checkpoint has.
+    """
+    same = found.config is None or found.config["sft"]["eval"] == config.sft.eval
+    kept = config.sft.patience is None or state.best is None or state.best_step in steps_in(found.checkpoint.parent)
+    if same and kept:
+        return state
+    return replace(state, best=None, best_step=0, waited=0)
 
 
 def is_done(config: RunConfig, examples: int, found: Resumable | None) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.config.load import load_config
+from ctpo_megatron.config.load import dump_config, load_config
 from ctpo_megatron.data.demonstrations import Demonstrations
 from ctpo_megatron.errors import DataError, InputError
 from ctpo_megatron.jobs.resume import checkpoint_to_resume
@@ -129,3 +129,23 @@ def test_a_run_that_lost_its_end_alone_goes_on_to_its_export(tmp_path: Path) -> 
     assert (start.step, start.total_steps, start.schedule) == (5, 5, 5)
     with pytest.raises(InputError, match="already has 5 of 5 steps"):
         sft_start(run, sources(), found)
+
+
+@pytest.mark.parametrize(
+    ("words", "best_step", "kept"),
+    [
+        ((), 1, True),
+        (("sft.patience=2", "sft.eval_every=1"), 2, True),
+        (("sft.patience=2", "sft.eval_every=1"), 1, False),  # whose checkpoint is gone, or never was
+        (("sft.eval=other.jsonl",), 2, False),
+    ],
+)
+def test_the_lowest_held_out_loss_is_kept_where_later_ones_compare_with_it(
+    tmp_path: Path, words: tuple[str, ...], best_step: int, kept: bool
+) -> None:
+    first = config(tmp_path, "sft.eval=held_out.jsonl")
+    done = state(first, 2)
+    best = replace(done.supervised, best=0.5, best_step=best_step, waited=1)
+    write_checkpoint(tmp_path / "checkpoints", 2, replace(done, supervised=best), optimizer_steps=2, resolved=dump_config(first))
+    now = begun(config(tmp_path, "sft.eval=held_out.jsonl", *words)).state
+    assert now == (best if kept else replace(best, best=None, best_step=0, waited=0))
