@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from ctpo_megatron.record.alarms.detectors import CALM, Deaf, Reading, reading
 from ctpo_megatron.record.alarms.series import Best, Recent
 from ctpo_megatron.record.alarms.signals import Row
+from ctpo_megatron.record.events import SettingDiffers
+from ctpo_megatron.record.story import Happened
 
 REWARD, ENTROPY, LENGTH, HELD_OUT = "reward/mean", "train/entropy", "rollout/response_tokens", "eval/accuracy"
 SMOOTH = 9  # values of a series that is there at every step
 EVALUATIONS = 3  # of one that is there now and then
+EVALUATED = ("data.eval", "eval")  # settings of what accuracies are measured on, and how
+STILL_THE_SAME = ("eval.every", "eval.servers")  # when, and where
 FORM = ("rollout/truncated", "rollout/unanswered", "tool/error_rate")  # shares of trajectories and calls that went wrong
 
 
@@ -164,11 +168,17 @@ class Plateau(Deaf):
         return Reading(best.age, self._steps, "steps since the best reward/mean", over=over, calm=calm)
 
 
-class Fall(Deaf):
+class Fall:
     """Accuracy of evaluations, against the best it has been: below it by `fall`, and by twice what makes another best."""
 
     def __init__(self, fall: float) -> None:
         self._fall, self._best = fall, Best(EVALUATIONS)
+
+    def event(self, happened: Happened) -> None:
+        """Forget the best where a run goes on with other evaluations."""
+        key = str(happened.fields.get("key", ""))
+        if happened.name == SettingDiffers.name and key.startswith(EVALUATED) and key not in STILL_THE_SAME:
+            self._best = Best(EVALUATIONS)
 
     def row(self, row: Row) -> Reading | None:
         """Returns the judgement of a row with an evaluation, once there is a best."""

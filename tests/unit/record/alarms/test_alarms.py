@@ -19,7 +19,7 @@ from ctpo_megatron.record.alarms.kinds import WORDS, Measure
 from ctpo_megatron.record.alarms.signals import Row
 from ctpo_megatron.record.alarms.watch import Alarms, Latch
 from ctpo_megatron.record.catalogue import require_known
-from ctpo_megatron.record.events import ServerLost
+from ctpo_megatron.record.events import ServerLost, SettingDiffers
 from ctpo_megatron.record.story import Happened
 from ctpo_megatron.record.story_events import IncarnationBegan, IncarnationEnded
 
@@ -195,6 +195,17 @@ def test_accuracy_that_comes_back_clears_its_alarm_and_falls_again() -> None:
     rows = [{"step": float(10 * n), "time": float(n), "eval/accuracy": value} for n, value in enumerate(accuracies, 2)]
     found = told(rows, watch(**OFF | {"accuracy": {}}))
     assert [type(each) for each in found] == [AlarmRaised, AlarmCleared, AlarmRaised]
+
+
+@pytest.mark.parametrize(
+    ("key", "raised"), [("data.eval", False), ("eval.temperature", False), ("eval.every", True), ("seed", True)]
+)
+def test_accuracy_is_compared_with_that_of_the_same_evaluations(key: str, raised: bool) -> None:
+    alarms = watch(**OFF | {"accuracy": {}})
+    rows = [{"step": float(10 * n), "time": float(n), "eval/accuracy": 0.9 if n < 12 else 0.6} for n in range(2, 22)]
+    assert told(rows[:10], alarms) == []
+    alarms.event(Happened(11.5, SettingDiffers.name, {"key": key, "effect": "applies"}))
+    assert [type(each) for each in told(rows[10:], alarms)] == [AlarmRaised] * raised
 
 
 def test_drift_that_is_rounding_is_none_however_it_grows() -> None:
