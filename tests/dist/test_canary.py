@@ -31,7 +31,7 @@ from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from tests.support.ranks import run_ranks
 from tests.support.stand_in import EXPERTS, VOCAB, StandIn, Weights, write_stand_in
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.long]
 
 VERSIONS = 100
 LR = 2e-5  # moves log-probs by about as much in one version as a step of reinforcement learning does
@@ -41,7 +41,7 @@ LAYER, EXPERT = "model.layers.1.", "model.layers.1.mlp.experts.3."
 BEHIND = (1, 2, 4, 8, 16, 32)
 
 
-@pytest.fixture(scope="module", params=["dense", pytest.param("mixture", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["dense", "mixture"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     mixture = request.param == "mixture"
     directory = write_stand_in(tmp_path_factory.mktemp(request.param), mixture=mixture)

@@ -1,5 +1,7 @@
 """No layout changes the numbers: two optimizer steps agree with those of one rank, on gloo with the real megatron-core.
 
+These are the layouts of two ranks; test_parity_four.py has those of four.
+
 A dense model (qwen3, tied embeddings), a mixture of experts (qwen3_moe: 4 experts, load-balancing loss and z-loss with
 coefficients of 0.01) and one with the parts that these lack (deepseek_v3: latent attention, a dense layer, shared experts, groups
 of experts, a balancing bias that moves), 4 layers each, float32, from one model directory. Compared are the losses, the gradient
@@ -26,15 +28,17 @@ from ctpo_megatron.mcore.rank import RankInfo
 from tests.support.engine_faults import ENGINE_FAULTS
 from tests.support.families import MODELS
 from tests.support.parity import (
+    FAMILIES,
     FOUR_RANKS,
     LAYERS,
     SEQUENCES,
     TOLERANCE,
     TWO_RANKS,
     Alone,
-    Case,
-    Found,
     Layout,
+    Results,
+    all_cases,
+    assert_layout_is_one_rank,
     assert_same,
     cases_of,
     engines_of,
@@ -48,9 +52,6 @@ from tests.support.tiny import write_model
 TIMEOUT_S = 900.0  # they take a tenth of it on two idle cores
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(TIMEOUT_S)]
 
-Results = dict[tuple[str, str], dict[Case | str, Found]]
-FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
-ALL = [*TWO_RANKS, *FOUR_RANKS]
 # These only move layers between ranks: each rank adds up the same numbers in the same order, for every bit of every weight.
 # Tied embeddings are the exception: the first and the last stage each add up a part of their gradient.
 SAME_BITS = ("PP2", "VPP", "PP2 of 3+1 layers")
@@ -63,24 +64,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(models: dict[str, Path]) -> dict[str, Alone]:
-    cases = {family: sorted({case for layout in ALL for case in cases_of(layout, family)}) for family in FAMILIES}
-    return run_ranks(1, one_rank, models, cases, timeout_s=TIMEOUT_S)[0]
+    return run_ranks(1, one_rank, models, all_cases(TWO_RANKS), timeout_s=TIMEOUT_S)[0]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
-    return spread(2, TWO_RANKS, models, alone)
-
-
-@pytest.fixture(scope="module")
-def four_ranks(models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
-    return spread(4, FOUR_RANKS, models, alone)
-
-
-def spread(ranks: int, layouts: list[Layout], models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
     samples = {family: each.samples for family, each in alone.items()}
-    ports = [free_port() for _ in engines_of(layouts)]
-    return run_ranks(ranks, several_ranks, layouts, ports, models, samples, ENGINE_FAULTS, timeout_s=TIMEOUT_S)
+    ports = [free_port() for _ in engines_of(TWO_RANKS)]
+    return run_ranks(2, several_ranks, TWO_RANKS, ports, models, samples, ENGINE_FAULTS, timeout_s=TIMEOUT_S)
 
 
 def one_rank(rank: RankInfo, *args: Any) -> dict[str, Alone]:
@@ -91,24 +82,9 @@ def several_ranks(rank: RankInfo, *args: Any) -> Results:
     return train_layouts(rank, *args)
 
 
-def assert_layout_is_one_rank(results: list[Results], layout: Layout, alone: dict[str, Alone]) -> None:
-    for family in layout.families:
-        for case in cases_of(layout, family):
-            where = f"{layout.name}, {family}, {case}"
-            ranks = [result[layout.name, family][case] for result in results]
-            assert all(rank.steps == ranks[0].steps for rank in ranks), f"{where}: ranks differ"
-            assert_same(ranks[0], alone[family].found[case], where)
-
-
 @pytest.mark.parametrize("layout", TWO_RANKS, ids=lambda layout: layout.name)
 def test_two_ranks_are_one(two_ranks: list[Results], alone: dict[str, Alone], layout: Layout) -> None:
     assert_layout_is_one_rank(two_ranks, layout, alone)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("layout", FOUR_RANKS, ids=lambda layout: layout.name)
-def test_four_ranks_are_one(four_ranks: list[Results], alone: dict[str, Alone], layout: Layout) -> None:
-    assert_layout_is_one_rank(four_ranks, layout, alone)
 
 
 @pytest.mark.parametrize("name", SAME_BITS)
@@ -144,7 +120,7 @@ def test_the_steps_are_worth_comparing(alone: dict[str, Alone], family: str) -> 
 
 
 def test_every_axis_takes_part() -> None:
-    met = {name for layout in ALL for name in layout.sizes}
+    met = {name for layout in (*TWO_RANKS, *FOUR_RANKS) for name in layout.sizes}
     elsewhere = {
         "last_stage_layers",
         "overlap_grad_reduce",

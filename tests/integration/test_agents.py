@@ -68,6 +68,7 @@ class NeverStops(Logged):
         return await super().generate(input_ids, done, **options | {"stop_token_ids": []})
 
 
+@pytest.mark.long
 def test_weights_change_while_a_harness_plays(server: RunningServer, qwen3: Path, tmp_path: Path) -> None:
     """In the middle of a turn the connection is lost, which the client repeats, and the weights change: thinking and not,
     streamed and not. What is trained on is what the server sampled, by either weights."""

@@ -121,6 +121,7 @@ def test_dies_with_its_parent(qwen3: Path, tmp_path: Path) -> None:
     assert eventually(lambda: not group_members(group), within_s=10)
 
 
+@pytest.mark.long
 def test_a_port_that_was_taken_meanwhile_ends_the_start(qwen3: Path, tmp_path: Path) -> None:
     """As one that may be tried again. SGLang itself says that it is ready, and stays."""
     with listen(HOST) as other:

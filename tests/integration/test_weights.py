@@ -52,6 +52,7 @@ def buckets(weights: dict[str, torch.Tensor], size: int = 12) -> list[list[tuple
     return [named[at : at + size] for at in range(0, len(named), size)]
 
 
+@pytest.mark.long
 def test_every_layout_of_a_mixture(model: Path, site: Site, tmp_path: Path) -> None:
     base, started = write_weights(tmp_path / "base", other_weights(model, 1)), site.state()
     cases = [

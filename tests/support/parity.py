@@ -42,6 +42,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "gspo": {"type": "gspo", "clip_low": 0.2, "clip_high": 0.2},
 }
 SEQUENCES = 12
+FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 
 class Layout(NamedTuple):
@@ -117,6 +118,11 @@ def cases_of(layout: Layout, family: str) -> list[Case]:
     cases = [Case(objective, packed, packs) for objective in OBJECTIVES for packed in (True, False) for packs in (few, many)]
     replay = family == "qwen3_moe"
     return [*cases, Case("ctpo", True, many, replay=replay, truncated=not replay)]
+
+
+def all_cases(layouts: Sequence[Layout]) -> dict[str, list[Case]]:
+    """Of each family, what one rank trains on to be compared with `layouts`."""
+    return {family: sorted({case for layout in layouts for case in cases_of(layout, family)}) for family in FAMILIES}
 
 
 def fault_case(layout: Layout, family: str) -> Case:
@@ -302,3 +308,16 @@ def assert_same(found: Found, expected: Found, case: str) -> None:
     bound = {"statistics": STATISTICS_TOLERANCE, "at borders": AT_BORDERS}
     beyond = {kind: value for kind, value in worst.items() if not value <= bound.get(kind, TOLERANCE)}
     assert not beyond, f"{case}: {beyond}"
+
+
+Results = dict[tuple[str, str], dict[Case | str, Found]]  # by names of layout and family
+
+
+def assert_layout_is_one_rank(results: Sequence[Results], layout: Layout, alone: dict[str, Alone]) -> None:
+    """All ranks found the same, and it is what one rank found."""
+    for family in layout.families:
+        for case in cases_of(layout, family):
+            where = f"{layout.name}, {family}, {case}"
+            ranks = [result[layout.name, family][case] for result in results]
+            assert all(rank.steps == ranks[0].steps for rank in ranks), f"{where}: ranks differ"
+            assert_same(ranks[0], alone[family].found[case], where)
