@@ -6,8 +6,8 @@ The adapters of one parameter of Megatron's are kept beside it, one pair for eac
     rows are cut   (q, k, gate)   [rank, in]   whole         [out, rank]  its rows are cut
     columns        (o, down)      [rank, in]   its columns   [out, rank]  whole
 
-so what a rank's A and B give together is the piece of the base that the same rank holds. Every expert has pairs of its own, on the
-ranks that hold it.
+so what a rank's A and B give together is the piece of the base that the same rank holds. Every expert has pairs of its own, on
+the ranks that hold it.
 """
 
 from __future__ import annotations
@@ -102,16 +102,16 @@ def check_adapter(shape: ModelShape, adapter: LoraConfig, moe: MoeConfig) -> Non
 def _check_experts(shape: ModelShape, experts: Experts, adapter: LoraConfig, wanted: list[Target]) -> None:
     """Raise ConfigError for adapters of experts that peft would read as others, or not at all.
 
-    With transformers 5, which joins the gate and up of all experts in one tensor, peft joins what files hold for each expert: A of
-    both below each other, B in blocks, twice the rank, twice alpha. That is the same sum only under these conditions.
+    With transformers 5, which joins gate and up of all experts in one tensor, peft joins what files hold for each expert: A of both
+    one below the other, B in blocks, twice the rank, twice alpha. That is the same sum only under these conditions.
     """
     others = [target for target in adapter.targets if target not in DENSE_PROJECTIONS] or ["q_proj", "k_proj", "v_proj", "o_proj"]
     instead = f"allowed are those of attention: [{', '.join(others)}]."
     if experts.shared_ffn_hidden_size or not all(experts.layers):
         what = "shared experts" if experts.shared_ffn_hidden_size else "dense layers"
         raise ConfigError(
-            f"model.adapter.targets: {', '.join(wanted)} are projections of routed experts and of {what} in this {shape.family}, and "
-            f"peft reads these names as the routed experts' alone and would leave the others out; {instead}"
+            f"model.adapter.targets: {', '.join(wanted)} are projections of routed experts and of {what} in this {shape.family}, "
+            f"and peft reads these names as the routed experts' alone and would leave the others out; {instead}"
         )
     if ("gate_proj" in wanted) != ("up_proj" in wanted):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Checkpoints of adapters: they hold adapters alone, any layout goes on from them, and others' are refused. Real megatron-core."""
+"""Checkpoints of adapters hold adapters alone, any layout goes on from them, and others' are refused. Real megatron-core."""
 
 from __future__ import annotations
 

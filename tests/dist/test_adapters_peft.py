@@ -1,4 +1,4 @@
-"""Adapters of one rank are those of the package peft: values, gradients, merged weights, and files both ways. Real megatron-core."""
+"""Adapters of one rank are those of peft: values, gradients, merged weights, and files both ways. Real megatron-core."""
 
 from __future__ import annotations
 
@@ -64,33 +64,34 @@ def test_one_rank_is_peft(alone: dict[str, Found], models: dict[str, Path], fami
 
 
 def taken_apart(name: str, value: Any, family: str) -> Arrays:
-    """One of peft's tensors under our names: itself, or what of it is each expert's; `value` has the experts as peft joins them."""
+    """One of peft's tensors under our names: itself, or what of it is each expert's."""
     if family not in NAMES or ".mlp." not in name:
         return {name: value}
     block, gate, up, down = NAMES[family]
     prefix = name[: name.index(".mlp.")] + f".{block}"
     if name.endswith("mlp.gate.weight"):
         return {f"{prefix}.gate.weight": value}
-    own = {}
-    joined = name.endswith("gate_up_proj") or ".base_layer." in name
+    own, adapter = {}, re.search(r"\.lora_[AB]\.weight$", name)
     for expert in range(EXPERTS):
-        suffix, each = ".weight", value[expert]
-        if found := re.search(r"\.lora_([AB])\.weight$", name):
-            suffix = found[0]
-            in_rows = found[1] == "A"
-            each = (
-                value.reshape(EXPERTS, -1, value.shape[1])[expert]
-                if in_rows
-                else value.reshape(len(value), -1, EXPERTS)[..., expert]
-            )
-        halves = {down: each}
-        if joined:
+        each = of_expert(name, value, expert)
+        parts = {down: each}
+        if name.endswith("gate_up_proj") or ".base_layer." in name:
             first, second = np.split(each, 2)
-            if suffix == ".lora_B.weight":
-                (first, _), (_, second) = (np.split(half, 2, axis=1) for half in (first, second))
-            halves = {gate: first, up: second}
-        own |= {f"{prefix}.experts.{expert}.{projection}{suffix}": half for projection, half in halves.items()}
+            if ".lora_B." in name:  # the blocks that are ours, of four
+                first, second = np.split(first, 2, axis=1)[0], np.split(second, 2, axis=1)[1]
+            parts = {gate: first, up: second}
+        suffix = adapter[0] if adapter else ".weight"
+        own |= {f"{prefix}.experts.{expert}.{projection}{suffix}": part for projection, part in parts.items()}
     return own
+
+
+def of_expert(name: str, value: Any, expert: int) -> Any:
+    """What is one expert's of a tensor of all: weights expert after expert, A so too in rows, B in columns that take turns."""
+    if ".lora_A." in name:
+        return value.reshape(EXPERTS, -1, value.shape[1])[expert]
+    if ".lora_B." in name:
+        return value.reshape(len(value), -1, EXPERTS)[..., expert]
+    return value[expert]
 
 
 def test_an_adapter_of_peft_is_taken(models: dict[str, Path], tmp_path: Path) -> None:
@@ -122,9 +123,9 @@ def log_probs(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     packs, pieces = micro_batches(), []
     for pack in packs:
         bounds = pack.sequences.cu_seqlens.tolist()
-        for start, end in pairwise(bounds):
-            logits = model(input_ids=pack.tokens.input_ids[None, start:end]).logits[0]
-            pieces.append(logits.log_softmax(-1).gather(-1, pack.tokens.labels[start:end, None]).squeeze(-1))
+        for first, end in pairwise(bounds):
+            logits = model(input_ids=pack.tokens.input_ids[None, first:end]).logits[0]
+            pieces.append(logits.log_softmax(-1).gather(-1, pack.tokens.labels[first:end, None]).squeeze(-1))
     mask, logp = torch.cat([pack.tokens.mask for pack in packs]), torch.cat(pieces)
     return logp, -logp[mask].sum() / int(mask.sum())
 

@@ -1,6 +1,7 @@
 """What of a model a checkpoint holds: all of it, or its adapters alone, with the words that name the model they belong to.
 
-A and B are stored whole under their keys (`models.adapters`), in which global layer and expert numbers stand, so any layout reads them.
+A and B are stored whole under their keys (`models.adapters`), in which global numbers of layers and experts stand, so any layout
+reads them.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Only [T, rank] travels between tensor-parallel ranks. With sequence parallelism,
 What of a pair is whole on every rank has seen a part of the tokens, and so has a part of its gradient: megatron adds these up for
 parameters that are marked `sequence_parallel`, norms among them.
 
-An expert's tokens are whole on every rank of its tensor-parallel group, and megatron adds up what these ranks put out. So nothing of
-an expert's adapter travels in the forward pass; what of a pair is whole on every rank has a part of its gradient there, and these
+An expert's tokens are whole on every rank of its tensor-parallel group, and megatron adds up what these ranks put out. So nothing
+of an expert's adapter travels in the forward pass; what of a pair is whole on every rank has a part of its gradient there, and these
 are added up in the backward pass.
 """
 
