@@ -102,8 +102,8 @@ def check_adapter(shape: ModelShape, adapter: LoraConfig, moe: MoeConfig) -> Non
 def _check_experts(shape: ModelShape, experts: Experts, adapter: LoraConfig, wanted: list[Target]) -> None:
     """Raise ConfigError for adapters of experts that peft would read as others, or not at all.
 
-    With transformers 5, which joins gate and up of all experts in one tensor, peft joins what files hold for each expert: A of both
-    one below the other, B in blocks, twice the rank, twice alpha. That is the same sum only under these conditions.
+    With transformers 5, which joins gate and up of all experts in one tensor, peft joins what files hold for each expert: A of
+    both one below the other, B in blocks, twice the rank, twice alpha. That is the same sum only under these conditions.
     """
     others = [target for target in adapter.targets if target not in DENSE_PROJECTIONS] or ["q_proj", "k_proj", "v_proj", "o_proj"]
     instead = f"allowed are those of attention: [{', '.join(others)}]."

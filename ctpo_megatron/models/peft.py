@@ -3,8 +3,8 @@
 What a file says and these adapters do not have is refused by name: none of it may be lost without a word.
 
 Experts stand in the weights' file one by one, under the names that they have in the model's own files. With transformers 5, which
-joins them in one tensor, peft joins A and B when it reads them (`models.adapters` checks that the sum stays the same). What it saves
-from then on (`target_parameters`) is of a pair for gate and up together, which two pairs of that rank need not give.
+joins them in one tensor, peft joins A and B when it reads them (`models.adapters` checks that the sum stays the same). What it
+saves from then on (`target_parameters`) is of a pair for gate and up together, which two pairs of that rank need not give.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def read_peft_config(directory: Path, shape: ModelShape) -> LoraConfig:
         raise ModelError(f"{file}: peft_type is {values.get('peft_type')!r}; allowed is LORA.")
     if values.get("target_parameters"):
         raise ModelError(
-            f"{file}: target_parameters = {values['target_parameters']!r} are tensors in which transformers 5 joins experts, with "
-            "one pair for gate and up together; experts have a pair for each projection here. Let peft merge it "
+            f"{file}: target_parameters = {values['target_parameters']!r} are tensors in which transformers 5 joins experts, "
+            "with one pair for gate and up together; experts have a pair for each projection here. Let peft merge it "
             "(merge_and_unload), and begin with the merged model."
         )
     known = _OWN | _WITHOUT_EFFECT | _PLAIN.keys()

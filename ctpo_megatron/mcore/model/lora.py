@@ -9,8 +9,8 @@ What of a pair is whole on every rank has seen a part of the tokens, and so has 
 parameters that are marked `sequence_parallel`, norms among them.
 
 An expert's tokens are whole on every rank of its tensor-parallel group, and megatron adds up what these ranks put out. So nothing
-of an expert's adapter travels in the forward pass; what of a pair is whole on every rank has a part of its gradient there, and these
-are added up in the backward pass.
+of an expert's adapter travels in the forward pass; what of a pair is whole on every rank has a part of its gradient there, and
+these are added up in the backward pass.
 """
 
 from __future__ import annotations
