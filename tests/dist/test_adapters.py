@@ -201,7 +201,7 @@ def one_family(rank: RankInfo, path: Path, family: str) -> Found:
     before, untouched = base(engine), logp(engine)  # B is 0
     found = train(engine, family)
     found["base moved"] = max(float((p - before[key]).abs().max()) for key, p in base(engine).items())
-    states = [s for part in engine.optimizer.chained_optimizers for s in part.optimizer.state.values()]
+    states = [s for part in engine.optimizer.chained_optimizers if part.optimizer for s in part.optimizer.state.values()]
     found["optimizer"] = sum(state["exp_avg"].numel() for state in states)
     found["targets"] = [target_names(engine.shape)[target] for target in ADAPTERS[family].targets]
     found["trainable"] = sum(p.numel() for p in engine.models[0].parameters() if p.requires_grad)
