@@ -17,6 +17,7 @@ from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.mcore.rank import RankInfo
 from tests.support.adapters import ADAPTERS, Arrays, Found, likelihood, merged_of, start, stir, write_models
+from tests.support.families import MODELS
 from tests.support.ranks import run_ranks
 from tests.support.tiny import micro_batches
 
@@ -26,6 +27,7 @@ EXPERTS = 4
 NO_AUX_LOSS = MoeConfig(
     aux_loss_coeff=0.0
 )  # its gradient goes through the routers' inputs, and is not in the loss of `log_probs`
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 NAMES = {"qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"), "mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
 
 
@@ -95,6 +97,30 @@ def of_expert(name: str, value: Any, expert: int) -> Any:
     if ".lora_B." in name:
         return value.reshape(len(value), -1, EXPERTS)[..., expert]
     return value[expert]
+
+
+def test_what_peft_reads_otherwise_is_refused_here_for_a_reason() -> None:
+    """When one of these fails, `models.adapters` need no longer refuse it."""
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def adapted(family: str, *targets: str, **options: Any) -> list[tuple[str, Any]]:
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 99}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes | MODELS[family]))
+        found = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **options))
+        return [(name, module) for name, module in found.named_modules() if hasattr(module, "scaling")]
+
+    joined, down = (module.scaling["default"] for _, module in reversed(adapted("qwen3_moe", *PROJECTIONS, use_rslora=True)[-2:]))
+    assert down == pytest.approx(4.0)
+    assert joined == pytest.approx(4.0 * math.sqrt(2))
+    names = [name for name, _ in adapted("qwen3_moe_mixed", *PROJECTIONS)]
+    assert names
+    assert not any(".layers.0." in name for name in names), "the dense layer's are left out"
+    names = [name for name, _ in adapted("glm4_moe", *PROJECTIONS)]
+    assert names
+    assert not any("shared" in name or ".layers.0." in name for name in names)
+    with pytest.raises(ValueError, match="without also targeting"):
+        adapted("qwen3_moe", "gate_proj", "down_proj")
 
 
 def test_an_adapter_of_peft_is_taken(models: dict[str, Path], tmp_path: Path) -> None:
