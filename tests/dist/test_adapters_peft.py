@@ -108,7 +108,7 @@ def test_what_peft_reads_otherwise_is_refused_here_for_a_reason() -> None:
         sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 99}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes | MODELS[family]))
         found = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **options))
-        return [(name, module) for name, module in found.named_modules() if hasattr(module, "scaling")]
+        return [(name, module) for name, module in found.named_modules() if hasattr(module, "lora_A")]
 
     joined, down = (module.scaling["default"] for _, module in reversed(adapted("qwen3_moe", *PROJECTIONS, use_rslora=True)[-2:]))
     assert down == pytest.approx(4.0)

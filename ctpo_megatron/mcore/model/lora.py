@@ -153,8 +153,8 @@ def add_adapters(model: Any, shape: ModelShape, adapter: LoraConfig, dtype: torc
     for name, linear in list(model.named_modules()):
         if hasattr(linear, "weight0"):  # TransformerEngine's, of all experts of this rank
             several = [adding.of(f"{name}{WEIGHT}{number}") for number in range(linear.num_gemms)]
-            if several[0] is not None:
-                linear.add_module(ADAPTER, nn.ModuleList(several))
+            if adapters := [each for each in several if each is not None]:
+                linear.add_module(ADAPTER, nn.ModuleList(adapters))
                 linear.register_forward_hook(add_of_experts)
         elif (one := adding.of(name + WEIGHT)) is not None:
             linear.add_module(ADAPTER, one)
