@@ -23,7 +23,7 @@ class LoraConfig(Section):
     use_rslora: bool = False
     """s is alpha / sqrt(rank) instead, arXiv 2312.03732."""
     targets: tuple[Target, ...] = Field(TARGETS, min_length=1)
-    """Projections that have an adapter, in every layer. A mixture of experts takes those of attention only."""
+    """Projections that have an adapter, in every layer; those of a mixture of experts in every expert."""
     path: FilePath | None = None
     """Directory in peft's format (adapter_config.json, adapter_model.safetensors) that training begins with. null: A is drawn by
     `seed`, B is 0."""

@@ -6,17 +6,19 @@ The adapters of one parameter of Megatron's are kept beside it, one pair for eac
     rows are cut   (q, k, gate)   [rank, in]   whole         [out, rank]  its rows are cut
     columns        (o, down)      [rank, in]   its columns   [out, rank]  whole
 
-so what a rank's A and B give together is the piece of the base that the same rank holds.
+so what a rank's A and B give together is the piece of the base that the same rank holds. Every expert has pairs of its own, on
+the ranks that hold it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctpo_megatron.config.adapter import LoraConfig
+from ctpo_megatron.config.adapter import TARGETS, LoraConfig, Target
 from ctpo_megatron.config.model import MoeConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.models.shape import LatentAttention, ModelShape
+from ctpo_megatron.models.families import FAMILIES
+from ctpo_megatron.models.shape import Experts, LatentAttention, ModelShape
 from ctpo_megatron.models.tensors import COLUMN, DENSE_PROJECTIONS, ROW, WHOLE, HfTensor, hf_tensors
 
 ADAPTER = "adapter"  # in the keys of A and B, the name of what holds them beside a linear layer
@@ -28,25 +30,38 @@ PART = "+"  # which is in no key
 class AdaptedTensor:
     """A tensor of the model and the pair that is added to it."""
 
+    target: Target
     base: HfTensor
     a: HfTensor
     b: HfTensor
 
 
+def target_names(shape: ModelShape) -> dict[Target, str]:
+    """What the model's own files call each projection; where it has experts, what they call that of an expert."""
+    names: dict[Target, str] = {target: target for target in TARGETS}
+    if shape.experts is not None:
+        mixture = FAMILIES[shape.family].mixture
+        names |= {"gate_proj": mixture.gate, "up_proj": mixture.up, "down_proj": mixture.down}
+    return names
+
+
 def adapted_tensors(shape: ModelShape, adapter: LoraConfig) -> list[AdaptedTensor]:
     """Every pair, in the order of the model's tensors. A and B have the names of peft's files without "base_model.model."."""
     found = []
+    names = target_names(shape)
+    of_experts = {names[target]: target for target in adapter.targets}
+    others = {str(target): target for target in adapter.targets}
     for base in hf_tensors(shape):
         name = base.name.removesuffix(WEIGHT)
-        target = name.rpartition(".")[2]
-        if name == base.name or target not in adapter.targets:
+        target = (others if base.expert is None else of_experts).get(name.rpartition(".")[2])
+        if name == base.name or target is None:
             continue
         rows, columns = base.shape
         key = f"{base.key.removesuffix(WEIGHT)}.{ADAPTER}.{target}"
-        by_column = base.cut.dim == 1
-        a = HfTensor(f"{name}.lora_A.weight", (adapter.rank, columns), f"{key}.a", 0, ROW if by_column else WHOLE, base.layer)
-        b = HfTensor(f"{name}.lora_B.weight", (rows, adapter.rank), f"{key}.b", 0, WHOLE if by_column else COLUMN, base.layer)
-        found.append(AdaptedTensor(base, a, b))
+        by_column, place = base.cut.dim == 1, (base.layer, base.expert)
+        a = HfTensor(f"{name}.lora_A.weight", (adapter.rank, columns), f"{key}.a", 0, ROW if by_column else WHOLE, *place)
+        b = HfTensor(f"{name}.lora_B.weight", (rows, adapter.rank), f"{key}.b", 0, WHOLE if by_column else COLUMN, *place)
+        found.append(AdaptedTensor(target, base, a, b))
     return found
 
 
@@ -74,15 +89,37 @@ def check_adapter(shape: ModelShape, adapter: LoraConfig, moe: MoeConfig) -> Non
         )
     if shape.experts is None:
         return
-    wanted = [target for target in adapter.targets if target in DENSE_PROJECTIONS]
-    if wanted:
-        others = ", ".join(target for target in adapter.targets if target not in DENSE_PROJECTIONS)
-        raise ConfigError(
-            f"model.adapter.targets: {', '.join(wanted)} are experts' in {shape.family}, a mixture, and experts have no adapters "
-            f"here; allowed are those of attention: [{others or 'q_proj, k_proj, v_proj, o_proj'}]."
-        )
     if moe.bias_update_rate:
         raise ConfigError(
             f"moe.bias_update_rate = {moe.bias_update_rate} moves the routers' biases, which belong to the model that adapters "
             "leave as it is; set it to 0, or model.adapter to null."
+        )
+    wanted = [target for target in adapter.targets if target in DENSE_PROJECTIONS]
+    if wanted:
+        _check_experts(shape, shape.experts, adapter, wanted)
+
+
+def _check_experts(shape: ModelShape, experts: Experts, adapter: LoraConfig, wanted: list[Target]) -> None:
+    """Raise ConfigError for adapters of experts that peft would read as others, or not at all.
+
+    With transformers 5, which joins gate and up of all experts in one tensor, peft joins what files hold for each expert: A of
+    both one below the other, B in blocks, twice the rank, twice alpha. That is the same sum only under these conditions.
+    """
+    others = [target for target in adapter.targets if target not in DENSE_PROJECTIONS] or ["q_proj", "k_proj", "v_proj", "o_proj"]
+    instead = f"allowed are those of attention: [{', '.join(others)}]."
+    if experts.shared_ffn_hidden_size or not all(experts.layers):
+        what = "shared experts" if experts.shared_ffn_hidden_size else "dense layers"
+        raise ConfigError(
+            f"model.adapter.targets: {', '.join(wanted)} are projections of routed experts and of {what} in this {shape.family}, "
+            f"and peft reads these names as the routed experts' alone and would leave the others out; {instead}"
+        )
+    if ("gate_proj" in wanted) != ("up_proj" in wanted):
+        raise ConfigError(
+            f"model.adapter.targets: {', '.join(wanted)} has one of gate_proj and up_proj, and peft takes those of experts "
+            "together only; name both or neither."
+        )
+    if adapter.use_rslora:
+        raise ConfigError(
+            "model.adapter.use_rslora: peft doubles the rank of experts' gate and up, and would then scale them by sqrt(2) too "
+            f"much; set it to false and alpha to {adapter.scale * adapter.rank:.10g}, which is the same scale."
         )

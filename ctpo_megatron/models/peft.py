@@ -1,17 +1,22 @@
 """The adapter_config.json of the package peft: what we write, and what of others' we can take. Needs neither torch nor megatron.
 
 What a file says and these adapters do not have is refused by name: none of it may be lost without a word.
+
+Experts stand in the weights' file one by one, under the names that they have in the model's own files. With transformers 5, which
+joins them in one tensor, peft joins A and B when it reads them (`models.adapters` checks that the sum stays the same). What it
+saves from then on (`target_parameters`) is of a pair for gate and up together, which two pairs of that rank need not give.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.errors import ModelError
-from ctpo_megatron.models.adapters import adapter_tensors
+from ctpo_megatron.models.adapters import adapter_tensors, target_names
 from ctpo_megatron.models.files import read_json
 from ctpo_megatron.models.shape import ModelShape
 
@@ -64,8 +69,9 @@ _MOVES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")  # beginnings of w
 _OWN = {"r", "lora_alpha", "use_rslora", "target_modules"}
 
 
-def peft_config(adapter: LoraConfig, base: str) -> dict[str, Any]:
+def peft_config(shape: ModelShape, adapter: LoraConfig, base: str) -> dict[str, Any]:
     """What adapter_config.json says of an adapter of the model at `base`."""
+    names = target_names(shape)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -73,7 +79,7 @@ def peft_config(adapter: LoraConfig, base: str) -> dict[str, Any]:
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "use_rslora": adapter.use_rslora,
-        "target_modules": list(adapter.targets),
+        "target_modules": [names[target] for target in adapter.targets],
         "bias": "none",
         "lora_dropout": 0.0,
         "fan_in_fan_out": False,
@@ -83,12 +89,18 @@ def peft_config(adapter: LoraConfig, base: str) -> dict[str, Any]:
     }
 
 
-def read_peft_config(directory: Path) -> LoraConfig:
+def read_peft_config(directory: Path, shape: ModelShape) -> LoraConfig:
     """The adapter that a directory of peft's describes. Raises ModelError, naming the key, for what cannot be had here."""
     file = directory / CONFIG_FILE
     values = read_json(file)
     if values.get("peft_type") != "LORA":
         raise ModelError(f"{file}: peft_type is {values.get('peft_type')!r}; allowed is LORA.")
+    if values.get("target_parameters"):
+        raise ModelError(
+            f"{file}: target_parameters = {values['target_parameters']!r} are tensors in which transformers 5 joins experts, "
+            "with one pair for gate and up together; experts have a pair for each projection here. Let peft merge it "
+            "(merge_and_unload), and begin with the merged model."
+        )
     known = _OWN | _WITHOUT_EFFECT | _PLAIN.keys()
     for key, value in values.items():
         if key not in known and value not in (None, False, {}, []):
@@ -103,29 +115,32 @@ def read_peft_config(directory: Path) -> LoraConfig:
         )
     targets = values.get("target_modules")
     if not isinstance(targets, list):
-        raise ModelError(f"{file}: target_modules is {targets!r}; allowed is a list of projections.")
+        router = ", the routers of a mixture among them" if targets == "all-linear" and shape.experts else ""
+        raise ModelError(f"{file}: target_modules is {targets!r}{router}; allowed is a list of projections.")
+    own = {name: target for target, name in target_names(shape).items()}
     try:
         return LoraConfig.model_validate(
             {
                 "rank": values.get("r", 8),
                 "alpha": values.get("lora_alpha", 8),
                 "use_rslora": values.get("use_rslora", False),
-                "targets": targets,
+                "targets": [own.get(target, target) for target in targets],
             }
         )
     except ValueError as error:
         raise ModelError(f"{file}: it describes no adapter that can be had here: {error}") from error
 
 
-def check_peft_config(directory: Path, adapter: LoraConfig) -> None:
+def check_peft_config(directory: Path, shape: ModelShape, adapter: LoraConfig) -> None:
     """Raise ModelError where a directory of peft's describes another adapter than the configuration."""
-    found = read_peft_config(directory)
-    for key, ours, theirs in (
+    found = read_peft_config(directory, shape)
+    checked: list[tuple[str, Any, Any]] = [
         ("rank", adapter.rank, found.rank),
-        ("alpha", adapter.alpha, found.alpha),
-        ("use_rslora", adapter.use_rslora, found.use_rslora),
         ("targets", list(adapter.targets), list(found.targets)),
-    ):
+    ]
+    if not math.isclose(adapter.scale, found.scale):
+        checked += [("alpha", adapter.alpha, found.alpha), ("use_rslora", adapter.use_rslora, found.use_rslora)]
+    for key, ours, theirs in checked:
         if ours != theirs:
             raise ModelError(
                 f"{directory / CONFIG_FILE} says {theirs}, but model.adapter.{key} is {ours}; set model.adapter.{key} to it."

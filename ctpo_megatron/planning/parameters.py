@@ -50,12 +50,19 @@ def stage_parameters(shape: ModelShape, parallel: ParallelConfig, *, value_head:
 
 def stage_adapters(shape: ModelShape, parallel: ParallelConfig, adapter: LoraConfig) -> list[Parameters]:
     """What one rank of each pipeline stage holds of A and B."""
-    by_layer: dict[int | None, int] = {}
+    by_layer: dict[int | None, Parameters] = {}
     for tensor in adapter_tensors(shape, adapter):
-        numbers = math.prod(tensor.shape) // (1 if tensor.cut.dim is None else parallel.tp)
-        by_layer[tensor.layer] = by_layer.get(tensor.layer, 0) + numbers
+        numbers, cut = math.prod(tensor.shape), tensor.cut.dim is not None
+        if tensor.expert is None:
+            held = Parameters(numbers // parallel.tp if cut else numbers)
+        elif tensor.expert < shape.num_experts // parallel.ep:  # those of any rank are as many as those of the first
+            held = Parameters(0, numbers // parallel.etp if cut else numbers)
+        else:
+            continue
+        by_layer[tensor.layer] = by_layer.get(tensor.layer, Parameters(0)) + held
     stages = stage_layers(shape, parallel)
-    return [Parameters(sum(by_layer.get(number, 0) for chunk in chunks for number in chunk)) for chunks in stages]
+    none = Parameters(0)
+    return [sum((by_layer.get(number, none) for chunk in chunks for number in chunk), none) for chunks in stages]
 
 
 def layer_parameters(shape: ModelShape, layer: int, tp: int = 1, ep: int = 1, etp: int = 1) -> Parameters:

@@ -1,6 +1,7 @@
 """What of a model a checkpoint holds: all of it, or its adapters alone, with the words that name the model they belong to.
 
-A and B are stored whole under their keys (`models.adapters`), in which global layer numbers stand, so any layout reads them.
+A and B are stored whole under their keys (`models.adapters`), in which global numbers of layers and experts stand, so any layout
+reads them.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.errors import CheckpointError
 from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.hf.load import unwrap
-from ctpo_megatron.mcore.model.lora import adapter_pairs
+from ctpo_megatron.mcore.model.lora import adapter_parameters
 from ctpo_megatron.models.files import weight_files
-from ctpo_megatron.models.tensors import VALUE_HEAD, HfTensor
+from ctpo_megatron.models.tensors import VALUE_HEAD
 from ctpo_megatron.parallel.plain import all_gather_plain
 
 
 def model_shards(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
     """Returns megatron's description of this rank's shards of one chunk; of its adapters only, where it has some."""
-    adapters = _adapters(model)
+    adapters = list(adapter_parameters([model]))
     if not adapters:
         return unwrap(model).sharded_state_dict(metadata=metadata)
-    coords, replica = current_coords(), parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    found = {}
+    coords, found = current_coords(), {}
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    replica_of_expert = parallel_state.get_expert_data_parallel_rank()
     for tensor, parameter in adapters:
-        if tensor.cut.dim is None:
-            cut, same = [], (0, coords.tp_rank, replica)
-        else:
-            cut, same = [(tensor.cut.dim, coords.tp_rank, coords.tp_size)], (0, 0, replica)
+        (rank, size), copy = coords.share(tensor), replica if tensor.expert is None else replica_of_expert
+        cut = [] if tensor.cut.dim is None else [(tensor.cut.dim, rank, size)]
+        same = (0, 0 if cut else rank, copy)
         found[tensor.key] = ShardedTensor.from_rank_offsets(tensor.key, parameter, *cut, replica_id=same)
     return found
 
@@ -45,15 +46,11 @@ def model_shards(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def take_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Give one chunk what was read for the description of `model_shards`."""
-    adapters = _adapters(model)
+    adapters = list(adapter_parameters([model]))
     if not adapters:
         unwrap(model).load_state_dict(state)
     for tensor, parameter in adapters:
         parameter.copy_(state[tensor.key])
-
-
-def _adapters(model: nn.Module) -> list[tuple[HfTensor, nn.Parameter]]:
-    return [each for pair in adapter_pairs([model]) for each in ((pair.adapted.a, pair.a), (pair.adapted.b, pair.b))]
 
 
 def adapter_words(adapter: LoraConfig, model_path: str) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ctpo_megatron.checkpoints.hashes import text_hash
 from ctpo_megatron.mcore.groups import current_coords
-from ctpo_megatron.mcore.model.lora import Pair, adapter_pairs
+from ctpo_megatron.mcore.model.lora import adapter_pairs
+from ctpo_megatron.mcore.model.pairs import Pair
 from ctpo_megatron.models.tensors import HfTensor
 
 

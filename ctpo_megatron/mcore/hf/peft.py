@@ -16,7 +16,7 @@ from ctpo_megatron.errors import CheckpointError, ModelError
 from ctpo_megatron.mcore.collective import first_complaint, on_first_rank
 from ctpo_megatron.mcore.hf.adapters import own_piece
 from ctpo_megatron.mcore.hf.stream import gather_adapters
-from ctpo_megatron.mcore.model.lora import adapter_pairs
+from ctpo_megatron.mcore.model.lora import adapter_parameters
 from ctpo_megatron.models.peft import CONFIG_FILE, PREFIX, WEIGHTS_FILE, check_peft_config, check_peft_names, peft_config
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.parallel.plain import all_gather_plain
@@ -26,21 +26,18 @@ from ctpo_megatron.parallel.plain import all_gather_plain
 def load_peft(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig, directory: str | Path) -> None:
     """Take the values of A and B from a directory of peft's. Raises ModelError where it describes or holds others."""
     path = Path(directory)
-    check_peft_config(path, adapter)
+    check_peft_config(path, shape, adapter)
     file = path / WEIGHTS_FILE
     if not file.is_file():
         raise ModelError(f"{file} is not there; adapters are read from safetensors only.")
     try:
         with safe_open(file, framework="pt") as stored:
             check_peft_names(path, set(stored.keys()), shape, adapter)
-            for pair in adapter_pairs(models):
-                for tensor, parameter in ((pair.adapted.a, pair.a), (pair.adapted.b, pair.b)):
-                    whole = stored.get_tensor(PREFIX + tensor.name)
-                    if tuple(whole.shape) != tensor.shape:
-                        raise ModelError(
-                            f"{file}: {tensor.name} is {list(whole.shape)}; the model asks for {list(tensor.shape)}."
-                        )
-                    parameter.copy_(own_piece(whole, tensor))
+            for tensor, parameter in adapter_parameters(models):
+                whole = stored.get_tensor(PREFIX + tensor.name)
+                if tuple(whole.shape) != tensor.shape:
+                    raise ModelError(f"{file}: {tensor.name} is {list(whole.shape)}; the model asks for {list(tensor.shape)}.")
+                parameter.copy_(own_piece(whole, tensor))
     except SafetensorError as error:
         raise ModelError(f"{file}: not a readable safetensors file: {error}.") from error
 
@@ -77,7 +74,7 @@ def save_peft(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig, b
     def write() -> None:
         temporary_directory(target)
         save_file(tensors, work / WEIGHTS_FILE, metadata={"format": "pt"})
-        (work / CONFIG_FILE).write_text(json.dumps(peft_config(adapter, base), indent=2) + "\n", encoding="utf-8")
+        (work / CONFIG_FILE).write_text(json.dumps(peft_config(shape, adapter, base), indent=2) + "\n", encoding="utf-8")
         complete_directory(work, target)
 
     on_first_rank(write, f"adapter directory {target} cannot be written")

@@ -19,7 +19,7 @@ from ctpo_megatron.mcore.hf.adapters import Merging
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.hf.cuts import unpack
 from ctpo_megatron.mcore.hf.load import keyed_tensors, layer_numbers, unwrap
-from ctpo_megatron.mcore.model.lora import adapter_pairs
+from ctpo_megatron.mcore.model.lora import adapter_pairs, adapter_parameters
 from ctpo_megatron.models.adapters import adapter_tensors, part_name
 from ctpo_megatron.models.owners import Holders, Holding, make_buckets, unit_of
 from ctpo_megatron.models.shape import ModelShape
@@ -49,10 +49,12 @@ def pieces_of(models: list[nn.Module], shape: ModelShape) -> dict[str, Tensor]:
 
 def sources_of(models: list[nn.Module], shape: ModelShape) -> dict[str, Tensor]:
     """All that this rank's parts of exported tensors are made of: `pieces_of`, and adapters, by `models.adapters.part_name`."""
-    pairs = list(adapter_pairs(models))
-    a = {part_name(pair.adapted.base.key, pair.adapted.a.name): pair.a.detach() for pair in pairs}
-    b = {part_name(pair.adapted.base.key, pair.adapted.b.name): pair.b.detach() for pair in pairs}
-    return pieces_of(models, shape) | a | b
+    parts = {
+        part_name(pair.adapted.base.key, tensor.name): parameter.detach()
+        for pair in adapter_pairs(models)
+        for tensor, parameter in pair.parts()
+    }
+    return pieces_of(models, shape) | parts
 
 
 @torch.no_grad()
@@ -97,8 +99,7 @@ def export_stream(
 @torch.no_grad()
 def gather_adapters(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig) -> NamedTensors:
     """A and B of every pair, whole, on rank 0, under the names of `models.adapters`; nothing on other ranks. Collective."""
-    kept = [each for pair in adapter_pairs(models) for each in ((pair.adapted.a, pair.a), (pair.adapted.b, pair.b))]
-    parameters = {tensor.key: parameter.detach() for tensor, parameter in kept}
+    parameters = {tensor.key: parameter.detach() for tensor, parameter in adapter_parameters(models)}
     like = next(unwrap(models[0]).parameters())
     memory = BucketMemory(like.device)
     gathering = _Gathering(find_holders(models, shape), parameters, shape, like.dtype, memory, Merging(models))

@@ -92,7 +92,7 @@ def _chunk(
             # expert-data-parallel group. megatron's layers ask for that only where ep > 1.
             parameter.allreduce = False  # type: ignore[attr-defined]  # megatron's own mark
     if adapter is not None:
-        add_adapters(model, shape, adapter, config.params_dtype, parallel_state.get_tensor_model_parallel_group())
+        add_adapters(model, shape, adapter, config.params_dtype)
     if critic is not None and model.post_process:
         add_value_head(model, critic.weights, parallel_state.get_tensor_model_parallel_group())
     model.to(device)

@@ -7,6 +7,10 @@ Only [T, rank] travels between tensor-parallel ranks. With sequence parallelism,
 
 What of a pair is whole on every rank has seen a part of the tokens, and so has a part of its gradient: megatron adds these up for
 parameters that are marked `sequence_parallel`, norms among them.
+
+An expert's tokens are whole on every rank of its tensor-parallel group, and megatron adds up what these ranks put out. So nothing
+of an expert's adapter travels in the forward pass; what of a pair is whole on every rank has a part of its gradient there, and
+these are added up in the backward pass.
 """
 
 from __future__ import annotations
@@ -17,43 +21,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor, nn
 
 from ctpo_megatron.config.adapter import LoraConfig
+from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.hf.load import layer_numbers
-from ctpo_megatron.models.adapters import ADAPTER, WEIGHT, AdaptedTensor, adapted_tensors
+from ctpo_megatron.mcore.model.pairs import Pair
+from ctpo_megatron.models.adapters import ADAPTER, WEIGHT, adapted_tensors
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
 from ctpo_megatron.models.tensors import HfTensor, hf_tensors, parameter_key
-
-
-class Pair(nn.Module):
-    """A and B of one tensor of the model: this rank's pieces, B zero and A without values yet."""
-
-    def __init__(self, adapted: AdaptedTensor, scale: float, tp_size: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.adapted, self.scale = adapted, scale
-        self.a = _parameter(adapted.a, tp_size, dtype)
-        self.b = _parameter(adapted.b, tp_size, dtype)
-
-    def delta(self) -> Tensor:
-        """s B A, float32: what the pair adds to this rank's piece of the tensor."""
-        return (self.b.detach().float() @ self.a.detach().float()).mul_(self.scale)
-
-
-def _parameter(tensor: HfTensor, tp_size: int, dtype: torch.dtype) -> nn.Parameter:
-    dim = tensor.cut.dim
-    size = [length // tp_size if axis == dim else length for axis, length in enumerate(tensor.shape)]
-    parameter = nn.Parameter(torch.zeros(size, dtype=dtype))
-    if dim is None:
-        parameter.sequence_parallel = tp_size > 1  # type: ignore[attr-defined]  # megatron's own mark
-    else:
-        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
-    return parameter
 
 
 class LinearAdapter(nn.Module):
@@ -72,30 +54,50 @@ class LinearAdapter(nn.Module):
         self.outputs = [(pairs.get(tensor.name), tensor.shape[0] // cut) for tensor in tensors]
         self.pairs = list(pairs.values())
         for pair in self.pairs:
-            self.add_module(_target(pair.adapted.base), pair)
+            self.add_module(pair.adapted.target, pair)
 
     def forward(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """What is added to the output of the layer for the input x [T, ..., in]. `norm`: weight of a norm within the layer."""
         if norm is not None:
             x = F.rms_norm(x, norm.shape, norm, self.eps)
-        inner = F.linear(x, torch.cat([pair.a for pair in self.pairs]))
-        if self.tp_group.size() > 1:
-            if self.by_column:
-                inner = reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
-            else:
-                inner = gather_from_sequence_parallel_region(inner, group=self.tp_group)
+        inner = self.inner(x, torch.cat([pair.a for pair in self.pairs]))
         scaled = iter((inner * self.pairs[0].scale).chunk(len(self.pairs), dim=-1))
         parts = [
-            inner.new_zeros(*inner.shape[:-1], rows) if pair is None else F.linear(next(scaled), pair.b)
+            inner.new_zeros(*inner.shape[:-1], rows) if pair is None else F.linear(next(scaled), self.outer(pair.b))
             for pair, rows in self.outputs
         ]
         if self.groups:
             return torch.cat([part.unflatten(-1, (self.groups, -1)) for part in parts], dim=-1).flatten(-2)
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
+    def inner(self, x: Tensor, a: Tensor) -> Tensor:
+        """A x [T, ..., ranks of all pairs] of the tokens that this rank puts out."""
+        inner = F.linear(x, a)
+        if self.tp_group.size() == 1:
+            return inner
+        if self.by_column:
+            return reduce_scatter_to_sequence_parallel_region(inner, group=self.tp_group)
+        return gather_from_sequence_parallel_region(inner, group=self.tp_group)
 
-def _target(base: HfTensor) -> str:
-    return base.name.removesuffix(WEIGHT).rpartition(".")[2]
+    def outer(self, b: Tensor) -> Tensor:
+        """B as the forward pass takes it."""
+        return b
+
+
+class ExpertAdapter(LinearAdapter):
+    """The pairs of a linear layer of one expert; `tp_group` is that of expert tensor parallelism."""
+
+    def inner(self, x: Tensor, a: Tensor) -> Tensor:
+        """A x, or this rank's part of it where the columns are cut."""
+        return F.linear(x, a if self.by_column else self.whole(a))
+
+    def outer(self, b: Tensor) -> Tensor:
+        """B, which is whole where the columns are cut."""
+        return self.whole(b) if self.by_column else b
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The same parameter, of whose gradient each rank of the group has a part."""
+        return copy_to_tensor_model_parallel_region(parameter, group=self.tp_group)
 
 
 def _add(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None] | None:
@@ -106,22 +108,56 @@ def _add(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor |
     return result + linear.adapter(inputs[0], getattr(linear, "layer_norm_weight", None)), bias
 
 
-def add_adapters(model: Any, shape: ModelShape, adapter: LoraConfig, dtype: torch.dtype, tp_group: Any) -> None:
+def add_of_experts(
+    linear: Any, inputs: tuple[Tensor, list[int]], output: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None] | None:
+    """A forward hook of TransformerEngine's layer of all experts of a rank, whose tokens come one expert after the other."""
+    adapters: Sequence[LinearAdapter] = list(linear.adapter)
+    if not adapters[0].enabled:
+        return None
+    (tokens, counts), (result, bias) = inputs, output
+    added = [adapter(x) for adapter, x in zip(adapters, tokens.split(counts), strict=True)]
+    return result + torch.cat(added), bias
+
+
+class _Adding:
+    """Finds the adapters of this rank's linear layers, by the names of their parameters."""
+
+    def __init__(self, model: Any, shape: ModelShape, adapter: LoraConfig, dtype: torch.dtype) -> None:
+        self.shape, self.scale, self.dtype = shape, adapter.scale, dtype
+        self.adapted = {each.base.name: each for each in adapted_tensors(shape, adapter)}
+        self.by_key: dict[str, list[HfTensor]] = {}
+        for tensor in hf_tensors(shape):
+            self.by_key.setdefault(tensor.key, []).append(tensor)
+        coords, attention = current_coords(), shape.attention
+        self.layers, self.first_expert = layer_numbers(model), coords.ep_rank * (shape.num_experts // coords.ep_size)
+        self.groups = attention.num_kv_heads // coords.tp_size if isinstance(attention, HeadAttention) else 0
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+        self.expert_group = parallel_state.get_expert_tensor_parallel_group()
+
+    def of(self, name: str) -> LinearAdapter | None:
+        """The adapter of the layer whose weight this rank's model calls `name`; None where it has none."""
+        tensors = self.by_key.get(parameter_key(name, self.layers, self.first_expert), [])
+        mine = [self.adapted[tensor.name] for tensor in tensors if tensor.name in self.adapted]
+        if not mine:
+            return None
+        kind, group = (LinearAdapter, self.tp_group) if tensors[0].expert is None else (ExpertAdapter, self.expert_group)
+        pairs = {each.base.name: Pair(each, self.scale, group, self.dtype) for each in mine}
+        return kind(tensors, pairs, self.groups, self.shape.rms_eps, group)
+
+
+def add_adapters(model: Any, shape: ModelShape, adapter: LoraConfig, dtype: torch.dtype) -> None:
     """Freeze a GPTModel and give its linear layers their adapters."""
     model.requires_grad_(False)
-    adapted = {each.base.name: each for each in adapted_tensors(shape, adapter)}
-    by_key: dict[str, list[HfTensor]] = {}
-    for tensor in hf_tensors(shape):
-        by_key.setdefault(tensor.key, []).append(tensor)
-    attention, tp_size = shape.attention, tp_group.size()
-    groups = attention.num_kv_heads // tp_size if isinstance(attention, HeadAttention) else 0
-    layers = layer_numbers(model)
+    adding = _Adding(model, shape, adapter, dtype)
     for name, linear in list(model.named_modules()):
-        tensors = by_key.get(parameter_key(name + WEIGHT, layers, 0), [])
-        mine = [adapted[tensor.name] for tensor in tensors if tensor.name in adapted]
-        if mine:
-            pairs = {each.base.name: Pair(each, adapter.scale, tp_size, dtype) for each in mine}
-            linear.add_module(ADAPTER, LinearAdapter(tensors, pairs, groups, shape.rms_eps, tp_group))
+        if hasattr(linear, "weight0"):  # TransformerEngine's, of all experts of this rank
+            several = [adding.of(f"{name}{WEIGHT}{number}") for number in range(linear.num_gemms)]
+            if adapters := [each for each in several if each is not None]:
+                linear.add_module(ADAPTER, nn.ModuleList(adapters))
+                linear.register_forward_hook(add_of_experts)
+        elif (one := adding.of(name + WEIGHT)) is not None:
+            linear.add_module(ADAPTER, one)
             linear.register_forward_hook(_add)
     if model.pre_process and model.config.recompute_granularity == "full":
         # what is computed again without gradients takes part in the backward pass only if an input of it does
@@ -138,6 +174,12 @@ def adapter_pairs(models: Iterable[nn.Module]) -> Iterator[Pair]:
     """Their pairs; none where all weights are trained."""
     for adapter in linear_adapters(models):
         yield from adapter.pairs
+
+
+def adapter_parameters(models: Iterable[nn.Module]) -> Iterator[tuple[HfTensor, nn.Parameter]]:
+    """What of them is trained, by the names and shapes of the whole tensors."""
+    for pair in adapter_pairs(models):
+        yield from pair.parts()
 
 
 @contextmanager
