@@ -18,6 +18,7 @@ from ctpo_megatron.config.sft import SftConfig
 from ctpo_megatron.config.trace import TraceConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
+from ctpo_megatron.errors import ConfigError
 
 
 class RunConfig(Section):
@@ -165,6 +166,43 @@ class RunConfig(Section):
     def _traced_ranks_are_there(self) -> RunConfig:
         self.trace.check(self.parallel.world_size, self.cluster.device)
         return self
+
+    @model_validator(mode="after")
+    def _servers_may_differ_from_the_trainer(self) -> RunConfig:
+        if self.weights.quantization is None:
+            return self
+        counted = self.algorithm.correction is not None or "rollout" in (self.algorithm.anchor, self.algorithm.objective.anchor)
+        if self.drift.mean == "auto" and not counted:
+            raise ValueError(
+                f"weights.quantization={self.weights.quantization}: servers sample from a policy that is not quite the trainer's, "
+                "which ratios against the trainer's own log-probs leave out; set algorithm.correction (type=truncate, "
+                "level=token, for example), or say by a drift.mean of your own, a number or null, that it may be left out "
+                "(docs/precision.md)"
+            )
+        known = self.cluster.device != "auto" or self.model.dtype == "float32"
+        if known and (fault := self._number_format_fault(self.cluster.device)):
+            raise ValueError(fault)
+        return self
+
+    def check_device(self, device: str) -> None:
+        """Raise ConfigError for what cannot work on `device`, cpu or cuda, now that it is known to be the one."""
+        if fault := self._number_format_fault(device):
+            raise ConfigError(fault)
+
+    def _number_format_fault(self, device: str) -> str:
+        """Returns why servers on `device` cannot keep weights in fp8 beside the model's number format; empty where they can."""
+        dtype = self.model.dtype_on(device)
+        if self.weights.quantization is None or dtype == "bfloat16":
+            return ""
+        return (
+            f"weights.quantization={self.weights.quantization} with model.dtype={self.model.dtype}, which is {dtype} here: beside "
+            "weights in fp8 SGLang computes in bfloat16 only; set model.dtype=bfloat16, or weights.quantization=null"
+        )
+
+    @property
+    def unquantised(self) -> RunConfig:
+        """Returns this configuration with servers that keep a model's weights as its files have them."""
+        return self.model_copy(update={"weights": self.weights.model_copy(update={"quantization": None})})
 
     @property
     def layouts(self) -> list[ParallelConfig]:

@@ -79,6 +79,7 @@ class EngineActor:
             routed_experts=self._routed_experts,
             shared_expert=self._shared_expert,
             memory_saver=bool(self._gpus) and config.weights.servers_sleep,
+            quantised=config.weights.quantization is not None,
             part=Part(rank, head),
         )
         if device != "cpu" and sees_gpu():  # without a driver there is nothing to compile for, and the server says so

@@ -178,7 +178,11 @@ class TrainerActor:
                 with_own,
                 algorithm=config.algorithm,
                 temperature=config.rollout.temperature,
-                drift=config.drift.bounds(config.model.dtype_on(config.cluster.device), mixture=self.shape.num_experts > 0),
+                drift=config.drift.bounds(
+                    config.model.dtype_on(config.cluster.device),
+                    mixture=self.shape.num_experts > 0,
+                    quantised=config.weights.quantization is not None,
+                ),
                 version=version,
                 reference=self._built.reference,
                 teachers=self._built.teachers,
