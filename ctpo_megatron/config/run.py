@@ -168,6 +168,17 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _micro_batches_suit_fp8(self) -> RunConfig:
+        most, layouts = self.train.max_tokens_per_micro_batch, self.layouts if self.train.fp8 is not None else []
+        for layout in layouts:
+            if most % (multiple := self.train.token_multiple * layout.tp):
+                raise ValueError(
+                    f"train.max_tokens_per_micro_batch={most} is no multiple of {multiple}, as train.fp8 wants it with "
+                    f"parallel.tp={layout.tp}: a rank's products are over multiples of {self.train.token_multiple} tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _servers_may_differ_from_the_trainer(self) -> RunConfig:
         if self.weights.quantization is None:
             return self
@@ -179,6 +190,10 @@ class RunConfig(Section):
                 "level=token, for example), or say by a drift.mean of your own, a number or null, that it may be left out "
                 "(docs/precision.md)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _number_formats_are_there(self) -> RunConfig:
         known = self.cluster.device != "auto" or self.model.dtype == "float32"
         if known and (fault := self._number_format_fault(self.cluster.device)):
             raise ValueError(fault)
@@ -190,14 +205,22 @@ class RunConfig(Section):
             raise ConfigError(fault)
 
     def _number_format_fault(self, device: str) -> str:
-        """Returns why servers on `device` cannot keep weights in fp8 beside the model's number format; empty where they can."""
-        dtype = self.model.dtype_on(device)
-        if self.weights.quantization is None or dtype == "bfloat16":
+        """Returns why products on `device` cannot be in fp8 as asked, of the trainer or the servers; empty where they can."""
+        fp8, dtype = self.train.fp8, self.model.dtype_on(device)
+        if fp8 is not None and device == "cpu":
+            return (
+                f"train.fp8.recipe={fp8.recipe} needs GPUs and TransformerEngine; the trainer's layers on a CPU are plain torch, and "
+                "would compute as before. Set train.fp8=null"
+            )
+        if dtype == "bfloat16":
             return ""
-        return (
-            f"weights.quantization={self.weights.quantization} with model.dtype={self.model.dtype}, which is {dtype} here: beside "
-            "weights in fp8 SGLang computes in bfloat16 only; set model.dtype=bfloat16, or weights.quantization=null"
-        )
+        beside = f"with model.dtype={self.model.dtype}, which is {dtype} here; set model.dtype=bfloat16, or"
+        if self.weights.quantization is not None:
+            return (
+                f"weights.quantization={self.weights.quantization}: beside weights in fp8 SGLang computes in bfloat16 only, not "
+                f"{beside} weights.quantization=null"
+            )
+        return "" if fp8 is None else f"train.fp8 is for weights in bfloat16, not {beside} train.fp8=null"
 
     @property
     def unquantised(self) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
@@ -41,6 +42,11 @@ class StreamsWeights(Protocol):
     @property
     def device(self) -> torch.device:
         """Where this rank's weights lie."""
+        ...
+
+    @property
+    def token_multiple(self) -> int:
+        """What each rank's share of the tokens of a micro-batch has to be a multiple of."""
         ...
 
     def senders(self, *, per_stage: bool) -> list[int]:
@@ -159,7 +165,7 @@ class RankWeights:
         `proof.canary.join_canary` joins the parts of the context-parallel ranks.
         """
         parallel = self._rank.parallel
-        batch = canary_batch(token_ids, 2 * parallel.cp * parallel.tp, experts)
+        batch = canary_batch(token_ids, math.lcm(2, self._rank.token_multiple) * parallel.cp * parallel.tp, experts)
         count = parallel.pp if parallel.vpp > 1 else 1  # as interleaving wants it
         logps = self._rank.logp(self._rank.place([batch] * count), temperature=1.0)
         return logps[0].tolist() if logps else []

@@ -139,6 +139,7 @@ class TrainerActor:
             shape=self.shape,
             adapter=config.model.adapter,
             critic=config.algorithm.critic,
+            fp8=config.train.fp8,
         )
         reference = config.algorithm.reference
         policy = None if reference is None else rank.reference(reference.path)
