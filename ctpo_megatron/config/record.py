@@ -33,8 +33,8 @@ class DriftConfig(Section):
     """Largest allowed absolute difference of any token's log-prob. null: only measured."""
     mean: PositiveFloat | Literal["auto"] | None = "auto"
     """Largest allowed mean absolute difference. auto: 0.001 for float32; for bfloat16 0.05, or 0.15 for mixtures of experts; in
-    steps of at least 1,000 tokens that the present version sampled. With weights.quantization 0.15, or 0.4 for mixtures. null: only
-    measured."""
+    steps of at least 1,000 tokens that the present version sampled. With weights.quantization 0.15, or 0.4 for mixtures. null:
+    only measured."""
 
     def bounds(self, dtype: str, *, mixture: bool, quantised: bool = False) -> DriftBounds:
         """The bounds for weights in `dtype`, float32 or bfloat16; `mixture`: of a model with experts.

@@ -186,7 +186,7 @@ class RunConfig(Section):
         if self.drift.mean == "auto" and not counted:
             raise ValueError(
                 f"weights.quantization={self.weights.quantization}: servers sample from a policy that is not quite the trainer's, "
-                "which ratios against the trainer's own log-probs leave out; set algorithm.correction (type=truncate, "
+                "and ratios against the trainer's own log-probs leave that out. Set algorithm.correction (type=truncate, "
                 "level=token, for example), or say by a drift.mean of your own, a number or null, that it may be left out "
                 "(docs/precision.md)"
             )
@@ -209,8 +209,8 @@ class RunConfig(Section):
         fp8, dtype = self.train.fp8, self.model.dtype_on(device)
         if fp8 is not None and device == "cpu":
             return (
-                f"train.fp8.recipe={fp8.recipe} needs GPUs and TransformerEngine; the trainer's layers on a CPU are plain torch, and "
-                "would compute as before. Set train.fp8=null"
+                f"train.fp8.recipe={fp8.recipe} needs GPUs and TransformerEngine; the trainer's layers on a CPU are plain torch, "
+                "and would compute as before. Set train.fp8=null"
             )
         if dtype == "bfloat16":
             return ""

@@ -89,14 +89,14 @@ class OptimizerConfig(Section):
 
 
 class Fp8Config(Section):
-    """The layers' matrix products in fp8, by Megatron-Core and TransformerEngine (docs/precision.md): their options as they are named
-    there. Weights and what is published stay in bfloat16. Refused on CPUs, without TransformerEngine and on GPUs that cannot."""
+    """Matrix products of layers in fp8, by Megatron-Core and TransformerEngine (docs/precision.md). Weights, and what is
+    published, stay in bfloat16. Refused on CPUs, without TransformerEngine and on GPUs that cannot."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
-    """How scales are found: delayed from the steps before, tensorwise from the tensor itself (both from compute capability 8.9 on),
-    blockwise for each 128 x 128 of a weight and 1 x 128 of an activation (9.0), mxfp8 for each 32 numbers (10.0)."""
+    """How scales are found, and the least compute capability: delayed from the steps before (8.9), tensorwise from the tensor
+    itself (8.9), blockwise for each 128 x 128 of a weight and 1 x 128 of an activation (9.0), mxfp8 for 32 numbers (10.0)."""
     format: Literal["e4m3", "hybrid"] | None = None
-    """hybrid: e5m2 for gradients of activations, e4m3 for all else. null: hybrid for delayed and tensorwise, e4m3 for the others."""
+    """hybrid: e5m2 for gradients of activations, e4m3 for all else. null: hybrid for delayed and tensorwise, else e4m3."""
     bf16_layers_at_start: NonNegativeInt = 0
     """So many of the first layers stay in bfloat16; not with delayed."""
     bf16_layers_at_end: NonNegativeInt = 0
@@ -115,7 +115,9 @@ class Fp8Config(Section):
     @model_validator(mode="after")
     def _layers_can_stay(self) -> Fp8Config:
         if self.recipe == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
-            raise ValueError("train.fp8: recipe=delayed knows no layers in bfloat16; take recipe=tensorwise, or leave 0 at both ends")
+            raise ValueError(
+                "train.fp8: recipe=delayed knows no layers in bfloat16; take recipe=tensorwise, or leave 0 at both ends"
+            )
         return self
 
 

@@ -73,5 +73,5 @@ def rounded_activations(x: Tensor) -> Tensor:
 
 
 def product(x: Tensor, quantised: Tensor, scales: Tensor) -> Tensor:
-    """Returns `x` [tokens, inputs] times a weight [outputs, inputs] in blocks, both in fp8 and added up in float32, in x's format."""
+    """Returns `x` [tokens, inputs] times a weight [outputs, inputs] in blocks: both in fp8, sums in float32, in x's format."""
     return torch.nn.functional.linear(rounded_activations(x), matrix_of(quantised, scales)).to(x.dtype)

@@ -141,9 +141,7 @@ class SftLoop:
     def _batch(self, samples: Sequence[TrainSample]) -> TrainBatch:
         parallel, train = self.config.parallel, self.config.train
         most, multiple = train.max_tokens_per_micro_batch, train.token_multiple
-        return build_train_batch(
-            samples, aggregation=TokenMean(), parallel=parallel, max_tokens=most, token_multiple=multiple
-        )
+        return build_train_batch(samples, aggregation=TokenMean(), parallel=parallel, max_tokens=most, token_multiple=multiple)
 
     # ---- held-out demonstrations
 

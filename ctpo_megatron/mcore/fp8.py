@@ -1,4 +1,7 @@
-"""Training in fp8: Megatron-Core's options for it, and what they need. Without TransformerEngine Megatron takes them and does nothing."""
+"""Training in fp8: Megatron-Core's options for it, and what they need.
+
+Without TransformerEngine Megatron-Core 0.16.1 takes these options and does nothing.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +48,8 @@ def check_fp8(fp8: Fp8Config | None, device: torch.device, dtype: torch.dtype, *
         raise ConfigError(f"{what} is for bfloat16 weights, but the trainer's are {str(dtype)[6:]}; set model.dtype=bfloat16")
     if fp8.recipe == "delayed" and recompute == "selective" and mixture:
         raise ConfigError(
-            f"{what} with train.recompute=selective: Megatron-Core computes norms and experts' activations again in other recipes "
-            "only; take recipe=tensorwise, or train.recompute=full or none"
+            f"{what} with train.recompute=selective: Megatron-Core computes norms and experts' activations again with other "
+            "recipes only; take recipe=tensorwise, or train.recompute=full or none"
         )
 
 

@@ -87,7 +87,13 @@ class TrainerRank:
             self._build(optimizer, dtype_on(self.device, dtype), seed, recompute, total_steps, moe)
 
     def _build(
-        self, optimizer: OptimizerConfig | None, dtype: torch.dtype, seed: int, recompute: str, steps: int | None, moe: MoeConfig | None
+        self,
+        optimizer: OptimizerConfig | None,
+        dtype: torch.dtype,
+        seed: int,
+        recompute: str,
+        steps: int | None,
+        moe: MoeConfig | None,
     ) -> None:
         from ctpo_megatron.mcore import groups, step
         from ctpo_megatron.mcore.checkpoint.background import BackgroundSave

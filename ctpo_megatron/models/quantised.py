@@ -20,8 +20,7 @@ SETTING = "weights.quantization=fp8"
 
 
 def is_quantised(tensor: HfTensor) -> bool:
-    """Whether servers keep it in fp8: the matrices of layers, but for routers. Embeddings, the output layer, norms and biases stay
-    in the model's number format."""
+    """Whether servers keep it in fp8: matrices of layers, but for routers. All else stays in the model's number format."""
     return tensor.layer is not None and len(tensor.shape) == 2 and not tensor.key.endswith(".router.weight")
 
 
@@ -64,11 +63,12 @@ def check_attention(shape: ModelShape) -> None:
 
 
 def check_cut(tensor: HfTensor, dim: int | None, piece: int, tp: int) -> None:
-    """Raises ConfigError where a quantised tensor, of which each of a server's `tp` ranks has `piece` along `dim`, does not consist
-    of whole blocks there."""
+    """Raises ConfigError where a quantised tensor, of which each of a server's `tp` ranks has `piece` along `dim`, is not made of
+    whole blocks there."""
     sizes = [piece if each == dim else size for each, size in enumerate(tensor.shape)]
     if any(size % BLOCK for size in sizes):
         raise ConfigError(
-            f"{SETTING}: {tensor.name} {list(tensor.shape)} is {sizes} on each of rollout.engine.tp={tp} ranks, and SGLang wants "
-            f"whole blocks of {BLOCK} x {BLOCK}. Choose a tp that leaves multiples of {BLOCK}, or set weights.quantization to null"
+            f"{SETTING}: {tensor.name} {list(tensor.shape)} is {sizes} on each of rollout.engine.tp={tp} ranks, and SGLang "
+            f"wants whole blocks of {BLOCK} x {BLOCK}. Choose a tp that leaves multiples of {BLOCK}, or set weights.quantization "
+            "to null"
         )

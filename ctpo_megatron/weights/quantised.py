@@ -37,7 +37,7 @@ class Quantiser:
             del made
 
     def bucket(self, bucket: Bucket) -> Bucket:
-        """Returns copies of the tensors of `bucket` in the servers' form, one behind the other, the widest number format first."""
+        """Returns copies of the tensors of `bucket` in the servers' form, one behind the other, widest number format first."""
         plan = [served for name, tensor in bucket for served in self._served(name, tensor)]
         plan.sort(key=lambda each: -each[1].itemsize)
         places = self._memory.allocate([(dtype, shape) for _, dtype, shape in plan])

@@ -44,5 +44,8 @@ def blocks(matrix: np.ndarray, least: float = 1e-12) -> tuple[np.ndarray, np.nda
 def stands_for(quantised: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The float32 matrix that bytes and scales stand for."""
     return np.array(
-        [[np.float32(number(byte)) * scales[i // BLOCK, j // BLOCK] for j, byte in enumerate(row)] for i, row in enumerate(quantised)]
+        [
+            [np.float32(number(byte)) * scales[i // BLOCK, j // BLOCK] for j, byte in enumerate(row)]
+            for i, row in enumerate(quantised)
+        ]
     )

@@ -104,7 +104,9 @@ def test_activations() -> None:
             # scale and multiplier are found in the other order: a last bit of either, and rarely another number of the format
             close = (rounded[token, first : first + 128] - expected[0]).abs() <= expected[0].abs() * 2**-22
             assert close.float().mean() > 0.98
-            assert ((rounded[token, first : first + 128] - group[0]).abs() <= group.abs().max() * 2**-10 / 448 + group[0].abs() / 15).all()
+            assert (
+                (rounded[token, first : first + 128] - group[0]).abs() <= group.abs().max() * 2**-10 / 448 + group[0].abs() / 15
+            ).all()
     quantised, scales = fp8.quantised_matrix(weight)
     product = fp8.product(x, quantised, scales)
     assert product.dtype == torch.bfloat16

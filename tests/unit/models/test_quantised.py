@@ -111,8 +111,16 @@ def test_digests_know_bytes_and_scales() -> None:
 @pytest.mark.parametrize(
     ("model", "tp", "message"),
     [
-        ({"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}, 1, r"k_proj.weight \[64, 256\] is \[64, 256\] on each"),
-        ({"intermediate_size": 384}, 2, r"layers.0.mlp.gate_proj.weight \[384, 256\] is \[192, 256\] on each of rollout.engine.tp=2"),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64},
+            1,
+            r"k_proj.weight \[64, 256\] is \[64, 256\] on each",
+        ),
+        (
+            {"intermediate_size": 384},
+            2,
+            r"layers.0.mlp.gate_proj.weight \[384, 256\] is \[192, 256\] on each of rollout.engine.tp=2",
+        ),
         ({"moe_intermediate_size": 320}, 1, r"experts.0.gate_proj.weight \[320, 256\]"),
         ({"hidden_size": 320}, 1, r"q_proj.weight \[512, 320\]"),
     ],
