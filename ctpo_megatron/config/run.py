@@ -185,7 +185,7 @@ class RunConfig(Section):
         counted = self.algorithm.correction is not None or "rollout" in (self.algorithm.anchor, self.algorithm.objective.anchor)
         if self.drift.mean == "auto" and not counted:
             raise ValueError(
-                f"weights.quantization={self.weights.quantization}: servers sample from a policy that is not quite the trainer's, "
+                f"weights.quantization={self.weights.quantization}: servers sample from a policy not quite the trainer's, "
                 "and ratios against the trainer's own log-probs leave that out. Set algorithm.correction (type=truncate, "
                 "level=token, for example), or say by a drift.mean of your own, a number or null, that it may be left out "
                 "(docs/precision.md)"
