@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 from torch import Tensor
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.record import DriftConfig
-from ctpo_megatron.config.weights import BroadcastTransport
+from ctpo_megatron.config.weights import BroadcastTransport, ColocatedTransport, DiskTransport, Transport
 from ctpo_megatron.engine import fp8
 from ctpo_megatron.engine.checksums import read_digests
 from ctpo_megatron.engine.layout import EngineLayout
@@ -28,7 +30,7 @@ from ctpo_megatron.weights.proof.canary import canary_batch, canary_gap, canary_
 from ctpo_megatron.weights.protocol import Server
 from ctpo_megatron.weights.source import RankWeights
 from tests.support import fp8_blocks as slow
-from tests.support.engines import RunningServer, session, start_server
+from tests.support.engines import TIMEOUT_S, RunningServer, session, start_server
 from tests.support.ranks import run_ranks
 from tests.support.stand_in import VOCAB, write_stand_in
 
@@ -60,14 +62,6 @@ def dense(forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
     running.server.stop()
 
 
-def holds(running: RunningServer) -> list[dict[str, int]]:
-    async def ask() -> Any:
-        async with running.client() as client:
-            return await client.control.checksums(running.url)
-
-    return read_digests(asyncio.run(ask()), running.url)
-
-
 def logps(running: RunningServer) -> list[list[float]]:
     async def ask() -> list[list[float]]:
         async with running.client() as client:
@@ -76,63 +70,79 @@ def logps(running: RunningServer) -> list[list[float]]:
     return asyncio.run(ask())
 
 
-def publish(rank: RankInfo, running: tuple[str, str, int], model: str, factors: list[float]) -> list[dict[str, Any]]:
-    """Publish a model with its output projection in layer 1 times each of `factors`: first all of it, then what has changed."""
-    from ctpo_megatron.mcore.groups import current_coords
-    from ctpo_megatron.mcore.hf.load import keyed_tensors
+@dataclass(frozen=True)
+class Site:
+    """A server, as a trainer's rank knows it."""
 
-    url, key, tp = running
+    url: str
+    api_key: str
+    tp: int
+
+    def holds(self) -> list[dict[str, int]]:
+        key = {"Authorization": f"Bearer {self.api_key}"}
+        answer = requests.post(f"{self.url}/weights_checker", json={"action": "checksum"}, headers=key, timeout=TIMEOUT_S)
+        return read_digests(answer.json(), self.url)
+
+
+def publish(rank: RankInfo, site: Site, model: str, ways: list[tuple[Transport, list[float]]]) -> list[dict[str, Any]]:
+    """By each transport all weights, then what has changed; before each publication a matrix is multiplied by a factor.
+
+    Per publication what was sent, what the server held then, and what the trainer computes.
+    """
     engine = TrainerRank(model, ParallelConfig(), None, rank, device="cpu", dtype="bfloat16", seed=1)
-    weights = RankWeights(engine, BroadcastTransport(quantization="fp8", delta=True, timeout_s=60.0), tp=tp, address=HOST)
-    weights.connect([Server(url, tp)], key)
-    (changed,) = (
-        parameter
-        for each in engine.models
-        for name, parameter in keyed_tensors(each, engine.shape, current_coords())
-        if name == "decoder.layers.1.self_attention.linear_proj.weight"
-    )
-    found = []
-    for version, factor in enumerate(factors, 1):
-        with torch.no_grad():
-            changed *= factor
-        weights.prepare(version)
-        at = SimpleNamespace(url=url, api_key=key)
-        session(at, "begin")
-        sent = weights.publish(version)
-        session(at, "end")
-        own = [engine.logp(engine.place([canary_batch(prompt, 2)]), temperature=1.0)[0] for prompt in PROMPTS]
-        found.append({"sent": sent, "logp": [logp[: len(PROMPTS[0]) - 1].tolist() for logp in own]})
-    weights.close()
+    found, matrix = [], engine.pieces()["decoder.layers.1.self_attention.linear_proj.weight"]
+    for transport, factors in ways:
+        weights = RankWeights(engine, transport, tp=site.tp, address=HOST)
+        weights.connect([Server(site.url, site.tp)], site.api_key)
+        for version, factor in enumerate(factors, 1):
+            matrix *= factor
+            weights.prepare(version)
+            if transport.needs_session:
+                session(site, "begin")
+            sent = weights.publish(version)
+            if transport.needs_session:
+                session(site, "end")
+            own = [engine.logp(engine.place([canary_batch(prompt, 2)]), temperature=1.0)[0] for prompt in PROMPTS]
+            logp = [each[: len(PROMPTS[0]) - 1].tolist() for each in own]
+            found.append({"sent": sent, "held": site.holds(), "logp": logp})
+        weights.close()
     engine.close()
     return found
 
 
-def published(running: RunningServer, factors: list[float]) -> list[dict[str, Any]]:
-    (found,) = run_ranks(1, publish, (running.url, running.api_key, running.tp), str(running.model), factors)
+def published(running: RunningServer, *ways: tuple[Transport, list[float]]) -> list[dict[str, Any]]:
+    site = Site(running.url, running.api_key, running.tp)
+    (found,) = run_ranks(1, publish, site, str(running.model), list(ways))
     return found
 
 
-def layout_of(running: RunningServer) -> EngineLayout:
-    return EngineLayout(read_hf_config(running.model), running.tp, cpu=True, quantised=True)
-
-
-def test_servers_hold_what_was_sent(mixture: RunningServer) -> None:
-    """Bytes and scales, of linear layers and experts, on both ranks; nothing less and nothing else."""
-    layout = layout_of(mixture)
-    before = holds(mixture)
-    first, again, other = published(mixture, [1.0, 1 + 2**-12, 2.0])
+def test_servers_hold_what_was_sent(mixture: RunningServer, tmp_path: Path) -> None:
+    """Bytes and scales, of linear layers and experts, on both ranks, by every transport; nothing less and nothing else."""
+    layout = EngineLayout(read_hf_config(mixture.model), mixture.tp, cpu=True, quantised=True)
+    before = Site(mixture.url, mixture.api_key, mixture.tp).holds()
+    common = {"quantization": "fp8", "timeout_s": 60.0}
+    first, again, larger, handed, read = published(
+        mixture,
+        (BroadcastTransport(delta=True, **common), [1.0, 1 + 2**-12, 2.0]),
+        (ColocatedTransport(release=False, **common), [0.5]),
+        (DiskTransport(directory=str(tmp_path), **common), [4.0]),
+    )
     assert {each.tensor for each in compare(layout, first["sent"].digests, before)} == layout.tensors, "random weights at first"
-    assert first["sent"].tensors == len(layout.names)
-    assert again["sent"].tensors == 0, "a change that rounding takes away is not sent"
-    assert other["sent"].tensors == 1, "twice as large: other scales, the same bytes"
-    assert compare(layout, other["sent"].digests, holds(mixture)) == []
-    stale = compare(layout, first["sent"].digests, holds(mixture))
-    assert {each.tensor for each in stale} == {f"{O_PROJ}_scale_inv"}
+    assert [each["sent"].tensors for each in (first, again, larger, handed, read)] == [
+        *(len(layout.names), 0, 1),  # what rounding takes away is not sent; twice as large: other scales, the same bytes
+        *(len(layout.names), len(layout.names)),
+    ]
+    for each in (first, again, larger, handed, read):
+        assert compare(layout, each["sent"].digests, each["held"]) == []
+    for each in (larger, read):
+        stale = compare(layout, first["sent"].digests, each["held"])
+        assert {difference.tensor for difference in stale} == {f"{O_PROJ}_scale_inv"}, "a wrong scale beside the right bytes"
+    assert first["held"] == again["held"] == handed["held"]
 
 
 def test_what_servers_compute(dense: RunningServer) -> None:
     """The model that their bytes stand for, with activations in fp8: closer to a second reading of it than to the trainer."""
-    (found,) = published(dense, [1.0])
+    (found,) = published(dense, (BroadcastTransport(quantization="fp8", timeout_s=60.0), [1.0]))
     served = logps(dense)
     reference = second_reading(dense.model)
     to_reading = [canary_gap(mine, theirs) for mine, theirs in zip(reference, served, strict=True)]
