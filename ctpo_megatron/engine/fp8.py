@@ -1,6 +1,6 @@
 """Numbers in fp8 as SGLang keeps them: a block of numbers as float8_e4m3fn, and the float32 that each is to be multiplied by.
 
-    multiplier = 448 / largest |x| of the block       (448 is the largest number of the format)
+    multiplier = (1 / largest |x| of the block) * 448       (448 is the largest number of the format)
     q = x * multiplier, rounded to the nearest number of the format, ties to even
     scale = 1 / multiplier
 
@@ -34,7 +34,7 @@ def quantise_matrix(matrix: Tensor, quantised: Tensor, scales: Tensor) -> None:
         high, wide = part.shape
         filled = pad(part.float(), (0, -wide % BLOCK, 0, -high % BLOCK))
         blocks = filled.view(-1, BLOCK, filled.shape[1] // BLOCK, BLOCK)
-        multiplier = LARGEST / blocks.abs().amax((1, 3), keepdim=True).clamp_(min=LEAST)
+        multiplier = blocks.abs().amax((1, 3), keepdim=True).clamp_(min=LEAST).reciprocal_().mul_(LARGEST)
         whole = blocks.mul_(multiplier).clamp_(-LARGEST, LARGEST).view(filled.shape)
         quantised[first : first + rows].copy_(whole[:high, :wide])
         at = first // BLOCK

@@ -84,17 +84,9 @@ class TrainerRank:
         self.adapter, self.critic, self._fp8 = adapter, critic, fp8
         self._join(rank)
         with megatron_region(self.device):
-            self._build(optimizer, dtype_on(self.device, dtype), seed, recompute, total_steps, moe)
+            self._build(optimizer, dtype_on(self.device, dtype), seed, total_steps, moe=moe, recompute=recompute, fp8=fp8)
 
-    def _build(
-        self,
-        optimizer: OptimizerConfig | None,
-        dtype: torch.dtype,
-        seed: int,
-        recompute: str,
-        steps: int | None,
-        moe: MoeConfig | None,
-    ) -> None:
+    def _build(self, optimizer: OptimizerConfig | None, dtype: torch.dtype, seed: int, steps: int | None, **options: Any) -> None:
         from ctpo_megatron.mcore import groups, step
         from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
         from ctpo_megatron.mcore.model.build import build_model
@@ -109,9 +101,7 @@ class TrainerRank:
             self.parallel,
             dtype,
             self.device,
-            moe=moe,
-            recompute=recompute,
-            fp8=self._fp8,
+            **options,
             trainable=optimizer is not None,
             adapter=self.adapter,
             critic=self.critic,

@@ -91,13 +91,14 @@ def start_server(
     port: int | None = None,
     forks: Path | None = None,
     quantised: bool = False,
+    dtype: str = "",
 ) -> RunningServer:
     """Start a CPU server of `model` on `tp` ranks; with `wait` until it is healthy. It records what its client reads.
 
-    `quantised`: weights in fp8, all else in bfloat16. `forks`: where `forked_servers.forking` forks it; from nothing without.
+    `quantised`: weights in fp8, all else in `dtype`, bfloat16 by default. `forks`: where `forked_servers.forking` forks it; from nothing without.
     """
     engine, port, key = EngineConfig(tp=tp), port or free_port(HOST), key or new_api_key()
-    recorded, dtype = routing is not None, "bfloat16" if quantised else "float32"
+    recorded, dtype = routing is not None, dtype or ("bfloat16" if quantised else "float32")
     arguments = server_args(
         model, engine, device="cpu", dtype=dtype, port=port, seed=1, routed_experts=recorded, quantised=quantised
     )

@@ -27,6 +27,16 @@ def number(byte: int) -> float:
     return -TABLE[byte - 0x80] if byte & 0x80 else TABLE[byte]
 
 
+def all_nearest(numbers: np.ndarray) -> np.ndarray:
+    """`nearest` of every number."""
+    table, size = np.array(TABLE), np.abs(numbers.astype(np.float64))
+    above = np.searchsorted(table, size).clip(max=126)
+    below = (above - 1).clip(min=0)
+    low, high = size - table[below], np.abs(table[above] - size)
+    chosen = np.where((low < high) | ((low == high) & (below % 2 == 0)), below, above)
+    return (chosen + np.where(np.signbit(numbers), 0x80, 0)).astype(np.uint8)
+
+
 def blocks(matrix: np.ndarray, least: float = 1e-12) -> tuple[np.ndarray, np.ndarray]:
     """Bytes and scales of a float32 matrix, block by block, in float32 as a device would compute them."""
     rows, columns = matrix.shape
@@ -35,20 +45,20 @@ def blocks(matrix: np.ndarray, least: float = 1e-12) -> tuple[np.ndarray, np.nda
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             place = np.s_[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK]
-            multiplier = np.float32(448) / max(np.abs(matrix[place]).max(), np.float32(least))
+            multiplier = np.float32(1) / max(np.abs(matrix[place]).max(), np.float32(least)) * np.float32(448)
             scales[i, j] = np.float32(1) / multiplier
-            quantised[place] = [[nearest(x) for x in row] for row in matrix[place] * multiplier]
+            quantised[place] = all_nearest(matrix[place] * multiplier)
     return quantised, scales
 
 
 def stands_for(quantised: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The float32 matrix that bytes and scales stand for."""
-    return np.array(
-        [
-            [np.float32(number(byte)) * scales[i // BLOCK, j // BLOCK] for j, byte in enumerate(row)]
-            for i, row in enumerate(quantised)
-        ]
-    )
+    numbers = np.array([number(byte) if byte & 0x7F != 0x7F else np.nan for byte in range(256)], np.float32)
+    found = numbers[quantised]
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            found[i * BLOCK : (i + 1) * BLOCK, j * BLOCK : (j + 1) * BLOCK] *= scales[i, j]
+    return found
 
 
 def rounded_activations(x: np.ndarray) -> np.ndarray:

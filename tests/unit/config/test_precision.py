@@ -13,7 +13,7 @@ from ctpo_megatron.config.train import Fp8Config
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.weights.proof.canary import canary_tolerance
 
-QUANTISED = {"weights": {"quantization": "fp8"}}
+QUANTISED = {"weights": {"type": "broadcast", "quantization": "fp8"}}
 CORRECTED = {"algorithm": {"correction": {"type": "truncate", "level": "token"}}}
 
 
@@ -22,7 +22,7 @@ def config(**sections: Any) -> RunConfig:
     return RunConfig.model_validate(needed | sections)
 
 
-@pytest.mark.parametrize("transport", [{}, {"type": "colocated"}, {"type": "disk", "directory": "d"}])
+@pytest.mark.parametrize("transport", [{"type": "broadcast"}, {"type": "colocated"}, {"type": "disk", "directory": "d"}])
 def test_every_transport_takes_it(transport: dict[str, Any]) -> None:
     given = config(weights={"quantization": "fp8"} | transport, **CORRECTED)
     assert given.weights.quantization == "fp8"

@@ -37,6 +37,7 @@ def test_every_number_of_the_format() -> None:
     beside = [float(np.nextafter(np.float32(x), np.float32(to))) for x in middles for to in (0, 448)]
     wanted = [sign * x for x in (*slow.TABLE, *middles, *beside) for sign in (1, -1)]
     assert torch.tensor(wanted).to(fp8.DTYPE).view(torch.uint8).tolist() == [slow.nearest(x) for x in wanted]
+    assert slow.all_nearest(np.array(wanted, np.float32)).tolist() == [slow.nearest(x) for x in wanted]
 
 
 @settings(max_examples=12, deadline=None)
@@ -46,9 +47,9 @@ def test_every_number_of_the_format() -> None:
 @example(128, 128, 20, 2)
 def test_matrices_of_any_size(rows: int, columns: int, exponent: int, seed: int) -> None:
     """Bytes and scales are those of the second reading, bit for bit, and so is what they stand for."""
-    given_ = matrix(rows, columns, seed, exponent)
-    quantised, scales = fp8.quantised_matrix(given_)
-    expected, expected_scales = slow.blocks(given_.float().numpy())
+    drawn = matrix(rows, columns, seed, exponent)
+    quantised, scales = fp8.quantised_matrix(drawn)
+    expected, expected_scales = slow.blocks(drawn.float().numpy())
     assert (bytes_of(quantised) == expected).all()
     assert (scales.numpy() == expected_scales).all()
     assert (fp8.matrix_of(quantised, scales).numpy() == slow.stands_for(expected, expected_scales)).all()
@@ -58,16 +59,16 @@ def test_matrices_of_any_size(rows: int, columns: int, exponent: int, seed: int)
 @given(st.integers(1, 600), st.integers(1, 600), st.sampled_from(EXPONENTS), st.integers(0, 99))
 def test_how_far_rounding_goes(rows: int, columns: int, exponent: int, seed: int) -> None:
     """1/16 of a number, or 2**-10 / 448 of its block's largest; once more changes nothing; cut at blocks it is the same."""
-    given_ = matrix(rows, columns, seed, exponent).float()
-    quantised, scales = fp8.quantised_matrix(given_)
+    drawn = matrix(rows, columns, seed, exponent).float()
+    quantised, scales = fp8.quantised_matrix(drawn)
     found = fp8.matrix_of(quantised, scales)
-    largest = torch.nn.functional.max_pool2d(given_.abs()[None], 128, ceil_mode=True)[0].clamp(min=1e-12)
+    largest = torch.nn.functional.max_pool2d(drawn.abs()[None], 128, ceil_mode=True)[0].clamp(min=1e-12)
     largest = largest.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
-    assert ((found - given_).abs() <= (given_.abs() / 16).maximum(largest * 2**-10 / 448) * (1 + 1e-6)).all()
+    assert ((found - drawn).abs() <= (drawn.abs() / 16).maximum(largest * 2**-10 / 448) * (1 + 1e-6)).all()
     again, _ = fp8.quantised_matrix(found)
     assert torch.equal(bytes_as_tensor(again), bytes_as_tensor(quantised))
     if rows > 128:
-        upper, lower = fp8.quantised_matrix(given_[:128]), fp8.quantised_matrix(given_[128:])
+        upper, lower = fp8.quantised_matrix(drawn[:128]), fp8.quantised_matrix(drawn[128:])
         assert torch.equal(torch.cat([bytes_as_tensor(upper[0]), bytes_as_tensor(lower[0])]), bytes_as_tensor(quantised))
         assert torch.equal(torch.cat([upper[1], lower[1]]), scales)
 
@@ -78,10 +79,10 @@ def bytes_as_tensor(quantised: torch.Tensor) -> torch.Tensor:
 
 def test_strips_are_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix that is looked at in several strips is quantised as in one."""
-    given_ = matrix(700, 200, 3)
-    whole = fp8.quantised_matrix(given_)
+    drawn = matrix(700, 200, 3)
+    whole = fp8.quantised_matrix(drawn)
     monkeypatch.setattr(fp8, "STRIP", 2 * 128 * 200)
-    parts = fp8.quantised_matrix(given_)
+    parts = fp8.quantised_matrix(drawn)
     assert torch.equal(bytes_as_tensor(parts[0]), bytes_as_tensor(whole[0]))
     assert torch.equal(parts[1], whole[1])
 

@@ -18,11 +18,15 @@ from ctpo_megatron.models.tensors import hf_tensors
 from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.quantised import Quantiser
 from ctpo_megatron.weights.transports.flat import _as_it_lies
-from tests.support.families import FAMILIES as EVERY_FAMILY
+from tests.support.families import MODELS
 
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"head_dim": 128, "vocab_size": 299, "max_position_embeddings": 128, "hidden_act": "silu", "model_type": "qwen3_moe"}
 SIZES |= {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 256, "mlp_only_layers": [0]}
+
+
+LATENT = MODELS["deepseek_v3"] | {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4}
+LATENT |= {"vocab_size": 299, "hidden_act": "silu"}
 
 
 def shape(**other: Any) -> ModelShape:
@@ -132,6 +136,6 @@ def test_parts_of_blocks_are_refused(model: dict[str, Any], tp: int, message: st
 
 
 def test_latent_attention_is_refused() -> None:
-    model = parse_config(EVERY_FAMILY["deepseek_v3"] | {"vocab_size": 299})
+    model = parse_config(LATENT)
     with pytest.raises(ConfigError, match="deepseek_v3 has latent attention"):
         EngineLayout(model, 1, quantised=True)
