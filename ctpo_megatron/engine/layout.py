@@ -21,6 +21,7 @@ from ctpo_megatron.models.shape import HeadAttention, LatentAttention, ModelShap
 from ctpo_megatron.models.tensors import HfTensor, hf_tensors
 
 CPU_WIDTH_MULTIPLE = 32  # of each rank's part of an MLP; SGLang on CPUs fills narrower ones up, dense and experts differently
+FLOAT32_ROUTERS = ("glm4_moe",)  # families whose routers SGLang keeps in float32 whatever the model's number format
 VOCAB_MULTIPLE = 64  # SGLang fills the vocabulary up with rows of zeros, which add nothing to a digest
 
 # buffers that an engine may report though no Hugging Face tensor is in them
@@ -103,7 +104,8 @@ class EngineLayout:
 
     def is_precise(self, name: str) -> bool:
         """Whether engines keep it in float32 whatever the model's number format."""
-        return self._sources[name].tensor.precise
+        tensor = self._sources[name].tensor
+        return tensor.precise or (self._shape.family in FLOAT32_ROUTERS and tensor.key.endswith(".router.weight"))
 
     def sources(self, engine_name: str) -> list[str]:
         """Names of the Hugging Face tensors that an engine's tensor is made of; empty for one that is not known here."""

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400), pytest.mark.fil
 HOST = "127.0.0.1"
 # a dense layer, and one of experts, shared and routed, that two ranks share in whole blocks
 MIXTURE = MODELS["glm4_moe"] | {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256}
-MIXTURE |= {"num_attention_heads": 8, "num_key_value_heads": 8}
+MIXTURE |= {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCAB}
 PROMPTS = [canary_tokens(VOCAB, version) for version in range(4)]
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 
@@ -143,7 +143,7 @@ def test_servers_hold_what_was_sent(mixture: RunningServer, tmp_path: Path) -> N
 
 
 def test_what_servers_compute(dense: RunningServer) -> None:
-    """The model that their bytes stand for, with activations in fp8, which is closer to a second reading of it than to the trainer.
+    """The model that their bytes stand for, with activations in fp8: they agree with a second reading, not with the trainer.
 
     In float16, since rounding to bfloat16 between products is enough to send many activations to the next number of fp8.
     """

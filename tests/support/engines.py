@@ -95,7 +95,8 @@ def start_server(
 ) -> RunningServer:
     """Start a CPU server of `model` on `tp` ranks; with `wait` until it is healthy. It records what its client reads.
 
-    `quantised`: weights in fp8, all else in `dtype`, bfloat16 by default. `forks`: where `forked_servers.forking` forks it; from nothing without.
+    `quantised`: weights in fp8, all else in `dtype`, bfloat16 by default. `forks`: where `forked_servers.forking` forks it; from
+    nothing without.
     """
     engine, port, key = EngineConfig(tp=tp), port or free_port(HOST), key or new_api_key()
     recorded, dtype = routing is not None, dtype or ("bfloat16" if quantised else "float32")
