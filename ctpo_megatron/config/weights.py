@@ -98,4 +98,4 @@ class AttestConfig(Section):
     canary_tolerance: PositiveFloat | None = None
     """Largest allowed mean difference between the trainer's and a server's log-probs of the canary prompt's tokens. null: for
     bfloat16 0.1, for mixtures of experts 0.15 with moe.routing_replay and 0.75 without; for float32 0.0002, and 0.001 for
-    mixtures without it."""
+    mixtures without it; with weights.quantization 1."""
