@@ -15,6 +15,7 @@ from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
 from ctpo_megatron.config.sft import SftConfig
+from ctpo_megatron.config.sglang_options import options
 from ctpo_megatron.config.trace import TraceConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
@@ -189,6 +190,16 @@ class RunConfig(Section):
                 "and ratios against the trainer's own log-probs leave that out. Set algorithm.correction (type=truncate, "
                 "level=token, for example), or say by a drift.mean of your own, a number or null, that it may be left out "
                 "(docs/precision.md)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_keep_their_weights(self) -> RunConfig:
+        drafts = [each.name for each in options(self.rollout.engine.extra_args) if each.name.startswith("speculative")]
+        if self.weights.quantization is not None and drafts:
+            raise ValueError(
+                f"rollout.engine.extra_args has --{drafts[0]} beside weights.quantization={self.weights.quantization}: servers start "
+                "with random weights in fp8, their draft models too, and nothing is published to these; leave one of the two out"
             )
         return self
 

@@ -66,6 +66,13 @@ def test_beside_fp8_servers_compute_in_bfloat16(sections: dict[str, Any], messag
     config(**QUANTISED, **CORRECTED, model={"path": "m", "dtype": "bfloat16"}, cluster={"device": "cpu"})
 
 
+def test_drafts_of_speculative_decoding() -> None:
+    words = {"rollout": {"engine": {"extra_args": ["--speculative_draft_model_path=d"]}}}
+    config(**words)
+    with pytest.raises(ValidationError, match="--speculative-draft-model-path beside .* leave one of the two out"):
+        config(**words, **QUANTISED, **CORRECTED)
+
+
 def test_the_device_is_known_later() -> None:
     """`auto` is neither: what it turns out to be is looked at then."""
     given = config(**QUANTISED, **CORRECTED)
