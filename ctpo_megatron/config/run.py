@@ -198,8 +198,8 @@ class RunConfig(Section):
         drafts = [each.name for each in options(self.rollout.engine.extra_args) if each.name.startswith("speculative")]
         if self.weights.quantization is not None and drafts:
             raise ValueError(
-                f"rollout.engine.extra_args has --{drafts[0]} beside weights.quantization={self.weights.quantization}: servers start "
-                "with random weights in fp8, their draft models too, and nothing is published to these; leave one of the two out"
+                f"rollout.engine.extra_args has --{drafts[0]} beside weights.quantization={self.weights.quantization}: servers "
+                "start with random weights in fp8, their draft models too, and nothing is published to these; leave one of the two out"
             )
         return self
 

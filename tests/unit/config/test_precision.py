@@ -69,7 +69,7 @@ def test_beside_fp8_servers_compute_in_bfloat16(sections: dict[str, Any], messag
 def test_drafts_of_speculative_decoding() -> None:
     words = {"rollout": {"engine": {"extra_args": ["--speculative_draft_model_path=d"]}}}
     config(**words)
-    with pytest.raises(ValidationError, match="--speculative-draft-model-path beside .* leave one of the two out"):
+    with pytest.raises(ValidationError, match=r"--speculative-draft-model-path beside .* leave one of the two out"):
         config(**words, **QUANTISED, **CORRECTED)
 
 
