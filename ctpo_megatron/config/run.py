@@ -199,7 +199,7 @@ class RunConfig(Section):
         if self.weights.quantization is not None and drafts:
             raise ValueError(
                 f"rollout.engine.extra_args has --{drafts[0]} beside weights.quantization={self.weights.quantization}: servers "
-                "start with random weights in fp8, their draft models too, and nothing is published to these; leave one of the two out"
+                "start with random weights in fp8, draft models too, and nothing is published to these; leave one of the two out"
             )
         return self
 
