@@ -59,7 +59,7 @@ def mixture(forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
 @pytest.fixture(scope="module")
 def dense(forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     root = tmp_path_factory.mktemp("dense")
-    model = write_stand_in(root / "model", mixture=False, num_key_value_heads=4)
+    model = write_stand_in(root / "model", mixture=False, layers=1, num_key_value_heads=4)
     running = start_server(model, root / "server.log", forks=forks, quantised=True, dtype="float16")
     yield running
     running.server.stop()
@@ -93,7 +93,7 @@ def publish(rank: RankInfo, site: Site, model: str, ways: list[tuple[Transport, 
     Per publication what was sent, and what the server held then. At last what the trainer computes.
     """
     engine = TrainerRank(model, ParallelConfig(), None, rank, device="cpu", dtype="bfloat16", seed=1)
-    found, matrix = [], engine.pieces()["decoder.layers.1.self_attention.linear_proj.weight"]
+    found, matrix = [], engine.pieces()[f"decoder.layers.{engine.shape.num_layers - 1}.self_attention.linear_proj.weight"]
     for transport, factors in ways:
         weights = RankWeights(engine, transport, tp=site.tp, address=HOST)
         weights.connect([Server(site.url, site.tp)], site.api_key)
