@@ -31,13 +31,14 @@ class Quantiser:
     def stream(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
         """Yields each bucket in the servers' form, and keeps none of them."""
         for bucket in buckets:
-            made = self.bucket(bucket)
+            made = [self.bucket(bucket)]
             del bucket  # its memory is wanted for the one after the next
-            yield made
-            del made
+            yield made.pop()
 
     def bucket(self, bucket: Bucket) -> Bucket:
         """Returns copies of the tensors of `bucket` in the servers' form, one behind the other, widest number format first."""
+        if not bucket:  # this rank gave pieces away
+            return bucket
         plan = [served for name, tensor in bucket for served in self._served(name, tensor)]
         plan.sort(key=lambda each: -each[1].itemsize)
         places = self._memory.allocate([(dtype, shape) for _, dtype, shape in plan])

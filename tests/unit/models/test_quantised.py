@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +49,29 @@ def test_what_is_quantised() -> None:
 def weights_of(shape: ModelShape) -> list[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     return [(each.name, torch.randn(each.shape, generator=generator).bfloat16()) for each in hf_tensors(shape)]
+
+
+def test_buckets_are_let_go() -> None:
+    """A stream keeps none that it has given out, nor its source: their memory is used again. Empty ones stay."""
+    model = shape()
+    quantiser, weights = Quantiser(model, memory := BucketMemory(torch.device("cpu"))), weights_of(model)[:9]
+    given = list[weakref.ref[torch.Tensor]]()
+
+    def buckets() -> Iterator[list[tuple[str, torch.Tensor]]]:
+        for name, tensor in weights:
+            assert all(each() is None for each in given)
+            copied = tensor.clone()
+            given.append(weakref.ref(copied))
+            yield [(name, copied)]
+            del copied
+            yield []
+
+    sizes = []
+    for bucket in quantiser.stream(buckets()):
+        sizes.append(sum(tensor.nbytes for _, tensor in bucket))
+        del bucket
+    assert (len(sizes), sizes.count(0)) == (18, 9)
+    assert memory.nbytes == max(sizes), "one buffer, as nobody holds two"
 
 
 @pytest.mark.parametrize("tp", [1, 2])
