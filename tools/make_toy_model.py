@@ -16,10 +16,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--kv-heads", type=int, default=4, help="of 8 heads; 8: servers can keep its weights in fp8")
     parser.add_argument("--calls", action="store_true", help="with a chat template and tokens for calls of tools by name")
     args = parser.parse_args()
     calls: dict[str, Any] = {"words": CALL_WORDS, "chat_template": CALLS_TEMPLATE} if args.calls else {}
-    print(make_toy_model(args.directory, args.kind, seed=args.seed, hidden=args.hidden, layers=args.layers, **calls))
+    sizes = {"hidden": args.hidden, "layers": args.layers, "kv_heads": args.kv_heads}
+    print(make_toy_model(args.directory, args.kind, seed=args.seed, **sizes, **calls))
 
 
 if __name__ == "__main__":

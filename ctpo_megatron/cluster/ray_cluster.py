@@ -91,6 +91,7 @@ def resolve_device(config: RunConfig) -> RunConfig:
     if wanted == "cuda" and not gpus:
         raise InputError("cluster.device=cuda, but the Ray cluster has no GPU; allowed here: cpu, auto")
     device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
+    config.check_device(device)
     return config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": device})})
 
 

@@ -13,6 +13,7 @@ from ctpo_megatron.config.sinks import AnySink
 # Means of |log-prob difference| over a step's tokens that rounding does not explain: docs/gpu.md says what they were taken from.
 _MEAN = {"float32": 1e-3, "bfloat16": 0.05}
 _MEAN_MIXTURE = {"float32": 1e-3, "bfloat16": 0.15}
+_MEAN_QUANTISED = 0.5  # where servers keep weights in fp8: docs/precision.md says what it was taken from
 FEWEST_TOKENS = 1000  # below which a mean says little
 
 
@@ -32,12 +33,17 @@ class DriftConfig(Section):
     """Largest allowed absolute difference of any token's log-prob. null: only measured."""
     mean: PositiveFloat | Literal["auto"] | None = "auto"
     """Largest allowed mean absolute difference. auto: 0.001 for float32; for bfloat16 0.05, or 0.15 for mixtures of experts; in
-    steps of at least 1,000 tokens that the present version sampled. null: only measured."""
+    steps of at least 1,000 tokens that the present version sampled. With weights.quantization 0.5. null: only measured."""
 
-    def bounds(self, dtype: str, *, mixture: bool) -> DriftBounds:
-        """The bounds for weights in `dtype`, float32 or bfloat16; `mixture`: of a model with experts."""
+    def bounds(self, dtype: str, *, mixture: bool, quantised: bool = False) -> DriftBounds:
+        """The bounds for weights in `dtype`, float32 or bfloat16; `mixture`: of a model with experts.
+
+        `quantised`: servers keep them in fp8.
+        """
         if self.mean != "auto":
             return DriftBounds(self.max, self.mean)
+        if quantised:
+            return DriftBounds(self.max, _MEAN_QUANTISED, FEWEST_TOKENS)
         return DriftBounds(self.max, (_MEAN_MIXTURE if mixture else _MEAN)[dtype], FEWEST_TOKENS)
 
 

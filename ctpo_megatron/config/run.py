@@ -15,9 +15,11 @@ from ctpo_megatron.config.model import ModelConfig, MoeConfig, ParallelConfig
 from ctpo_megatron.config.record import DriftConfig, LogConfig
 from ctpo_megatron.config.rollout import DataConfig, RolloutConfig
 from ctpo_megatron.config.sft import SftConfig
+from ctpo_megatron.config.sglang_options import options
 from ctpo_megatron.config.trace import TraceConfig
 from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
+from ctpo_megatron.errors import ConfigError
 
 
 class RunConfig(Section):
@@ -165,6 +167,76 @@ class RunConfig(Section):
     def _traced_ranks_are_there(self) -> RunConfig:
         self.trace.check(self.parallel.world_size, self.cluster.device)
         return self
+
+    @model_validator(mode="after")
+    def _micro_batches_suit_fp8(self) -> RunConfig:
+        most, layouts = self.train.max_tokens_per_micro_batch, self.layouts if self.train.fp8 is not None else []
+        for layout in layouts:
+            if most % (multiple := self.train.token_multiple * layout.tp):
+                raise ValueError(
+                    f"train.max_tokens_per_micro_batch={most} is no multiple of {multiple}, as train.fp8 wants it with "
+                    f"parallel.tp={layout.tp}: a rank's products are over multiples of {self.train.token_multiple} tokens"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _servers_may_differ_from_the_trainer(self) -> RunConfig:
+        if self.weights.quantization is None:
+            return self
+        counted = self.algorithm.correction is not None or "rollout" in (self.algorithm.anchor, self.algorithm.objective.anchor)
+        if self.drift.mean == "auto" and not counted:
+            raise ValueError(
+                f"weights.quantization={self.weights.quantization}: servers sample from a policy not quite the trainer's, "
+                "and ratios against the trainer's own log-probs leave that out. Set algorithm.correction (type=truncate, "
+                "level=token, for example), or say by a drift.mean of your own, a number or null, that it may be left out "
+                "(docs/precision.md)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _drafts_keep_their_weights(self) -> RunConfig:
+        drafts = [each.name for each in options(self.rollout.engine.extra_args) if each.name.startswith("speculative")]
+        if self.weights.quantization is not None and drafts:
+            raise ValueError(
+                f"rollout.engine.extra_args has --{drafts[0]} beside weights.quantization={self.weights.quantization}: servers "
+                "start with random weights in fp8, draft models too, and nothing is published to these; leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _number_formats_are_there(self) -> RunConfig:
+        known = self.cluster.device != "auto" or self.model.dtype == "float32"
+        if known and (fault := self._number_format_fault(self.cluster.device)):
+            raise ValueError(fault)
+        return self
+
+    def check_device(self, device: str) -> None:
+        """Raise ConfigError for what cannot work on `device`, cpu or cuda, now that it is known to be the one."""
+        if fault := self._number_format_fault(device):
+            raise ConfigError(fault)
+
+    def _number_format_fault(self, device: str) -> str:
+        """Returns why products on `device` cannot be in fp8 as asked, of the trainer or the servers; empty where they can."""
+        fp8, dtype = self.train.fp8, self.model.dtype_on(device)
+        if fp8 is not None and device == "cpu":
+            return (
+                f"train.fp8.recipe={fp8.recipe} needs GPUs and TransformerEngine; the trainer's layers on a CPU are plain torch, "
+                "and would compute as before. Set train.fp8=null"
+            )
+        if dtype == "bfloat16":
+            return ""
+        beside = f"with model.dtype={self.model.dtype}, which is {dtype} here; set model.dtype=bfloat16, or"
+        if self.weights.quantization is not None:
+            return (
+                f"weights.quantization={self.weights.quantization}: beside weights in fp8 SGLang computes in bfloat16 only, not "
+                f"{beside} weights.quantization=null"
+            )
+        return "" if fp8 is None else f"train.fp8 is for weights in bfloat16, not {beside} train.fp8=null"
+
+    @property
+    def unquantised(self) -> RunConfig:
+        """Returns this configuration with servers that keep a model's weights as its files have them."""
+        return self.model_copy(update={"weights": self.weights.model_copy(update={"quantization": None})})
 
     @property
     def layouts(self) -> list[ParallelConfig]:

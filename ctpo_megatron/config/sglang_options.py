@@ -13,7 +13,8 @@ _OURS = "it is set by the run itself"
 _STALE = "what is kept there was computed by older weights and is not flushed when new ones are published"
 _LAYOUT = "the server would keep the weights in another layout than the proof of a publication knows"
 _ROUNDED = (
-    "the server would keep other numbers than those that are published, which no proof fits, and sample from another policy"
+    "the server would keep other numbers than those that are published, which no proof fits; weights.quantization=fp8 has the "
+    "trainer publish weights in fp8 (docs/precision.md)"
 )
 _SAME_DRAWS = "each request then draws by its own seed, 42 where it names none, so all attempts at a prompt would be the same one"
 _ADAPTERS = "the trainer trains all weights; adapters would be others than those that it publishes"

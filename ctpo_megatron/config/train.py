@@ -88,6 +88,39 @@ class OptimizerConfig(Section):
         )
 
 
+class Fp8Config(Section):
+    """Matrix products of layers in fp8, by Megatron-Core and TransformerEngine (docs/precision.md). Weights, and what is
+    published, stay in bfloat16. Refused on CPUs, without TransformerEngine and on GPUs that cannot."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+    """How scales are found, and the least compute capability: delayed from the steps before (8.9), tensorwise from the tensor
+    itself (8.9), blockwise for each 128 x 128 of a weight and 1 x 128 of an activation (9.0), mxfp8 for 32 numbers (10.0)."""
+    format: Literal["e4m3", "hybrid"] | None = None
+    """hybrid: e5m2 for gradients of activations, e4m3 for all else. null: hybrid for delayed and tensorwise, else e4m3."""
+    bf16_layers_at_start: NonNegativeInt = 0
+    """So many of the first layers stay in bfloat16; not with delayed."""
+    bf16_layers_at_end: NonNegativeInt = 0
+    """So many of the last layers stay in bfloat16; not with delayed."""
+
+    @property
+    def number_format(self) -> Literal["e4m3", "hybrid"]:
+        """`format`, where it is not given the recipe's own."""
+        return self.format or ("hybrid" if self.recipe in ("delayed", "tensorwise") else "e4m3")
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens that a rank's products are over have to be a multiple of."""
+        return {"blockwise": 128, "mxfp8": 32}.get(self.recipe, 16)
+
+    @model_validator(mode="after")
+    def _layers_can_stay(self) -> Fp8Config:
+        if self.recipe == "delayed" and (self.bf16_layers_at_start or self.bf16_layers_at_end):
+            raise ValueError(
+                "train.fp8: recipe=delayed knows no layers in bfloat16; take recipe=tensorwise, or leave 0 at both ends"
+            )
+        return self
+
+
 class TrainConfig(Section):
     """How trajectories become optimizer steps."""
 
@@ -115,12 +148,19 @@ class TrainConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass. selective: inside attention, and where it pays inside experts; full: of
     whole layers."""
+    fp8: Fp8Config | None = None
+    """Matrix products of the trainer's layers in fp8. null: in the model's number format."""
     nonfinite_limit: PositiveInt = 3
     """Training steps in a row with a loss or gradient that is not finite, at which the run stops. Such an optimizer step is not
     applied, the rest of its training step is left out, and the run goes on until then. 1: stop at the first."""
     nonfinite_dumps: NonNegativeInt = 4
     """How many dumps of such steps are kept in RUN_DIR/dumps, the newest; each holds the weights too. 0: none is written."""
     spikes: SpikeConfig = SpikeConfig()
+
+    @property
+    def token_multiple(self) -> int:
+        """What each rank's share of a micro-batch's tokens has to be a multiple of."""
+        return 1 if self.fp8 is None else self.fp8.token_multiple
 
 
 class CheckpointConfig(Section):

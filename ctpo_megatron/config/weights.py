@@ -8,6 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from ctpo_megatron.config.base import FilePath, Section
 
+Quantization = Literal["fp8"]
+
 
 class TransportSection(Section):
     """What the rest of the package may know of a transport without knowing which one it is."""
@@ -33,6 +35,9 @@ class BroadcastTransport(TransportSection):
     """Weights gathered and sent at a time, by each sender; it holds two such buckets."""
     delta: bool = False
     """Send only tensors that differ bitwise from what the servers hold."""
+    quantization: Quantization | None = None
+    """fp8: servers keep the matrices of layers in fp8 blocks, which the trainer makes of its own weights when it publishes them
+    (docs/precision.md). null: they keep the trainer's number format."""
     timeout_s: PositiveFloat = 600.0
     """How long one publication may take."""
 
@@ -49,6 +54,9 @@ class ColocatedTransport(TransportSection):
     """Weights gathered and handed over at a time, by each sender; it holds two such buckets."""
     delta: bool = False
     """Hand over only tensors that differ bitwise from what the servers hold; needs `release: false`."""
+    quantization: Quantization | None = None
+    """fp8: servers keep the matrices of layers in fp8 blocks, which the trainer makes of its own weights when it publishes them
+    (docs/precision.md). null: they keep the trainer's number format."""
     release: bool = True
     """Servers give back the memory of weights and KV cache while the trainer trains. Needs train.staleness 0."""
     timeout_s: PositiveFloat = 600.0
@@ -72,6 +80,9 @@ class DiskTransport(TransportSection):
     """Size of one file, and of the weights gathered at a time by each sender."""
     delta: bool = False
     """Write only tensors that differ bitwise from what the servers hold."""
+    quantization: Quantization | None = None
+    """fp8: servers keep the matrices of layers in fp8 blocks, which the trainer makes of its own weights when it publishes them
+    (docs/precision.md). null: they keep the trainer's number format."""
     keep: PositiveInt = 2
     """Versions left on the disk, the newest."""
     timeout_s: PositiveFloat = 1800.0
@@ -87,4 +98,4 @@ class AttestConfig(Section):
     canary_tolerance: PositiveFloat | None = None
     """Largest allowed mean difference between the trainer's and a server's log-probs of the canary prompt's tokens. null: for
     bfloat16 0.1, for mixtures of experts 0.15 with moe.routing_replay and 0.75 without; for float32 0.0002, and 0.001 for
-    mixtures without it."""
+    mixtures without it; with weights.quantization 1."""

@@ -47,16 +47,18 @@ def pack(
     multiple: int = 1,
     attention_weight: float = 0.0,
     share_from: int | None = None,
+    token_multiple: int = 1,
 ) -> list[list[MicroBatch]]:
     """Micro-batches [dp][n] that hold all `samples`; see the module's invariants.
 
     `weights` are those of the samples in the loss, 1 by default; `ids` are their numbers, by default from `first_id` on. The
     number n is a multiple of `multiple`, and `attention_weight` says what is balanced; see `balance`. `max_tokens` bounds the
     whole micro-batch that one data-parallel rank's cp ranks share. `share_from`: neighbours of a group read a common beginning of
-    at least so many tokens once, where they fit into one micro-batch; None: each reads its own. Raises ValueError where a single
-    sample, padded, is longer than `max_tokens`.
+    at least so many tokens once, where they fit into one micro-batch; None: each reads its own. `token_multiple`: what the share
+    of a rank in a micro-batch's positions is a multiple of. Raises ValueError where a single sample, padded, is longer than
+    `max_tokens`.
     """
-    step, unit = length_steps(cp, tp)
+    step, unit = length_steps(cp, tp, token_multiple)
     capacity = max_tokens // unit * unit
     if capacity == 0:
         raise ValueError(f"max_tokens={max_tokens}; with cp={cp}, tp={tp} a micro-batch needs at least {unit}")
@@ -94,14 +96,16 @@ def build_train_batch(
     attention_weight: float = 0.0,
     spare_beyond: int | None = None,
     share_from: int | None = None,
+    token_multiple: int = 1,
 ) -> TrainBatch:
     """One optimizer step over `samples`: packed, with each sequence's weight in the loss under `aggregation`.
 
     `max_tokens` is per rank, so a micro-batch that cp ranks share holds cp times as many. `first_id` is the number of the first
-    sample, for error messages. `attention_weight` says what is balanced, and `share_from` from how many common tokens on prompts
-    are read once, as in `pack`. `spare_beyond`: samples without an advantage are left out as soon as so many tokens have a pass,
-    see `sparing.spared`; None: they are not. Under interleaving the number of micro-batches is a multiple of pp, as megatron's
-    schedule asks. Raises ValueError for samples without any token of the policy, and as `pack` does.
+    sample, for error messages. `attention_weight` says what is balanced, `share_from` from how many common tokens on prompts
+    are read once, and `token_multiple` how far is padded, as in `pack`. `spare_beyond`: samples without an advantage are left out
+    as soon as so many tokens have a pass, see `sparing.spared`; None: they are not. Under interleaving the number of
+    micro-batches is a multiple of pp, as megatron's schedule asks. Raises ValueError for samples without any token of the policy,
+    and as `pack` does.
     """
     weights = _weights(samples, aggregation)
     left_out = [] if spare_beyond is None else spared(samples, spare_beyond)
@@ -117,6 +121,7 @@ def build_train_batch(
         multiple=parallel.pp if parallel.vpp > 1 else 1,
         attention_weight=attention_weight,
         share_from=share_from,
+        token_multiple=token_multiple,
     )
     return TrainBatch(micro_batches, {first_id + place: sum(samples[place].mask) for place in left_out})
 
@@ -154,10 +159,10 @@ def longest_sample(parallel: ParallelConfig, max_tokens: int) -> int:
     return max_tokens * parallel.cp // unit * unit // step * step
 
 
-def length_steps(cp: int, tp: int) -> tuple[int, int]:
-    """What a sequence's length and a micro-batch's length have to be multiples of."""
+def length_steps(cp: int, tp: int, token_multiple: int = 1) -> tuple[int, int]:
+    """What a sequence's length and a micro-batch's length have to be multiples of; `token_multiple`: a rank's share of it."""
     step = 2 * cp if cp > 1 else 1
-    return step, math.lcm(step, cp * tp)
+    return step, math.lcm(step, cp * tp * token_multiple)
 
 
 def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], TrainSample]:

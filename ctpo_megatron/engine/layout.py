@@ -1,7 +1,8 @@
-"""Where the Hugging Face tensors lie in the parameters of an SGLang engine, rank by rank (SGLang 0.5.23, unquantised).
+"""Where the Hugging Face tensors lie in the parameters of an SGLang engine, rank by rank (SGLang 0.5.23).
 
 tests/integration/test_attest.py holds it against running servers of Qwen3 and Qwen3-MoE; qwen3 (tied), qwen2, llama and mixtral
 agreed on two ranks too. deepseek_v3, glm4_moe and heads of keys and values that ranks share are from reading SGLang.
+Weights in fp8 blocks lie as others do, and their scales as they do, counted in blocks (tests/integration/test_fp8.py).
 Not covered, and so refused by the comparison: expert parallelism and data-parallel attention of the engine, shared experts that
 are fused with the routed ones (`--disable-shared-experts-fusion` keeps them apart), tied embeddings where SGLang has an lm_head
 all the same (its Qwen3-MoE and Mixtral), and MoE backends that store weights shuffled or transposed.
@@ -15,10 +16,12 @@ from dataclasses import dataclass
 
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.families import FAMILIES
+from ctpo_megatron.models.quantised import BLOCK, SCALE_SUFFIX, check_attention, check_cut, is_quantised, scale_of
 from ctpo_megatron.models.shape import HeadAttention, LatentAttention, ModelShape
 from ctpo_megatron.models.tensors import HfTensor, hf_tensors
 
 CPU_WIDTH_MULTIPLE = 32  # of each rank's part of an MLP; SGLang on CPUs fills narrower ones up, dense and experts differently
+FLOAT32_ROUTERS = ("glm4_moe",)  # families whose routers SGLang keeps in float32 whatever the model's number format
 VOCAB_MULTIPLE = 64  # SGLang fills the vocabulary up with rows of zeros, which add nothing to a digest
 
 # buffers that an engine may report though no Hugging Face tensor is in them
@@ -58,24 +61,32 @@ class _Source:
 class EngineLayout:
     """The layout for a model of `shape` on engines of `tp` tensor-parallel ranks, on CPUs or GPUs.
 
-    Raises ConfigError where the model cannot be cut for them.
+    `quantised`: they keep it in fp8 blocks (`models.quantised`). Raises ConfigError where the model cannot be cut for them.
     """
 
-    def __init__(self, shape: ModelShape, tp: int, *, cpu: bool = False) -> None:
+    def __init__(self, shape: ModelShape, tp: int, *, cpu: bool = False, quantised: bool = False) -> None:
         self.tp = tp
         if cpu:
             _check_cpu_widths(shape, tp)
+        if quantised:
+            check_attention(shape)
         self._shape = shape
         self._sources: dict[str, _Source] = {}
         self._stacks: dict[str, list[str]] = {}  # by the engine's name, in the order in which they are stacked
-        ends: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
         for tensor in hf_tensors(shape):
             engine_name = self._engine_name(tensor.name)
             dim, pieces, size = self._cut(tensor)
-            at = ends.get(engine_name, 0)
-            ends[engine_name] = at + (size if dim == 0 else tensor.shape[0])
-            self._sources[tensor.name] = _Source(tensor, engine_name, at, dim, pieces, size)
-            self._stacks.setdefault(engine_name, []).append(tensor.name)
+            self._add(tensor, engine_name, dim, pieces, size)
+            if quantised and is_quantised(tensor):
+                check_cut(tensor, dim, size, tp)
+                self._add(scale_of(tensor), engine_name + SCALE_SUFFIX, dim, pieces, size // BLOCK)
+
+    def _add(self, tensor: HfTensor, engine_name: str, dim: int | None, pieces: int, size: int) -> None:
+        at = self._ends.get(engine_name, 0)
+        self._ends[engine_name] = at + (size if dim == 0 else tensor.shape[0])
+        self._sources[tensor.name] = _Source(tensor, engine_name, at, dim, pieces, size)
+        self._stacks.setdefault(engine_name, []).append(tensor.name)
 
     @property
     def tensors(self) -> KeysView[str]:
@@ -93,7 +104,8 @@ class EngineLayout:
 
     def is_precise(self, name: str) -> bool:
         """Whether engines keep it in float32 whatever the model's number format."""
-        return self._sources[name].tensor.precise
+        tensor = self._sources[name].tensor
+        return tensor.precise or (self._shape.family in FLOAT32_ROUTERS and tensor.key.endswith(".router.weight"))
 
     def sources(self, engine_name: str) -> list[str]:
         """Names of the Hugging Face tensors that an engine's tensor is made of; empty for one that is not known here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from ctpo_megatron.config.rollout import CPU_KV_TOKENS, EngineConfig
 from ctpo_megatron.environment import environment_of
+from ctpo_megatron.models.quantised import server_config
 
 _CPU_ARGUMENTS = (
     *("--attention-backend", "torch_batched", "--sampling-backend", "pytorch"),
@@ -38,6 +40,7 @@ def server_args(
     routed_experts: bool = False,
     shared_expert: bool = False,
     memory_saver: bool = False,
+    quantised: bool = False,
     part: Part = Part(),
 ) -> list[str]:
     """Arguments of one server, as `sglang.launch_server` takes them. `engine.extra_args` come last and so win.
@@ -46,6 +49,8 @@ def server_args(
     `shared_expert`: the model has one. On GPUs SGLang would otherwise lay it among the routed ones, where published weights have
     no tensor of that shape.
     `memory_saver`: it can give back its GPUs' memory; on a CPU it always can. `part`: of a server on `engine.nodes` nodes.
+    `quantised`: it keeps weights in fp8 blocks. The model's files have none, so it starts with random ones and serves no request
+    before a publication.
     The weights it loads are version 0. It speaks token ids only, so it needs no tokenizer; and no grammar is ever asked for.
     """
     arguments = ["--model-path", str(model_path), "--host", host, "--port", str(port)]
@@ -63,6 +68,8 @@ def server_args(
         arguments += ["--disable-shared-experts-fusion"]
     if memory_saver:
         arguments += ["--enable-memory-saver"]
+    if quantised:
+        arguments += ["--load-format", "dummy", "--json-model-override-args", json.dumps(server_config())]
     kv_tokens = engine.max_total_tokens or (CPU_KV_TOKENS if device == "cpu" else None)
     if kv_tokens is not None:
         arguments += ["--max-total-tokens", str(kv_tokens)]

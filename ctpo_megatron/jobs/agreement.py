@@ -26,7 +26,8 @@ def check_training(config: RunConfig, shape: ModelShape, model: Path) -> None:
     What only servers on CPUs need is checked where `cluster.device` says cpu.
     """
     check_rollouts(config, shape, model)
-    EngineLayout(shape, config.rollout.engine.tp, cpu=config.cluster.device == "cpu")  # that servers can be proven to hold it
+    on_cpu, quantised = config.cluster.device == "cpu", config.weights.quantization is not None
+    EngineLayout(shape, config.rollout.engine.tp, cpu=on_cpu, quantised=quantised)  # that servers can be proven to hold it
 
 
 def check_rollouts(config: RunConfig, shape: ModelShape, model: Path) -> None:

@@ -41,7 +41,9 @@ def make_publisher(runtime: Runtime, client: EngineClient, texts: Sequence[Seque
 def make_proof(config: RunConfig, shape: ModelShape, texts: Sequence[Sequence[int]] = ()) -> Proof:
     """What the servers have to show. `cluster.device` is resolved. Raises ConfigError where they cannot hold the model."""
     device = config.cluster.device
-    layout = EngineLayout(shape, config.rollout.engine.tp, cpu=device == "cpu")
+    quantised = config.weights.quantization is not None
+    layout = EngineLayout(shape, config.rollout.engine.tp, cpu=device == "cpu", quantised=quantised)
     routing = shape.routing if config.moe.routing_replay else None
-    default = canary_tolerance(config.model.dtype_on(device), mixture=shape.num_experts > 0, replayed=routing is not None)
+    dtype, mixture = config.model.dtype_on(device), shape.num_experts > 0
+    default = canary_tolerance(dtype, mixture=mixture, replayed=routing is not None, quantised=quantised)
     return Proof(layout, shape.vocab_size, config.attest.canary_tolerance or default, texts, routing)

@@ -139,8 +139,9 @@ class SftLoop:
         return self.demonstrations.next(count)
 
     def _batch(self, samples: Sequence[TrainSample]) -> TrainBatch:
-        parallel, most = self.config.parallel, self.config.train.max_tokens_per_micro_batch
-        return build_train_batch(samples, aggregation=TokenMean(), parallel=parallel, max_tokens=most)
+        parallel, train = self.config.parallel, self.config.train
+        most, multiple = train.max_tokens_per_micro_batch, train.token_multiple
+        return build_train_batch(samples, aggregation=TokenMean(), parallel=parallel, max_tokens=most, token_multiple=multiple)
 
     # ---- held-out demonstrations
 

@@ -373,6 +373,7 @@ def make_batches(
             attention_weight=attention_weight,
             spare_beyond=-(-FEWEST_TOKENS // train.optimizer_steps) if spare else None,
             share_from=train.share_prompts,
+            token_multiple=train.token_multiple,
         )
         for first in range(0, len(groups), per_batch)
     ]

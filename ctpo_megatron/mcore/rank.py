@@ -22,7 +22,7 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
-from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.config.train import Fp8Config, OptimizerConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.host import dtype_on, megatron_region, prepare_host
@@ -71,6 +71,7 @@ class TrainerRank:
         shape: ModelShape | None = None,
         adapter: LoraConfig | None = None,
         critic: CriticConfig | None = None,
+        fp8: Fp8Config | None = None,
     ) -> None:
         self.shape = shape or read_hf_config(model_path)
         check_layout(self.shape, parallel)
@@ -80,20 +81,12 @@ class TrainerRank:
             raise ConfigError(f"parallel.tp * pp * cp * dp = {parallel.world_size}, but the trainer has {rank.world_size} ranks.")
         self.device = prepare_host(device, rank.local_rank)
         self.model_path, self.rank, self.parallel = model_path, rank, parallel
-        self.adapter, self.critic = adapter, critic
+        self.adapter, self.critic, self._fp8 = adapter, critic, fp8
         self._join(rank)
         with megatron_region(self.device):
-            self._build(optimizer, dtype_on(self.device, dtype), seed, recompute, total_steps, moe)
+            self._build(optimizer, dtype_on(self.device, dtype), seed, total_steps, moe=moe, recompute=recompute, fp8=fp8)
 
-    def _build(
-        self,
-        optimizer: OptimizerConfig | None,
-        dtype: torch.dtype,
-        seed: int,
-        recompute: str,
-        total_steps: int | None,
-        moe: MoeConfig | None,
-    ) -> None:
+    def _build(self, optimizer: OptimizerConfig | None, dtype: torch.dtype, seed: int, steps: int | None, **options: Any) -> None:
         from ctpo_megatron.mcore import groups, step
         from ctpo_megatron.mcore.checkpoint.background import BackgroundSave
         from ctpo_megatron.mcore.model.build import build_model
@@ -108,8 +101,7 @@ class TrainerRank:
             self.parallel,
             dtype,
             self.device,
-            moe=moe,
-            recompute=recompute,
+            **options,
             trainable=optimizer is not None,
             adapter=self.adapter,
             critic=self.critic,
@@ -119,7 +111,7 @@ class TrainerRank:
         self.optimizer = self.schedule = self._saver = None
         if optimizer is not None:
             self.optimizer = build_optimizer(self.models, optimizer, dtype, self.critic)
-            self.schedule = build_schedule(self.optimizer, optimizer, total_steps)
+            self.schedule = build_schedule(self.optimizer, optimizer, steps)
             self._saver, self._moved = BackgroundSave(TIMEOUT_MINUTES), False
         portable = not use_transformer_engine(self.device)
         routers = Routers(self.models, self.shape, self.device)
@@ -152,6 +144,11 @@ class TrainerRank:
     def coords(self) -> RankCoords:
         """This rank's place among the others."""
         return self._stepper.coords
+
+    @property
+    def token_multiple(self) -> int:
+        """What this rank's share of the tokens of a micro-batch has to be a multiple of."""
+        return 1 if self._fp8 is None else self._fp8.token_multiple
 
     def senders(self, *, per_stage: bool = False) -> list[int]:
         """Ranks that `stream` gives weights to, in the order in which their tensors come."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctpo_megatron.config.rollout import CPU_KV_TOKENS
+from ctpo_megatron.models.quantised import BLOCK
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
 from ctpo_megatron.planning.memory import GIB
 from ctpo_megatron.planning.parameters import model_parameters
@@ -56,7 +57,7 @@ def plan_servers(run: PlannedRun, shape: ModelShape, gpu_bytes: int | None, take
     `taken`: what a trainer on the same GPU keeps while they generate; SGLang gives them the same share of what is left.
     """
     engine, element = run.rollout.engine, run.element_bytes
-    weights = server_parameters(shape, engine.tp) * element
+    weights = server_weights(shape, engine.tp, element, quantised=run.weights.quantization is not None)
     per_token = token_bytes(shape, engine.tp, element)
     if gpu_bytes is None:
         budget = weights + (engine.max_total_tokens or CPU_KV_TOKENS) * per_token
@@ -89,6 +90,16 @@ def token_bytes(shape: ModelShape, tp: int, element: int) -> int:
     else:
         width = attention.kv_rank + attention.rope_dim
     return shape.num_layers * width * element
+
+
+def server_weights(shape: ModelShape, tp: int, element: int, *, quantised: bool) -> int:
+    """Bytes of weights on one GPU of a server of `tp`. `quantised`: all but embedding and output layer in fp8 blocks, with their
+    scales; norms and routers are counted so too."""
+    whole = server_parameters(shape, tp)
+    if not quantised:
+        return whole * element
+    ends = -(-shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2) // tp)
+    return ends * element + (whole - ends) + 4 * -(-(whole - ends) // BLOCK**2)
 
 
 def server_parameters(shape: ModelShape, tp: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.weights.proof.canary import canary_batch
 from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server, WeightSender
+from ctpo_megatron.weights.quantised import Quantiser
 from ctpo_megatron.weights.tracking import Tracked
 from ctpo_megatron.weights.transports.choose import make_sender
 from ctpo_megatron.weights.transports.order import open_order
@@ -40,6 +42,11 @@ class StreamsWeights(Protocol):
     @property
     def device(self) -> torch.device:
         """Where this rank's weights lie."""
+        ...
+
+    @property
+    def token_multiple(self) -> int:
+        """What each rank's share of the tokens of a micro-batch has to be a multiple of."""
         ...
 
     def senders(self, *, per_stage: bool) -> list[int]:
@@ -92,6 +99,7 @@ class RankWeights:
         self._address = address
         self._memory = memory or BucketMemory(rank.device)
         self._new_account = new_account
+        self._quantiser = Quantiser(rank.shape, BucketMemory(rank.device)) if transport.quantization else None
         self._sender: WeightSender | None = None  # of a rank that sends
         self._ordered = False  # whether the senders have found their order
         self._tracked = Tracked() if transport.delta else None
@@ -118,7 +126,7 @@ class RankWeights:
         device, transport = self._rank.device, self._transport
         senders = self._rank.senders(per_stage=transport.sends_per_stage)
         order = open_order(senders, self._address, transport.timeout_s)
-        layout = EngineLayout(self._rank.shape, self._tp, cpu=device.type == "cpu")
+        layout = EngineLayout(self._rank.shape, self._tp, cpu=device.type == "cpu", quantised=self._quantiser is not None)
         if order is None:
             return None
         return make_sender(transport, device, self._address, order, lambda: self._new_account(layout))
@@ -157,7 +165,7 @@ class RankWeights:
         `proof.canary.join_canary` joins the parts of the context-parallel ranks.
         """
         parallel = self._rank.parallel
-        batch = canary_batch(token_ids, 2 * parallel.cp * parallel.tp, experts)
+        batch = canary_batch(token_ids, math.lcm(2, self._rank.token_multiple) * parallel.cp * parallel.tp, experts)
         count = parallel.pp if parallel.vpp > 1 else 1  # as interleaving wants it
         logps = self._rank.logp(self._rank.place([batch] * count), temperature=1.0)
         return logps[0].tolist() if logps else []
@@ -172,4 +180,5 @@ class RankWeights:
         only = None if self._tracked is None else self._tracked.look(self._rank.pieces())
         self._partial = only is not None
         size = transport.bucket_mb * 2**20
-        return self._rank.stream(size, per_stage=transport.sends_per_stage, memory=self._memory, only=only)
+        stream = self._rank.stream(size, per_stage=transport.sends_per_stage, memory=self._memory, only=only)
+        return stream if self._quantiser is None else self._quantiser.stream(stream)

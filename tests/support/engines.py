@@ -90,13 +90,19 @@ def start_server(
     key: str = "",
     port: int | None = None,
     forks: Path | None = None,
+    quantised: bool = False,
+    dtype: str = "",
 ) -> RunningServer:
     """Start a CPU server of `model` on `tp` ranks; with `wait` until it is healthy. It records what its client reads.
 
-    `forks`: where `forked_servers.forking` forks it; from nothing without.
+    `quantised`: weights in fp8, all else in `dtype`, bfloat16 by default. `forks`: where `forked_servers.forking` forks it; from
+    nothing without.
     """
     engine, port, key = EngineConfig(tp=tp), port or free_port(HOST), key or new_api_key()
-    arguments = server_args(model, engine, device="cpu", dtype="float32", port=port, seed=1, routed_experts=routing is not None)
+    recorded, dtype = routing is not None, dtype or ("bfloat16" if quantised else "float32")
+    arguments = server_args(
+        model, engine, device="cpu", dtype=dtype, port=port, seed=1, routed_experts=recorded, quantised=quantised
+    )
     env = server_env(engine, device="cpu")
     server = SGLangServer(arguments, url=f"http://{HOST}:{port}", api_key=key, log=log, env=env, nursery=forks)
     if wait:

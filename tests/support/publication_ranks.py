@@ -57,6 +57,10 @@ class FaultyStream:
     def device(self) -> torch.device:
         return self._rank.device
 
+    @property
+    def token_multiple(self) -> int:
+        return self._rank.token_multiple
+
     def senders(self, *, per_stage: bool) -> list[int]:
         return self._rank.senders(per_stage=per_stage)
 

@@ -23,10 +23,13 @@ SPREAD = 0.03  # of the weights
 HEAD = 8.0  # the output layer is larger by this: a model is surer of its tokens than random weights are
 
 
-def write_stand_in(directory: Path, *, mixture: bool, layers: int = 4) -> Path:
-    """A random model whose log-probs two engines in bfloat16 disagree about as they do about large ones: docs/gpu.md."""
+def write_stand_in(directory: Path, *, mixture: bool, layers: int = 4, **other: Any) -> Path:
+    """A random model whose log-probs two engines in bfloat16 disagree about as they do about large ones: docs/gpu.md.
+
+    `other` settings of its config.json win.
+    """
     family = "qwen3_moe" if mixture else "qwen3"
-    options = FAMILIES[family] | SIZES | {"initializer_range": SPREAD} | (EXPERTS if mixture else {})
+    options = FAMILIES[family] | SIZES | {"initializer_range": SPREAD} | (EXPERTS if mixture else {}) | other
     write_model(directory, family, layers=layers, options=options)
     file = directory / "model.safetensors"
     weights = load_file(file)

@@ -13,6 +13,7 @@ from ctpo_megatron.cluster.environment import log_line, node_environment
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address, sees_gpu
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.engine.capability import check_fp8, visible_gpus
 from ctpo_megatron.engine.gpu_memory import wait_for_gpus
 from ctpo_megatron.engine.probe import Probe
 from ctpo_megatron.engine.processes import names_of_group, resident
@@ -79,6 +80,7 @@ class EngineActor:
             routed_experts=self._routed_experts,
             shared_expert=self._shared_expert,
             memory_saver=bool(self._gpus) and config.weights.servers_sleep,
+            quantised=config.weights.quantization is not None,
             part=Part(rank, head),
         )
         if device != "cpu" and sees_gpu():  # without a driver there is nothing to compile for, and the server says so
@@ -88,6 +90,8 @@ class EngineActor:
         if not os.environ.get("SGLANG_HOST_IP"):  # else a server on several nodes takes the address of its node's first interface
             environment["SGLANG_HOST_IP"] = self._host
         print(log_line("server", device, os.environ | environment), flush=True)
+        if device == "cuda" and config.weights.quantization is not None:
+            check_fp8(visible_gpus(os.environ | environment))
         if again and device == "cuda":
             wait_for_gpus(os.environ | environment)
         self._launched = SGLangServer(

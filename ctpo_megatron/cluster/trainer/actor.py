@@ -139,6 +139,7 @@ class TrainerActor:
             shape=self.shape,
             adapter=config.model.adapter,
             critic=config.algorithm.critic,
+            fp8=config.train.fp8,
         )
         reference = config.algorithm.reference
         policy = None if reference is None else rank.reference(reference.path)
@@ -178,7 +179,11 @@ class TrainerActor:
                 with_own,
                 algorithm=config.algorithm,
                 temperature=config.rollout.temperature,
-                drift=config.drift.bounds(config.model.dtype_on(config.cluster.device), mixture=self.shape.num_experts > 0),
+                drift=config.drift.bounds(
+                    config.model.dtype_on(config.cluster.device),
+                    mixture=self.shape.num_experts > 0,
+                    quantised=config.weights.quantization is not None,
+                ),
                 version=version,
                 reference=self._built.reference,
                 teachers=self._built.teachers,

@@ -15,6 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
+from ctpo_megatron.config.train import Fp8Config
+from ctpo_megatron.mcore.fp8 import check_fp8
 from ctpo_megatron.mcore.model.head import HiddenGPTModel
 from ctpo_megatron.mcore.model.lora import add_adapters
 from ctpo_megatron.mcore.model.parts import keep_biases_precise, rope_options, scale_llama3
@@ -35,6 +37,7 @@ def build_model(
     *,
     moe: MoeConfig | None = None,
     recompute: str = "none",
+    fp8: Fp8Config | None = None,
     trainable: bool = True,
     adapter: LoraConfig | None = None,
     critic: CriticConfig | None = None,
@@ -43,9 +46,10 @@ def build_model(
 
     There is one chunk, or `parallel.vpp` of them where the pipeline is interleaved. `trainable` wraps each in megatron's
     DistributedDataParallel, which owns the gradients. With `adapter` only adapters have some.
-    With `critic` the last chunk has a value head.
+    With `critic` the last chunk has a value head. Raises ConfigError where `fp8` needs what is not there.
     """
-    config = transformer_config(shape, parallel, moe or MoeConfig(), dtype, device, recompute)
+    check_fp8(fp8, device, dtype, recompute=recompute, mixture=shape.num_experts > 0)
+    config = transformer_config(shape, parallel, moe or MoeConfig(), dtype, device, recompute, fp8)
     stages = range(parallel.vpp) if parallel.vpp > 1 else [None]
     chunks = [_chunk(shape, parallel, config, device, vp_stage, adapter, critic) for vp_stage in stages]
     if not trainable:

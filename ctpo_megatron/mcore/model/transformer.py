@@ -9,19 +9,27 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
+from ctpo_megatron.config.train import Fp8Config
+from ctpo_megatron.mcore.fp8 import fp8_options
 from ctpo_megatron.mcore.model.parts import attention_options, config_class, experts_options, set_yarn
 from ctpo_megatron.mcore.model.spec import use_transformer_engine
 from ctpo_megatron.models.shape import LatentAttention, ModelShape
 
 
 def transformer_config(
-    shape: ModelShape, parallel: ParallelConfig, moe: MoeConfig, dtype: torch.dtype, device: torch.device, recompute: str
+    shape: ModelShape,
+    parallel: ParallelConfig,
+    moe: MoeConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    recompute: str,
+    fp8: Fp8Config | None = None,
 ) -> TransformerConfig:
-    """megatron's description of the model. No dropout."""
+    """megatron's description of the model. No dropout. `fp8` has been checked (`mcore.fp8`)."""
     fused = use_transformer_engine(device)
     options = attention_options(shape, fused)
     options |= experts_options(shape.experts, moe, fused) if shape.experts else {}
-    options |= _recompute(recompute, shape, fused)
+    options |= _recompute(recompute, shape, fused) | fp8_options(fp8)
     config = config_class(shape)(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

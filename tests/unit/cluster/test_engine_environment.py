@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from ctpo_megatron.cluster.engines import actor
+from ctpo_megatron.cluster.teachers import _as_sampled
 from ctpo_megatron.config import RunConfig
+from ctpo_megatron.config.distillation import StartedTeacher
+from ctpo_megatron.engine.capability import Gpu
 from ctpo_megatron.errors import InputError
 
 CONFIG = RunConfig.model_validate(
@@ -62,3 +65,21 @@ def test_a_node_without_a_toolkit_starts_no_server(
     with pytest.raises(InputError, match=r"SGLang compiles kernels when it starts .* nvcc: .*nothing/bin/nvcc does not run"):
         actor.EngineActor(CONFIG, 1, str(tmp_path / "log"), "key").launch()
     assert started == {}
+
+
+def test_servers_with_weights_in_fp8(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They start with random ones; those of teachers, to which nothing is published, read their files. GPUs are looked at."""
+    monkeypatch.setattr(actor, "sees_gpu", lambda: False)
+    quantised = {"type": "broadcast", "quantization": "fp8"}
+    config = RunConfig.model_validate(CONFIG.model_dump() | {"weights": quantised, "drift": {"mean": 0.2}})
+    teacher = StartedTeacher(name="t", path="m")
+    gpus = [Gpu("H-what", (9, 0))]
+    monkeypatch.setattr(actor, "visible_gpus", lambda _environment: gpus)
+    for each, format_ in ((config, "dummy"), (_as_sampled(config, teacher), None), (config.unquantised, None)):
+        actor.EngineActor(each, 1, str(tmp_path / "log"), "key").launch()
+        arguments = started.pop("arguments")
+        assert (arguments[arguments.index("--load-format") + 1] if "--load-format" in arguments else None) == format_
+    gpus[0] = Gpu("B-what", (10, 0))
+    with pytest.raises(InputError, match="B-what"):
+        actor.EngineActor(config, 1, str(tmp_path / "log"), "key").launch()
+    assert "arguments" not in started

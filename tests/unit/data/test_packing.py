@@ -52,12 +52,14 @@ def sequences(micro_batch: MicroBatch) -> list[tuple[int, TrainSample, int]]:
     cp=st.sampled_from([1, 2, 3, 4]),
     tp=st.sampled_from([1, 2, 3, 4, 8]),
     room=st.integers(0, 200),
+    token_multiple=st.sampled_from([1, 16]),
 )
-def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
+def test_every_sample_once_within_limits(lengths, dp, cp, tp, room, token_multiple):
     step = 2 * cp if cp > 1 else 1
-    max_tokens = max(lengths) + step + math.lcm(step, cp * tp) + room
+    unit = math.lcm(step, cp * tp * token_multiple)
+    max_tokens = max(lengths) + step + unit + room
     samples = [sample(length, number) for number, length in enumerate(lengths)]
-    packed = pack(samples, dp=dp, max_tokens=max_tokens, cp=cp, tp=tp)
+    packed = pack(samples, dp=dp, max_tokens=max_tokens, cp=cp, tp=tp, token_multiple=token_multiple)
 
     assert len(packed) == dp
     assert len({len(rank) for rank in packed}) == 1
@@ -66,7 +68,7 @@ def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
         assert len(micro_batch) >= 1
         assert micro_batch.positions <= max_tokens
         assert micro_batch.positions % cp == 0
-        assert micro_batch.positions // cp % tp == 0
+        assert micro_batch.positions // cp % (tp * token_multiple) == 0
         assert micro_batch.positions == micro_batch.tokens.input_ids.numel()
         found = sequences(micro_batch)
         for place, (group, padded, length) in enumerate(found):
@@ -77,7 +79,7 @@ def test_every_sample_once_within_limits(lengths, dp, cp, tp, room):
                 continue
             seen.append(group)
             true = samples[group]
-            assert length - len(true) < (step if place < len(found) - 1 else math.lcm(step, cp * tp) + step)
+            assert length - len(true) < (step if place < len(found) - 1 else unit + step)
             padding = length - len(true)
             for name, filler in (
                 *(("input_ids", 0), ("labels", 0), ("mask", False)),
@@ -157,6 +159,9 @@ def test_restarts_mark_the_first_token_of_each_version():
 def test_max_tokens_is_per_context_parallel_rank():
     batch = build_train_batch([sample(40)], aggregation=TokenMean(), parallel=ParallelConfig(cp=2), max_tokens=20)
     assert batch.micro_batches[0][0].positions == 40
+    fp8 = {"max_tokens": 64, "token_multiple": 32}
+    batch = build_train_batch([sample(40)], aggregation=TokenMean(), parallel=ParallelConfig(cp=2, tp=2), **fp8)
+    assert batch.micro_batches[0][0].positions == 128
 
 
 @pytest.mark.parametrize("aggregation", [TokenMean(), SequenceMean(), SequenceSum(), Constant(tokens=7), Balanced()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +47,15 @@ def test_a_server_on_the_trainers_gpus() -> None:
     args = server_args("/models/m", EngineConfig(), device="cuda", dtype="bfloat16", port=20001, seed=3, memory_saver=True)
     assert "--enable-memory-saver" in args
     assert server_env(EngineConfig(), device="cuda", gpus=("3", "1"))["CUDA_VISIBLE_DEVICES"] == "3,1"
+
+
+def test_weights_in_fp8() -> None:
+    """They come with the first publication: the model's files have none, and its config.json does not say so."""
+    args = server_args("/models/m", EngineConfig(), device="cuda", dtype="bfloat16", port=20001, seed=3, quantised=True)
+    assert value(args, "--load-format") == "dummy"
+    (section,) = json.loads(value(args, "--json-model-override-args")).values()
+    assert (section["quant_method"], section["weight_block_size"]) == ("fp8", [128, 128])
+    assert "--json-model-override-args" not in arguments(EngineConfig(), "cuda")
 
 
 def test_a_shared_expert_stays_apart_on_gpus() -> None:

@@ -31,7 +31,7 @@ from ctpo_megatron.planning.parameters import active_parameters, model_parameter
 from ctpo_megatron.planning.plan import Hardware
 from ctpo_megatron.planning.run import STREAM_BYTES
 from ctpo_megatron.planning.saving import GATHERED
-from ctpo_megatron.planning.servers import COMMUNICATOR, server_parameters, token_bytes
+from ctpo_megatron.planning.servers import COMMUNICATOR, server_parameters, server_weights, token_bytes
 from ctpo_megatron.types import TrainSample
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -155,6 +155,14 @@ def test_cache_bytes_of_a_token() -> None:
     assert token_bytes(shape_of("qwen3-235b-a22b"), 8, 2) == 94 * 2 * 1 * 128 * 2  # 4 key-value heads, repeated
     assert token_bytes(shape_of("deepseek-v3"), 8, 2) == 61 * (512 + 64) * 2  # one latent, on every GPU
     assert server_parameters(shape_of("qwen3-4b"), 4) * 4 == model_parameters(shape_of("qwen3-4b")).total
+
+
+def test_servers_in_fp8_hold_embeddings_in_full_and_half_of_the_rest() -> None:
+    shape = shape_of("qwen3-14b")
+    plain, fp8 = (server_weights(shape, 4, 2, quantised=quantised) for quantised in (False, True))
+    assert plain == server_parameters(shape, 4) * 2
+    ends = 2 * shape.vocab_size * shape.hidden_size // 4
+    assert 1 < (fp8 - 2 * ends) / (plain / 2 - ends) < 1.0003, "a scale of four bytes for 16,384 numbers"
 
 
 def test_what_cannot_fit_is_refused_with_the_shortage_and_what_helps(capsys, monkeypatch) -> None:

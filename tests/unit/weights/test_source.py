@@ -17,10 +17,12 @@ from ctpo_megatron.batch import MicroBatch, Replay
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.weights import DiskTransport
 from ctpo_megatron.engine.checksums import EngineDigests
+from ctpo_megatron.engine.fp8 import matrix_of
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.errors import WeightSyncError
 from ctpo_megatron.models.adapters import part_name
 from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.quantised import served_tensors
 from ctpo_megatron.models.tensors import hf_tensors
 from ctpo_megatron.weights.proof.expected import ExpectedDigests
 from ctpo_megatron.weights.protocol import Bucket, Server
@@ -29,6 +31,7 @@ from ctpo_megatron.weights.tracking import Tracked
 from tests.support.willing_server import willing_server
 
 MODEL = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+BLOCKS = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
 MODEL |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 75, "max_position_embeddings": 128, "hidden_act": "silu"}
 
 
@@ -36,6 +39,7 @@ class FakeRank:
     """Streams each tensor of the model in a bucket of its own, filled with `value`; counts what was gathered."""
 
     device = torch.device("cpu")
+    token_multiple = 1
 
     def __init__(self, *, pp: int = 1, vpp: int = 1, last: bool = True) -> None:
         self.shape = parse_config(MODEL)
@@ -191,6 +195,44 @@ def test_all_weights_go_to_servers_that_are_connected_anew(rank: FakeRank, delta
 def test_a_rank_that_sends_nothing_gathers_all_the_same(weights: RankWeights, rank: FakeRank) -> None:
     weights.prepare(1)  # never connected, as ranks without a sender
     assert (weights.publish(1).tensors, rank.gathered) == (0, len(hf_tensors(rank.shape)))
+
+
+def test_a_canary_in_fp8() -> None:
+    """It is filled up to what products in fp8 are over."""
+    rank = FakeRank()
+    rank.token_multiple = 32
+    weights = RankWeights(rank, DiskTransport(directory="/nowhere"), tp=1, address="127.0.0.1")
+    assert len(weights.canary_logp([1, 2, 3])) == 32
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_servers_in_fp8(tmp_path: Path) -> None:
+    """What is written, counted and digested are their bytes and scales; a delta is of what differs in these."""
+    rank, directory = FakeRank(), str(tmp_path)
+    rank.shape = parse_config(MODEL | BLOCKS)
+    transport = DiskTransport(directory=directory, bucket_mb=1, timeout_s=10, delta=True, quantization="fp8")
+    weights = RankWeights(rank, transport, tp=1, address="127.0.0.1")
+    names = {each.name for each in served_tensors(hf_tensors(rank.shape))}
+    with willing_server() as (url, _):
+        weights.connect([Server(url)], "key")
+        assert weights.publish(1).tensors == len(names)
+        rank.values = {CHANGED: 3.0}
+        sent = weights.publish(2)
+    weights.close()
+    assert sent.tensors == 2, "of gate and up the scales alone: each block's numbers are all its largest"
+    first, second = (
+        {name: each for file in (tmp_path / version).glob("*.safetensors") for name, each in load_file(file).items()}
+        for version in ("v000001", "v000002")
+    )
+    assert first.keys() == names
+    changed = {f"model.layers.0.mlp.{each}_proj.weight_scale_inv" for each in ("gate", "up")}
+    assert second.keys() == changed
+    for name in changed:
+        held = matrix_of(first[name.removesuffix("_scale_inv")], second[name])
+        torch.testing.assert_close(held, torch.full(held.shape, 3.0), rtol=1e-6, atol=0)
+    expected = ExpectedDigests(EngineLayout(rank.shape, 1, cpu=True, quantised=True))
+    expected.add(list((first | second).items()))
+    assert sent.digests == expected.digests()
 
 
 @pytest.mark.parametrize(("pp", "vpp", "calls"), [(1, 1, 1), (2, 1, 1), (2, 2, 2)])
