@@ -61,7 +61,7 @@ def holm(chances: Sequence[float]) -> list[float]:
 
 
 def best_rate(lines: Sequence[Line], method: str) -> float | None:
-    """The rate with the highest mean final reward on the tuning seeds; of equal ones the one that learned faster; None of none."""
+    """The rate with the highest mean final reward on the tuning seeds; of equal ones the one that learned faster."""
     rates: dict[float, list[Line]] = {}
     for line in lines:
         if (line["method"], line["purpose"]) == (method, "tune"):

@@ -29,7 +29,7 @@ EVALUATION, PROBE = 2_000_003, 4_000_037  # added to a seed, so that no two uses
 class Size:
     """What all runs of a sweep share."""
 
-    blocks: int = 250
+    blocks: int = 150
     groups: int = 32
     samples: int = 8  # trajectories of a group
     batches: int = 40
@@ -89,7 +89,7 @@ def batch_loss(recipe: Any, policy: Policy, part: Rollouts) -> Any:
 
 
 def train_on(recipe: Any, policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollouts, size: Size) -> dict[str, float]:
-    """Take all optimizer steps on a rollout batch, and say how they went. Raises NonFiniteError before a step that would spoil."""
+    """Take all optimizer steps on a rollout batch and say how they went. Raises NonFiniteError before a step that would spoil."""
     found, norms = [], []
     whole = torch.arange(len(batch.rewards)).view(size.optimizer_steps, -1)
     for rows in whole:
@@ -117,12 +117,11 @@ def run(job: Job, objective: Mapping[str, Any], size: Size, cold: Path) -> dict[
     """What one run comes to; the same for the same arguments. A run whose numbers overflow has an `error` and final reward 0."""
     torch.set_num_threads(1)
     begun, world = time.process_time(), World.drawn(job.seed)
-    policy = load(cold, size)
-    generator = torch.Generator().manual_seed(job.seed)
+    policy, generator = load(cold, size), torch.Generator().manual_seed(job.seed)
     recipe = make_recipe(objective, "sequence-mean", None, has_rollout=True)._replace(density=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=job.rate, weight_decay=size.weight_decay)
-    found: dict[str, Any] = {**job._asdict(), "error": None, "rewards": [], "steps": [], "probes": []}
-    found["before"] = reward_of(world, policy, job.seed, size)
+    before = torch.load(cold, weights_only=True)["about"]["before"]
+    found: dict[str, Any] = {**job._asdict(), "error": None, "before": before, "rewards": [], "steps": [], "probes": []}
     try:
         for number in range(1, size.batches + 1):
             batch = rollouts(world, policy, size, generator)
@@ -150,6 +149,7 @@ def make_cold_start(seed: int, size: Size, file: Path) -> dict[str, float]:
     """Write a seed's cold start, which all methods begin with, and say how long it took."""
     torch.set_num_threads(1)
     policy, about = cold_start(size.cold, seed, size.blocks)
+    about |= {"before": reward_of(World.drawn(seed), policy, seed, size)}
     part = file.with_suffix(".part")
     torch.save({"weights": policy.state_dict(), "about": about, "how": asdict(size.cold)}, part)
     part.rename(file)

@@ -1,10 +1,9 @@
-"""A task of a thousand tokens whose reward comes at the end and hangs on every written state, and a policy small enough for it.
+"""A task of hundreds of tokens whose one reward comes at the end and hangs on the first as on the last, and a policy for it.
 
 A machine has STATES states and MOVES moves; each move is a permutation of the states, drawn from the seed. A prompt is a first
 state and BLOCK moves. The policy first writes the state that these lead to. Then it goes on in blocks: BLOCK moves, which it may
-choose, and the state that they have led to. The reward is 1 if every token is of its kind (move or state) and the last state is
-the one that all the moves together lead to, else 0. Nothing in between is looked at: the policy reads its own states, so a
-wrong one, be it the very first, spoils the rest unless a second mistake happens to undo it.
+choose, and the state that they have led to. The reward is 1 if every token is of its kind (move or state) and every written state
+is the one that all moves up to it have led to, else 0: a proof of many lines that holds or does not. It comes once, at the end.
 """
 
 from __future__ import annotations
@@ -40,10 +39,12 @@ class World:
         places = state_places(written.shape[1])
         in_form = ((written >= MOVES) == places).all(1)
         moves = torch.cat([prompts[:, 1:], written[:, ~places]], 1).clamp(max=MOVES - 1)
-        state = prompts[:, 0] - MOVES
-        for move in moves.unbind(1):
-            state = self.after[move, state]
-        return (in_form & (written[:, -1] == state + MOVES)).float()
+        state, right = prompts[:, 0] - MOVES, in_form
+        for line, block in zip(written[:, places].unbind(1), moves.split(BLOCK, 1), strict=True):
+            for move in block.unbind(1):
+                state = self.after[move, state]
+            right = right & (line == state + MOVES)
+        return right.float()
 
     def demonstrations(self, number: int, blocks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Prompts and faultless trajectories of `blocks` blocks, with moves that are chosen evenly."""
@@ -94,8 +95,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts: Tensor, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Tokens at temperature 1 and their log-probs: [N, length] each."""
-        inputs = self.cell(self.embedding(prompts))[1][0], self.embedding.weight @ self.cell.weight_ih_l0.T
-        hidden, table = inputs[0], inputs[1] + self.cell.bias_ih_l0 + self.cell.bias_hh_l0
+        hidden = self.cell(self.embedding(prompts))[1][0]
+        table = self.embedding.weight @ self.cell.weight_ih_l0.T + self.cell.bias_ih_l0 + self.cell.bias_hh_l0
         recurrent, head = self.cell.weight_hh_l0.T.contiguous(), self.head.weight.T.contiguous()
         noise = torch.empty(length, len(prompts), VOCABULARY).exponential_(generator=generator)
         written, logp = torch.empty(len(prompts), length, dtype=torch.int64), torch.empty(len(prompts), length)
