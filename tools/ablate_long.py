@@ -30,7 +30,7 @@ from ablate_long_world import length_of
 
 from ctpo_megatron.config.objectives import CtpoObjective
 
-GRID = (-6, -5, -4)  # a rate is 10 ** (exponent / 2)
+GRID = (-8, -7, -6)  # a rate is 10 ** (exponent / 2)
 FARTHEST = 2  # further rates on either side, at most
 TUNING_SEEDS = (1001, 1002)
 TEST_SEEDS = 8

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gradient_variance as gv
+import numpy as np
 from ablate import markdown, spread
 from scipy.optimize import brentq
-from scipy.stats import nct
+from scipy.stats import chi2, norm
 from scipy.stats import t as student
 
 REFERENCE = "ctpo"  # what the others' differences are taken from
@@ -43,12 +44,14 @@ def paired(differences: Sequence[float]) -> dict[str, float | int | None]:
 
 def detectable(count: int) -> float:
     """The mean, in standard errors, that a two-sided t test of `count` pairs at LEVEL finds with probability POWER."""
-    bound = float(student.ppf(1 - LEVEL / 2, count - 1))
+    freedom = count - 1
+    middles = (np.arange(4000) + 0.5) / 4000
+    bounds = student.ppf(1 - LEVEL / 2, freedom) * np.sqrt(chi2.ppf(middles, freedom) / freedom)  # by the sample's deviation
 
     def lack(shift: float) -> float:
-        return float(nct.sf(bound, count - 1, shift) + nct.cdf(-bound, count - 1, shift)) - POWER
+        return float(np.mean(norm.sf(bounds - shift) + norm.cdf(-bounds - shift))) - POWER
 
-    return float(brentq(lack, 0.1, 20 * bound))
+    return float(brentq(lack, 0.0, 10 * bounds.max()))
 
 
 def holm(chances: Sequence[float]) -> list[float]:

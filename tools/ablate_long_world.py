@@ -9,6 +9,7 @@ is the one that all moves up to it have led to, else 0: a proof of many lines th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,43 +70,61 @@ def state_places(length: int) -> Tensor:
     return torch.arange(length) % (BLOCK + 1) == 0
 
 
+class Recurrence(torch.autograd.Function):
+    """h_t = tanh(x_t + U h_{t-1}) of x [T, N, H] and U [H, H], from h_0 = 0. As nn.RNN, in half its time: one product a step."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+        out, hidden, transposed = torch.empty_like(inputs), torch.zeros_like(inputs[0]), weight.T.contiguous()
+        for each, place in zip(inputs.unbind(0), out.unbind(0), strict=True):
+            hidden = torch.addmm(each, hidden, transposed, out=place).tanh_()
+        ctx.save_for_backward(out, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        out, weight = ctx.saved_tensors
+        slopes, found, later = 1 - out.square(), torch.empty_like(out), torch.zeros_like(out[0])
+        for each, slope, place in zip(*(reversed(part.unbind(0)) for part in (grad, slopes, found)), strict=True):
+            later = torch.mul(torch.addmm(each, later, weight), slope, out=place)
+        return found, found[1:].flatten(0, 1).T @ out[:-1].flatten(0, 1)
+
+
 class Policy(nn.Module):
-    """A recurrent net over prompt and written tokens: h = tanh(W x + U h), and an output layer."""
+    """A recurrent net over prompt and written tokens: h = tanh(w(token) + U h), and an output layer."""
 
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(VOCABULARY, width)
-            self.cell = nn.RNN(width, width, batch_first=True)
+            self.recurrent = nn.Parameter(nn.init.orthogonal_(torch.empty(width, width)))
             self.head = nn.Linear(width, VOCABULARY)
-            nn.init.orthogonal_(self.cell.weight_hh_l0)
 
     def hidden(self, prompts: Tensor, written: Tensor) -> Tensor:
         """What the output layer sees at each written token: [N, T, width]."""
         tokens = torch.cat([prompts, written[:, :-1]], 1)
-        out: Tensor = self.cell(self.embedding(tokens))[0]
-        return out[:, prompts.shape[1] - 1 :]
+        out: Tensor = Recurrence.apply(self.embedding(tokens.T), self.recurrent)
+        return out[prompts.shape[1] - 1 :].transpose(0, 1)
 
     def logp(self, prompts: Tensor, written: Tensor) -> Tensor:
         """Log-prob of each written token, with grad: [N, T]."""
         logits = self.head(self.hidden(prompts, written))
-        return -nn.functional.cross_entropy(logits.transpose(1, 2), written, reduction="none")
+        return -nn.functional.cross_entropy(logits.flatten(0, 1), written.flatten(), reduction="none").view(written.shape)
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Tokens at temperature 1 and their log-probs: [N, length] each."""
-        hidden = self.cell(self.embedding(prompts))[1][0]
-        table = self.embedding.weight @ self.cell.weight_ih_l0.T + self.cell.bias_ih_l0 + self.cell.bias_hh_l0
-        recurrent, head = self.cell.weight_hh_l0.T.contiguous(), self.head.weight.T.contiguous()
-        noise = torch.empty(length, len(prompts), VOCABULARY).exponential_(generator=generator)
+        hidden = Recurrence.apply(self.embedding(prompts.T), self.recurrent)[-1]
+        recurrent, head = self.recurrent.T.contiguous(), self.head.weight.T.contiguous()
+        noise = torch.empty(length, len(prompts), VOCABULARY).exponential_(generator=generator).log_()
         written, logp = torch.empty(len(prompts), length, dtype=torch.int64), torch.empty(len(prompts), length)
         for place in range(length):
             each = torch.log_softmax(torch.addmm(self.head.bias, hidden, head), -1)
-            token = (each - noise[place].log()).argmax(-1)  # Gumbel's way to draw from a softmax
+            token = (each - noise[place]).argmax(-1)  # Gumbel's way to draw from a softmax
             written[:, place] = token
             logp[:, place] = each.gather(1, token[:, None])[:, 0]
-            hidden = torch.addmm(table[token], hidden, recurrent).tanh()
+            hidden = torch.addmm(self.embedding(token), hidden, recurrent).tanh_()
         return written, logp
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,22 @@ import torch
 import typer
 from ablate_long_probe import probe
 from ablate_long_run import Job, Rollouts, Size, batch_loss, make_cold_start, rollouts, run
-from ablate_long_world import BLOCK, MOVES, STATES, VOCABULARY, ColdStart, Policy, World, length_of, state_places
+from ablate_long_world import BLOCK, MOVES, STATES, VOCABULARY, ColdStart, Policy, Recurrence, World, length_of, state_places
 
 from ctpo_megatron.algorithms import make_recipe, recipe_loss
 from tests.support import oracles
 
 TINY = Size(
-    blocks=3,
-    groups=4,
+    blocks=1,
+    groups=8,
     samples=4,
     batches=2,
-    optimizer_steps=2,
+    optimizer_steps=4,
     evaluation=64,
     probes=(1,),
-    cold=ColdStart(width=12, blocks=2, batch=16, check=5, goal=0.0),
+    cold=ColdStart(width=24, blocks=1, batch=64, rate=1e-2, check=20, goal=0.15),
 )
+UNTAUGHT = replace(TINY, cold=replace(TINY.cold, goal=0.0))
 METHODS = ablate_long.methods_for(length_of(TINY.blocks))
 
 
@@ -89,6 +91,18 @@ def test_samples_are_the_policys() -> None:
     assert first.max() - first.min() > 0.05  # something to tell
 
 
+def test_the_recurrence_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(2)
+    inputs, weight, grad = (torch.randn(shape, generator=generator) for shape in ((9, 3, 5), (5, 5), (9, 3, 5)))
+    net = torch.nn.RNN(5, 5, bias=False)
+    net.load_state_dict({"weight_ih_l0": torch.eye(5), "weight_hh_l0": weight})
+    inputs.requires_grad_()
+    want = torch.autograd.grad(net(inputs)[0], [inputs, net.weight_hh_l0], grad)
+    weight.requires_grad_()
+    got = torch.autograd.grad(Recurrence.apply(inputs, weight), [inputs, weight], grad)
+    torch.testing.assert_close(got, want)
+
+
 # ---- a run
 
 
@@ -130,7 +144,7 @@ def test_the_loss_is_the_projects(cold: Path, method: str) -> None:
         for place, (loss, slope) in points.items():
             total += loss / count / len(batch.rewards)
             slopes[number, place] = slope / count / len(batch.rewards)
-    assert float(found.loss) == pytest.approx(total, rel=1e-4, abs=1e-6)
+    assert found.loss.item() == pytest.approx(total, rel=1e-4, abs=1e-6)
     parameters = list(policy.parameters())
     expected = torch.autograd.grad(logp, parameters, slopes)
     for got, want in zip(torch.autograd.grad(found.loss, parameters), expected, strict=True):
@@ -188,7 +202,7 @@ def test_variances_of_the_probe_against_autograd(cold: Path) -> None:
     assert list(found["relative"].values()) == pytest.approx((spread / spread[0]).tolist(), rel=1e-4)
     signal = whole.mean(1).square().sum(-1) / spread - 1 / count
     assert list(found["signal"].values()) == pytest.approx(signal.tolist(), rel=1e-3, abs=1e-5)
-    assert [(each["first"], each["last"]) for each in found["bins"]] == [(1, 1), (2, 3), (4, 7), (8, 13)]
+    assert [(each["first"], each["last"]) for each in found["bins"]] == [(1, 1), (2, 3), (4, 5)]
     for each in found["bins"]:
         inside = traces(gradients[:, :, each["first"] - 1 : each["last"]])
         assert list(each["relative"].values()) == pytest.approx((inside / inside[0]).tolist(), rel=1e-4)
@@ -252,13 +266,13 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "most", 3)  # two cold starts and one run
         with pytest.raises(KeyboardInterrupt):
-            ablate_long.sweep(methods, [1], TINY, tmp_path, 1)
+            ablate_long.sweep(methods, [1], UNTAUGHT, tmp_path, 1)
     lines = tmp_path / "runs.jsonl"
     assert begun == ["tune ctpo 1.0e-02 1001"]
     with lines.open("a") as file:
         file.write('{"method": "reinfo')  # as an interruption leaves it
-    ablate_long.sweep(methods, [1], TINY, tmp_path, 1)
-    ablate_long.sweep(methods, [1], TINY, tmp_path, 1)
+    ablate_long.sweep(methods, [1], UNTAUGHT, tmp_path, 1)
+    ablate_long.sweep(methods, [1], UNTAUGHT, tmp_path, 1)
     kept = ablate_long.read_lines(lines)
     assert begun == [ablate_long.job_of(line).key for line in kept]
     assert sorted(begun[1:]) == ["test ctpo 1.0e-02 1", "test reinforce 1.0e-02 1", "tune reinforce 1.0e-02 1001"]
@@ -267,12 +281,16 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         ablate_long.sweep(methods, [1], Size(blocks=4), tmp_path, 1)
 
 
+def rate(exponent: int) -> float:
+    return ablate_long.rate_at(ablate_long.GRID[0] + exponent)
+
+
 def tuned(method: str, finals: dict[int, float]) -> list[dict[str, Any]]:
-    """Lines of tuning, by exponent of the rate."""
+    """Lines of tuning, by exponent of the rate less the grid's lowest."""
     return [
         {
             "method": method,
-            "rate": ablate_long.rate_at(e),
+            "rate": rate(e),
             "seed": seed,
             "purpose": "tune",
             "final": reward,
@@ -285,27 +303,27 @@ def tuned(method: str, finals: dict[int, float]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("finals", "exponents"),
+    ("finals", "exponents"),  # counted from the lowest of the grid's three
     [
-        ({}, [-6, -5, -4]),
-        ({-6: 0.1, -5: 0.4}, [-6, -5, -4]),  # the grid first
-        ({-6: 0.1, -5: 0.4, -4: 0.2}, [-6, -5, -4]),  # the best is inside
-        ({-6: 0.1, -5: 0.2, -4: 0.4}, [-6, -5, -4, -3]),
-        ({-6: 0.1, -5: 0.2, -4: 0.4, -3: 0.3}, [-6, -5, -4, -3]),
-        ({-6: 0.3, -5: 0.2, -4: 0.1}, [-7, -6, -5, -4]),
-        ({-8: 0.5, -7: 0.4, -6: 0.3, -5: 0.2, -4: 0.1}, [-8, -7, -6, -5, -4]),  # no farther
+        ({}, [0, 1, 2]),
+        ({0: 0.1, 1: 0.4}, [0, 1, 2]),  # the grid first
+        ({0: 0.1, 1: 0.4, 2: 0.2}, [0, 1, 2]),  # the best is inside
+        ({0: 0.1, 1: 0.2, 2: 0.4}, [0, 1, 2, 3]),
+        ({0: 0.1, 1: 0.2, 2: 0.4, 3: 0.3}, [0, 1, 2, 3]),
+        ({0: 0.3, 1: 0.2, 2: 0.1}, [-1, 0, 1, 2]),
+        ({-2: 0.5, -1: 0.4, 0: 0.3, 1: 0.2, 2: 0.1}, [-2, -1, 0, 1, 2]),  # no farther
     ],
 )
 def test_rates_go_on_beyond_an_edge(finals: dict[int, float], exponents: list[int]) -> None:
-    assert ablate_long.rates_of("grpo", tuned("grpo", finals)) == [ablate_long.rate_at(each) for each in exponents]
+    assert ablate_long.rates_of("grpo", tuned("grpo", finals)) == [rate(each) for each in exponents]
 
 
 def test_test_runs_wait_for_the_rate() -> None:
-    lines = tuned("grpo", {-6: 0.1, -5: 0.4, -4: 0.2}) + tuned("gspo", {-6: 0.1, -5: 0.2, -4: 0.4})
+    lines = tuned("grpo", {0: 0.1, 1: 0.4, 2: 0.2}) + tuned("gspo", {0: 0.1, 1: 0.2, 2: 0.4})
     jobs = ablate_long.wanted(["grpo", "gspo"], [1, 2], lines)
-    assert [job for job in jobs if job.purpose == "test"] == [Job("grpo", 3.2e-3, seed, "test") for seed in (1, 2)]
-    assert {(job.method, job.rate) for job in jobs if job.purpose == "tune"} == {("gspo", 3.2e-2)}
-    assert not set(ablate_long.TUNING_SEEDS) & set(range(1, 11))
+    assert [job for job in jobs if job.purpose == "test"] == [Job("grpo", rate(1), seed, "test") for seed in (1, 2)]
+    assert {(job.method, job.rate) for job in jobs if job.purpose == "tune"} == {("gspo", rate(3))}
+    assert not set(ablate_long.TUNING_SEEDS) & set(range(1, ablate_long.TEST_SEEDS + 1))
 
 
 @pytest.mark.parametrize("power", [0, 1])
