@@ -94,10 +94,16 @@ def tests_of(lines: Sequence[Line], method: str) -> dict[int, Line]:
 
 
 def report(lines: Sequence[Line], methods: Sequence[str]) -> str:
-    """All tables, as Markdown."""
-    parts = (tuning(lines, methods), results(lines, methods), differences(lines, methods), behaviour(lines, methods))
-    parts += (variances(lines, methods), variance_bins(lines))
-    return "\n".join(part for part in parts if part)
+    """All tables under their captions, as Markdown."""
+    parts = {
+        "Tuning: mean final reward by rate, per cent": tuning(lines, methods),
+        "Test: mean ± half of the 95 % interval, per cent": results(lines, methods),
+        f"Paired differences from {REFERENCE}, points": differences(lines, methods),
+        "Optimizer steps of the test runs": behaviour(lines, methods),
+        "Variance of a trajectory's gradient relative to the token ratio's": variances(lines, methods),
+        f"Variance of a token's gradient relative to the token ratio's, by position, runs of {REFERENCE}": variance_bins(lines),
+    }
+    return "\n".join(f"{caption}:\n\n{part}" for caption, part in parts.items() if part)
 
 
 def tuning(lines: Sequence[Line], methods: Sequence[str]) -> str:
