@@ -69,11 +69,12 @@ def main(
     methods: Annotated[str, typer.Option(help="some of them, with commas; all if empty")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="test seeds, 1 to this number")] = TEST_SEEDS,
     out: Annotated[Path, typer.Option(help="where everything is written")] = Path("runs/ablation_long"),
+    batches: Annotated[int, typer.Option(min=1, help="rollout batches of a run")] = Size.batches,
     workers: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
     report_only: Annotated[bool, typer.Option("--report-only", help="start nothing; tables of the runs that ended")] = False,
 ) -> None:
     """Run what is missing, print the tables and write OUT/results.md."""
-    size = Size()
+    size = Size(batches=batches, probes=(max(1, batches // 4), max(1, 3 * batches // 4)))
     known = methods_for(length_of(size.blocks))
     chosen = methods.split(",") if methods else list(known)
     if unknown := set(chosen) - set(known):
