@@ -200,7 +200,7 @@ def behaviour(lines: Sequence[Line], methods: Sequence[str]) -> str:
         fall = max(largest_fall(line["rewards"]) for line in own)
         errors = sum(line["error"] is not None for line in own)
         cells = (f"{100 * means['clip_fraction']:.1f}", f"{means['kl']:.1e}", f"{means['log_ratio_rms']:.2g}")
-        rows.append((method, str(errors), *cells, f"{max(step['grad_norm'] for step in steps):.2g}", f"{-100 * fall:.0f}"))
+        rows.append((method, str(errors), *cells, f"{max(step['grad_norm'] for step in steps):.2g}", f"{100 * fall:.0f}"))
     return markdown(rows)
 
 
