@@ -26,7 +26,7 @@ from tests.support.tiny import micro_batches
 pytestmark = pytest.mark.dist
 
 TWO_RANKS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
-    "TP2": ({"tp": 2}, ("qwen3",)),
+    "TP2": ({"tp": 2}, ("qwen3", "qwen2 DoRA")),
     "TP2 ETP2": ({"tp": 2, "etp": 2}, ("qwen3_moe",)),
     "VPP": ({"pp": 2, "vpp": 2}, ("qwen2",)),
     "CP2": ({"cp": 2}, ("qwen2",)),
@@ -35,7 +35,7 @@ TWO_RANKS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 }
 FOUR_RANKS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "TP2 CP2": ({"tp": 2, "cp": 2}, ("qwen3",)),
-    "TP2 PP2": ({"tp": 2, "pp": 2}, ("qwen3_moe",)),
+    "TP2 PP2": ({"tp": 2, "pp": 2}, ("qwen3_moe", "qwen2 DoRA")),
     "DP4 EP2 ETP2": ({"dp": 4, "ep": 2, "etp": 2}, ("qwen3_moe",)),
 }
 
@@ -69,8 +69,18 @@ def count_copies(engine: TrainerRank) -> None:
                 parameter.shared = False
 
 
+def shorten(engine: TrainerRank) -> None:
+    from megatron.core import parallel_state
+
+    from ctpo_megatron.mcore.model.lora import adapter_pairs
+
+    for pair in adapter_pairs(engine.models):
+        pair.group = parallel_state.get_context_parallel_group()  # of one rank
+
+
 FAULTS: list[tuple[str, str, str, Callable[[TrainerRank], None]]] = [
     ("TP2", "qwen3", "parts of a gradient are not added up", unmark),
+    ("TP2", "qwen2 DoRA", "lengths of rows of which a rank has a part", shorten),
     ("CP2", "qwen2", "queries not grouped with their keys", ungroup),
     ("TP2 ETP2", "qwen3_moe", "parts of an expert's gradient are not added up", part),
     ("TP2 ETP2", "qwen3_moe", "copies count in the norm", count_copies),

@@ -1,7 +1,7 @@
-"""What is trained of one tensor of the model, as megatron's parameters: this rank's pieces, and what megatron has to know of them.
+"""What is trained of one tensor of the model, as parameters: this rank's pieces, and what megatron has to know of them.
 
-With m (DoRA) the tensor is m (W + s B A) / |W + s B A|, row by row. The lengths |.| are constants to the gradient, as in the paper's
-section 4.3 and in peft.
+With m (DoRA) the tensor is m (W + s B A) / |W + s B A|, row by row. The lengths |.| are constants to the gradient, as in the
+paper's section 4.3 and in peft.
 
 megatron reads marks: over which ranks gradients are added up (`sequence_parallel`, `allreduce`), and what counts in the norm of
 all gradients (`tensor_model_parallel`: every rank's; `shared`: a copy, which does not).
