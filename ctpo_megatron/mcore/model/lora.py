@@ -199,10 +199,11 @@ def linear_adapters(models: Iterable[nn.Module]) -> Iterator[LinearAdapter]:
 
 def adapted_pieces(models: Iterable[nn.Module]) -> Iterator[tuple[Pair, Tensor]]:
     """Pairs, and this rank's pieces of the tensors that they belong to; of experts none."""
-    for module in (module for model in models for module in model.modules()):
-        adapter = getattr(module, ADAPTER, None)
+    linear: Any
+    for linear in (module for model in models for module in model.modules()):
+        adapter = getattr(linear, ADAPTER, None)
         if isinstance(adapter, LinearAdapter) and not isinstance(adapter, ExpertAdapter):
-            yield from ((pair, piece) for pair, piece in adapter.pieces(module.weight) if pair is not None)
+            yield from ((pair, piece) for pair, piece in adapter.pieces(linear.weight) if pair is not None)
 
 
 def adapter_pairs(models: Iterable[nn.Module]) -> Iterator[Pair]:
