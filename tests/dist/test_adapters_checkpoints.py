@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,7 @@ def refusals(run: Run, root: Path) -> dict[str, str]:
     import torch.distributed as dist
 
     from ctpo_megatron.errors import CheckpointError
+    from ctpo_megatron.mcore.checkpoint.trainables import check_words
 
     moved, found = root / "moved", {}
     if run.rank.rank == 0:
@@ -161,4 +163,11 @@ def refusals(run: Run, root: Path) -> dict[str, str]:
             engine.load(root / "step_00000002")
         found[name] = str(refused.value)
         engine.close()
+    check_words(root, *older_words())
     return found
+
+
+def older_words() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a checkpoint from before DoRA, and of a trainer without it."""
+    words = {"adapter": LoraConfig().model_dump(mode="json", exclude={"path"}), "base": {"path": "x", "digest": "1"}}
+    return words | {"adapter": {key: value for key, value in words["adapter"].items() if key != "use_dora"}}, words
