@@ -31,11 +31,11 @@ TWO_RANKS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "VPP": ({"pp": 2, "vpp": 2}, ("qwen2",)),
     "CP2": ({"cp": 2}, ("qwen2",)),
     "CP2 EP2": ({"cp": 2, "ep": 2}, ("qwen3_moe",)),
-    "EP2": ({"dp": 2, "ep": 2}, ("qwen3_moe", "mixtral")),
+    "EP2": ({"dp": 2, "ep": 2}, ("mixtral",)),
 }
 FOUR_RANKS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "TP2 CP2": ({"tp": 2, "cp": 2}, ("qwen3",)),
-    "TP2 PP2": ({"tp": 2, "pp": 2}, ("qwen3_moe", "qwen2 DoRA")),
+    "TP2 PP2": ({"tp": 2, "pp": 2}, ("qwen3_moe",)),
     "DP4 EP2 ETP2": ({"dp": 4, "ep": 2, "etp": 2}, ("qwen3_moe",)),
 }
 
