@@ -22,6 +22,9 @@ class LoraConfig(Section):
     """s is alpha / rank."""
     use_rslora: bool = False
     """s is alpha / sqrt(rank) instead, arXiv 2312.03732."""
+    use_dora: bool = False
+    """DoRA, arXiv 2402.09353: the lengths of the rows of W + s B A are numbers of their own, m, and trained as well. Not of
+    experts."""
     targets: tuple[Target, ...] = Field(TARGETS, min_length=1)
     """Projections that have an adapter, in every layer; those of a mixture of experts in every expert."""
     path: FilePath | None = None

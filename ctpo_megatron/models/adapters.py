@@ -2,9 +2,9 @@
 
 The adapters of one parameter of Megatron's are kept beside it, one pair for each of its Hugging Face tensors:
 
-    base                          A                          B
-    rows are cut   (q, k, gate)   [rank, in]   whole         [out, rank]  its rows are cut
-    columns        (o, down)      [rank, in]   its columns   [out, rank]  whole
+    base                          A                          B                                m of DoRA
+    rows are cut   (q, k, gate)   [rank, in]   whole         [out, rank]  its rows are cut    [out]  its rows
+    columns        (o, down)      [rank, in]   its columns   [out, rank]  whole               [out]  whole
 
 so what a rank's A and B give together is the piece of the base that the same rank holds. Every expert has pairs of its own, on
 the ranks that hold it.
@@ -28,12 +28,18 @@ PART = "+"  # which is in no key
 
 @dataclass(frozen=True, slots=True)
 class AdaptedTensor:
-    """A tensor of the model and the pair that is added to it."""
+    """A tensor of the model and the pair that is added to it; `m`: the lengths of the sum's rows, where they are trained."""
 
     target: Target
     base: HfTensor
     a: HfTensor
     b: HfTensor
+    m: HfTensor | None
+
+    @property
+    def parts(self) -> list[HfTensor]:
+        """What is trained."""
+        return [self.a, self.b] if self.m is None else [self.a, self.b, self.m]
 
 
 def target_names(shape: ModelShape) -> dict[Target, str]:
@@ -46,7 +52,7 @@ def target_names(shape: ModelShape) -> dict[Target, str]:
 
 
 def adapted_tensors(shape: ModelShape, adapter: LoraConfig) -> list[AdaptedTensor]:
-    """Every pair, in the order of the model's tensors. A and B have the names of peft's files without "base_model.model."."""
+    """Every pair, in the order of the model's tensors, under the names of peft's files without "base_model.model."."""
     found = []
     names = target_names(shape)
     of_experts = {names[target]: target for target in adapter.targets}
@@ -59,15 +65,17 @@ def adapted_tensors(shape: ModelShape, adapter: LoraConfig) -> list[AdaptedTenso
         rows, columns = base.shape
         key = f"{base.key.removesuffix(WEIGHT)}.{ADAPTER}.{target}"
         by_column, place = base.cut.dim == 1, (base.layer, base.expert)
+        of_rows = WHOLE if by_column else COLUMN
         a = HfTensor(f"{name}.lora_A.weight", (adapter.rank, columns), f"{key}.a", 0, ROW if by_column else WHOLE, *place)
-        b = HfTensor(f"{name}.lora_B.weight", (rows, adapter.rank), f"{key}.b", 0, WHOLE if by_column else COLUMN, *place)
-        found.append(AdaptedTensor(target, base, a, b))
+        b = HfTensor(f"{name}.lora_B.weight", (rows, adapter.rank), f"{key}.b", 0, of_rows, *place)
+        m = HfTensor(f"{name}.lora_magnitude_vector", (rows,), f"{key}.m", 0, of_rows, *place) if adapter.use_dora else None
+        found.append(AdaptedTensor(target, base, a, b, m))
     return found
 
 
 def adapter_tensors(shape: ModelShape, adapter: LoraConfig) -> list[HfTensor]:
-    """A and B of every pair, one after the other."""
-    return [tensor for each in adapted_tensors(shape, adapter) for tensor in (each.a, each.b)]
+    """What is trained of every pair, one after the other."""
+    return [tensor for each in adapted_tensors(shape, adapter) for tensor in each.parts]
 
 
 def part_name(key: str, tensor: str) -> str:
@@ -112,6 +120,10 @@ def _check_experts(shape: ModelShape, experts: Experts, adapter: LoraConfig, wan
         raise ConfigError(
             f"model.adapter.targets: {', '.join(wanted)} are projections of routed experts and of {what} in this {shape.family}, "
             f"and peft reads these names as the routed experts' alone and would leave the others out; {instead}"
+        )
+    if adapter.use_dora:
+        raise ConfigError(
+            f"model.adapter.use_dora: peft has no DoRA of experts ({', '.join(wanted)}); set it to false, or {instead}"
         )
     if ("gate_proj" in wanted) != ("up_proj" in wanted):
         raise ConfigError(

@@ -41,7 +41,6 @@ _PLAIN: Mapping[str, Any] = {
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -66,7 +65,7 @@ _WITHOUT_EFFECT = {  # on what is computed: how values were drawn, how training 
     "task_type",
 }
 _MOVES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")  # beginnings of ways to draw A and B that change the base as well
-_OWN = {"r", "lora_alpha", "use_rslora", "target_modules"}
+_OWN = {"r", "lora_alpha", "use_rslora", "use_dora", "target_modules"}
 
 
 def peft_config(shape: ModelShape, adapter: LoraConfig, base: str) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def peft_config(shape: ModelShape, adapter: LoraConfig, base: str) -> dict[str, 
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "use_dora": False,
+        "use_dora": adapter.use_dora,
     }
 
 
@@ -124,6 +123,7 @@ def read_peft_config(directory: Path, shape: ModelShape) -> LoraConfig:
                 "rank": values.get("r", 8),
                 "alpha": values.get("lora_alpha", 8),
                 "use_rslora": values.get("use_rslora", False),
+                "use_dora": values.get("use_dora", False),
                 "targets": [own.get(target, target) for target in targets],
             }
         )
@@ -136,6 +136,7 @@ def check_peft_config(directory: Path, shape: ModelShape, adapter: LoraConfig) -
     found = read_peft_config(directory, shape)
     checked: list[tuple[str, Any, Any]] = [
         ("rank", adapter.rank, found.rank),
+        ("use_dora", adapter.use_dora, found.use_dora),
         ("targets", list(adapter.targets), list(found.targets)),
     ]
     if not math.isclose(adapter.scale, found.scale):

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 # where a checkpoint is from, and the layouts that go on from it; the first does as if nothing had happened
 LAYOUTS: dict[str, dict[str, dict[str, int]]] = {
-    "qwen3": {"TP2": {"tp": 2}, "PP2": {"pp": 2}},
+    "qwen2 DoRA": {"TP2": {"tp": 2}, "PP2": {"pp": 2}},
     "qwen3_moe": {"EP2": {"dp": 2, "ep": 2}, "TP2 ETP2": {"tp": 2, "etp": 2}},
 }
 
@@ -80,7 +81,7 @@ def arrays_in(directory: Path) -> Arrays:
 
 def test_other_adapters_and_another_base_are_refused(saved: tuple[Path, list[dict[str, Found]]]) -> None:
     for rank in saved[1]:
-        assert "alpha 12.0" in rank["refused"]["other alpha"]
+        assert "alpha 6.0" in rank["refused"]["other alpha"]
         assert "model.adapter is null" in rank["refused"]["all weights"]
         assert "are not the same; set model.path" in rank["refused"]["other base"]
 
@@ -113,7 +114,7 @@ def save_and_resume(rank: RankInfo, models: dict[str, Path], root: Path, ports: 
     for family, layouts in LAYOUTS.items():
         run = Run(rank, family, models[family], ports)
         found[family] = go_on(run, layouts, root / family)
-        if family == "qwen3":
+        if family == "qwen2 DoRA":
             found["refused"] = refusals(run, root / family)
     return found
 
@@ -142,6 +143,7 @@ def refusals(run: Run, root: Path) -> dict[str, str]:
     import torch.distributed as dist
 
     from ctpo_megatron.errors import CheckpointError
+    from ctpo_megatron.mcore.checkpoint.trainables import check_words
 
     moved, found = root / "moved", {}
     if run.rank.rank == 0:
@@ -161,4 +163,11 @@ def refusals(run: Run, root: Path) -> dict[str, str]:
             engine.load(root / "step_00000002")
         found[name] = str(refused.value)
         engine.close()
+    check_words(root, *older_words())
     return found
+
+
+def older_words() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of a checkpoint from before DoRA, and of a trainer without it."""
+    words = {"adapter": LoraConfig().model_dump(mode="json", exclude={"path"}), "base": {"path": "x", "digest": "1"}}
+    return words | {"adapter": {key: value for key, value in words["adapter"].items() if key != "use_dora"}}, words

@@ -57,7 +57,8 @@ def test_one_rank_is_peft(alone: dict[str, Found], models: dict[str, Path], fami
     gradients = {name: p.grad.numpy() for name, p in model.named_parameters() if p.requires_grad}
     theirs: Arrays = {}
     for name, gradient in gradients.items():
-        theirs |= taken_apart(name.removeprefix("base_model.model.").replace(".default", ""), gradient, family)
+        key = name.removeprefix("base_model.model.").replace(".default", "").replace("vector.weight", "vector")
+        theirs |= taken_apart(key, gradient, family)
     assert len(theirs) == len(found["gradients"])
     for key, gradient in theirs.items():
         np.testing.assert_allclose(found["gradients"][key], gradient, atol=1e-5, err_msg=key)
@@ -123,16 +124,19 @@ def test_what_peft_reads_otherwise_is_refused_here_for_a_reason() -> None:
         adapted("qwen3_moe", "gate_proj", "down_proj")
 
 
-def test_an_adapter_of_peft_is_taken(models: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_peft_is_taken(models: dict[str, Path], tmp_path: Path, use_dora: bool) -> None:
     import peft
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(3)
     base = AutoModelForCausalLM.from_pretrained(models["qwen2"], dtype=torch.float32)
-    theirs = peft.LoraConfig(r=4, lora_alpha=32, use_rslora=True, target_modules=["down_proj", "k_proj"], init_lora_weights=False)
+    options = {"r": 4, "lora_alpha": 32, "use_rslora": True, "use_dora": use_dora, "target_modules": ["down_proj", "k_proj"]}
+    theirs = peft.LoraConfig(**options, init_lora_weights=False)
     model = peft.get_peft_model(base, theirs)
     model.save_pretrained(tmp_path)
-    adapter = LoraConfig(rank=4, alpha=32.0, use_rslora=True, targets=("k_proj", "down_proj"), path=str(tmp_path))
+    same = {"rank": 4, "alpha": 32.0, "use_rslora": True, "use_dora": use_dora, "targets": ("k_proj", "down_proj")}
+    adapter = LoraConfig(**same, path=str(tmp_path))
     found = run_ranks(1, with_peft, models["qwen2"], adapter)[0]
     np.testing.assert_allclose(found["logp"], log_probs(model)[0].detach().numpy(), atol=2e-5)
     assert "model.adapter.alpha is 4" in found["other alpha"]

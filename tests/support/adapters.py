@@ -25,6 +25,7 @@ OPTIMIZER = OptimizerConfig(lr=2e-2, eps=0.1, weight_decay=0.1, clip_grad=1e3)
 ADAPTERS = {
     "qwen3": LoraConfig(rank=3, alpha=12.0),  # tied embeddings, norms of queries and keys
     "qwen2": LoraConfig(rank=4, alpha=8.0, use_rslora=True, targets=("q_proj", "v_proj", "up_proj", "down_proj")),  # biases
+    "qwen2 DoRA": LoraConfig(rank=3, alpha=6.0, use_dora=True),
     "qwen3_moe": LoraConfig(rank=2, alpha=8.0),
     # experts alone, whose projections have other names in the files; nothing outside them is trained
     "mixtral": LoraConfig(rank=3, alpha=6.0, targets=("gate_proj", "up_proj", "down_proj")),
@@ -35,7 +36,8 @@ Arrays = dict[str, NDArray[np.float32]]
 
 def write_models(some: pytest.TempPathFactory) -> dict[str, Path]:
     """A model directory for each of ADAPTERS."""
-    return {family: write_model(some.mktemp(family), family, LAYERS, MODELS[family]) for family in ADAPTERS}
+    families = {name: name.partition(" ")[0] for name in ADAPTERS}
+    return {name: write_model(some.mktemp(family), family, LAYERS, MODELS[family]) for name, family in families.items()}
 
 
 def start(rank: RankInfo, path: Path, parallel: ParallelConfig, adapter: LoraConfig | None, **options: Any) -> TrainerRank:
@@ -56,7 +58,7 @@ def merged_of(engine: TrainerRank) -> Arrays:
 
 
 def stir(engine: TrainerRank) -> None:
-    """B is no longer zero, and the same at every layout."""
+    """B is no longer zero, and the same at every layout; m not the lengths that it began with."""
     from ctpo_megatron.mcore.hf.adapters import own_piece
     from ctpo_megatron.mcore.model.lora import adapter_pairs
 
@@ -65,6 +67,8 @@ def stir(engine: TrainerRank) -> None:
             seed = zlib.crc32(pair.adapted.b.name.encode())
             drawn = torch.randn(pair.adapted.b.shape, generator=torch.Generator().manual_seed(seed)) * 0.05
             pair.b.copy_(own_piece(drawn, pair.adapted.b))
+            if pair.m is not None:
+                pair.m.mul_(1.25)
 
 
 def likelihood(engine: TrainerRank) -> Found:

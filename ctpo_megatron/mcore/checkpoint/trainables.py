@@ -72,7 +72,7 @@ def check_words(source: Path, manifest: dict[str, Any], words: dict[str, Any] | 
         return
     if stored is None:
         raise CheckpointError(f"{source} holds all weights and no adapters; set model.adapter to null, or begin a new run.")
-    if stored != words["adapter"]:
+    if LoraConfig.model_validate(stored) != LoraConfig.model_validate(words["adapter"]):
         raise CheckpointError(f"{source} holds adapters of {_said(stored)}, and model.adapter is {_said(words['adapter'])}.")
     if manifest["base"]["digest"] != words["base"]["digest"]:
         raise CheckpointError(

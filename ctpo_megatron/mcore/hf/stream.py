@@ -98,11 +98,11 @@ def export_stream(
 
 @torch.no_grad()
 def gather_adapters(models: list[nn.Module], shape: ModelShape, adapter: LoraConfig) -> NamedTensors:
-    """A and B of every pair, whole, on rank 0, under the names of `models.adapters`; nothing on other ranks. Collective."""
+    """What is trained of every pair, whole, on rank 0 under the names of `models.adapters`; nothing elsewhere. Collective."""
     parameters = {tensor.key: parameter.detach() for tensor, parameter in adapter_parameters(models)}
     like = next(unwrap(models[0]).parameters())
     memory = BucketMemory(like.device)
-    gathering = _Gathering(find_holders(models, shape), parameters, shape, like.dtype, memory, Merging(models))
+    gathering = _Gathering(find_holders(models, shape), parameters, shape, like.dtype, memory, Merging([]))
     return gathering.run(adapter_tensors(shape, adapter), 0)
 
 

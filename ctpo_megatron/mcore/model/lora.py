@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.mcore.groups import current_coords
+from ctpo_megatron.mcore.hf.cuts import unpack
 from ctpo_megatron.mcore.hf.load import layer_numbers
 from ctpo_megatron.mcore.model.pairs import Pair
 from ctpo_megatron.models.adapters import ADAPTER, WEIGHT, adapted_tensors
@@ -44,12 +45,14 @@ class LinearAdapter(nn.Module):
     `tensors`: those that the layer's weight is made of; `groups`: of queries on this rank, where their keys and values follow.
     """
 
-    def __init__(self, tensors: Sequence[HfTensor], pairs: dict[str, Pair], groups: int, eps: float, tp_group: Any) -> None:
+    def __init__(
+        self, tensors: Sequence[HfTensor], pairs: dict[str, Pair], groups: int, shape: ModelShape, tp_group: Any
+    ) -> None:
         super().__init__()
         self.enabled = True
-        self.by_column = tensors[0].cut.dim == 1
-        self.groups = groups if tensors[0].cut.join == "grouped" else 0
-        self.eps, self.tp_group = eps, tp_group
+        self.cut, self.by_column = tensors[0].cut, tensors[0].cut.dim == 1
+        self.groups = groups if self.cut.join == "grouped" else 0
+        self.shape, self.tp_group = shape, tp_group
         cut = 1 if self.by_column else tp_group.size()
         self.outputs = [(pairs.get(tensor.name), tensor.shape[0] // cut) for tensor in tensors]
         self.pairs = list(pairs.values())
@@ -59,16 +62,35 @@ class LinearAdapter(nn.Module):
     def forward(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """What is added to the output of the layer for the input x [T, ..., in]. `norm`: weight of a norm within the layer."""
         if norm is not None:
-            x = F.rms_norm(x, norm.shape, norm, self.eps)
+            x = F.rms_norm(x, norm.shape, norm, self.shape.rms_eps)
         inner = self.inner(x, torch.cat([pair.a for pair in self.pairs]))
         scaled = iter((inner * self.pairs[0].scale).chunk(len(self.pairs), dim=-1))
         parts = [
             inner.new_zeros(*inner.shape[:-1], rows) if pair is None else F.linear(next(scaled), self.outer(pair.b))
             for pair, rows in self.outputs
         ]
+        return self.joined(parts)
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """What belongs to the outputs of each tensor [..., rows] in the order of the layer's outputs."""
         if self.groups:
             return torch.cat([part.unflatten(-1, (self.groups, -1)) for part in parts], dim=-1).flatten(-2)
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def pieces(self, weight: Tensor) -> list[tuple[Pair | None, Tensor]]:
+        """What the layer's weight has of each of its tensors, and their pairs."""
+        pieces = unpack(self.cut, weight.detach(), self.shape)
+        return [(pair, piece) for (pair, _), piece in zip(self.outputs, pieces, strict=True)]
+
+    def factor(self, weight: Tensor) -> Tensor | None:
+        """By what each output of the layer is multiplied (DoRA), float32; None where there is no such thing. Collective."""
+        if self.pairs[0].m is None:
+            return None
+        found = [None if pair is None else pair.factor(piece) for pair, piece in self.pieces(weight)]
+        sizes = [rows for _, rows in self.outputs]
+        return self.joined(
+            [weight.new_ones(n, dtype=torch.float32) if f is None else f for f, n in zip(found, sizes, strict=True)]
+        )
 
     def inner(self, x: Tensor, a: Tensor) -> Tensor:
         """A x [T, ..., ranks of all pairs] of the tokens that this rank puts out."""
@@ -105,7 +127,12 @@ def _add(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor |
     if not linear.adapter.enabled:
         return None
     result, bias = output
-    return result + linear.adapter(inputs[0], getattr(linear, "layer_norm_weight", None)), bias
+    added = linear.adapter(inputs[0], getattr(linear, "layer_norm_weight", None))
+    factor = linear.adapter.factor(linear.weight)
+    if factor is None:
+        return result + added, bias
+    within = linear.bias if bias is None and linear.bias is not None and linear.bias.numel() else 0.0  # is no part of the rows
+    return (factor * (result - within + added)).to(result.dtype) + within, bias
 
 
 def add_of_experts(
@@ -143,7 +170,7 @@ class _Adding:
             return None
         kind, group = (LinearAdapter, self.tp_group) if tensors[0].expert is None else (ExpertAdapter, self.expert_group)
         pairs = {each.base.name: Pair(each, self.scale, group, self.dtype) for each in mine}
-        return kind(tensors, pairs, self.groups, self.shape.rms_eps, group)
+        return kind(tensors, pairs, self.groups, self.shape, group)
 
 
 def add_adapters(model: Any, shape: ModelShape, adapter: LoraConfig, dtype: torch.dtype) -> None:
@@ -168,6 +195,15 @@ def linear_adapters(models: Iterable[nn.Module]) -> Iterator[LinearAdapter]:
     """All adapters of this rank's part of the model, in its order."""
     for model in models:
         yield from (module for module in model.modules() if isinstance(module, LinearAdapter))
+
+
+def adapted_pieces(models: Iterable[nn.Module]) -> Iterator[tuple[Pair, Tensor]]:
+    """Pairs, and this rank's pieces of the tensors that they belong to; of experts none."""
+    linear: Any
+    for linear in (module for model in models for module in model.modules()):
+        adapter = getattr(linear, ADAPTER, None)
+        if isinstance(adapter, LinearAdapter) and not isinstance(adapter, ExpertAdapter):
+            yield from ((pair, piece) for pair, piece in adapter.pieces(linear.weight) if pair is not None)
 
 
 def adapter_pairs(models: Iterable[nn.Module]) -> Iterator[Pair]:

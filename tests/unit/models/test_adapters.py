@@ -45,14 +45,16 @@ def mixture(family: str = "qwen3_moe", layers: tuple[bool, ...] = (True, True), 
 
 
 def test_every_projection_has_a_pair_that_multiplies_to_it_and_is_cut_as_it_is() -> None:
-    pairs = adapted_tensors(shape(), LoraConfig(rank=3))
+    pairs = adapted_tensors(shape(), LoraConfig(rank=3, use_dora=True))
     assert len(pairs) == 2 * len(TARGETS)
     for pair in pairs:
+        assert pair.m is not None
+        assert (pair.m.shape, pair.m.cut) == (pair.base.shape[:1], pair.b.cut)
         assert (pair.b.shape[0], pair.a.shape[1]) == pair.base.shape
         assert pair.a.shape[0] == pair.b.shape[1] == 3
         cuts = (pair.b.cut.dim, pair.a.cut.dim)
         assert cuts == ((None, 1) if pair.base.cut.dim == 1 else (0, None))
-    keys = [tensor.key for tensor in adapter_tensors(shape(), LoraConfig())]
+    keys = [tensor.key for tensor in adapter_tensors(shape(), LoraConfig(use_dora=True))]
     assert len(set(keys)) == len(keys)
     assert not set(keys) & {tensor.key for tensor in hf_tensors(shape())}
 
@@ -86,6 +88,8 @@ def test_a_model_that_cannot_have_them_is_refused_by_name() -> None:
         ({}, LoraConfig(targets=("q_proj", "up_proj")), "one of gate_proj and up_proj"),
         ({}, LoraConfig(rank=16, alpha=32.0, use_rslora=True), r"use_rslora.* alpha to 128,"),
         ({}, LoraConfig(use_rslora=True, targets=("q_proj",)), None),
+        ({}, LoraConfig(use_dora=True), "no DoRA of experts"),
+        ({}, LoraConfig(use_dora=True, targets=("q_proj",)), None),
         ({"layers": (False, True)}, LoraConfig(), r"dense layers.*\[q_proj, k_proj, v_proj, o_proj\]"),
         ({"layers": (False, True)}, LoraConfig(targets=("q_proj", "o_proj")), None),
         ({"shared_ffn_hidden_size": 32}, LoraConfig(targets=("q_proj", "up_proj")), r"shared experts.*\[q_proj\]"),
@@ -169,7 +173,6 @@ def test_what_we_write_is_what_we_read(tmp_path: Path) -> None:
         ("target_modules", "all-linear"),
         ("target_modules", ["q_proj", "gate"]),
         ("target_parameters", ["experts.gate_up_proj"]),
-        ("use_dora", True),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
@@ -177,7 +180,9 @@ def test_what_would_be_lost_is_refused_by_name(tmp_path: Path, key: str, value: 
         read_peft_config(written(tmp_path, **{key: value}), shape())
 
 
-@pytest.mark.parametrize("change", [{"r": 8}, {"lora_alpha": 4}, {"use_rslora": True}, {"target_modules": ["q_proj"]}])
+@pytest.mark.parametrize(
+    "change", [{"r": 8}, {"lora_alpha": 4}, {"use_rslora": True}, {"use_dora": True}, {"target_modules": ["q_proj"]}]
+)
 def test_another_adapter_than_the_configuration_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"model\.adapter\."):
         check_peft_config(written(tmp_path, **change), shape(), LoraConfig(rank=4, alpha=8.0))
