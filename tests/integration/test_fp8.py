@@ -206,6 +206,25 @@ def test_sglangs_own_products_still_want_a_device() -> None:
         triton_w8a8_block_fp8_linear(torch.ones(2, 128, dtype=torch.bfloat16), weight, [128, 128], scales)
 
 
+def test_linear_layers_in_fp8() -> None:
+    """The product of the second reading, to the last place of the number format, whatever the tokens' shape; then the bias."""
+    from ctpo_megatron.engine.sglang.fp8 import linear
+
+    generator = torch.Generator().manual_seed(3)
+    x, given = torch.randn(2, 3, 256, generator=generator), torch.randn(384, 256, generator=generator) * 0.05
+    quantised, scales = fp8.quantised_matrix(given)
+    layer = SimpleNamespace(weight=quantised, weight_scale_inv=scales)
+    stands_for = torch.from_numpy(slow.stands_for(*slow.blocks(given.numpy())))
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):
+        expected = product(x.to(dtype), stands_for)
+        found = linear(None, layer, x.to(dtype))
+        assert (found.dtype, found.shape) == (dtype, (2, 3, 384))
+        torch.testing.assert_close(found, expected, rtol=near, atol=1e-5)
+        assert not torch.allclose(found, (x.to(dtype) @ stands_for.T.to(dtype)), rtol=near, atol=1e-3), "activations in fp8"
+        bias = torch.randn(384, generator=generator).to(dtype)
+        assert torch.equal(linear(None, layer, x.to(dtype), bias), found + bias)
+
+
 def test_experts_in_fp8() -> None:
     """Each token is the sum over its experts, by its gates, of what a loop over tokens makes of it."""
     from ctpo_megatron.engine.sglang.fp8 import experts
