@@ -76,7 +76,7 @@ class Runtime:
         emit: Emit = discard,
         nursery: Nursery | None = None,
     ) -> None:
-        self.config = config
+        self.config = config = config if topology.ranks else config.without_trainer
         self.shape = shape
         self.topology = topology
         self.fleet = make_fleet(config, trained=topology.ranks > 0, emit=emit)

@@ -80,4 +80,4 @@ def _as_sampled(config: RunConfig, teacher: StartedTeacher) -> RunConfig:
     """Returns the configuration of a run whose servers sample from the teacher."""
     model = config.model.model_copy(update={"path": teacher.path, "adapter": None})
     rollout = config.rollout.model_copy(update={"engine": teacher.engine.as_engine()})
-    return config.unquantised.model_copy(update={"model": model, "rollout": rollout})
+    return config.without_trainer.model_copy(update={"model": model, "rollout": rollout})

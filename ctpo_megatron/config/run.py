@@ -21,6 +21,8 @@ from ctpo_megatron.config.train import CheckpointConfig, OptimizerConfig, TrainC
 from ctpo_megatron.config.weights import AttestConfig, BroadcastTransport, Transport
 from ctpo_megatron.errors import ConfigError
 
+FP8_TOKEN = 1.0  # by which log-probs of single tokens may differ between servers in fp8 and the trainer, docs/precision.md
+
 
 class RunConfig(Section):
     """One run: `ctpo sft`, `ctpo train` and `ctpo eval` all read this."""
@@ -191,15 +193,23 @@ class RunConfig(Section):
                 "level=token, for example), or say by a drift.mean of your own, a number or null, that it may be left out "
                 "(docs/precision.md)"
             )
+        if self.drift.max is not None and self.drift.max < FP8_TOKEN:
+            raise ValueError(
+                f"weights.quantization={self.weights.quantization} with drift.max={self.drift.max:g}: single log-probs differ by "
+                f"more than {FP8_TOKEN:g} between servers in fp8 and the trainer; set drift.max to null, or above that "
+                "(docs/precision.md)"
+            )
         return self
 
     @model_validator(mode="after")
     def _drafts_keep_their_weights(self) -> RunConfig:
-        drafts = [each.name for each in options(self.rollout.engine.extra_args) if each.name.startswith("speculative")]
+        given = {each.name for each in options(self.rollout.engine.extra_args)}
+        drafts = sorted(name for name in given if name.startswith("speculative"))
         if self.weights.quantization is not None and drafts:
             raise ValueError(
                 f"rollout.engine.extra_args has --{drafts[0]} beside weights.quantization={self.weights.quantization}: servers "
-                "start with random weights in fp8, draft models too, and nothing is published to these; leave one of the two out"
+                "start with random weights in fp8, draft models too, and nothing is published to these. Speculation without a "
+                "draft model was not tried with it; leave one of the two out"
             )
         return self
 
@@ -234,9 +244,10 @@ class RunConfig(Section):
         return "" if fp8 is None else f"train.fp8 is for weights in bfloat16, not {beside} train.fp8=null"
 
     @property
-    def unquantised(self) -> RunConfig:
-        """Returns this configuration with servers that keep a model's weights as its files have them."""
-        return self.model_copy(update={"weights": self.weights.model_copy(update={"quantization": None})})
+    def without_trainer(self) -> RunConfig:
+        """Returns this configuration where nothing is trained or published: servers keep the weights of a model's files."""
+        weights, train = self.weights.model_copy(update={"quantization": None}), self.train.model_copy(update={"fp8": None})
+        return self.model_copy(update={"weights": weights, "train": train})
 
     @property
     def layouts(self) -> list[ParallelConfig]:

@@ -48,7 +48,6 @@ async def eval_job(config: RunConfig, *, anew: bool = False, nursery: Nursery | 
             "model.adapter.path: `ctpo eval` asks the model in model.path as it is; evaluate RUN_DIR/model, which has them "
             "merged, or merge a checkpoint's by `ctpo convert to-hf`."
         )
-    config = config.unquantised  # nothing is published: servers read the model's files
     model = open_model(config, "eval")
     benchmarks = load_benchmarks(config, model, print_sentence)
     tool = checked_tool(config.rollout)

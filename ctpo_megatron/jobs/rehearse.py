@@ -116,6 +116,8 @@ def left_out(config: RunConfig) -> dict[str, str]:
     found = dict(NEVER)
     if config.optimizer.precision_aware or config.optimizer.cpu_offload:
         found["optimizer.precision_aware, optimizer.cpu_offload"] = "the plain optimizer runs, with all state on the device"
+    if config.train.fp8 is not None:
+        found["train.fp8"] = "products are in the weights' own format, without the copies that TransformerEngine keeps"
     if config.train.recompute == "selective" and config.cluster.device != "cpu":
         found["train.recompute: selective"] = "attention is computed again, not what TransformerEngine's layers would"
     return found

@@ -144,6 +144,8 @@ def prepare_replay(directory: Path, overrides: list[str]) -> PreparedReplay:
     config = load_config(directory / CONFIG)
     if config.model.adapter is not None:
         raise InputError(f"{directory}: it is of a run with model.adapter, and a replay knows no adapters.")
+    if config.train.fp8 is not None:
+        raise InputError(f"{directory}: it is of a run with train.fp8, and a replay computes in the weights' own format.")
     if config.algorithm.critic is not None:
         raise InputError(f"{directory}: it is of a run with a critic (algorithm.advantage.type=gae), and a replay knows none.")
     shape, dtype = _model(dump)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.models.shape import ModelShape
@@ -169,5 +172,23 @@ def _default(key: str) -> Any:
     value: Any = RunConfig.model_validate({"name": "-", "run_dir": "-", "model": {"path": "-"}, "data": {"train": "-"}})
     value = value.model_dump(mode="json")
     for part in key.split("."):
+        if value is None:  # a section that is left out by default
+            return _default_within(key)
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def _default_within(key: str) -> Any:
+    """Returns the default of a setting in sections of one kind each, as a JSON value; None where there is no such default."""
+    section: type[BaseModel] = RunConfig
+    *sections, name = key.split(".")
+    for each in sections:
+        annotation = section.model_fields[each].annotation if each in section.model_fields else None
+        kinds = [
+            kind for kind in (get_args(annotation) or (annotation,)) if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if len(kinds) != 1:
+            return None
+        (section,) = kinds
+    field = section.model_fields.get(name)
+    return None if field is None or field.is_required() else to_jsonable_python(field.get_default(call_default_factory=True))

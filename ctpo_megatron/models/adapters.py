@@ -125,12 +125,12 @@ def _check_experts(shape: ModelShape, experts: Experts, adapter: LoraConfig, wan
         raise ConfigError(
             f"model.adapter.use_dora: peft has no DoRA of experts ({', '.join(wanted)}); set it to false, or {instead}"
         )
-    if ("gate_proj" in wanted) != ("up_proj" in wanted):
+    if set(wanted) not in ({"gate_proj", "up_proj", "down_proj"}, {"down_proj"}):
         raise ConfigError(
-            f"model.adapter.targets: {', '.join(wanted)} has one of gate_proj and up_proj, and peft takes those of experts "
-            "together only; name both or neither."
+            f"model.adapter.targets: of experts peft takes gate_proj, up_proj and down_proj together, or down_proj alone; found "
+            f"{', '.join(wanted)}. Name all three, that one, or none of them."
         )
-    if adapter.use_rslora:
+    if adapter.use_rslora and "gate_proj" in wanted:
         raise ConfigError(
             "model.adapter.use_rslora: peft doubles the rank of experts' gate and up, and would then scale them by sqrt(2) too "
             f"much; set it to false and alpha to {adapter.scale * adapter.rank:.10g}, which is the same scale."

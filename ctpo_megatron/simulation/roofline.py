@@ -14,6 +14,7 @@ from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters
 from ctpo_megatron.planning.plan import Plan
 from ctpo_megatron.planning.run import PlannedRun
+from ctpo_megatron.planning.servers import server_weights
 from ctpo_megatron.simulation.speeds import ServerSpeed, Speeds, TrainerSpeed
 
 LAUNCH_S = 2e-3  # ours, an estimate: of a decoding step besides reading and multiplying
@@ -37,7 +38,7 @@ class Peaks:
 
 def roofline(run: PlannedRun, shape: ModelShape, plan: Plan, peaks: Peaks) -> Speeds:
     """Returns the speeds of `run`, planned as `plan`, on such GPUs."""
-    whole = model_parameters(shape).total * run.element_bytes
+    whole = server_weights(shape, 1, run.element_bytes, quantised=run.weights.quantization is not None)
     send_s = 0.0 if run.topology.shares_gpus else whole / (peaks.gigabytes_s * 1e9)
     return Speeds(
         server=_server(run, shape, plan, peaks),

@@ -186,7 +186,7 @@ def add_adapters(model: Any, shape: ModelShape, adapter: LoraConfig, dtype: torc
         elif (one := adding.of(name + WEIGHT)) is not None:
             linear.add_module(ADAPTER, one)
             linear.register_forward_hook(_add)
-    if model.pre_process and model.config.recompute_granularity == "full":
+    if model.pre_process and model.config.recompute_granularity is not None:
         # what is computed again without gradients takes part in the backward pass only if an input of it does
         model.embedding.register_forward_hook(lambda _module, _inputs, hidden: hidden.requires_grad_(torch.is_grad_enabled()))
 

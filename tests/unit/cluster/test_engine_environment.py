@@ -75,7 +75,7 @@ def test_servers_with_weights_in_fp8(started: dict[str, Any], monkeypatch: pytes
     teacher = StartedTeacher(name="t", path="m")
     gpus = [Gpu("H-what", (9, 0))]
     monkeypatch.setattr(actor, "visible_gpus", lambda _environment: gpus)
-    for each, format_ in ((config, "dummy"), (_as_sampled(config, teacher), None), (config.unquantised, None)):
+    for each, format_ in ((config, "dummy"), (_as_sampled(config, teacher), None), (config.without_trainer, None)):
         actor.EngineActor(each, 1, str(tmp_path / "log"), "key").launch()
         arguments = started.pop("arguments")
         assert (arguments[arguments.index("--load-format") + 1] if "--load-format" in arguments else None) == format_

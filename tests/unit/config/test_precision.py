@@ -26,8 +26,8 @@ def config(**sections: Any) -> RunConfig:
 def test_every_transport_takes_it(transport: dict[str, Any]) -> None:
     given = config(weights={"quantization": "fp8"} | transport, **CORRECTED)
     assert given.weights.quantization == "fp8"
-    assert given.unquantised.weights.quantization is None
-    assert given.unquantised.weights.type == given.weights.type
+    assert given.without_trainer.weights.quantization is None
+    assert given.without_trainer.weights.type == given.weights.type
     with pytest.raises(ValidationError, match="fp8"):
         config(weights={"quantization": "int4"} | transport, **CORRECTED)
 
@@ -46,6 +46,13 @@ def test_a_gap_that_is_counted_or_bounded_by_hand(counted: dict[str, Any]) -> No
     """Ratios against the engine count it, corrections weigh it, and whoever sets a bound knows of it."""
     config(**QUANTISED, **counted)
     config(**counted)
+
+
+def test_a_bound_that_single_tokens_pass_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"drift.max=0.001: single log-probs.*set drift.max to null"):
+        config(**QUANTISED, **CORRECTED, drift={"max": 1e-3})
+    config(**QUANTISED, **CORRECTED, drift={"max": 2.0})
+    config(drift={"max": 1e-3})
 
 
 def test_a_gap_that_nothing_counts_is_refused() -> None:

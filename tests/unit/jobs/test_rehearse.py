@@ -48,11 +48,12 @@ def test_a_rank_that_is_not_there_is_refused() -> None:
 
 
 def test_what_needs_a_gpu_is_named_and_left_out() -> None:
-    config, shape = loaded("qwen3-4b", "optimizer.cpu_offload=1.0", "train.recompute=selective")
+    fp8 = "train.fp8={recipe: blockwise}"
+    config, shape = loaded("qwen3-4b", "optimizer.cpu_offload=1.0", "train.recompute=selective", fp8)
     what, _ = rehearsal_of(config, shape, None)
     assert (what.optimizer.precision_aware, what.optimizer.cpu_offload) == (False, 0.0)
     named = left_out(config).keys() - left_out(loaded("qwen3-4b")[0]).keys()
-    assert named == {"optimizer.precision_aware, optimizer.cpu_offload", "train.recompute: selective"}
+    assert named == {"optimizer.precision_aware, optimizer.cpu_offload", "train.recompute: selective", "train.fp8"}
 
 
 def test_the_report_has_parts_traffic_and_what_was_not_rehearsed() -> None:

@@ -26,6 +26,16 @@ def differences(*overrides: str) -> dict[str, Difference]:
     return {each.key: each for each in found}
 
 
+def test_a_setting_that_the_checkpoints_release_did_not_know_has_its_default() -> None:
+    """Also one of a section that is left out by default."""
+    adapter = "model.adapter={rank: 4}"
+    earlier = resolved(adapter)
+    del earlier["model"]["adapter"]["use_dora"], earlier["train"]["fp8"]
+    assert settings_that_differ(earlier, resolved(adapter)) == []
+    (lost,) = settings_that_differ(earlier, resolved("model.adapter={rank: 4, use_dora: true}"))
+    assert (lost.key, lost.effect) == ("model.adapter.use_dora", "refused")
+
+
 def test_a_critic_stays_what_it_is() -> None:
     gae = "algorithm.advantage={type: gae}"
     (lost,) = settings_that_differ(resolved(gae), resolved())

@@ -85,7 +85,8 @@ def test_a_model_that_cannot_have_them_is_refused_by_name() -> None:
     [
         ({}, LoraConfig(), None),
         ({}, LoraConfig(targets=("q_proj", "down_proj")), None),
-        ({}, LoraConfig(targets=("q_proj", "up_proj")), "one of gate_proj and up_proj"),
+        ({}, LoraConfig(targets=("q_proj", "up_proj")), "gate_proj, up_proj and down_proj together"),
+        ({}, LoraConfig(targets=("q_proj", "gate_proj", "up_proj")), "together, or down_proj alone; found gate_proj, up_proj"),
         ({}, LoraConfig(rank=16, alpha=32.0, use_rslora=True), r"use_rslora.* alpha to 128,"),
         ({}, LoraConfig(use_rslora=True, targets=("q_proj",)), None),
         ({}, LoraConfig(use_dora=True), "no DoRA of experts"),
