@@ -84,7 +84,7 @@ class Recurrence(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         out, weight = ctx.saved_tensors
         slopes, found, later = 1 - out.square(), torch.empty_like(out), torch.zeros_like(out[0])
         for each, slope, place in zip(*(reversed(part.unbind(0)) for part in (grad, slopes, found)), strict=True):
