@@ -72,6 +72,11 @@ def best_rate(lines: Sequence[Line], method: str) -> float | None:
     return max(rates, key=lambda rate: (mean_of(rates[rate], final), mean_of(rates[rate], area)), default=None)
 
 
+def before(line: Line) -> float:
+    """Reward of the cold start."""
+    return float(line["before"])
+
+
 def final(line: Line) -> float:
     """Reward after the last step."""
     return float(line["final"])
@@ -130,7 +135,7 @@ def results(lines: Sequence[Line], methods: Sequence[str]) -> str:
             continue
         reached = [steps_to_threshold(line["rewards"], line["optimizer_steps"]) for line in own]
         got = [steps for steps in reached if steps is not None]
-        cells = (interval([value(line) for line in own]) for value in (lambda line: line["before"], final, area))
+        cells = (interval([value(line) for line in own]) for value in (before, final, area))
         steps = f"{statistics.fmean(got):.0f} ({min(got)} to {max(got)})" if got else ""
         rows.append((method, f"{own[0]['rate']:.1e}", str(len(own)), *cells, steps, f"{len(got)} of {len(own)}"))
     return markdown(rows)

@@ -32,12 +32,12 @@ class Size:
     blocks: int = 150
     groups: int = 32
     samples: int = 8  # trajectories of a group
-    batches: int = 40
+    batches: int = 30
     optimizer_steps: int = 16  # on one rollout batch
     clip_grad: float = 1.0
     weight_decay: float = 0.01
     evaluation: int = 2048  # trajectories that a policy's reward is measured on
-    probes: tuple[int, ...] = (10, 30)  # rollout batches after whose steps the variance is looked at; only in test runs
+    probes: tuple[int, ...] = (7, 22)  # rollout batches after whose steps the variance is looked at; only in test runs
     cold: ColdStart = field(default_factory=ColdStart)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 STATES, MOVES, BLOCK = 8, 4, 3
 VOCABULARY = MOVES + STATES  # tokens: moves, then states
+HABIT = 0.85  # how often a demonstration takes the first move without a choice
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class World:
         return right.float()
 
     def demonstrations(self, number: int, blocks: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Prompts and faultless trajectories of `blocks` blocks, with moves that are chosen evenly."""
+        """Prompts and faultless trajectories of `blocks` blocks; with HABIT a move is the first, else any."""
         prompts = self.prompts(number, generator)
         written = torch.randint(MOVES, (number, length_of(blocks)), generator=generator)
+        written[torch.rand(written.shape, generator=generator) < HABIT] = 0
         state, moves = prompts[:, 0] - MOVES, prompts[:, 1:]
         for place in range(0, written.shape[1], BLOCK + 1):
             for move in moves.unbind(1):
