@@ -95,6 +95,7 @@ def sweep(methods: dict[str, dict[str, Any]], seeds: Sequence[int], size: Size, 
         print(f"error: the runs in {out} are of another size, see {said}; give another --out", file=sys.stderr)
         raise typer.Exit(2)
     said.write_text(json.dumps(asdict(size), indent=1))
+    mend(out / "runs.jsonl")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
@@ -155,14 +156,16 @@ def job_of(line: dict[str, Any]) -> Job:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The runs that ended. What an interruption left of a last line is cut off the file."""
-    if not file.is_file():
-        return []
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+    """The runs that ended. A last line that is not whole, being written or left by an interruption, is passed over."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def mend(file: Path) -> None:
+    """Cut off the file what an interruption left of a last line. For the one who writes it."""
+    if file.is_file():
+        whole = file.read_bytes()
+        os.truncate(file, whole.rfind(b"\n") + 1)
 
 
 def append(file: Path, line: dict[str, Any]) -> None:

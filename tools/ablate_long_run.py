@@ -22,7 +22,7 @@ from ctpo_megatron.algorithms import group_advantages, make_recipe, raise_if_non
 from ctpo_megatron.algorithms.statistics import merge
 from ctpo_megatron.errors import NonFiniteError
 
-EVALUATION, PROBE = 2_000_003, 4_000_037  # added to a seed, so that no two uses share their random numbers
+ROLLOUTS, EVALUATION, PROBE = 1_000_003, 2_000_003, 4_000_037  # added to a seed, so that no two uses share their random numbers
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def run(job: Job, objective: Mapping[str, Any], size: Size, cold: Path) -> dict[
     """What one run comes to; the same for the same arguments. A run whose numbers overflow has an `error` and final reward 0."""
     torch.set_num_threads(1)
     begun, world = time.process_time(), World.drawn(job.seed)
-    policy, generator = load(cold, size), torch.Generator().manual_seed(job.seed)
+    policy, generator = load(cold, size), torch.Generator().manual_seed(job.seed + ROLLOUTS)
     recipe = make_recipe(objective, "sequence-mean", None, has_rollout=True)._replace(density=False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=job.rate, weight_decay=size.weight_decay)
     before = torch.load(cold, weights_only=True)["about"]["before"]

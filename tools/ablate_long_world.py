@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 STATES, MOVES, BLOCK = 8, 4, 3
 VOCABULARY = MOVES + STATES  # tokens: moves, then states
+WEIGHTS, DEMONSTRATIONS = 6_000_011, 8_000_009  # added to a seed, as in ablate_long_run.py
 HABIT = 0.85  # how often a demonstration takes the first move without a choice
 
 
@@ -98,7 +99,7 @@ class Policy(nn.Module):
     def __init__(self, width: int, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + WEIGHTS)
             self.embedding = nn.Embedding(VOCABULARY, width)
             self.recurrent = nn.Parameter(nn.init.orthogonal_(torch.empty(width, width)))
             self.head = nn.Linear(width, VOCABULARY)
@@ -149,7 +150,7 @@ def cold_start(how: ColdStart, seed: int, blocks: int) -> tuple[Policy, dict[str
     Supervised on demonstrations. Raises RuntimeError where it does not get there.
     """
     world, policy = World.drawn(seed), Policy(how.width, seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + DEMONSTRATIONS)
     optimizer = torch.optim.Adam(policy.parameters(), lr=how.rate)
     for step in range(1, how.most + 1):
         loss = -policy.logp(*world.demonstrations(how.batch, how.blocks, generator)).mean()
