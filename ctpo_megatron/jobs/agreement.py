@@ -18,6 +18,8 @@ from ctpo_megatron.models.vocabulary import check_ordinary, tokens_beyond
 from ctpo_megatron.rollout.chat import ChatTokenizer
 from ctpo_megatron.types import Prompt, TrainSample
 
+ALL_SPARSE = ("qwen3_moe",)  # families whose every layer has experts in SGLang 0.5.23, whatever config.json says
+
 
 def check_training(config: RunConfig, shape: ModelShape, model: Path) -> None:
     """All that `ctpo train` can compare without data, but for the layout, which whoever reads the shape checks.
@@ -39,6 +41,11 @@ def check_rollouts(config: RunConfig, shape: ModelShape, model: Path) -> None:
         raise ModelError(
             f"{model}: config.json lacks {', '.join(shape.unserved)}, without which SGLang does not start. Write what the "
             "published model of this architecture has there."
+        )
+    if shape.family in ALL_SPARSE and len(shape.expert_layers) < shape.num_layers:
+        raise ModelError(
+            f"{model}: config.json has layers without experts (mlp_only_layers, decoder_sparse_step), and SGLang 0.5.23 builds "
+            f"experts in every layer of {shape.family}, so it cannot hold this model. `ctpo sft` trains it; servers need another."
         )
     check_context(shape, config.data, config.rollout)
     for each in benchmarks_of(config.data, config.eval, config.rollout):

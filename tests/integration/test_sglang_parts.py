@@ -129,6 +129,14 @@ def test_products_with_weights_are_the_same_in_other_ways(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_qwen3_moe_still_has_experts_in_every_layer() -> None:
+    """Where config.json has dense ones `jobs.agreement` refuses the model; it need not once this fails."""
+    qwen3_moe = importlib.import_module("sglang.srt.models.qwen3_moe")
+    config = SimpleNamespace(mlp_only_layers=[0], decoder_sparse_step=2, num_experts=4, num_hidden_layers=4)
+    assert all(qwen3_moe.Qwen3MoeDecoderLayer.stage_facts(config, layer)[1].sparse for layer in range(4))
+
+
 def test_a_record_of_routing_still_wants_cuda() -> None:
     """Should this not fail any more, `engine.sglang.routed` may go."""
     from sglang.srt.mem_cache.pool_host.common import HostTensorAllocator, alloc_with_host_register

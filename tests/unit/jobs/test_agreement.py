@@ -223,3 +223,15 @@ def test_what_servers_do_not_start_without(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lacks moe_layer_freq, topk_method, without which SGLang"):
         check_rollouts(load_config(CONFIG), lacking, tmp_path)
     check_rollouts(load_config(CONFIG), parse_config(MOONLIGHT), tmp_path)
+
+
+def test_dense_layers_that_sglang_would_not_build(tmp_path: Path) -> None:
+    from ctpo_megatron.config.load import load_config
+    from ctpo_megatron.errors import ModelError
+    from ctpo_megatron.jobs.agreement import check_rollouts
+    from ctpo_megatron.models.config import parse_config
+    from tests.support.qwen import QWEN3
+
+    experts = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    with pytest.raises(ModelError, match=r"mlp_only_layers.*experts in every layer of qwen3_moe"):
+        check_rollouts(load_config(CONFIG), parse_config(QWEN3 | experts | {"mlp_only_layers": [0]}), tmp_path)
