@@ -5,7 +5,7 @@
 # make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
 # make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
 # make test         all tests but those of test-long; make test-fast   those of tests/unit, without what is thorough
-# make test-long    runs under one fault after the other, all layouts of four ranks: what takes minutes each; CI runs both
+# make test-long    publications, runs and jobs under one fault after the other, all layouts of four ranks: half a minute of CPU or more each; CI runs both
 # make test-harnesses  agents' harnesses of other people, unchanged, in an environment of their own (.venv-harnesses)
 # make test-verifiers  environments of the package verifiers, with its 96 packages in .venv-verifiers (600 MB)
 # make test-sinks   Weights & Biases and MLflow as published, in .venv-sinks (400 MB)

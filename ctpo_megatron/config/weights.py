@@ -19,6 +19,10 @@ class TransportSection(Section):
     within_node: ClassVar[bool] = False  # weights do not leave the node that they are on
     sends_per_stage: ClassVar[bool] = False  # one rank of each pipeline stage sends all of it; see `models.owners`
 
+    quantization: Quantization | None = None
+    """fp8: servers keep the matrices of layers in fp8 blocks, which the trainer makes of its own weights when it publishes them
+    (docs/precision.md). null: they keep the trainer's number format."""
+
     @property
     def servers_sleep(self) -> bool:
         """Whether the servers give back their memory while the trainer trains."""
@@ -35,9 +39,6 @@ class BroadcastTransport(TransportSection):
     """Weights gathered and sent at a time, by each sender; it holds two such buckets."""
     delta: bool = False
     """Send only tensors that differ bitwise from what the servers hold."""
-    quantization: Quantization | None = None
-    """fp8: servers keep the matrices of layers in fp8 blocks, which the trainer makes of its own weights when it publishes them
-    (docs/precision.md). null: they keep the trainer's number format."""
     timeout_s: PositiveFloat = 600.0
     """How long one publication may take."""
 
@@ -54,9 +55,6 @@ class ColocatedTransport(TransportSection):
     """Weights gathered and handed over at a time, by each sender; it holds two such buckets."""
     delta: bool = False
     """Hand over only tensors that differ bitwise from what the servers hold; needs `release: false`."""
-    quantization: Quantization | None = None
-    """fp8: servers keep the matrices of layers in fp8 blocks, which the trainer makes of its own weights when it publishes them
-    (docs/precision.md). null: they keep the trainer's number format."""
     release: bool = True
     """Servers give back the memory of weights and KV cache while the trainer trains. Needs train.staleness 0."""
     timeout_s: PositiveFloat = 600.0
@@ -80,9 +78,6 @@ class DiskTransport(TransportSection):
     """Size of one file, and of the weights gathered at a time by each sender."""
     delta: bool = False
     """Write only tensors that differ bitwise from what the servers hold."""
-    quantization: Quantization | None = None
-    """fp8: servers keep the matrices of layers in fp8 blocks, which the trainer makes of its own weights when it publishes them
-    (docs/precision.md). null: they keep the trainer's number format."""
     keep: PositiveInt = 2
     """Versions left on the disk, the newest."""
     timeout_s: PositiveFloat = 1800.0
