@@ -4,7 +4,7 @@
 # make quickstart-agent  the same task, played by an agent of OpenAI's SDK through the endpoint (docs/agents.md)
 # make example      the same with a real language model, SmolLM2-135M-Instruct: at most an hour on two cores
 # make chaos        a run whose processes are killed and stopped one after the other, and what came of it: 25 minutes
-# make test         all tests but those of test-long; make test-fast   those of tests/unit, without what is thorough
+# make test         all tests but those of test-long; make test-fast   those of tests/unit, at a glance
 # make test-long    publications, runs and jobs under one fault after the other, all layouts of four ranks: half a minute of CPU or more each; CI runs both
 # make test-harnesses  agents' harnesses of other people, unchanged, in an environment of their own (.venv-harnesses)
 # make test-verifiers  environments of the package verifiers, with its 96 packages in .venv-verifiers (600 MB)
@@ -55,7 +55,7 @@ test-long: install
 	$(PYTEST) -n 3 -m long tests/integration tests/dist
 
 test-fast: install
-	$(PYTEST) -n 2 -m "not thorough" tests/unit
+	$(PYTEST) -n 2 -m "not thorough" --hypothesis-profile=glance tests/unit
 
 test-harnesses: install $(HARNESSES)/.installed
 	$(VENV)/bin/python -m pytest tests/harnesses

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 
 # how long an example takes depends on what else the host does; pytest bounds every test
 settings.register_profile("any host", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("glance", settings.get_profile("any host"), max_examples=10)  # `--hypothesis-profile`; see `often`
 settings.load_profile("any host")
 
 ALONE = "tests/integration"

@@ -1,6 +1,7 @@
 """No layout changes the numbers: two optimizer steps agree with those of one rank, on gloo with the real megatron-core.
 
-These are the layouts of two ranks; test_parity_four.py has those of four.
+These are the layouts of two ranks and half of the cases, in which every two of objective, packing and number of micro-batches
+meet. test_parity_rest.py has the other half, test_parity_four.py all of them at four ranks.
 
 A dense model (qwen3, tied embeddings), a mixture of experts (qwen3_moe: 4 experts, load-balancing loss and z-loss with
 coefficients of 0.01) and one with the parts that these lack (deepseek_v3: latent attention, a dense layer, shared experts, groups
@@ -17,6 +18,7 @@ same sequences: the auxiliary losses are means of their values for each pack.
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from ctpo_megatron.mcore.rank import RankInfo
 from tests.support.engine_faults import ENGINE_FAULTS
 from tests.support.families import MODELS
 from tests.support.parity import (
+    BOTH,
     FAMILIES,
     FOUR_RANKS,
     LAYERS,
@@ -55,6 +58,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(TIMEOUT_S)]
 # These only move layers between ranks: each rank adds up the same numbers in the same order, for every bit of every weight.
 # Tied embeddings are the exception: the first and the last stage each add up a part of their gradient.
 SAME_BITS = ("PP2", "VPP", "PP2 of 3+1 layers")
+HALF = (0,)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +68,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def alone(models: dict[str, Path]) -> dict[str, Alone]:
-    return run_ranks(1, one_rank, models, all_cases(TWO_RANKS), timeout_s=TIMEOUT_S)[0]
+    return run_ranks(1, one_rank, models, all_cases(TWO_RANKS, HALF), timeout_s=TIMEOUT_S)[0]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
     samples = {family: each.samples for family, each in alone.items()}
     ports = [free_port() for _ in engines_of(TWO_RANKS)]
-    return run_ranks(2, several_ranks, TWO_RANKS, ports, models, samples, ENGINE_FAULTS, timeout_s=TIMEOUT_S)
+    return run_ranks(2, several_ranks, TWO_RANKS, ports, models, samples, ENGINE_FAULTS, HALF, timeout_s=TIMEOUT_S)
 
 
 def one_rank(rank: RankInfo, *args: Any) -> dict[str, Alone]:
@@ -84,13 +88,13 @@ def several_ranks(rank: RankInfo, *args: Any) -> Results:
 
 @pytest.mark.parametrize("layout", TWO_RANKS, ids=lambda layout: layout.name)
 def test_two_ranks_are_one(two_ranks: list[Results], alone: dict[str, Alone], layout: Layout) -> None:
-    assert_layout_is_one_rank(two_ranks, layout, alone)
+    assert_layout_is_one_rank(two_ranks, layout, alone, HALF)
 
 
 @pytest.mark.parametrize("name", SAME_BITS)
 def test_moving_layers_between_ranks_changes_no_bit(two_ranks: list[Results], alone: dict[str, Alone], name: str) -> None:
     (layout,) = (layout for layout in TWO_RANKS if layout.name == name)
-    for case in cases_of(layout, "qwen3_moe"):
+    for case in cases_of(layout, "qwen3_moe", HALF):
         found = two_ranks[0][name, "qwen3_moe"][case].weights
         for key, value in alone["qwen3_moe"].found[case].weights.items():
             np.testing.assert_array_equal(found[key], value, err_msg=f"{case}, {key}")
@@ -117,6 +121,18 @@ def test_the_steps_are_worth_comparing(alone: dict[str, Alone], family: str) -> 
         assert gradients[1] > 0.1 or sequences <= 2, f"{case}: every token is clipped"
         moved = {name: np.abs(found.weights[name] - value).max() for name, value in alone[family].before.items()}
         assert min(moved.values()) > 10 * TOLERANCE, (case, min(moved, key=moved.get))
+
+
+@pytest.mark.parametrize("layout", [*TWO_RANKS, *FOUR_RANKS], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_halves_are_all_and_each_has_every_pair(layout: Layout, family: str) -> None:
+    halves = [cases_of(layout, family, (half,)) for half in BOTH]
+    assert sorted(halves[0] + halves[1]) == sorted(cases_of(layout, family))
+    if family != "deepseek_v3":
+        for pair in combinations(("objective", "packed", "packs"), 2):
+            met = [{tuple(getattr(case, name) for name in pair) for case in half} for half in halves]
+            assert met[0] == met[1]
+            assert len(met[0]) == (4 if "objective" not in pair else 6)
 
 
 def test_every_axis_takes_part() -> None:

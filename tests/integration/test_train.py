@@ -28,6 +28,7 @@ from tests.support.whole_runs import (
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
+@pytest.mark.long
 def test_dense_tp2_cp2_one_step_ahead(toy, tmp_path):
     """Four trainer ranks; rollouts are at most one version old, and some are. A Llama, on JSON lines.
 

@@ -30,6 +30,7 @@ from tests.support.whole_runs import (
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
+@pytest.mark.long
 def test_a_server_that_dies_is_started_again(toy, tmp_path):
     """The only server, on two nodes, loses its second half between two steps: the run waits, it comes back, nothing is lost."""
     sizes = ("train.steps=4", "train.prompts_per_step=8", "rollout.group_size=4", "eval.prompts=8")

@@ -42,6 +42,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "gspo": {"type": "gspo", "clip_low": 0.2, "clip_high": 0.2},
 }
 SEQUENCES = 12
+BOTH = (0, 1)  # halves of the cases
 FAMILIES = ("qwen3", "qwen3_moe", "deepseek_v3")
 
 
@@ -105,24 +106,32 @@ FOUR_RANKS = [
 ]
 
 
-def cases_of(layout: Layout, family: str) -> list[Case]:
+def cases_of(layout: Layout, family: str, halves: Sequence[int] = BOTH) -> list[Case]:
     """Every objective in every combination of packing and micro-batches, of qwen3_moe also a replayed routing, of qwen3 also
-    truncated sampling.
+    truncated sampling; of them the `halves` of `half_of`.
 
     deepseek_v3, which is there for its parts, has one case packed and one not, with ratios that do not run away with its weights.
     Interleaving takes multiples of pp.
     """
     few, many = (n * layout.parallel.dp for n in ((1, 3) if layout.parallel.vpp == 1 else (2, 4)))
     if family == "deepseek_v3":
-        return [Case("grpo", True, many), Case("gspo", False, many)]
+        return [Case("grpo", True, many), Case("gspo", False, many)] if 0 in halves else []
     cases = [Case(objective, packed, packs) for objective in OBJECTIVES for packed in (True, False) for packs in (few, many)]
     replay = family == "qwen3_moe"
-    return [*cases, Case("ctpo", True, many, replay=replay, truncated=not replay)]
+    cases.append(Case("ctpo", True, many, replay=replay, truncated=not replay))
+    return [case for case in cases if half_of(case, many) in halves]
 
 
-def all_cases(layouts: Sequence[Layout]) -> dict[str, list[Case]]:
+def half_of(case: Case, many: int) -> int:
+    """0 or 1. In each half every two of objective, packing and number of micro-batches meet; what is special is in the first."""
+    if case.replay or case.truncated:
+        return 0
+    return (list(OBJECTIVES).index(case.objective) + case.packed + (case.packs == many)) % 2
+
+
+def all_cases(layouts: Sequence[Layout], halves: Sequence[int] = BOTH) -> dict[str, list[Case]]:
     """Of each family, what one rank trains on to be compared with `layouts`."""
-    return {family: sorted({case for layout in layouts for case in cases_of(layout, family)}) for family in FAMILIES}
+    return {family: sorted({case for layout in layouts for case in cases_of(layout, family, halves)}) for family in FAMILIES}
 
 
 def fault_case(layout: Layout, family: str) -> Case:
@@ -236,6 +245,7 @@ def train_layouts(
     models: dict[str, Path],
     samples: dict[str, list[TrainSample]],
     faults: dict[str, Fault],
+    halves: Sequence[int] = BOTH,
 ) -> dict[tuple[str, str], dict[Case | str, Found]]:
     """By layout and family: what every case gave, and what `fault_case` gave with each fault that is planted there.
 
@@ -244,7 +254,7 @@ def train_layouts(
     found: dict[tuple[str, str], dict[Case | str, Found]] = {}
     for (layout, family), port in zip(engines_of(layouts), ports, strict=True):
         engine = start(replace(rank, master_port=port), models[family], layout.parallel)
-        mine: dict[Case | str, Found] = {case: train(engine, case, samples[family]) for case in cases_of(layout, family)}
+        mine: dict[Case | str, Found] = {case: train(engine, case, samples[family]) for case in cases_of(layout, family, halves)}
         for name, fault in faults.items():
             if (fault.layout, fault.family) == (layout.name, family):
                 with fault.plant(engine):
@@ -313,10 +323,12 @@ def assert_same(found: Found, expected: Found, case: str) -> None:
 Results = dict[tuple[str, str], dict[Case | str, Found]]  # by names of layout and family
 
 
-def assert_layout_is_one_rank(results: Sequence[Results], layout: Layout, alone: dict[str, Alone]) -> None:
+def assert_layout_is_one_rank(
+    results: Sequence[Results], layout: Layout, alone: dict[str, Alone], halves: Sequence[int] = BOTH
+) -> None:
     """All ranks found the same, and it is what one rank found."""
     for family in layout.families:
-        for case in cases_of(layout, family):
+        for case in cases_of(layout, family, halves):
             where = f"{layout.name}, {family}, {case}"
             ranks = [result[layout.name, family][case] for result in results]
             assert all(rank.steps == ranks[0].steps for rank in ranks), f"{where}: ranks differ"

@@ -101,6 +101,7 @@ def offences(root: Path) -> list[str]:
     return found
 
 
+@pytest.mark.thorough
 def test_setup_declares_what_is_imported_and_nothing_else() -> None:
     assert offences(ROOT) == []
 

@@ -25,6 +25,7 @@ def starters(directory: Path) -> list[str]:
     return found
 
 
+@pytest.mark.thorough
 def test_unit_tests_start_no_processes() -> None:
     assert starters(TESTS / "unit") == [], "tests that start processes and wait for them belong into tests/processes"
 

@@ -24,6 +24,7 @@ from ctpo_megatron.algorithms.fused import JUDGES
 from ctpo_megatron.algorithms.objectives import OBJECTIVES
 from ctpo_megatron.errors import NonFiniteError
 from ctpo_megatron.kernels.cpu import buckets, launch
+from tests.support.often import often
 from tests.support.oracles import Row
 from tests.support.oracles_batch import Options, expected_loss
 from tests.support.oracles_cases import draw_row, draw_shapes, packed
@@ -120,7 +121,7 @@ def test_an_objective_is_its_definition(variant: Options, taken: list[launch.How
     assert len(taken) > 4
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=often(60), deadline=None, derandomize=True)
 @given(
     shapes=st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), min_size=1, max_size=6),
     variant=st.sampled_from(FUSED),

@@ -35,6 +35,7 @@ from ctpo_megatron.parallel.layout import zigzag_shard
 from ctpo_megatron.record import Recorder
 from ctpo_megatron.record.values import Mean, Sum, merge_values
 from tests.support.numbers import flat, on_host
+from tests.support.often import often
 
 SIGMA = 0.0387  # of the size that the paper of CTPO fits (arXiv 2605.07331, figure 1)
 
@@ -153,7 +154,7 @@ def test_effective_sample_size_by_hand() -> None:
     assert panel([[0.2], [0.2]])["health/effective_sample_size"] == pytest.approx(1.0, rel=1e-12)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=often(30))
 @given(st.lists(st.integers(1, 70), min_size=2, max_size=6), st.integers(0, 2**32 - 1), st.data())
 def test_statistics_of_micro_batches_add_up(lengths: list[int], seed: int, data: st.DataObject) -> None:
     rng = np.random.default_rng(seed)

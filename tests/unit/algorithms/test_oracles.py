@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.often import often
 from tests.support.oracles import OBJECTIVES, Row, divergence_of
 from tests.support.oracles_batch import RANGES, Options, expected_loss
 from tests.support.oracles_cases import Case, assert_as_expected, draw_case, run_policy_loss
@@ -186,7 +187,7 @@ def test_delight_weighs_any_objective(delight: Options) -> None:
 SHAPES = st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12), min_size=1, max_size=6)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=often(100), deadline=None, derandomize=True)
 @given(
     shapes=SHAPES,
     variant=st.sampled_from(VARIANTS),

@@ -13,6 +13,7 @@ from ctpo_megatron.algorithms import Channel, LocalScan, operators
 from ctpo_megatron.algorithms.operators import AFFINE, MAX_TOKENS, check_length, from_fixed, segment_scan, to_fixed
 from ctpo_megatron.algorithms.scan import segment_quantile
 from tests.support.naive_scan import LOOPS, UNIT, borders, every_channel, expected
+from tests.support.often import often
 
 VALUES = st.floats(-30, 30)  # beyond +-20, where exact sums hold them
 TOKENS = st.tuples(VALUES, st.floats(0, 1), st.booleans(), st.booleans())  # value, factor, mask, restart
@@ -27,7 +28,7 @@ def streams(pack: list[list[tuple]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(torch.tensor([token[i] for token in tokens], dtype=kind) for i, kind in enumerate(kinds))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=often(60), deadline=None, derandomize=True)
 @given(pack=PACKS, exact=st.booleans())
 def test_every_operator_in_every_reach_is_its_loop(pack: list[list[tuple]], exact: bool) -> None:
     lengths = [len(sequence) for sequence in pack]
@@ -58,7 +59,7 @@ def test_lengths_at_the_edge(monkeypatch: pytest.MonkeyPatch, block: int, length
         torch.testing.assert_close(scanned.totals, totals, rtol=1e-12, atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=often(100), deadline=None, derandomize=True)
 @given(
     rewards=st.lists(st.tuples(st.floats(-1, 1), st.booleans()), min_size=1, max_size=20),
     gamma=st.sampled_from([0.0, 0.9, 0.99, 1.0]),
@@ -75,7 +76,7 @@ def test_affine_suffix_is_the_discounted_return(rewards: list[tuple[float, bool]
             assert found.values[t].item() == pytest.approx(want, rel=1e-12, abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=often(100), deadline=None, derandomize=True)
 @given(pack=PACKS, q=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]))
 def test_quantile_is_that_of_numpy(pack: list[list[tuple]], q: float) -> None:
     x, _, mask, _ = streams(pack)
@@ -93,7 +94,7 @@ def test_quantile_takes_tokens_in_any_order() -> None:
     assert segment_quantile(values, torch.ones(5, dtype=torch.bool), ids, 3, 0.5).tolist() == [3.0, 3.0, 0.0]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=often(100), deadline=None, derandomize=True)
 @given(values=st.lists(VALUES, min_size=1, max_size=40), cut=st.integers(0, 40), dtype=st.sampled_from(["float32", "float64"]))
 def test_exact_sums_are_the_same_bits_under_any_split(values: list[float], cut: int, dtype: str) -> None:
     stream = torch.tensor(values, dtype=getattr(torch, dtype))
@@ -147,7 +148,7 @@ def test_wraparound_of_the_running_sum_does_not_matter() -> None:
     assert segment_scan(LOOPS["sum"].operator, state, first).tolist() == [[2**62, 2**62, 2**62 + 5, 2**62, 2**62, 2**62 - 7, 11]]
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=often(50), deadline=None, derandomize=True)
 @given(states=st.lists(st.lists(VALUES, min_size=3, max_size=3), min_size=3, max_size=3))
 @pytest.mark.parametrize("name", ["sum", "min", "max", "affine", "ramp"])
 def test_operators_are_monoids(name: str, states: list[list[float]]) -> None:

@@ -92,6 +92,7 @@ def test_a_checkpoint_of_the_last_format_is_told_from_a_damaged_one(tmp_path: Pa
     assert not isinstance(caught.value, DamagedCheckpoint)
 
 
+@pytest.mark.thorough
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 1)
     for file in (checkpoint / "checkpoint.json", checkpoint / "random" / "rank_00000.pt", checkpoint / "run.json"):

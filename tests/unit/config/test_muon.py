@@ -27,6 +27,7 @@ def test_other_names_are_answered_with_what_is_allowed() -> None:
     assert load_config(CONFIG, ["optimizer.type=adamw"]) == load_config(CONFIG, [])
 
 
+@pytest.mark.thorough
 def test_the_reasons_hold() -> None:
     """Where this fails, megatron or Python have moved: look whether Muon can be taken."""
     import megatron.core

@@ -17,6 +17,7 @@ from ctpo_megatron.data.packing import build_train_batch, pack
 from ctpo_megatron.models.shape import HeadAttention, ModelShape, Rope
 from ctpo_megatron.planning.flops import attention_weight
 from ctpo_megatron.types import TrainSample
+from tests.support.often import often
 
 
 def cost(lengths: list[int], members: list[int], weight: float) -> float:
@@ -34,7 +35,7 @@ def lognormal(count: int, seed: int = 3) -> list[int]:
     return drawn.clip(16, 16384).astype(int).tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=often(200), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 100), max_size=120),
     dp=st.integers(1, 5),
@@ -58,7 +59,7 @@ def test_invariants(lengths, dp, room, multiple, weight):
     assert again == plan
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=often(200), deadline=None)
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=120), dp=st.integers(1, 5), room=st.integers(0, 150))
 def test_ranks_differ_by_the_longest_sample_at_most(lengths, dp, room):
     plan = plan_micro_batches(lengths, capacity=max(lengths) + room, dp=dp)
@@ -66,7 +67,7 @@ def test_ranks_differ_by_the_longest_sample_at_most(lengths, dp, room):
     assert max(totals) - min(totals) <= max(lengths)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=often(100), deadline=None)
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=120), dp=st.integers(2, 5), weight=st.sampled_from([0.0, 0.1]))
 def test_neighbours_run_beside_each_other(lengths, dp, weight):
     """No rank's n-th micro-batch is cheaper than any rank's next one."""

@@ -16,6 +16,7 @@ from ctpo_megatron.data.prompts import read_prompts
 from ctpo_megatron.data.sft import read_demonstrations
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.record.events import DataRead
+from tests.support.often import often
 
 
 def row(number: int = 0, **more: object) -> dict:
@@ -112,7 +113,7 @@ cells = st.one_of(st.none(), st.sampled_from(["a", "b", ""]))
 structs = st.one_of(st.none(), st.fixed_dictionaries({"role": cells, "number": st.one_of(st.none(), st.integers(0, 2))}))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=often(80), deadline=None)
 @given(rows=st.lists(st.tuples(st.one_of(st.none(), st.lists(structs, max_size=3)), structs, cells), min_size=1, max_size=12))
 def test_rows_have_the_same_number_exactly_where_they_are_the_same(rows):
     inner = pa.struct([("role", pa.string()), ("number", pa.int64())])

@@ -20,6 +20,7 @@ from ctpo_megatron.data.dumps import ABOUT, BATCH, CONFIG, About, StepDump, read
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.errors import InputError
 from ctpo_megatron.types import Supports, TopK, TrainSample
+from tests.support.often import often
 
 ABOUT_IT = About(
     kind="policy",
@@ -82,7 +83,7 @@ def written(directory: Path, batch: TrainBatch, anchors: bool = False) -> StepDu
     return read_dump(directory)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=often(30), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.integers(0, 2**16), st.booleans(), st.sampled_from([{}, {"tp": 2}, {"cp": 2}, {"dp": 2}, {"tp": 2, "cp": 2, "dp": 3}]))
 def test_the_same_layout_gives_the_same_micro_batches(
     tmp_path_factory: pytest.TempPathFactory, seed: int, rows: bool, layout: dict[str, int]

@@ -19,6 +19,7 @@ from ctpo_megatron.rollout.calculator import calculate
 from ctpo_megatron.rollout.tools import extract_code
 from ctpo_megatron.toy.task import OPERATIONS, make_toy_task
 from ctpo_megatron.types import Prompt
+from tests.support.often import often
 
 
 def row(number: int = 0, **changes: object) -> dict:
@@ -154,7 +155,7 @@ def prompts(count: int) -> list[Prompt]:
     return [Prompt(i, ({"role": "user", "content": f"q{i}"},), str(i)) for i in range(count)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(60), deadline=None)
 @given(
     count=st.integers(1, 20),
     seed=st.integers(0, 5),

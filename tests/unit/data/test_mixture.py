@@ -21,6 +21,7 @@ from ctpo_megatron.data.order import PromptSampler
 from ctpo_megatron.data.prompts import read_prompts
 from ctpo_megatron.errors import ConfigError, DataError
 from ctpo_megatron.types import Prompt
+from tests.support.often import often
 
 HERE = "tests.unit.data.curricula"
 
@@ -50,7 +51,7 @@ FORMS = {
 }
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=often(60))
 @given(form=st.sampled_from(sorted(FORMS)), seed=st.integers(0, 5), steps=st.lists(st.integers(0, 9), min_size=2, max_size=6))
 def test_a_run_that_goes_on_draws_the_same_prompts(form: str, seed: int, steps: list[int]) -> None:
     """`steps`: prompts that are drawn before each step is made. The state goes through JSON, as in a checkpoint."""

@@ -16,6 +16,7 @@ from ctpo_megatron.data.order import PromptSampler, last_seed
 from ctpo_megatron.errors import DataError
 from ctpo_megatron.loop.admission import Admission, Admitted
 from ctpo_megatron.types import GroupId, Prompt
+from tests.support.often import often
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -43,7 +44,7 @@ STRETCHES = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=often(100))
 @given(count=st.integers(1, 20), stretches=st.lists(STRETCHES, min_size=1, max_size=8))
 def test_each_prompt_of_an_epoch_comes_once_whatever_changes_between_starts(count: int, stretches: list[Stretch]) -> None:
     rows = prompts(count)
@@ -77,7 +78,7 @@ def test_each_prompt_of_an_epoch_comes_once_whatever_changes_between_starts(coun
         assert len(found) == count or epoch + count > len(seen)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=often(60))
 @given(count=st.integers(2, 30), taken=st.integers(0, 60), seeds=st.lists(st.integers(0, 5), min_size=1, max_size=4))
 def test_starts_that_train_on_nothing_leave_no_trace(count: int, taken: int, seeds: list[int]) -> None:
     """Seeds that ordered no prompt have no part in what follows; the first one again is as if there had been none."""

@@ -14,6 +14,7 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.objectives import Aggregation, Balanced, Constant, SequenceMean, SequenceSum, TokenMean
 from ctpo_megatron.data.packing import build_train_batch, pack
 from ctpo_megatron.types import TrainSample
+from tests.support.often import often
 
 
 def sample(length: int, number: int = 0, *, masked_in: bool = True) -> TrainSample:
@@ -45,7 +46,7 @@ def sequences(micro_batch: MicroBatch) -> list[tuple[int, TrainSample, int]]:
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=often(150), deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40),
     dp=st.integers(1, 4),

@@ -17,6 +17,7 @@ from ctpo_megatron.data.dumps import sequences_of
 from ctpo_megatron.data.packing import build_train_batch, pack
 from ctpo_megatron.data.sharing import common_tokens, families
 from ctpo_megatron.types import Supports, TopK, TrainSample
+from tests.support.often import often
 
 
 def sample(prompt: list[int], response: list[int], group: int = 0, *, rows: bool = False) -> TrainSample:
@@ -87,7 +88,7 @@ def drawn(seed: int, groups: int, *, rows: bool = False) -> list[TrainSample]:
 LAYOUTS = [{}, {"tp": 2}, {"cp": 2}, {"dp": 3}, {"tp": 2, "cp": 2, "dp": 2}]
 
 
-@settings(max_examples=60)
+@settings(max_examples=often(60))
 @given(st.integers(0, 2**16), st.integers(1, 5), st.sampled_from(LAYOUTS), st.integers(1, 6), st.booleans())
 def test_every_sample_is_there_once_and_whole(seed: int, groups: int, sizes: dict[str, int], fewest: int, rows: bool) -> None:
     samples, parallel = drawn(seed, groups, rows=rows), ParallelConfig(**sizes)
@@ -117,7 +118,7 @@ def by_number(rows: list[list[MicroBatch]]) -> dict[int, list[object]]:
     return found
 
 
-@settings(max_examples=60)
+@settings(max_examples=often(60))
 @given(st.integers(0, 2**16), st.integers(1, 4), st.sampled_from([1, 4]), st.integers(24, 64))
 def test_families_fit_and_share_what_they_say(seed: int, groups: int, step: int, capacity: int) -> None:
     samples = drawn(seed, groups)

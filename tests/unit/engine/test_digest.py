@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctpo_megatron.engine import digest
 from ctpo_megatron.engine.digest import MODULUS, Part, tensor_digest, tensor_digests
+from tests.support.often import often
 from tests.support.waits import Waits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,7 +30,7 @@ def random(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.bfloat1
     row_cuts=st.lists(st.integers(0, 40), max_size=4),
     column_cuts=st.lists(st.integers(0, 50), max_size=4),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(60), deadline=None)
 def test_parts_add_up(
     rows: int, columns: int, seed: int, dtype: torch.dtype, row_cuts: list[int], column_cuts: list[int]
 ) -> None:
@@ -144,6 +145,7 @@ def test_every_change_is_seen() -> None:
     assert len(set(digests.values())) == len(digests)
 
 
+@pytest.mark.thorough
 def test_every_single_bit_and_swap_is_seen() -> None:
     """All single flipped bits, and all exchanges of two neighbours: thousands of digests, no two alike."""
     base = random((6, 40), 4).view(torch.int16)

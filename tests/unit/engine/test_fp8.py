@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.engine import fp8
 from tests.support import fp8_blocks as slow
+from tests.support.often import often
 
 EXPONENTS = (-40, -12, 0, 20, 100)
 
@@ -40,7 +41,7 @@ def test_every_number_of_the_format() -> None:
     assert slow.all_nearest(np.array(wanted, np.float32)).tolist() == [slow.nearest(x) for x in wanted]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=often(12), deadline=None)
 @given(st.integers(1, 140), st.integers(1, 140), st.sampled_from(EXPONENTS), st.integers(0, 99))
 @example(1, 1, 0, 0)
 @example(129, 127, -12, 1)
@@ -55,7 +56,7 @@ def test_matrices_of_any_size(rows: int, columns: int, exponent: int, seed: int)
     assert (fp8.matrix_of(quantised, scales).numpy() == slow.stands_for(expected, expected_scales)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=often(40), deadline=None)
 @given(st.integers(1, 600), st.integers(1, 600), st.sampled_from(EXPONENTS), st.integers(0, 99))
 def test_how_far_rounding_goes(rows: int, columns: int, exponent: int, seed: int) -> None:
     """1/16 of a number, or 2**-10 / 448 of its block's largest; once more changes nothing; cut at blocks it is the same."""

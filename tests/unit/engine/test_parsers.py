@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.engine.sglang.parsers import SGLangCallParser
 from ctpo_megatron.types import Parsed, ParsedCall
+from tests.support.often import often
 
 
 def tool(name: str, **properties: str) -> dict[str, Any]:
@@ -187,7 +188,7 @@ PIECES = ["<tool_call>", "</tool_call>", "<|python_tag|>", "{", "}", "[", "]", '
 CALLS = st.sampled_from([written(form, name, given) for form in FORMS for name, given in (("add", ADD), ("fly", ADD))])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(60), deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(PIECES), CALLS), max_size=12).map("".join))
 def test_every_word_is_in_the_content_or_in_a_call(text: str) -> None:
     for form in FORMS:

@@ -20,6 +20,7 @@ from ctpo_megatron.engine.pace import ENOUGH
 from ctpo_megatron.errors import AsideLost
 from ctpo_megatron.types import Generation
 from tests.support.fake_servers import FakeServer, fakes
+from tests.support.often import often
 
 
 async def ask(client: EngineClient, tokens: int = 8, session: int = 0, seconds: float | None = None, **options: Any):
@@ -284,7 +285,7 @@ EVENTS = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=often(60))
 @given(st.integers(1, 3), st.lists(EVENTS, max_size=40))
 def test_whatever_happens_leases_come_back_and_bounds_hold(limit: int, events: list[tuple[str, int]]) -> None:
     """Servers fail, are published to and set aside, requests end, fail and are given up: nobody waits for ever."""

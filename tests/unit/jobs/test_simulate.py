@@ -48,6 +48,7 @@ def test_it_says_where_time_goes_and_which_split_makes_the_most_steps(tmp_path: 
     assert [each["dp"] for each in found["splits"]] == [2, 3]
 
 
+@pytest.mark.thorough
 def test_more_servers_make_rollouts_shorter_and_a_faster_gpu_training(tmp_path: Path) -> None:
     def phases(*options: str, servers: int) -> dict[str, float]:
         overrides = (*SMALL, f"rollout.engine.servers={servers}", "rollout.group_size=16")
@@ -71,6 +72,7 @@ def test_a_run_on_cpus_is_measured_and_not_computed(tmp_path: Path) -> None:
     assert "Trainer GPUs" not in text
 
 
+@pytest.mark.thorough
 def test_what_parts_cost_each_other_is_not_counted_twice(tmp_path: Path) -> None:
     """On a host that they share, the trainer keeps all cores busy unless told otherwise; an overlapped run tells no speeds."""
     where, model, run_dir = ROOT / "configs" / "quickstart.yaml", tmp_path / "config.json", a_run(tmp_path / "run")

@@ -20,6 +20,7 @@ from ctpo_megatron.loop.ledger import Ledger
 from ctpo_megatron.record.segments import Place
 from ctpo_megatron.rollout.plans import Plans
 from ctpo_megatron.types import AttemptId, Composition, FailedAttempt, GroupId, Prompt, Status, Trajectory, TrajectoryGroup, Turn
+from tests.support.often import often
 
 PROMPTS = [Prompt(i, ({"role": "user", "content": str(i)},), "1") for i in range(11)]
 STEPS = 5
@@ -215,11 +216,11 @@ class Controller(RuleBasedStateMachine):
         self.run.loop.close()
 
 
-Controller.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=40, phases=QUICK)
+Controller.TestCase.settings = settings(deadline=None, max_examples=often(40), stateful_step_count=40, phases=QUICK)
 TestController = Controller.TestCase
 
 
-@settings(deadline=None, max_examples=60, phases=QUICK)
+@settings(deadline=None, max_examples=often(60), phases=QUICK)
 @given(rules=st.sampled_from(RULES), seed=st.integers(0, 99), orders=st.tuples(st.integers(), st.integers(), st.integers()))
 def test_steps_are_made_of_the_same_groups_again(rules: StepRules, seed: int, orders: tuple[int, int, int]) -> None:
     """Another run that is given the decisions, and one that goes back to a checkpoint: whatever is quick there."""
@@ -237,7 +238,7 @@ def test_steps_are_made_of_the_same_groups_again(rules: StepRules, seed: int, or
         each.loop.close()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=often(40))
 @given(staleness=st.integers(0, 3), order=st.integers())
 def test_without_all_that_a_step_is_made_of_its_own_groups(staleness: int, order: int) -> None:
     """Step s of groups s * n to s * n + n - 1, whatever is quick."""

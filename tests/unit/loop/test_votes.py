@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.loop.evaluation.results import Problem
 from ctpo_megatron.loop.evaluation.votes import Votes, count_votes
@@ -18,6 +20,7 @@ def attempt(number: int, given: str | None, reward: float) -> Trajectory:
     return Trajectory(0, [1], [], Status.FINISHED, given=given, reward=reward, id=AttemptId(GroupId(0, 0), number))
 
 
+@pytest.mark.thorough
 def test_by_the_real_grader_and_not_by_the_text() -> None:
     texts = [
         r"\boxed{0.5}",

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 from ctpo_megatron.errors import ModelError
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.shape import Llama3Scaling, Rope, YarnScaling
+from tests.support.often import often
 from tests.unit.models.test_defaults import BASES
 
 HEAD = 32
@@ -114,7 +115,7 @@ EXTRAS = optional(
 
 
 @pytest.mark.parametrize("base", [DENSE, LATENT], ids=["heads", "latent"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(60), deadline=None)
 @given(extras=EXTRAS, theta=st.sampled_from([100.0, 10000]), beside=st.booleans())
 def test_yarn_is_read_as_both_read_it_or_refused_where_they_differ(
     base: dict[str, Any], extras: dict[str, Any], theta: float, beside: bool

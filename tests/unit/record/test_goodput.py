@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ctpo_megatron.record.goodput import Account, Cause, account
 from ctpo_megatron.record.story import Happened, Story, tell
 from ctpo_megatron.record.timeline import Timeline
+from tests.support.often import often
 
 PHASES = {"rollout": 4.0, "batch": 0.5, "sleep": 0.25, "train": 3.0, "publish": 1.0}  # of a step of 10 s: 1.25 s lie between them
 T0 = 1_000.0
@@ -248,7 +249,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=often(100), deadline=None)
 @given(st.lists(EVENTS, max_size=20), st.one_of(st.none(), TIMES))
 def test_any_sequence_of_events_adds_up(events: list[Happened], now: float | None) -> None:
     number, numbered = 0, []
@@ -260,7 +261,7 @@ def test_any_sequence_of_events_adds_up(events: list[Happened], now: float | Non
     adds_up(numbered, now)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=often(100), deadline=None)
 @given(st.lists(st.tuples(st.integers(-5, 45), st.integers(-5, 45), st.sampled_from("abc"))), st.integers(0, 40))
 def test_a_timeline_is_what_painting_every_millisecond_gives(strokes: list[tuple[int, int, str]], end: int) -> None:
     line, slow = Timeline(0, end, "x"), ["x"] * end

@@ -53,6 +53,7 @@ def test_a_run_without_a_configuration_stands_alone(tmp_path: Path, runs: list[R
     assert [each.label for each in pooled] == ["one", "x", "y"]
 
 
+@pytest.mark.thorough
 def test_ids_of_several_runs_do_not_meet(tmp_path: Path) -> None:
     report = make_report([run_dirs.write_run(tmp_path / name) for name in ("a", "b")])
     assert {"reward", "run1--reward", "run2--reward"} <= report.figures().keys()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ctpo_megatron.rollout.calculator import Calculator, calculate
 from ctpo_megatron.rollout.output import clip_middle
+from tests.support.often import often
 
 numbers = st.integers(0, 10**9).map(str) | st.floats(0, 1e9, allow_nan=False).map(repr)
 
@@ -27,7 +28,7 @@ def combined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     return binary | power | unary | calls | single
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=often(300), deadline=None)
 @given(st.recursive(numbers, combined, max_leaves=8))
 def test_equal_to_python(expression):
     code = f"x = {expression}\nx += 1\nprint(x, {expression})"
@@ -100,7 +101,7 @@ def test_as_a_tool_it_clips():
     assert result.output.endswith(str(3**1000)[-5:])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(60), deadline=None)
 @given(st.text(max_size=120), st.integers(1, 80))
 def test_clipped_text_keeps_both_ends(text, limit):
     short = clip_middle(text, limit)

@@ -17,6 +17,7 @@ from ctpo_megatron.rollout.environment import ToolEnvironment
 from ctpo_megatron.rollout.protocols import Outcome, Sampling, Score, ToolResult
 from ctpo_megatron.rollout.rollouter import Rollouter
 from ctpo_megatron.types import Generation, Status, Trajectory
+from tests.support.often import often
 from tests.support.scripted import CALCULATOR, CALL, END, PROMPT, SAMPLING, WRONG, Boxes, Letters, Script, play
 from tests.support.trajectories import ATTEMPT, GROUP
 
@@ -104,7 +105,7 @@ def test_how_it_ends(lines, options, status, roles):
     assert len(script.seen) == len(lines)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=often(80), deadline=None)
 @given(
     lines=st.lists(st.sampled_from([CALL, WRONG, r"\boxed{56}", "hm", ""]), min_size=6, max_size=6),
     budget=st.integers(1, 150),

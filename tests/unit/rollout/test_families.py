@@ -26,6 +26,7 @@ from tests.support.chats import (
     talk,
     template_text,
 )
+from tests.support.often import often
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_a_demonstration_has_the_tokens_of_the_template_and_learns_what_the_assi
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "r1", "harmony"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=often(15), deadline=None)
 @given(data=st.data())
 def test_a_tools_output_is_what_the_template_writes_of_it_and_a_program_cannot_write_turns(load, name, data):
     extra = {"r1": of.DEEPSEEK_R1, "harmony": of.HARMONY}
@@ -111,7 +112,7 @@ def test_a_tools_output_is_what_the_template_writes_of_it_and_a_program_cannot_w
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=often(15), deadline=None)
 @given(data=st.data())
 def test_any_demonstration_is_the_templates_text_and_special_only_where_the_template_is(load, name, data):
     chat = load(name)

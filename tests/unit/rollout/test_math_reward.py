@@ -79,6 +79,7 @@ def children() -> list[str]:
     return [command for command in found if "rollout.judge" in command]
 
 
+@pytest.mark.thorough
 def test_equal_in_mathematics_and_nothing_evaluated(tmp_path):
     """One process for all of it, since starting it takes a second or two."""
 

@@ -20,6 +20,7 @@ from ctpo_megatron.simulation.server import SimulatedServer
 from ctpo_megatron.simulation.speeds import ServerSpeed, Speeds, TrainerSpeed
 from ctpo_megatron.simulation.workload import LogNormal, Said, Script, prompt_of
 from ctpo_megatron.types import Prompt
+from tests.support.often import often
 from tests.support.runs import ROOT
 
 PROMPT, ANSWER = 20, 101  # tokens of each prompt and each answer
@@ -115,7 +116,7 @@ def troubled(seed: int, staleness: int = 2, oversample: int = 2, **more: Any) ->
     )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=often(6), deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 3), st.booleans())
 def test_whatever_fails_each_group_ends_once_and_no_token_is_too_old(seed: int, staleness: int, auto: bool) -> None:
     traffic = ("rollout.engine.traffic.per_server=auto", "rollout.engine.traffic.moving.least_s=0.5") if auto else ()

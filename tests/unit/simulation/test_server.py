@@ -14,6 +14,7 @@ from ctpo_megatron.simulation.host import Host
 from ctpo_megatron.simulation.meter import Meter
 from ctpo_megatron.simulation.server import Part, Request, SimulatedServer
 from ctpo_megatron.simulation.speeds import ServerSpeed
+from tests.support.often import often
 
 SPEED = ServerSpeed(0.02, 3e-3, 1e-4, prefill_s=0.05, prefill_token_s=1e-3, max_running=5)
 TOLERANCE_S = 2e-5
@@ -75,7 +76,7 @@ def step_by_step(speed: ServerSpeed, arrivals: list[Arrival]) -> tuple[list[floa
     return done, nearest
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=often(60), deadline=None)
 @given(ARRIVALS)
 def test_it_answers_when_a_scheduler_that_goes_step_by_step_does(arrivals: list[Arrival]) -> None:
     arrivals = [(at + 1e-3 * number, held, wanted) for number, (at, held, wanted) in enumerate(arrivals)]
@@ -108,7 +109,7 @@ Act = tuple[float, str, int]
 ACTS = st.lists(st.tuples(st.floats(0, 4), st.sampled_from(["publish", "fail", "leave", "drop"]), st.integers(0, 11)), max_size=8)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=often(80), deadline=None)
 @given(ARRIVALS, ACTS)
 def test_whatever_happens_each_request_ends_once_and_nothing_is_left(arrivals: list[Arrival], acts: list[Act]) -> None:
     run_virtually(_survives(arrivals, acts))

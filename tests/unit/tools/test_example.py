@@ -17,6 +17,8 @@ from example_results import WANTED_RISE, Results, Rise, Share, as_markdown, coll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.often import often
+
 SETTINGS: dict[str, object] = {"seed": 1, "overrides": []}
 PROMPTS = 40
 
@@ -144,7 +146,7 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     assert (share.low, share.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=often(30))
 @given(seed=st.integers(0, 2**32), count=st.integers(30, 60))
 def test_the_interval_of_a_rise_is_that_of_paired_differences(seed: int, count: int) -> None:
     before, after = np.random.default_rng(seed).integers(0, 2, (2, count)).astype(float)

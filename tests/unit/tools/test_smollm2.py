@@ -16,6 +16,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.thorough
 def test_another_package_of_that_name_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index, cache = tmp_path / "index", tmp_path / "cache"
     index.mkdir()
@@ -29,6 +30,7 @@ def test_another_package_of_that_name_is_refused_and_not_kept(tmp_path: Path, mo
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_without_an_index_the_error_says_what_to_put_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)

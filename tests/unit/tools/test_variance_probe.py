@@ -218,6 +218,7 @@ def test_positions_count_policy_tokens_only(probe: ModuleType, run_dir: Path) ->
     assert sorted(set(packed.advantages.round(decimals=3).tolist())) == [-0.577, 1.155]
 
 
+@pytest.mark.thorough
 def test_the_command_on_a_run(probe: ModuleType, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     probe.main(run_dir, [], trajectories=run_dir / "trajectories.jsonl", out=tmp_path)
     result = json.loads((tmp_path / "variance.json").read_text())

@@ -20,6 +20,7 @@ from ctpo_megatron.types import Trajectory
 from tests.support.agents import QUESTION, Play, hermes, results
 from tests.support.chats import loader
 from tests.support.echoes import MANGLES
+from tests.support.often import often
 from tests.support.trajectories import group_of
 
 LINES = [
@@ -130,7 +131,7 @@ def check_samples(made: Trajectory, play: Play) -> None:
     assert sorted(marked) == sorted(logged)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=often(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(STEP, min_size=1, max_size=7))
 def test_any_history_is_what_its_turns_say(chat, steps):
     play = Play(chat, *(step[0] for step in steps))

@@ -22,6 +22,7 @@ from ctpo_megatron.record.catalogue import require_known
 from ctpo_megatron.record.events import ServerLost, SettingDiffers
 from ctpo_megatron.record.story import Happened
 from ctpo_megatron.record.story_events import IncarnationBegan, IncarnationEnded
+from tests.support.often import often
 
 MEASURE = Measure(GROUPS, ANSWERS, "reward/term/answer")
 OFF = dict.fromkeys(WORDS)
@@ -118,7 +119,7 @@ def test_raised_and_cleared_take_turns(readings: list[tuple[bool, bool]], patien
     assert [raised for _, raised in turns] == [n % 2 == 0 for n in range(len(turns))]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=often(20), deadline=None)
 @given(st.data())
 def test_single_wild_or_missing_values_raise_nothing(data: st.DataObject) -> None:
     """A value that is not finite, missing or a million times itself, now and then, is no fault."""

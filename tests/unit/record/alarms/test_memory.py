@@ -24,6 +24,7 @@ from ctpo_megatron.record.alarms.series import Baseline, Best, Recent
 from ctpo_megatron.record.alarms.watch import Alarms
 from ctpo_megatron.record.events import Event, EventLog, ServerLost
 from ctpo_megatron.record.files import jsonable
+from tests.support.often import often
 
 NAMES = (
     *("reward/mean", "reward/term/answer", "reward/mixed_groups", "reward/undecided", "train/entropy", "rollout/response_tokens"),
@@ -99,7 +100,7 @@ def stories(draw: st.DrawFn) -> tuple[list[list[float]], dict[int, int], int]:
     return found, lost, draw(st.integers(0, count - 1))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=often(20), deadline=None)
 @given(stories())
 def test_what_is_remembered_and_read_is_what_a_run_without_a_break_has(tmp_path_factory, story) -> None:
     values, lost, cut = story

@@ -22,6 +22,7 @@ from ctpo_megatron.record.alarms.replay import GONE, Memory, read_rows, replay
 from ctpo_megatron.record.alarms.watch import Alarms
 from ctpo_megatron.record.events import EventLog
 from ctpo_megatron.record.files import drop_steps, jsonable
+from tests.support.often import often
 
 STEPS = 90
 Line = dict[str, float]
@@ -81,7 +82,7 @@ def test_the_run_raises_and_clears() -> None:
     assert AlarmCleared.name in [name for name, _, _ in without_a_break()]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=often(12), deadline=None)
 @given(st.lists(st.integers(1, STEPS - 1), max_size=3, unique=True).map(sorted))
 def test_a_run_that_stops_and_goes_on_has_the_alarms_of_one_that_does_not(tmp_path_factory, stops: list[int]) -> None:
     run = Run(tmp_path_factory.mktemp("run"))
@@ -92,7 +93,7 @@ def test_a_run_that_stops_and_goes_on_has_the_alarms_of_one_that_does_not(tmp_pa
     assert [(each.name, each.alarm, each.step) for each in replay(again, run.directory)] == without_a_break()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=often(12), deadline=None)
 @given(st.lists(st.tuples(st.integers(1, STEPS), st.integers(0, 40)), max_size=4))
 def test_whatever_a_run_goes_back_behind_raised_and_cleared_take_turns(tmp_path_factory, ends: list[tuple[int, int]]) -> None:
     """Each process works up to some step and is killed; the next begins at a checkpoint from before."""
