@@ -41,8 +41,8 @@ def forks() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def server(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def server(qwen3: Path, forks: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A healthy server of that model; its weights change from test to test."""
-    running = start_server(qwen3, tmp_path_factory.mktemp("server") / "server.log")
+    running = start_server(qwen3, tmp_path_factory.mktemp("server") / "server.log", forks=forks)
     yield running
     running.server.stop()

@@ -79,9 +79,9 @@ def test_moe_on_two_ranks_and_end(tmp_path: Path) -> None:
     assert [path for path in mapped if Path(path).exists()] == []
 
 
-def test_server_dies_during_update(qwen3: Path, tmp_path: Path) -> None:
+def test_server_dies_during_update(qwen3: Path, forks: Path, tmp_path: Path) -> None:
     """The sender waits for nobody who is gone, and can still be closed."""
-    running = start_server(qwen3, tmp_path / "server.log")
+    running = start_server(qwen3, tmp_path / "server.log", forks=forks)
     try:
         named = checkpoint_tensors(load_reference(qwen3))
         sender = running.sender()
