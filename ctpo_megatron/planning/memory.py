@@ -8,10 +8,12 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes, value_working
+from ctpo_megatron.planning.activations import Kept, head_working, layer_kept, replay_bytes, value_working
+from ctpo_megatron.planning.fp8 import keeps_attention_again, weight_copies
 from ctpo_megatron.planning.parameters import Parameters, stage_adapters, stage_parameters
 from ctpo_megatron.planning.run import FORMAT_BYTES, PlannedRun
 from ctpo_megatron.planning.saving import Saving, plan_saving, rank_share
+from ctpo_megatron.planning.work import Work
 
 GIB = 2**30
 # Ours, not measured: CUDA context, NCCL's buffers, workspaces of cuBLAS and TransformerEngine, the allocator's waste.
@@ -27,6 +29,7 @@ class StageMemory:
     """One rank of a pipeline stage at its fullest moment."""
 
     weights: int
+    fp8_copies: int  # of weights, for products in fp8
     gradients: int
     optimizer: int  # on the GPU
     activations: int  # of all micro-batches in flight
@@ -46,7 +49,7 @@ class StageMemory:
     @property
     def resident(self) -> int:
         """Bytes that stay on the GPU while servers on it generate. Contexts come after SGLang has taken its share."""
-        return self.weights + self.gradients + self.optimizer + self.reserve
+        return self.weights + self.fp8_copies + self.gradients + self.optimizer + self.reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +67,23 @@ class Stage:
 def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[Stage]:
     """Every pipeline stage of `run`, whose layout must pass `check_layout`. `micro_batches`: those of one optimizer step."""
     parallel, element = run.parallel, run.element_bytes
-    work = Work(run.train.max_tokens_per_micro_batch, element, run.train.recompute)
+    fp8, tokens = run.train.fp8, run.train.max_tokens_per_micro_batch
+    work = Work(tokens, element, run.train.recompute, attention_again=keeps_attention_again(fp8))
+    copies = [0] * parallel.pp if fp8 is None else weight_copies(shape, parallel, fp8)
     found = []
     held_parameters = stage_parameters(shape, parallel, value_head=run.has_critic)
     adapter = run.model.adapter
     # gradients, optimizer and checkpoints are of what is trained
     parameters = held_parameters if adapter is None else stage_adapters(shape, parallel, adapter)
     for number, chunks in enumerate(stage_layers(shape, parallel)):
-        held = [[layer_kept(shape, layer, parallel, work) for layer in chunk] for chunk in chunks]
+        held = [[layer_kept(shape, layer, parallel, work, adapter) for layer in chunk] for chunk in chunks]
         flying = in_flight(number, parallel.pp, parallel.vpp, micro_batches)
         mixtures = sum(layer in shape.expert_layers for chunk in chunks for layer in chunk)
         state = optimizer_bytes(parameters[number], parallel, run.optimizer, element)
         offloaded = round(state * run.optimizer.cpu_offload)
         memory = StageMemory(
             weights=(held_parameters[number].total + (parameters[number].total if adapter else 0)) * element,
+            fp8_copies=copies[number],
             gradients=parameters[number].total * 4,
             optimizer=state - offloaded,
             activations=_activations(held, work.recompute, flying),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ctpo_megatron.models.adapters import check_adapter
@@ -12,7 +12,7 @@ from ctpo_megatron.planning.batches import Batches, plan_batches
 from ctpo_megatron.planning.groups import Group, rank_groups
 from ctpo_megatron.planning.memory import GIB, Stage, plan_stages
 from ctpo_megatron.planning.run import PlannedRun
-from ctpo_megatron.planning.servers import FRACTION_FLAG, Servers, plan_servers
+from ctpo_megatron.planning.servers import FRACTION_FLAG, PlannedTeacher, Servers, plan_servers, plan_teacher
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Plan:
     trainer_gpus: int
     server_gpus: int
     teacher_gpus: int
+    teachers: dict[str, Servers | None]  # the servers of each that the run starts, by name; None: not planned
     nodes: int
     problems: list[str]  # why it cannot run; empty: it fits
 
@@ -44,10 +45,17 @@ class Plan:
         return max(stage.memory.total for stage in self.stages)
 
 
-def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Callable[[], list[str]]) -> Plan:
+def make_plan(
+    run: PlannedRun,
+    shape: ModelShape,
+    hardware: Hardware,
+    advise: Callable[[], list[str]],
+    teachers: Sequence[PlannedTeacher] = (),
+) -> Plan:
     """Plan `run` on `hardware`. Raises ConfigError where the layout does not divide the model.
 
-    `advise`: changes of the configuration that would lower the trainer's memory, asked for where that does not fit.
+    `advise`: changes of the configuration that would lower the trainer's memory, asked for where that does not fit. `teachers`:
+    those whose servers are planned too.
     """
     check_layout(shape, run.parallel)
     if run.model.adapter is not None:
@@ -58,6 +66,8 @@ def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Ca
     engine_gib = hardware.gpu_gib if shared else hardware.engine_gpu_gib or hardware.gpu_gib
     taken = _taken(run, stages) if shared else 0
     servers = plan_servers(run, shape, None if run.on_cpu else round(engine_gib * GIB), taken)
+    teacher_gib = hardware.engine_gpu_gib or hardware.gpu_gib
+    taught = {each.name: plan_teacher(run, each, None if run.on_cpu else round(teacher_gib * GIB)) for each in teachers}
     problems = []
     if not run.on_cpu:
         problems += [topology.sharing_problem] if topology.sharing_problem else []
@@ -65,6 +75,10 @@ def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Ca
         problems += _server_problems(servers, engine_gib, hardware.gpus_per_node, taken)
         if shared and run.weights.servers_sleep and not servers.missing:
             problems += _room_problems(stages, servers, engine_gib, taken)
+        for each in teachers:
+            if (its := taught[each.name]) is not None:
+                found = _server_problems(its, teacher_gib, hardware.gpus_per_node, 0, each.section)
+                problems += [f"teacher {each.name!r}: {problem}" for problem in found]
         if topology.needs_one_node and topology.ranks > hardware.gpus_per_node:
             problems.append("weights.type=colocated needs all GPUs on one node (--gpus-per-node); use weights.type=broadcast.")
     return Plan(
@@ -75,6 +89,7 @@ def make_plan(run: PlannedRun, shape: ModelShape, hardware: Hardware, advise: Ca
         trainer_gpus=topology.ranks,
         server_gpus=topology.server_gpus,
         teacher_gpus=topology.teacher_gpus,
+        teachers=taught,
         nodes=topology.nodes(hardware.gpus_per_node),
         problems=problems,
     )
@@ -110,18 +125,21 @@ def _room_problems(stages: list[Stage], servers: Servers, gpu_gib: float, taken:
     ]
 
 
-def _server_problems(servers: Servers, gpu_gib: float, gpus_per_node: int, taken: int) -> list[str]:
+def _server_problems(
+    servers: Servers, gpu_gib: float, gpus_per_node: int, taken: int, section: str = "rollout.engine"
+) -> list[str]:
+    """Why servers cannot run, where they have `section` of the configuration."""
     found = []
     per_node = servers.gpus_each // servers.nodes_each
     if per_node > gpus_per_node:
         found.append(
-            f"rollout.engine.tp={servers.gpus_each} on rollout.engine.nodes={servers.nodes_each}: a server needs {per_node} GPUs "
+            f"{section}.tp={servers.gpus_each} on {section}.nodes={servers.nodes_each}: a server needs {per_node} GPUs "
             f"of a node, and a node has {gpus_per_node} (--gpus-per-node). Let each server spread over "
             f"{-(-servers.gpus_each // gpus_per_node)} nodes."
         )
     if servers.missing:
         needed = (servers.weights + servers.longest * servers.bytes_per_token) / GIB
-        larger = "a larger rollout.engine.tp, " + ("" if per_node < gpus_per_node else "with rollout.engine.nodes, ")
+        larger = f"a larger {section}.tp, " + ("" if per_node < gpus_per_node else f"with {section}.nodes, ")
         where = f"{gpu_gib:g} GiB" + (f" beside {taken / GIB:.1f} GiB of the trainer" if taken else "")
         elsewhere = "weights.type=broadcast, with GPUs for the servers" if taken else "GPUs with more memory (--engine-gpu-gb)"
         found.append(

@@ -1,4 +1,4 @@
-"""A whole run on the real stack with three teachers: one in the ranks, one of another family, whose server the run starts, and one
+"""A whole run on the real stack with three teachers: one in the ranks, one of another family whose server the run starts, and one
 on a server that runs already."""
 
 from __future__ import annotations
