@@ -99,6 +99,8 @@ def _report(config: RunConfig, shape: ModelShape, plan: Plan, hardware: Hardware
         yield _agents(rows)
     if config.cluster.device != "cpu":
         yield _checkpoints(config, plan, hardware)
+        if plan.host.is_notable or hardware.host_gib is not None:
+            yield _host(plan, hardware)
         yield _bounds(config, shape, plan)
 
 
@@ -155,7 +157,7 @@ def _memory(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     if copies := max(stage.memory.fp8_copies for stage in plan.stages):
         table.caption += f"; weights: {_gib(copies)} GiB of them copies in fp8"
     if offloaded:
-        table.caption += f"; {_gib(offloaded)} GiB of optimizer state per rank in the host's memory"
+        table.caption += f"; {_gib(offloaded)} GiB of an offloaded optimizer per rank in the host's memory"
     table.caption_justify = "left"
     return table
 
@@ -255,13 +257,26 @@ def _agents(rows: list[Row]) -> Table:
 
 def _checkpoints(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     saving = max((stage.saving for stage in plan.stages), key=lambda saving: saving.gathering)
-    ranks = min(plan.trainer_gpus, hardware.gpus_per_node)
+    ranks = plan.ranks_on_node(hardware)
     table = plain_table("Checkpoints", "host, per rank", f"host, {ranks} ranks on a node", "GPU")
     rows = {"gathering": (saving.gathering, f"{_gib(saving.gpu)} GiB, without activations"), "writing": (saving.writing, "")}
     if config.checkpoint.memory.every:
         rows |= {"handing over": (saving.writing, ""), "two copies, kept": (saving.kept, "")}
     for name, (each, on_gpu) in rows.items():
         table.add_row(name, f"{_gib(each)} GiB", f"{_gib(ranks * each)} GiB", on_gpu)
+    return table
+
+
+def _host(plan: Plan, hardware: Hardware) -> Table:
+    """What a node's host has to have for the ranks on it."""
+    host, ranks = plan.host, plan.ranks_on_node(hardware)
+    table = plain_table("Host's memory, GiB", "per rank", f"{ranks} ranks on a node", right=True)
+    parts = {"offloaded optimizer": host.optimizer, "reference policy, copied teachers": host.copies, "saving": host.saving}
+    for name, size in (parts | {"copies of the state": host.kept, "together": host.total}).items():
+        if size:
+            table.add_row(name, _gib(size), _gib(ranks * size))
+    if hardware.host_gib is None:
+        table.caption, table.caption_justify = "not compared with the host: --host-gb says what it has", "left"
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ctpo_megatron.models.adapters import check_adapter
@@ -10,6 +10,7 @@ from ctpo_megatron.models.rules import check_layout
 from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.batches import Batches, plan_batches
 from ctpo_megatron.planning.groups import Group, rank_groups
+from ctpo_megatron.planning.host import HostMemory, host_problem, plan_host
 from ctpo_megatron.planning.memory import GIB, Stage, plan_stages
 from ctpo_megatron.planning.run import PlannedRun
 from ctpo_megatron.planning.servers import FRACTION_FLAG, PlannedTeacher, Servers, plan_servers, plan_teacher
@@ -22,6 +23,7 @@ class Hardware:
     gpu_gib: float = 80.0
     engine_gpu_gib: float | None = None  # of the servers' GPUs; None: the same
     gpus_per_node: int = 8
+    host_gib: float | None = None  # memory of a node's host; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Plan:
     """What a run needs and does, and why it cannot run on the hardware if it cannot."""
 
     stages: list[Stage]
+    host: HostMemory  # of one rank
     batches: Batches
     groups: list[Group]
     servers: Servers
@@ -43,6 +46,10 @@ class Plan:
     def fullest(self) -> int:
         """Bytes on the fullest GPU of the trainer."""
         return max(stage.memory.total for stage in self.stages)
+
+    def ranks_on_node(self, hardware: Hardware) -> int:
+        """Ranks of the trainer on one node, at most."""
+        return min(self.trainer_gpus, hardware.gpus_per_node)
 
 
 def make_plan(
@@ -62,6 +69,7 @@ def make_plan(
         check_adapter(shape, run.model.adapter, run.moe)
     batches, topology = plan_batches(run), run.topology
     stages = plan_stages(run, shape, batches.packings[0].micro_batches)
+    host, ranks_on_node = plan_host(run, stages), min(topology.ranks, hardware.gpus_per_node)
     shared = topology.shares_gpus
     engine_gib = hardware.gpu_gib if shared else hardware.engine_gpu_gib or hardware.gpu_gib
     taken = _taken(run, stages) if shared else 0
@@ -72,17 +80,16 @@ def make_plan(
     if not run.on_cpu:
         problems += [topology.sharing_problem] if topology.sharing_problem else []
         problems += _trainer_problems(stages, hardware.gpu_gib, advise)
+        problems += [lacking] if (lacking := host_problem(run, host, hardware.host_gib, ranks_on_node)) else []
         problems += _server_problems(servers, engine_gib, hardware.gpus_per_node, taken)
         if shared and run.weights.servers_sleep and not servers.missing:
             problems += _room_problems(stages, servers, engine_gib, taken)
-        for each in teachers:
-            if (its := taught[each.name]) is not None:
-                found = _server_problems(its, teacher_gib, hardware.gpus_per_node, 0, each.section)
-                problems += [f"teacher {each.name!r}: {problem}" for problem in found]
+        problems += _teacher_problems(teachers, taught, teacher_gib, hardware.gpus_per_node)
         if topology.needs_one_node and topology.ranks > hardware.gpus_per_node:
             problems.append("weights.type=colocated needs all GPUs on one node (--gpus-per-node); use weights.type=broadcast.")
     return Plan(
         stages=stages,
+        host=host,
         batches=batches,
         groups=rank_groups(run.parallel),
         servers=servers,
@@ -123,6 +130,17 @@ def _room_problems(stages: list[Stage], servers: Servers, gpu_gib: float, taken:
         f"other GPUs and a save take {needed / GIB:.1f} GiB. What helps: a smaller --mem-fraction-static in "
         "rollout.engine.extra_args, or weights.type=broadcast, with GPUs for the servers."
     ]
+
+
+def _teacher_problems(
+    teachers: Sequence[PlannedTeacher], planned: Mapping[str, Servers | None], gpu_gib: float, gpus_per_node: int
+) -> list[str]:
+    found = []
+    for each in teachers:
+        if (servers := planned[each.name]) is not None:
+            problems = _server_problems(servers, gpu_gib, gpus_per_node, 0, each.section)
+            found += [f"teacher {each.name!r}: {problem}" for problem in problems]
+    return found
 
 
 def _server_problems(
