@@ -1,7 +1,7 @@
 """What of the optimizer only GPUs would show otherwise: when its state is made, how it is gathered, what is stored of it.
 
-Real megatron-core on gloo. Its offloaded optimizer runs here too: on a CPU it finds everything where it would move it, unless it is
-told otherwise (`SomeGpu`).
+Real megatron-core on gloo. Its offloaded optimizer runs here too: on a CPU it finds everything where it would move it, unless it
+is told otherwise (`SomeGpu`).
 """
 
 from __future__ import annotations
