@@ -270,11 +270,11 @@ def _checkpoints(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
 def _host(plan: Plan, hardware: Hardware) -> Table:
     """What a node's host has to have for the ranks on it."""
     host, ranks = plan.host, plan.ranks_on_node(hardware)
-    table = plain_table("Host's memory, GiB", "per rank", f"{ranks} ranks on a node", right=True)
+    table = plain_table("Host's memory", "per rank", f"{ranks} ranks on a node")
     parts = {"offloaded optimizer": host.optimizer, "reference policy, copied teachers": host.copies, "saving": host.saving}
     for name, size in (parts | {"copies of the state": host.kept, "together": host.total}).items():
         if size:
-            table.add_row(name, _gib(size), _gib(ranks * size))
+            table.add_row(name, f"{_gib(size)} GiB", f"{_gib(ranks * size)} GiB")
     if hardware.host_gib is None:
         table.caption, table.caption_justify = "not compared with the host: --host-gb says what it has", "left"
     return table

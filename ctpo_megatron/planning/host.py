@@ -45,8 +45,8 @@ def host_problem(run: PlannedRun, host: HostMemory, host_gib: float | None, rank
     parts = {"the offloaded optimizer": host.optimizer, "weights of reference policy and copied teachers": host.copies}
     parts |= {"a save at its fullest": host.saving, "copies of the trainer's state": host.kept}
     told = ", ".join(f"{size / GIB:.1f} {name}" for name, size in parts.items() if size)
-    helps = ["fewer ranks on a node (--gpus-per-node)", "a larger parallel.dp"]
-    helps += [f"optimizer.cpu_offload below {run.optimizer.cpu_offload:g}"] if host.optimizer else []
+    helps = ["fewer ranks on a node (--gpus-per-node)", "a model in more parts (parallel.pp, ep)"]
+    helps += ["a larger parallel.dp", f"optimizer.cpu_offload below {run.optimizer.cpu_offload:g}"] if host.optimizer else []
     helps += ["checkpoint.memory.every=0"] if host.kept else []
     return (
         f"the {ranks} ranks of a node need {needed:.1f} GiB of their host's memory, {needed - host_gib:.1f} GiB more than "
