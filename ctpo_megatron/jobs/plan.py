@@ -226,7 +226,7 @@ def _smaller(config: RunConfig, plans: list[Plan], hardware: Hardware) -> Table:
 
 
 def _teacher(teacher: PlannedTeacher, servers: Servers | None) -> Table:
-    title = f"Servers of teacher {teacher.name}"
+    title = f"Teacher {teacher.name}"
     if servers is None:
         table = plain_table(title, "", "")
         table.add_row("memory", "not planned", teacher.unplanned)

@@ -13,12 +13,18 @@ from ctpo_megatron.config.load import load_config
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.jobs.plan import plan_job, plan_of
 from ctpo_megatron.models.config import parse_config
+from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.planning.memory import GIB
 from ctpo_megatron.planning.plan import Hardware, Plan
 from ctpo_megatron.planning.servers import server_weights
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 WHERE = CONFIGS / "qwen3-4b.yaml"
 MODELS = CONFIGS / "models"
+
+
+def shape_of(name: str) -> ModelShape:
+    return parse_config(json.loads((MODELS / name / "config.json").read_text()))
 
 
 def overrides(path: Path, engine: str = "{}", concurrency: int = 32) -> list[str]:
@@ -29,8 +35,7 @@ def overrides(path: Path, engine: str = "{}", concurrency: int = 32) -> list[str
 
 
 def planned(path: Path, engine: str = "{}", **options: int) -> Plan:
-    shape = parse_config(json.loads((MODELS / "qwen3-4b" / "config.json").read_text()))
-    return plan_of(load_config(WHERE, overrides(path, engine, **options)), shape, Hardware())
+    return plan_of(load_config(WHERE, overrides(path, engine, **options)), shape_of("qwen3-4b"), Hardware())
 
 
 def told(path: Path, engine: str = "{}") -> list[str]:
@@ -67,8 +72,9 @@ def test_one_that_does_not_fit_is_refused_by_its_own_keys() -> None:
 
 def test_the_servers_of_a_teacher_have_a_table() -> None:
     lines = told(MODELS / "qwen3-235b-a22b", "{tp: 8}")
-    at = lines.index("Servers of teacher far")
-    assert lines[at + 2].startswith("weights 55.6 GiB per GPU")
+    weights = server_weights(shape_of("qwen3-235b-a22b"), 8, 2, quantised=False)
+    at = lines.index("Teacher far")
+    assert lines[at + 2].startswith(f"weights {weights / GIB:.1f} GiB per GPU")
     assert lines[at + 5].startswith("asked for 32 samples per server concurrency 32")
 
 
