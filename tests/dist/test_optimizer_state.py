@@ -190,7 +190,7 @@ class SomeGpu(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         mine = args and isinstance(args[0], torch.Tensor) and id(args[0]) in self.host
-        if func is torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:  # another object each time
             return not mine
         if func is torch.Tensor.pin_memory:
             return args[0]
