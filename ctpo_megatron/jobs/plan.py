@@ -275,8 +275,7 @@ def _host(plan: Plan, hardware: Hardware) -> Table:
     for name, size in (parts | {"copies of the state": host.kept, "together": host.total}).items():
         if size:
             table.add_row(name, f"{_gib(size)} GiB", f"{_gib(ranks * size)} GiB")
-    if hardware.host_gib is None:
-        table.caption, table.caption_justify = "not compared with the host: --host-gb says what it has", "left"
+    table.add_row("the host has", "", "not known: --host-gb" if hardware.host_gib is None else f"{hardware.host_gib:.1f} GiB")
     return table
 
 

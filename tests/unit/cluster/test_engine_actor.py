@@ -78,7 +78,10 @@ def test_only_a_restart_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_servers_of_a_teacher_name_its_own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """How long a start may take, and how often one is made after a death or a hang."""
-    teachers = ("{name: near, type: copied, path: m, sources: [train]}", "{name: far, type: started, path: m, engine: {restarts: 0}}")
+    teachers = (
+        "{name: near, type: copied, path: m, sources: [train]}",
+        "{name: far, type: started, path: m, engine: {restarts: 0}}",
+    )
     config = load_config(CONFIGS / "qwen3-4b.yaml", [f"algorithm.distillation.teachers=[{', '.join(teachers)}]"])
     given: dict[str, Any] = {}
     call = SimpleNamespace(remote=lambda *_args, **_options: None)

@@ -85,8 +85,8 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "Host's memory per rank 8 ranks on a node" in told
     assert f"offloaded optimizer {host.optimizer / GIB:.1f} GiB {8 * host.optimizer / GIB:.1f} GiB" in told
     assert f"together {host.total / GIB:.1f} GiB {8 * host.total / GIB:.1f} GiB" in told
-    assert "not compared with the host: --host-gb says what it has" in told
-    assert "not compared with the host: --host-gb says what it has" not in lines("optimizer.cpu_offload=1.0", host_gib=2048.0)
+    assert "the host has not known: --host-gb" in told
+    assert "the host has 2048.0 GiB" in lines(host_gib=2048.0), "saves alone are compared too, where it is asked for"
     with pytest.raises(ConfigError, match=r"elastic.layouts\[0\]: the ranks of a node need .* of their host's memory"):
         lines("optimizer.cpu_offload=1.0", "elastic.layouts=[{dp: 2}]", host_gib=8 * host.total / GIB + 1.0)
     words = ["ctpo", "plan", str(where), "optimizer.cpu_offload=1.0", "--host-gb", "512"]
