@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -128,6 +129,11 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
 
     with pytest.raises(ConfigError, match="needs the package transformer_engine"):
         builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.bfloat16)
+    with (
+        patch.object(builder.importlib.util, "find_spec"),
+        pytest.raises(ConfigError, match="is for bfloat16 weights: .* float32"),
+    ):
+        builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.float32)
 
     builder.check_optimizer = lambda *_: None  # which refuses it where there is no GPU
     optimizer_config.is_te_min_version = lambda *_: True  # which fails where there is no TransformerEngine
