@@ -121,6 +121,7 @@ def plan(
     gpu_gb: Annotated[float, typer.Option(min=1, help="memory of a GPU")] = 80.0,
     engine_gpu_gb: Annotated[float | None, typer.Option(min=1, help="of the servers' GPUs, where they differ")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="of the cluster's nodes")] = 8,
+    host_gb: Annotated[float | None, typer.Option(min=1, help="memory of a node's host; default: not compared")] = None,
     model_config: Annotated[
         Path | None, typer.Option(help="config.json of the model; default: that of model.path", callback=at_home)
     ] = None,
@@ -135,7 +136,7 @@ def plan(
     from ctpo_megatron.planning.plan import Hardware
     from ctpo_megatron.simulation.options import read_options
 
-    hardware, loaded = Hardware(gpu_gb, engine_gpu_gb, gpus_per_node), load_config(config, overrides or [])
+    hardware, loaded = Hardware(gpu_gb, engine_gpu_gb, gpus_per_node, host_gb), load_config(config, overrides or [])
     if rank is not None and not rehearse:
         raise ConfigError("--rank says which rank to rehearse; give --rehearse too.")
     options = read_options(option or [], asked=simulate)

@@ -88,6 +88,8 @@ def _run(path: str, tokens: int, device: str) -> PlannedRun:
         has_reference=False,
         has_teachers=False,
         copied_teachers=0,
+        host_copies=0,
+        keeps_copies=False,
         has_critic=False,
         top_k=0,
     )

@@ -11,7 +11,7 @@ from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.placement import ServerPlacement
 from ctpo_megatron.cluster.watch.watchdog import Watchdog
 from ctpo_megatron.config import RunConfig
-from ctpo_megatron.config.distillation import StartedTeacher
+from ctpo_megatron.config.distillation import StartedTeacher, engine_section
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.record.events import Emit
 
@@ -25,7 +25,7 @@ def teacher_fleets(config: RunConfig, emit: Emit) -> dict[int, Fleet]:
     """Returns an empty fleet for each of them: its servers serve as soon as they answer."""
     found = {}
     for place, teacher in started_teachers(config).items():
-        engine, setting = teacher.engine, f"engine.restarts of teacher {teacher.name}"
+        engine, setting = teacher.engine, f"{engine_section(place)}.restarts"
         patience = engine.start_timeout_s
         found[place] = Fleet(patience_s=patience, restarts=engine.restarts, fixed_version=0, emit=emit, setting=setting)
     return found
@@ -58,6 +58,7 @@ class TeacherServers:
                 watchdog=watchdog,
                 name=f"server of teacher {teacher.name}",
                 log=f"teacher_{teacher.name}",
+                section=engine_section(place),
             )
             for (place, teacher), own in zip(started_teachers(config).items(), places, strict=True)
         ]

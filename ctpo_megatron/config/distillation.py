@@ -12,6 +12,11 @@ from ctpo_megatron.config.feeding import MAIN
 from ctpo_megatron.config.rollout import EngineConfig
 
 
+def engine_section(place: int) -> str:
+    """Returns what messages call the settings of the servers of the teacher at `place`."""
+    return f"algorithm.distillation.teachers[{place}].engine"
+
+
 class BaseTeacher(Section):
     """What all teachers have."""
 

@@ -175,9 +175,11 @@ def _alike(samples: Sequence[TrainSample]) -> tuple[Sequence[TrainSample], Train
         filled = [s if s.rewards is not None else replace(s, rewards=[0.0] * len(s)) for s in filled]
     if any(sample.supports is not None for sample in samples):
         filled = [s if s.supports is not None else replace(s, supports=Supports.none(len(s))) for s in filled]
-    if any(sample.teacher_logp is not None for sample in samples):
+    taught = [sample for sample in samples if sample.teacher is not None]
+    nothing_to_ask = bool(taught) and not any(any(sample.mask) for sample in taught)  # so no server has answered
+    if nothing_to_ask or any(sample.teacher_logp is not None for sample in samples):
         filled = [s if s.teacher_logp is not None else replace(s, teacher_logp=_untold(s)) for s in filled]
-    if any(sample.teacher is not None for sample in samples):
+    if taught:
         filled = [s if s.teacher is not None else replace(s, teacher=NOBODY) for s in filled]
     return filled[:-1], filled[-1]
 

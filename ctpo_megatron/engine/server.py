@@ -96,18 +96,19 @@ class SGLangServer:
             raise EngineError(f"the SGLang server {self.url} has no standard input")
         return self._process.stdin
 
-    def wait_healthy(self, timeout_s: float) -> None:
-        """Wait until the server answers a health check, which generates a token.
+    def wait_healthy(self, timeout_s: float, section: str = "rollout.engine") -> None:
+        """Wait until the server answers a health check, which generates a token. `section`: whose `start_timeout_s` it has.
 
         Raises EngineError, with the end of the log, when the process ends first or `timeout_s` is over, StartLost when it or a
         scheduler was killed or its port was taken meanwhile; nothing is left then.
         """
         with contextlib.closing(RequestThread(self._api_key)) as requests:
-            self._await_health(requests, time.monotonic() + timeout_s, timeout_s)
+            self._await_health(requests, timeout_s, section)
         self._segments = group_shared_memory(self.pid)
         self._schedulers = [psutil.Process(pid) for name, pid in names_of_group(self.pid) if name.startswith("scheduler")]
 
-    def _await_health(self, requests: RequestThread, deadline: float, timeout_s: float) -> None:
+    def _await_health(self, requests: RequestThread, timeout_s: float, section: str) -> None:
+        deadline = time.monotonic() + timeout_s
         while not isinstance(requests.submit("GET", f"{self.url}/health", None, HEALTH_TIMEOUT_S).result(), Answer):
             if not self.alive():
                 code, said = self.exit_code or 0, self.log_tail()
@@ -119,7 +120,7 @@ class SGLangServer:
                 self.stop()
                 raise EngineError(
                     f"SGLang server {self.url} was not ready after {timeout_s:.0f} s; "
-                    f"raise rollout.engine.start_timeout_s if it only needs longer.\n{self.log_tail()}"
+                    f"raise {section}.start_timeout_s if it only needs longer.\n{self.log_tail()}"
                 )
             time.sleep(POLL_S)
 

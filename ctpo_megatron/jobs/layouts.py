@@ -47,4 +47,10 @@ def layouts_that_do_not_fit(plans: list[Plan], hardware: Hardware) -> list[str]:
                 f"{hardware.gpu_gib:g}. Fewer replicas hold more of the optimizer each: leave the layout out, or cut the model "
                 "into more parts (tp, pp), or set train.recompute=full or optimizer.cpu_offload"
             )
+        needed = plan.ranks_on_node(hardware) * plan.host.total / GIB
+        if hardware.host_gib is not None and needed > hardware.host_gib:
+            found.append(
+                f"{layout_key(index)}: the ranks of a node need {needed:.1f} GiB of their host's memory, "
+                f"{needed - hardware.host_gib:.1f} GiB more than --host-gb {hardware.host_gib:g}"
+            )
     return found

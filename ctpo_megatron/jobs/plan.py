@@ -20,6 +20,7 @@ from ctpo_megatron.jobs.agreement import check_training
 from ctpo_megatron.jobs.knobs import helpful_changes
 from ctpo_megatron.jobs.layouts import check_layouts, layouts_that_do_not_fit, smaller_plans
 from ctpo_megatron.jobs.plan_agents import Row, agent_rows
+from ctpo_megatron.jobs.plan_teachers import planned_teachers
 from ctpo_megatron.jobs.topology import planned_run, teacher_servers
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import check_what_is_there, read_json
@@ -27,6 +28,7 @@ from ctpo_megatron.models.shape import ModelShape
 from ctpo_megatron.planning.memory import GIB, Stage
 from ctpo_megatron.planning.parameters import active_parameters, model_parameters
 from ctpo_megatron.planning.plan import Hardware, Plan, make_plan
+from ctpo_megatron.planning.servers import PlannedTeacher, Servers
 
 WIDTH = 120  # of lines that do not go to a terminal
 NUMBERS = ("size", "groups", "on nodes", "times", "MiB given")  # columns of numbers
@@ -68,7 +70,8 @@ def read_planned(config: RunConfig, source: Path) -> tuple[ModelShape, list[str]
 
 def plan_of(config: RunConfig, shape: ModelShape, hardware: Hardware) -> Plan:
     """The plan of `config` on `hardware`, with advice where it does not fit. Raises ConfigError for an impossible layout."""
-    return make_plan(planned_run(config), shape, hardware, lambda: helpful_changes(config, shape, hardware.gpu_gib))
+    teachers = planned_teachers(config)
+    return make_plan(planned_run(config), shape, hardware, lambda: helpful_changes(config, shape, hardware.gpu_gib), teachers)
 
 
 def find_model_config(config: RunConfig, where: Path, given: Path | None) -> Path:
@@ -89,11 +92,15 @@ def _report(config: RunConfig, shape: ModelShape, plan: Plan, hardware: Hardware
     yield _memory(config, plan, hardware)
     yield _batches(config, plan)
     yield _groups(plan, hardware, shape.experts is not None)
-    yield _servers(config, plan)
+    yield _servers("Servers", plan.servers, f"rollout.concurrency {config.rollout.concurrency:,}")
+    for teacher in planned_teachers(config):
+        yield _teacher(teacher, plan.teachers[teacher.name])
     if rows := agent_rows(config):
         yield _agents(rows)
     if config.cluster.device != "cpu":
         yield _checkpoints(config, plan, hardware)
+        if plan.host.is_notable or hardware.host_gib is not None:
+            yield _host(plan, hardware)
         yield _bounds(config, shape, plan)
 
 
@@ -121,7 +128,7 @@ def _gpus(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     table.add_row("servers", str(plan.server_gpus), f"{servers.servers} of tp {servers.gpus_each}{spread}{shared}")
     if plan.teacher_gpus:
         sets = [f"{each.servers} of tp {each.tp}" for each in teacher_servers(config)]
-        table.add_row("teachers", str(plan.teacher_gpus), ", ".join(sets) + "; their memory is not planned")
+        table.add_row("teachers", str(plan.teacher_gpus), ", ".join(sets))
     if unit == "GPUs":
         table.add_row(
             "together",
@@ -147,8 +154,10 @@ def _memory(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
         "other: micro-batches and replayed routes of a step, buckets of weights under publication, a reserve for CUDA, NCCL,"
     )
     table.caption += " fragments"
+    if copies := max(stage.memory.fp8_copies for stage in plan.stages):
+        table.caption += f"; weights: {_gib(copies)} GiB of them copies in fp8"
     if offloaded:
-        table.caption += f"; {_gib(offloaded)} GiB of optimizer state per rank in the host's memory"
+        table.caption += f"; {_gib(offloaded)} GiB of an offloaded optimizer per rank in the host's memory"
     table.caption_justify = "left"
     return table
 
@@ -156,7 +165,7 @@ def _memory(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
 def _memory_row(number: int, stage: Stage) -> list[str]:
     m = stage.memory
     other = m.micro_batches + m.replay + m.contexts + m.publication + m.reserve
-    parts = (m.weights, m.gradients, m.optimizer, m.activations, m.working, m.head, other, m.total)
+    parts = (m.weights + m.fp8_copies, m.gradients, m.optimizer, m.activations, m.working, m.head, other, m.total)
     return [str(number), str(stage.layers), _billions(stage.parameters.total), *map(_gib, parts)]
 
 
@@ -216,16 +225,24 @@ def _smaller(config: RunConfig, plans: list[Plan], hardware: Hardware) -> Table:
     return table
 
 
-def _servers(config: RunConfig, plan: Plan) -> Table:
-    s = plan.servers
-    table = plain_table("Servers", "", "")
+def _teacher(teacher: PlannedTeacher, servers: Servers | None) -> Table:
+    title = f"Teacher {teacher.name}"
+    if servers is None:
+        table = plain_table(title, "", "")
+        table.add_row("memory", "not planned", teacher.unplanned)
+        return table
+    return _servers(title, servers, f"concurrency {teacher.concurrency:,}")
+
+
+def _servers(title: str, s: Servers, asked: str) -> Table:
+    """Servers of one model; `asked`: what says how many samples all of them are given at once."""
+    table = plain_table(title, "", "")
     table.add_row("weights", f"{_gib(s.weights)} GiB per GPU", f"{_gib(s.budget)} GiB for weights and cache")
     table.add_row("cache", f"{s.cache_tokens:,} tokens per server", f"{s.bytes_per_token / 1024:.0f} KiB per token and GPU")
     table.add_row("at once", f"{s.samples:,} samples of {s.longest:,} tokens per server", f"{s.samples * s.servers:,} in all")
     if s.communicators:
         count = f"{s.communicators} communicator{'s' if s.communicators > 1 else ''} on each GPU"
         table.add_row("senders", count, f"{_gib(s.communicator_bytes)} GiB, an estimate, of {_gib(s.spare)} left free")
-    asked = f"rollout.concurrency {config.rollout.concurrency:,}"
     wait = f"; longer than {s.cache_tokens // s.asked:,} tokens each, some wait" if s.samples < s.asked else ""
     table.add_row("asked for", f"{s.asked:,} samples per server", asked + wait)
     return table
@@ -240,13 +257,25 @@ def _agents(rows: list[Row]) -> Table:
 
 def _checkpoints(config: RunConfig, plan: Plan, hardware: Hardware) -> Table:
     saving = max((stage.saving for stage in plan.stages), key=lambda saving: saving.gathering)
-    ranks = min(plan.trainer_gpus, hardware.gpus_per_node)
+    ranks = plan.ranks_on_node(hardware)
     table = plain_table("Checkpoints", "host, per rank", f"host, {ranks} ranks on a node", "GPU")
     rows = {"gathering": (saving.gathering, f"{_gib(saving.gpu)} GiB, without activations"), "writing": (saving.writing, "")}
     if config.checkpoint.memory.every:
         rows |= {"handing over": (saving.writing, ""), "two copies, kept": (saving.kept, "")}
     for name, (each, on_gpu) in rows.items():
         table.add_row(name, f"{_gib(each)} GiB", f"{_gib(ranks * each)} GiB", on_gpu)
+    return table
+
+
+def _host(plan: Plan, hardware: Hardware) -> Table:
+    """What a node's host has to have for the ranks on it."""
+    host, ranks = plan.host, plan.ranks_on_node(hardware)
+    table = plain_table("Host's memory", "per rank", f"{ranks} ranks on a node")
+    parts = {"offloaded optimizer": host.optimizer, "reference policy, copied teachers": host.copies, "saving": host.saving}
+    for name, size in (parts | {"copies of the state": host.kept, "together": host.total}).items():
+        if size:
+            table.add_row(name, f"{_gib(size)} GiB", f"{_gib(ranks * size)} GiB")
+    table.add_row("the host has", "", "not known: --host-gb" if hardware.host_gib is None else f"{hardware.host_gib:.1f} GiB")
     return table
 
 

@@ -48,21 +48,36 @@ async def close_sinks(sinks: Sequence[Sink], emit: Emit) -> None:
                 emit(PointsLost(sink.name, pieces, reason))
 
 
-async def open_record(
-    config: RunConfig, run_dir: Path, start: Start, sinks: Sequence[Sink], hearing: Hearing, emit: Emit, storage: Storage
-) -> RunRecord:
-    """The record of a run that goes on behind `start`. Raises StorageError where the disk does not take it."""
-    recorder = Recorder(
+def make_recorder(
+    config: RunConfig,
+    run_dir: Path,
+    first_step: int,
+    sinks: Sequence[Sink],
+    emit: Emit,
+    storage: Storage,
+    *,
+    samples: int | None = None,
+) -> Recorder:
+    """The recorder of a run that goes on behind `first_step`, when `samples` samples were trained on. It writes through
+    `storage`, and raises StorageError where the disk does not take what was there."""
+    return Recorder(
         run_dir,
         config.log,
-        first_step=start.step,
-        samples=start.samples,
+        first_step=first_step,
+        samples=samples,
         settings=shown(config),
         sinks=sinks,
         emit=emit,
         through=storage.write,
         aside=storage.attempt,
     )
+
+
+async def open_record(
+    config: RunConfig, run_dir: Path, start: Start, sinks: Sequence[Sink], hearing: Hearing, emit: Emit, storage: Storage
+) -> RunRecord:
+    """The record of a run that goes on behind `start`. Raises StorageError where the disk does not take it."""
+    recorder = make_recorder(config, run_dir, start.step, sinks, emit, storage, samples=start.samples)
     alarms = await hearing.alarms_of(config, run_dir, emit, start.alarms)  # of the rows kept
     return RunRecord(run_dir, config.log, recorder, storage.write, alarms)
 

@@ -146,11 +146,11 @@ def prepare_replay(directory: Path, overrides: list[str]) -> PreparedReplay:
         raise InputError(f"{directory}: it is of a run with model.adapter, and a replay knows no adapters.")
     if config.train.fp8 is not None:
         raise InputError(f"{directory}: it is of a run with train.fp8, and a replay computes in the weights' own format.")
-    if config.algorithm.critic is not None:
+    supervised = dump.about.kind == "supervised"
+    if config.algorithm.critic is not None and not supervised:  # supervised training leaves it out
         raise InputError(f"{directory}: it is of a run with a critic (algorithm.advantage.type=gae), and a replay knows none.")
     shape, dtype = _model(dump)
     check_layout(shape, options.parallel)
-    supervised = dump.about.kind == "supervised"
     algorithm, left_out = known_terms(dump, config.algorithm)
     weight = attention_weight(shape) if config.train.balance == "flops" and not supervised else 0.0
     what = Replayed(

@@ -24,7 +24,7 @@ from ctpo_megatron.jobs.inputs import (
     prepare_run_dir,
 )
 from ctpo_megatron.jobs.orders import obey
-from ctpo_megatron.jobs.recording import closing_sinks, make_sinks, shown
+from ctpo_megatron.jobs.recording import closing_sinks, make_recorder, make_sinks
 from ctpo_megatron.jobs.resume import Resume, differences
 from ctpo_megatron.jobs.sft_start import SftStart, Sources, checkpoint_of_sft, is_done, sft_start
 from ctpo_megatron.jobs.skipping import make_skipping
@@ -34,7 +34,7 @@ from ctpo_megatron.jobs.topology import topology_of
 from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, restore
 from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.loop.sft import SftLoop, SftResult
-from ctpo_megatron.record import Recorder, write_summary
+from ctpo_megatron.record import write_summary
 from ctpo_megatron.record.events import Emit, Event, print_sentence
 from ctpo_megatron.record.recorder import Sink
 from ctpo_megatron.record.sink_feed import SinkFeed
@@ -133,16 +133,7 @@ async def _train(
     if inputs.found is not None:
         taken = await restore(runtime.trainer, inputs.found, emit)
         start = start if taken is inputs.found else sft_start(config, inputs.sources, taken)
-    recorder = Recorder(
-        run_dir,
-        config.log,
-        first_step=start.step,
-        settings=shown(config),
-        sinks=sinks,
-        emit=emit,
-        through=storage.write,
-        aside=storage.attempt,
-    )
+    recorder = make_recorder(config, run_dir, start.step, sinks, emit, storage)
     ends.callback(recorder.close)
     loop = SftLoop(
         config,

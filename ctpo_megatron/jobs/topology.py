@@ -24,6 +24,7 @@ def teacher_servers(config: RunConfig) -> tuple[ServerSet, ...]:
 def planned_run(config: RunConfig) -> PlannedRun:
     """What a plan of `ctpo train` on `config` is made from."""
     teaching = config.algorithm.distillation
+    copied = 0 if teaching is None else len(teaching.copied)
     return PlannedRun(
         model=config.model,
         data=config.data,
@@ -36,7 +37,17 @@ def planned_run(config: RunConfig) -> PlannedRun:
         topology=topology_of(config),
         has_reference=config.algorithm.reference is not None,
         has_teachers=teaching is not None,
-        copied_teachers=0 if teaching is None else len(teaching.copied),
+        copied_teachers=copied,
+        host_copies=copied + _has_own_reference(config),
+        keeps_copies=config.checkpoint.memory.every > 0,
         has_critic=config.algorithm.critic is not None,
         top_k=config.algorithm.top_k or config.rollout.top_k or 0,
     )
+
+
+def _has_own_reference(config: RunConfig) -> bool:
+    """Whether a reference policy has weights of its own: with adapters it is the model without them, where no other is named."""
+    reference = config.algorithm.reference
+    if reference is None or config.model.adapter is None:
+        return reference is not None
+    return reference.path not in (None, config.model.path)

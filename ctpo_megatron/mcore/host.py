@@ -117,6 +117,9 @@ class NullStream:
         """An event that has already happened."""
         return self
 
+    def wait(self, _stream: Any = None) -> None:
+        """Nothing to wait for."""
+
     def synchronize(self) -> None:
         """Nothing to wait for."""
 

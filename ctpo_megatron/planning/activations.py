@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ctpo_megatron.config.adapter import LoraConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape
+from ctpo_megatron.planning.adapted import adapters_kept
+from ctpo_megatron.planning.work import FLOAT, Work
 
-FLOAT = 4  # bytes
 BLOCK, FEWEST_WORDS = 2**23, 128  # of parallel.words, which needs torch; a test holds them equal
 
 
@@ -25,23 +27,15 @@ class Kept:
     norms: int  # the normed inputs of attention and MLP, and the MLP's input before its norm
     attention: int
     mlp: int
+    adapters: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all parts together."""
-        return self.input + self.norms + self.attention + self.mlp
+        return self.input + self.norms + self.attention + self.mlp + self.adapters
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A micro-batch on one rank: what activations are proportional to."""
-
-    tokens: int  # on this rank, so the tokens of a micro-batch / cp
-    element: int  # bytes of an activation: 2 in bfloat16, 4 in float32
-    recompute: str = "none"
-
-
-def layer_kept(shape: ModelShape, layer: int, parallel: ParallelConfig, work: Work) -> Kept:
+def layer_kept(shape: ModelShape, layer: int, parallel: ParallelConfig, work: Work, adapter: LoraConfig | None = None) -> Kept:
     """What layer number `layer` keeps with recompute `none` or `selective`."""
     rows = -(-work.tokens // parallel.tp)  # sequence parallelism
     stream = rows * shape.hidden_size * work.element
@@ -52,7 +46,8 @@ def layer_kept(shape: ModelShape, layer: int, parallel: ParallelConfig, work: Wo
         mlp = _mixture(experts, shape.hidden_size, parallel, work, rows)
     else:
         mlp = 3 * shape.ffn_hidden_size // parallel.tp * work.tokens * work.element
-    return Kept(stream, norms, _attention(shape, parallel.tp, work, rows), mlp)
+    beside = 0 if adapter is None else adapters_kept(shape, layer, adapter, parallel, work)
+    return Kept(stream, norms, _attention(shape, parallel.tp, work, rows), mlp, beside)
 
 
 def head_working(shape: ModelShape, tp: int, work: Work) -> int:
@@ -85,13 +80,15 @@ def _attention(shape: ModelShape, tp: int, work: Work, rows: int) -> int:
         groups = attention.num_kv_heads // tp
         # the projection's output (it holds the values), queries and keys after norm and rotation, the attention's output
         width = (heads + 2 * groups) + (heads + groups) + heads
-        return width * attention.head_dim * work.tokens * work.element + sums
+        again = heads * attention.head_dim * work.tokens if work.attention_again else 0
+        return width * attention.head_dim * work.tokens * work.element + sums + again
     query, value = attention.nope_dim + attention.rope_dim, attention.value_dim
     # latents of queries and of keys and values, each before and after its norm
     latents = 2 * (attention.q_rank or 0) + 2 * attention.kv_rank + attention.rope_dim
     # both up-projections' outputs, rotated queries and whole keys, values; recomputed from the latents with `selective`
     up = 0 if work.recompute == "selective" else 3 * query + (attention.nope_dim + value) + value
-    return (latents * rows + heads * (up + value) * work.tokens) * work.element + sums
+    again = heads * value * work.tokens if work.attention_again else 0
+    return (latents * rows + heads * (up + value) * work.tokens) * work.element + sums + again
 
 
 def _mixture(experts: Experts, hidden: int, parallel: ParallelConfig, work: Work, rows: int) -> int:

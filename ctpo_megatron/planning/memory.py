@@ -8,10 +8,12 @@ from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.models.rules import stage_layers
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.planning.activations import Kept, Work, head_working, layer_kept, replay_bytes, value_working
+from ctpo_megatron.planning.activations import Kept, head_working, layer_kept, replay_bytes, value_working
+from ctpo_megatron.planning.fp8 import keeps_attention_again, weight_copies
 from ctpo_megatron.planning.parameters import Parameters, stage_adapters, stage_parameters
 from ctpo_megatron.planning.run import FORMAT_BYTES, PlannedRun
 from ctpo_megatron.planning.saving import Saving, plan_saving, rank_share
+from ctpo_megatron.planning.work import FLOAT, Work
 
 GIB = 2**30
 # Ours, not measured: CUDA context, NCCL's buffers, workspaces of cuBLAS and TransformerEngine, the allocator's waste.
@@ -19,6 +21,9 @@ RESERVE = 6 * GIB
 # Ours, not measured: CUDA context, workspaces and CUDA graphs of a server on the same GPU that has given back the rest. SGLang
 # gives graphs back only with SGLANG_MEMORY_SAVER_CUDA_GRAPH=1, which changes its all-reduce as well.
 ASLEEP = 4 * GIB
+# Of each number whose state is offloaded: itself and two moments in float32, and its gradient in pinned memory, of which torch
+# hands out powers of two.
+OFFLOADED = 3 * FLOAT + 2 * FLOAT
 CONTEXT = GIB // 2  # ours, not measured: of a process that reads memory of a GPU which is not its own
 
 
@@ -27,6 +32,7 @@ class StageMemory:
     """One rank of a pipeline stage at its fullest moment."""
 
     weights: int
+    fp8_copies: int  # of weights, for products in fp8
     gradients: int
     optimizer: int  # on the GPU
     activations: int  # of all micro-batches in flight
@@ -46,7 +52,7 @@ class StageMemory:
     @property
     def resident(self) -> int:
         """Bytes that stay on the GPU while servers on it generate. Contexts come after SGLang has taken its share."""
-        return self.weights + self.gradients + self.optimizer + self.reserve
+        return self.weights + self.fp8_copies + self.gradients + self.optimizer + self.reserve
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +63,32 @@ class Stage:
     parameters: Parameters
     in_flight: int  # model chunks whose activations are held at once; of one chunk per stage: micro-batches
     memory: StageMemory
-    host_optimizer: int  # bytes of the optimizer's state in the host's memory
+    host_optimizer: int  # bytes of the offloaded optimizer in the host's memory, at most
     saving: Saving
 
 
 def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[Stage]:
     """Every pipeline stage of `run`, whose layout must pass `check_layout`. `micro_batches`: those of one optimizer step."""
     parallel, element = run.parallel, run.element_bytes
-    work = Work(run.train.max_tokens_per_micro_batch, element, run.train.recompute)
+    fp8, tokens = run.train.fp8, run.train.max_tokens_per_micro_batch
+    work = Work(tokens, element, run.train.recompute, attention_again=keeps_attention_again(fp8))
+    copies = [0] * parallel.pp if fp8 is None else weight_copies(shape, parallel, fp8)
     found = []
     held_parameters = stage_parameters(shape, parallel, value_head=run.has_critic)
     adapter = run.model.adapter
     # gradients, optimizer and checkpoints are of what is trained
     parameters = held_parameters if adapter is None else stage_adapters(shape, parallel, adapter)
     for number, chunks in enumerate(stage_layers(shape, parallel)):
-        held = [[layer_kept(shape, layer, parallel, work) for layer in chunk] for chunk in chunks]
+        held = [[layer_kept(shape, layer, parallel, work, adapter) for layer in chunk] for chunk in chunks]
         flying = in_flight(number, parallel.pp, parallel.vpp, micro_batches)
         mixtures = sum(layer in shape.expert_layers for chunk in chunks for layer in chunk)
         state = optimizer_bytes(parameters[number], parallel, run.optimizer, element)
-        offloaded = round(state * run.optimizer.cpu_offload)
+        offload = run.optimizer.cpu_offload
         memory = StageMemory(
             weights=(held_parameters[number].total + (parameters[number].total if adapter else 0)) * element,
+            fp8_copies=copies[number],
             gradients=parameters[number].total * 4,
-            optimizer=state - offloaded,
+            optimizer=round(state * (1 - offload)),
             activations=_activations(held, work.recompute, flying),
             working=_working(held, work.recompute),
             head=_head(run, shape, work) if number == parallel.pp - 1 else 0,
@@ -89,8 +98,9 @@ def plan_stages(run: PlannedRun, shape: ModelShape, micro_batches: int) -> list[
             publication=2 * run.weights.bucket_mb * 2**20,
             reserve=0 if run.on_cpu else RESERVE + (ASLEEP if run.weights.servers_sleep else 0),
         )
+        on_host = round(rank_share(parameters[number], parallel) * OFFLOADED * offload)
         saving = plan_saving(parameters[number], parallel, element)
-        found.append(Stage(sum(map(len, chunks)), held_parameters[number], flying, memory, offloaded, saving))
+        found.append(Stage(sum(map(len, chunks)), held_parameters[number], flying, memory, on_host, saving))
     return found
 
 

@@ -67,13 +67,20 @@ def stage_adapters(shape: ModelShape, parallel: ParallelConfig, adapter: LoraCon
 
 def layer_parameters(shape: ModelShape, layer: int, tp: int = 1, ep: int = 1, etp: int = 1) -> Parameters:
     """What one rank holds of layer number `layer`."""
-    hidden = shape.hidden_size
-    dense = 2 * hidden + _attention(shape, tp)
-    experts = shape.experts
+    hidden, experts = shape.hidden_size, shape.experts
+    router = 0 if experts is None or not experts.layers[layer] else experts.count * hidden
+    _, others = _attention(shape, tp)
+    return layer_matrices(shape, layer, tp, ep, etp) + Parameters(2 * hidden + others + router)
+
+
+def layer_matrices(shape: ModelShape, layer: int, tp: int = 1, ep: int = 1, etp: int = 1) -> Parameters:
+    """Those of them that are in the matrices of linear layers: all but norms, biases and the router."""
+    hidden, experts = shape.hidden_size, shape.experts
+    attention, _ = _attention(shape, tp)
     if experts is None or not experts.layers[layer]:
-        return Parameters(dense + 3 * hidden * shape.ffn_hidden_size // tp)
-    dense += experts.count * hidden + 3 * hidden * experts.shared_ffn_hidden_size // tp
-    return Parameters(dense, experts.count // ep * 3 * hidden * experts.ffn_hidden_size // etp)
+        return Parameters(attention + 3 * hidden * shape.ffn_hidden_size // tp)
+    shared = 3 * hidden * experts.shared_ffn_hidden_size // tp
+    return Parameters(attention + shared, experts.count // ep * 3 * hidden * experts.ffn_hidden_size // etp)
 
 
 def model_parameters(shape: ModelShape) -> Parameters:
@@ -88,17 +95,17 @@ def active_parameters(shape: ModelShape) -> int:
     return whole.dense + round(whole.experts * share)
 
 
-def _attention(shape: ModelShape, tp: int) -> int:
-    """Weights, biases and inner norms of one attention. What is not split over tensor parallelism counts whole."""
+def _attention(shape: ModelShape, tp: int) -> tuple[int, int]:
+    """Matrices of one attention, and its biases and inner norms. What is not split over tensor parallelism counts whole."""
     hidden, heads, attention = shape.hidden_size, shape.num_heads, shape.attention
     if isinstance(attention, HeadAttention):
         outputs = (heads + 2 * attention.num_kv_heads) * attention.head_dim // tp
         norms = 2 * attention.head_dim if attention.qk_norm else 0
-        return (hidden + attention.qkv_bias) * outputs + heads * attention.head_dim // tp * hidden + norms
+        return hidden * outputs + heads * attention.head_dim // tp * hidden, attention.qkv_bias * outputs + norms
     query = attention.nope_dim + attention.rope_dim
     down, up = hidden * (attention.kv_rank + attention.rope_dim), attention.kv_rank * (attention.nope_dim + attention.value_dim)
     norms = attention.kv_rank + (attention.q_rank or 0)
     if attention.q_rank is not None:
         down += hidden * attention.q_rank
     up += (hidden if attention.q_rank is None else attention.q_rank) * query
-    return down + norms + heads // tp * (up + attention.value_dim * hidden)
+    return down + heads // tp * (up + attention.value_dim * hidden), norms

@@ -35,6 +35,8 @@ class PlannedRun:
     has_reference: bool  # log-probs of a reference policy are computed
     has_teachers: bool  # so are those of teachers
     copied_teachers: int  # how many of these are in the trainer's ranks
+    host_copies: int  # other weights that wait in each rank's host memory: of a reference policy, of copied teachers
+    keeps_copies: bool  # copies of the trainer's state are kept in hosts' memory
     has_critic: bool  # a value head learns
     top_k: int  # tokens at each place whose log-probs are recorded, or that could have been drawn
 

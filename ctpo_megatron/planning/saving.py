@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.planning.activations import FLOAT
 from ctpo_megatron.planning.groups import expert_data_parallel
 from ctpo_megatron.planning.parameters import Parameters
+from ctpo_megatron.planning.work import FLOAT
 
 STATES = 3  # of each parameter: itself and two moments, stored in float32 whatever the optimizer keeps
 COPIES = 2  # of cluster.keepers.shelf: a test holds them equal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ctpo_megatron.config.rollout import CPU_KV_TOKENS
+from ctpo_megatron.config.rollout import CPU_KV_TOKENS, EngineConfig
 from ctpo_megatron.models.quantised import BLOCK
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
 from ctpo_megatron.planning.memory import GIB
@@ -51,13 +51,51 @@ class Servers:
         return max(0, self.weights + self.longest * self.bytes_per_token - self.budget)
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedTeacher:
+    """A teacher whose servers the run starts. `shape`: None where `unplanned` says why its memory cannot be planned."""
+
+    name: str
+    section: str  # of its servers' settings
+    engine: EngineConfig
+    concurrency: int  # requests in flight
+    shape: ModelShape | None
+    quantised: bool = False  # its files are in fp8 blocks
+    unplanned: str = ""
+
+
 def plan_servers(run: PlannedRun, shape: ModelShape, gpu_bytes: int | None, taken: int = 0) -> Servers:
     """The servers of `run` on GPUs of `gpu_bytes`; None: on CPUs, where the cache is as large as it is asked to be.
 
     `taken`: what a trainer on the same GPU keeps while they generate; SGLang gives them the same share of what is left.
     """
-    engine, element = run.rollout.engine, run.element_bytes
-    weights = server_weights(shape, engine.tp, element, quantised=run.weights.quantization is not None)
+    quantised = run.weights.quantization is not None
+    communicators = run.parallel.pp if run.weights.sends_per_stage and gpu_bytes is not None else 0
+    engine, asked = run.rollout.engine, run.rollout.concurrency
+    return _plan(run, engine, shape, gpu_bytes, taken, quantised=quantised, asked=asked, communicators=communicators)
+
+
+def plan_teacher(run: PlannedRun, teacher: PlannedTeacher, gpu_bytes: int | None) -> Servers | None:
+    """Its servers, by the same arithmetic, on GPUs of their own; None where its shape is not known."""
+    if teacher.shape is None:
+        return None
+    return _plan(run, teacher.engine, teacher.shape, gpu_bytes, 0, quantised=teacher.quantised, asked=teacher.concurrency)
+
+
+def _plan(
+    run: PlannedRun,
+    engine: EngineConfig,
+    shape: ModelShape,
+    gpu_bytes: int | None,
+    taken: int,
+    *,
+    quantised: bool,
+    asked: int,
+    communicators: int = 0,
+) -> Servers:
+    """Servers as `engine` says; `asked`: samples that all of them are given at once."""
+    element = run.element_bytes
+    weights = server_weights(shape, engine.tp, element, quantised=quantised)
     per_token = token_bytes(shape, engine.tp, element)
     if gpu_bytes is None:
         budget = weights + (engine.max_total_tokens or CPU_KV_TOKENS) * per_token
@@ -76,8 +114,8 @@ def plan_servers(run: PlannedRun, shape: ModelShape, gpu_bytes: int | None, take
         bytes_per_token=per_token,
         cache_tokens=tokens,
         longest=run.longest,
-        asked=-(-run.rollout.concurrency // engine.servers),
-        communicators=run.parallel.pp if run.weights.sends_per_stage and gpu_bytes is not None else 0,
+        asked=-(-asked // engine.servers),
+        communicators=communicators,
         spare=spare,
     )
 

@@ -1,16 +1,21 @@
 """What of the optimizer only GPUs would show otherwise: when its state is made, how it is gathered, what is stored of it.
 
-Real megatron-core on gloo. Its offloaded optimizer runs here too: on a CPU it finds everything where it would move it.
+Real megatron-core on gloo. Its offloaded optimizer runs here too: on a CPU it finds everything where it would move it, unless it
+is told otherwise (`SomeGpu`).
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
@@ -34,7 +39,7 @@ PLAIN, OFFLOADED = OptimizerConfig(lr=1e-2), OptimizerConfig(lr=1e-2, cpu_offloa
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("optimizer")
     model = write_model(root / "model", "qwen3_moe", 2, MODELS["qwen3_moe"])
-    return run_ranks(2, observed, model, root, [free_port() for _ in range(4)])
+    return run_ranks(2, observed, model, root, [free_port() for _ in range(5)])
 
 
 def test_state_is_there_when_the_trainer_is_built(ranks: list[dict[str, Any]]) -> None:
@@ -58,6 +63,17 @@ def test_what_a_save_holds_is_what_is_planned(ranks: list[dict[str, Any]]) -> No
     for rank in ranks:
         planned = saving.gathering - saving.writing
         assert planned <= rank["gathered"] <= planned + 12 * (64 * rank["tensors"] + 2 * 512)
+
+
+def test_an_offloaded_optimizer_gives_the_numbers_of_the_plain_one(ranks: list[dict[str, Any]]) -> None:
+    """After two steps, with all of the state on the host and with half of it. `SomeGpu` says what of it is the real thing."""
+    for rank in ranks:
+        for share, found in rank["offloaded"].items():
+            assert found["apart"], "the host has copies of its own"
+            assert found["moved"] == found["numbers"] if share == 1.0 else 0 < found["moved"] < found["numbers"]
+            assert found["steps"] > 100 * found["distance"], "both have gone somewhere, and to the same place"
+            assert found["distance"] < 1e-6, f"share {share}"
+            assert found["weights"] == 1.0, "of both the weights are these numbers, rounded"
 
 
 def test_an_offloaded_optimizer_is_saved_and_goes_on(ranks: list[dict[str, Any]]) -> None:
@@ -97,8 +113,11 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
     trainer = start(replace(rank, master_port=ports[0]), model, PLAIN)
     found["bfloat16 sums"] = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     found["moments after build"] = moments(trainer)
+    first = [each.clone() for each in masters(trainer)]
     step(trainer)
     found["moments after a step"] = moments(trainer)
+    step(trainer)
+    plain = [each.clone() for each in masters(trainer)]
     found |= gathered(trainer) | {"model": str(model)}
     with megatron_region(trainer.device):
         snapshot = take_snapshot(trainer.models, trainer.optimizer)
@@ -110,9 +129,22 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
 
     with pytest.raises(ConfigError, match="needs the package transformer_engine"):
         builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.bfloat16)
+    with (
+        patch.object(builder.importlib.util, "find_spec"),
+        pytest.raises(ConfigError, match="is for bfloat16 weights: .* float32"),
+    ):
+        builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.float32)
 
     builder.check_optimizer = lambda *_: None  # which refuses it where there is no GPU
     optimizer_config.is_te_min_version = lambda *_: True  # which fails where there is no TransformerEngine
+    found["offloaded"] = {}
+    for share, port in ((1.0, ports[3]), (0.5, ports[4])):
+        with SomeGpu.of_hybrid_optimizers():
+            trainer = start(replace(rank, master_port=port), model, OptimizerConfig(lr=1e-2, cpu_offload=share))
+        step(trainer)
+        step(trainer)
+        found["offloaded"][share] = beside(trainer, first, plain)
+        trainer.close()
     trainer = start(replace(rank, master_port=ports[1]), model, OFFLOADED)
     groups = [group for part in trainer.optimizer.chained_optimizers for group in part.optimizer.param_groups]
     found["classes in groups"] = all(isinstance(group["cpu_optimizer_cls"], type) for group in groups)
@@ -149,6 +181,69 @@ def moments(trainer: TrainerRank) -> int:
     """Numbers that the optimizers hold besides the parameters."""
     parts = [part.optimizer for part in trainer.optimizer.chained_optimizers]
     return sum(state[name].numel() for part in parts for state in part.state.values() for name in ("exp_avg", "exp_avg_sq"))
+
+
+class SomeGpu(TorchFunctionMode):
+    """A CPU on which tensors are said to be on a GPU, but for those that `.cpu()` has copied and what is made of these.
+
+    What an optimizer that is built inside it splits, copies, computes and copies back is as on a GPU. Streams and pinned memory
+    are not: copies are done when the call returns.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host: dict[int, torch.Tensor] = {}  # held, so that no id comes twice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        mine = args and isinstance(args[0], torch.Tensor) and id(args[0]) in self.host
+        if func == torch.Tensor.is_cuda.__get__:  # another object each time
+            return not mine
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        made = args[0].clone() if func is torch.Tensor.cpu else func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and (mine or func is torch.Tensor.cpu):
+            self.host[id(made)] = made
+        return made
+
+    @staticmethod
+    @contextlib.contextmanager
+    def of_hybrid_optimizers() -> Iterator[None]:
+        from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+
+        plain = HybridDeviceOptimizer.__init__
+
+        def inside(self: Any, *args: Any, **options: Any) -> None:
+            with SomeGpu():
+                plain(self, *args, **options)
+
+        HybridDeviceOptimizer.__init__ = inside
+        try:
+            yield
+        finally:
+            HybridDeviceOptimizer.__init__ = plain
+
+
+def masters(trainer: TrainerRank) -> list[torch.Tensor]:
+    """The float32 numbers that the optimizers move, in their order."""
+    parts = [part.optimizer for part in trainer.optimizer.chained_optimizers]
+    whole = [(getattr(part, "param_to_fp32_param", {}), each) for part in parts for each in part.param_groups]
+    return [copies.get(parameter, parameter).detach() for copies, group in whole for parameter in group["params"]]
+
+
+def beside(trainer: TrainerRank, first: list[torch.Tensor], plain: list[torch.Tensor]) -> dict[str, Any]:
+    """What an offloaded optimizer has done, beside the plain one's numbers, which began at `first`."""
+    now, parts = masters(trainer), [part.optimizer for part in trainer.optimizer.chained_optimizers]
+    moved = [(own, copy) for part in parts for own, copy in part.gpu_params_map_cpu_copy.items()]
+    groups = [(part, group) for part in parts for group in part.param_groups]
+    rounded = [(own, part.param_to_fp32_param.get(own, own)) for part, group in groups for own in group["params"]]
+    return {
+        "apart": all(own.data_ptr() != copy.data_ptr() for own, copy in moved),
+        "moved": sum(copy.numel() for _, copy in moved),
+        "numbers": sum(each.numel() for each in now),
+        "distance": max((a - b).abs().max().item() for a, b in zip(now, plain, strict=True)),
+        "steps": max((a - b).abs().max().item() for a, b in zip(now, first, strict=True)),
+        "weights": sum(torch.equal(own, copy.to(own.dtype)) for own, copy in rounded) / len(rounded),
+    }
 
 
 def held(trainer: TrainerRank) -> list[float]:

@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from ctpo_megatron.batch import Sequences
+from ctpo_megatron.config.adapter import TARGETS, LoraConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
 from ctpo_megatron.planning import activations
-from ctpo_megatron.planning.activations import FLOAT, Work, layer_kept
+from ctpo_megatron.planning.activations import layer_kept
+from ctpo_megatron.planning.adapted import adapters_kept
 from ctpo_megatron.planning.groups import rank_groups
 from ctpo_megatron.planning.memory import state_bytes
 from ctpo_megatron.planning.parameters import stage_parameters
+from ctpo_megatron.planning.work import FLOAT, Work
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.dist
@@ -60,6 +63,14 @@ KEPT: list[tuple[str, dict[str, int]]] = [
     ("qwen3_moe", {"dp": 4}),
     ("deepseek_v3", {"dp": 4}),
 ]
+ADAPTED: list[tuple[str, dict[str, int], tuple[str, ...], bool]] = [  # model, layout, targets, whether DoRA has them
+    ("qwen3", {"dp": 4}, TARGETS, True),
+    ("qwen3", {"tp": 2, "dp": 2}, TARGETS, True),
+    ("qwen2", {"tp": 2, "dp": 2}, ("q_proj", "v_proj", "down_proj"), True),
+    ("qwen3_moe", {"dp": 4}, ("q_proj", "k_proj", "v_proj", "o_proj"), True),
+    ("qwen3_moe", {"dp": 4}, ("gate_proj", "up_proj", "down_proj"), False),
+]
+RANK = 8
 GROUPS = [
     {"tp": 2, "cp": 2, "dp": 2, "pp": 2, "ep": 4, "etp": 2},
     {"tp": 4, "cp": 2, "dp": 2, "pp": 8, "ep": 8},
@@ -120,6 +131,24 @@ def test_activations_that_a_layer_keeps(ranks: list[dict[str, Any]]) -> None:
             assert planned + spared(shape, layer, parallel) == measured, f"{model} {layout} layer {layer}"
 
 
+def test_what_adapters_keep_besides(ranks: list[dict[str, Any]]) -> None:
+    """To the byte, of the second layer, whose input has a gradient: what twice the rank adds to it, and what DoRA does."""
+    for number, (model, layout, targets, has_dora) in enumerate(ADAPTED):
+        shape, parallel, work = shape_of(model, 2), ParallelConfig(**layout), Work(SEQUENCES * LENGTH, FLOAT)
+        planned = {
+            name: adapters_kept(shape, 1, adapter, parallel, work) for name, adapter in adapters_of(targets, has_dora).items()
+        }
+        found = ranks[0]["adapted"][number]
+        assert found.keys() == planned.keys()
+        for name in found.keys() - {"lora"}:
+            assert found[name] - found["lora"] == planned[name] - planned["lora"] > 0, f"{model} {layout} {name}"
+
+
+def adapters_of(targets: tuple[str, ...], has_dora: bool) -> dict[str, LoraConfig]:
+    found = {"lora": LoraConfig(rank=RANK, targets=targets), "twice": LoraConfig(rank=2 * RANK, targets=targets)}
+    return found | ({"dora": LoraConfig(rank=RANK, targets=targets, use_dora=True)} if has_dora else {})
+
+
 def spared(shape: ModelShape, layer: int, parallel: ParallelConfig) -> int:
     """Bytes in float32 that the portable layers keep more than the plan says."""
     tokens, tp, attention, experts = SEQUENCES * LENGTH, parallel.tp, shape.attention, shape.experts
@@ -178,13 +207,16 @@ def built(info: RankInfo) -> dict[str, Any]:
                 numbers(shape_of(model, layers), ParallelConfig(**layout), dtype) for model, layers, layout, dtype in LAYOUTS
             ],
             "kept": [kept_by_layers(shape_of(model, 2), ParallelConfig(**layout)) for model, layout in KEPT],
+            "adapted": [kept_with_adapters(*each) for each in ADAPTED],
             "groups": [megatron_groups(ParallelConfig(**layout)) for layout in GROUPS],
         }
     dist.destroy_process_group()
     return answer
 
 
-def build(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> list[torch.nn.Module]:
+def build(
+    shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, adapter: LoraConfig | None = None
+) -> list[torch.nn.Module]:
     from megatron.core import parallel_state
 
     from ctpo_megatron.mcore.groups import init_parallel_groups
@@ -192,7 +224,7 @@ def build(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> li
 
     parallel_state.destroy_model_parallel()
     init_parallel_groups(parallel, 1, 2)
-    models = build_model(shape, parallel, dtype, torch.device("cpu"))
+    models = build_model(shape, parallel, dtype, torch.device("cpu"), adapter=adapter)
     for parameter in (p for model in models for p in model.parameters()):
         torch.nn.init.normal_(parameter, std=0.1)  # whatever the memory held might not be finite
     return models
@@ -229,12 +261,19 @@ def numbers(shape: ModelShape, parallel: ParallelConfig, dtype: str) -> dict[str
     }
 
 
-def kept_by_layers(shape: ModelShape, parallel: ParallelConfig) -> list[int]:
+def kept_with_adapters(model: str, layout: dict[str, int], targets: tuple[str, ...], has_dora: bool) -> dict[str, int]:
+    """Bytes that the second layer saves with each of the adapters."""
+    shape, parallel = shape_of(model, 2), ParallelConfig(**layout)
+    adapters = adapters_of(targets, has_dora)
+    return {name: kept_by_layers(shape, parallel, adapter)[1] for name, adapter in adapters.items()}
+
+
+def kept_by_layers(shape: ModelShape, parallel: ParallelConfig, adapter: LoraConfig | None = None) -> list[int]:
     """Bytes of floating-point tensors that each layer saves for its backward pass, weights apart, each storage once."""
     from ctpo_megatron.mcore.model.attention import packed_layout
     from ctpo_megatron.mcore.model.routing import Routers
 
-    models = build(shape, parallel, torch.float32)
+    models = build(shape, parallel, torch.float32, adapter)
     model = models[0].module
     nothing, lengths = torch.zeros(SEQUENCES), torch.full((SEQUENCES,), LENGTH)
     sequences = Sequences(torch.arange(SEQUENCES + 1, dtype=torch.int32) * LENGTH, lengths, nothing, nothing, nothing)

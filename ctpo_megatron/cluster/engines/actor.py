@@ -33,6 +33,7 @@ GPU_END_TIMEOUT_S = 20.0  # for a server on GPUs to end by itself: it then gives
 class EngineActor:
     """One server of the run, or its part on one of `rollout.engine.nodes`. Its processes end with the actor at the latest.
 
+    `config`: of a run that samples with it; `section`: which one of the user's configuration its `rollout.engine` comes from.
     `seed`: of its sampling. `gpus`: those of the trainer that the server sees; empty: it has the actor's own, or none.
     `routed_experts`: whether it returns which experts it chose for each token. `shared_expert`: whether the model has one.
     `nursery`: the socket of the process that servers of this host are forked from; empty: there is none.
@@ -48,11 +49,12 @@ class EngineActor:
         routed_experts: bool = False,
         shared_expert: bool = False,
         nursery: str = "",
+        section: str = "rollout.engine",
     ) -> None:
         redirect_output(Path(log_path))
         self._config, self._seed, self._log, self._api_key, self._gpus = config, seed, Path(log_path), api_key, gpus
         self._routed_experts, self._shared_expert = routed_experts, shared_expert
-        self._nursery = Path(nursery) if nursery else None
+        self._nursery, self._section = Path(nursery) if nursery else None, section
         self._host = node_address(config)
         self._launched: SGLangServer | None = None
         self._closed = threading.Event()
@@ -113,10 +115,10 @@ class EngineActor:
     def start(self) -> str:
         """The server's URL, once it answers; after `launch`.
 
-        Raises EngineError when it does not within rollout.engine.start_timeout_s.
+        Raises EngineError when it does not within its section's start_timeout_s.
         """
         server = self._server
-        server.wait_healthy(self._config.rollout.engine.start_timeout_s)
+        server.wait_healthy(self._config.rollout.engine.start_timeout_s, self._section)
         if self._first:
             self._probe = Probe(RequestThread(self._api_key), server.url)
         return server.url

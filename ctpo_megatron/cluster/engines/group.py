@@ -55,7 +55,8 @@ class EngineGroup:
     `routed_experts`: whether they return which experts they chose for each token. `shared_expert`: whether the model has one.
     `nursery`: the socket of the process that they are forked from; empty: there is none.
     `environment`: Ray's, of their actors. `watchdog`: told of each server's processes from its start to its end. `name`: what a
-    server is called, before its number. `log`: the beginning of its log's name.
+    server is called, before its number. `log`: the beginning of its log's name. `section`: of the user's configuration, which
+    `rollout.engine` of `config` is made from.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class EngineGroup:
         watchdog: Watchdog | None = None,
         name: str = "inference server",
         log: str = "server",
+        section: str = "rollout.engine",
     ) -> None:
-        self._watchdog, self._name, self._log = watchdog, name, log
-        self._of_model = (routed_experts, shared_expert, nursery)
+        self._watchdog, self._name, self._log, self._section = watchdog, name, log, section
+        self._same = (routed_experts, shared_expert, nursery, section)
         self._environment = {"runtime_env": environment} if environment else {}
         self._config = config
         self._run_dir = run_dir
@@ -177,11 +179,11 @@ class EngineGroup:
             of_part = f"{self._log}_{index}.log" if rank == 0 else f"{self._log}_{index}_node_{rank}.log"
             log = self._run_dir / "logs" / of_part
             remote_here = remote.options(**options, **self._environment)
-            actor = remote_here.remote(config, seed, str(log), self._api_key, place.gpus, *self._of_model)
+            actor = remote_here.remote(config, seed, str(log), self._api_key, place.gpus, *self._same)
             parts.append(Process(name if len(place.parts) == 1 else f"{name}, node {rank}", actor, log))
         head = parts[0].actor.head.remote()
         launched = [part.actor.launch.remote(rank, head, again=restarts > 0) for rank, part in enumerate(parts)]
-        watched = [Watched(part) for part in parts]
+        watched = [Watched(part, restarts=f"{self._section}.restarts") for part in parts]
         if self._watchdog is not None:
             self._watchdog.add(watched)
         return _Server(name, parts, launched, watched)

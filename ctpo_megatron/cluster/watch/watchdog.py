@@ -46,13 +46,15 @@ GROUP = "pulse"  # the actors' concurrency group
 class Watched:
     """A process that is watched: an actor, with the processes that it answers for.
 
-    `state`: what a server is used for. `hung`: what to do when it hangs, instead of ending the run.
+    `state`: what a server is used for. `hung`: what to do when it hangs, instead of ending the run. `restarts`: the key that says
+    how often it is then started again.
     """
 
     process: Process
     rank: int | None = None
     state: Callable[[], str] | None = None
     hung: Callable[[str], None] | None = None
+    restarts: str = "rollout.engine.restarts"
     answered: float = field(default_factory=time.monotonic)
     pulse: Pulse | None = None
     gone: bool = False  # Ray says so, and tells others too
@@ -334,7 +336,8 @@ def _with_evidence(seen: Seen, evidence: Evidence | None) -> Seen:
 def _action(verdict: Verdict, watched: list[Watched]) -> str:
     if not verdict.acts:
         return "Nothing is done about it."
-    servers = {each.process.name for each in watched if each.hung is not None}
-    if set(verdict.owners) <= servers:
-        return "The server is given up, and started again while rollout.engine.restarts allows it."
+    keys = {each.process.name: each.restarts for each in watched if each.hung is not None}
+    if set(verdict.owners) <= keys.keys():
+        allowing = " and ".join(sorted({keys[owner] for owner in verdict.owners}))
+        return f"The server is given up, and started again while {allowing} allows it."
     return "The process is ended."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import pytest
 
 from ctpo_megatron.engine.nursery import ForkedProcess, Nursery
 from ctpo_megatron.engine.server import SGLangServer
+from ctpo_megatron.errors import EngineError
 
 WITHIN_S = 30.0
 
@@ -76,3 +78,13 @@ def test_variables_that_a_fork_would_not_read_anew(nursery: tuple[subprocess.Pop
         assert isinstance(server._process, subprocess.Popen)
         server.stop()
     process.stdin.close()
+
+
+def test_a_server_that_takes_too_long_names_the_setting(nursery: tuple[subprocess.Popen[bytes], Path], tmp_path: Path) -> None:
+    _, place = nursery
+    for section in ("rollout.engine", "algorithm.distillation.teachers[1].engine"):
+        log = tmp_path / "log"
+        server = SGLangServer(["0", "wait"], url="http://127.0.0.1:1", api_key="key", log=log, nursery=place)
+        with pytest.raises(EngineError, match=f"raise {re.escape(section)}.start_timeout_s if"):
+            server.wait_healthy(0.1, section)
+        assert server.exit_code is not None

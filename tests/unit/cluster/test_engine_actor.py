@@ -16,10 +16,14 @@ from ctpo_megatron.cluster.engines import actor, group
 from ctpo_megatron.cluster.engines.actor import EngineActor
 from ctpo_megatron.cluster.engines.group import EngineGroup
 from ctpo_megatron.cluster.placement import ServerPlacement
+from ctpo_megatron.cluster.teachers import TeacherServers, teacher_fleets
+from ctpo_megatron.cluster.watch.watchdog import _action
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.load import load_config
 from ctpo_megatron.engine.fleet import Fleet
 from ctpo_megatron.errors import ProcessDied
+from ctpo_megatron.record.events import discard
+from ctpo_megatron.record.stalls import Verdict
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
@@ -70,6 +74,37 @@ def test_only_a_restart_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     servers = EngineGroup(config_of("cuda"), tmp_path, "key", [ServerPlacement(({},))], Fleet(patience_s=1.0))
     servers._launch(0, 1)
     assert launched == [False, True]
+
+
+def test_servers_of_a_teacher_name_its_own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """How long a start may take, and how often one is made after a death or a hang."""
+    teachers = (
+        "{name: near, type: copied, path: m, sources: [train]}",
+        "{name: far, type: started, path: m, engine: {restarts: 0}}",
+    )
+    config = load_config(CONFIGS / "qwen3-4b.yaml", [f"algorithm.distillation.teachers=[{', '.join(teachers)}]"])
+    given: dict[str, Any] = {}
+    call = SimpleNamespace(remote=lambda *_args, **_options: None)
+    handle = SimpleNamespace(launch=call, head=call)
+
+    def remote(*args: Any) -> Any:
+        given["section"] = EngineActor(*args)._section
+        return handle
+
+    monkeypatch.setattr(actor, "redirect_output", lambda _log: None)
+    made = SimpleNamespace(options=lambda **_options: SimpleNamespace(remote=remote))
+    monkeypatch.setattr(group.ray, "remote", lambda **_options: lambda _class: made)
+    fleets, places = teacher_fleets(config, discard), [[ServerPlacement(({},))]]
+    servers = TeacherServers(config, tmp_path, "key", places, fleets, nursery="", environment={}, watchdog=None)
+    (launched,) = servers._groups[0]._servers
+    section = "algorithm.distillation.teachers[1].engine"
+    assert given["section"] == section
+    (hung,) = launched.watched
+    hung.hung = lambda _words: None
+    verdict = Verdict("hung", (), (hung.process.name,), "")
+    assert _action(verdict, [hung]) == f"The server is given up, and started again while {section}.restarts allows it."
+    fleets[1].lose(fleets[1].join("server", "http://127.0.0.1:1", 1), "it died")
+    assert f"({section}.restarts = 0)" in fleets[1].report()
 
 
 def test_the_part_that_died_is_named_though_the_other_is_seen_first(tmp_path: Path) -> None:

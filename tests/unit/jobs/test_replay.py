@@ -13,8 +13,9 @@ import torch
 
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.data.dumps import StepDump
+from ctpo_megatron.data.dumps import CONFIG, StepDump
 from ctpo_megatron.errors import InputError
+from ctpo_megatron.jobs import replay
 from ctpo_megatron.jobs.replay import ReplayReport, batch_faults, known_terms, prepare_replay
 from ctpo_megatron.jobs.replay_page import page
 from ctpo_megatron.mcore.replay.findings import (
@@ -125,3 +126,20 @@ def test_what_cannot_be_replayed_is_refused_before_a_process_starts(tmp_path: Pa
         with pytest.raises(InputError, match=words) as caught:
             prepare_replay(tmp_path, overrides)
         assert caught.value.exit_code == 2
+
+
+def test_a_critic_is_of_no_account_where_training_was_supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ctpo sft` leaves it out of the same configuration, so its dumps can be computed again."""
+    quickstart = (Path(__file__).parents[3] / "configs" / "quickstart.yaml").read_text()
+    (tmp_path / CONFIG).write_text(quickstart.replace("\nalgorithm:\n", "\nalgorithm:\n  advantage: {type: gae}\n"))
+    reached = InputError("the model is looked at")
+
+    def look(_dump: StepDump) -> None:
+        raise reached
+
+    monkeypatch.setattr(replay, "_model", look)
+    for kind, words in (("policy", "critic"), ("supervised", str(reached))):
+        dump = StepDump(tmp_path, replace(ABOUT_IT, kind=kind), [], [], [], [])
+        monkeypatch.setattr(replay, "read_dump", lambda _directory, found=dump: found)
+        with pytest.raises(InputError, match=words):
+            prepare_replay(tmp_path, [])
