@@ -100,16 +100,16 @@ def value_loss(
 
 
 def value_stats(*, values: Tensor, returns: Tensor, advantages: Tensor, mask: Tensor) -> Stats:
-    """Means over policy tokens of values, returns, advantages and squares, and of the squared error, `error_sq`.
+    """Means over policy tokens of values, returns, advantages and squares.
 
-    The share of the returns' variance that the values explain is 1 - error_sq / (return_sq - return^2).
+    An advantage is the error of a value, so the share of the returns' variance that the values explain is
+    1 - (advantage_sq - advantage^2) / (return_sq - return^2).
     """
     value, target, advantage = (torch.where(mask, of.detach(), 0.0).double() for of in (values, returns, advantages))
     totals = {
         "value": value,
         "return": target,
         "return_sq": target.square(),
-        "error_sq": (target - value).square(),
         "advantage": advantage,
         "advantage_sq": advantage.square(),
     }

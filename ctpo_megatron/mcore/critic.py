@@ -20,7 +20,7 @@ from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.mcore.reduction import once
 from ctpo_megatron.record.values import Values, scalar
 
-SQUARES = ("critic/error_sq", "critic/return_sq", "critic/advantage_sq")
+SQUARES = ("critic/return_sq", "critic/advantage_sq")
 
 
 def estimated(
@@ -69,10 +69,10 @@ def whitened(sharded: list[list[MicroBatch]], measured: Values) -> list[list[Mic
 
 def explained(values: Values) -> Values:
     """The values with what their squares say in the place of these: the explained variance, and a standard deviation."""
-    error, variance = scalar(values["critic/error_sq"]), _deviation(values, "return") ** 2
+    error, spread = _deviation(values, "advantage"), _deviation(values, "return")
     made = {
-        "critic/explained_variance": 1.0 - error / variance if variance > 0 else 0.0,
-        "critic/advantage_std": _deviation(values, "advantage"),
+        "critic/explained_variance": 1.0 - (error / spread) ** 2 if spread > 0 else 0.0,
+        "critic/advantage_std": error,
     }
     return {name: value for name, value in values.items() if name not in SQUARES} | once(made)
 

@@ -203,7 +203,7 @@ CRITIC = (
     Metric(
         "critic/explained_variance",
         "share",
-        "1 − mean square of (return − value) over the variance of returns, with the values before the step; 1: they are known.",
+        "1 − variance of (return − value) over that of returns, with the values before the step; 0: no better than one number.",
         watched=True,
     ),
     Metric("critic/value", "reward", "Value before the step, per token that the policy wrote."),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -362,7 +363,7 @@ class Oracle:
         raw, returns = ([estimates[i][kind][t] for i, t in written] for kind in (0, 1))
         mean = math.fsum(raw) / len(raw)
         deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in raw) / len(raw))
-        loss, error = torch.zeros(()), 0.0
+        loss, error, misses = torch.zeros(()), 0.0, []
         for (i, t), advantage, target in zip(written, raw, returns, strict=True):
             hidden = self.hidden[i][t]
             logp = self.model.lm_head(hidden).log_softmax(-1)[self.samples[i].labels[t]]
@@ -370,10 +371,10 @@ class Oracle:
             white = (advantage - mean) / (deviation + 1e-6)
             loss = loss - white * (logp - logp.detach()).exp() + COEFF * 0.5 * (value - target) ** 2
             error += 2 * value_point(float(value.detach()), float(value.detach()), target, CLIP)[0]
+            misses.append(target - float(value.detach()))
         parameters = list(self.model.parameters())
         gradients = torch.autograd.grad(loss / len(written), [*parameters, self.weight, self.bias])
         centre = math.fsum(returns) / len(returns)
-        variance = math.fsum((each - centre) ** 2 for each in returns) / len(returns)
         return {
             "loss": float(loss.detach()) / len(written),
             "grad_norm": float(torch.nn.utils.get_total_norm(gradients[: len(parameters)])),
@@ -382,6 +383,6 @@ class Oracle:
             "critic/return": centre,
             "critic/advantage": mean,
             "critic/advantage_std": deviation,
-            "critic/explained_variance": 1 - error / len(written) / variance,
+            "critic/explained_variance": 1 - statistics.pvariance(misses) / statistics.pvariance(returns),
             "critic/clip_fraction": 0.0,
         }
