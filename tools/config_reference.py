@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.descriptions import descriptions
 from ctpo_megatron.config.explain import sections_in, type_name
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -68,10 +69,11 @@ def _told(dotted: str, options: list[type[Section]], seen: dict[type[Section], s
 def _section(title: str, dotted: str, section: type[Section]) -> str:
     rows = [f"## {title}", "", _clean(section.__doc__ or ""), "", "| key | values | default | |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        if sections_in(field.annotation) and not field.description:
+        description = descriptions(section).get(name, "")
+        if sections_in(field.annotation) and not description:
             note = f"see `{dotted + '.' if dotted else ''}{name}` below"
         else:
-            note = _clean(field.description or "")
+            note = _clean(description)
         rows.append(f"| `{name}` | {values(field)} | {_default(field)} | {note} |")
     return "\n".join([*rows, ""])
 

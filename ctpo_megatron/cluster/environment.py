@@ -36,12 +36,19 @@ def decide(config: RunConfig, user: Mapping[str, str]) -> dict[Reader, dict[str,
     return {reader: environment_of(reader, device, user, shares_gpus=shares, engine_args=arguments) for reader in readers}
 
 
-def ray_environment(reader: Reader, device: str, given: Mapping[str, str]) -> dict[str, Any]:
-    """Ray's runtime environment of an actor: what has to be set before its process loads torch, OpenMP or CUDA.
+def ray_environment(device: str, given: Mapping[str, str]) -> dict[str, Any]:
+    """Ray's runtime environment of an actor on GPUs: what has to be set before its process loads torch, OpenMP or CUDA.
 
-    On CPUs servers get theirs when they are started (`engine.server_args`), and their actors share Ray's waiting workers.
+    On CPUs there is none. Ray would start each such process twice, and an agent for it. Trainer ranks set their variables before
+    they import torch (`set_own`), and servers get theirs when they are started (`engine.server_args`).
     """
-    return {"env_vars": dict(given)} if reader == "trainer" or device != "cpu" else {}
+    return {} if device == "cpu" else {"env_vars": dict(given)}
+
+
+def set_own(device: str, given: Mapping[str, str]) -> None:
+    """Set the variables of this process that Ray has not set: `ray_environment`. Call it before anything imports torch."""
+    if device == "cpu":
+        os.environ.update(given)
 
 
 def write_record(config: RunConfig, given: Mapping[Reader, Mapping[str, str]], path: Path) -> None:

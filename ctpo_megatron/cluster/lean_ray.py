@@ -3,7 +3,12 @@
 `ray.init` of Ray 2.60 also starts an autoscaler, which has nothing to add to one host; a monitor of logs, whose one reader would
 be the driver (`log_to_driver`); and the head of a dashboard that is turned off, for Ray's usage statistics, whose answer it
 waits for. Together they cost two seconds of a processor at each start. `ray.init` has no words for this; `ray start` has
-`--no-monitor` and `--include-log-monitor` for the first two. tests/unit/cluster/test_lean_ray.py tells when that has changed.
+`--no-monitor` and `--include-log-monitor` for the first two.
+
+The raylet wants two agents, and ends with the first of them: two more seconds. One serves the dashboard and collects metrics. The
+other prepares the variables of workers that have some of their own, as on GPUs alone (`cluster.environment`). Where nobody asks
+them, `cat` takes their place: it lives as long as the raylet holds its input. That nobody listens is said in Ray's own word for
+it, which it has where it is installed without its dashboard. tests/unit/cluster/test_lean_ray.py tells when all that has changed.
 """
 
 from __future__ import annotations
@@ -12,11 +17,29 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from ray import _raylet
 from ray._private import node as ray_node
+from ray._private import services, utils
+
+_native: Any = _raylet  # whose types say less than it has
+
+NO_PORT = -1  # Ray's own word for it
+IDLE = "cat"  # a process that does nothing until its input ends
+DASHBOARD_AGENT, ENVIRONMENT_AGENT = "dashboard_agent", "runtime_env_agent"
+PORTS = {  # which an agent tells the raylet, which waits for them
+    DASHBOARD_AGENT: (
+        _native.METRICS_AGENT_PORT_NAME,
+        _native.METRICS_EXPORT_PORT_NAME,
+        _native.DASHBOARD_AGENT_LISTEN_PORT_NAME,
+    ),
+    ENVIRONMENT_AGENT: (_native.RUNTIME_ENV_AGENT_PORT_NAME,),
+}
+# of Ray, without which an idle agent would have no input, and outlive a raylet that was killed
+HOLDS_THEIR_INPUT = {"enable_pipe_based_agent_to_parent_health_check": True}
 
 
 class LeanNode(ray_node.Node):
-    """Ray's head node with its GCS, its raylet and the raylet's two agents alone."""
+    """Ray's head node with its GCS and its raylet, and with an agent for workers' variables where there are GPUs."""
 
     def start_monitor(self) -> None:
         """Start no autoscaler."""
@@ -26,6 +49,37 @@ class LeanNode(ray_node.Node):
 
     def start_api_server(self, **_: Any) -> None:
         """Start no dashboard."""
+
+    def start_raylet(self, *args: Any, **kwargs: Any) -> None:
+        """Start the raylet with agents that do nothing where nobody asks them."""
+        idle = (DASHBOARD_AGENT,) if self.get_resource_and_label_spec().num_gpus else (DASHBOARD_AGENT, ENVIRONMENT_AGENT)
+        for port in (port for agent in idle for port in PORTS[agent]):
+            _native.persist_port(self._session_dir, self._node_id, port, NO_PORT)
+        with _idle_agents(idle):
+            super().start_raylet(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _idle_agents(names: tuple[str, ...]) -> Iterator[None]:
+    """While this context is open, Ray starts its raylet with IDLE for these agents."""
+    start, has_dashboard = services.start_ray_process, utils.get_dashboard_dependency_error
+    options = tuple(f"--{name}_command=" for name in names)
+
+    def start_raylet(command: list[str], *args: Any, **kwargs: Any) -> Any:
+        return start([_idle(word, options) for word in command], *args, **kwargs)
+
+    services.start_ray_process = start_raylet
+    utils.get_dashboard_dependency_error = lambda: None  # it would import all that a dashboard needs
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
+        utils.get_dashboard_dependency_error = has_dashboard
+
+
+def _idle(word: str, options: tuple[str, ...]) -> str:
+    """`word` of a raylet's command line, with IDLE as the value of one of `options`."""
+    return next((option + IDLE for option in options if word.startswith(option)), word)
 
 
 @contextlib.contextmanager

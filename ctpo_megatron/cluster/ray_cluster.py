@@ -11,7 +11,7 @@ import time
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from ctpo_megatron.cluster.lean_ray import without_idle_processes
+from ctpo_megatron.cluster.lean_ray import HOLDS_THEIR_INPUT, without_idle_processes
 from ctpo_megatron.cluster.loopback import LOOPBACK, on_loopback
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError, NoRoom
@@ -62,7 +62,7 @@ def _init(config: RunConfig, cpus: int) -> None:
                 num_cpus=max(os.cpu_count() or 1, cpus),
                 object_store_memory=LOCAL_OBJECT_STORE if on_cpu else None,
                 _node_ip_address=LOOPBACK,
-                _system_config=SETTINGS,
+                _system_config=SETTINGS | HOLDS_THEIR_INPUT,
                 **quiet,
             )
     except Exception as error:

@@ -239,15 +239,17 @@ class Runtime:
         device = self.config.cluster.device
         return {
             "nursery": "" if self._nursery is None or device != "cpu" else str(self._nursery.place),
-            "environment": ray_environment("server", device, self._environment["server"]),
+            "environment": ray_environment(device, self._environment["server"]),
             "watchdog": self._watchdog,
         }
 
     def _trainer_process(self, rank: int, options: RayOptions) -> Process:
         log = self._run_dir / "logs" / f"trainer_{rank}.log"
         remote = ray.remote(concurrency_groups={"watch": 1, "pulse": 1, "checkpoint": 1, "memory": 1})(TrainerActor)
-        environment = ray_environment("trainer", self.config.cluster.device, self._environment["trainer"])
-        actor = remote.options(**options, runtime_env=environment).remote(self.config, self.shape, rank, str(log))
+        device, given = self.config.cluster.device, self._environment["trainer"]
+        actor = remote.options(**options, runtime_env=ray_environment(device, given)).remote(
+            self.config, self.shape, rank, str(log), given
+        )
         return Process(f"trainer rank {rank}", actor, log)
 
     async def guard(self, work: Coroutine[Any, Any, T], rescue: Callable[[], Awaitable[Any]] | None = None) -> T:

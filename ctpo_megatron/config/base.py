@@ -22,6 +22,4 @@ FilePath = Annotated[str, AfterValidator(expand_home)]  # the path of a file or 
 class Section(BaseModel):
     """One part of the configuration. Immutable once built, so it can be passed anywhere without being changed there."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)

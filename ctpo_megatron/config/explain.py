@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ctpo_megatron.config.base import Section
+from ctpo_megatron.config.descriptions import descriptions
 from ctpo_megatron.config.run import RunConfig
 from ctpo_megatron.config.sources import Source
 from ctpo_megatron.errors import near_miss
@@ -149,8 +150,8 @@ def _wrong_type(key: str, section: type[Section], found: Any) -> str:
 
 
 def _describe(section: type[Section], key: str) -> str:
-    field = section.model_fields.get(key)
-    return f" {field.description}" if field is not None and field.description else ""
+    description = descriptions(section).get(key)
+    return f" {description}" if description else ""
 
 
 def _show(value: Any) -> str:

@@ -25,6 +25,9 @@ from ctpo_megatron.rendezvous.gloo import share_gloo_device
 # Optional imports of megatron that come with SGLang. Without a GPU flash_mla fails with OSError, where megatron catches only
 # ImportError; flashinfer loads, but takes 5 s and is of no use.
 ABSENT_ON_CPU = ("flash_mla", "flashinfer")
+# Optional too, and of no use to a rank on a CPU, which imports them when megatron is there if it wants them: kernels that are
+# compiled for GPUs, and writers of TensorBoard's files. 0.3 s.
+ABSENT_AT_FIRST_ON_CPU = ("triton", "torch.utils.tensorboard")
 DEPRECATED_COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor")
 
 
@@ -169,8 +172,11 @@ def _bridge_torch_cuda() -> None:
 def _import_megatron() -> None:
     """Import megatron without torch.compile: its fusions are meant for GPUs, and the compiler takes seconds to load."""
     module: Any = torch
+    modules: dict[str, Any] = sys.modules
     compiler = module.compile
     module.compile = lambda model=None, **_options: model if model is not None else (lambda function: function)
+    hidden = [name for name in ABSENT_AT_FIRST_ON_CPU if name not in modules]
+    modules.update(dict.fromkeys(hidden))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # each optional GPU extension that is absent warns once
@@ -178,6 +184,9 @@ def _import_megatron() -> None:
                 importlib.import_module(f"megatron.core.{name}")
     finally:
         module.compile = compiler
+        for name in hidden:
+            if modules[name] is None:
+                del modules[name]
 
 
 def _bridge_random_state() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ctpo_megatron.config.model import ChatConfig
 from ctpo_megatron.errors import ModelError, RenderError
-from ctpo_megatron.imports import modules_stay
+from ctpo_megatron.imports import modules_stay, packages_told_quickly
 from ctpo_megatron.rollout.comparison import compare
 from ctpo_megatron.rollout.frames import ToolFrames
 from ctpo_megatron.rollout.imagined import OUTPUTS, imagine
@@ -253,7 +253,7 @@ def _load(path: Path) -> Any:
 
 def _reader(plain: bool) -> Any:
     """The class of transformers that loads a tokenizer. AutoTokenizer knows of all models and takes a second longer to import."""
-    with modules_stay():
+    with modules_stay(), packages_told_quickly():
         if plain:
             from transformers import PreTrainedTokenizerFast
 

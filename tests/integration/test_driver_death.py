@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(600
 def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit_is_near(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A killed driver's actors and servers end by themselves, Ray's agents by the driver's guard.
+    """A killed driver's actors and servers end by themselves, what is stopped by the driver's guard.
 
     The same command goes on, and stops in order, since SLURM has moved the end of the job.
     """
@@ -52,7 +52,7 @@ def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit
         print(f"all {len(everybody)} processes were gone {time.monotonic() - killed:.1f} s after the driver")
         assert left_in_shared_memory(shm, ALL_END_S - time.monotonic() + killed) == set()
         ended = (run_dir / "logs" / "guard.log").read_text()
-        assert "ray::DashboardAgent" in ended, "Ray's agents end by themselves: the guard is needed for what is stopped alone"
+        assert "ray::TrainerActor" in ended, "what is stopped ends by itself: the guard is not needed"
         assert "sglang" not in ended, "a server is to end, and tidy up, by itself"
         assert [each["at"] for each in run.events if each["event"] == "job ends"] == [begun + 86_400]
 

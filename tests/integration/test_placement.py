@@ -159,7 +159,7 @@ def test_each_process_sees_its_own_gpu_whatever_the_shell_says(cluster: None, qw
     careless = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     given = decide(config(qwen3, servers=2, tp=2), careless)["trainer"]
     remote = ray.remote(num_gpus=1)(Visible)
-    for environment, hidden in (({"env_vars": careless}, False), (ray_environment("trainer", "cuda", given), True)):
+    for environment, hidden in (({"env_vars": careless}, False), (ray_environment("cuda", given), True)):
         actor = remote.options(runtime_env=environment).remote()
         try:
             visible, own = ray.get(actor.devices.remote(), timeout=240)  # a process that imports all of this file

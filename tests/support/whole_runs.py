@@ -74,7 +74,7 @@ def check_listeners(found: list[Listener], ranks: int, parts_of_servers: int) ->
     processes = Counter(owner for owner, _ in {(each.owner, each.pid) for each in found})
     for name in SOMETIMES:
         processes.pop(name, None)
-    one = {"driver", "Ray's GCS", "raylet", "Ray's dashboard agent", "Ray's runtime environment agent"}
+    one = {"driver", "Ray's GCS", "raylet"}
     servers = {"engine actor", "SGLang's HTTP server", "SGLang's scheduler"}
     expected = dict.fromkeys(one, 1) | dict.fromkeys(servers, parts_of_servers) | {"trainer rank": ranks}
     assert processes == expected

@@ -8,6 +8,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 
-from ctpo_megatron.batch import Abandoned, KeptShard, MicroBatch, Replay, UpdateAbandoned
-from ctpo_megatron.cluster.environment import log_line, node_environment
+from ctpo_megatron.cluster.environment import log_line, node_environment, set_own
 from ctpo_megatron.cluster.keepers.calls import Handed, contents_of, hand_over, reader
 from ctpo_megatron.cluster.logs import redirect_output
 from ctpo_megatron.cluster.ray_cluster import node_address
@@ -27,19 +27,20 @@ from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.errors import ConfigError, CopyLost
 from ctpo_megatron.imports import modules_stay
+from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.shape import ModelShape
-from ctpo_megatron.parallel import RankCoords
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.record.heartbeat import Pulse, Stages, stage
 from ctpo_megatron.record.stalls import Evidence
 from ctpo_megatron.record.values import Mean, Values, without_vectors
-from ctpo_megatron.weights.protocol import Sent, Server
 
-if TYPE_CHECKING:  # imported by `build`, after the variables that torch and megatron read are set
+if TYPE_CHECKING:  # imported by `build` or later, after the variables that torch and megatron read are set
+    from ctpo_megatron.batch import Abandoned, KeptShard, MicroBatch, Replay
     from ctpo_megatron.mcore.checkpoint.part import Part
     from ctpo_megatron.mcore.kept_tokens import KeptTokens
     from ctpo_megatron.mcore.rank import TrainerRank
     from ctpo_megatron.mcore.reference import Reference
+    from ctpo_megatron.weights.protocol import Sent, Server
     from ctpo_megatron.weights.source import RankWeights
 
 
@@ -60,9 +61,10 @@ class _Built:
 
 class TrainerActor:
     """Rank `rank` of the trainer. `build` comes first. Calls run one after another, `watch`, `settle`, `hand_over` and `pulse`
-    beside them."""
+    beside them. `environment`: variables that it sets itself where Ray has not."""
 
-    def __init__(self, config: RunConfig, shape: ModelShape, rank: int, log_path: str) -> None:
+    def __init__(self, config: RunConfig, shape: ModelShape, rank: int, log_path: str, environment: Mapping[str, str]) -> None:
+        set_own(config.cluster.device, environment)
         redirect_output(Path(log_path))
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
         logging.getLogger("megatron").setLevel(logging.WARNING)  # it lists every parameter at INFO
@@ -161,6 +163,7 @@ class TrainerActor:
 
         `replays`: what this rank's routers see of each micro-batch's record.
         """
+        from ctpo_megatron.batch import Abandoned, UpdateAbandoned
         from ctpo_megatron.mcore.kept_tokens import KeptTokens
         from ctpo_megatron.mcore.policy import update_policy
 
@@ -207,6 +210,7 @@ class TrainerActor:
     @stage("update")
     def supervise(self, batch: list[MicroBatch]) -> Values | Abandoned:
         """Statistics of `loop.protocols.Trainer.supervise`, or why it was abandoned."""
+        from ctpo_megatron.batch import UpdateAbandoned
         from ctpo_megatron.mcore.policy import supervise
 
         try:

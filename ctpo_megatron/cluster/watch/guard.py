@@ -2,8 +2,8 @@
 
 A driver that ends in order kills this process first. Otherwise the end of the input means that the driver has died: what is left
 of the run on this host is ended, and then this process ends too. Actors and servers notice the death by themselves within 3 s.
-Ray's two agents do not: they tell a GCS that is gone of the end, and wait a minute for its answer (Ray 2.60). Neither does a
-process that is stopped.
+A process that is stopped does not. Neither does Ray's agent for workers' variables, which runs where there are GPUs: it tells a
+GCS that is gone of the end, and waits a minute for its answer (Ray 2.60).
 
 It imports the standard library alone: it lives through the whole run.
 """

@@ -51,9 +51,9 @@ def load() -> Callable[[list[str], str], None]:
     os.environ["SGLANG_EXTERNAL_MODEL_PACKAGE"] = "ctpo_megatron.engine.sglang.models"
 
     from ctpo_megatron.engine.sglang.imports import bring_forward, lean_server
-    from ctpo_megatron.imports import modules_stay
+    from ctpo_megatron.imports import modules_stay, packages_told_quickly
 
-    with modules_stay(), lean_server():
+    with modules_stay(), packages_told_quickly(), lean_server():
         from ctpo_megatron.engine.sglang.serve import serve
 
         bring_forward()

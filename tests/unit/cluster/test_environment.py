@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 from ctpo_megatron.cluster import environment
-from ctpo_megatron.cluster.environment import decide, interface_of, make_private, node_environment, ray_environment, write_record
+from ctpo_megatron.cluster.environment import (
+    decide,
+    interface_of,
+    make_private,
+    node_environment,
+    ray_environment,
+    set_own,
+    write_record,
+)
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import InputError
 
@@ -28,17 +36,22 @@ def config(device: str, weights: str = "broadcast") -> RunConfig:
     )
 
 
-def test_a_run_on_cpus_hands_ray_what_it_always_did() -> None:
-    """Servers' actors share Ray's waiting workers: they have no environment of their own."""
-    given = decide(config("cpu"), {"NCCL_DEBUG": "INFO"})
-    assert ray_environment("trainer", "cpu", given["trainer"])["env_vars"]["OMP_WAIT_POLICY"] == "passive"
-    assert ray_environment("server", "cpu", given["server"]) == {}
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_rank_sets_its_variables_where_ray_does_not(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """On CPUs Ray hands on none: it would start the process twice."""
+    given = decide(config(device), {})["trainer"]
+    own = dict[str, str]()
+    monkeypatch.setattr(environment.os, "environ", own)
+    set_own(device, given)
+    assert ray_environment(device, given) == ({} if own else {"env_vars": given})
+    assert own == (given if device == "cpu" else {})
+    assert given["TORCH_FR_BUFFER_SIZE"]
 
 
 def test_on_gpus_both_ends_get_theirs_from_the_driver() -> None:
     given = decide(config("cuda"), {"NCCL_IB_HCA": "mlx5"})
     for reader in ("trainer", "server"):
-        handed = ray_environment(reader, "cuda", given[reader])["env_vars"]  # type: ignore[arg-type, index]
+        handed = ray_environment("cuda", given[reader])["env_vars"]  # type: ignore[index]
         assert (handed["NCCL_CUMEM_ENABLE"], handed["NCCL_IB_HCA"]) == ("0", "mlx5")
         assert handed["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] == "0"
 
