@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.long, pytest.mark.integration, pytest.mark.timeout(600
 def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit_is_near(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A killed driver's actors and servers end by themselves, what is stopped by the driver's guard.
+    """A killed driver's actors and servers end by themselves, what is stopped by Ray or by the driver's guard.
 
     The same command goes on, and stops in order, since SLURM has moved the end of the job.
     """
@@ -51,8 +51,8 @@ def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit
         assert living(everybody, ALL_END_S) == []
         print(f"all {len(everybody)} processes were gone {time.monotonic() - killed:.1f} s after the driver")
         assert left_in_shared_memory(shm, ALL_END_S - time.monotonic() + killed) == set()
-        ended = (run_dir / "logs" / "guard.log").read_text()
-        assert "ray::TrainerActor" in ended, "what is stopped ends by itself: the guard is not needed"
+        log = run_dir / "logs" / "guard.log"  # of what the guard had to kill: the stopped rank, where Ray had no time to
+        ended = log.read_text() if log.exists() else ""
         servers = ("engine.sglang.entry", "sglang::")  # not the process that keeps one company until it has ended
         assert not any(each in ended for each in servers), "a server is to end, and tidy up, by itself"
         assert [each["at"] for each in run.events if each["event"] == "job ends"] == [begun + 86_400]
