@@ -35,8 +35,8 @@ def check_optimizer(config: OptimizerConfig, device: torch.device, dtype: torch.
         )
     if config.cpu_offload and dtype != torch.bfloat16:
         raise ConfigError(
-            f"optimizer.cpu_offload = {config.cpu_offload} is for bfloat16 weights: megatron-core 0.16.1 cannot build an offloaded "
-            f"optimizer of {str(dtype).removeprefix('torch.')} ones; set model.dtype, or cpu_offload to 0."
+            f"optimizer.cpu_offload = {config.cpu_offload} is for bfloat16 weights: megatron-core 0.16.1 cannot build an "
+            f"offloaded optimizer of {str(dtype).removeprefix('torch.')} ones; set model.dtype, or cpu_offload to 0."
         )
     if not config.precision_aware:
         return

@@ -131,7 +131,7 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
         builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.bfloat16)
     with (
         patch.object(builder.importlib.util, "find_spec"),
-        pytest.raises(ConfigError, match="is for bfloat16 weights: .* float32"),
+        pytest.raises(ConfigError, match=r"is for bfloat16 weights: .* float32"),
     ):
         builder.check_optimizer(OFFLOADED, torch.device("cuda"), torch.float32)
 
