@@ -71,8 +71,8 @@ def test_an_offloaded_optimizer_gives_the_numbers_of_the_plain_one(ranks: list[d
         for share, found in rank["offloaded"].items():
             assert found["apart"], "the host has copies of its own"
             assert found["moved"] == found["numbers"] if share == 1.0 else 0 < found["moved"] < found["numbers"]
-            assert found["steps"] > 100 * found["distance"], "both have gone somewhere, and to the same place"
-            assert found["distance"] < 1e-6, f"share {share}"
+            assert found["steps"] > 0.01, "both have gone somewhere"
+            assert found["distance"] == 0.0, f"and to the same place, with {share} of the state on the host"
             assert found["weights"] == 1.0, "of both the weights are these numbers, rounded"
 
 
@@ -113,6 +113,9 @@ def observed(rank: RankInfo, model: Path, root: Path, ports: list[int]) -> dict[
     trainer = start(replace(rank, master_port=ports[0]), model, PLAIN)
     found["bfloat16 sums"] = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     found["moments after build"] = moments(trainer)
+    for part in trainer.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            group["fused"] = True  # the offloaded one's kernel; another one rounds otherwise, and Adam makes that large
     first = [each.clone() for each in masters(trainer)]
     step(trainer)
     found["moments after a step"] = moments(trainer)
