@@ -114,7 +114,7 @@ def test_servers_share_the_trainers_gpus(cluster: None, qwen3: Path, tmp_path: P
         assert placement.ranks_here == [GPUS] * GPUS
         remote = ray.remote(TrainerActor)
         logs = [str(tmp_path / f"{rank}.log") for rank in range(GPUS)]
-        ranks = [remote.options(**each).remote(run, shape, rank, logs[rank]) for rank, each in enumerate(placement.ranks)]
+        ranks = [remote.options(**each).remote(run, shape, rank, logs[rank], {}) for rank, each in enumerate(placement.ranks)]
         gpus = await asyncio.gather(*(asyncio.wrap_future(rank.gpus.remote().future()) for rank in ranks))
         assert sorted(gpu for mine in gpus for gpu in mine) == [str(gpu) for gpu in range(GPUS)]
         assert all(len(mine) == 1 for mine in gpus)
