@@ -6,26 +6,30 @@ waits for. Together they cost two seconds of a processor at each start. `ray.ini
 `--no-monitor` and `--include-log-monitor` for the first two.
 
 The raylet wants two agents, and ends with the first of them: two more seconds. One serves the dashboard and collects metrics. The
-other prepares the variables of workers that have some of their own, as on GPUs alone (`cluster.environment`). Where nobody asks
-them, `cat` takes their place: it lives as long as the raylet holds its input. That nobody listens is said in Ray's own word for
-it, which it has where it is installed without its dashboard. tests/unit/cluster/test_lean_ray.py tells when all that has changed.
+other prepares variables and packages of workers that have some of their own: on GPUs (`cluster.environment`), and where Ray gives
+the driver's to all (`uv run`, a hook, a submitted job). Where nobody asks them, `cat` takes their place: it lives as long as the
+raylet holds its input. That nobody listens is said in Ray's own word for it, which it has where it is installed without its
+dashboard. tests/unit/cluster/test_lean_ray.py tells when all that has changed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
 from ray import _raylet
 from ray._private import node as ray_node
-from ray._private import services, utils
+from ray._private import ray_constants, services, utils
+from ray._private.runtime_env import constants, uv_runtime_env_hook
 
 _native: Any = _raylet  # whose types say less than it has
 
 NO_PORT = -1  # Ray's own word for it
-IDLE = "cat"  # a process that does nothing until its input ends
+IDLE = "sh -c cat"  # does nothing until its input ends, whatever words the raylet adds
 DASHBOARD_AGENT, ENVIRONMENT_AGENT = "dashboard_agent", "runtime_env_agent"
+GIVE_AN_ENVIRONMENT = (ray_constants.RAY_RUNTIME_ENV_HOOK, constants.RAY_JOB_CONFIG_JSON_ENV_VAR)
 PORTS = {  # which an agent tells the raylet, which waits for them
     DASHBOARD_AGENT: (
         _native.METRICS_AGENT_PORT_NAME,
@@ -52,11 +56,18 @@ class LeanNode(ray_node.Node):
 
     def start_raylet(self, *args: Any, **kwargs: Any) -> None:
         """Start the raylet with agents that do nothing where nobody asks them."""
-        idle = (DASHBOARD_AGENT,) if self.get_resource_and_label_spec().num_gpus else (DASHBOARD_AGENT, ENVIRONMENT_AGENT)
+        asked = self.get_resource_and_label_spec().num_gpus or all_workers_have_an_environment()
+        idle = (DASHBOARD_AGENT,) if asked else (DASHBOARD_AGENT, ENVIRONMENT_AGENT)
         for port in (port for agent in idle for port in PORTS[agent]):
             _native.persist_port(self._session_dir, self._node_id, port, NO_PORT)
         with _idle_agents(idle):
             super().start_raylet(*args, **kwargs)
+
+
+def all_workers_have_an_environment() -> bool:
+    """Whether `ray.init` gives all workers variables or packages: under `uv run`, by a hook, or in a submitted job."""
+    under_uv = ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV and uv_runtime_env_hook._get_uv_run_cmdline() is not None
+    return under_uv or any(name in os.environ for name in GIVE_AN_ENVIRONMENT)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from ctpo_megatron.errors import CtpoError, InputError, NoRoom
 # Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run.
 # It asks a process to end before it kills it: one that is stopped would hold its place for five seconds. An actor that ends would
 # kill the server that it has started, which ends by itself when it loses the actor, and then leaves nothing in shared memory.
-# Workers that it starts beforehand would serve no actor, since each has variables of its own.
+# Workers that it starts beforehand are one for each processor, and import Ray in vain: a run has few actors.
 SETTINGS = {
     "prestart_worker_first_driver": False,
     "worker_niceness": 0,

@@ -220,6 +220,15 @@ class RunConfig(Section):
             raise ValueError(fault)
         return self
 
+    @model_validator(mode="after")
+    def _an_offloaded_optimizer_is_of_bfloat16(self) -> RunConfig:
+        if self.optimizer.cpu_offload and self.model.dtype == "float32":
+            raise ValueError(
+                f"optimizer.cpu_offload={self.optimizer.cpu_offload:g} is for weights in bfloat16: megatron-core 0.16.1 cannot "
+                "build an offloaded optimizer of float32 ones; set model.dtype=bfloat16, or optimizer.cpu_offload=0"
+            )
+        return self
+
     def check_device(self, device: str) -> None:
         """Raise ConfigError for what cannot work on `device`, cpu or cuda, now that it is known to be the one."""
         if fault := self._number_format_fault(device):

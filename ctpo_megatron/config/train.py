@@ -51,7 +51,8 @@ class OptimizerConfig(Section):
     exp_avg_sq_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the second moment; other than float32 needs precision_aware."""
     cpu_offload: float = Field(0.0, ge=0, le=1)
-    """Fraction of the optimizer's state that is kept and updated in the host's memory. More than 0 needs a GPU."""
+    """Fraction of the optimizer's state that is kept and updated in the host's memory. More than 0 needs a GPU,
+    TransformerEngine and weights in bfloat16."""
 
     @field_validator("type", mode="before")
     @classmethod

@@ -36,6 +36,6 @@ def _planned(place: int, teacher: StartedTeacher) -> PlannedTeacher:
         if in_blocks:
             del content["quantization_config"]
         shape = parse_config(content, str(source))
-    except InputError as error:
+    except (InputError, OSError) as error:
         return PlannedTeacher(teacher.name, section, engine, teacher.concurrency, None, unplanned=str(error))
     return PlannedTeacher(teacher.name, section, engine, teacher.concurrency, shape, quantised=in_blocks)

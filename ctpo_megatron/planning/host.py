@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from ctpo_megatron.planning.memory import GIB, Stage
 from ctpo_megatron.planning.run import PlannedRun
 
+PINNED = 2  # at most, as torch hands out pinned memory in powers of two (CachingHostAllocator)
+
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
@@ -58,7 +60,7 @@ def _of(run: PlannedRun, stage: Stage) -> HostMemory:
     saving = stage.saving
     return HostMemory(
         optimizer=stage.host_optimizer,
-        copies=run.host_copies * stage.memory.weights,
+        copies=PINNED * run.host_copies * stage.memory.weights,
         saving=max(saving.gathering, 2 * saving.writing if run.keeps_copies else 0),  # handed over: as much again
         kept=saving.kept if run.keeps_copies else 0,
     )

@@ -43,7 +43,7 @@ def alone(models: dict[str, Path]) -> dict[str, Alone]:
 @pytest.fixture(scope="module")
 def two_ranks(models: dict[str, Path], alone: dict[str, Alone]) -> list[Results]:
     samples = {family: each.samples for family, each in alone.items()}
-    ports = [free_port() for _ in engines_of(TWO_RANKS)]
+    ports = [free_port() for _ in engines_of(TWO_RANKS, HALF)]
     return run_ranks(2, several_ranks, TWO_RANKS, ports, models, samples, {}, HALF, timeout_s=TIMEOUT_S)
 
 

@@ -44,10 +44,12 @@ def test_a_killed_driver_leaves_nothing_and_its_run_goes_on_until_the_time_limit
         run = Started("train", "quickstart.yaml", run_dir, *inputs, *sizes)
         run.wait_for_event("checkpoint verified")
         everybody = run.descendants()
+        (guard,) = (each for each in everybody if "guard.py" in " ".join(each.cmdline()))
         rank = in_update(everybody)
         os.kill(rank.pid, signal.SIGSTOP)
         run.process.kill()
         killed = time.monotonic()
+        assert guard.is_running(), "it looks after what is left"
         assert living(everybody, ALL_END_S) == []
         print(f"all {len(everybody)} processes were gone {time.monotonic() - killed:.1f} s after the driver")
         assert left_in_shared_memory(shm, ALL_END_S - time.monotonic() + killed) == set()

@@ -140,9 +140,9 @@ def fault_case(layout: Layout, family: str) -> Case:
     return max(candidates, key=lambda case: (case.replay, case.packs))
 
 
-def engines_of(layouts: list[Layout]) -> list[tuple[Layout, str]]:
-    """The engines that are built, one after the other."""
-    return [(layout, family) for layout in layouts for family in layout.families]
+def engines_of(layouts: list[Layout], halves: Sequence[int] = BOTH) -> list[tuple[Layout, str]]:
+    """The engines that are built, one after the other: of those families that have cases."""
+    return [(layout, family) for layout in layouts for family in layout.families if cases_of(layout, family, halves)]
 
 
 def draw_samples(logp: Sequence[Sequence[float]] | None = None) -> list[TrainSample]:
@@ -252,7 +252,7 @@ def train_layouts(
     One engine for all of them; each meets at a port of its own.
     """
     found: dict[tuple[str, str], dict[Case | str, Found]] = {}
-    for (layout, family), port in zip(engines_of(layouts), ports, strict=True):
+    for (layout, family), port in zip(engines_of(layouts, halves), ports, strict=True):
         engine = start(replace(rank, master_port=port), models[family], layout.parallel)
         mine: dict[Case | str, Found] = {case: train(engine, case, samples[family]) for case in cases_of(layout, family, halves)}
         for name, fault in faults.items():
@@ -268,6 +268,8 @@ def train_alone(rank: RankInfo, models: dict[str, Path], cases: dict[str, list[C
     """By family, on one rank: sequences whose rollout policy is near the model, and what every case gives with them."""
     found: dict[str, Alone] = {}
     for family, path in models.items():
+        if not cases[family]:
+            continue
         engine = start(rank, path, ParallelConfig())
         (whole,) = packs_of(Case("ctpo", True, 1), draw_samples(), engine.parallel)
         (logp,) = engine.logp(engine.place([whole]), TEMPERATURE)

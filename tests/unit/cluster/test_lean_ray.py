@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray._private import node as ray_node
 from ray._private import services, utils
+from ray._private.runtime_env import uv_runtime_env_hook
 
-from ctpo_megatron.cluster.lean_ray import DASHBOARD_AGENT, ENVIRONMENT_AGENT, LeanNode, _idle_agents, without_idle_processes
+from ctpo_megatron.cluster import lean_ray
+from ctpo_megatron.cluster.lean_ray import (
+    DASHBOARD_AGENT,
+    ENVIRONMENT_AGENT,
+    GIVE_AN_ENVIRONMENT,
+    IDLE,
+    PORTS,
+    LeanNode,
+    without_idle_processes,
+)
 
 LEFT_OUT = ("start_monitor", "start_log_monitor", "start_api_server")
 
@@ -39,18 +50,40 @@ def test_ray_starts_a_lean_node_inside_it_only() -> None:
     assert ray_node.Node is before
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_agents_that_nobody_asks_do_nothing(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
-    """The one for workers' variables is asked where there are GPUs. Ray's own functions are back afterwards."""
-    words = ["raylet", f"--{DASHBOARD_AGENT}_command=python a.py", f"--{ENVIRONMENT_AGENT}_command=python b.py", "--head"]
-    started: list[list[str]] = []
-    monkeypatch.setattr(services, "start_ray_process", lambda command, *_, **__: started.append(command))
+WORDS = ["raylet", f"--{DASHBOARD_AGENT}_command=python a.py", f"--{ENVIRONMENT_AGENT}_command=python b.py", "--head"]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What a LeanNode, once `start_raylet` is called, has started: `command`; and `ports` that the raylet need not wait for."""
+    found: dict[str, object] = {"ports": set()}
+    monkeypatch.setattr(services, "start_ray_process", lambda command, *_, **__: found.update(command=command))
+    monkeypatch.setattr(ray_node.Node, "start_raylet", lambda *_, **__: services.start_ray_process(WORDS, "raylet"))
+    monkeypatch.setattr(lean_ray._native, "persist_port", lambda _directory, _node, name, _port: found["ports"].add(name))
+    return found
+
+
+def lean_node(gpus: int) -> LeanNode:
+    node = object.__new__(LeanNode)  # Ray's __init__ starts all
+    node._session_dir, node._node_id = "session", "node"
+    node.get_resource_and_label_spec = lambda: SimpleNamespace(num_gpus=gpus)
+    return node
+
+
+@pytest.mark.parametrize("asked", ["", "gpus", "uv run", *GIVE_AN_ENVIRONMENT])
+def test_agents_that_nobody_asks_do_nothing(started: dict[str, object], monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """Nobody asks the dashboard's. The one for workers' variables is asked on GPUs, and where all workers are given some."""
+    monkeypatch.setattr(uv_runtime_env_hook, "_get_uv_run_cmdline", lambda: ["uv", "run"] if asked == "uv run" else None)
+    for name in GIVE_AN_ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    if asked in GIVE_AN_ENVIRONMENT:
+        monkeypatch.setenv(asked, "given")
     before = (services.start_ray_process, utils.get_dashboard_dependency_error)
-    with _idle_agents((DASHBOARD_AGENT, *(() if gpus else (ENVIRONMENT_AGENT,)))):
-        services.start_ray_process(words, "raylet", fate_share=True)
-    assert (services.start_ray_process, utils.get_dashboard_dependency_error) == before
-    left = words[2] if gpus else f"--{ENVIRONMENT_AGENT}_command=cat"
-    assert started == [["raylet", f"--{DASHBOARD_AGENT}_command=cat", left, "--head"]]
+    lean_node(gpus=int(asked == "gpus")).start_raylet()
+    assert (services.start_ray_process, utils.get_dashboard_dependency_error) == before, "Ray's own functions are back"
+    left = WORDS[2] if asked else f"--{ENVIRONMENT_AGENT}_command={IDLE}"
+    assert started["command"] == ["raylet", f"--{DASHBOARD_AGENT}_command={IDLE}", left, "--head"]
+    assert started["ports"] == {*PORTS[DASHBOARD_AGENT], *(() if asked else PORTS[ENVIRONMENT_AGENT])}
 
 
 @pytest.mark.parametrize("agent", [DASHBOARD_AGENT, ENVIRONMENT_AGENT])

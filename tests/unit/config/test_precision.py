@@ -101,6 +101,12 @@ def test_training_in_fp8_is_for_gpus_and_bfloat16() -> None:
         given.check_device("cpu")
 
 
+def test_an_offloaded_optimizer_is_of_bfloat16() -> None:
+    with pytest.raises(ValidationError, match=r"optimizer.cpu_offload=0.5 is for weights in bfloat16.*set model.dtype=bfloat16"):
+        config(optimizer={"cpu_offload": 0.5}, model={"path": "m", "dtype": "float32"})
+    assert config(optimizer={"cpu_offload": 0.5}).optimizer.cpu_offload == 0.5
+
+
 @pytest.mark.parametrize(
     ("recipe", "number_format", "multiple"),
     [("delayed", "hybrid", 16), ("tensorwise", "hybrid", 16), ("blockwise", "e4m3", 128), ("mxfp8", "e4m3", 32)],

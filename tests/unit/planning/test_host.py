@@ -60,7 +60,7 @@ def test_weights_that_wait_and_copies_of_the_state() -> None:
     assert plain.host.total == stage.saving.gathering
     guided = planned(name, "algorithm.reference={coeff: 0.01}")
     teachers = "algorithm.distillation={teachers: [{name: a, type: copied, path: m, sources: [train]}]}"
-    assert [planned(name, each).host.copies for each in ("name=x", teachers)] == [0, stage.memory.weights]
+    assert [planned(name, each).host.copies for each in ("name=x", teachers)] == [0, 2 * stage.memory.weights]
     assert planned(name, "algorithm.reference={coeff: 0.01}", teachers).host.copies == 2 * guided.host.copies > 0
     adapted = ["model.adapter={rank: 8}", "algorithm.reference={coeff: 0.01}"]
     assert planned(name, *adapted).host.copies == 0, "it is the model without its adapters"
