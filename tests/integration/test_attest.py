@@ -57,13 +57,13 @@ class Engine:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.copytree(self.directory, scratch, ignore=shutil.ignore_patterns("*.safetensors"))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "model.safetensors")
-        answer = requests.post(
-            f"{self.running.url}/update_weights_from_disk",
-            json={"model_path": str(scratch)},
-            headers={"Authorization": f"Bearer {self.running.api_key}"},
-            timeout=TIMEOUT_S,
-        )
+        headers = {"Authorization": f"Bearer {self.running.api_key}"}
+        body = {"model_path": str(scratch), "flush_cache": False}
+        answer = requests.post(f"{self.running.url}/update_weights_from_disk", json=body, headers=headers, timeout=TIMEOUT_S)
         assert answer.json()["success"], answer.text
+        # the scheduler may still hold a request whose answer is here already; without a time limit that is an error
+        flushed = requests.post(f"{self.running.url}/flush_cache?timeout={TIMEOUT_S:.0f}", headers=headers, timeout=TIMEOUT_S)
+        assert flushed.ok, flushed.text
 
     def expected(self, tensors: dict[str, Tensor]) -> list[dict[str, int]]:
         expected = ExpectedDigests(self.layout)
