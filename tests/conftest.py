@@ -7,7 +7,6 @@ nothing but themselves, and have time.
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 from collections.abc import Generator
@@ -27,6 +26,7 @@ _OWN_RUN_ONLY = (
     "chaos slurm elastic weights_dense weights publication publication_hangs sglang_ends attest sglang_families placement "
     "evaluate many_servers"
 )
+STANDS_BACK = pytest.StashKey[bool]()
 BESIDE = tuple(f"tests/integration/test_{name}.py" for name in _OWN_RUN_ONLY.split())
 
 
@@ -73,11 +73,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """In a worker; for everything that it starts too."""
-    if hasattr(item.config, "workerinput") and not runs_alone(item.nodeid):
-        _stand_back()
-
-
-@functools.cache
-def _stand_back() -> None:
-    os.nice(NICENESS)
+    """A worker stands back or does not by its first test, and so does everything that it starts."""
+    if hasattr(item.config, "workerinput") and STANDS_BACK not in item.config.stash:
+        item.config.stash[STANDS_BACK] = not runs_alone(item.nodeid)
+        if item.config.stash[STANDS_BACK]:
+            os.nice(NICENESS)
