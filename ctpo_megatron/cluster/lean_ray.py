@@ -43,7 +43,7 @@ HOLDS_THEIR_INPUT = {"enable_pipe_based_agent_to_parent_health_check": True}
 
 
 class LeanNode(ray_node.Node):
-    """Ray's head node with its GCS and its raylet, and with an agent for workers' variables where there are GPUs."""
+    """Ray's head node with its GCS and its raylet, and with an agent for workers' variables where one is asked."""
 
     def start_monitor(self) -> None:
         """Start no autoscaler."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ctpo_megatron.planning.memory import GIB, Stage
+from ctpo_megatron.planning.memory import GIB, PINNED, Stage
 from ctpo_megatron.planning.run import PlannedRun
-
-PINNED = 2  # at most, as torch hands out pinned memory in powers of two (CachingHostAllocator)
 
 
 @dataclass(frozen=True, slots=True)

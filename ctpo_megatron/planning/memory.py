@@ -21,9 +21,8 @@ RESERVE = 6 * GIB
 # Ours, not measured: CUDA context, workspaces and CUDA graphs of a server on the same GPU that has given back the rest. SGLang
 # gives graphs back only with SGLANG_MEMORY_SAVER_CUDA_GRAPH=1, which changes its all-reduce as well.
 ASLEEP = 4 * GIB
-# Of each number whose state is offloaded: itself and two moments in float32, and its gradient in pinned memory, of which torch
-# hands out powers of two.
-OFFLOADED = 3 * FLOAT + 2 * FLOAT
+PINNED = 2  # times as much at most, as torch hands out pinned memory in powers of two (CachingHostAllocator)
+OFFLOADED = 3 * FLOAT + PINNED * FLOAT  # of each number: itself and two moments, and its gradient, which is pinned
 CONTEXT = GIB // 2  # ours, not measured: of a process that reads memory of a GPU which is not its own
 
 
