@@ -8,7 +8,8 @@ waits for. Together they cost two seconds of a processor at each start. `ray.ini
 The raylet wants two agents, and ends with the first of them: two more seconds. One serves the dashboard and collects metrics. The
 other prepares variables and packages of workers that have some of their own: on GPUs (`cluster.environment`), and where Ray gives
 the driver's to all (`uv run`, a hook, a submitted job). Where nobody asks them, `cat` takes their place: it lives as long as the
-raylet holds its input. That nobody listens is said in Ray's own word for it, which it has where it is installed without its
+raylet holds its input. A Ctrl-C in a terminal, which goes to all processes of the command, is the driver's to answer: `cat` does
+not hear it. That nobody listens is said in Ray's own word for it, which it has where it is installed without its
 dashboard. tests/unit/cluster/test_lean_ray.py tells when all that has changed.
 """
 
@@ -27,7 +28,7 @@ from ray._private.runtime_env import constants, uv_runtime_env_hook
 _native: Any = _raylet  # whose types say less than it has
 
 NO_PORT = -1  # Ray's own word for it
-IDLE = "sh -c cat"  # does nothing until its input ends, whatever words the raylet adds
+IDLE = "sh -c 'trap \"\" INT; exec cat'"  # does nothing until its input ends, whatever words the raylet adds
 DASHBOARD_AGENT, ENVIRONMENT_AGENT = "dashboard_agent", "runtime_env_agent"
 GIVE_AN_ENVIRONMENT = (ray_constants.RAY_RUNTIME_ENV_HOOK, constants.RAY_JOB_CONFIG_JSON_ENV_VAR)
 PORTS = {  # which an agent tells the raylet, which waits for them

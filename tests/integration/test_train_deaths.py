@@ -12,7 +12,7 @@ import pytest
 from leftovers import left_in_shared_memory, living, shared_memory
 
 from tests.support.reach import listeners, strangers
-from tests.support.runs import END_S
+from tests.support.runs import END_S, check_stopped
 from tests.support.whole_runs import (
     RUN_S,
     check_listeners,
@@ -89,7 +89,7 @@ def test_death_of_a_process_ends_the_run(toy, tmp_path, victim, name, log):
 @pytest.mark.long
 def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_path):
     """A rank is killed: the trainer goes on from the copy in memory, the server stays. Then a rank and the process with the
-    copy: it goes back to its checkpoint. Then STOP, and a command that goes on.
+    copy: it goes back to its checkpoint. Then Ctrl-C, and a command that goes on.
 
     A run without any of that, which is given what this one has sampled, ends with the same weights, bit for bit. In both a step
     takes the first groups to finish, others go on into the next, and one without a difference is replaced.
@@ -122,9 +122,9 @@ def test_a_lost_rank_comes_back_and_the_journal_makes_the_same_weights(toy, tmp_
     assert run.happened("copy lost"), "nobody said that the copy was gone"
     assert run.happened("resumed")[-1]["checkpoint"] == str(broken / "checkpoints" / f"step_{saved['step']:08d}")
     assert scheduler(run.descendants()).pid == server
-    (broken / "STOP").touch()
+    run.interrupt(signal.SIGINT)
     stopped = run.finish(RUN_S)
-    assert stopped.code == 75, stopped.output
+    check_stopped(stopped, signal.SIGINT, times=1, code=75)
     again = start(toy, "quickstart.yaml", broken, *options, "--resume", "auto").finish(RUN_S)
     check_run(again, steps)
     (straight / "journal").mkdir(parents=True)
