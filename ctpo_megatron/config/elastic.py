@@ -16,7 +16,7 @@ Changes = Mapping[str, int | None]  # keys of `parallel`, with other values
 
 
 def _known_keys(changes: dict[str, PositiveInt | None]) -> dict[str, PositiveInt | None]:
-    known = [name for name in ParallelConfig.model_fields if name != "overlap_grad_reduce"]  # which is no size
+    known = [name for name in ParallelConfig.model_fields if not name.startswith("overlap_")]  # which are no sizes
     for key in changes:
         if key not in known:
             guess = near_miss(key, known)

@@ -65,9 +65,12 @@ class ParallelConfig(Section):
     """Tensor parallel of the experts."""
     dp: PositiveInt = 1
     """Data parallel."""
-    overlap_grad_reduce: bool = False
-    """Add up the gradients of data- and context-parallel ranks while the last micro-batch's backward pass goes on. For dense
-    models."""
+    overlap_grad_reduce: bool | None = None
+    """Add up the gradients of data- and context-parallel ranks while the last micro-batch's backward pass goes on. null: where
+    the model is dense, as only then it can."""
+    overlap_param_gather: bool | None = None
+    """Gather the weights that one optimizer step has moved while the next one's forward pass goes on, where a batch has several.
+    null: where gradients are added up so, but for adapters, which cannot."""
 
     @property
     def world_size(self) -> int:

@@ -21,10 +21,11 @@ def check_layouts(shape: ModelShape, config: RunConfig) -> None:
     if config.train.share_prompts is not None:
         check_shared_prompts(shape)
     preferred, *smaller = config.layouts
-    check_layout(shape, preferred)
+    adapted = config.model.adapter is not None
+    check_layout(shape, preferred, adapted=adapted)
     for index, (changes, layout) in enumerate(zip(config.elastic.layouts, smaller, strict=True)):
         try:
-            check_layout(shape, layout)
+            check_layout(shape, layout, adapted=adapted)
         except ConfigError as error:
             raise ConfigError(as_written(str(error), index, changes)) from error
 

@@ -60,6 +60,7 @@ def build_optimizer(
     whose value head the model has; it has a learning rate of its own and no weight decay.
     """
     settings = optimizer_settings(config, dtype)
+    settings.overlap_param_gather = models[0].ddp_config.overlap_param_gather  # type: ignore[union-attr]  # megatron's wrapper
     groups = get_standard_config_overrides(settings)
     if critic is not None:
         rate = config.lr if critic.lr is None else critic.lr

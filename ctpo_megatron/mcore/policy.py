@@ -76,12 +76,12 @@ def update_policy(
     steps: list[Values] = []
     for number, shards in enumerate(sharded):
         try:
-            placed = rank.on_device(shards)
+            placed, more = rank.on_device(shards), number + 1 < len(sharded)
             noted: LossFn = loss if kept is None else partial(loss, seen=kept.seen(number, placed))
             if number == 0 and not before.complete:
-                steps.append(rank.train_step(placed, partial(old.share, noted, placed), temperature, check))
+                steps.append(rank.train_step(placed, partial(old.share, noted, placed), temperature, check, more=more))
             else:
-                steps.append(rank.train_step(placed, noted, temperature, warming_up=warming_up))
+                steps.append(rank.train_step(placed, noted, temperature, warming_up=warming_up, more=more))
         except NonFiniteError as error:
             if kept is not None:
                 kept.forget(number)

@@ -24,6 +24,7 @@ from ctpo_megatron.config.critic import CriticConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import Fp8Config, OptimizerConfig
 from ctpo_megatron.errors import ConfigError
+from ctpo_megatron.mcore.gathering import gather_weights
 from ctpo_megatron.mcore.hf.buffers import BucketMemory, NamedTensors
 from ctpo_megatron.mcore.host import dtype_on, megatron_region, prepare_host
 from ctpo_megatron.mcore.host_weights import HostWeights
@@ -74,7 +75,7 @@ class TrainerRank:
         fp8: Fp8Config | None = None,
     ) -> None:
         self.shape = shape or read_hf_config(model_path)
-        check_layout(self.shape, parallel)
+        check_layout(self.shape, parallel, adapted=adapter is not None)
         if adapter is not None:
             check_adapter(self.shape, adapter, moe or MoeConfig())
         if parallel.world_size != rank.world_size:
@@ -231,9 +232,12 @@ class TrainerRank:
         check: Check | None = None,
         *,
         warming_up: bool = False,
+        more: bool = False,
     ) -> Values:
         """One optimizer step on placed shards; see `step.LossFn`. `check` is asked before anything is changed.
 
+        `more`: another step follows at once, in whose forward pass the ranks may gather what this one has moved; until then
+        nobody may read the weights.
         Returns loss, grad_norm (before clipping; also as grad_norm_max), lr and the reduced statistics, the same on every rank;
         of a value head critic/grad_norm and critic/lr besides. `warming_up`: no weight but its own moves.
         Raises NonFiniteError on every rank when the loss or the gradient is not finite, and what `check` raises. Weights, moments
@@ -250,7 +254,10 @@ class TrainerRank:
             if check is not None:
                 check(values)
             require_finite("loss", scalar(values["loss"]))
-            return values | self._optimizer_step(self.optimizer, self.schedule, warming_up)
+            values |= self._optimizer_step(self.optimizer, self.schedule, warming_up)
+            if not more:
+                gather_weights(self.models)
+            return values
 
     @contextlib.contextmanager
     def _unmoved_unless_applied(self, warming_up: bool) -> Iterator[None]:

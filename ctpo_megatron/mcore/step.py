@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ctpo_megatron.algorithms import LocalScan, Scan, Stats, Weighted
 from ctpo_megatron.batch import MicroBatch
+from ctpo_megatron.mcore.gathering import await_weight
 from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.host import forward_region
 from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
@@ -135,6 +136,7 @@ class Stepper:
     def _words(self, hidden: Tensor, shard: MicroBatch, temperature: float, **options: Any) -> WordLogp:
         if self.head is None:
             raise RuntimeError("log-probs are asked of a rank before the last pipeline stage")
+        await_weight(self.models, self.head.weight)
         return self.head(hidden, shard, temperature, **options)
 
     def _values(self, hidden: Tensor, described: PackedInput) -> Tensor | None:

@@ -5,18 +5,53 @@ Rules that need only the sizes stand in `config.model.ParallelConfig`; docs/para
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape
 
 
-def check_layout(shape: ModelShape, parallel: ParallelConfig) -> None:
-    """Raise ConfigError when `parallel` cannot divide the model; the message names both numbers and the sizes that can."""
-    if parallel.overlap_grad_reduce and shape.experts is not None:
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What data- and context-parallel ranks tell each other while they compute."""
+
+    grad_reduce: bool
+    param_gather: bool
+
+
+def overlap_of(shape: ModelShape, parallel: ParallelConfig, *, adapted: bool = False) -> Overlap:
+    """What goes on beside computing: as configured, otherwise all that can. `adapted`: whether the model has adapters.
+
+    Raises ConfigError for what cannot.
+    """
+    dense, several = shape.experts is None, parallel.dp * parallel.cp > 1
+    if parallel.overlap_grad_reduce and not dense:
         raise ConfigError(
             f"parallel.overlap_grad_reduce: {shape.family} is a mixture, and an expert that no token went to has no gradient, "
-            "for which megatron's overlapped reduction would wait; set it to false."
+            "for which megatron's overlapped reduction would wait; set it to null or false."
         )
+    reduce = several and dense if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce
+    if parallel.overlap_param_gather and not (dense and parallel.overlap_grad_reduce is not False):
+        why = f"{shape.family} is a mixture" if not dense else "overlap_grad_reduce is false"
+        raise ConfigError(
+            f"parallel.overlap_param_gather goes with an overlapped reduction of gradients, but {why}; set it to null or false."
+        )
+    if parallel.overlap_param_gather and adapted:
+        raise ConfigError(
+            "parallel.overlap_param_gather: megatron gathers a module's weights before its forward pass, and adapters are used "
+            "in that of the layer that they belong to; set it to null or false."
+        )
+    gather = reduce and several and not adapted if parallel.overlap_param_gather is None else parallel.overlap_param_gather
+    return Overlap(reduce or gather, gather)
+
+
+def check_layout(shape: ModelShape, parallel: ParallelConfig, *, adapted: bool = False) -> None:
+    """Raise ConfigError when `parallel` cannot divide the model; the message names both numbers and the sizes that can.
+
+    `adapted`: whether the model has adapters.
+    """
+    overlap_of(shape, parallel, adapted=adapted)
     tp = parallel.tp
     _divides("parallel.tp", tp, "attention heads", shape.num_heads)
     if isinstance(shape.attention, HeadAttention):

@@ -64,7 +64,7 @@ def make_plan(
     `advise`: changes of the configuration that would lower the trainer's memory, asked for where that does not fit. `teachers`:
     those whose servers are planned too.
     """
-    check_layout(shape, run.parallel)
+    check_layout(shape, run.parallel, adapted=run.model.adapter is not None)
     if run.model.adapter is not None:
         check_adapter(shape, run.model.adapter, run.moe)
     batches, topology = plan_batches(run), run.topology

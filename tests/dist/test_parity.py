@@ -137,8 +137,9 @@ def test_halves_are_all_and_each_has_every_pair(layout: Layout, family: str) -> 
 
 def test_every_axis_takes_part() -> None:
     met = {name for layout in (*TWO_RANKS, *FOUR_RANKS) for name in layout.sizes}
-    elsewhere = {
+    elsewhere = {  # test_layout.py has the split from the other end, test_overlap.py what goes on beside passes
         "last_stage_layers",
         "overlap_grad_reduce",
-    }  # test_layout.py has the split from the other end, test_overlap.py this
+        "overlap_param_gather",
+    }
     assert met >= set(ParallelConfig.model_fields) - elsewhere

@@ -24,9 +24,10 @@ from ctpo_megatron.mcore.model.routing import with_replay
 from ctpo_megatron.mcore.model.spec import layer_spec
 from ctpo_megatron.mcore.model.transformer import transformer_config
 from ctpo_megatron.mcore.model.value_head import add_value_head
+from ctpo_megatron.models.rules import overlap_of
 from ctpo_megatron.models.shape import ModelShape
 
-OVERLAPPED_BUCKET: int | None = None  # parameters whose gradients are reduced together beside the backward pass; None: megatron's
+OVERLAPPED_BUCKET: int | None = None  # parameters that are reduced, or gathered, together beside a pass; None: megatron's number
 
 
 def build_model(
@@ -54,11 +55,13 @@ def build_model(
     chunks = [_chunk(shape, parallel, config, device, vp_stage, adapter, critic) for vp_stage in stages]
     if not trainable:
         return chunks
+    overlap = overlap_of(shape, parallel, adapted=adapter is not None)
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        bucket_size=OVERLAPPED_BUCKET if parallel.overlap_grad_reduce else None,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
+        bucket_size=OVERLAPPED_BUCKET if overlap.grad_reduce else None,
     )
     chunks = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
     config.finalize_model_grads_func = finalize_model_grads

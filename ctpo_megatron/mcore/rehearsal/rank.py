@@ -19,6 +19,7 @@ from ctpo_megatron.algorithms import algorithm_recipe
 from ctpo_megatron.config.algorithm import AlgorithmConfig
 from ctpo_megatron.config.model import MoeConfig, ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.mcore.gathering import gather_weights
 from ctpo_megatron.mcore.host import megatron_region, prepare_host
 from ctpo_megatron.mcore.policy_terms import policy_share
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
@@ -172,6 +173,7 @@ class FakeRank(TrainerRank):
             for model in models:
                 model.zero_grad_buffer()
             self.optimizer.step()
+            gather_weights(self.models)
 
     def gradient_bytes(self) -> int:
         """Bytes of megatron's gradient buffers."""

@@ -50,9 +50,17 @@ class Rank:
         return dict.fromkeys(DRIFT, Max(0.0)) | {NONFINITE: Min(math.inf)}
 
     def train_step(
-        self, placed: list[Shard], _loss: Any, _temperature: float, check: Any = None, *, warming_up: bool = False
+        self,
+        placed: list[Shard],
+        _loss: Any,
+        _temperature: float,
+        check: Any = None,
+        *,
+        warming_up: bool = False,
+        more: bool = False,
     ) -> dict[str, Any]:
         assert not warming_up
+        self.said += [] if more else ["last"]
         assert {each.device for each in placed} == {"device"}
         self.said.append(f"step {placed[0].name} against {placed[0].streams.get('anchor_logp', 'its own')}")
         values: dict[str, Any] = {"loss": Sum(1.0)}
@@ -86,7 +94,7 @@ def test_the_first_optimizer_step_is_its_own_old_policy(monkeypatch: pytest.Monk
     rank = Watched()
     found = updated(rank, monkeypatch, DriftBounds(), "abc")
     first = ["logp b", "logp c", "step a against its own", "checked"]
-    assert rank.said == [*first, "step b against old b", "step c against old c"]
+    assert rank.said == [*first, "step b against old b", "last", "step c against old c"], "weights are whole behind the last"
     assert [[each.device for each in shards] for shards in moved] == [["host"]] * 5
     assert found["drift/max"] == Max(0.5), "the first step's drift counts with that of the others"
     assert found["loss"] == Sum(3.0)
@@ -95,7 +103,7 @@ def test_the_first_optimizer_step_is_its_own_old_policy(monkeypatch: pytest.Monk
 def test_one_optimizer_step_needs_no_pass_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank()
     updated(rank, monkeypatch, DriftBounds(), "a")
-    assert rank.said == ["step a against its own", "checked"]
+    assert rank.said == ["last", "step a against its own", "checked"]
 
 
 def test_drift_beyond_its_bound_ends_the_update_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

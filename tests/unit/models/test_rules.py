@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
 from ctpo_megatron.errors import ConfigError
-from ctpo_megatron.models.rules import check_layout, layers_per_stage
+from ctpo_megatron.models.rules import Overlap, check_layout, layers_per_stage, overlap_of
 from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape, Rope
 
 DENSE = ModelShape(
@@ -48,7 +48,17 @@ SHARED = replace(MOE, experts=replace(EXPERTS, shared_ffn_hidden_size=33))
         (
             MOE,
             {"dp": 2, "overlap_grad_reduce": True},
-            ["parallel.overlap_grad_reduce: qwen3_moe is a mixture", "set it to false"],
+            ["parallel.overlap_grad_reduce: qwen3_moe is a mixture", "set it to null or false"],
+        ),
+        (
+            MOE,
+            {"dp": 2, "overlap_param_gather": True},
+            ["parallel.overlap_param_gather", "qwen3_moe is a mixture", "null or false"],
+        ),
+        (
+            DENSE,
+            {"dp": 2, "overlap_grad_reduce": False, "overlap_param_gather": True},
+            ["parallel.overlap_param_gather", "overlap_grad_reduce is false", "null or false"],
         ),
         (MOE, {"ep": 4, "dp": 4}, ["parallel.ep = 4", "6 experts", "1, 2, 3, 6"]),
         (MOE, {"etp": 5, "dp": 5}, ["parallel.etp = 5", "48 feed-forward units of each expert"]),
@@ -80,6 +90,28 @@ def test_sizes_that_do_not_go_together(sizes: dict[str, int], words: str) -> Non
     with pytest.raises(ValidationError) as caught:
         ParallelConfig(**sizes)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "adapted", "expected"),
+    [
+        (DENSE, {"dp": 2}, False, Overlap(grad_reduce=True, param_gather=True)),
+        (DENSE, {"cp": 2}, False, Overlap(grad_reduce=True, param_gather=True)),
+        (DENSE, {"dp": 2}, True, Overlap(grad_reduce=True, param_gather=False)),
+        (DENSE, {"tp": 2, "pp": 2}, False, Overlap(grad_reduce=False, param_gather=False)),
+        (DENSE, {"dp": 2, "overlap_grad_reduce": False}, False, Overlap(grad_reduce=False, param_gather=False)),
+        (DENSE, {"dp": 2, "overlap_param_gather": False}, False, Overlap(grad_reduce=True, param_gather=False)),
+        (DENSE, {"tp": 2, "overlap_param_gather": True}, False, Overlap(grad_reduce=True, param_gather=True)),
+        (MOE, {"dp": 2}, False, Overlap(grad_reduce=False, param_gather=False)),
+    ],
+)
+def test_what_can_go_on_beside_computing_does(shape: ModelShape, sizes: dict[str, Any], adapted: bool, expected: Overlap) -> None:
+    assert overlap_of(shape, ParallelConfig(**sizes), adapted=adapted) == expected
+
+
+def test_weights_of_adapters_are_not_gathered_beside_a_pass() -> None:
+    with pytest.raises(ConfigError, match="adapters are used in that of the layer"):
+        check_layout(DENSE, ParallelConfig(dp=2, overlap_param_gather=True), adapted=True)
 
 
 @pytest.mark.parametrize(
