@@ -32,6 +32,7 @@ class Holding:
     layers: tuple[int, ...]  # numbers from 0 over the whole model
     first: bool  # has the embedding
     last: bool  # has the output layer
+    memory: str = ""  # the same on ranks that can map each other's memory; empty where that cannot be done
 
     @property
     def parts(self) -> tuple[int | str, ...]:
@@ -46,6 +47,7 @@ class Holders:
         self._tp_size = everyone[0].coords.tp_size
         self._etp_size = everyone[0].coords.etp_size
         self._experts_per_rank = max(1, num_experts // everyone[0].coords.ep_size)
+        self._memory = [holding.memory for holding in everyone]
         self._dense: dict[tuple[int | str, int], int] = {}  # (layer or end of the model, tp rank) -> rank
         self._experts: dict[tuple[int | str, int, int], int] = {}  # (layer, ep rank, etp rank) -> rank
         for rank, holding in enumerate(everyone):
@@ -61,6 +63,10 @@ class Holders:
             pieces = 1 if tensor.cut.dim is None else self._etp_size
             return [self._experts[part, tensor.expert // self._experts_per_rank, piece] for piece in range(pieces)]
         return [self._dense[part, piece] for piece in range(1 if tensor.cut.dim is None else self._tp_size)]
+
+    def share_memory(self, rank: int, other: int) -> bool:
+        """Whether these two ranks can map each other's memory."""
+        return bool(self._memory[rank]) and self._memory[rank] == self._memory[other]
 
     def sender(self, tensor: HfTensor, *, per_stage: bool = False) -> int:
         """The rank that sends the whole tensor: the one with its first piece, or the first of its pipeline stage."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.config.model import ParallelConfig
-from ctpo_megatron.config.weights import Transport
+from ctpo_megatron.config.weights import ColocatedTransport, Transport
 from ctpo_megatron.engine.answers import Experts
 from ctpo_megatron.engine.layout import EngineLayout
 from ctpo_megatron.mcore.hf.buffers import BucketMemory
@@ -97,7 +97,8 @@ class RankWeights:
         self._transport = transport
         self._tp = tp
         self._address = address
-        self._memory = memory or BucketMemory(rank.device)
+        # colocated servers map buckets by name, so ranks of the host can as well
+        self._memory = memory or BucketMemory(rank.device, shared=isinstance(transport, ColocatedTransport))
         self._new_account = new_account
         self._quantiser = Quantiser(rank.shape, BucketMemory(rank.device)) if transport.quantization else None
         self._sender: WeightSender | None = None  # of a rank that sends

@@ -30,6 +30,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 
 from ctpo_megatron.config.weights import ColocatedTransport
 from ctpo_megatron.errors import WeightSyncError
+from ctpo_megatron.mcore.hf.shared_memory import start_helper
 from ctpo_megatron.weights.protocol import Bucket, Sent, Server
 from ctpo_megatron.weights.transports.flat import Flat, flatten
 from ctpo_megatron.weights.transports.order import SenderOrder
@@ -92,6 +93,8 @@ class ColocatedSender(ConnectingSender):
 
 def handle(bucket: Bucket) -> str:
     """The text that lets one other process of this node map the tensors of `bucket`."""
+    if any(not tensor.is_cuda for _, tensor in bucket):
+        start_helper()
     before = torch.multiprocessing.get_sharing_strategy()
     # by name: passing file descriptors needs a key that only processes of one family share
     torch.multiprocessing.set_sharing_strategy("file_system")
