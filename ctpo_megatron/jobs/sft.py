@@ -35,8 +35,10 @@ from ctpo_megatron.loop.checkpoints import Checkpoints, Resumable, restore
 from ctpo_megatron.loop.orders import Orders
 from ctpo_megatron.loop.sft import SftLoop, SftResult
 from ctpo_megatron.record import write_summary
-from ctpo_megatron.record.events import Emit, Event, print_sentence
+from ctpo_megatron.record.events import Emit, Event, RunReady, print_sentence
+from ctpo_megatron.record.incarnation import IncarnationLog
 from ctpo_megatron.record.recorder import Sink
+from ctpo_megatron.record.run_events import RunStopped
 from ctpo_megatron.record.sink_feed import SinkFeed
 from ctpo_megatron.record.sink_process import check_sinks
 from ctpo_megatron.record.storage import Storage
@@ -64,27 +66,44 @@ async def sft_job(config: RunConfig, stop: StopSignal, *, resume: Resume = "no")
     begun = time.monotonic()
     check_sinks(config.log.sinks)
     feed = SinkFeed()
+    storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s)
+    events = IncarnationLog(Path(config.run_dir), [print_sentence, feed], storage.write)
+    async with closing_sinks(feed, events):
+        with events:
+            read: list[Event] = []  # told when there is a run directory to write them down in
+            inputs = _read(config, resume, events, read.append)
+            if inputs is None:
+                print(f"{config.run_dir}: this run has come to its end")
+                return
+            run_dir, found = prepare_run_dir(config), inputs.found
+            events.begin(checkpoint=None if found is None else found.checkpoint, step=inputs.start.step)
+            for event in read:
+                events(event)
+            feed.begin(make_sinks(config, run_dir, resumed=found is not None))
+            await _work(inputs, run_dir, storage, events, feed.sinks, stop, begun)
 
-    def emit(event: Event) -> None:
-        print_sentence(event)
-        feed(event)
 
-    inputs = _read(config, resume, emit)
-    if inputs is None:
-        print(f"{config.run_dir}: this run has come to its end")
-        return
-    run_dir = prepare_run_dir(config)
+async def _work(
+    inputs: _Inputs,
+    run_dir: Path,
+    storage: Storage,
+    emit: Emit,
+    sinks: Sequence[Sink],
+    stop: StopSignal,
+    begun: float,
+) -> None:
+    """Train to the end, and write what came of it. `begun`: when the command began, by the monotonic clock."""
+    config = inputs.config
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
     one = _supervised(config.in_layout(config.parallel))  # nothing of it is started again
     topology = topology_of(config, engines=False)
     runtime = Runtime(one, inputs.model.shape, topology, run_dir, total_steps=inputs.start.schedule)
-    storage = Storage(run_dir, config.checkpoint.storage_wait_s)
     async with storage.outlasting(emit, runtime.stages):
-        async with closing_sinks(feed, print_sentence), AsyncExitStack() as ends, runtime:
-            feed.begin(make_sinks(config, run_dir, resumed=inputs.found is not None))
+        async with AsyncExitStack() as ends, runtime:
             async with obey(stop, config, run_dir, storage, emit, Lead()) as orders:
-                result = await runtime.guard(_train(runtime, inputs, run_dir, feed.sinks, storage, orders, ends, emit))
+                result = await runtime.guard(_train(runtime, inputs, run_dir, sinks, storage, orders, ends, emit, begun))
             if result.asked is not None:
+                emit(RunStopped(result.asked.reason, result.steps))
                 raise StoppedInOrder(
                     f"stopped in order after step {result.steps} of {inputs.start.total_steps}: {result.asked.reason}. What was "
                     f"learned is saved in {run_dir}; the same command with --resume auto goes on"
@@ -99,8 +118,11 @@ def _supervised(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"algorithm": config.algorithm.model_copy(update=alone)})
 
 
-def _read(config: RunConfig, resume: Resume, emit: Emit) -> _Inputs | None:
-    """Returns all that the run reads, checked before anything starts; None where it has come to its end. Raises InputError."""
+def _read(config: RunConfig, resume: Resume, emit: Emit, emit_read: Emit) -> _Inputs | None:
+    """Returns all that the run reads, checked before anything starts; None where it has come to its end. Raises InputError.
+
+    `emit_read` hears of files that were read.
+    """
     if resume == "no" and config.sft.epochs is None:  # otherwise the steps are known when the demonstrations are
         config.optimizer.check_length(config.sft.total_steps(1))
     model = open_model(config, "sft")
@@ -110,8 +132,8 @@ def _read(config: RunConfig, resume: Resume, emit: Emit) -> _Inputs | None:
     if found is not None:
         for each in differences(found, config, model.shape, emit, supervised=True):
             emit(each.event)
-    sources = load_all_demonstrations(config, model, emit)
-    held_out = [] if config.sft.eval is None else load_demonstrations(config.sft.eval, config, model, emit)
+    sources = load_all_demonstrations(config, model, emit_read)
+    held_out = [] if config.sft.eval is None else load_demonstrations(config.sft.eval, config, model, emit_read)
     examples = sum(map(len, sources.values()))
     if resume == "auto" and is_done(config, examples, found):
         return None
@@ -127,8 +149,9 @@ async def _train(
     orders: Orders,
     ends: AsyncExitStack,
     emit: Emit,
+    begun: float,
 ) -> SftResult:
-    """Returns how it ended; the trainer holds what is to be exported. `ends`: closes the record."""
+    """Returns how it ended; the trainer holds what is to be exported. `ends`: closes the record. `begun`: as of `_work`."""
     config, start = inputs.config, inputs.start
     if inputs.found is not None:
         taken = await restore(runtime.trainer, inputs.found, emit)
@@ -146,6 +169,7 @@ async def _train(
         first_step=start.step,
         drawn=start.drawn,
         state=start.state,
+        emit=emit,
     )
     loop.checkpoints = Checkpoints(
         runtime.trainer,
@@ -157,6 +181,7 @@ async def _train(
         storage=storage,
     )
     loop.skipping = make_skipping(runtime.trainer, config, run_dir, emit, loop.checkpoints)
+    emit(RunReady(time.monotonic() - begun))
     return await loop.run()
 
 

@@ -9,6 +9,7 @@ end        steps or epochs are done, the loss is low enough, the held-out loss f
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -24,7 +25,9 @@ from ctpo_megatron.loop.protocols import Trainer
 from ctpo_megatron.loop.skipping import Skipping
 from ctpo_megatron.loop.state import RunState, Supervised
 from ctpo_megatron.record import Recorder, progress
+from ctpo_megatron.record.events import Emit, StepTrained, discard
 from ctpo_megatron.record.storage import Storage
+from ctpo_megatron.record.timer import PhaseTimer
 from ctpo_megatron.record.values import Values, scalar
 from ctpo_megatron.types import TrainSample
 
@@ -51,7 +54,7 @@ class SftLoop:
     """A run of supervised training; `run` drives it from `first_step` to its end.
 
     `held_out`: demonstrations whose loss is measured. `skipping`: what becomes of a step whose loss or gradient is not finite;
-    None: it ends the training. `storage`: what carries the record over faults of the disk.
+    None: it ends the training. `storage`: what carries the record over faults of the disk. `emit` hears of each step.
     """
 
     config: RunConfig
@@ -66,6 +69,7 @@ class SftLoop:
     first_step: int = 0
     drawn: int = 0  # examples of the steps that are done
     state: Supervised = field(default_factory=Supervised)
+    emit: Emit = discard
 
     async def run(self) -> SftResult:
         """Train until one of the ends. Exceptions of any part come out as they are.
@@ -102,11 +106,17 @@ class SftLoop:
                 if self.checkpoints is not None:
                     self.checkpoints.check()
                 self._step += 1
-                applied = await self._train()
+                timer, begun = PhaseTimer(), time.monotonic()
+                with timer("train"):
+                    applied = await self._train()
                 if self._measurement_due():
-                    await self._measure()
-                await self._save_if_due()
-                await self.storage.clear()
+                    with timer("evaluate"):
+                        await self._measure()
+                with timer("checkpoint"):
+                    await self._save_if_due()
+                with timer("storage"):
+                    await self.storage.clear()
+                self.emit(StepTrained(self._step, time.monotonic() - begun, timer.seconds))
                 show(self._step)
                 if applied and self._low_enough():
                     return "stop_loss"

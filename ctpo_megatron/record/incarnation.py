@@ -121,8 +121,12 @@ class IncarnationLog:
         return "failed", first[:LONGEST_REASON]
 
     def _refused(self) -> None:
-        if self._held:
-            self._notice_killed(read_story(self._path))
+        """Write down what was told before the command was refused, unless another process works here: the story is its own."""
+        if not self._held:
+            return
+        story = read_story(self._path)
+        if _living(story) is None:
+            self._notice_killed(story)
             self._write_held()
 
     def _write_held(self) -> None:
@@ -154,17 +158,25 @@ def _last_sign(last: Incarnation, run_dir: Path) -> float:
 
 def _refuse_living(story: Story, run_dir: Path) -> None:
     """Raise InputError where the last incarnation has no end, and its process lives on this host."""
+    if (process := _living(story)) is not None:
+        number = story.incarnations[-1].began.fields.get("number")
+        raise InputError(
+            f"run_dir={run_dir}: process {process.pid} of this host works in it (incarnation {number}). "
+            "Wait for its end, or choose another run_dir"
+        )
+
+
+def _living(story: Story) -> psutil.Process | None:
+    """Returns the process of the last incarnation where that has no end and lives on this host, and is not this process."""
     if not story.incarnations or story.incarnations[-1].ended is not None:
-        return
+        return None
     fields = story.incarnations[-1].began.fields
     if fields.get("host") != host():
-        return
+        return None
     with contextlib.suppress(psutil.Error, ValueError, TypeError):
         process = psutil.Process(fields.get("pid"))
         if process.pid == psutil.Process().pid:  # this one, begun anew
-            return
+            return None
         if process.create_time() == fields.get("process") and process.status() != psutil.STATUS_ZOMBIE:
-            raise InputError(
-                f"run_dir={run_dir}: process {process.pid} of this host works in it (incarnation {fields.get('number')}). "
-                "Wait for its end, or choose another run_dir"
-            )
+            return process
+    return None

@@ -35,6 +35,8 @@ def test_a_run_is_gone_on_with_and_comes_back_to_its_best_weights(tmp_path: Path
     assert list(values(whole, "sft/epoch").values()) == [0.4, 0.8, 1.2, 1.6, 2.0]
     assert whole.summary["end"] == "steps"
     assert (whole.run_dir / "model" / "config.json").is_file()
+    assert [each["step"] for each in whole.happened("step")] == [1, 2, 3, 4, 5]
+    assert [each["how"] for each in whole.happened("incarnation ended")] == ["done"]
 
     cut = sft(tmp_path / "cut", "sft.epochs=2", "sft.steps=2", "checkpoint.every=2", "optimizer.lr=0.002")
     assert cut.code == 0, cut.output
@@ -58,3 +60,6 @@ def test_a_run_is_gone_on_with_and_comes_back_to_its_best_weights(tmp_path: Path
     again = sft(tmp_path / "cut", "sft.epochs=9", "--resume", "auto")
     assert again.code == 0
     assert "this run has come to its end" in again.output
+    begun = [(each["number"], each["step"], each["previous"]) for each in again.happened("incarnation began")]
+    assert begun[:2] == [(1, 0, None), (2, 2, "done")]
+    assert [each["how"] for each in again.happened("incarnation ended")] == ["done"] * len(begun)

@@ -20,6 +20,7 @@ from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.loop.orders import Orders, StopRequest
 from ctpo_megatron.loop.sft import SftLoop, SftResult
 from ctpo_megatron.loop.state import RunState, Supervised
+from ctpo_megatron.record.events import Event, StepTrained
 from ctpo_megatron.record.values import Mean, Sum, Values
 from ctpo_megatron.types import TrainSample
 from tests.support.checkpoints import write_checkpoint
@@ -121,6 +122,24 @@ def test_each_demonstration_comes_once_in_every_epoch() -> None:
     seen = [n for batch in ranks.trained[:3] for n in batch]
     assert len(set(seen[:8])) == 8, "the first two steps are of one epoch"
     assert made.recorder.of("sft/epoch") == pytest.approx({step: min(step * 0.4, 3.0) for step in range(1, 9)})  # type: ignore[attr-defined]
+
+
+def test_each_step_is_told_with_where_its_time_went() -> None:
+    told: list[Event] = []
+    run(
+        loop(
+            config("sft.epochs=2", "sft.eval=x.jsonl", "sft.eval_every=2"),
+            Ranks(2.0, 1.5, 1.0),
+            held_out=[sample(11)],
+            emit=told.append,
+        )
+    )
+    steps = [event for event in told if isinstance(event, StepTrained)]
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5]
+    assert ["evaluate" in step.phases for step in steps] == [False, True, False, True, False]
+    assert all(
+        {"train", "checkpoint", "storage"} <= set(step.phases) and sum(step.phases.values()) <= step.seconds for step in steps
+    )
 
 
 @pytest.mark.parametrize(
