@@ -236,10 +236,9 @@ class TrainerRank:
     ) -> Values:
         """One optimizer step on placed shards; see `step.LossFn`. `check` is asked before anything is changed.
 
-        `more`: another step follows at once, in whose forward pass the ranks may gather what this one has moved; until then
-        nobody may read the weights.
         Returns loss, grad_norm (before clipping; also as grad_norm_max), lr and the reduced statistics, the same on every rank;
-        of a value head critic/grad_norm and critic/lr besides. `warming_up`: no weight but its own moves.
+        of a value head critic/grad_norm and critic/lr besides. `warming_up`: no weight but its own moves. `more`: another step
+        follows, whose forward pass makes the weights whole; until then nobody may read them.
         Raises NonFiniteError on every rank when the loss or the gradient is not finite, and what `check` raises. Weights, moments
         and schedule are then as they were, bit for bit, and so are random states: nothing here draws.
         """
@@ -255,8 +254,7 @@ class TrainerRank:
                 check(values)
             require_finite("loss", scalar(values["loss"]))
             values |= self._optimizer_step(self.optimizer, self.schedule, warming_up)
-            if not more:
-                gather_weights(self.models)
+            gather_weights([] if more else self.models)
             return values
 
     @contextlib.contextmanager
