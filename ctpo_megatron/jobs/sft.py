@@ -65,9 +65,9 @@ async def sft_job(config: RunConfig, stop: StopSignal, *, resume: Resume = "no")
     """
     begun = time.monotonic()
     check_sinks(config.log.sinks)
-    feed = SinkFeed()
+    lead, feed = Lead(), SinkFeed()
     storage = Storage(Path(config.run_dir), config.checkpoint.storage_wait_s)
-    events = IncarnationLog(Path(config.run_dir), [print_sentence, feed], storage.write)
+    events = IncarnationLog(Path(config.run_dir), [print_sentence, lead, feed], storage.write)
     async with closing_sinks(feed, events):
         with events:
             read: list[Event] = []  # told when there is a run directory to write them down in
@@ -76,11 +76,12 @@ async def sft_job(config: RunConfig, stop: StopSignal, *, resume: Resume = "no")
                 print(f"{config.run_dir}: this run has come to its end")
                 return
             run_dir, found = prepare_run_dir(config), inputs.found
-            events.begin(checkpoint=None if found is None else found.checkpoint, step=inputs.start.step)
+            start = inputs.start
+            events.begin(checkpoint=None if found is None else found.checkpoint, step=start.step, total=start.total_steps)
             for event in read:
                 events(event)
             feed.begin(make_sinks(config, run_dir, resumed=found is not None))
-            await _work(inputs, run_dir, storage, events, feed.sinks, stop, begun)
+            await _work(inputs, run_dir, storage, events, feed.sinks, stop, lead, begun)
 
 
 async def _work(
@@ -90,6 +91,7 @@ async def _work(
     emit: Emit,
     sinks: Sequence[Sink],
     stop: StopSignal,
+    lead: Lead,
     begun: float,
 ) -> None:
     """Train to the end, and write what came of it. `begun`: when the command began, by the monotonic clock."""
@@ -97,10 +99,10 @@ async def _work(
     output = Path(config.sft.output) if config.sft.output else run_dir / "model"
     one = _supervised(config.in_layout(config.parallel))  # nothing of it is started again
     topology = topology_of(config, engines=False)
-    runtime = Runtime(one, inputs.model.shape, topology, run_dir, total_steps=inputs.start.schedule)
+    runtime = Runtime(one, inputs.model.shape, topology, run_dir, total_steps=inputs.start.schedule, emit=emit)
     async with storage.outlasting(emit, runtime.stages):
         async with AsyncExitStack() as ends, runtime:
-            async with obey(stop, config, run_dir, storage, emit, Lead()) as orders:
+            async with obey(stop, config, run_dir, storage, emit, lead) as orders:
                 result = await runtime.guard(_train(runtime, inputs, run_dir, sinks, storage, orders, ends, emit, begun))
             if result.asked is not None:
                 emit(RunStopped(result.asked.reason, result.steps))

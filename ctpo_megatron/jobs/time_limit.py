@@ -25,7 +25,7 @@ from ctpo_megatron.slurm.commands import SlurmError
 FLOOR_S = 60.0  # for what is not measured: the end of all processes, on GPUs half a minute
 TIMES = 1.5  # of what was measured
 REMEMBERED = 16  # of the last saves and steps: one that a busy disk made slow is forgotten some day
-UNINTERRUPTED = ("batch", "sleep", "train", "publish")  # phases of a step that a stop waits for
+UNINTERRUPTED = ("batch", "sleep", "train", "measure", "publish")  # phases of a step that a stop waits for
 LOOK_S = 1.0
 ASK_EVERY_S = 120.0
 

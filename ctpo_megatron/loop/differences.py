@@ -61,6 +61,8 @@ _WHY: dict[str, tuple[Effect, str]] = {
     "eval.every": ("applies", ""),
     "eval.servers": ("applies", ""),
     "parallel": ("applies", "the same tensors are cut in another way"),
+    "parallel.overlap_grad_reduce": ("applies", "the sums are the same"),
+    "parallel.overlap_param_gather": ("applies", "the weights are the same"),
     "optimizer.lr": ("applies", _SCHEDULE),
     "optimizer.min_lr": ("applies", _SCHEDULE),
     "optimizer.schedule": ("applies", _SCHEDULE),

@@ -109,10 +109,12 @@ class SftLoop:
                 timer, begun = PhaseTimer(), time.monotonic()
                 with timer("train"):
                     applied = await self._train()
+                best = False
                 if self._measurement_due():
-                    with timer("evaluate"):
-                        await self._measure()
+                    with timer("measure"):
+                        best = await self._measure()
                 with timer("checkpoint"):
+                    await self._keep(best)
                     await self._save_if_due()
                 with timer("storage"):
                     await self.storage.clear()
@@ -161,10 +163,10 @@ class SftLoop:
 
     async def _measure_once_more(self) -> None:
         if self.held_out and self._step > self.first_step and not self._measurement_due():
-            await self._measure()
+            await self._keep(await self._measure())
 
-    async def _measure(self) -> None:
-        """Measure the held-out loss, and keep these weights where it is the lowest and the run may come back to them."""
+    async def _measure(self) -> bool:
+        """Measure the held-out loss; returns whether it is the lowest."""
         at_once, total, tokens = self.config.sft.batch_size, 0.0, 0.0
         for first in range(0, len(self.held_out), at_once):
             stats = await self.trainer.assess(self._batch(self.held_out[first : first + at_once]))
@@ -174,9 +176,13 @@ class SftLoop:
         self.recorder.step(self._step, {"sft/eval_loss": loss})
         if not (math.isfinite(loss) and (best is None or loss < best)):
             self.state = replace(self.state, waited=self.state.waited + 1)
-            return
+            return False
         self.state = replace(self.state, best=loss, best_step=self._step, waited=0)
-        if self.config.sft.patience is not None:
+        return True
+
+    async def _keep(self, best: bool) -> None:
+        """Keep these weights where they are the best and the run may come back to them."""
+        if best and self.config.sft.patience is not None:
             await self._save()
 
     def _worn_out(self) -> bool:

@@ -52,6 +52,7 @@ PHASES = {  # of a step, as its event names them
     "sleep": Cause.PUBLISH,
     "publish": Cause.PUBLISH,
     "evaluate": Cause.EVALUATE,
+    "measure": Cause.EVALUATE,  # of `ctpo sft`: held-out losses
     "checkpoint": Cause.CHECKPOINT,
     "storage": Cause.STALL,
 }

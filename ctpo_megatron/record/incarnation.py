@@ -62,10 +62,11 @@ class IncarnationLog:
             if self._over:  # it is of what ends later, and stands behind the end
                 self._log.close()
 
-    def begin(self, *, checkpoint: Path | None, step: int) -> None:
+    def begin(self, *, checkpoint: Path | None, step: int, total: int | None = None) -> None:
         """The input was checked, and the run begins anew, or goes on from `checkpoint` after `step` training steps.
 
-        Raises InputError where another process works in this directory, or its events.jsonl is damaged.
+        `total`: training steps of the whole run, where train.steps does not say it. Raises InputError where another process has
+        begun to work in this directory, or its events.jsonl is damaged.
         """
         story = read_story(self._path)
         _refuse_living(story, self._run_dir)
@@ -87,6 +88,7 @@ class IncarnationLog:
                 version=ctpo_megatron.__version__,
                 commit=commit(),
                 command=safe_words(sys.argv),
+                total=total,
             )
         )
         self._write_held()
@@ -96,6 +98,8 @@ class IncarnationLog:
         return account(read_story(self._path), time.time(), done=done)
 
     def __enter__(self) -> IncarnationLog:
+        """Raises InputError where another process works in this directory, before anything in it is written."""
+        _refuse_living(read_story(self._path), self._run_dir)
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> None:

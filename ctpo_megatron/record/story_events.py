@@ -28,6 +28,7 @@ class IncarnationBegan(Event):
     version: str  # of this package
     commit: str | None  # of this package's git checkout
     command: tuple[str, ...]  # without secrets
+    total: int | None = None  # training steps of the whole run, where train.steps does not say it
 
     @property
     def sentence(self) -> str:

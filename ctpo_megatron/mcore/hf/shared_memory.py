@@ -63,13 +63,13 @@ def start_helper() -> None:
 
 def new_shared(size: int) -> Tensor | None:
     """[size] uint8 in shared memory; None where there is no room for it, as in a container with 64 MB of it."""
-    start_helper()
     room = shutil.disk_usage(FILES)
     if room.free - size < RESERVE * room.total:
         return None
     try:
+        start_helper()
         storage = UntypedStorage._new_using_filename_cpu(size)
-    except RuntimeError:  # torch takes all pages at once, so nothing fails later
+    except RuntimeError:  # torch takes all pages at once, so nothing fails later; or its helper does not start
         return None
     return _bytes(storage)
 

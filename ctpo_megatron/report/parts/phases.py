@@ -29,6 +29,7 @@ WORK: dict[str, dict[str, str]] = {
     "train": {TRAINER: "train"},
     "publish": {TRAINER: "publish", SERVERS: "publish"},
     "evaluate": {SERVERS: "evaluate"},
+    "measure": {TRAINER: "measure"},
     "checkpoint": {TRAINER: "checkpoint"},
     "storage": {},
 }

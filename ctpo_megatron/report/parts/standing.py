@@ -26,9 +26,10 @@ class Standing:
 
 def standing(run: Run) -> Standing:
     """Returns where `run` stands."""
-    steps = run.setting("train.steps")
-    step = run.metrics.last_step
-    of = steps if isinstance(steps, int) and steps >= step else None  # `ctpo sft` counts steps of its own
+    lives, step = run.story.incarnations, run.metrics.last_step
+    told = lives[-1].began.fields.get("total") if lives else None  # `ctpo sft` counts steps of its own
+    steps = run.setting("train.steps") if told is None else told
+    of = steps if isinstance(steps, int) and steps >= step else None
     word, sentence = _word(run)
     return Standing(word, sentence, step, of, run.last_sign)
 

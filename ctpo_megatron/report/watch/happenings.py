@@ -48,6 +48,7 @@ class Life:
     number: int
     began: float
     step: int
+    total: int | None = None  # training steps of the whole run, where its settings do not say it
     ready: float | None = None
     how: str | None = None
     reason: str = ""
@@ -132,7 +133,8 @@ class Happenings:
             case WeightsPublished.name:
                 self.version = int(fields["version"])
             case IncarnationBegan.name:
-                self._begin(Life(int(fields["number"]), told.time, int(fields["step"])))
+                total = fields.get("total")
+                self._begin(Life(int(fields["number"]), told.time, int(fields["step"]), None if total is None else int(total)))
             case IncarnationEnded.name:
                 self._end(fields)
             case RunReady.name if self.life is not None:

@@ -73,7 +73,7 @@ def _before(lives: Sequence[Life]) -> str:
 
 
 def _progress(view: View) -> RenderableType:
-    steps, done, told = view.settings.steps, view.step, view.happenings
+    steps, done, told = view.steps, view.step, view.happenings
     words = [f"step {done:,}" + (f" of {steps:,}" if steps else "")]
     more = []
     if (speed := told.seconds_per_step()) is not None:

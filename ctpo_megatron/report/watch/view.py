@@ -93,12 +93,18 @@ class View:
         """Returns what the run is doing; None where that is not known, or long ago."""
         return self.now if self.live and self.now is not None and age_s(self.now, self.clock()) < STALE_S else None
 
+    @property
+    def steps(self) -> int | None:
+        """Returns the training steps of the whole run; None where that is not known."""
+        life = self.happenings.life
+        return self.settings.steps if life is None or life.total is None else life.total
+
     def eta_s(self) -> float | None:
         """Returns in how many seconds the run is done at the speed of its last steps; None where that is not known."""
         speed = self.happenings.seconds_per_step()
-        if self.settings.steps is None or speed is None or not self.live:
+        if self.steps is None or speed is None or not self.live:
             return None
-        return max(0, self.settings.steps - self.step) * speed
+        return max(0, self.steps - self.step) * speed
 
     def _read_config(self) -> None:
         path = self.run_dir / CONFIG

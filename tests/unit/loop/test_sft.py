@@ -136,7 +136,7 @@ def test_each_step_is_told_with_where_its_time_went() -> None:
     )
     steps = [event for event in told if isinstance(event, StepTrained)]
     assert [step.step for step in steps] == [1, 2, 3, 4, 5]
-    assert ["evaluate" in step.phases for step in steps] == [False, True, False, True, False]
+    assert ["measure" in step.phases for step in steps] == [False, True, False, True, False]
     assert all(
         {"train", "checkpoint", "storage"} <= set(step.phases) and sum(step.phases.values()) <= step.seconds for step in steps
     )
