@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ import psutil
 
 CANNOT_LISTEN = 98  # exit code of a server whose port was taken after it was chosen; the next start has another
 _SHM = "/dev/shm/"
+_OF_TORCH = re.compile(r"torch_(\d+)_")  # with the process that made the file; torch removes it when nobody has it mapped
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -76,14 +78,16 @@ def resident(pids: Iterable[int]) -> int:
 def group_shared_memory(group: int) -> set[str]:
     """Paths of the files in /dev/shm that the group's processes have mapped. A process that is killed does not unlink them.
 
+    Left out is what torch shares by name and another process has made, as a colocated sender its buckets: it goes on with them.
     They are read from `maps`: psutil reads `smaps`, for which the kernel walks all pages of a server.
     """
-    found = set()
-    for pid in group_members(group):
+    found, members = set(), group_members(group)
+    for pid in members:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
                 path = line.partition(_SHM)[2]
-                if path and not path.endswith(" (deleted)"):
+                maker = _OF_TORCH.match(path)
+                if path and not path.endswith(" (deleted)") and (maker is None or int(maker[1]) in members):
                     found.add(_SHM + path)
     return found
 

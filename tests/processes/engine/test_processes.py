@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ctpo_megatron.engine.processes import end_group, group_members, group_shared_memory, reap_group
+from ctpo_megatron.mcore.hf.shared_memory import Mapped, handle_of, new_shared
 
 FAMILY = """
 import mmap, os, sys, time
@@ -24,6 +25,17 @@ if os.fork() == 0:  # lives as long as its parent
 if os.fork() == 0:  # a zombie: its parent does not look
     os._exit(0)
 print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+MAPS = """
+import sys, time
+from ctpo_megatron.mcore.hf.shared_memory import Handle, Mapped, handle_of, new_shared
+
+manager, name, size = sys.argv[1:]
+theirs, own = Mapped().at(Handle(manager, name, int(size))), new_shared(64)
+print(handle_of(own).name, flush=True)
 time.sleep(60)
 """
 
@@ -56,6 +68,23 @@ def test_a_group_and_its_end(segment: Path) -> None:
         if process.stdout is not None:
             process.stdout.close()
     reap_group(process.pid)
+
+
+def test_memory_that_another_process_shares_with_a_group_stays() -> None:
+    """As a colocated sender's bucket, which a server has mapped when it is ended: the next server is given it again."""
+    memory = new_shared(64)
+    assert memory is not None
+    handle = handle_of(memory)
+    assert handle is not None
+    words = [sys.executable, "-c", MAPS, handle.manager, handle.name, str(handle.nbytes)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True, text=True) as process:
+        assert process.stdout is not None
+        own = process.stdout.readline().strip()
+        assert group_shared_memory(process.pid) == {f"/dev/shm{own}"}
+        assert end_group(process.pid) == []
+        reap_group(process.pid)
+    assert not Path(f"/dev/shm{own}").exists()
+    assert Mapped().at(handle).nbytes == 64
 
 
 def test_a_group_that_is_gone() -> None:
