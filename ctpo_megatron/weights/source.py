@@ -97,10 +97,11 @@ class RankWeights:
         self._transport = transport
         self._tp = tp
         self._address = address
-        # colocated servers map buckets by name, so ranks of the host can as well
-        self._memory = memory or BucketMemory(rank.device, shared=isinstance(transport, ColocatedTransport))
+        shared = isinstance(transport, ColocatedTransport)  # servers map buckets by name, so ranks of the host can as well
+        self._memory = memory or BucketMemory(rank.device, shared=shared)
         self._new_account = new_account
-        self._quantiser = Quantiser(rank.shape, BucketMemory(rank.device)) if transport.quantization else None
+        quantised = BucketMemory(rank.device, shared=shared)
+        self._quantiser = Quantiser(rank.shape, quantised) if transport.quantization else None
         self._sender: WeightSender | None = None  # of a rank that sends
         self._ordered = False  # whether the senders have found their order
         self._tracked = Tracked() if transport.delta else None

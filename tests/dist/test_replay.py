@@ -29,6 +29,7 @@ from ctpo_megatron.data.dumps import sequences_of
 from ctpo_megatron.data.packing import build_train_batch
 from ctpo_megatron.jobs.replay import ReplayReport, prepare_replay, replay_job
 from ctpo_megatron.loop.dumps import StepDumps, Written, all_dumps
+from ctpo_megatron.mcore.gathering import gather_weights
 from ctpo_megatron.mcore.rank import RankInfo, TrainerRank
 from ctpo_megatron.mcore.replay.rank import Replayed, replay_on_rank
 from ctpo_megatron.models.coords import RankCoords
@@ -296,6 +297,7 @@ def watched(engine: TrainerRank) -> Iterator[dict[str, Any]]:
 
     def step(*args: Any, **options: Any) -> Any:
         before.clear()
+        gather_weights(engine.models)  # the step before leaves that to the next one's forward pass
         before.update(state(engine))
         return original(*args, **options)
 
