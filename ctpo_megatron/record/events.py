@@ -105,7 +105,7 @@ class DataRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunReady(Event):
-    """All processes are up and the first weights are proven on the servers."""
+    """All processes are up and, where there are servers, the first weights are proven on them."""
 
     name: ClassVar[str] = "ready"
     seconds: float  # since the command began

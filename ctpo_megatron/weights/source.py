@@ -100,8 +100,7 @@ class RankWeights:
         shared = isinstance(transport, ColocatedTransport)  # servers map buckets by name, so ranks of the host can as well
         self._memory = memory or BucketMemory(rank.device, shared=shared)
         self._new_account = new_account
-        quantised = BucketMemory(rank.device, shared=shared)
-        self._quantiser = Quantiser(rank.shape, quantised) if transport.quantization else None
+        self._quantiser = Quantiser(rank.shape, BucketMemory(rank.device, shared=shared)) if transport.quantization else None
         self._sender: WeightSender | None = None  # of a rank that sends
         self._ordered = False  # whether the senders have found their order
         self._tracked = Tracked() if transport.delta else None
