@@ -97,7 +97,7 @@ def evaluate(
     """avg@k, pass@k and maj@k of model.path on data.eval and eval.benchmarks, through SGLang. The same command goes on from an
     end before its time."""
     loaded = _load(config, overrides)
-    with opened_nursery(loaded) as nursery:
+    with opened_nursery(loaded.without_trainer) as nursery:
         with modules_stay():
             from ctpo_megatron.jobs.evaluate import eval_job
 

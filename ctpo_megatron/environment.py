@@ -52,6 +52,12 @@ ON_CPUS = (
     _LOGPROBS,
     Variable("OMP_WAIT_POLICY", "passive", BOTH, "threads that wait must sleep: spinning, they take cores from other processes"),
     Variable(
+        "GOMP_SPINCOUNT",
+        "3000",
+        BOTH,
+        "GNU OpenMP's: but not at once; to wake a thread costs more than most operators of a small model",
+    ),
+    Variable(
         "THP_MEM_ALLOC_ENABLE", "1", BOTH, "torch's: buckets of weights come in large pages; small ones cost more than sending"
     ),
     Variable(
@@ -147,6 +153,8 @@ def environment_of(
     """The variables of a process of the run, to be added to what it inherits: the user's values first."""
     known = variables(reader, device, shares_gpus=shares_gpus, engine_args=engine_args)
     given = {each.name: each.value if each.fixed else user.get(each.name, each.value) for each in known}
+    if "OMP_WAIT_POLICY" in user and "GOMP_SPINCOUNT" not in user:
+        given.pop("GOMP_SPINCOUNT", None)  # it would win over what the user says of the same
     if device == "cpu":
         return given
     given |= {name: value for name, value in user.items() if name.startswith(PASSED_ON)}

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from ctpo_megatron.cluster.allocator import keep_memory
 from ctpo_megatron.cluster.environment import node_environment
 from ctpo_megatron.cluster.threads import set_threads, threads_per_rank
 from ctpo_megatron.errors import CtpoError, ProcessDied
@@ -91,6 +92,7 @@ def _is_told(error: BaseException) -> bool:
 
 
 def _rank(answer: Connection, threads: int, info: RankInfo, function: Callable[..., Any], args: tuple) -> None:
+    keep_memory()
     set_threads(threads)
     os.environ |= node_environment("cpu", info.master_addr, os.environ)
     try:

@@ -15,6 +15,8 @@ from ctpo_megatron.cluster.lean_ray import HOLDS_THEIR_INPUT, without_idle_proce
 from ctpo_megatron.cluster.loopback import LOOPBACK, on_loopback
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.errors import CtpoError, InputError, NoRoom
+from ctpo_megatron.models.rules import shared_prompts
+from ctpo_megatron.models.shape import ModelShape
 
 # Ray would run its actors, and the servers that they start, at niceness 15: anything else on the host would come before the run.
 # It asks a process to end before it kills it: one that is stopped would hold its place for five seconds. An actor that ends would
@@ -81,8 +83,9 @@ def _not_started(error: Exception) -> str:
     )
 
 
-def resolve_device(config: RunConfig) -> RunConfig:
-    """`config` with `cluster.device` set to `cpu` or `cuda`, by what the cluster offers.
+def resolve_device(config: RunConfig, shape: ModelShape) -> RunConfig:
+    """`config` with `cluster.device` set to `cpu` or `cuda`, by what the cluster offers, and what hangs on it and the model's
+    `shape`: train.share_prompts.
 
     Raises InputError when cuda is asked for and missing.
     """
@@ -92,7 +95,9 @@ def resolve_device(config: RunConfig) -> RunConfig:
         raise InputError("cluster.device=cuda, but the Ray cluster has no GPU; allowed here: cpu, auto")
     device = ("cuda" if gpus else "cpu") if wanted == "auto" else wanted
     config.check_device(device)
-    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"device": device})})
+    shared = shared_prompts(config.train.share_prompts, shape, device)
+    cluster = config.cluster.model_copy(update={"device": device})
+    return config.model_copy(update={"cluster": cluster, "train": config.train.model_copy(update={"share_prompts": shared})})
 
 
 async def reserve(bundles: list[dict[str, float]], timeout_s: float) -> PlacementGroup:

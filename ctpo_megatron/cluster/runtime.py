@@ -137,7 +137,7 @@ class Runtime:
         bundles = self.topology.bundles + self.topology.teacher_bundles
         connect(self.config, round(sum(bundle["CPU"] for bundle in bundles)))
         self._ray = ray_processes()
-        self.config = config = resolve_device(self.config)
+        self.config = config = resolve_device(self.config, self.shape)
         topology = self.topology.on(config.cluster.device)
         topology.check_sharing()
         self._room = room = Room(config, topology, self._emit)

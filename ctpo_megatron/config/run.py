@@ -158,11 +158,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _attention_shares_prompts(self) -> RunConfig:
-        if self.train.share_prompts is not None and self.cluster.device != "cpu":
-            raise ValueError(
-                f"train.share_prompts={self.train.share_prompts} needs cluster.device=cpu, and it is {self.cluster.device}: "
-                "TransformerEngine's attention reads no prompt for several sequences; set train.share_prompts=null"
-            )
+        if self.cluster.device == "cuda" and (fault := self._shared_prompts_fault):
+            raise ValueError(fault)
         return self
 
     @model_validator(mode="after")
@@ -231,8 +228,19 @@ class RunConfig(Section):
 
     def check_device(self, device: str) -> None:
         """Raise ConfigError for what cannot work on `device`, cpu or cuda, now that it is known to be the one."""
-        if fault := self._number_format_fault(device):
+        fault = self._number_format_fault(device) or (self._shared_prompts_fault if device == "cuda" else "")
+        if fault:
             raise ConfigError(fault)
+
+    @property
+    def _shared_prompts_fault(self) -> str:
+        """Returns why samples on GPUs cannot share prompts as asked; empty where nobody asks."""
+        if self.train.share_from is None:
+            return ""
+        return (
+            f"train.share_prompts={self.train.share_from} needs cluster.device=cpu, and it is cuda: TransformerEngine's "
+            "attention reads no prompt for several sequences; set train.share_prompts to auto or null"
+        )
 
     def _number_format_fault(self, device: str) -> str:
         """Returns why products on `device` cannot be in fp8 as asked, of the trainer or the servers; empty where they can."""
@@ -255,8 +263,19 @@ class RunConfig(Section):
     @property
     def without_trainer(self) -> RunConfig:
         """Returns this configuration where nothing is trained or published: servers keep the weights of a model's files."""
-        weights, train = self.weights.model_copy(update={"quantization": None}), self.train.model_copy(update={"fp8": None})
-        return self.model_copy(update={"weights": weights, "train": train})
+        weights = self.weights.model_copy(update={"quantization": None})
+        train = self.train.model_copy(update={"fp8": None, "staleness": 0, "oversample": 0})
+        return self.model_copy(update={"weights": weights, "train": train, "eval": self.eval.model_copy(update={"servers": 0})})
+
+    @property
+    def servers_alone(self) -> bool:
+        """Returns whether nothing else of the run computes while its servers generate.
+
+        So it is where the trainer waits for samples, or there is none. Servers that only evaluate do so while it trains, and the
+        servers of teachers read samples while others are generated.
+        """
+        teaching = self.algorithm.distillation
+        return not (self.train.staleness or self.eval.servers or (teaching is not None and teaching.started))
 
     @property
     def layouts(self) -> list[ParallelConfig]:

@@ -143,9 +143,9 @@ class TrainConfig(Section):
     spare: bool = True
     """Samples whose advantage is zero at every token, as in groups of equal rewards, get no forward and backward pass, unless
     another term of the loss wants one (docs/passes.md). They count in the loss's means, not in the statistics of training."""
-    share_prompts: PositiveInt | None = None
+    share_prompts: PositiveInt | Literal["auto"] | None = "auto"
     """Samples of a group read the tokens that all of them begin with once, where these are at least so many (docs/passes.md). On
-    CPUs, for dense models with heads. null: each reads its own."""
+    CPUs, for dense models with heads. auto: from 16 tokens on there, and nowhere else; null: each reads its own."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in the backward pass. selective: inside attention, and where it pays inside experts; full: of
     whole layers."""
@@ -157,6 +157,11 @@ class TrainConfig(Section):
     nonfinite_dumps: NonNegativeInt = 4
     """How many dumps of such steps are kept in RUN_DIR/dumps, the newest; each holds the weights too. 0: none is written."""
     spikes: SpikeConfig = SpikeConfig()
+
+    @property
+    def share_from(self) -> int | None:
+        """From how many common tokens on prompts are read once; None: each sample reads its own, as where auto is undecided."""
+        return None if self.share_prompts == "auto" else self.share_prompts
 
     @property
     def token_multiple(self) -> int:

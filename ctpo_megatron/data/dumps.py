@@ -85,6 +85,7 @@ class StepDump:
     def packed(self, parallel: ParallelConfig, max_tokens: int, attention_weight: float) -> list[list[MicroBatch]]:
         """Its micro-batches [dp][n] at another layout, or at the one that it happened at: then the same, bit for bit.
 
+        Where the run shared prompts each sample reads its own here.
         `max_tokens` and `attention_weight` as in `build_train_batch`; a micro-batch holds at least the longest sample.
         """
         step, unit = length_steps(parallel.cp, parallel.tp)

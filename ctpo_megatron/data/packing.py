@@ -71,7 +71,9 @@ def pack(
             )
     weighted = [1.0] * len(samples) if weights is None else weights
     numbers = range(first_id, first_id + len(samples)) if ids is None else ids
-    together = alone(samples) if share_from is None else families(samples, fewest=share_from, capacity=capacity, step=step)
+    share = max([*lengths, sum(lengths) // dp])  # more at once would leave other ranks with nothing to do
+    room = min(capacity, share)
+    together = alone(samples) if share_from is None else families(samples, fewest=share_from, capacity=room, step=step)
     sizes = [family.positions(samples, step) for family in together]
     bins = plan_micro_batches(sizes, capacity=capacity, dp=dp, multiple=multiple, attention_weight=attention_weight)
     samples, filler = _alike(samples)

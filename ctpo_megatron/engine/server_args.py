@@ -11,6 +11,7 @@ from pathlib import Path
 from ctpo_megatron.config.rollout import CPU_KV_TOKENS, EngineConfig
 from ctpo_megatron.environment import environment_of
 from ctpo_megatron.models.quantised import server_config
+from ctpo_megatron.models.threads import useful_threads
 
 _CPU_ARGUMENTS = (
     *("--attention-backend", "torch_batched", "--sampling-backend", "pytorch"),
@@ -76,22 +77,30 @@ def server_args(
     return [*arguments, *engine.extra_args]
 
 
-def server_env(engine: EngineConfig, *, device: str, gpus: Sequence[str] = ()) -> dict[str, str]:
+def server_env(
+    engine: EngineConfig, *, device: str, gpus: Sequence[str] = (), alone: bool = False, hidden_size: int | None = None
+) -> dict[str, str]:
     """Variables that SGLang, CUDA and OpenMP read and have no argument for; to be added to the parent's.
 
     `gpus` are the trainer's GPUs that the server sees, by CUDA's names; it uses the first ones. Empty: it has its own.
+    `alone`: nothing else of the run computes while servers generate, see `RunConfig.servers_alone`.
+    `hidden_size`: of the model, see `models.threads`; None: not known.
     """
     env = environment_of("server", device, os.environ, engine_args=engine.extra_args)
     if gpus:  # the check would refuse them: a stage of the trainer's pipeline may need more than another one
         env |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "false"}
-    return env | _shares_of_cores(engine) if device == "cpu" else env
+    return env | _shares_of_cores(engine, alone, hidden_size) if device == "cpu" else env
 
 
-def _shares_of_cores(engine: EngineConfig) -> dict[str, str]:
-    """The threads of a server on CPUs, and the cores of each of its ranks."""
+def _shares_of_cores(engine: EngineConfig, alone: bool, hidden_size: int | None) -> dict[str, str]:
+    """The threads of a server on CPUs, and the cores of each of its ranks.
+
+    The ranks of all servers share the host: all its cores where they are `alone`, otherwise half, as the trainer computes too.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    ranks = engine.tp * engine.servers
-    env = {"OMP_NUM_THREADS": str(max(1, len(cores) // ranks // 2))}  # half of the cores: the other half is for the trainer
+    ranks = engine.tp_per_node * engine.servers  # at most so many are on one host
+    share = len(cores) // ranks // (1 if alone else 2)
+    env = {"OMP_NUM_THREADS": str(useful_threads(share, hidden_size))}
     if engine.tp > 1:  # without it SGLang wants one NUMA node per rank
         here = engine.tp_per_node
         share = max(1, len(cores) // here)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ctpo_megatron.config import RunConfig
 from ctpo_megatron.engine.nursery import Nursery
 from ctpo_megatron.engine.server_args import server_env
+from ctpo_megatron.models.threads import hidden_size_in
 
 GPU_DRIVER = "/dev/nvidiactl"
 
@@ -24,5 +25,8 @@ def opened_nursery(config: RunConfig) -> Iterator[Nursery | None]:
     if not on_cpu or config.cluster.address is not None:
         yield None
         return
-    with contextlib.closing(Nursery(server_env(config.rollout.engine, device="cpu"))) as nursery:
+    env = server_env(
+        config.rollout.engine, device="cpu", alone=config.servers_alone, hidden_size=hidden_size_in(config.model.path)
+    )
+    with contextlib.closing(Nursery(env)) as nursery:
         yield nursery

@@ -18,7 +18,7 @@ def check_layouts(shape: ModelShape, config: RunConfig) -> None:
     cannot have the adapters that are asked for, or share prompts."""
     if config.model.adapter is not None:
         check_adapter(shape, config.model.adapter, config.moe)
-    if config.train.share_prompts is not None:
+    if config.train.share_from is not None:
         check_shared_prompts(shape)
     preferred, *smaller = config.layouts
     adapted = config.model.adapter is not None

@@ -372,7 +372,7 @@ def make_batches(
             first_id=sum(len(group) for group in samples[:first]),
             attention_weight=attention_weight,
             spare_beyond=-(-FEWEST_TOKENS // train.optimizer_steps) if spare else None,
-            share_from=train.share_prompts,
+            share_from=train.share_from,
             token_multiple=train.token_multiple,
         )
         for first in range(0, len(groups), per_batch)

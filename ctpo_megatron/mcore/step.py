@@ -33,7 +33,8 @@ from ctpo_megatron.batch import MicroBatch
 from ctpo_megatron.mcore.gathering import await_weight
 from ctpo_megatron.mcore.groups import current_coords
 from ctpo_megatron.mcore.host import forward_region
-from ctpo_megatron.mcore.model.attention import packed_layout, packed_params
+from ctpo_megatron.mcore.model.attention import compiled_layout, packed_layout, packed_params
+from ctpo_megatron.mcore.model.compiled import compiles_attention
 from ctpo_megatron.mcore.model.head import Head, in_model_precision, spread
 from ctpo_megatron.mcore.model.rotary import rotary_positions
 from ctpo_megatron.mcore.model.routing import Routers
@@ -72,6 +73,7 @@ class Stepper:
         self, models: list[torch.nn.Module], routers: Routers, vocab_size: int, device: torch.device, portable: bool
     ) -> None:
         self.models, self.routers, self.device, self.portable = models, routers, device, portable
+        self.compiled = portable and compiles_attention(get_model_config(models[0]), device)
         self.cp_group = parallel_state.get_context_parallel_group()
         self.tp_group = parallel_state.get_tensor_model_parallel_group()
         self.pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -179,7 +181,8 @@ class Stepper:
     def _describe(self, shard: MicroBatch) -> PackedInput:
         sequences = shard.sequences.to(torch.device("cpu"))
         if self.portable:
-            packed = packed_layout(sequences, self.device, self.cp_group.rank(), self.cp_group.size())
+            layout = compiled_layout if self.compiled else packed_layout
+            packed = layout(sequences, self.device, self.cp_group.rank(), self.cp_group.size())
         elif sequences.prefixes is not None:
             raise ValueError("TransformerEngine's attention reads no prompt for several sequences; set train.share_prompts=null")
         else:

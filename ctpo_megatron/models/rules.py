@@ -6,10 +6,13 @@ Rules that need only the sizes stand in `config.model.ParallelConfig`; docs/para
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.models.shape import Experts, HeadAttention, ModelShape
+
+SHARED_FROM = 16  # common tokens, from which on reading them once is on by default
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +72,27 @@ def check_layout(shape: ModelShape, parallel: ParallelConfig, *, adapted: bool =
 
 def check_shared_prompts(shape: ModelShape) -> None:
     """Raise ConfigError for a model whose samples cannot read a common prompt once."""
+    if fault := _shared_prompts_fault(shape):
+        raise ConfigError(f"train.share_prompts: {shape.family} {fault}; set train.share_prompts to auto or null.")
+
+
+def shared_prompts(wanted: int | Literal["auto"] | None, shape: ModelShape, device: str) -> int | None:
+    """Returns from how many common tokens on samples read a prompt once, on `device`, cpu or cuda; None: they never do.
+
+    `wanted`: train.share_prompts. What it asks for and cannot be had was refused before.
+    """
+    if wanted != "auto":
+        return wanted
+    return SHARED_FROM if device == "cpu" and not _shared_prompts_fault(shape) else None
+
+
+def _shared_prompts_fault(shape: ModelShape) -> str:
+    """Returns what keeps a model from it; empty where nothing does."""
     if shape.experts is not None:
-        raise ConfigError(
-            f"train.share_prompts: {shape.family} is a mixture of experts, whose load, auxiliary losses and recorded routing "
-            "count every token of every sample; set train.share_prompts=null."
-        )
+        return "is a mixture of experts, whose load, auxiliary losses and recorded routing count every token of every sample"
     if not isinstance(shape.attention, HeadAttention):
-        raise ConfigError(
-            f"train.share_prompts: {shape.family} has latent attention, which finds the positions of its tokens itself; set "
-            "train.share_prompts=null."
-        )
+        return "has latent attention, which finds the positions of its tokens itself"
+    return ""
 
 
 def layers_per_stage(num_layers: int, parallel: ParallelConfig) -> list[int]:

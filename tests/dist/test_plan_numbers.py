@@ -11,6 +11,7 @@ from ctpo_megatron.batch import Sequences
 from ctpo_megatron.config.adapter import TARGETS, LoraConfig
 from ctpo_megatron.config.model import ParallelConfig
 from ctpo_megatron.config.train import OptimizerConfig
+from ctpo_megatron.kernels.cpu.lanes import LANES
 from ctpo_megatron.mcore.rank import RankInfo
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.shape import HeadAttention, ModelShape
@@ -152,24 +153,20 @@ def adapters_of(targets: tuple[str, ...], has_dora: bool) -> dict[str, LoraConfi
 def spared(shape: ModelShape, layer: int, parallel: ParallelConfig) -> int:
     """Bytes in float32 that the portable layers keep more than the plan says."""
     tokens, tp, attention, experts = SEQUENCES * LENGTH, parallel.tp, shape.attention, shape.experts
-    # of each norm: the normed input before its weight, one number per token
-    norms = 2 * tokens // tp * (shape.hidden_size + 1)
     width = head_width(attention, shape.num_heads // tp, tp) if isinstance(attention, HeadAttention) else latent_width(shape)
-    if experts is None or not experts.layers[layer]:
-        width += 2 * shape.ffn_hidden_size // tp  # silu's output and a copy
-    else:
+    if experts is not None and experts.layers[layer]:
         # three more of each expert's width, gates before and after permutation; what sigmoid gates are divided by
         width += experts.top_k * (3 * experts.ffn_hidden_size + 2) + (experts.score == "sigmoid")
         width += 2 * experts.shared_ffn_hidden_size // tp
-    return (norms + width * tokens) * FLOAT
+    elif experts is not None:
+        width += 2 * shape.ffn_hidden_size // tp  # silu's output and a copy: models with experts have megatron's activation
+    return width * tokens * FLOAT
 
 
 def head_width(attention: HeadAttention, heads: int, tp: int) -> int:
-    """Numbers per token. Rotated queries and keys are in the plan; here they are kept as padded for attention."""
+    """Numbers per token: cosines and sines, which all layers have in common, and with several groups a copy of the queries."""
     groups, d = attention.num_kv_heads // tp, attention.head_dim
-    rotation = 4 * d  # cosines and sines, made anew for queries and keys
-    norms = (heads + groups) * (d + 1) + (heads * d if groups > 1 else 0)  # with several groups, queries are copied before it
-    return rotation + norms + (groups + heads) * d  # values and output, padded
+    return d * LENGTH // (SEQUENCES * LENGTH) + (heads * d if groups > 1 else 0)
 
 
 def latent_width(shape: ModelShape) -> int:
@@ -180,7 +177,8 @@ def latent_width(shape: ModelShape) -> int:
     query = a.nope_dim + a.rope_dim
     here = 2 * query + 2 * a.value_dim + LENGTH
     planned = 3 * query + a.nope_dim + 3 * a.value_dim + 1
-    rotation, norms = 4 * a.rope_dim, a.q_rank + a.kv_rank + 2
+    rotation = 4 * a.rope_dim  # cosines and sines, made anew for queries and keys
+    norms = sum(rank + 1 for rank in (a.q_rank, a.kv_rank) if rank % LANES)  # those that are not compiled keep what they normed
     return rotation + norms + heads * (here - planned)
 
 
@@ -270,14 +268,15 @@ def kept_with_adapters(model: str, layout: dict[str, int], targets: tuple[str, .
 
 def kept_by_layers(shape: ModelShape, parallel: ParallelConfig, adapter: LoraConfig | None = None) -> list[int]:
     """Bytes of floating-point tensors that each layer saves for its backward pass, weights apart, each storage once."""
-    from ctpo_megatron.mcore.model.attention import packed_layout
+    from ctpo_megatron.mcore.model.attention import compiled_layout, packed_layout
     from ctpo_megatron.mcore.model.routing import Routers
 
     models = build(shape, parallel, torch.float32, adapter)
     model = models[0].module
     nothing, lengths = torch.zeros(SEQUENCES), torch.full((SEQUENCES,), LENGTH)
     sequences = Sequences(torch.arange(SEQUENCES + 1, dtype=torch.int32) * LENGTH, lengths, nothing, nothing, nothing)
-    layout = packed_layout(sequences, torch.device("cpu"), 0, 1)
+    way = compiled_layout if isinstance(shape.attention, HeadAttention) else packed_layout
+    layout = way(sequences, torch.device("cpu"), 0, 1)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     counts = [Saved(layer, weights) for layer in model.decoder.layers]
     ids = torch.arange(SEQUENCES * LENGTH) % 299

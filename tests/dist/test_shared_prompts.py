@@ -6,9 +6,11 @@ On gloo with the real megatron-core, two optimizer steps in an update, at one ra
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,18 +33,23 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
 LAYOUTS: dict[str, dict[str, int]] = {"DP2": {"dp": 2}, "TP2": {"tp": 2}, "PP2": {"pp": 2}, "CP2": {"cp": 2}}
 FAMILIES = ("qwen3", "llama")  # llama: rotary embeddings in several bands
 TEMPERATURE, MAX_TOKENS, SHARE_FROM = 0.7, 64, 4
+ALGORITHM = AlgorithmConfig(anchor="old")
+WITH_CRITIC = AlgorithmConfig.model_validate({"anchor": "old", "advantage": {"type": "gae"}})
 NUMBERS = ("loss", "grad_norm", "entropy", "ratio", "kl_old", "drift/mean")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     models = {family: write_model(tmp_path_factory.mktemp(family), family, 2) for family in FAMILIES}
-    ports = [free_port() for _ in LAYOUTS]
+    ports = [free_port() for _ in range(len(LAYOUTS) + 1)]
     (alone,) = run_ranks(1, at_one_rank, models)
     return {**alone, **run_ranks(2, at_two_ranks, models["qwen3"], ports)[0]}
 
 
-@pytest.mark.parametrize("layout", ["qwen3", "llama", "qwen3, recomputed", *LAYOUTS])
+PATHS = ["qwen3", "llama", "qwen3, recomputed", "qwen3, portable", "qwen3, with a critic", *LAYOUTS, "CP2, portable"]
+
+
+@pytest.mark.parametrize("layout", PATHS)
 def test_a_prompt_that_is_read_once_changes_nothing(found: dict[str, Any], layout: str) -> None:
     shared, apart = found[layout]["shared"], found[layout]["apart"]
     for name in NUMBERS:
@@ -53,9 +60,12 @@ def test_a_prompt_that_is_read_once_changes_nothing(found: dict[str, Any], layou
     assert shared["positions"] < 0.8 * apart["positions"], "a case that shares next to nothing compares nothing"
 
 
-@pytest.mark.parametrize("fault", ["positions from 0", "without its prompt"])
-def test_a_planted_fault_shows(found: dict[str, Any], fault: str) -> None:
-    wrong, apart = found["qwen3"][fault], found["qwen3"]["apart"]
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [("qwen3", "without its prompt"), ("qwen3, portable", "positions from 0"), ("qwen3, portable", "without its prompt")],
+)
+def test_a_planted_fault_shows(found: dict[str, Any], path: str, fault: str) -> None:
+    wrong, apart = found[path][fault], found[path]["apart"]
     assert abs(wrong["grad_norm"] - apart["grad_norm"]) > 1e-3 * apart["grad_norm"]
 
 
@@ -63,31 +73,47 @@ def test_a_planted_fault_shows(found: dict[str, Any], fault: str) -> None:
 
 
 def at_one_rank(rank: RankInfo, models: dict[str, Path]) -> dict[str, Any]:
-    found = {family: at(rank, model, ParallelConfig(), faults=family == "qwen3") for family, model in models.items()}
-    return found | {"qwen3, recomputed": at(rank, models["qwen3"], ParallelConfig(), recompute="full")}
+    compiled = {"without its prompt": ("compiled_layout", alone_compiled)}
+    portable = {
+        "positions from 0": ("rotary_positions", lambda *_: nullcontext()),
+        "without its prompt": ("packed_layout", alone),
+    }
+    found = {family: at(rank, model, ParallelConfig(), compiled if family == "qwen3" else {}) for family, model in models.items()}
+    found["qwen3, portable"] = at(rank, models["qwen3"], ParallelConfig(), portable, compiles=False)
+    found["qwen3, recomputed"] = at(rank, models["qwen3"], ParallelConfig(), recompute="full")
+    return found | {"qwen3, with a critic": at(rank, models["qwen3"], ParallelConfig(), algorithm=WITH_CRITIC)}
 
 
 def at_two_ranks(rank: RankInfo, model: Path, ports: list[int]) -> dict[str, dict[str, Any]]:
-    places = zip(LAYOUTS.items(), ports, strict=True)
-    return {name: at(replace(rank, master_port=port), model, ParallelConfig(**sizes)) for (name, sizes), port in places}
+    *of_layouts, last = ports
+    places = zip(LAYOUTS.items(), of_layouts, strict=True)
+    found = {name: at(replace(rank, master_port=port), model, ParallelConfig(**sizes)) for (name, sizes), port in places}
+    return found | {"CP2, portable": at(replace(rank, master_port=last), model, ParallelConfig(cp=2), compiles=False)}
 
 
-def at(rank: RankInfo, model: Path, parallel: ParallelConfig, *, faults: bool = False, recompute: str = "none") -> dict[str, Any]:
+def at(
+    rank: RankInfo,
+    model: Path,
+    parallel: ParallelConfig,
+    faults: Mapping[str, tuple[str, Callable]] = MappingProxyType({}),
+    *,
+    compiles: bool = True,
+    recompute: str = "none",
+    algorithm: AlgorithmConfig = ALGORITHM,
+) -> dict[str, Any]:
     placed = at_own_port(rank) if parallel == ParallelConfig() else rank
-    engine = TrainerRank(str(model), parallel, OPTIMIZER, placed, device="cpu", seed=1, recompute=recompute)
-    found = {"apart": trained(engine, None), "shared": trained(engine, SHARE_FROM)}
-    if faults:
+    options: dict[str, Any] = {"device": "cpu", "seed": 1, "recompute": recompute, "critic": algorithm.critic}
+    engine = TrainerRank(str(model), parallel, OPTIMIZER, placed, **options)
+    assert engine._stepper.compiled, "the model is one that both ways compute"
+    engine._stepper.compiled = compiles
+    found = {"apart": trained(engine, None, algorithm), "shared": trained(engine, SHARE_FROM, algorithm)}
+    for name, (seam, fault) in faults.items():
         import ctpo_megatron.mcore.step as step
 
-        planted = {
-            "positions from 0": ("rotary_positions", lambda *_: nullcontext()),
-            "without its prompt": ("packed_layout", alone),
-        }
-        for name, (seam, fault) in planted.items():
-            before = getattr(step, seam)
-            setattr(step, seam, fault)
-            found[name] = trained(engine, SHARE_FROM)
-            setattr(step, seam, before)
+        before = getattr(step, seam)
+        setattr(step, seam, fault)
+        found[name] = trained(engine, SHARE_FROM, algorithm)
+        setattr(step, seam, before)
     engine.close()
     return found
 
@@ -99,6 +125,13 @@ def alone(sequences: Any, *where: Any) -> Any:
     layout = packed_layout(replace(sequences, prefixes=None), *where)
     layout.positions, layout.max_seqlen_kv = packed_layout(sequences, *where).positions, 64
     return layout
+
+
+def alone_compiled(sequences: Any, *where: Any) -> Any:
+    """The same of compiled attention."""
+    from ctpo_megatron.mcore.model.attention import compiled_layout
+
+    return compiled_layout(replace(sequences, prefixes=None), *where)
 
 
 def draw_samples() -> list[TrainSample]:
@@ -125,17 +158,26 @@ def draw_samples() -> list[TrainSample]:
     return samples
 
 
-def trained(engine: TrainerRank, share_from: int | None) -> dict[str, Any]:
+def rewarded(sample: TrainSample) -> TrainSample:
+    """The sample for a critic, with a reward at its last token."""
+    nothing = [0.0] * len(sample)
+    return replace(sample, advantages=nothing, rewards=[*nothing[:-1], sample.advantages[-1]])
+
+
+def trained(engine: TrainerRank, share_from: int | None, algorithm: AlgorithmConfig = ALGORITHM) -> dict[str, Any]:
     """Two optimizer steps from the model's weights, and the log-probs of what the policy wrote before them."""
+    from ctpo_megatron.mcore.model.value_head import value_head
     from ctpo_megatron.mcore.policy import update_policy
 
+    if (head := value_head(engine.models)) is not None:
+        for weight in head.parameters():
+            weight.detach().fill_(0.1)
     begin_again(engine)
     options = {"aggregation": SequenceMean(), "parallel": engine.parallel, "max_tokens": MAX_TOKENS, "share_from": share_from}
-    samples = draw_samples()
+    samples = [rewarded(sample) if algorithm.critic else sample for sample in draw_samples()]
     batches = [build_train_batch(samples[first : first + 8], first_id=first, **options) for first in (0, 8)]
     mine = [batch.micro_batches[engine.coords.dp_rank] for batch in batches]
     logp = by_sample(engine, mine)
-    algorithm = AlgorithmConfig(anchor="old")
     values = update_policy(engine, mine, algorithm=algorithm, temperature=TEMPERATURE, drift=DriftBounds(), version=0)
     found = {name: scalar(values[name]) for name in NUMBERS}
     positions = sum(mb.positions for batch in batches for row in batch.micro_batches for mb in row)

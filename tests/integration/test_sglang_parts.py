@@ -123,8 +123,9 @@ def test_products_with_weights_are_the_same_in_other_ways(tmp_path: Path) -> Non
         found = products.by_onednn(pytest.fail, None, layer, x, added)
         torch.testing.assert_close(found, torch.nn.functional.linear(x, later, added))
     assert products.by_onednn(lambda *_: "SGLang's own", None, half, x.bfloat16()) == "SGLang's own"
-    for maker, own in (("GenuineIntel", True), ("AuthenticAMD", False)):
-        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {maker}\n")
+    cases = (("GenuineIntel", "avx2 avx512f", True), ("AuthenticAMD", "avx2 avx512f", False), ("AuthenticAMD", "avx2", True))
+    for maker, flags, own in cases:
+        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {maker}\nflags\t: {flags}\n")
         assert products.has_mkl_of_its_own(tmp_path / "cpuinfo") is (own and torch.backends.mkl.is_available())
 
 

@@ -69,12 +69,15 @@ def test_values_that_a_run_cannot_work_with_are_refused_by_name(
 def test_on_cpus_only_what_cpus_need() -> None:
     user = {"NCCL_DEBUG": "INFO", "GLOO_SOCKET_IFNAME": "lo"}
     assert environment_of("trainer", "cpu", user) == {
+        "GOMP_SPINCOUNT": "3000",
         "OMP_WAIT_POLICY": "passive",
         "THP_MEM_ALLOC_ENABLE": "1",
         "TORCH_FR_BUFFER_SIZE": "2000",
     }
     assert environment_of("server", "cpu", {}).keys() == {each.name for each in ON_CPUS} - {"TORCH_FR_BUFFER_SIZE"}
-    assert environment_of("trainer", "cpu", {"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
+    own = environment_of("trainer", "cpu", {"OMP_WAIT_POLICY": "active"})
+    assert own["OMP_WAIT_POLICY"] == "active"
+    assert "GOMP_SPINCOUNT" not in own
 
 
 def test_every_variable_says_why() -> None:

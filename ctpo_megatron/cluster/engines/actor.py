@@ -22,6 +22,7 @@ from ctpo_megatron.engine.server import SGLangServer
 from ctpo_megatron.engine.server_args import Part, server_args, server_env
 from ctpo_megatron.engine.toolkit import check_toolkit
 from ctpo_megatron.errors import EngineError, ProcessDied
+from ctpo_megatron.models.threads import hidden_size_in
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.record.heartbeat import Pulse
 
@@ -87,7 +88,8 @@ class EngineActor:
         )
         if device != "cpu" and sees_gpu():  # without a driver there is nothing to compile for, and the server says so
             check_toolkit()
-        environment = server_env(engine, device=device, gpus=self._gpus)
+        hidden_size = hidden_size_in(config.model.path)
+        environment = server_env(engine, device=device, gpus=self._gpus, alone=config.servers_alone, hidden_size=hidden_size)
         environment |= node_environment(device, self._host, os.environ | environment)
         if not os.environ.get("SGLANG_HOST_IP"):  # else a server on several nodes takes the address of its node's first interface
             environment["SGLANG_HOST_IP"] = self._host

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 
+from ctpo_megatron.cluster.allocator import keep_memory
 from ctpo_megatron.cluster.environment import log_line, node_environment, set_own
 from ctpo_megatron.cluster.keepers.calls import Handed, contents_of, hand_over, reader
 from ctpo_megatron.cluster.logs import redirect_output
@@ -29,6 +30,7 @@ from ctpo_megatron.errors import ConfigError, CopyLost
 from ctpo_megatron.imports import modules_stay
 from ctpo_megatron.models.coords import RankCoords
 from ctpo_megatron.models.shape import ModelShape
+from ctpo_megatron.models.threads import useful_threads
 from ctpo_megatron.ports import free_port
 from ctpo_megatron.record.heartbeat import Pulse, Stages, stage
 from ctpo_megatron.record.stalls import Evidence
@@ -107,7 +109,8 @@ class TrainerActor:
         device = self.config.cluster.device
         os.environ.update(node_environment(device, node_address(self.config), os.environ))
         if device == "cpu":
-            set_threads(threads_per_rank(ranks_here))
+            keep_memory()
+            set_threads(useful_threads(threads_per_rank(ranks_here), self.shape.hidden_size))
         else:
             check_gpus(self.gpus())
             cores = os.sched_getaffinity(0)

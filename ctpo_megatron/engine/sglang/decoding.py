@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ctpo_megatron.engine.sglang.addresses import address
 from ctpo_megatron.engine.sglang.kernels import attention, scratch
-from ctpo_megatron.engine.sglang.lanes import LANES
+from ctpo_megatron.kernels.cpu.addresses import address
+from ctpo_megatron.kernels.cpu.lanes import LANES
 
 
 @dataclass(frozen=True)

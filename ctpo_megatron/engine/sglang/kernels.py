@@ -1,4 +1,4 @@
-"""Functions that numba compiles for decoding on CPUs in float32: attention in place, norm, activation and rotary embedding.
+"""Functions that numba compiles for decoding on CPUs in float32: attention in place and rotary embedding.
 
 Attention reads keys and values where they lie in the KV cache, each once: nothing is gathered, copied or padded. Tensors come as
 addresses (`addresses`); each is contiguous unless a stride of its rows comes with it.
@@ -14,16 +14,16 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from ctpo_megatron.engine.sglang import addresses
-from ctpo_megatron.engine.sglang import lanes as simd
-from ctpo_megatron.engine.sglang.addresses import floats, integers, table
-from ctpo_megatron.engine.sglang.lanes import LANES, lanes
 from ctpo_megatron.kernels.compiled import compiled
+from ctpo_megatron.kernels.cpu import addresses, softmax
+from ctpo_megatron.kernels.cpu import lanes as simd
+from ctpo_megatron.kernels.cpu.addresses import floats, integers, table
+from ctpo_megatron.kernels.cpu.lanes import LANES, lanes
+from ctpo_megatron.kernels.cpu.softmax import weigh
 
 _floats, _address, _count = types.float32[::1], types.int64, types.intp
-_LOWEST = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_SOURCES = (__file__, str(addresses.__file__), str(simd.__file__))
+_SOURCES = (__file__, str(addresses.__file__), str(softmax.__file__), str(simd.__file__))
 _compiled: Any = {"sources": _SOURCES, "nogil": True, "error_model": "numpy"}
 
 
@@ -72,7 +72,7 @@ def attention(dim: int) -> Any:
                     found = _dots(parts, q, mine + head * dim, keys, places, block, head // group * dim)
                     simd.store(scores, head * width + block, simd.multiply(found, simd.splat(scale)))
             for head in range(heads):
-                scores[(head + 1) * width - 1] = _weigh(scores, head * width, count)
+                scores[(head + 1) * width - 1] = weigh(scores, head * width, count, blocks * LANES)[1]
                 for part in range(0, dim, LANES):
                     simd.store(out, mine + head * dim + part, simd.splat(_ZERO))
             for block in range(0, blocks * LANES, LANES):
@@ -96,26 +96,6 @@ def _ask(cache, places, first, end, size):
     for place in range(first, min(first + LANES, end)):
         for part in range(0, size, LANES):
             simd.fetch(cache, places[place] + part)
-
-
-@compiled(types.float32(_floats, types.intp, types.intp), **_compiled)
-def _weigh(scores, begin, count):
-    """The sum of e^(score - largest score) of `count` scores; those replace the scores, and zeros what fills the last block."""
-    end = begin + (count - 1) // LANES * LANES
-    left = begin + count - end
-    simd.store(scores, end, simd.keep(simd.load(scores, end), left, _LOWEST))
-    most = simd.load(scores, begin)
-    for block in range(begin + LANES, end + 1, LANES):
-        most = simd.larger(most, simd.load(scores, block))
-    least = simd.splat(-simd.largest(most))
-    everything = simd.splat(_ZERO)
-    for block in range(begin, end + 1, LANES):
-        weights = simd.exp(simd.add(simd.load(scores, block), least))
-        if block == end:
-            weights = simd.keep(weights, left, _ZERO)
-        simd.store(scores, block, weights)
-        everything = simd.add(everything, weights)
-    return simd.total(everything)
 
 
 @intrinsic(prefer_literal=True)
@@ -169,40 +149,6 @@ def _mix(
 
     intp = types.intp
     return types.void(parts, out, intp, weights, intp, cache, places, intp, intp), generate
-
-
-@compiled(types.void(*[_address] * 3, types.float32, types.boolean, *[_address] * 2, _count, _count), **_compiled)
-def rms_norm(at_x, at_residual, at_weight, epsilon, adds, at_summed, at_out, rows, size):
-    """Write into `out` the norm of each of the `rows` of `x`; with `adds`, of `x + residual`, and that sum into `summed`.
-
-    `size` of a row is a multiple of 16. Without `adds`, `residual` and `summed` may be anything.
-    """
-    x, weight, out = floats(at_x, rows * size), floats(at_weight, size), floats(at_out, rows * size)
-    residual, summed = floats(at_residual, rows * size), floats(at_summed, rows * size)
-    for row in range(0, rows * size, size):
-        squares = simd.splat(_ZERO)
-        for at in range(row, row + size, LANES):
-            value = simd.load(x, at)
-            if adds:
-                value = simd.add(value, simd.load(residual, at))
-                simd.store(summed, at, value)
-            squares = simd.fma(value, value, squares)
-        scale = simd.splat(_ONE / np.sqrt(simd.total(squares) / np.float32(size) + epsilon))
-        for at in range(0, size, LANES):
-            value = simd.load(summed, row + at) if adds else simd.load(x, row + at)
-            simd.store(out, row + at, simd.multiply(simd.multiply(value, scale), simd.load(weight, at)))
-
-
-@compiled(types.void(_address, _address, _count, _count), **_compiled)
-def silu_and_mul(at_x, at_out, rows, size):
-    """Write into `out` [rows, size] silu of the first half of each row of `x` times the second half."""
-    x, out = floats(at_x, 2 * rows * size), floats(at_out, rows * size)
-    one, minus = simd.splat(_ONE), simd.splat(-_ONE)
-    for row in range(0, rows * size, size):
-        for at in range(row, row + size, LANES):
-            gate = simd.load(x, row + at)
-            sigmoid = simd.divide(one, simd.add(one, simd.exp(simd.multiply(gate, minus))))
-            simd.store(out, at, simd.multiply(simd.multiply(gate, sigmoid), simd.load(x, row + at + size)))
 
 
 @compiled(types.void(_address, _count, _address, _count, _address, _count, _count, _count, _address), **_compiled)

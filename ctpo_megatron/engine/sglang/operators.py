@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ctpo_megatron.engine.sglang import kernels
-from ctpo_megatron.engine.sglang.addresses import address
-from ctpo_megatron.engine.sglang.lanes import LANES
 from ctpo_megatron.engine.sglang.platform import DISPATCH_KEY
+from ctpo_megatron.kernels.cpu import rows as compiled
+from ctpo_megatron.kernels.cpu.addresses import address
+from ctpo_megatron.kernels.cpu.lanes import LANES
 
 if TYPE_CHECKING:
     from sglang.srt.layers.activation import SiluAndMul
@@ -44,11 +45,11 @@ def rms_norm(
     x, at_x = address(x)
     rows, weight, at_out = x.numel() // size, self.weight.data_ptr(), out.data_ptr()
     if residual is None:
-        kernels.rms_norm(at_x, at_x, weight, self.variance_epsilon, False, at_x, at_out, rows, size)
+        compiled.rms_norm(at_x, at_x, weight, self.variance_epsilon, False, at_x, at_out, rows, size)
         return out
     residual, at_residual = address(residual)
     summed = torch.empty(x.shape)
-    kernels.rms_norm(at_x, at_residual, weight, self.variance_epsilon, True, summed.data_ptr(), at_out, rows, size)
+    compiled.rms_norm(at_x, at_residual, weight, self.variance_epsilon, True, summed.data_ptr(), at_out, rows, size)
     return out, summed
 
 
@@ -59,7 +60,7 @@ def silu_and_mul(self: SiluAndMul, x: Tensor) -> Tensor:
         return self.forward_native(x)
     out = torch.empty(*x.shape[:-1], size)
     x, at_x = address(x)
-    kernels.silu_and_mul(at_x, out.data_ptr(), out.numel() // size, size)
+    compiled.silu_and_mul(at_x, out.data_ptr(), out.numel() // size, size)
     return out
 
 

@@ -5,13 +5,15 @@ scaled-dot-product attention together, so time grows as the sum of squared lengt
 context parallelism each rank keeps its queries and gathers all keys and values; the mask follows the positions in the whole
 sequence (zigzag layout: rank r holds pieces r and 2*cp-1-r of each sequence). A sequence that shares its beginning with others
 has the keys of that before its own; what reaches these from all of them is added up on the way back.
+
+On CPUs in float32 a compiled function does the same without padding (`model.compiled`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor
 
 from ctpo_megatron.batch import Sequences
+from ctpo_megatron.mcore.model.compiled import Compiled, compiled_attention, kernels
+
+if TYPE_CHECKING:
+    from ctpo_megatron.kernels.cpu.packed import Packing
 
 BUCKET_RATIO = math.sqrt(2.0)  # sequences in one bucket differ in length by at most this factor
 
@@ -49,11 +55,37 @@ class PackedLayout(PackedSeqParams):
     positions: Tensor | None = None  # [T] int64, of the whole micro-batch, where some sequences do not begin at 0
     queries: Padding | None = None
     keys: Padding | None = None
+    compiled: Compiled | None = None  # where that is how attention is computed, and nothing else of this is there
 
 
 def packed_params(cu_seqlens: Tensor, device: torch.device) -> PackedSeqParams:
     """megatron's description of the whole sequences `cu_seqlens` [N+1] (int32, on the CPU), on `device`."""
     return PackedSeqParams(**_thd(cu_seqlens, device))
+
+
+def compiled_layout(sequences: Sequences, device: torch.device, cp_rank: int = 0, cp_size: int = 1) -> PackedLayout:
+    """`packed_params` plus what compiled attention needs, of `sequences` on the CPU; lengths are multiples of 2 * cp_size."""
+    packing = _keys_of(sequences, cp_rank, cp_size)
+    layout = PackedLayout(**_thd(sequences.cu_seqlens, device), compiled=Compiled.of(packing))
+    layout.max_seqlen_kv = packing.longest  # so far megatron makes rotary embeddings
+    return layout
+
+
+def _keys_of(sequences: Sequences, cp_rank: int, cp_size: int) -> Packing:
+    """Which of all ranks' keys this rank's queries see."""
+    cu_seqlens, before = sequences.cu_seqlens.to(torch.int64), sequences.shared_lengths().to(torch.int64)
+    starts, lengths, each = cu_seqlens[:-1] // cp_size, cu_seqlens.diff(), torch.arange(len(before))
+    roots = each if sequences.prefixes is None else torch.where(sequences.prefixes < 0, each, sequences.prefixes)
+    q_bounds, k_bounds = cu_seqlens // cp_size, F.pad((before + lengths).cumsum(0), (1, 0))
+    of_query = each.repeat_interleave(q_bounds.diff())
+    place = torch.arange(len(of_query)) - q_bounds[of_query]
+    position = before[of_query] + _position(place, lengths[of_query], cp_rank, cp_size)
+    of_key = each.repeat_interleave(k_bounds.diff())
+    at = torch.arange(len(of_key)) - k_bounds[of_key]
+    owner = torch.where(at < before[of_key], roots[of_key], of_key)
+    place = torch.where(at < before[of_key], at, at - before[of_key])
+    rows = _gathered_row(place, lengths[owner], starts[owner], cp_size, int(q_bounds[-1]))
+    return kernels("packed").Packing.of(*(each.numpy() for each in (q_bounds, position + 1, k_bounds, rows, roots)))
 
 
 def packed_layout(sequences: Sequences, device: torch.device, cp_rank: int = 0, cp_size: int = 1) -> PackedLayout:
@@ -192,6 +224,8 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         """query [T, heads, d], key [T, groups, d], value [T, groups, e] of this rank; returns [T, heads * e]."""
         layout, heads, groups = packed_seq_params, query.shape[1], key.shape[1]
+        if layout.compiled is not None:
+            return compiled_attention(query, key, value, layout.compiled, self.scale, self.cp_group)
         query, key, value = query.flatten(1), key.flatten(1), value.flatten(1)
         if self.cp_group.size() > 1:
             both = gather_from_sequence_parallel_region(torch.cat([key, value], dim=1), group=self.cp_group)

@@ -7,17 +7,15 @@ The two differ in parameter names: TransformerEngine fuses each norm into the li
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from ctpo_megatron.mcore.model.attention import PackedAttention
+from ctpo_megatron.mcore.model.compiled import RMSNorm, SwiGlu, TurnedSelfAttention
 from ctpo_megatron.mcore.model.latent import LatentSelfAttention
 from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
 
@@ -41,8 +39,12 @@ def _portable(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     if config.multi_latent_attention:
         parts = replace(parts, q_layernorm=RMSNorm, kv_layernorm=RMSNorm)
         attention = replace(attention, module=LatentSelfAttention)
-    elif config.qk_layernorm:
-        parts = replace(parts, q_layernorm=RMSNorm, k_layernorm=RMSNorm)
+    else:
+        parts = replace(parts, q_layernorm=RMSNorm, k_layernorm=RMSNorm) if config.qk_layernorm else parts
+        attention = replace(attention, module=TurnedSelfAttention)
+    mlp = layer.submodules.mlp
+    if config.use_te_activation_func:  # megatron's word for an activation that is a module
+        mlp = replace(mlp, submodules=replace(mlp.submodules, activation_func=SwiGlu))
     return replace(
         layer,
         submodules=replace(
@@ -50,19 +52,6 @@ def _portable(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
             input_layernorm=RMSNorm,
             self_attention=replace(attention, submodules=parts),
             pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
         ),
     )
-
-
-class RMSNorm(torch.nn.Module):
-    """x / rms(x) * weight, whose weight tells megatron that sequence parallelism leaves it with partial gradients."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_options: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron's own mark
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] to the same shape."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

@@ -68,6 +68,7 @@ def transformer_config(
         overlap_p2p_comm=parallel.vpp > 1,
         batch_p2p_comm=parallel.vpp == 1,
         bias_activation_fusion=fused,
+        use_te_activation_func=not fused and not shape.experts,  # one of our own, see `model.compiled`
         bias_dropout_fusion=fused,
         gradient_accumulation_fusion=False,
         **options,
@@ -83,8 +84,9 @@ def _leave(_weight: torch.Tensor) -> None:
 def _recompute(mode: str, shape: ModelShape, fused: bool) -> dict[str, Any]:
     """megatron's options for `train.recompute`.
 
-    `selective` computes again what is large in memory and cheap in arithmetic: the portable attention, which keeps scores, or
-    the experts' activations, the norms before them and MLA's up-projections, which megatron does with TransformerEngine only.
+    `selective` computes again what is large in memory and cheap in arithmetic: the portable attention, which keeps scores
+    where it is not compiled, or the experts' activations, the norms before them and MLA's up-projections, which megatron does
+    with TransformerEngine only.
     """
     if mode == "none":
         return {}

@@ -69,3 +69,22 @@ def test_a_rank_on_a_gpu_has_its_share_of_the_nodes_cores(monkeypatch: pytest.Mo
     rank = SimpleNamespace(config=SimpleNamespace(cluster=SimpleNamespace(device="cuda")), gpus=lambda: ["3"])
     TrainerActor._use_host(rank, 8)  # type: ignore[arg-type]
     assert found == {"gpus": ["3"], "cores": near, "threads": threads}
+
+
+@pytest.mark.parametrize(("hidden_size", "threads"), [(128, 1), (1024, 4)])
+def test_a_rank_on_a_cpu_has_as_many_as_its_model_is_worth(
+    monkeypatch: pytest.MonkeyPatch, hidden_size: int, threads: int
+) -> None:
+    actor = "ctpo_megatron.cluster.trainer.actor"
+    found: list[int] = []
+    monkeypatch.setattr(f"{actor}.node_address", lambda _config: "203.0.113.9")
+    monkeypatch.setattr(f"{actor}.node_environment", lambda *_args: {})
+    kept: list[bool] = []
+    monkeypatch.setattr(f"{actor}.set_threads", found.append)
+    monkeypatch.setattr(f"{actor}.keep_memory", lambda: kept.append(True))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    config = SimpleNamespace(cluster=SimpleNamespace(device="cpu"))
+    rank = SimpleNamespace(config=config, shape=SimpleNamespace(hidden_size=hidden_size))
+    TrainerActor._use_host(rank, 2)  # type: ignore[arg-type]
+    assert found == [threads]
+    assert kept == [True]

@@ -304,3 +304,17 @@ def test_groups_that_go_on_and_groups_that_are_replaced(tmp_path: Path, override
     path = write(tmp_path, GOOD)
     assert words in refusal(path, *overrides)
     assert load_config(path, ["train.oversample=32", "train.staleness=1", "rollout.dynamic.max_refills=4"]).train.oversample == 32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "alone"),
+    [
+        ([], True),
+        (["train.staleness=1"], False),
+        (["eval.servers=1", "rollout.engine.servers=2"], False),
+    ],
+)
+def test_servers_are_alone_where_nothing_else_computes(tmp_path: Path, overrides: list[str], alone: bool) -> None:
+    config = load_config(write(tmp_path, GOOD), overrides)
+    assert config.servers_alone == alone
+    assert config.without_trainer.servers_alone

@@ -146,6 +146,13 @@ def test_a_batch_takes_fewer_positions() -> None:
     assert took == {None: 32 * 399, 64: 4 * (199 + 8 * 200)}
 
 
+def test_a_group_goes_to_as_many_replicas_as_there_are() -> None:
+    samples = [sample(list(range(20)), [1] * 10, group) for group in range(2) for _ in range(8)]
+    rows = pack(samples, dp=8, max_tokens=4096, share_from=16)
+    longest = max(sum(mb.positions for mb in row) for row in rows)
+    assert longest <= 2 * 29, "no replica has more than if each sample read its own"
+
+
 def test_a_sample_alone_shares_nothing() -> None:
     (row,) = pack([sample([1, 2, 3], [4])], dp=1, max_tokens=8, share_from=1)
     assert row[0].sequences.prefixes is None

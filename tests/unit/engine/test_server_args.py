@@ -95,7 +95,7 @@ def test_user_arguments_come_last() -> None:
         (16, EngineConfig(servers=2), "4", None),
         (2, EngineConfig(tp=2), "1", "0|1"),
         (4, EngineConfig(tp=2), "1", "0,1|2,3"),
-        (4, EngineConfig(tp=4, nodes=2), "1", "0,1|2,3|0,1|2,3"),
+        (8, EngineConfig(tp=4, nodes=2), "2", "0,1,2,3|4,5,6,7|0,1,2,3|4,5,6,7"),
         (1, EngineConfig(tp=2), "1", "0|0"),
     ],
 )
@@ -104,6 +104,25 @@ def test_threads(monkeypatch: pytest.MonkeyPatch, cores: int, engine: EngineConf
     env = server_env(engine, device="cpu")
     assert env["OMP_NUM_THREADS"] == threads
     assert env.get("SGLANG_CPU_OMP_THREADS_BIND") == binding
+
+
+@pytest.mark.parametrize(
+    ("cores", "engine", "threads"),
+    [
+        (1, EngineConfig(), "1"),
+        (2, EngineConfig(), "2"),
+        (16, EngineConfig(servers=2), "8"),
+        (16, EngineConfig(servers=2, tp=2), "4"),
+        (16, EngineConfig(tp=4, nodes=2), "8"),
+        (2, EngineConfig(servers=4), "1"),
+    ],
+)
+def test_servers_that_are_alone_have_all_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, engine: EngineConfig, threads: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    assert server_env(engine, device="cpu", alone=True)["OMP_NUM_THREADS"] == threads
+    assert server_env(engine, device="cpu", alone=True, hidden_size=128)["OMP_NUM_THREADS"] == "1"
 
 
 def test_keys_differ() -> None:

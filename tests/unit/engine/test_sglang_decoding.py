@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ctpo_megatron.engine.sglang import kernels
 from ctpo_megatron.engine.sglang.decoding import Decoder
+from ctpo_megatron.kernels.cpu import rows
 from tests.support.often import often
 
 LENGTHS = st.lists(st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 100, 257]), min_size=1, max_size=9)
@@ -83,6 +83,6 @@ def test_activation_far_from_zero() -> None:
     gates = torch.cat([positive, -positive])
     x = torch.cat([gates, torch.full((16,), 2.0)])
     out = torch.empty(16)
-    kernels.silu_and_mul(x.data_ptr(), out.data_ptr(), 1, 16)
+    rows.silu_and_mul(x.data_ptr(), out.data_ptr(), 1, 16)
     wanted = (2 * torch.nn.functional.silu(gates.double())).float()
     torch.testing.assert_close(out, wanted, rtol=1e-6, atol=1e-30, equal_nan=True)

@@ -15,7 +15,7 @@ from ctpo_megatron.jobs.layouts import check_layouts
 from ctpo_megatron.jobs.plan import plan_job
 from ctpo_megatron.models.config import parse_config
 from ctpo_megatron.models.files import read_json
-from ctpo_megatron.models.rules import check_shared_prompts
+from ctpo_megatron.models.rules import SHARED_FROM, check_shared_prompts, shared_prompts
 from ctpo_megatron.planning.plan import Hardware
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
@@ -83,3 +83,22 @@ def test_latent_attention_cannot_share_prompts() -> None:
 def test_prompts_are_shared_on_cpus_only() -> None:
     with pytest.raises(ConfigError, match=r"train\.share_prompts=64 needs cluster.device=cpu, and it is cuda"):
         load_config(WHERE, ["train.share_prompts=64", "cluster.device=cuda"])
+    late = load_config(WHERE, ["train.share_prompts=64", "cluster.device=auto"])
+    with pytest.raises(ConfigError, match=r"train\.share_prompts=64 needs cluster.device=cpu, and it is cuda"):
+        late.check_device("cuda")
+    late.check_device("cpu")
+    load_config(WHERE, ["train.share_prompts=auto", "cluster.device=cuda"]).check_device("cuda")
+
+
+def test_prompts_are_shared_by_default_where_they_can_be() -> None:
+    shapes = {}
+    for name in ("qwen3-4b", "qwen3-30b-a3b", "deepseek-v3"):
+        published = CONFIGS / "models" / name / "config.json"
+        shapes[name] = parse_config(read_json(published), str(published))
+    shapes["latent"] = replace(shapes["deepseek-v3"], experts=None)
+    assert load_config(WHERE, []).train.share_prompts == "auto"
+    found = {name: shared_prompts("auto", shape, "cpu") for name, shape in shapes.items()}
+    assert found == {"qwen3-4b": SHARED_FROM, "qwen3-30b-a3b": None, "deepseek-v3": None, "latent": None}
+    dense = shapes["qwen3-4b"]
+    assert shared_prompts("auto", dense, "cuda") is None
+    assert [shared_prompts(wanted, dense, "cpu") for wanted in (64, None)] == [64, None]

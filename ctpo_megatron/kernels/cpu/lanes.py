@@ -153,6 +153,7 @@ def _operation(emit: Callable[..., Value], result: Any = lanes) -> Any:
 
 
 add = _operation(lambda builder, x, y: builder.fadd(x, y))
+subtract = _operation(lambda builder, x, y: builder.fsub(x, y))
 multiply = _operation(lambda builder, x, y: builder.fmul(x, y))
 divide = _operation(lambda builder, x, y: builder.fdiv(x, y))
 larger = _operation(_larger)

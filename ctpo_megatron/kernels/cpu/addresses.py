@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @intrinsic
@@ -42,6 +43,11 @@ def integers(address, count):
 def table(address, rows, columns):
     """Returns the int32 [rows, columns] at an address."""
     return numba.carray(_pointer(address), (rows, columns), np.int32)
+
+
+def has_numbers(x: Tensor) -> bool:
+    """Returns whether a tensor has numbers at an address. torch's fake ones, which stand for others in a rehearsal, have none."""
+    return not isinstance(x, FakeTensor)
 
 
 def address(x: Tensor) -> tuple[Tensor, int]:
