@@ -18,12 +18,17 @@ from ctpo_megatron import ports
 from ctpo_megatron.mcore.rank import RankInfo
 
 THREADS = 1  # per rank; the machines that run these tests have two cores
+WORKERS = 16  # of pytest-xdist, at most; more may get the same port
 _GIVEN: set[int] = set()
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now, another one each time: many are taken before the first is used."""
-    while (port := ports.free_port("127.0.0.1")) in _GIVEN:
+    """A port of 127.0.0.1 that nobody listens on now, another one each time: many are taken before the first is used.
+
+    Processes that test at the same time have ports of their own, for the same reason.
+    """
+    mine = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % WORKERS
+    while (port := ports.free_port("127.0.0.1")) in _GIVEN or port % WORKERS != mine:
         continue
     _GIVEN.add(port)
     return port
