@@ -8,12 +8,13 @@ these have it, oneDNN computes the product. docs/bench_rollout.md has what eithe
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
+
+from ctpo_megatron.kernels.cpu.linear import pays, product, takes
 
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -25,16 +26,10 @@ def register() -> None:
     """Call it before `load_plugins`, which applies what is registered. Does nothing where torch sees a CUDA device."""
     if torch.cuda.is_available():
         return
-    if has_mkl_of_its_own():
-        HookRegistry.register(f"{METHOD}.process_weights_after_loading", lie_by_inputs, HookType.AFTER)
-    elif torch.backends.mkldnn.is_available():
+    if pays():
         HookRegistry.register(f"{METHOD}.apply", by_onednn, HookType.AROUND)
-
-
-def has_mkl_of_its_own(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Returns whether torch computes products with MKL on a processor for which MKL uses all instructions."""
-    told = cpuinfo.read_text()
-    return torch.backends.mkl.is_available() and ("GenuineIntel" in told or "avx512f" not in told)
+    elif torch.backends.mkl.is_available():
+        HookRegistry.register(f"{METHOD}.process_weights_after_loading", lie_by_inputs, HookType.AFTER)
 
 
 def lie_by_inputs(_result: None, _method: UnquantizedLinearMethod, layer: Any) -> None:
@@ -45,8 +40,5 @@ def lie_by_inputs(_result: None, _method: UnquantizedLinearMethod, layer: Any) -
 
 
 def by_onednn(linear: Any, method: UnquantizedLinearMethod, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns `x` [..., inputs] times the weight of a layer, plus `bias`, by oneDNN where the numbers are float32."""
-    weight = layer.weight
-    if not x.dtype == weight.dtype == torch.float32:
-        return linear(method, layer, x, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """Returns `x` [..., inputs] times the weight of a layer, plus `bias`, by oneDNN where the numbers are float32 and many."""
+    return product(x, layer.weight, bias) if takes(x, layer.weight) else linear(method, layer, x, bias)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ctpo_megatron.mcore.model.attention import PackedAttention
 from ctpo_megatron.mcore.model.compiled import RMSNorm, SwiGlu, TurnedSelfAttention
 from ctpo_megatron.mcore.model.latent import LatentSelfAttention
+from ctpo_megatron.mcore.model.linear import with_own_linears
 from ctpo_megatron.mcore.transformer_engine import use_transformer_engine
 
 
@@ -33,7 +34,7 @@ def layer_spec(config: TransformerConfig, device: torch.device, vp_stage: int | 
 
 
 def _portable(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
-    """megatron's local layer with the norm and attention that also do sequence and context parallelism and packing."""
+    """megatron's local layer with own norms and linear layers, and attention that also does context parallelism and packing."""
     attention = layer.submodules.self_attention
     parts = replace(attention.submodules, core_attention=PackedAttention)
     if config.multi_latent_attention:
@@ -45,7 +46,7 @@ def _portable(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
     mlp = layer.submodules.mlp
     if config.use_te_activation_func:  # megatron's word for an activation that is a module
         mlp = replace(mlp, submodules=replace(mlp.submodules, activation_func=SwiGlu))
-    return replace(
+    own = replace(
         layer,
         submodules=replace(
             layer.submodules,
@@ -55,3 +56,4 @@ def _portable(layer: ModuleSpec, config: TransformerConfig) -> ModuleSpec:
             mlp=mlp,
         ),
     )
+    return with_own_linears(own)

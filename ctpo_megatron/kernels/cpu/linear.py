@@ -1,0 +1,74 @@
+"""Products with weights in float32 by oneDNN, on processors where torch's own library leaves half of the speed.
+
+torch computes them by MKL, which takes no AVX-512 on processors of other makers than Intel. oneDNN does: on an AMD EPYC (Zen 5)
+it has 240 GFLOP/s a core where MKL has 107. docs/bench_train.md has more of it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+FEWEST = 2**19  # multiplications; a call of oneDNN's takes some microseconds more, which fewer do not win back
+BLOCK = 512  # rows whose part of a weight's gradient is computed at a time: oneDNN is slower where a sum is long
+
+
+def mkl_spares_instructions(cpuinfo: Path) -> bool:
+    """Returns whether a processor, as the system tells of it, has AVX-512, and is none for which MKL uses that."""
+    told = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "GenuineIntel" not in told and "avx512f" in told
+
+
+@lru_cache
+def pays() -> bool:
+    """Returns whether products are computed by oneDNN here: torch has it, and would take MKL."""
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    return there and mkl_spares_instructions(Path("/proc/cpuinfo"))
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Returns whether `linear` computes them by oneDNN, and is worth its call."""
+    return pays() and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() * len(weight) >= FEWEST
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns x [..., inputs] times the transpose of weight [outputs, inputs], plus bias; without gradients."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if takes(x, weight) else F.linear(x, weight, bias)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Returns x [..., inputs] times the transpose of weight [outputs, inputs]: [..., outputs]."""
+    return _Linear.apply(x, weight)
+
+
+def sum_of_products(first: Tensor, second: Tensor) -> Tensor:
+    """Returns the transpose of first [rows, m] times second [rows, n]: [m, n]."""
+    if first.shape[1] > second.shape[1]:  # the result's rows are the longer ones
+        return sum_of_products(second, first).t()
+    blocks = zip(first.split(BLOCK), second.split(BLOCK), strict=True)
+    total, *more = (product(a.t(), b.t()) for a, b in blocks)
+    for each in more:
+        total += each
+    return total
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        to_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        rows, size = grad.reshape(-1, len(weight)), weight.shape[1]
+        to_weight = sum_of_products(rows, x.reshape(-1, size)) if ctx.needs_input_grad[1] else None
+        return to_x, to_weight
