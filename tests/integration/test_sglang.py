@@ -105,6 +105,18 @@ def test_batch_of_all_lengths(server: RunningServer, qwen3: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_prompt_of_many_requests_is_read_once(server: RunningServer) -> None:
+    """Of two prompts with eight requests each, which come in one call, each is read by one request; SGLang's own way reads 16."""
+    prompts = [[(5 * i + n) % 250 for i in range(60)] for n in (1, 2)] * 8
+    asked = {"input_ids": prompts, "sampling_params": {"max_new_tokens": 3, "ignore_eos": True}}
+    key = {"Authorization": f"Bearer {server.api_key}"}
+    requests.post(f"{server.url}/flush_cache", headers=key, timeout=TIMEOUT_S).raise_for_status()
+    answer = requests.post(f"{server.url}/generate", json=asked, headers=key, timeout=TIMEOUT_S)
+    answer.raise_for_status()
+    cached = [each["meta_info"]["cached_tokens"] for each in answer.json()]
+    assert sorted(cached) == [0, 0, *[59] * 14]
+
+
 def test_a_teacher_tells_the_log_probs_of_the_tokens_that_it_is_given(server: RunningServer, qwen3: Path) -> None:
     """Sequences at once, some with a common beginning, and again from the prefix cache; what it cannot read it refuses."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-from pathlib import Path
+from array import array
 from types import SimpleNamespace
 
 import pytest
@@ -161,3 +161,44 @@ def test_what_is_refused_is_all_that_its_parser_takes_for_it() -> None:
         taken = [each for each in beginnings if len(parser._get_option_tuples(f"--{each}")) == 1 and each not in actions]
         for word in [name, *(taken if name in named else [])]:
             assert bool(list(Option(word, "x").faults)) == (name in named), word
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_requests_wait_for_their_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later ones of a prompt that is worth it, for one step whatever becomes of the first; the queue keeps its order."""
+    from ctpo_megatron.engine.sglang import twins
+
+    class Waiting:
+        def __init__(self, name: str, prompt: list[int], extra_key: str | None = None, cached: int = 0) -> None:
+            self.name, self.origin_input_ids, self.extra_key, self.cached = name, array("q", prompt), extra_key, cached
+
+    def cached(req: Waiting, tree_cache: str) -> SimpleNamespace:
+        assert tree_cache == "the cache"
+        return SimpleNamespace(device_prefix_len=req.cached)
+
+    monkeypatch.setattr(twins, "match_kv_cache", cached)
+    long, known, short = list(range(40)), [1] * 40, [2] * 16
+    given = (
+        *[("long", long, None, 0), ("known", known, None, 39), ("short", short, None, 0)] * 2,
+        *[("keyed", long, "another model", 0), ("long", long, None, 0)],
+    )
+    scheduler = SimpleNamespace(waiting_queue=[Waiting(*each) for each in given], tree_cache="the cache")
+    hook, came = twins.Twins(), list(scheduler.waiting_queue)
+    offered: list[list[int]] = []
+
+    def choose(of: SimpleNamespace, admitted: int, *, put_back: Waiting | None = None) -> str:
+        """Takes the first so many, as SGLang's method does, and puts one back into the queue."""
+        offered.append([came.index(each) for each in of.waiting_queue])
+        of.waiting_queue = of.waiting_queue[admitted:] + ([] if put_back is None else [put_back])
+        return "a batch"
+
+    assert hook(choose, scheduler, 0) == "a batch"
+    assert offered.pop() == [0, 1, 2, 4, 5, 6], "the second and the third request of the long prompt wait"
+    assert scheduler.waiting_queue == came
+    again = Waiting("put back", long)
+    hook(choose, scheduler, 2, put_back=again)
+    assert offered.pop() == list(range(8)), "nobody waits twice"
+    assert scheduler.waiting_queue == [*came[2:], again]
+    came.append(again)
+    hook(choose, scheduler, 0)
+    assert offered.pop() == list(range(2, 9)), "those who waited are no reason to wait"

@@ -15,7 +15,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
 from ctpo_megatron.engine.processes import CANNOT_LISTEN
-from ctpo_megatron.engine.sglang import attention, fp8, paused, products, routed, sleep
+from ctpo_megatron.engine.sglang import attention, fp8, paused, products, routed, sleep, twins
 from ctpo_megatron.rendezvous.gloo import share_gloo_device
 
 
@@ -50,6 +50,7 @@ def serve(argv: list[str], api_key: str) -> None:
     paused.register()
     sleep.register()
     products.register()
+    twins.register()
     fp8.register()
     load_plugins()
     attention.register()

@@ -48,6 +48,6 @@ def with_own_linears(spec: Any) -> Any:
         return _OWN.get(spec, spec)
     if isinstance(spec, ModuleSpec):
         return replace(spec, module=with_own_linears(spec.module), submodules=with_own_linears(spec.submodules))
-    if is_dataclass(spec):
+    if is_dataclass(spec) and not isinstance(spec, type):
         return replace(spec, **{field.name: with_own_linears(getattr(spec, field.name)) for field in fields(spec)})
     return spec

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ctpo_megatron.kernels.cpu import linear as products
 
-X = (700, 2, 96)  # of more than one block of rows
+X = (700, 2, 96)
 
 
 @pytest.fixture(autouse=True)
