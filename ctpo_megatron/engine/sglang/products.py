@@ -1,8 +1,8 @@
 """How products with weights are computed on CPUs in float32: as the processor's library computes them fastest for a few rows.
 
 SGLang 0.5.23 keeps the weight of a linear layer as [outputs, inputs], row after row, and calls `torch.nn.functional.linear`. For
-the few rows of a step that decodes, torch's MKL copies the weight into the other order first. Here the weight keeps its shape and
-lies in memory input after input, as MKL reads it. MKL takes no AVX-512 on processors of other makers than Intel; where
+the few rows of a step that decodes, libraries copy the weight into the other order first. Here the weight keeps its shape and
+lies in memory input after input, as they read it. MKL takes no AVX-512 on processors of other makers than Intel; where
 these have it, oneDNN computes the product. docs/bench_rollout.md has what either gives.
 """
 
@@ -26,10 +26,10 @@ def register() -> None:
     """Call it before `load_plugins`, which applies what is registered. Does nothing where torch sees a CUDA device."""
     if torch.cuda.is_available():
         return
+    if torch.backends.mkl.is_available():
+        HookRegistry.register(f"{METHOD}.process_weights_after_loading", lie_by_inputs, HookType.AFTER)
     if pays():
         HookRegistry.register(f"{METHOD}.apply", by_onednn, HookType.AROUND)
-    elif torch.backends.mkl.is_available():
-        HookRegistry.register(f"{METHOD}.process_weights_after_loading", lie_by_inputs, HookType.AFTER)
 
 
 def lie_by_inputs(_result: None, _method: UnquantizedLinearMethod, layer: Any) -> None:

@@ -10,6 +10,8 @@ from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
+from ctpo_megatron.kernels.cpu.linear import linear, takes
+
 if not isinstance(multi_latent_attention.TELinear, type):  # without TransformerEngine 0.16.1 takes a mock of it for the real one
     multi_latent_attention.HAVE_TE = False
 
@@ -38,4 +40,4 @@ class WholeLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., in_size] to [..., out_size], and megatron's second output, the bias not added."""
-        return F.linear(x, self.weight), None
+        return linear(x, self.weight) if takes(x, self.weight) else F.linear(x, self.weight), None

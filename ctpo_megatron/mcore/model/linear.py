@@ -39,6 +39,8 @@ class RowLinear(RowParallelLinear):
         return linear(input, weight) if bias is None else linear(input, weight) + bias
 
 
+# megatron 0.16.1 takes none but its own there, and `LatentSelfAttention` puts whole ones into their places
+_CHECKED = ("linear_q_down_proj", "linear_kv_down_proj")
 _OWN = {ColumnParallelLinear: ColumnLinear, RowParallelLinear: RowLinear}
 
 
@@ -49,5 +51,6 @@ def with_own_linears(spec: Any) -> Any:
     if isinstance(spec, ModuleSpec):
         return replace(spec, module=with_own_linears(spec.module), submodules=with_own_linears(spec.submodules))
     if is_dataclass(spec) and not isinstance(spec, type):
-        return replace(spec, **{field.name: with_own_linears(getattr(spec, field.name)) for field in fields(spec)})
+        parts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in _CHECKED}
+        return replace(spec, **{name: with_own_linears(part) for name, part in parts.items()})
     return spec

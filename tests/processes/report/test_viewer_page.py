@@ -36,7 +36,7 @@ def until(chrome: Chrome, script: str) -> None:
 
 
 def shown(chrome: Chrome, name: str) -> None:
-    until(chrome, f"document.querySelector('.tv').dataset.shown === '{name}'")
+    until(chrome, f"document.querySelector('.tv')?.dataset.shown === '{name}'")
 
 
 def find(chrome: Chrome, selector: str) -> WebElement:
@@ -54,7 +54,7 @@ def names(chrome: Chrome) -> list[str]:
 
 
 def counted(chrome: Chrome, words: str) -> None:
-    until(chrome, f"document.querySelector('.tv-status').textContent.startsWith('{words}')")
+    until(chrome, f"document.querySelector('.tv-status')?.textContent.startsWith('{words}')")
 
 
 def test_a_trajectory_is_found_and_read(chrome: Chrome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
