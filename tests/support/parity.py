@@ -29,6 +29,9 @@ from tests.support.tiny import VOCAB
 TEMPERATURE = 0.7
 TOLERANCE = 1e-5
 STATISTICS_TOLERANCE = 2e-4  # they are sums over 190 tokens, whose log-probs agree to 1e-6
+# Of gradients behind an optimizer step. CTPO's ratios are products over a sequence, so rounding grows a hundredfold there: where
+# another library multiplies, one rank's own first norms change by 2e-7 at most, its second ones by up to 8e-6.
+LATER_NORM_TOLERANCE = 3e-5
 COUNTS = "health/density"  # tokens by buckets of their log-ratios, which agree to 1e-6: those at a border may be on either side
 AT_BORDERS = 2.0  # tokens of a step, of 380
 LAYERS = 4
@@ -291,15 +294,15 @@ def largest_deviations(found: Found, expected: Found) -> dict[str, float]:
     "at borders": how many tokens are in another bucket of COUNTS.
     """
     assert found.weights.keys() == expected.weights.keys()
-    worst = {"loss": 0.0, "grad_norm": 0.0, "statistics": 0.0, "at borders": 0.0}
-    for ours, theirs in zip(found.steps, expected.steps, strict=True):
+    worst = {"loss": 0.0, "grad_norm": 0.0, "later grad_norm": 0.0, "statistics": 0.0, "at borders": 0.0}
+    for step, (ours, theirs) in enumerate(zip(found.steps, expected.steps, strict=True)):
         assert ours.keys() == theirs.keys()
         counts = {key for key in theirs if key.startswith(COUNTS)}
         worst["at borders"] = max(worst["at borders"], sum(abs(ours[key] - theirs[key]) for key in counts) / 2)
         for key, value in theirs.items():
             if key in counts:
                 continue
-            kind = key if key in worst else "statistics"
+            kind = "later grad_norm" if step and key == "grad_norm" else key if key in worst else "statistics"
             worst[kind] = max(worst[kind], distance(ours[key], value))
     worst["weights"] = max(float(np.abs(found.weights[name] - value).max()) for name, value in expected.weights.items())
     return worst
@@ -314,10 +317,10 @@ def distance(ours: float, theirs: float) -> float:
 
 
 def assert_same(found: Found, expected: Found, case: str) -> None:
-    """Losses, gradient norms and weights within TOLERANCE of one rank's, other statistics within STATISTICS_TOLERANCE, tokens in
-    the same buckets but for AT_BORDERS."""
+    """Losses, gradient norms and weights within TOLERANCE of one rank's, norms behind an optimizer step within
+    LATER_NORM_TOLERANCE, other statistics within STATISTICS_TOLERANCE, tokens in the same buckets but for AT_BORDERS."""
     worst = largest_deviations(found, expected)
-    bound = {"statistics": STATISTICS_TOLERANCE, "at borders": AT_BORDERS}
+    bound = {"later grad_norm": LATER_NORM_TOLERANCE, "statistics": STATISTICS_TOLERANCE, "at borders": AT_BORDERS}
     beyond = {kind: value for kind, value in worst.items() if not value <= bound.get(kind, TOLERANCE)}
     assert not beyond, f"{case}: {beyond}"
 
