@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ctpo_megatron.kernels.cpu.linear import product, sum_of_products, takes
 from ctpo_megatron.parallel.truncated import TruncatedLogp, with_labels
 from ctpo_megatron.parallel.words import blocks, in_float, join, places, summarise
 
@@ -76,6 +77,10 @@ class _VocabParallelLogp(torch.autograd.Function):
             difference = softmax.scatter_add_(-1, place, -mine.to(softmax.dtype))
             if room is not softmax:
                 difference = room.copy_(difference)
+            if takes(difference, weight[words].t()):
+                grad_weight[words] = sum_of_products(difference, scaled_hidden)
+                grad_hidden.add_(product(difference, weight[words].t()))
+                return
             torch.mm(difference.t(), scaled_hidden, out=grad_weight[words])
             grad_hidden.add_(torch.mm(difference, weight[words], out=part))
 

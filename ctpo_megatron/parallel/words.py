@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ctpo_megatron.kernels.cpu.linear import product, takes
 from ctpo_megatron.parallel.gather import all_gather_single
 
 BLOCK = 2**23  # logits held at once: 32 MiB in float32; larger blocks are not faster
@@ -55,6 +56,11 @@ def blocks(hidden: Tensor, weight: Tensor, lasting: bool = False) -> Iterator[tu
     In float32 the two are one tensor. The next block takes the same memory, unless they are `lasting`.
     """
     tokens, parts = hidden.shape[0], list(blocks_of(hidden.shape[0], weight.shape[0]))
+    if lasting and takes(hidden, weight):
+        for part in parts:
+            logits = product(hidden, weight[part])
+            yield part, logits, logits
+        return
     memory = torch.empty(tokens * (parts[0].stop if parts else 0), dtype=weight.dtype, device=weight.device)
     floats = memory if weight.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
     for part in parts:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ctpo_megatron.kernels.cpu import linear
 from ctpo_megatron.parallel import vocab_parallel_logp, words
 
 TOKENS, WIDTH, WORDS = 37, 24, 531
@@ -48,8 +49,11 @@ def naive(c: Case, temperature: float, words: int = WORDS) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("block", [1, 200 * TOKENS, 2**23])  # 5, 3 and 1 blocks
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_like_log_softmax_of_all_logits(monkeypatch, block, temperature, dtype):
+@pytest.mark.parametrize("onednn", [False, torch.backends.mkldnn.is_available()])
+def test_like_log_softmax_of_all_logits(monkeypatch, block, temperature, dtype, onednn):
     monkeypatch.setattr(words, "BLOCK", block)
+    monkeypatch.setattr(linear, "pays", lambda: onednn)
+    monkeypatch.setattr(linear, "FEWEST", 1)
     c = case(dtype)
     found = vocab_parallel_logp(c.hidden, c.weight, c.labels, temperature=temperature, top_k_ids=c.support)
     (found.logp * c.upstream).sum().backward()
