@@ -43,7 +43,7 @@ def with_own_linears(spec: Any) -> Any:
         return _OWN.get(spec, spec)
     if isinstance(spec, ModuleSpec):
         return replace(spec, module=with_own_linears(spec.module), submodules=with_own_linears(spec.submodules))
-    if is_dataclass(spec):
+    if is_dataclass(spec) and not isinstance(spec, type):
         parts = {field.name: getattr(spec, field.name) for field in fields(spec) if field.name not in _CHECKED}
         return replace(spec, **{name: with_own_linears(part) for name, part in parts.items()})
     return spec
