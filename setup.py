@@ -40,6 +40,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "aiohttp>=3.11",
+        "httptools>=0.6",
         "psutil>=7",
         "msgspec>=0.19",
         "regex>=2024.11",

@@ -30,6 +30,7 @@ DISTRIBUTIONS = metadata.packages_distributions()
 NOT_IMPORTED = {
     "tensorboard": "the viewer of what a run writes",
     "crc32c": "tensorboardX's checksums, which without it take 0.3 s for each megabyte",
+    "httptools": "uvicorn, SGLang's web server, reads requests by it where it is there, and otherwise in Python",
     "pillow": "tensorboardX imports it for pictures",
     "wandb": "record/sink_process.py asks for it by name, where a run wants it",
     "mlflow-skinny": "record/sink_process.py asks for it by name, where a run wants it",
