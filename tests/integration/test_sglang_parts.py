@@ -202,3 +202,40 @@ def test_requests_wait_for_their_prompt_once(monkeypatch: pytest.MonkeyPatch) ->
     came.append(again)
     hook(choose, scheduler, 0)
     assert offered.pop() == list(range(2, 9)), "those who waited are no reason to wait"
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+@pytest.mark.parametrize("words", [40, 512, 513, 1000, 1024])  # the share is looked for among words, or among blocks of them
+def test_a_token_is_sampled_by_its_probability(monkeypatch: pytest.MonkeyPatch, words: int) -> None:
+    """As often as its share says; a word without probability never, whatever number is drawn."""
+    from ctpo_megatron.engine.sglang import sampling
+
+    generator, draws = torch.Generator().manual_seed(1), 50_000
+    probs = torch.rand(words, generator=generator).pow(6)
+    probs[[0, 17, words - 1]] = 0.0
+    probs[256:512] = 0.0
+    shares = probs.double() / probs.double().sum()
+    torch.manual_seed(2)
+    found = sampling.sample(pytest.fail, probs.expand(draws, -1))
+    assert (found.shape, found.dtype) == ((draws,), torch.int32)
+    counts = torch.bincount(found, minlength=words)
+    assert counts[probs == 0].sum() == 0
+    deviation = (counts - draws * shares).abs() / (draws * shares * (1 - shares)).sqrt().clamp_min(1.0)
+    assert deviation.max() < 5.5
+    for number, word in ((0.0, 1), (1 - 2.0**-53, int(probs.nonzero().max()))):
+        monkeypatch.setattr(torch, "rand", lambda *shape, number=number, **options: torch.full(shape, number, **options))
+        assert sampling.sample(pytest.fail, probs[None]).item() == word
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_rare_tokens_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums do not lose a rare word; with seeds SGLang samples."""
+    from ctpo_megatron.engine.sglang import sampling
+
+    rare = torch.tensor([1.0, 1e-12, 0.0, 0.5, 0.0])  # float32 sums would not tell the second word from the first
+    at = {0.0: 0, (1.0 + 0.5e-12) / (1.5 + 1e-12): 1, (1.0 + 2e-12) / (1.5 + 1e-12): 3, 1 - 2.0**-53: 3}
+    for number, word in at.items():
+        monkeypatch.setattr(torch, "rand", lambda *shape, number=number, **options: torch.full(shape, number, **options))
+        assert sampling.sample(pytest.fail, rare[None]).item() == word, number
+    seeded = sampling.sample(lambda *given: given, rare[None], torch.tensor([7]), torch.tensor([0]))
+    assert [each.tolist() for each in seeded[1:]] == [[7], [0]]

@@ -15,7 +15,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import prepare_server_args
 
 from ctpo_megatron.engine.processes import CANNOT_LISTEN
-from ctpo_megatron.engine.sglang import attention, fp8, paused, products, routed, sleep, twins
+from ctpo_megatron.engine.sglang import attention, fp8, paused, products, routed, sampling, sleep, twins
 from ctpo_megatron.rendezvous.gloo import share_gloo_device
 
 
@@ -51,6 +51,7 @@ def serve(argv: list[str], api_key: str) -> None:
     sleep.register()
     products.register()
     twins.register()
+    sampling.register()
     fp8.register()
     load_plugins()
     attention.register()
