@@ -73,7 +73,7 @@ def open_session(api_key: str, *, reuse: bool) -> aiohttp.ClientSession:
 
 
 def _json(body: Any) -> str:
-    """Returns JSON, of thousands of token ids in a tenth of the time that Python's own encoder takes."""
+    """Returns JSON of plain data, of thousands of token ids in a tenth of the time that Python's own encoder takes."""
     return msgspec.json.encode(body).decode()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ctpo_megatron.kernels.cpu.linear import product, sum_of_products, takes
 from ctpo_megatron.parallel.truncated import TruncatedLogp, with_labels
-from ctpo_megatron.parallel.words import blocks, in_float, join, places, summarise
+from ctpo_megatron.parallel.words import BLOCK, blocks, in_float, join, places, summarise
 
 
 class WordLogp(NamedTuple):
@@ -77,12 +77,12 @@ class _VocabParallelLogp(torch.autograd.Function):
             difference = softmax.scatter_add_(-1, place, -mine.to(softmax.dtype))
             if room is not softmax:
                 difference = room.copy_(difference)
-            if takes(difference, weight[words].t()):
+            if takes(difference, weight[words].t()) and grad_weight[words].numel() <= 4 * BLOCK:  # new tensors
                 grad_weight[words] = sum_of_products(difference, scaled_hidden)
                 grad_hidden.add_(product(difference, weight[words].t()))
-                return
-            torch.mm(difference.t(), scaled_hidden, out=grad_weight[words])
-            grad_hidden.add_(torch.mm(difference, weight[words], out=part))
+            else:
+                torch.mm(difference.t(), scaled_hidden, out=grad_weight[words])
+                grad_hidden.add_(torch.mm(difference, weight[words], out=part))
 
         for first, shifted, shift in zip(ctx.kept_from, kept[::2], kept[1::2], strict=True):  # also of no tokens: zeros
             softmax = shifted.add_(shift.unsqueeze(-1)).exp_()  # in place: torch refuses a second backward

@@ -7,6 +7,7 @@ import importlib
 import itertools
 from array import array
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -163,45 +164,83 @@ def test_what_is_refused_is_all_that_its_parser_takes_for_it() -> None:
             assert bool(list(Option(word, "x").faults)) == (name in named), word
 
 
-@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
-def test_requests_wait_for_their_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The later ones of a prompt that is worth it, for one step whatever becomes of the first; the queue keeps its order."""
+class Waiting:
+    """A request as SGLang's scheduler knows it, of whose prompt so many tokens are `cached`, and `usable` if they are."""
+
+    cache_salt = lora_id = priority = None
+
+    def __init__(self, prompt: list[int], extra_key: str | None = None, cached: int = 0, usable: int = 39) -> None:
+        self.origin_input_ids, self.extra_key, self.cached, self.usable = array("q", prompt), extra_key, cached, usable
+
+    def _compute_max_prefix_len(self, size: int) -> int:
+        return min(size - 1, self.usable)
+
+
+def scheduler_of(monkeypatch: pytest.MonkeyPatch, queue: list[Waiting], **options: object) -> tuple[Any, Any, Any]:
+    """A hook with a scheduler that has a queue, how to have it take so many of it, and lists of those whom it was offered."""
     from ctpo_megatron.engine.sglang import twins
 
-    class Waiting:
-        def __init__(self, name: str, prompt: list[int], extra_key: str | None = None, cached: int = 0) -> None:
-            self.name, self.origin_input_ids, self.extra_key, self.cached = name, array("q", prompt), extra_key, cached
-
-    def cached(req: Waiting, tree_cache: str) -> SimpleNamespace:
-        assert tree_cache == "the cache"
-        return SimpleNamespace(device_prefix_len=req.cached)
-
-    monkeypatch.setattr(twins, "match_kv_cache", cached)
-    long, known, short = list(range(40)), [1] * 40, [2] * 16
-    given = (
-        *[("long", long, None, 0), ("known", known, None, 39), ("short", short, None, 0)] * 2,
-        *[("keyed", long, "another model", 0), ("long", long, None, 0)],
-    )
-    scheduler = SimpleNamespace(waiting_queue=[Waiting(*each) for each in given], tree_cache="the cache")
-    hook, came = twins.Twins(), list(scheduler.waiting_queue)
+    monkeypatch.setattr(twins, "match_kv_cache", lambda req, cache: SimpleNamespace(device_prefix_len=req.cached))
+    plain = {"enable_overlap": False, "disable_radix_cache": False, "chunked_req": None, "tree_cache": None}
+    scheduler, hook = SimpleNamespace(waiting_queue=list(queue), **plain | options), twins.Twins()
     offered: list[list[int]] = []
 
-    def choose(of: SimpleNamespace, admitted: int, *, put_back: Waiting | None = None) -> str:
-        """Takes the first so many, as SGLang's method does, and puts one back into the queue."""
-        offered.append([came.index(each) for each in of.waiting_queue])
-        of.waiting_queue = of.waiting_queue[admitted:] + ([] if put_back is None else [put_back])
+    def choose(of: SimpleNamespace, count: int, running_batch: SimpleNamespace) -> str:
+        offered.append([queue.index(each) for each in of.waiting_queue])
+        of.waiting_queue = of.waiting_queue[count:]
         return "a batch"
 
-    assert hook(choose, scheduler, 0) == "a batch"
-    assert offered.pop() == [0, 1, 2, 4, 5, 6], "the second and the third request of the long prompt wait"
+    def take(count: int, full: bool = False) -> str:
+        running = SimpleNamespace(batch_is_full=full, is_empty=lambda: False)
+        return hook(choose, scheduler, count=count, running_batch=running)
+
+    return scheduler, take, offered
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_requests_wait_for_the_first_of_their_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it waits, and no longer; the queue keeps its order."""
+    a, b = list(range(40)), list(range(1, 41))
+    came = [Waiting(each) for each in (a, b, a, b, a, b)]
+    scheduler, take, offered = scheduler_of(monkeypatch, came)
+    assert take(0) == "a batch"
     assert scheduler.waiting_queue == came
-    again = Waiting("put back", long)
-    hook(choose, scheduler, 2, put_back=again)
-    assert offered.pop() == list(range(8)), "nobody waits twice"
-    assert scheduler.waiting_queue == [*came[2:], again]
-    came.append(again)
-    hook(choose, scheduler, 0)
-    assert offered.pop() == list(range(2, 9)), "those who waited are no reason to wait"
+    take(6, full=True)  # as SGLang's method, which returns at once
+    assert offered == [[0, 1], [0, 1, 2, 3, 4, 5]]
+    scheduler.waiting_queue = list(came)
+    take(1)
+    assert scheduler.waiting_queue == came[1:], "there was room for one prompt"
+    late = Waiting(a, cached=39)
+    came.append(late)
+    scheduler.waiting_queue.append(late)
+    take(3)
+    assert offered[2:] == [[0, 1], [1, 2, 4, 6]], "those of the first prompt find it in the cache"
+    assert scheduler.waiting_queue == [came[3], came[5], late]
+    take(3)
+    assert offered.pop() == [3, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore")  # of SGLang's imports
+def test_requests_wait_where_it_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for short prompts, nor for cached ones or those whose log-probs are wanted, nor for others' caches."""
+    a, b = list(range(40)), list(range(1, 41))
+    for each in ({"cached": 39}, {"usable": 0}, {"prompt": [2] * 16}):
+        scheduler, take, offered = scheduler_of(monkeypatch, [Waiting(**{"prompt": a} | each) for _ in range(3)])
+        take(3)
+        assert offered == [[0, 1, 2]], each
+    scheduler, take, offered = scheduler_of(monkeypatch, [Waiting(a), Waiting(a, "another model")])
+    take(2)
+    assert offered == [[0, 1]]
+    for option in ("enable_overlap", "disable_radix_cache"):
+        scheduler, take, offered = scheduler_of(monkeypatch, [Waiting(a), Waiting(a)], **{option: True})
+        take(2)
+        assert offered == [[0, 1]], option
+    scheduler, take, offered = scheduler_of(monkeypatch, [Waiting(a), Waiting(b)], chunked_req=Waiting(a))
+    take(1)
+    assert offered == [[1]], "a prompt that is read in pieces is waited for"
+    scheduler.chunked_req = None
+    take(1)
+    assert offered[1:] == [[0]]
 
 
 @pytest.mark.filterwarnings("ignore")  # of SGLang's imports

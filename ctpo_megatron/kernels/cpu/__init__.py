@@ -1,1 +1,1 @@
-"""What numba compiles for CPUs."""
+"""What numba compiles for CPUs, and products that oneDNN computes there."""

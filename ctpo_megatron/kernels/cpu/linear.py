@@ -59,14 +59,14 @@ def sum_of_products(first: Tensor, second: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight = ctx.needs_input_grad  # a frozen weight's input need not be kept
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return product(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        to_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        rows, size = grad.reshape(-1, len(weight)), weight.shape[1]
-        to_weight = sum_of_products(rows, x.reshape(-1, size)) if ctx.needs_input_grad[1] else None
+        to_x = None if weight is None else product(grad, weight.t())
+        to_weight = None if x is None else sum_of_products(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
         return to_x, to_weight
