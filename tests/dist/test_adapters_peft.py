@@ -141,7 +141,7 @@ def test_an_adapter_of_peft_is_taken(models: dict[str, Path], tmp_path: Path, us
     found = run_ranks(1, with_peft, models["qwen2"], adapter)[0]
     single, double = (log_probs(each)[0].detach().double().numpy() for each in (model, copy.deepcopy(model).double()))
     rounding = np.abs(single - double).max()  # of float32, by peft's own reading: 2e-5 where the processor has AVX-512
-    assert rounding < 1e-4
+    assert rounding < 3e-5
     np.testing.assert_allclose(found["logp"], double, rtol=0, atol=2 * rounding)
     assert "model.adapter.alpha is 4" in found["other alpha"]
     assert "model.adapter.targets is" in found["other targets"]
