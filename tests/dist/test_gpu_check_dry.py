@@ -27,7 +27,8 @@ NEEDS_GPU = {
 }
 # what a machine with torch has, by the names under which it is imported; the rest is carried there
 WITH_TORCH = {"torch", "numpy", "safetensors", "aiohttp"}
-DONE_WITHOUT = {"numba"}  # `algorithms.fused` looks for it
+# compiled code for CPUs is loaded where numba is found, with which llvmlite comes: tests/processes/kernels/test_without_numba.py
+DONE_WITHOUT = {"numba", "llvmlite"}
 
 
 @pytest.fixture

@@ -183,12 +183,13 @@ def check_what_is_shown(run: Finished, steps: int) -> None:
 def test_trainer_and_servers_take_turns_and_a_run_that_leaves_its_course_goes_back(toy, tmp_path):
     """Colocated servers give back their memory at every step, and take it again with the new weights. A Qwen2.
 
-    While the learning rate warms up, weights move further from a reference with every step, so the loss of the fifth is above
-    those before: the run goes back to the checkpoint before it, once, and goes on with other prompts.
+    While a small learning rate warms up, weights move further from a reference with every step, so the loss of the fifth is
+    several times the median of those before: the run goes back to the checkpoint before it, once, and goes on with other prompts.
+    At the rate of the other runs the distance is large after two steps, and no longer grows.
     """
     sizes = ("train.steps=6", "train.prompts_per_step=4", "rollout.group_size=4", "eval.prompts=8", "checkpoint.every=2")
     course = ("train.spikes.loss=1e-9", "train.spikes.least=4", "train.spikes.patience=1", "train.spikes.returns=1")
-    growing = ("algorithm.reference.coeff=0.5", "optimizer.warmup_steps=24")
+    growing = ("algorithm.reference.coeff=0.5", "optimizer.lr=1.5e-4", "optimizer.warmup_steps=24")
     options = (*sizes, *course, *growing, "weights.type=colocated")
     run = start(toy, "quickstart.yaml", tmp_path, *options, kind="qwen2").finish(RUN_S)
     (back,) = run.happened("went back")
