@@ -147,7 +147,7 @@ class FunctionReward(RewardSection):
     memory_mb: PositiveInt = 4096
     """Address space of each process; what needs more is undecided."""
     processes: PositiveInt = 2
-    """How many there are. Each judges one answer at a time."""
+    """How many there are. Each judges one answer after the other."""
     start_timeout_s: PositiveFloat = 120.0
     """How long the import of the function's module may take."""
 

@@ -1,6 +1,7 @@
 """Whether two mathematical answers are equal, by `rollout.grading`; run as a process of its own, which its caller may kill.
 
-Reads JSON lines like `{"answer": "...", "given": "...", "timeout_s": 5}` from stdin and writes `true` or `false` for each.
+Reads JSON lines like `{"answer": "...", "given": "...", "timeout_s": 5}` from stdin and writes for each the seconds that it took,
+and `true` or `false`.
 Parsing may hang or take all memory (think of 9^9^9^9), hence the process, its memory limit, and the caller's clock.
 """
 
@@ -12,6 +13,7 @@ import math
 import resource
 import signal
 import sys
+import time
 
 MEMORY_BYTES = 4 << 30
 GRACE_S = 5
@@ -33,14 +35,14 @@ def main() -> None:
     equal("x+1", "1+x")  # imports sympy, which takes a second
     print("ready", flush=True)
     for line in sys.stdin:
-        pair = json.loads(line)
+        begin, pair = time.monotonic(), json.loads(line)
         signal.alarm(math.ceil(pair["timeout_s"]) + GRACE_S)  # ends this process, should its caller be gone
         try:
             verdict = equal(pair["answer"], pair["given"])
         except (RecursionError, MemoryError):  # of a nested or huge answer: not equal to anything we can tell
             verdict = False
         signal.alarm(0)
-        print(json.dumps(verdict), flush=True)
+        print(f"{time.monotonic() - begin:.6f} {json.dumps(verdict)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ may gain nothing by it.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from ctpo_megatron.config.rewards import FunctionReward as FunctionRewardConfig
 from ctpo_megatron.errors import ConfigError
 from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.protocols import Outcome, Score
-from ctpo_megatron.rollout.rewards.process import READY, Late, Lost, Worker, not_started
+from ctpo_megatron.rollout.rewards.pool import Pool
+from ctpo_megatron.rollout.rewards.process import READY, Late, Lost, not_started
 from ctpo_megatron.rollout.rewards.same_text import SameText
 from ctpo_megatron.types import Prompt
 
@@ -29,25 +29,21 @@ class FunctionReward(SameText):
 
     def __init__(self, config: FunctionRewardConfig) -> None:
         self._config = config
-        self._workers = [Worker(_command(config), _what(config), config.start_timeout_s) for _ in range(config.processes)]
-        self._idle: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
-        for worker in self._workers:
-            self._idle.put_nowait(worker)
+        limit_s = config.timeout_s + GRACE_S
+        times = {"start_timeout_s": config.start_timeout_s, "timeout_s": limit_s}
+        self._processes = Pool(_command(config), _what(config), count=config.processes, **times)
         self._names: set[str] = set()
 
     async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
         """Implement `Reward.score`. Raises RolloutError where no process starts."""
         given = last_box(outcome.text)
         request = json.dumps(sample_of(prompt, outcome), default=str).encode()
-        worker = await self._idle.get()
         try:
-            found = json.loads(await worker.ask(request, self._config.timeout_s + GRACE_S))
+            found = json.loads(await self._processes.ask(request))
         except Late:
             found = {"why": f"no end within {self._config.timeout_s:g} s"}
         except Lost as lost:
             found = {"why": str(lost)}
-        finally:
-            self._idle.put_nowait(worker)
         self._names |= set(found.get("terms", {}))
         if len(self._names) > MAX_NAMES:
             found = {
@@ -60,8 +56,7 @@ class FunctionReward(SameText):
 
     def close(self) -> None:
         """End the processes."""
-        for worker in self._workers:
-            worker.close()
+        self._processes.close()
 
 
 def sample_of(prompt: Prompt, outcome: Outcome) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
     python -m ctpo_megatron.rollout.rewards.function_process package.module:function TIMEOUT_S MEMORY_MB
 
-Reads a line of JSON for each answer and writes one for each verdict: {"reward": ..., "terms": {...}} or {"why": ...}. What the
-function prints goes to stderr. One that waits (async) is ended here, one that works or hangs by the caller.
+Reads a line of JSON for each answer and writes one for each verdict: the seconds that it took, and {"reward": ..., "terms": ...}
+or {"why": ...}. What the function prints goes to stderr, and it has nothing to read. One that waits (async) is ended here,
+one that works or hangs by the caller.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
@@ -72,12 +74,13 @@ def _words(error: BaseException) -> str:
     return f"it raised {type(error).__name__}: {str(error)[:SHOWN]}{place}"
 
 
-async def _serve(function: Callable[[dict[str, Any]], Any], timeout_s: float, answers: TextIO) -> None:
-    for line in sys.stdin:  # one at a time: nothing else is to run meanwhile
+async def _serve(function: Callable[[dict[str, Any]], Any], timeout_s: float, requests: TextIO, answers: TextIO) -> None:
+    for line in requests:  # one at a time: nothing else is to run meanwhile
         signal.alarm(math.ceil(timeout_s) + GRACE_S)  # ends this process, should its caller be gone
+        begin = time.monotonic()
         verdict = await judged(function, json.loads(line), timeout_s)
         signal.alarm(0)
-        print(json.dumps(verdict), file=answers, flush=True)
+        print(f"{time.monotonic() - begin:.6f} {json.dumps(verdict)}", file=answers, flush=True)
 
 
 def main(path: str, timeout_s: str, memory_mb: str) -> None:
@@ -85,8 +88,10 @@ def main(path: str, timeout_s: str, memory_mb: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; our caller ends us
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_mb) << 20, int(memory_mb) << 20))
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    requests, answers = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the function prints may not be read as a verdict
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)  # nor may a program that it starts read the next answers
     try:
         function = load(path)
     except BaseException as error:  # noqa: BLE001 - whatever a user's module raises, its caller is told
@@ -94,7 +99,7 @@ def main(path: str, timeout_s: str, memory_mb: str) -> None:
         print(" ".join(f"{type(error).__name__}: {error}".split())[:SHOWN], file=answers, flush=True)
         raise SystemExit(1) from None
     print("ready", file=answers, flush=True)
-    asyncio.run(_serve(function, float(timeout_s), answers))
+    asyncio.run(_serve(function, float(timeout_s), requests, answers))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@ r"""Rewards that can be verified: the model's last \boxed{} against the known an
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import sys
@@ -11,7 +10,8 @@ from decimal import Decimal, InvalidOperation
 from ctpo_megatron.config.rewards import MathReward as MathRewardConfig
 from ctpo_megatron.rollout.grading.boxes import last_box
 from ctpo_megatron.rollout.protocols import Outcome, Score
-from ctpo_megatron.rollout.rewards.process import Lost, Worker
+from ctpo_megatron.rollout.rewards.pool import Pool
+from ctpo_megatron.rollout.rewards.process import Lost
 from ctpo_megatron.types import Prompt
 
 JUDGE = (sys.executable, "-m", "ctpo_megatron.rollout.judge")
@@ -31,10 +31,8 @@ class MathReward:
 
     def __init__(self, config: MathRewardConfig, *, judges: int = 2) -> None:
         self._timeout_s = config.timeout_s
-        self._judges = [Worker(JUDGE, "the process that compares answers", START_TIMEOUT_S) for _ in range(judges)]
-        self._idle: asyncio.Queue[Worker] = asyncio.Queue()
-        for judge in self._judges:
-            self._idle.put_nowait(judge)
+        what, times = "the process that compares answers", {"start_timeout_s": START_TIMEOUT_S, "timeout_s": config.timeout_s}
+        self._judges = Pool(JUDGE, what, count=judges, **times)
 
     async def score(self, prompt: Prompt, outcome: Outcome) -> Score:
         """Implement `Reward.score`."""
@@ -62,16 +60,11 @@ class MathReward:
 
     def close(self) -> None:
         """End the judges' processes."""
-        for judge in self._judges:
-            judge.close()
+        self._judges.close()
 
     async def _ask(self, answer: str, given: str) -> bool:
-        judge = await self._idle.get()
-        try:
-            request = json.dumps({"answer": answer, "given": given, "timeout_s": self._timeout_s})
-            return bool(json.loads(await judge.ask(request.encode(), self._timeout_s)))
-        finally:
-            self._idle.put_nowait(judge)
+        request = json.dumps({"answer": answer, "given": given, "timeout_s": self._timeout_s})
+        return bool(json.loads(await self._judges.ask(request.encode())))
 
 
 def quick_verdict(answer: str, given: str) -> bool | None:

@@ -1,4 +1,4 @@
-"""A process that judges one answer at a time: a line of JSON in, a line out. What hangs or grows in it is ended with it."""
+"""A process that judges one answer after the other: a line of JSON in, a line out. What hangs or grows in it is ended with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
 from ctpo_megatron.errors import RolloutError
@@ -33,15 +33,22 @@ class Worker:
         self._command, self._what, self._start_timeout_s = command, what, start_timeout_s
         self._running: _Process | None = None
 
-    async def ask(self, request: bytes, timeout_s: float) -> bytes:
-        """Returns the line that answers `request`. Raises Lost where none comes in time, RolloutError where none starts."""
-        line = b""
+    async def answers(self, requests: Sequence[bytes], timeout_s: float) -> AsyncGenerator[bytes, None]:
+        """Yields the lines that answer `requests`, in their order.
+
+        Raises Lost where the next one does not come within `timeout_s`, RolloutError where no process starts.
+        """
+        left = len(requests)
         try:
-            line = await (await self.started()).ask(request + b"\n", timeout_s)
+            running = await self.started()
+            running.send(b"".join(request + b"\n" for request in requests))
+            while left:
+                line = await running.line(timeout_s)
+                left -= 1
+                yield line
         finally:
-            if not line:  # also when cancelled: a late answer must not be read as the next one's
+            if left:  # also when cancelled: a late answer must not be read as the next one's
                 self.close()
-        return line
 
     async def started(self) -> _Process:
         """Returns the process, which takes requests. Raises RolloutError."""
@@ -89,12 +96,15 @@ class _Process:
         loop, protocol = asyncio.get_running_loop(), asyncio.StreamReaderProtocol(self._lines)
         self._reading, _ = await loop.connect_read_pipe(lambda: protocol, self._stdout)
         self._writing, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, self._stdin)
-        return await self.ask(b"", timeout_s)
+        return await self.line(timeout_s)
 
-    async def ask(self, request: bytes, timeout_s: float) -> bytes:
-        """Send `request`; returns the next line. Raises Lost where there is none in time."""
+    def send(self, lines: bytes) -> None:
+        """Send lines, which end with a newline."""
         assert self._writing is not None, "it was greeted"
-        self._writing.write(request)  # what does not fit into the pipe is sent when it does
+        self._writing.write(lines)  # what does not fit into the pipe is sent when it does
+
+    async def line(self, timeout_s: float) -> bytes:
+        """Returns the next line. Raises Lost where there is none in time."""
         try:
             async with asyncio.timeout(timeout_s):
                 line = await self._lines.readline()

@@ -33,6 +33,7 @@ def judge(sample):
         case ["raise", _, said]: raise KeyError(said)
         case ["exit", *_]: os._exit(3)
         case ["give", _, said]: return json.loads(said)
+        case ["read", *_]: return len(subprocess.run(["cat"], capture_output=True).stdout)
         case ["memory", *_]: return len(bytearray(1 << 32))
         case ["child", _, where]:
             child = subprocess.Popen(["sleep", "600"])
@@ -117,6 +118,22 @@ def test_what_goes_wrong_is_undecided_with_its_reason_and_the_next_answer_is_jud
     assert [each.reward for each in found[1:14:2]] == [0.25] * 7
     assert found[14].reward == 1.0
     assert (found[15].reward, found[15].accuracy, found[15].terms) == (2.0, 1.0, {"style": 0.5})
+
+
+def test_a_program_that_it_starts_reads_no_other_answers() -> None:
+    async def run() -> list[Score]:
+        reward = FunctionReward(config())
+        try:
+            quick = (reward.score(PROMPT, Outcome("number 0.5")) for _ in range(60))
+            await asyncio.gather(*quick)  # from now on it is given several at a time
+            return await asyncio.gather(*(reward.score(PROMPT, Outcome(text)) for text in ["read", *["number 0.5"] * 40]))
+        finally:
+            reward.close()
+
+    reading, *others = asyncio.run(run())
+    assert reading.reward == 0.0
+    assert not reading.undecided
+    assert [each.reward for each in others] == [0.5] * 40
 
 
 def test_one_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:

@@ -84,11 +84,11 @@ def test_equal_in_mathematics_and_nothing_evaluated(tmp_path):
     """One process for all of it, since starting it takes a second or two."""
 
     async def scores() -> None:
-        reward = MathReward(MathRewardConfig(timeout_s=20), judges=1)
+        patient, hasty = (MathReward(MathRewardConfig(timeout_s=timeout_s), judges=1) for timeout_s in (20, 1))
         mark = tmp_path / "made"
         undecided: list[bool] = []
 
-        async def score(answer: str, text: str) -> float:
+        async def score(answer: str, text: str, reward: MathReward = patient) -> float:
             found = await reward.score(Prompt(0, (), answer), Outcome(text))
             undecided.append(found.undecided)
             return found.reward
@@ -107,24 +107,24 @@ def test_equal_in_mathematics_and_nothing_evaluated(tmp_path):
         assert await score("x+1", rf"\boxed{{__import__('os').mkdir('{mark}')}}") == 0.0
         assert await score("x+1", r"\boxed{" + "x" * 2000 + "}") == 0.0
         assert not any(undecided)
+        patient.close()
         # a number too large to exist: it is given up in time, counted, and the next answer is judged again
-        reward._timeout_s = 1.0
+        assert await score("1/2", r"\boxed{0.5}", hasty) == 1.0
         begun = time.monotonic()
-        assert await score("5", r"\boxed{9^{9^{9^{9}}}}") == 0.0
+        assert await score("5", r"\boxed{9^{9^{9^{9}}}}", hasty) == 0.0
         assert time.monotonic() - begun < 5.0
         assert undecided[-1]
         assert children() == []
-        reward._timeout_s = 20.0
-        assert await score("1/2", r"\boxed{0.5}") == 1.0
+        assert await score("1/2", r"\boxed{0.5}", hasty) == 1.0
         assert undecided.count(True) == 1
-        reward.close()
+        hasty.close()
         assert not mark.exists()
         assert children() == []
 
     asyncio.run(scores())
 
 
-def test_cancelled_while_it_starts_nothing_is_left():
+def test_closed_while_it_starts_nothing_is_left():
     async def cancel() -> None:
         reward = MathReward(MathRewardConfig(), judges=2)
         tasks = [asyncio.ensure_future(reward.score(Prompt(0, (), "1/2"), Outcome(r"\boxed{0.5}"))) for _ in range(4)]
@@ -134,8 +134,9 @@ def test_cancelled_while_it_starts_nothing_is_left():
             task.cancel()
         done, _ = await asyncio.wait(tasks, timeout=5)
         assert len(done) == 4
-        assert children() == []
         reward.close()
+        await asyncio.sleep(0)
+        assert children() == []
 
     asyncio.run(cancel())
 
